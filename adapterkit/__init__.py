@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
-    from .api import convert, names
+    from .api import convert, names, report
     from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .methods import METHODS
     from .ops import combine
     from .ops import compare as diff
+    from .scanning import scan
 
 _HOME = {
     "Adapter": "adapter",
@@ -41,6 +42,8 @@ _HOME = {
     "names": "api",
     "plan": "merging",
     "read": "formats",
+    "report": "api",
+    "scan": "scanning",
     "verify": "merging",
     "write": "formats",
 }
@@ -67,6 +70,8 @@ __all__ = [
     "ops",
     "plan",
     "read",
+    "report",
+    "scan",
     "torch",
     "verify",
     "write",

@@ -1,4 +1,4 @@
-"""`Adapter`: the one type that every format is read into and everything else is a function of."""
+"""`Adapter`: the one type that every format is read into, and that all other functions take."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .tensors.lazy import Leaf
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
-"""Axis orders in which bases store weights: linear and convolution; GPT-2's Conv1D and embeddings; stacked experts."""
+"""Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -43,10 +43,10 @@ class Target:
 
     Attributes:
         path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
-            the model as a whole, which takes context updates alone.
-        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`;
-            with a leading `e` there is one such weight an expert, and each tensor of an update has a leading `e` too.
-        rows: start and stop on the `out` axis, where the update applies to a slice of a fused weight.
+            the whole model, which takes context updates only.
+        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`.
+            A leading `e` means one such weight per expert; each tensor of an update then has a leading `e` too.
+        rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
     """
 
     path: str
@@ -72,10 +72,10 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 @dataclass(frozen=True, slots=True)
 class BaseRef:
-    """The base an adapter was made for.
+    """The base that an adapter was made for.
 
     Attributes:
-        id: a hub id or a path, as the source format named it.
+        id: a hub id or a path, as the source format names it.
         revision: branch, tag or commit, if known.
         config_hash: sha256 of the canonical JSON of the base's config, if known.
     """
@@ -87,9 +87,9 @@ class BaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of an adapter's lineage: what was done, and with which plain values.
+    """One step of an adapter's lineage: an operation and its plain arguments.
 
-    Lineage travels in files, so addresses in the values are kept without their secrets.
+    Lineage is stored in files, so secrets are removed from urls in the arguments.
     """
 
     op: str
@@ -109,7 +109,7 @@ def _public(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """What a source format held that has no home in the model: kept so that writing that format again loses nothing."""
+    """Content of a source format that `Adapter` has no field for, kept so that writing the format again is lossless."""
 
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -124,8 +124,8 @@ class Adapter:
         updates: target -> updates in order of application.
         base: the base it belongs to, as far as known.
         recipe: its lineage, oldest step first.
-        foreign: leftovers of the format it was read from.
-        extensions: optional fields of a newer minor version of the spec, kept as they came.
+        foreign: further content of the format it was read from.
+        extensions: optional fields of a newer minor version of the spec, kept unchanged.
     """
 
     updates: Updates
@@ -144,7 +144,7 @@ class Adapter:
         return html_table(repr(self), ("target", "method", "shapes", "rank", "scaling"), rows)
 
     def __iter__(self) -> Iterator[tuple[Target, Update]]:
-        """Every (target, update), in order."""
+        """Iterate over all (target, update) pairs, in order."""
         return ((target, update) for target, updates in self.updates.items() for update in updates)
 
     def __len__(self) -> int:
@@ -152,17 +152,17 @@ class Adapter:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the methods of its updates, sorted."""
+        """The names of its updates' methods, sorted."""
         return tuple(sorted({update.method for _, update in self}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Ranks of its updates, sorted; those without one do not count."""
+        """The ranks of its updates, sorted; updates without a rank do not count."""
         found = {update.dims(target.stacked).get("r") for target, update in self}
         return tuple(sorted(rank for rank in found if isinstance(rank, int)))
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
-        """The same adapter over changed leaves. A leaf shared by several updates is changed once and stays shared."""
+        """Return the adapter with each leaf replaced by f(leaf). A shared leaf is changed once and stays shared."""
         seen: dict[int, Leaf] = {}
         kept: list[Leaf] = []
 
@@ -177,25 +177,25 @@ class Adapter:
         )
 
     def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
-        """All leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
+        """Return the adapter with all leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
     def replace(self, **changes: Any) -> Adapter:
-        """The same adapter with other field values."""
+        """Return the same adapter with other field values."""
         return dataclasses.replace(self, **changes)
 
     def step(self, op: str, **args: Any) -> Adapter:
-        """The same adapter with one more step in its lineage."""
+        """Return the same adapter with one more step in its lineage."""
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
         """Check every update against its shape strings and its method's rules, and updates of one target together.
 
-        Also checks that what travels along (lineage, base, leftovers) is plain JSON, so that every adapter can be
-        written in the native format and has a digest.
+        It also checks that lineage, base and foreign content are plain JSON, so that every adapter can be written in
+        the native format and has a digest.
 
         Raises:
-            AdapterkitError: the first fault, with the target or the field as its place.
+            AdapterkitError: at the first fault; names the target or the field.
         """
         if not self.updates:
             raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
@@ -223,10 +223,10 @@ class Adapter:
         check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
-        """Reads every tensor, one at a time, and checks what shapes do not show: NaN, infinities, indices.
+        """Read every tensor, one at a time, and check what shapes do not show: NaN, infinities, indices.
 
         Raises:
-            Malformed: the first fault, with target, field and position.
+            Malformed: at the first fault; names target, field and position.
         """
         with files_kept_open():
             for target, update in self:
@@ -236,7 +236,7 @@ class Adapter:
                     raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
-        """The entries at a dotted path.
+        """Return the entries at a dotted path.
 
         Raises:
             TargetNotFound: there are none; names the nearest.
@@ -248,7 +248,7 @@ class Adapter:
         return found
 
     def digest(self) -> str:
-        """sha256 over targets, methods, values and tensor bytes: equal digests mean the same function of a base."""
+        """Return the sha256 of targets, methods, values and tensor bytes: equal digests mean the same function."""
         digest = hashlib.sha256()
         with files_kept_open():
             for target, update in sorted(self, key=lambda pair: str(pair[0])):
@@ -263,20 +263,20 @@ class Adapter:
         return digest.hexdigest()
 
     def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
-        """Put the targets into the names and layouts of `base`, with every shape checked against it.
+        """Translate the targets into the names and layouts of `base`, and check every shape against it.
 
-        Updates are cut and joined where the base stores weights in other parts: an adapter of a live model of
-        transformers 5 becomes one of the base as it is on a hub, and the other way round. The lineage says by which
-        rules names were changed.
+        Updates are split and joined if the base stores weights in other parts. For example, an adapter of a live model
+        of transformers 5 becomes one of the base as stored on a hub, or the reverse. The lineage records the rules that
+        changed names.
 
         Args:
             base: an open checkpoint or the path of one.
-            rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+            rename: rules for names, each `FROM=TO` or `@FILE`; the first one that matches a target's name is used.
 
         Raises:
             TargetNotFound: a target has no place in the base, or two.
             ShapeMismatch: a shape does not fit.
-            NotMergeable, Unsupported: an update cannot be cut or joined.
+            NotMergeable, Unsupported: an update cannot be split or joined.
         """
         from .binding import bind
 
@@ -285,19 +285,19 @@ class Adapter:
         return bound.adapter.step("bind", rules=rules) if rules else bound.adapter
 
     def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
-        """W' - W at a target.
+        """Return W' - W at a target.
 
         Args:
             path: the target's dotted path.
-            base: where W comes from, for laws that need it.
+            base: the source of W, for formulas that need it.
 
         Returns:
             float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
 
         Raises:
-            TargetNotFound: nothing applies there.
-            NotMergeable: the law is not one of weights.
-            UsageError: the law needs W and no base was given.
+            TargetNotFound: no update applies there.
+            NotMergeable: the update does not change weights only.
+            UsageError: the formula needs W and no base was given.
         """
         from .binding import delta
 
@@ -309,16 +309,16 @@ _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",",
 
 @lru_cache(maxsize=1 << 10)
 def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return the part of a digest that stands before the bytes of a tensor."""
+    """Return the part of a digest that precedes the bytes of a tensor."""
     return canonical([name, dtype, shape]).encode()
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity.
+    """Return canonical JSON: sorted keys, no spaces, no escapes beyond JSON's own, no NaN or infinity.
 
     Raises:
-        Malformed: JSON cannot say the value: a number that is not finite, keys of several types, half of a surrogate
-            pair, or an object of Python.
+        Malformed: JSON cannot express the value: a number that is not finite, keys of several types, half of a
+            surrogate pair, or a Python object.
     """
     try:
         text = _ENCODER.encode(value)
@@ -330,7 +330,7 @@ def canonical(value: Any) -> str:
 
 
 def config_hash(config: Mapping[str, Any]) -> str | None:
-    """The sha256 of the canonical JSON of a base's config; None where it holds NaN or an infinity."""
+    """Return the sha256 of the canonical JSON of a base's config; None if it contains NaN or an infinity."""
     try:
         return hashlib.sha256(canonical(config).encode()).hexdigest()
     except Malformed:
@@ -338,17 +338,17 @@ def config_hash(config: Mapping[str, Any]) -> str | None:
 
 
 DEEPEST = 100
-"""Levels of nesting in what travels along; Python's JSON encoder ends at about 1000."""
+"""Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
 
 MOST_VALUES = 1 << 22
-"""Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
+"""Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes become billions."""
 
-MOST_DIGITS = 4300
-"""Decimal digits of an integer: Python prints and reads no more by default."""
+TOO_LARGE = 10**4300
+"""The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
-    """Check that a value is plain JSON: YAML and pickles hold dates, NaN, keys of any type and lone surrogates.
+    """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
 
     Raises:
         Malformed: it is not; names the place inside it.
@@ -378,10 +378,10 @@ def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
 
 
 def _plain_number(value: Any) -> bool:
-    """Whether a value is null, true, false or a number that JSON has."""
+    """Whether a value is null, true, false or a number that JSON can express."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
+    return value is None or (isinstance(value, int) and abs(value) < TOO_LARGE)
 
 
 def _encodes(text: str) -> bool:
@@ -393,7 +393,7 @@ def _encodes(text: str) -> bool:
 
 
 def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
-    """All that the checks of a target see but its path; None where that cannot be compared: damaged plain values."""
+    """Return everything that a target's checks depend on, except its path; None if it is not hashable (damaged)."""
     form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
     try:
         hash(form)
@@ -435,7 +435,7 @@ def _check_update(target: Target, update: Update, together: dict[str, Any]) -> N
 
 
 def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes on which all updates of a target agree; `rest` begins with the axis that others call `in`."""
+    """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in` of others."""
     inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
     return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
 
@@ -446,7 +446,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Refuse what is no adapter, such as the path of one, or an argument in another's place.
+    """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
 
     Raises:
         UsageError: it is of another type.
@@ -457,7 +457,7 @@ def check_adapter(value: object) -> None:
 
 
 def _row(update: Update, stacked: bool) -> tuple[object, ...]:
-    """Method, shapes, rank and scaling of an update, for a table."""
+    """Return the method, shapes, rank and scaling of an update, for a table."""
     shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
     return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 

@@ -1,6 +1,6 @@
-"""Chains: a layer after an update is a layer again, which the next update of the same target sees.
+"""Composition: a layer after an update is a layer again, which the next update of the same target sees.
 
-A layer is what a backend makes of one target, in the words of `torch/layers.py`.
+A layer is a backend's view of one target, with the interface of `torch/layers.py`.
 """
 
 from __future__ import annotations

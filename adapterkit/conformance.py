@@ -6,15 +6,18 @@ reader of adapters is used to judge it: expectations are in the vectors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import Corrupt, UsageError
 
 BATCH = 100
 """Paths that a program gets at once."""
@@ -54,20 +57,29 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     Args:
         command: the program and its first arguments, to which a verb and paths are added; or a function that is given
             the verb and the paths, for a reader that is no program.
-        suite: the folder `vectors` of the specification; that of this checkout when not given.
+        suite: the folder `vectors` of the specification, or the archive of it that a release has; the folder of this
+            checkout when not given.
 
     Raises:
         UsageError: there is no index of vectors.
+        Corrupt: a vector is not the one that the index lists.
 
     Example:
         >>> from adapterkit.conformance import conformance
         >>> outcomes = conformance(["node", "spec/readers/javascript/cli.mjs"])  # doctest: +SKIP
     """
+    if suite is not None and suite.is_file() and zipfile.is_zipfile(suite):
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(suite) as archive:
+            archive.extractall(folder)
+            return conformance(command, Path(folder, "spec", "vectors"))
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
-        cure = "Give the folder spec/vectors of the specification: --suite DIR (suite=)"
+        cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
         raise UsageError("no index.json of vectors", path=root, cure=cure)
     cases = json.loads((root / "index.json").read_text("utf-8"))["cases"]
+    for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
+        if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
+            raise Corrupt("not the vector that index.json lists", path=root / name, cure="Fetch the suite again")
     ask: Ask = command if callable(command) else partial(_lines, command)
     found = []
     for verb in ("check", "base", "canonical"):
@@ -78,7 +90,10 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     for case in (case for case in cases if case["verb"] in ("compute", "merge")):
         adapter, base, *merged = (root / name for name in case["inputs"])
         (line,) = ask(case["verb"], [adapter, base])
-        found.append(_merged(case, line, merged[0]) if merged else _computed(case, line, base))
+        if case["verb"] == "compute":
+            found.append(_computed(case, line, base))
+        else:
+            found.append(_merged(case, line, merged[0]) if merged else _judged(case, line))
     return found
 
 

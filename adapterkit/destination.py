@@ -1,4 +1,4 @@
-"""Where an adapter is written: a path on this disk, or a place on a hub."""
+"""Write an adapter to a local path or a hub, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What was written.
+    """The result of writing an adapter.
 
     Attributes:
-        out: the path or the address.
-        format: the format that was written.
-        targets: how many targets the adapter has.
-        updates: how many updates.
-        losses: what was left out or rewritten, a line each; see `on_loss`.
-        warnings: what the caller should know beside that, such as a base that is not the adapter's own.
-        already_done: the same was there before, and nothing was written.
+        out: the path or the uri.
+        format: the written format.
+        targets: the number of targets.
+        updates: the number of updates.
+        losses: what was left out or rewritten, one line each; see `on_loss`.
+        warnings: further notes for the caller, such as a base that is not the adapter's own.
+        already_done: True if the same output existed before, so that nothing was written.
     """
 
     out: str
@@ -42,7 +42,7 @@ class WriteResult:
     already_done: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The result as plain data, for `--json`."""
+        """Return the result as plain data, for `--json`."""
         return {
             "out": self.out, "to": self.format, "targets": self.targets, "updates": self.updates,
             "losses": list(self.losses), **({"already_done": True} if self.already_done else {}),
@@ -50,14 +50,14 @@ class WriteResult:
 
 
 class Destination:
-    """Where an adapter is written, checked before any work is done.
+    """The destination of an adapter, checked before any work is done.
 
     Args:
-        out: the path or the address.
-        sources: the adapters that are read; a licence that all their model cards name is passed on to a hub.
-        overwrite: replace what is there.
+        out: the path or the uri.
+        sources: the adapters to read; a licence that all their model cards name is passed on to a hub.
+        overwrite: replace an existing output.
         format: the format to write.
-        base: the base that is read, too.
+        base: the base, which is also read.
         inputs: other files that are read.
 
     Raises:
@@ -78,15 +78,15 @@ class Destination:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files that are read, as far as they are on this disk."""
+        """The local files that are read."""
         return [file for source in self.inputs for file in files_read(located(source))]
 
     def check(self) -> None:
-        """Refuse a path that is taken, and one whose files would replace a source; a hub is asked when it is written.
+        """Refuse a path that exists, or whose files would replace a source; a hub checks this when it is written to.
 
         Raises:
             UsageError: the destination is one of the sources.
-            StorageError: something is there.
+            StorageError: the path exists.
         """
         if self.remote:
             return
@@ -101,16 +101,16 @@ class Destination:
         self, adapter: Adapter, on_loss: str, *, profile: str | None = None, max_error: float | None = None,
         base: Checkpoint | None = None, made_from: str | None = None, warnings: Iterable[str] = (),
     ) -> WriteResult:  # fmt: skip
-        """Write the adapter, and push it where it is to be on a hub.
+        """Write the adapter, and push it if the destination is on a hub.
 
         Args:
-            adapter: what to write.
-            on_loss: what to do with what the format cannot say; see `adapterkit.write`.
-            profile: a consumer that takes only a part of the format.
+            adapter: the adapter.
+            on_loss: what to do with what the format cannot express; see `adapterkit.write`.
+            profile: a consumer that accepts only a part of the format.
             max_error: with `on_loss="promote"`, the relative error that a change may have.
-            base: the base, where it is open already.
-            made_from: a digest of what decides the output, kept with it.
-            warnings: handed on in the result.
+            base: the base, if it is already open.
+            made_from: a digest of everything that decides the output, stored with it.
+            warnings: passed on in the result.
         """
         unchanged: list[bool] = []
         with self._path(lambda: unchanged.append(True)) as path:
@@ -134,7 +134,7 @@ class Destination:
             return
         options: Any = {"overwrite": self.overwrite, "sources": self.sources, "unchanged": unchanged}
         with outgoing(self.out, **options) as folder:
-            # An interrupted command may have left another format here: it is written anew, not resumed.
+            # An interrupted command may have left another format here, so the folder is written from scratch.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             yield folder / FORMATS[self.format].file

@@ -1,6 +1,6 @@
-"""Every error adapterkit raises on purpose: one root, few leaves, each with a place, a cure and a stable code.
+"""Every error that adapterkit raises on purpose: one root, few leaves, each with a place, a cure and a stable code.
 
-The library never prints, exits or asks; the command line turns a leaf into one line and its exit code.
+The library never prints, exits or asks. The command line turns an error into one line and an exit code.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 Path = str | PathLike[str]
 
 MAX_LINE = 800
-"""Characters of one line of an error: names and values of files were quoted in errors of 70,000 characters."""
+"""Longest line of an error in characters. Names and values quoted from files once made errors of 70,000 characters."""
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""Characters of an error of many lines, from where on lines are only counted: a terminal shows about as many."""
+"""Longest error of many lines in characters, about a terminal's screen; further lines are only counted."""
 
 MAX_PATH = 4096
-"""Characters of a path: the longest that Linux takes."""
+"""Longest path in characters, the limit of Linux."""
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
-"""An address; one slash is enough, as `pathlib` makes one of two. A drive (`C:/`) has one letter and is none."""
+"""A url. One slash is enough, because `pathlib` collapses two. A drive (`C:/`) has one letter and does not match."""
 
 _USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
-"""A user's name and password before a host. `host:5000/name@sha256:...` has none."""
+"""User name and password before a host. `host:5000/name@sha256:...` has none."""
 
 _QUERY = re.compile(r"\?[^#]*")
 _FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
 _PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
-"""A secret in a part of an address, such as the path of a file in a place that is named with a query."""
+"""A secret in a part of a url, such as the path of a file on a hub whose uri has a query."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def public(text: str) -> str:
-    """The text with the secrets of all addresses in it replaced by `...`.
+    """Return the text with all secrets in urls replaced by `...`.
 
-    This is the one place where secrets are taken out. Errors, lineage, notes, reports and all that the command line
-    prints pass through it. Removed are the user's name and password before the host, and the whole query (`?token=`,
-    `X-Amz-Signature`, ...): no list of names could know all secret parameters.
+    This is the only place that removes secrets. Errors, lineage, notes, reports and all output of the command line pass
+    through it. It removes user names and passwords before the host, and the whole query (`?token=`, `X-Amz-Signature`,
+    ...), since no list could name all secret parameters.
     """
     if ":/" in text:
         text = _ADDRESS.sub(_without_secrets, text)
@@ -90,15 +90,15 @@ def _cut(text: str, limit: int) -> str:
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
 
-    Texts are kept without the secrets of addresses (`public`) and without long quotations (`brief`), whoever sets them.
+    Setting a text attribute removes secrets from urls (`public`) and shortens long quotations (`brief`).
 
     Attributes:
         why: what is wrong, in one sentence without a full stop.
-        path: the file or folder it was found in, if any.
+        path: the file or folder with the fault, if any.
         where: the place inside it: a tensor, a key, a target, a byte offset.
-        cure: what the reader of the message can do about it.
+        cure: what the reader of the message can do.
         code: stable machine-readable name of the kind of error.
-        exit_code: what the command line exits with.
+        exit_code: the exit code of the command line.
     """
 
     code: ClassVar[str] = "error"
@@ -127,24 +127,24 @@ class AdapterkitError(Exception):
         return f"{text}. {self.cure}" if self.cure else text
 
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
-        """Fills in the place, where the raiser did not know it, and returns the same error."""
+        """Fill in the place if it is missing, and return the same error."""
         self.path = self.path or (None if path is None else str(path))
         self.where = self.where or where
         return self
 
     def record(self) -> dict[str, str | None]:
-        """The error as plain data, for `--json`."""
+        """Return the error as plain data, for `--json`."""
         return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
 
 
 class UsageError(AdapterkitError):
-    """The call itself makes no sense: options that exclude each other, weights that do not match adapters."""
+    """The call itself is invalid: options that exclude each other, weights that do not match adapters."""
 
     code = "usage"
 
 
 class Malformed(AdapterkitError):
-    """A file breaks the rules of its own container or dialect."""
+    """A file breaks the rules of its own container or format."""
 
     code = "malformed"
 
@@ -156,7 +156,7 @@ class UnknownFormat(AdapterkitError):
 
 
 class ShapeMismatch(AdapterkitError):
-    """A tensor's shape or dtype is not what its update or its base calls for."""
+    """A tensor's shape or dtype does not fit its update or its base."""
 
     code = "shape-mismatch"
 
@@ -168,26 +168,25 @@ class TargetNotFound(AdapterkitError):
 
 
 class Unsupported(AdapterkitError):
-    """Well-formed, but needs something this version does not know: a method, a version, a maths-changing option."""
+    """The input is well-formed, but needs an unknown method, version, or option that would change the result."""
 
     code = "unsupported"
     exit_code = 3
 
 
 class NotMergeable(AdapterkitError):
-    """The law of an update cannot be folded into weights."""
+    """An update cannot be folded into weights."""
 
     code = "not-mergeable"
     exit_code = 3
 
 
 class Unrepresentable(AdapterkitError):
-    """A format cannot say what the adapter says.
+    """A format cannot express the adapter.
 
     Attributes:
-        items: one line for each thing the format has no words for.
-        places: the updates that are meant, as (target, position among its updates), where a writer knows them: those
-            that it would take in the words of another method.
+        items: one line for each thing that the format cannot express.
+        places: the updates that the writer could store as another method, as (target, position among its updates).
     """
 
     code = "unrepresentable"
@@ -210,34 +209,34 @@ class CheckFailed(AdapterkitError):
 
 
 class Miswritten(CheckFailed):
-    """A format's writer wrote something else than it was asked to: read back, it is another adapter."""
+    """A format's writer wrote something else: read back, it is a different adapter."""
 
     code = "miswritten"
 
 
 class Corrupt(AdapterkitError):
-    """Bytes are not the ones that were promised: a digest, a length or a journal disagrees."""
+    """Bytes are not the expected ones: a digest, a length or a journal disagrees."""
 
     code = "corrupt"
     exit_code = 4
 
 
 class StorageError(AdapterkitError):
-    """The file system said no: no space, no permission, read-only, not there, already taken."""
+    """The file system refused: no space, no permission, read-only, missing, or already there."""
 
     code = "storage"
     exit_code = 6
 
 
 class NetworkError(AdapterkitError):
-    """A hub could not be reached, refused, or answered with what makes no sense."""
+    """A hub could not be reached, refused, or sent an invalid reply."""
 
     code = "network"
     exit_code = 5
 
 
 class AccessDenied(NetworkError):
-    """A hub wants a token, another token, or a licence accepted first."""
+    """A hub needs a token, another token, or acceptance of a licence."""
 
     code = "access"
 
@@ -262,7 +261,7 @@ _CURES = {
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """The typed form of an `OSError` met while reading or writing `path`."""
+    """Return the typed form of an `OSError` from reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
@@ -274,8 +273,8 @@ R = TypeVar("R")
 def places_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function of a file so that its errors name that file.
 
-    The first argument is the file: a path, or an object with a `root`. An error that names another file keeps it. A
-    `UsageError` is about the call, not about a file, and is left as it is.
+    The first argument is the file: a path, or an object with a `root`. An error that already names a file keeps it. A
+    `UsageError` is about the call, not about a file, and is left unchanged.
     """
     name = next(iter(signature(function).parameters))
 
@@ -294,9 +293,9 @@ def places_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def shown(value: object, most: int = 120) -> str:
-    """`repr` of a value from a file, for a message, in at most `most` characters.
+    """Return the `repr` of a value from a file, for a message, in at most `most` characters.
 
-    Python refuses to print an integer of more than 4300 digits, which YAML and numpy headers can hold in hexadecimal.
+    Python refuses to print integers of more than 4300 digits, which YAML and numpy headers can contain in hexadecimal.
     """
     return _cut(_SHOWN.repr(value), most)
 
@@ -315,12 +314,12 @@ _SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library's error says; its kind, where it says nothing."""
+    """Return the first line of another library's error message; the error's type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, among: Iterable[str], count: int = 3) -> str:
-    """Words that name the closest of `among`, for the cure of an error; empty when none is close."""
+    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if none is close."""
     import difflib
 
     close = difflib.get_close_matches(name, list(among), n=count, cutoff=0.6)

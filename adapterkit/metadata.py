@@ -1,6 +1,6 @@
-"""What travels with an adapter beside its tensors: trigger words, training settings, the fingerprint of its base.
+"""Text metadata of adapters: trigger words, training settings, and the fingerprint of the base.
 
-It lies in the leftovers of the source format, and after an operation in the lineage.
+It is stored in `Adapter.foreign`, and after an operation in the lineage.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from typing import Any
 from .adapter import Adapter, Step
 
 METADATA = "metadata"
-"""The argument of a lineage step that holds the strings of the files it was made from."""
+"""Argument of a lineage step that holds the strings from the source files."""
 
 FINGERPRINT = "base_fingerprint"
-"""The argument of a lineage step that holds the fingerprint of the base it was made at."""
+"""Argument of a lineage step that holds the fingerprint of the base used in it."""
 
 MODEL_TYPE = "model_type"
-"""The argument of a lineage step that holds the family of the base, in the words of transformers."""
+"""Argument of a lineage step that holds the base's `model_type`, as transformers names it."""
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
 REPORT = "adapterkit_merge.json"
-"""The record that a merge leaves in its output."""
+"""Name of the report that a merge writes into its output."""
 
 _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",
 })  # fmt: skip
-"""Keys that an operation makes untrue: ranks, scales, and hashes of the file's bytes."""
+"""Keys that an operation makes wrong: ranks, scales, and hashes of the file's bytes."""
 
 _STRUCTURAL = _OF_ONE_FILE | {"adapterkit", "format", "lora_adapter_metadata", "ss_network_module"}
 """Keys that describe the tensors of one file: its container, ranks, scales, and hashes of its bytes."""
 
 _TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigger_phrase", "activation text")
-"""Keys whose values are lists of words, separated by commas."""
+"""Keys whose values are comma-separated lists of words."""
 
 
 def metadata_of(adapter: Adapter) -> dict[str, str]:
-    """The strings that came with an adapter's files: trigger words, `ss_*`, `modelspec.*` and others.
+    """Return the strings from an adapter's files: trigger words, `ss_*`, `modelspec.*` and others.
 
-    Keys that describe the tensors of one file (its rank, hashes of its bytes) are left out: they would not be true of
-    another file.
+    Keys that describe the tensors of one file (its rank, hashes of its bytes) are left out, because they would be wrong
+    for another file.
     """
     found: dict[str, str] = {}
     for step in adapter.recipe:
@@ -53,7 +53,7 @@ def metadata_of(adapter: Adapter) -> dict[str, str]:
 
 
 def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """The adapter with strings of its file in the step of its reading, for formats whose leftovers have none."""
+    """Record the strings of a file in the `read` step, for formats that store none in `foreign`."""
     if not metadata:
         return adapter
     *before, read = adapter.recipe
@@ -61,11 +61,11 @@ def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
 
 
 def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tuple[str, str]]:
-    """The pairs of a file's header, with what came with the adapter's files behind them.
+    """Return the pairs for a file's header, followed by the strings from the adapter's files.
 
     Args:
-        pairs: what the format itself writes, or what was there when the file was read.
-        adapter: what is written. Where it was changed since it was read, ranks and hashes of the old file are left out.
+        pairs: what the format itself writes, or what the file contained when it was read.
+        adapter: the adapter. If it was changed after reading, ranks and hashes of the old file are left out.
     """
     changed = bool(adapter.recipe) and adapter.recipe[-1].op != "read"
     kept = {key: value for key, value in pairs if not (changed and key in _OF_ONE_FILE)}
@@ -73,14 +73,14 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
 
 
 def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
-    """The strings of several adapters as those of one.
+    """Merge the strings of several adapters.
 
-    A key on whose value they agree stays. Trigger words are joined. Any other key becomes one for each adapter that has
-    it, with the adapter's name in brackets: `ss_tag_frequency (style)`.
+    A key with one common value keeps it. Trigger words are joined. Any other key is split into one per adapter, with
+    the adapter's name in brackets: `ss_tag_frequency (style)`.
 
     Args:
         adapters: in order.
-        names: what to call them; the `ss_output_name` or `modelspec.title` of each, or its number, when not given.
+        names: their names; by default the `ss_output_name` or `modelspec.title` of each, or its number.
     """
     each = [metadata_of(adapter) for adapter in adapters]
     called = _names(each) if names is None else list(names)
@@ -98,15 +98,25 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
     return merged
 
 
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the trigger words among the strings of an adapter, each once.
+
+    Args:
+        metadata: the result of `metadata_of`.
+    """
+    words = (word.strip() for key in _TRIGGERS for word in metadata.get(key, "").split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
-    """The fingerprints of the bases that an adapter's lineage names, each once."""
+    """Return the fingerprints of bases in an adapter's lineage, each once."""
     return tuple(dict.fromkeys(_arguments(adapter.recipe, FINGERPRINT)))
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:
-    """The families of bases that an adapter's lineage and its source file name, each once.
+    """Return the model types of bases that an adapter's lineage and source file name, each once.
 
-    PEFT's configs name the module of the base's class for models without a task type; AdapterHub's name `model_type`.
+    For models without a task type, PEFT's configs name the module of the base's class. AdapterHub's name `model_type`.
     """
     found = [*_arguments(adapter.recipe, MODEL_TYPE)]
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
@@ -137,7 +147,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
 
 
 def _strings(found: Any) -> dict[str, str]:
-    """A mapping or a list of pairs, as formats keep them; what is no string is none of these."""
+    """Return the text entries of a mapping or a list of pairs, the two forms that formats keep; {} otherwise."""
     pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
     return {
         pair[0]: pair[1]

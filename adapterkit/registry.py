@@ -1,7 +1,7 @@
-"""The registry: an entry is a module, its file name is its name. Listing imports nothing; getting imports that one.
+"""The registry: an entry is a module and has its name. Listing imports nothing; getting imports that one module.
 
-Third parties add entries through entry points of the registry's group, called after the entry's module; they cannot
-shadow a built-in one.
+Third parties add entries by entry points of the registry's group, named after the entry's module. They cannot replace a
+built-in entry.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Registry(Mapping[str, T], Generic[T]):
     """Name -> entry. An entry is the one class in its module that derives from `root`.
 
     Args:
-        noun: what an entry is called in messages.
+        noun: the word for an entry in messages.
         package: the package whose modules are the built-in entries; names with a leading underscore are private.
-        group: the entry-point group of third parties.
+        group: the entry point group for third parties.
         root: the class that entries derive from.
     """
 
@@ -39,13 +39,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
-        """The entry.
+        """Return the entry.
 
         Raises:
             Unsupported: there is none of that name.
         """
         if not isinstance(name, str):
-            raise Unsupported(f"{shown(name)} is no name of a {self.noun}", cure=f"Known: {', '.join(self)}")
+            raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
@@ -82,7 +82,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
     def _foreign(self, name: str, entry: Any) -> T:
-        """A third party's entry, held to the same rule: what is stored in files is the module's name."""
+        """Check a third party's entry: its name must be that of its module, because files store the module's name."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
             raise TypeError(f"{self.group}: {name} must be a {self.root.__name__} in a module so called, not {entry}")
@@ -100,15 +100,15 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @lru_cache
 def _announcements(places: tuple[str, ...]) -> bytes | None:
-    """Entry points of all installed packages, unparsed; None where only the import system can tell.
+    """Return the entry points of all installed packages, unparsed; None if only the import system can tell.
 
-    To have them parsed, with all that is known of the packages, takes as long as a short command.
+    `importlib.metadata` parses all metadata of the packages, which takes as long as a short command.
     """
     if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
         return None
     try:
         return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
-    except OSError:  # not a folder, but an archive
+    except OSError:  # An archive instead of a folder.
         return None
 
 
@@ -122,5 +122,5 @@ def _entry_points_of(package: str) -> bytes:
     try:
         with open(f"{package}{os.sep}entry_points.txt", "rb", buffering=0) as file:
             return file.readall()
-    except (FileNotFoundError, NotADirectoryError):  # it announces none; of old an .egg-info may be a file
+    except (FileNotFoundError, NotADirectoryError):  # It has no entry points. An old .egg-info may also be a file.
         return b""

@@ -1,7 +1,8 @@
 """Shape strings: `"r in *k"` on a field is its validation, its documentation and its test example.
 
-A shape string is axes parted by spaces. An axis is a whole number, a name, a product or quotient of those (`out/b`,
-`r*n`), or, once, `*name` for any number of axes. Binding shapes to their strings solves for the names.
+A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or quotient of those
+(`out/b`, `r*n`), or, at most once, `*name` for any number of axes. Binding shapes to their strings solves for the
+names.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ class Axes:
         return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
-        """Position of a plain axis counted from the front, or from the back (negative) behind a star."""
+        """Return the position of a plain axis, counted from the front, or from the back (negative) after a star."""
         if axis not in self.axes:
             return None
         position = self.axes.index(axis)
         return position - len(self.axes) if self.star is not None and position > self.star else position
 
     def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
-        """Adds what `shape` says about the axes to `dims`.
+        """Add what `shape` tells about the axes to `dims`.
 
         Raises:
-            ShapeMismatch: the shape cannot be this string's, given what `dims` already holds.
+            ShapeMismatch: the shape does not match this string, given the sizes in `dims`.
         """
         star = self.star
         fixed = len(self.axes) - (star is not None)
@@ -70,7 +71,7 @@ class Axes:
                 raise _mismatch(self, shape, dims, what)
 
     def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
-        """The shape for given sizes of the names."""
+        """Return the shape for given sizes of the names."""
         shape: list[int] = []
         for axis in self.axes:
             if axis.startswith("*"):
@@ -93,14 +94,14 @@ def _parse(text: str) -> Axes:
 def tensor(
     shape: str, *, optional: bool = False, integer: bool = False, below: str = "", distinct: bool = False
 ) -> Any:
-    """A dataclass field that holds a tensor of the given shape string.
+    """Declare a dataclass field for a tensor with the given shape string.
 
     Args:
         shape: the shape string.
-        optional: the tensor may be absent (None).
-        integer: it holds indices instead of real numbers.
-        below: the axis that those are positions on, or a product; two axes for the two rows of a list of pairs.
-        distinct: no position comes twice.
+        optional: the tensor may be missing (None).
+        integer: the tensor holds indices instead of real numbers.
+        below: the axis, or product of axes, that those index; two axes for the two rows of a list of pairs.
+        distinct: no position may repeat.
     """
     indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
     metadata = {"axes": Axes.parse(shape), "optional": optional, **indices}

@@ -17,6 +17,7 @@ import adapterkit as ak
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "check.html").as_uri()
 VECTORS = ROOT / "spec" / "vectors"
+PICTURE = "{ onload: () => done('sent'), onerror: () => done('refused') }"
 TEXT = "document.querySelector('#results').innerText"
 
 
@@ -95,10 +96,7 @@ def test_nothing_leaves_the_machine(page):
         drop(page, VECTORS / "methods" / "ia3.adapter.safetensors")
         tries = [
             f"fetch('{address}').then(() => 'sent', () => 'refused')",
-            (
-                "new Promise((done) => Object.assign(new Image(), { onload: () => done('sent'),"
-                f" onerror: () => done('refused'), src: '{address}x.png' }}))"
-            ),
+            f"new Promise((done) => Object.assign(new Image(), {PICTURE}, {{ src: '{address}x.png' }}))",
             f"navigator.sendBeacon('{address}', 'x') && 'refused'",
         ]
         assert [page.evaluate(each) for each in tries] == ["refused"] * 3

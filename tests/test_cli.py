@@ -20,8 +20,8 @@ from adapterkit import __version__
 from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
-    "combine", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "inject", "inspect", "list",
-    "merge", "names", "pull", "push", "resize", "validate", "verify",
+    "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "help", "inject",
+    "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,7 +178,7 @@ def test_a_terminal_gets_a_drawn_table() -> None:
     import pty
 
     parent, child = pty.openpty()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "60"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120"}
     # Read while it writes: a terminal holds no more than a few kilobytes.
     with subprocess.Popen([sys.executable, "-m", "adapterkit", "list", "methods"], stdout=child, env=env) as running:
         os.close(child)

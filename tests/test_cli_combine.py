@@ -11,9 +11,12 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.adapter import Target
 from adapterkit.errors import Malformed, UsageError
+from adapterkit.methods.lora import LoRA
 from adapterkit.ops import COMBINERS
 from adapterkit.ops.recipes import read_recipe, recipe
+from adapterkit.tensors.lazy import from_numpy
 
 
 @pytest.fixture
@@ -105,6 +108,81 @@ def test_a_peers_recipe_by_its_own_names(adapters: list[Path], tmp_path: Path) -
     assert (delta(out) == expected.delta("layers.0.q").numpy()).all()
 
 
+FROM_THE_COMMAND_LINE = sorted(name for name in COMBINERS if COMBINERS[name].data is None)
+
+
+def in_format(name: str, folder: Path, seed: int) -> Path:
+    """An adapter of two targets that all these formats have names for."""
+    random = np.random.default_rng(seed)
+    model = "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj" if name == "kohya" else "layers.{}.q"
+    made = ak.Adapter({
+        Target(model.format(i)): (
+            LoRA(**{side: from_numpy(random.normal(size=shape).astype(np.float32))
+                    for side, shape in (("A", (2, 6)), ("B", (8, 2)))}),
+        ) for i in (0, 1)
+    })  # fmt: skip
+    out = folder / (f"{seed}" if name == "peft" else f"{seed}.safetensors")
+    ak.write(made, out, name)
+    return out
+
+
+@pytest.mark.parametrize("name", ["peft", "kohya", "adapterkit"])
+@pytest.mark.parametrize("method", FROM_THE_COMMAND_LINE)
+def test_every_method_writes_the_format_of_its_inputs(method: str, name: str, base: Path, tmp_path: Path) -> None:
+    """Without a rank, too: where the format has no dense update the result is cut, and the error is measured."""
+    cls = COMBINERS[method]
+    sources = [in_format(name, tmp_path, seed) for seed in range(1, (cls.takes[1] or 2) + 1)]
+    options = {"base": str(base)} if cls.based and name != "kohya" else {}
+    if cls.based and name == "kohya":
+        options = {"base": str(clip(tmp_path))}
+    out = tmp_path / ("out" if name == "peft" else "out.safetensors")
+    words = [*sources, "--method", method, *(["--base", options["base"]] if options else [])]
+    found = record("combine", *words, "-o", out)
+    assert found["to"] == name
+    made, exact = ak.read(out), ak.ops.combine(sources, method, **options)
+    lost, whole = 0.0, 0.0
+    for target in exact.updates:
+        D, E = (adapter.delta(target.path).numpy().astype(np.float64) for adapter in (made, exact))
+        lost, whole = lost + ((D - E) ** 2).sum(), whole + (E**2).sum()
+        if name == "adapterkit":
+            assert np.abs(D - E).max() <= 1e-6 * np.abs(E).max()
+    told = found["relative_error"] or 0.0
+    assert abs(np.sqrt(lost / whole) - told) < 1e-5
+    assert bool(found["cuts"]) == (name != "adapterkit" and cls().dense)
+
+
+def clip(folder: Path) -> Path:
+    """A base with the targets of the kohya adapter."""
+    place = folder / "clip"
+    place.mkdir()
+    names = [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    save_file({name: np.ones((8, 6), np.float32) for name in names}, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+def test_what_a_format_cannot_hold_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("text_encoder.text_model.encoder.layers.0.self_attn.q_proj")
+    sources = []
+    for seed in (1, 2):
+        (update,) = ak.read(in_format("kohya", tmp_path, seed)).updates[target]
+        biased = ak.Adapter({target: (update.replace(bias=from_numpy(np.ones(8, np.float32))),)})
+        ak.write(biased, tmp_path / f"biased{seed}.safetensors")
+        sources.append(tmp_path / f"biased{seed}.safetensors")
+    monkeypatch.setattr("adapterkit.ops.evaluating.Evaluation.updates", lambda *_: pytest.fail("it was computed"))
+    result = run("combine", *sources, "--method", "ties", "--to", "kohya", "-o", tmp_path / "out.safetensors")
+    assert result.exit_code == 3
+    assert len(result.stderr.strip().splitlines()) == 2  # What is wrong, and what to type.
+    assert "kohya cannot hold what ties makes" in result.stderr
+    assert "--to adapterkit" in result.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_cut_is_said_in_words(adapters: list[Path], tmp_path: Path) -> None:
+    shown = run("combine", *adapters, "--method", "ties", "-o", tmp_path / "out")
+    assert "cut to rank 2 at 2 targets: relative error of all together 0." in shown.stdout
+    assert "--rank R keeps more" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -160,6 +238,7 @@ def test_a_recipe_or_words_but_not_both(adapters: list[Path], tmp_path: Path) ->
         ("merge_method: [", Malformed, "not plain YAML"),
         ("merge_method: !!python/object:os.system x", Malformed, "not plain YAML"),
         ("- 1", Malformed, "a mapping"),
+        ("merge_method: ties\nmodels: [{model: a}]\nparameters: {report: x}", UsageError, "report is no parameter"),
         ("merge_method: model_stock\nmodels: [{model: a}]\nparameters: {filter_wise: true}", UsageError, "filter_wise"),
     ],
 )
@@ -228,3 +307,17 @@ def test_settings_without_a_method_are_no_merge(base: Path, adapters: list[Path]
     result = run("merge", base, *adapters, "--set", "density=0.5", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_of_other_methods_is_cut_to_a_rank(tmp_path: Path) -> None:
+    """A LoRA and a DoRA at their base: the best LoRA of that rank of the sum of both changes."""
+    data = Path(ak.__file__).parent / "demo" / "data"
+    words = ["combine", data / "rotated", data / "negative", "--method", "linear", "--base", data / "base"]
+    done = run(*words, "--rank", "8", "-o", tmp_path / "mixed")
+    assert done.exit_code == 0, done.output
+    one, other, mixed = (ak.read(place) for place in (data / "rotated", data / "negative", tmp_path / "mixed"))
+    name = "layers.0.mlp.up_proj"
+    D = sum(np.asarray(each.delta(name, base=data / "base"), "f8") for each in (one, other))
+    U, S, Vh = np.linalg.svd(D, full_matrices=False)
+    expected = (U[:, :8] * S[:8]) @ Vh[:8]
+    assert np.abs(np.asarray(mixed.delta(name)) - expected).max() < 1e-5 * np.abs(expected).max()

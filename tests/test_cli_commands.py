@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -79,10 +80,71 @@ def test_inspect_an_adapter(peft: Path) -> None:
 
 def test_inspect_an_adapter_for_people(peft: Path) -> None:
     lines = run("inspect", peft).stdout.splitlines()
-    assert "peft" in lines[0]
-    assert lines[1].split() == ["target", "method", "shapes", "rank", "scaling", "dtype", "parameters"]
-    assert lines[2].split() == ["layers.0.q", "lora", "A[2,4]", "B[8,2]", "2", "2", "F32", "24"]
-    assert lines[-1] == "2 targets (2 lora), 48 parameters, 192 B"
+    assert lines[0].endswith("adapter in format peft, for org/tiny")
+    told = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:5]}
+    size = "48 parameters, 192 B, F32"
+    assert told == {"method": "lora (2)", "rank": "2", "targets": "2 in 2 layers", "size": size}
+    assert lines[5].split() == ["target", "method", "shapes", "rank", "scaling", "dtype", "parameters"]
+    assert lines[6].split() == ["layers.0.q", "lora", "A[2,4]", "B[8,2]", "2", "2", "F32", "24"]
+
+
+def many(folder: Path) -> Path:
+    """30 layers of two targets; layer 7 has one of another rank, layer 29 changes three times as much."""
+    update = lambda n, r: LoRA(  # noqa: E731
+        A=from_numpy(np.ones((r, 4), np.float32)), B=from_numpy(np.full((8, r), n, np.float32))
+    )
+    updates = {
+        ak.Target(f"model.layers.{n}.attn.{name}"): (update(3 if n == 29 else 1, 3 if (n, name) == (7, "q") else 2),)
+        for n in range(30) for name in ("q", "v")
+    }  # fmt: skip
+    ak.write(ak.Adapter(updates), folder / "many.safetensors")
+    return folder / "many.safetensors"
+
+
+def test_inspect_tells_the_story_of_many_targets_on_one_screen(tmp_path: Path) -> None:
+    lines = run("inspect", many(tmp_path)).stdout.splitlines()
+    assert len(lines) <= 24
+    assert " ".join(lines[3].split()) == "targets 60 in 30 layers"
+    rows = {" ".join(line.split()[:3]) for line in lines}
+    assert {"q 29 0-6,", "q 1 7", "v 30 0-29"} <= rows
+    assert "--all" in lines[-1]
+
+
+def test_inspect_all_lists_targets_in_natural_order(tmp_path: Path) -> None:
+    lines = run("inspect", many(tmp_path), "--all").stdout.splitlines()
+    named = [line.split()[0] for line in lines if line.startswith("model.layers.")]
+    assert named == [f"model.layers.{n}.attn.{name}" for n in range(30) for name in ("q", "v")]
+
+
+def test_inspect_layers_shows_how_much_each_is_changed(tmp_path: Path) -> None:
+    found = record("inspect", many(tmp_path), "--layers")["layers"]
+    assert [each["layer"] for each in found] == [str(n) for n in range(30)]
+    plain = np.linalg.norm(np.full((8, 4), 2.0)) * np.sqrt(2)
+    assert found[0]["norm"] == pytest.approx(plain)
+    assert found[29]["norm"] == pytest.approx(3 * plain)
+    assert sum(each["share"] for each in found) == pytest.approx(1)
+    text = run("inspect", many(tmp_path), "--layers").stdout
+    assert len([line for line in text.splitlines() if line.rstrip().endswith(("q", "v"))]) == 30
+
+
+def test_inspect_shows_licence_and_trigger_words(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    keys = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{end}.weight": np.ones(shape, np.float32)
+            for end, shape in (("down", (2, 4)), ("up", (4, 2)))}  # fmt: skip
+    save_file(keys, tmp_path / "style.safetensors", {"modelspec.trigger_phrase": "zwx style, ink"})
+    found = record("inspect", tmp_path / "style.safetensors")
+    assert (found["licence"], found["triggers"]) == ("apache-2.0", ["zwx style", "ink"])
+    text = run("inspect", tmp_path / "style.safetensors").stdout
+    assert re.search(r"^  licence +apache-2.0$", text, re.MULTILINE)
+    assert re.search(r"^  trigger words +zwx style, ink$", text, re.MULTILINE)
+
+
+def test_inspect_groups_the_tensors_of_a_base(tmp_path: Path) -> None:
+    weights = {f"model.layers.{n}.q.weight": np.zeros((2, 2), np.float32) for n in range(30)}
+    save_file(weights | {"norm.weight": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    text = run("inspect", tmp_path / "model.safetensors").stdout
+    assert re.search(r"^weight +30 +0-29 +\[2,2\] +F32 +120$|^q.weight +30 +0-29", text, re.MULTILINE)
+    assert "model.layers.11.q.weight" in run("inspect", tmp_path / "model.safetensors", "--all").stdout
 
 
 def test_a_tensor_that_updates_share_counts_once(tmp_path: Path) -> None:
@@ -111,7 +173,7 @@ def test_inspect_a_base(base: Path) -> None:
         "F32": {"tensors": 2, "parameters": 64, "bytes": 256},
     }
     assert found["totals"] == {"tensors": 3, "parameters": 68, "bytes": 264, "dtypes": dtypes}
-    assert run("inspect", base).stdout.splitlines()[-1] == "3 tensors in 2 files, 68 parameters, 264 B"
+    assert run("inspect", base).stdout.splitlines()[1] == "  3 tensors in 2 files, 68 parameters, 264 B"
 
 
 def test_inspect_one_weight_file(base: Path) -> None:

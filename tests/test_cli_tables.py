@@ -1,4 +1,4 @@
-"""The generated tables of README.md."""
+"""The generated tables of docs/."""
 
 from __future__ import annotations
 
@@ -27,39 +27,43 @@ def tables() -> ModuleType:
     return module
 
 
-def test_the_readme_is_up_to_date(tables: ModuleType) -> None:
+def test_the_pages_are_up_to_date(tables: ModuleType) -> None:
     assert tables.main(["--check"]) == 0
 
 
 def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(BLOCKS + "tail\n", "utf-8")
-    assert tables.main(["--check", "--readme", str(readme)]) == 1
-    assert readme.read_text("utf-8") == BLOCKS + "tail\n"
-    assert tables.main(["--readme", str(readme)]) == 0
-    text = readme.read_text("utf-8")
-    assert text.startswith("# Title\n")
-    assert text.endswith("tail\n")
-    assert tables.main(["--check", "--readme", str(readme)]) == 0
-    rows = re.findall(r"^\| \[?`(?:adapterkit )?(\w+)", text, re.MULTILINE)
+    pages = [tmp_path / "one.md", tmp_path / "more" / "two.md"]
+    pages[1].parent.mkdir()
+    first, rest = BLOCKS.split("<!-- table:formats -->")
+    texts = [first, f"<!-- table:formats -->{rest}tail\n"]
+    for page, text in zip(pages, texts, strict=True):
+        page.write_text(text, "utf-8")
+    assert tables.main(["--check", "--docs", str(tmp_path)]) == 1
+    assert [page.read_text("utf-8") for page in pages] == texts
+    assert tables.main(["--docs", str(tmp_path)]) == 0
+    found = [page.read_text("utf-8") for page in pages]
+    assert found[0].startswith("# Title\n")
+    assert found[1].endswith("tail\n")
+    assert tables.main(["--check", "--docs", str(tmp_path)]) == 0
+    rows = re.findall(r"^\| \[?`(?:adapterkit )?(\w+)", "".join(found), re.MULTILINE)
     assert {*ak.METHODS, *ak.FORMATS, *ak.ops.COMBINERS, "merge", "doctor"} <= {*rows}
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("texts", "why"),
     [
-        (None, "is not there"),
-        ("nothing", "<!-- table:combine -->"),
-        (BLOCKS + "<!-- table:colours -->\n<!-- /table -->\n", "unknown table 'colours'"),
+        ([], "<!-- table:combine -->"),
+        (["nothing"], "<!-- table:combine -->"),
+        ([BLOCKS + "<!-- table:colours -->\n<!-- /table -->\n"], "unknown table 'colours'"),
+        ([BLOCKS, "<!-- table:quant -->\n<!-- /table -->\n"], "'quant' is in more than one page"),
     ],
 )
 def test_what_is_missing_is_said(
-    text: str | None, why: str, tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: list[str], why: str, tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    if text is not None:
-        readme.write_text(text, "utf-8")
-    assert tables.main(["--readme", str(readme)]) == 2
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.md").write_text(text, "utf-8")
+    assert tables.main(["--docs", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert why in err

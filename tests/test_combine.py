@@ -2,6 +2,7 @@
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,24 +14,28 @@ import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
-from adapterkit.ops import COMBINERS
+from adapterkit.ops import COMBINERS, selection
+from adapterkit.ops.ahead import MEMORY, ahead, one_blas_thread
+from adapterkit.ops.at import At
+from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
+from adapterkit.ops.methods._entrywise import Entrywise
+from adapterkit.ops.methods._method import DEPENDENCES
 from adapterkit.ops.methods.lego import clusters
 from adapterkit.tensors.lazy import from_numpy
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")
 
-BY_FACTORS = {"factors", "lego", "robust_merge"}
-"""Methods that see B and A themselves."""
-BY_PLACE = {"dare_linear", "dare_ties", "della", "lego"}
-"""Methods that draw at random, by the adapters' positions."""
-BY_SIZE = {"lego", "nearswap", "ram", "ramplus_tl"}
-"""Methods that compare with fixed sizes, or A with B."""
+BY_FACTORS, BY_PLACE, BY_SIZE, BY_SEED = (
+    {name for name in COMBINERS if what in COMBINERS[name].depends} for what in ("factors", "order", "size", "seed")
+)
+"""Methods whose result depends on more than the changes: they say so, and tests hold them to it both ways."""
 WITH_DATA = {name for name in COMBINERS if COMBINERS[name].data}
 BASED = {name for name in COMBINERS if COMBINERS[name].based}
 PLAIN = sorted(set(COMBINERS) - WITH_DATA - BASED)
 SEVERAL = [name for name in PLAIN if COMBINERS[name].takes[1] is None]
+assert set().union(*(COMBINERS[name].depends for name in COMBINERS)) <= set(DEPENDENCES)
 KEEPING = [
     "linear", "task_arithmetic", "multislerp", "karcher", "model_stock", "tsv", "cart", "wudi", "pico", "svc",
     "knots_task_arithmetic", "core_task_arithmetic", "core_tsv", "ctm_task_arithmetic", "pico_tsv",
@@ -100,12 +105,6 @@ few_seeds = settings(max_examples=5)
 @few_seeds
 @given(drawn=SEEDS)
 def test_a_product_counts_and_not_how_it_was_split(name, drawn):
-    def turned(adapter, seed):
-        R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
-        update = adapter.updates[Q][0]
-        A, B = np.linalg.solve(R, update.A.numpy()), update.B.numpy() @ R
-        return adapter.replace(updates={Q: (update.replace(A=from_numpy(A), B=from_numpy(B)),)})
-
     given_ = adapters(few(name), targets=[Q], seed=drawn)
     others = [turned(adapter, seed) for seed, adapter in enumerate(given_)]
     one, other = (ak.ops.combine(each, name, **basis(name)) for each in (given_, others))
@@ -132,12 +131,52 @@ def test_twice_the_changes_make_twice_the_result(name, drawn):
     close(exact(other), 4 * exact(one), 1e-6)
 
 
+def turned(adapter, seed):
+    """The same change by other factors."""
+    R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
+    update = adapter.updates[Q][0]
+    A, B = np.linalg.solve(R, update.A.numpy()), update.B.numpy() @ R
+    return adapter.replace(updates={Q: (update.replace(A=from_numpy(A), B=from_numpy(B)),)})
+
+
+OTHERWISE = {
+    "factors": lambda name, given_: exact(ak.ops.combine([turned(a, t) for t, a in enumerate(given_)], name)),
+    "order": lambda name, given_: exact(ak.ops.combine(given_[::-1], name)),
+    "size": lambda name, given_: 2.0**17 * exact(ak.ops.combine([ak.ops.scale(a, 2.0**-17) for a in given_], name)),
+    "seed": lambda name, given_: exact(ak.ops.combine(given_, name, seed=1)),
+}
+"""The same combination in another guise, by what a result may depend on."""
+
+
+@pytest.mark.parametrize("what", list(DEPENDENCES))
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_method_says_what_its_result_depends_on(name, what):
+    """Each dependence that is said shows, and none shows that is not said; what is fixed by a parameter is set."""
+    if what == "factors" and basis(name):
+        return
+    differs = False
+    for seed in range(4):
+        given_ = adapters(few(name), targets=[Q], seed=seed)
+        one, other = exact(ak.ops.combine(given_, name)), OTHERWISE[what](name, given_)
+        differs |= bool(np.abs(one - other).max() > 1e-6 * np.abs(one).max())
+    assert differs == (what in COMBINERS[name].depends)
+
+
 @pytest.mark.parametrize("name", KEEPING)
 @few_seeds
 @given(drawn=SEEDS)
 def test_an_adapter_alone_is_what_it_was(name, drawn):
     (one,) = adapters(1, seed=drawn)
     close(exact(ak.ops.combine([one], name)), exact(one), 1e-9)
+
+
+def test_dare_ties_can_trim_what_chance_left():
+    """As MergeLM does: drop, rescale, then TIES with its own trimming."""
+    given_ = adapters(targets=[Q])
+    masks = [At(Q, (OUT, IN), (0, 1, 2)).uniform(t, (OUT, IN)) < 0.6 for t in range(3)]
+    dropped = [exact(a) * mask / 0.6 for a, mask in zip(given_, masks, strict=True)]
+    kept = [trimmed([D], 0.2)[0] for D in dropped]
+    close(exact(ak.ops.combine(given_, "dare_ties", density=0.6, trim=0.2)), elected_mean(np.stack(kept)))
 
 
 @pytest.mark.parametrize("plug", ["knots", "core"])
@@ -305,6 +344,14 @@ def test_tsv_whitens_the_tasks_singular_vectors(kept):
     close(exact(ak.ops.combine(given_, "tsv", directions=kept)), expected)
 
 
+def test_tsv_keeps_a_tasks_share_of_the_weights_directions():
+    """int(min(m, n) / T) each: less than the rank, where T ranks are more than the weight has."""
+    given_ = adapters(4, rank=8)
+    parts = [leading(exact(adapter), OUT // 4) for adapter in given_]
+    U, V = (polar(np.hstack([part[i] for part in parts])) for i in (0, 2))
+    close(exact(ak.ops.combine(given_, "tsv")), U @ np.diag(np.concatenate([part[1] for part in parts])) @ V.T)
+
+
 def test_iso_c_makes_singular_values_equal():
     given_ = adapters()
     total = sum(exact(adapter) for adapter in given_)
@@ -374,6 +421,24 @@ def test_wudi_is_where_the_descent_from_the_sum_ends():
     close(exact(ak.ops.combine(given_, "wudi")), found, 1e-4)
 
 
+def test_wudi_by_adam_stops_where_the_authors_do():
+    """Their loss by torch's own gradients and optimizer, in float64."""
+    import torch
+
+    given_ = [ak.ops.scale(adapter, 1e-3) for adapter in adapters()]
+    tasks = torch.tensor(np.stack([exact(adapter) for adapter in given_]))
+    merged = torch.nn.Parameter(tasks.sum(0))
+    adam = torch.optim.Adam([merged], lr=1e-4)
+    sizes = tasks.reshape(3, -1).norm(dim=1) ** 2
+    for _ in range(40):
+        adam.zero_grad()
+        loss = (((merged - tasks) @ tasks.mT) ** 2).sum((1, 2)) / sizes
+        loss.sum().backward()
+        adam.step()
+    made = ak.ops.combine(given_, "wudi", solver="adam", steps=40, rate=1e-4)
+    close(exact(made), merged.detach().numpy(), 1e-7)
+
+
 def test_consensus_keeps_what_matters_to_two_tasks():
     given_, level = adapters(), 0.6
     tasks = np.stack([exact(adapter) for adapter in given_])
@@ -388,13 +453,118 @@ def test_robust_merge_sums_pruned_factors_scaled_by_what_was_lost(quantile, scal
     given_ = adapters()
     factors = [a.updates[Q][0] for a in given_]
     As, Bs = ([getattr(f, name).numpy() for f in factors] for name in "AB")
-    A, B = ([trimmed([X], 0.4)[0] for X in each] for each in (As, Bs))
+
+    def pruned(X):
+        """torch's kthvalue(int(n (1 - p))) is the least that is kept."""
+        least = np.sort(np.abs(X).ravel())[int(X.size * (1 - 0.37)) - 1]
+        return np.where(np.abs(X) >= least, X, 0)
+
+    A, B = ([pruned(X) for X in each] for each in (As, Bs))
     scales = np.stack([np.abs(one).sum(1) / np.abs(kept).sum(1) for one, kept in zip(As, A, strict=True)])
     for row in scales:
         row[:] = np.clip(row, sorted(row)[int(quantile * len(row))], None)
     scales = scales / scales.sum(0)
     expected = scale**2 * sum(b * s for b, s in zip(B, scales, strict=True)) @ sum(A)
-    close(exact(ak.ops.combine(given_, "robust_merge", density=0.4, quantile=quantile, scale=scale)), expected)
+    close(exact(ak.ops.combine(given_, "robust_merge", density=0.37, quantile=quantile, scale=scale)), expected)
+
+
+@pytest.mark.parametrize(("smoothing", "density"), [("average", 0.1), ("linear", 0.3), ("average", 0.001)])
+def test_dc_merge_evens_tasks_out_in_a_space_that_covers_them(smoothing, density):
+    """On whole matrices: singular values of the same sum, polar bases, the largest entries, elected by task."""
+    given_ = adapters()
+    us, vs, smooth = [], [], []
+    for D in map(exact, given_):
+        u, s, v = leading(D, RANK)
+        ratio = 1.0 if smoothing == "average" else min(5.0, s[0] / s[-1])
+        even = np.linspace(ratio, 1.0, RANK)
+        us.append(u)
+        vs.append(v)
+        smooth.append(u @ np.diag(s.sum() * even / even.sum()) @ v.T)
+    U, V = polar(np.hstack(us)), polar(np.hstack(vs))
+    kept = []
+    for D in smooth:
+        M = U.T @ D @ V
+        least = np.sort(np.abs(M).ravel())[-max(1, int(density * M.size))]
+        kept.append(np.where(np.abs(M) >= least, M, 0))
+    agree = [np.sign(M) == np.sign(sum(kept)) for M in kept]
+    merged = sum(M * a for M, a in zip(kept, agree, strict=True)) / np.maximum(sum(a.astype(int) for a in agree), 1)
+    merged[sum(kept) == 0] = 0
+    block = np.kron(np.eye(3), np.ones((RANK, RANK)))
+    made = ak.ops.combine(given_, "dc_merge", smoothing=smoothing, density=density)
+    close(exact(made), U @ (merged * block) @ V.T)
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+def test_pcb_weighs_entries_by_how_they_compete(scope, ratio):
+    """The formula on all entries of an adapter, or of a tensor, in one array."""
+    given_ = adapters(bias=True)
+    each = [[exact(a, t).ravel() for t in (Q, V)] + [a.updates[t][0].bias.numpy() for t in (Q, V)] for a in given_]
+    groups = [np.stack([np.concatenate(parts) for parts in each])] if scope == "model" else [
+        np.stack([parts[i] for parts in each]) for i in range(4)
+    ]  # fmt: skip
+    merged = []
+    for x in groups:
+        d, ordered = x.shape[1], np.sort(np.abs(x), 1)
+        low, high = ordered[:, [int(d * 1e-4)]], ordered[:, [int(d * (1 - 1e-4) - 1)]]
+        size = np.clip(np.abs(x), low, high)
+        own = (size - size.min(1, keepdims=True)) / (size.max(1, keepdims=True) - size.min(1, keepdims=True))
+        score = np.exp(len(x) * own**2) * np.tanh(x * x.sum(0))
+        ordered = np.sort(score, 1)
+        least = ordered[:, [int(d * (1 - ratio))]]
+        part = (np.clip(score, least, None) - least) / (ordered[:, [-1]] - least)
+        merged.append((part * np.sign(x) * size).sum(0) / np.maximum(part.sum(0), 1e-12))
+    made = ak.ops.combine(given_, "pcb", ratio=ratio, scope=scope)
+    found = [exact(made, Q).ravel(), exact(made, V).ravel(), *(made.updates[t][0].d.numpy() for t in (Q, V))]
+    close(np.concatenate(found), np.concatenate(merged))
+
+
+def test_emr_elects_one_change_and_gives_each_task_its_part():
+    given_ = adapters(bias=True)
+    tensors = [[exact(a, Q), exact(a, V), *(a.updates[t][0].bias.numpy() for t in (Q, V))] for a in given_]
+    unified = []
+    for tasks in map(np.stack, zip(*tensors, strict=True)):
+        sign = np.where(tasks.sum(0) > 0, 1, -1)
+        unified.append(sign * np.where(tasks * sign > 0, np.abs(tasks), 0).max(0))
+    made = ak.ops.combine(given_, "emr")
+    close(exact(made), unified[0])
+    for t in range(3):
+        masks = [u * D > 0 for u, D in zip(unified, tensors[t], strict=True)]
+        scale = sum(np.abs(D).mean() for D in tensors[t]) / sum(
+            np.abs(u * m).mean() for u, m in zip(unified, masks, strict=True)
+        )
+        own = ak.ops.combine(given_, "emr", task=t)
+        close(exact(own, V), scale * unified[1] * masks[1])
+        close(own.updates[Q][0].d.numpy(), scale * unified[2] * masks[2])
+
+
+def test_lines_scales_by_depth():
+    targets = [Target(f"layers.{i}.q") for i in range(4)] + [Target("head")]
+    given_ = adapters(2, targets=targets)
+    for alpha, beta in ((None, None), (0.3, 0.5)):
+        made = ak.ops.combine(given_, "lines", alpha=alpha, beta=beta)
+        first, gain = (0.5, 0.5) if alpha is None else (alpha, beta)
+        for depth, target in [*zip((0, 1 / 3, 2 / 3, 1), targets, strict=False), (0, targets[-1])]:
+            close(exact(made, target), (first + gain * depth) * sum(exact(a, target) for a in given_))
+    trimmed_ = ak.ops.combine(given_, "lines_ties", density=0.4)
+    close(exact(trimmed_, targets[3]), exact(ak.ops.combine(given_, "ties", density=0.4), targets[3]))
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.8])
+def test_boosting_raises_small_singular_values(beta):
+    given_ = adapters()
+    U, S, V = leading(sum(map(exact, given_)), 3 * RANK)
+    least = S[(S.cumsum() / S.sum() >= beta).nonzero()[0][0]]
+    close(exact(ak.ops.combine(given_, "boost", beta=beta)), U @ np.diag(np.maximum(S, least)) @ V.T)
+
+
+def test_lot_drifts_least_on_the_tasks_inputs():
+    """Against least squares of least norm; with fewer samples than inputs, the rest of the space gets nothing."""
+    given_ = adapters(2, targets=[Q])
+    X = [np.random.default_rng([8, t]).normal(size=(9, IN)) for t in range(2)]
+    made = ak.ops.combine(given_, "lot", data=lambda t, _: X[t])
+    Y = np.vstack([x @ exact(a).T for x, a in zip(X, given_, strict=True)])
+    close(exact(made), np.linalg.lstsq(np.vstack(X), Y, rcond=None)[0].T, 1e-6)
 
 
 def test_breadcrumbs_of_rows_drops_each_rows_tails():
@@ -440,10 +610,121 @@ def test_clusters_are_those_of_points_far_apart():
 )
 def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
     census = Census()
-    census.run(lambda: [census.feed(0, np.array(part), lambda _: kept) for part in (one, other)])
+    parts = [Blocks.of(np.array([part])) for part in (one, other)]
+    census.run(lambda _: [census.count([0], part, [lambda *_: kept]) for part in parts])
     sizes = np.sort(np.abs([*one, *other]))[::-1]
     expected = np.inf if kept == 0 else sizes[min(kept, len(sizes)) - 1]
     assert census.threshold(0) == expected
+
+
+@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled", "sparse"])
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
+def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
+    """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
+    monkeypatch.setattr(selection, "HELD", 40)
+    rng = np.random.default_rng(3)
+    values = np.abs(rng.normal(size=20000))
+    sparse = np.where(rng.random(20000) < 0.1, values, 0.0)
+    values = {
+        "sparse": sparse,
+        "equal": np.full(20000, 0.3),
+        "few": rng.integers(0, 3, 20000) * 0.1,
+        "wide": values**200,
+    }.get(series, values)
+    k = round(share * len(values))
+    search = selection.Selection(lambda *_: k)
+    search.sample(values[:500] if series != "misled" else np.full(500, 1e-300), len(values))
+    rounds = []
+    selection.settle([search], lambda: [rounds.append(1), *(search.feed(part) for part in np.split(values, 5))])
+    ordered = np.sort(values)[::-1]
+    expected = ordered[k - 1] if k else np.inf
+    found = search.found
+    assert (found.value, found.above, found.total) == (expected, (values > expected).sum(), len(values))
+    assert found.equal == (values == expected).sum()
+    assert len(rounds) <= 8
+
+
+def test_numbers_that_are_not_finite_are_refused_by_a_selection():
+    for bad, k in ((np.inf, 1), (np.nan, 2)):
+        search = selection.Selection(lambda *_, k=k: k)
+        with pytest.raises(Malformed, match="too large"):
+            selection.settle([search], lambda s=search, v=bad: s.feed(np.array([1.0, v])))
+
+
+ENTRYWISE = sorted(name for name in set(PLAIN) - {"lego"} if issubclass(COMBINERS[name], Entrywise))
+
+
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
+    """Formed a row at a time, by several threads, from thresholds of a small sample, it is what one block makes."""
+    targets = [Target(f"layers.{i}.q") for i in range(3)]
+    given_ = adapters(few(name), targets=targets, bias=True)
+    more = [{}, {"scope": "row"}] if name == "breadcrumbs" else [{}]
+    more += [{"rescale": "norm"}] if "rescale" in COMBINERS[name].parameters() else []
+    whole = [ak.ops.combine(given_, name, workers=1, **each) for each in more]
+    expected = [[(exact(made, t), made.updates[t][0].d.numpy()) for t in targets] for made in whole]
+    monkeypatch.setattr("adapterkit.ops.blocks.ENTRIES", 2 * IN * len(given_))
+    monkeypatch.setattr("adapterkit.ops.blocks.WHOLE", 40)
+    monkeypatch.setattr(selection, "HELD", 7)
+    for each, found in zip(more, expected, strict=True):
+        made = ak.ops.combine(given_, name, workers=3, **each)
+        for target, (D, d) in zip(targets, found, strict=True):
+            close(exact(made, target), D, 1e-12)
+            close(made.updates[target][0].d.numpy(), d, 1e-12)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("name", ["ties", "linear"])
+def test_a_large_result_is_cut_near_to_the_best_with_its_error_measured(name, streams, monkeypatch):
+    """Held or gone over some rows at a time: against the decomposition of the whole result by LAPACK."""
+    if streams:
+        monkeypatch.setattr("adapterkit.ops.evaluating.MEMORY", 1000)
+    rng = np.random.default_rng(1)
+    dense_one = Adapter({Q: (METHODS["dense"](D=from_numpy(rng.normal(size=(400, 450)).astype("f4"))),)})
+    given_ = adapters(2, targets=[Q], out=400, columns=(450,)) if name == "ties" else [
+        dense_one, *adapters(1, targets=[Q], out=400, columns=(450,))
+    ]  # fmt: skip
+    whole = change(ak.ops.combine(given_, name))
+    cuts = []
+    made = ak.ops.combine(given_, name, rank=6, report=cuts.append)
+    lost = np.linalg.norm(exact(made) - whole)
+    S = np.linalg.svd(whole, compute_uv=False)
+    assert abs(cuts[0].error - lost) <= 1e-4 * np.linalg.norm(whole)
+    assert abs(cuts[0].norm - np.linalg.norm(whole)) <= 1e-4 * np.linalg.norm(whole)
+    assert lost <= 1.02 * np.sqrt((S[6:] ** 2).sum())
+
+
+def test_workers_share_a_budget_and_one_needs_as_much_as_it_needs():
+    held, most = [], []
+
+    def work(cost):
+        held.append(cost)
+        most.append(sum(held))
+        held.remove(cost)
+        return cost
+
+    costs = [MEMORY // 2, MEMORY // 2, MEMORY // 3, 2 * MEMORY, 5, MEMORY]
+    with ahead(work, costs, 4, lambda cost: cost) as results:
+        assert list(results) == costs
+    assert max(most) <= 2 * MEMORY
+    assert all(total <= MEMORY or total == 2 * MEMORY for total in most)
+
+
+def test_blas_has_its_threads_back_after_several_threads_limited_it():
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    def limited(_):
+        with one_blas_thread():
+            np.ones((50, 50)) @ np.ones((50, 50))
+            return set(threads())
+
+    before = threads()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found <= {1} for found in pool.map(limited, range(40)))
+    assert threads() == before
 
 
 # Other shapes, other methods of adaptation, absent targets.
@@ -483,7 +764,7 @@ def test_methods_without_thin_factors_are_combined_too(name):
     assert np.isfinite(change(made)).all()
     if name == "tsv":
         parts = [np.linalg.svd(exact(adapter), full_matrices=False) for adapter in given_]
-        kept = [RANK, OUT]
+        kept = [RANK, OUT // 2]
         U = polar(np.hstack([part[0][:, :k] for part, k in zip(parts, kept, strict=True)]))
         Vh = polar(np.vstack([part[2][:k] for part, k in zip(parts, kept, strict=True)]))
         S = np.concatenate([part[1][:k] for part, k in zip(parts, kept, strict=True)])
@@ -612,6 +893,23 @@ def test_regression_has_the_least_error_on_the_tasks_inputs(name):
     assert after == ([[[Q]]] * 2 if name == "regmean_plus" else [[]] * 2)
 
 
+@pytest.mark.parametrize("dtype", [None, "F64"])
+def test_results_that_vanish_are_said_with_numbers(dtype):
+    """Model Stock of opposite changes, and products that float32 cannot hold."""
+    one = adapters(1, targets=[Q])[0]
+    made = ak.ops.combine([one, ak.ops.scale(one, -1.0)], "model_stock")
+    (line,) = made.recipe[-1].args["warnings"]
+    assert "the result is zero" in line
+    assert not exact(made).any()
+    small = [Adapter({Q: (METHODS["lora"](**{n: from_numpy((1e-25 * getattr(a.updates[Q][0], n).numpy()).astype("f4"))
+             for n in "AB"}),)}) for a in adapters(2, targets=[Q])]  # fmt: skip
+    made = ak.ops.combine(small, "ties", dtype=dtype)
+    said = made.recipe[-1].args.get("warnings", [])
+    assert len(said) == (dtype is None)
+    assert bool(exact(made).any()) == (dtype == "F64")
+    assert all("are zero in F32" in line and "e-" in line for line in said)
+
+
 # What is refused.
 
 
@@ -668,6 +966,26 @@ def test_numbers_that_are_none_are_refused_when_they_are_read():
     bad = bad.replace(updates={Q: (bad.updates[Q][0].replace(A=from_numpy(A)),)})
     for name in ("tsv", "ties", "model_stock"):
         refused(Malformed, "NaN or an infinity", [good, bad], name)
+
+
+FRAGILE = ["ctm", "wudi", "tsv", "iso_c", "core_ties", "knots_ties", "ties", "boost", "dc_merge"]
+
+
+@pytest.mark.parametrize("name", FRAGILE)
+@pytest.mark.parametrize("size", [1e75, 1e150])
+def test_numbers_too_large_are_a_typed_error_or_a_result(name, size):
+    """Whatever LAPACK makes of them, the error is ours and names the target."""
+    given_ = [ak.ops.scale(adapter, size) for adapter in adapters(2, targets=[Q])]
+    given_ = [a.replace(updates={Q: (a.updates[Q][0].replace(B=from_numpy(size * a.updates[Q][0].B.numpy())),)})
+              for a in given_]  # fmt: skip
+    found = {}
+    with suppress(Malformed):
+        try:
+            found["made"] = exact(ak.ops.combine(given_, name))
+        except Malformed as error:
+            found["where"] = error.where
+            raise
+    assert np.isfinite(found["made"]).all() if "made" in found else "layers.0.q" in found["where"]
 
 
 def test_third_parties_follow_the_same_rules():

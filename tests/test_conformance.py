@@ -1,10 +1,12 @@
 """The readers of the specification against its vectors, and the vectors against the specification's text."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,13 @@ import adapterkit as ak
 from adapterkit.adapter import canonical
 from adapterkit.cli import adapterkit
 from adapterkit.conformance import conformance
-from adapterkit.errors import UsageError
+from adapterkit.errors import Corrupt, UsageError
 from adapterkit.tensors import safetensors
 
 SPEC = Path(__file__).parents[1] / "spec"
 VECTORS = SPEC / "vectors"
 INDEX = json.loads((VECTORS / "index.json").read_text("utf-8"))
 NODE = str(Path(ROOT_DIR, "bin", "node"))
-JAVASCRIPT = [NODE, str(SPEC / "readers" / "javascript" / "cli.mjs")]
 FORMULAS = {
     "boft", "bottleneck", "dense", "dora", "fourierft", "ia3", "loha", "lokr", "lora", "nola", "oft", "replacement",
     "rows", "vera",
@@ -71,8 +72,47 @@ def test_names_in_rules_mean_one_thing():
         assert not {attributes.get(name) for name in re.findall(r"[a-z_]\w*", rules)} & {"float"}, entry["name"]
 
 
-def test_the_reader_in_javascript_conforms():
-    outcomes = conformance(JAVASCRIPT)
+RELEASE = Path(__file__).parents[1] / "tools" / "release"
+ARCHIVE = "adapterkit-conformance-1.1.zip"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("release")
+    subprocess.run([sys.executable, RELEASE, folder], check=True, stdout=subprocess.DEVNULL)
+    return folder / ARCHIVE
+
+
+def test_the_archive_has_the_same_bytes_again(archive, tmp_path):
+    subprocess.run([sys.executable, RELEASE, tmp_path], check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / ARCHIVE).read_bytes() == archive.read_bytes()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert archive.with_name(f"{ARCHIVE}.sha256").read_text() == f"{digest}  {ARCHIVE}\n"
+
+
+def test_a_changed_archive_is_refused(archive, tmp_path):
+    """By its digest; by the sums inside where that is gone; by the index where a runner is given it."""
+    with zipfile.ZipFile(archive) as held, zipfile.ZipFile(tmp_path / ARCHIVE, "w") as changed:
+        for entry in held.infolist():
+            other = b"x" if entry.filename.endswith("vectors/invalid/nan_f64.safetensors") else b""
+            changed.writestr(entry, held.read(entry) + other)
+    for beside in (True, False):
+        if beside:
+            (tmp_path / f"{ARCHIVE}.sha256").write_bytes(archive.with_name(f"{ARCHIVE}.sha256").read_bytes())
+        else:
+            (tmp_path / f"{ARCHIVE}.sha256").unlink()
+        done = subprocess.run([sys.executable, RELEASE, "--check", tmp_path / ARCHIVE], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert ("is not the file of" if beside else "nan_f64.safetensors is not as SHA256SUMS says") in done.stderr
+    with pytest.raises(Corrupt, match="nan_f64"):
+        conformance(["true"], tmp_path / ARCHIVE)
+
+
+def test_the_reader_in_javascript_conforms(archive, tmp_path):
+    """From the archive, with the vectors of the archive."""
+    with zipfile.ZipFile(archive) as held:
+        held.extractall(tmp_path)
+    outcomes = conformance([NODE, str(tmp_path / "spec" / "readers" / "javascript" / "cli.mjs")], archive)
     assert [(each.case, each.why) for each in outcomes if each.passed is False] == []
     computed = {
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
@@ -119,6 +159,7 @@ def test_a_line_of_json_may_hold_a_line_separator(tmp_path):
     script.write_text(f"import sys\nfor path in sys.argv[2:]:\n    sys.stdout.buffer.write({line.encode()!r})\n")
     index = {"cases": [case for case in INDEX["cases"] if case["case"].startswith("invalid/index_")]}
     (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "invalid").symlink_to(VECTORS / "invalid")
     outcomes = conformance([sys.executable, str(script)], tmp_path)
     placeless = {case["case"] for case in index["cases"] if case["expected"] | {"stage": ""} == MALFORMED}
     assert {each.case for each in outcomes if each.passed} == placeless != set()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.updates import Additive, Update, tensor
 
@@ -294,3 +294,19 @@ def test_what_has_no_numbers_to_start_from():
     model[0].weight = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(Unsupported, match=r"0: a weight of torch.int8. Load the base unquantized"):
         ak.torch.create(model, "lora", rank=2)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_a_start_takes_from_the_base_is_written_as_lora_and_the_refusal_says_so(init, tmp_path):
+    model = nn.Sequential(nn.Linear(16, 8))
+    made = ak.torch.create(model, "lora", targets="0", rank=2, alpha=4, init=init)
+    with pytest.raises(
+        Unrepresentable, match=r"residual .*Write them in a wider method.*on_loss='promote'/--on-loss promote"
+    ):
+        ak.write(made, tmp_path / "out", format="peft")
+    ak.write(made, tmp_path / "out", format="peft", on_loss="promote")
+    given, written = (each.load().delta("0") for each in (made, ak.read(tmp_path / "out")))
+    torch.testing.assert_close(torch.as_tensor(written), torch.as_tensor(given))
+    doubled = ak.torch.create(model, "dora", targets="0", rank=2, alpha=4, init=init)
+    with pytest.raises(Unrepresentable, match=r"residual .*\. Drop them"):  # No LoRA is what a DoRA is.
+        ak.write(doubled, tmp_path / "dora", format="peft")

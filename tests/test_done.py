@@ -34,6 +34,7 @@ COMMANDS = {
     "convert to a file": "convert {adapter} {out} --to adapterkit",
     "convert with a file beside": "convert {adapter} {out} --to minlora",
     "combine": "combine {adapter} {other} -o {out} --method linear",
+    "report": "report {adapter} {other} -o {out}.html",
     "resize": "resize {adapter} --rank 1 -o {out}",
     "extract": "extract {tuned} --base {base} --rank 1 -o {out}",
     "merge": "merge {base} {adapter} -o {out}",
@@ -110,6 +111,7 @@ def test_other_inputs_are_not_taken_for_the_same(words: list[str], tmp_path: Pat
     changed.write_bytes(kept)
     assert run(*words).stdout.startswith("already done: ")
     more = {"convert": ["--on-loss", "fold"], "merge": ["--weight", "2"], "inject": ["--mode", "slots"]}
+    more["report"] = ["--rename", "layers.0.q=layers.0.k"]
     assert run(*words, *more.get(words[0], ["--dtype", "F16"])).exit_code == 6
 
 
@@ -157,7 +159,10 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
         assert tree(tmp_path / "made") == whole
 
 
-READING = {"conformance", "demo", "diff", "doctor", "inspect", "list", "names", "validate", "verify"}
+READING = {
+    "completion", "conformance", "demo", "diff", "doctor", "help", "inspect", "list", "names", "scan", "validate",
+    "verify",
+}  # fmt: skip
 """Commands that write nothing."""
 
 ELSEWHERE = {"export": "test_onnx_export.py"}

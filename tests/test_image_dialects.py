@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers.loaders import lora_pipeline
+from diffusers.loaders import lora_pipeline, single_file_utils
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
@@ -274,7 +274,7 @@ def whole(family, naming):
     """One block's modules of a family: name -> (outputs, inputs), such that the file says what the family is."""
     from adapterkit.naming.architectures import fill
 
-    sizes, architecture = {}, family.architecture
+    sizes, architecture, told = {}, family.architecture, {}
     for weight in architecture.record.weights:
         place, native = (architecture.place(weight, each) for each in (naming, family.wanted("comfyui")))
         words = place.name.split(".") if place else []
@@ -284,7 +284,10 @@ def whole(family, naming):
         name = fill(place.name, {"{n}": str(last), "{m}": "0", "{k}": "0", "{e}": "0", "{j}": "0"})
         if "norm" in words[-1] and "linear" not in name:
             continue
-        ratio = family.ratio(name)
+        at = None if native is None else native.ratio
+        if at is not None and (native.name, at) != told.setdefault(native.name, (native.name, at)):
+            continue
+        ratio = at or family.ratio(name)
         sizes[name] = (round(24 * ratio) if ratio else 24 * (place.of or 1), 24)
     return sizes
 
@@ -323,32 +326,78 @@ QKV, PARTS = (
     [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"],
 )
 METHODS_CUT = {
-    "lora": {"A": (2, 8), "B": (24, 2)},
-    "loha": {"w1_a": (24, 2), "w1_b": (2, 8), "w2_a": (24, 2), "w2_b": (2, 8)},
-    "lokr": {"w1": (6, 2), "w2": (4, 4)},
-    "dense": {"D": (24, 8), "d": (24,)},
-    "dora": {"A": (2, 8), "B": (24, 2), "magnitude": (24,)},
+    "lora": ("lora", {"A": (2, 8), "B": (24, 2)}),
+    "loha": ("loha", {"w1_a": (24, 2), "w1_b": (2, 8), "w2_a": (24, 2), "w2_b": (2, 8)}),
+    "lokr": ("lokr", {"w1": (6, 2), "w2": (4, 4)}),
+    "dense": ("dense", {"D": (24, 8), "d": (24,)}),
+    "dora": ("dora", {"A": (2, 8), "B": (24, 2), "magnitude": (24,)}),
+    "glora": ("glora_products", {"A1": (8, 2), "A2": (2, 8), "B1": (24, 2), "B2": (2, 8)}),
+    "ia3 of outputs": ("ia3_weights", {"w": (24,)}),
+    "ia3 of inputs": ("ia3_weights", {"w_in": (8,)}),
+    "oft": ("oft", {"square": (6, 4, 4), "rescale": (24,)}),
+    "norms": ("weight_norm", {"out": (24,)}),
 }
+WHOLE = {
+    "boft": ("boft_outputs", {"square": (2, 6, 4, 4)}),
+    "oft with blocks over the edge": ("oft", {"square": (4, 6, 6)}),
+    "norms over outputs": ("weight_norm", {"into": (8,)}),
+}
+"""Methods that mix rows of different parts."""
 
 
-@pytest.mark.parametrize("method", METHODS_CUT)
-def test_a_method_on_a_fused_weight_is_cut_into_the_rows_of_its_parts(method):
+def of_shapes(method, shapes):
     rng = np.random.default_rng(0)
-    leaves = {name: from_numpy(rng.normal(size=shape).astype("f4")) for name, shape in METHODS_CUT[method].items()}
-    update, W = METHODS[method](**leaves), torch.from_numpy(rng.normal(size=(24, 8))).float()
-    moved, lost = in_diffusers({ak.Target(QKV): (update,)}, (), Origin(families=("flux",)))
+    leaves = {name: from_numpy(0.3 * rng.normal(size=shape).astype("f4")) for name, shape in shapes.items()}
+    return METHODS[method](**leaves, **({"side": "out"} if method == "oft" else {}))
+
+
+def new_weight(target, updates, W):
+    (update,) = next(iter(Adapter({target: updates}).load().updates.values()))
+    return update.new_weight(W) if update.changes_weight else W
+
+
+@pytest.mark.parametrize("case", METHODS_CUT)
+def test_a_method_on_a_fused_weight_is_cut_into_its_parts_and_put_together_again(case):
+    update, target = of_shapes(*METHODS_CUT[case]), ak.Target(QKV)
+    moved, lost = in_diffusers({target: (update,)}, (), Origin(families=("flux",)))
     assert not lost
     assert [str(target) for target in moved] == PARTS
-    load = Adapter({ak.Target(QKV): (update,)}).load
-    whole = next(iter(load().updates.values()))[0].new_weight(W) if method == "dora" else None
-    for n, (target, (part,)) in enumerate(moved.items()):
-        rows = slice(8 * n, 8 * n + 8)
-        loaded = next(iter(Adapter({target: (part,)}).load().updates.values()))[0]
-        if method == "dora":
-            assert torch.allclose(loaded.new_weight(W[rows]), whole[rows], atol=1e-6)
-        else:
-            full = next(iter(load().updates.values()))[0].delta((24, 8))
-            assert torch.allclose(loaded.delta((8, 8)), full[rows], atol=1e-6)
+    W = torch.from_numpy(np.random.default_rng(1).normal(size=(24, 8)).astype("f4"))
+    whole = new_weight(target, (update,), W)
+    parts = [new_weight(t, found, W[8 * n : 8 * n + 8]) for n, (t, found) in enumerate(moved.items())]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
+    back, lost = in_naming(moved, "native", (), Origin(families=("flux",)))
+    assert not lost
+    if case == "oft":  # kohya keeps the blocks of each part apart.
+        again = torch.cat([new_weight(t, found, W[slice(*t.rows)]) for t, found in back.items()])
+    else:
+        assert list(back) == [target]
+        again = new_weight(target, back[target], W)
+    assert torch.allclose(again, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_method_that_mixes_rows_of_several_parts_is_refused_by_name(case):
+    update = of_shapes(*WHOLE[case])
+    moved, lost = in_diffusers({ak.Target(QKV): (update,)}, (), Origin(families=("flux",)))
+    assert lost == [(ak.Target(QKV), f"{update.method} on a fused weight, which cannot be parted")]
+    assert list(moved) == [ak.Target(QKV)]
+
+
+@pytest.mark.parametrize("case", ["loha", "glora", "ia3 of inputs"])
+def test_parts_that_do_not_share_what_they_must_are_refused(case):
+    method, shapes = METHODS_CUT[case]
+    third = {name: (8, *shape[1:]) if shape[0] == 24 else shape for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    updates = {
+        ak.Target(path): (
+            METHODS[method](**{n: from_numpy(rng.normal(size=s).astype("f4")) for n, s in third.items()}),
+        )
+        for path in PARTS
+    }
+    _, lost = in_naming(updates, "native", (), Origin(families=("flux",)))
+    assert {str(target) for target, _ in lost} == set(PARTS)
+    assert all(method in why for _, why in lost)
 
 
 def test_parts_are_put_together_at_the_smallest_rank_that_is_exact():
@@ -408,7 +457,8 @@ def test_a_lora_without_config_of_an_unknown_model_is_asked_for_its_alpha(tmp_pa
     save_file(held, tmp_path / "a.safetensors")
     code, why = shown(tmp_path / "a.safetensors")
     assert code == 2
-    assert "--alpha" in why
+    assert "--alpha 2 (alpha=2)" in why
+    assert shown(tmp_path / "a.safetensors", "--alpha", "2")[1]["updates"][0]["attributes"]["scaling"] == 1
 
 
 def test_inspect_says_the_family_the_metadata_and_missing_alphas(tmp_path):
@@ -458,7 +508,8 @@ def test_the_loader_of_diffusers_computes_what_the_file_says(name, tmp_path):
     linear = {
         path: tuple(module.weight.shape)
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and family.moves(path, "diffusers", "native")
+        if isinstance(module, torch.nn.Linear)
+        and family.moves(path, "diffusers", "native", module.out_features / module.in_features)
     }
     word = {"modelspec.architecture": family.facts.words[0]}
     save_file(pairs(linear, dotted("transformer.")), tmp_path / "a.safetensors", word)
@@ -553,3 +604,59 @@ def test_a_family_that_is_not_known_or_lacks_a_module_is_refused(tmp_path):
     with pytest.raises(UsageError, match="wan has no such module") as raised:
         ak.read(tmp_path / "a.safetensors", family="wan")
     assert "attn.to_q" in str(raised.value)
+
+
+def test_split_lohas_become_one_lora_of_the_fused_weight_where_that_is_allowed(tmp_path):
+    rng, held = np.random.default_rng(0), {}
+    for x in "qkv":
+        stem = f"lycoris_transformer_blocks_0_attn_to_{x}"
+        for name, shape in {"w1_a": (8, 2), "w1_b": (2, 8), "w2_a": (8, 2), "w2_b": (2, 8)}.items():
+            held[f"{stem}.hada_{name}"] = rng.normal(size=shape).astype("f4")
+        held[f"{stem}.alpha"] = np.array(2.0, "f4")
+    save_file(held, tmp_path / "a.safetensors")
+    adapter = ak.read(tmp_path / "a.safetensors", family="flux")
+    with pytest.raises(Unrepresentable, match="loha on parts of a fused weight"):
+        ak.write(adapter, tmp_path / "b.safetensors", "comfyui")
+    ak.write(adapter, tmp_path / "b.safetensors", "comfyui", on_loss="promote")
+    got = ak.read(tmp_path / "b.safetensors", family="flux").delta("transformer.double_blocks.0.img_attn.qkv").numpy()
+    stems = [f"lycoris_transformer_blocks_0_attn_to_{x}" for x in "qkv"]
+    one, two = (
+        [held[f"{stem}.hada_w{n}_a"].astype("f8") @ held[f"{stem}.hada_w{n}_b"] for stem in stems] for n in (1, 2)
+    )
+    wanted = np.concatenate([a * b for a, b in zip(one, two, strict=True)])
+    assert np.abs(got - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+# Modules that are another weight in the last block.
+
+LAST = {
+    "sd3": (
+        "joint_blocks.{}.context_block.adaLN_modulation.1", {0: 6, 23: 2},
+        {0: "norm1_context.linear", 23: "norm1_context.linear"},
+    ),
+    "mochi": ("blocks.{}.mod_y", {0: 2, 47: 0.5}, {0: "norm1_context.linear", 47: "norm1_context.linear_1"}),
+}  # fmt: skip
+"""Family -> the authors' name, outputs by inputs of the first and the last block, and diffusers' names."""
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_block_s_modulation_is_told_by_its_shape(name, tmp_path):
+    """SD 3's has its halves in another order in diffusers, Mochi's another name; those of other blocks are the same."""
+    native, ratios, theirs = LAST[name]
+    held = pairs({native.format(number): (int(16 * ratio), 16) for number, ratio in ratios.items()}, COMFY)
+    save_file(held, tmp_path / "a.safetensors", {"modelspec.architecture": FAMILIES[name].facts.words[0]})
+    adapter = ak.read(tmp_path / "a.safetensors")
+    assert ak.write(adapter, tmp_path / "b.safetensors", "diffusers") == []
+    got, wanted = changes(load_file(tmp_path / "b.safetensors")), {}
+    for number, module in theirs.items():
+        delta = adapter.delta(f"transformer.{native.format(number)}")
+        if name == "sd3" and number == 23:
+            delta = single_file_utils.swap_scale_shift(delta, dim=None)
+        wanted[f"transformer.transformer_blocks.{number}.{module}"] = delta.numpy()
+    assert got.keys() == wanted.keys()
+    assert all(np.abs(got[key] - wanted[key]).max() < 1e-6 for key in wanted)
+    back = ak.read(tmp_path / "b.safetensors", family=name)
+    assert ak.write(back, tmp_path / "c.safetensors", "comfyui") == []
+    again = ak.read(tmp_path / "c.safetensors", family=name)
+    assert {str(target) for target in again.updates} == {str(target) for target in adapter.updates}
+    assert all(np.allclose(again.delta(str(t)), adapter.delta(str(t)), atol=1e-6) for t in adapter.updates)

@@ -29,8 +29,15 @@ def lora(out, into, rank=2, seed=0):
 
 
 @pytest.fixture
+def fused(monkeypatch):
+    """The fused functions run for inputs of any size."""
+    monkeypatch.setattr(lean, "SMALL", 0)
+
+
+@pytest.fixture
 def calls(monkeypatch):
-    """Which fused functions ran: names, in order."""
+    """Which fused functions ran, for inputs of any size: names, in order."""
+    monkeypatch.setattr(lean, "SMALL", 0)
     seen = []
     for name in ("_LowRankLinear", "_LowRankSum", "_ScaledLinear"):
         kind = getattr(lean, name)
@@ -73,7 +80,7 @@ def test_every_thin_method_has_the_gradients_of_its_formula(weight, calls, close
             continue
         seen.append(method)
         y, got = model(x), gradients(model, handle, x, out)
-        station.ranks = dict.fromkeys(station.ranks, 0)  # The method's own forward, by autograd.
+        station.ranks, station.plain = dict.fromkeys(station.ranks, 0), False  # The method's own forward, by autograd.
         close(y, model(x), tolerance=1e-12)
         for one, other in zip(got, gradients(model, handle, x, out), strict=True):
             assert (one is None) == (other is None), method
@@ -262,6 +269,7 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x), self.gate(x), self.up(x)
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_input_is_kept_for_all_that_read_it(dtype, method):
@@ -274,6 +282,7 @@ def test_one_input_is_kept_for_all_that_read_it(dtype, method):
     assert rows == [64 * 32 * dtype.itemsize], "the norm's output, once; nothing of rank 4 or of the outputs' size"
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_forward_keeps_less_than_pefts(dtype, method):

@@ -94,8 +94,8 @@ def test_every_method_of_weights(method, dtype):
     handle = ak.torch.inject(model, Adapter({Target("0"): (update,)}))
     ways = routes(model, x, handle)
 
-    # In 16 bits batched and single products round apart by a unit of the largest term, not of their sum.
-    loose = {"rtol": 1e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    # In 16 bits batched and single products round apart by two units of the largest term, not of their sum.
+    loose = {"rtol": 1.6e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
 
     def work(number):
         run, wanted = ways[number % len(ways)]

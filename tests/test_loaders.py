@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import record, run, save_peft
 from safetensors.numpy import load_file, save_file
-from test_image_dialects import CASES, COMFY, FAMILIES, dotted, pairs, whole
+from test_image_dialects import CASES, COMFY, FAMILIES, dotted, flat, pairs, whole
 
 import adapterkit as ak
 from adapterkit.errors import Malformed
@@ -128,6 +128,26 @@ def test_the_command_lists_tools_and_answers_for_a_file(tmp_path):
     assert {each["tool"] for each in shown if each["loads"] == "yes"} == {"comfyui", "diffusers"}
     assert "loaded as it is by: ComfyUI" in run("inspect", tmp_path / "wan.safetensors").stdout
     assert run("list", "formats", "x").exit_code == 2
+    assert run("list", "loaders", "--family", "wan").exit_code == 2
+
+
+def test_a_file_of_several_families_is_answered_for_the_one_that_is_named(tmp_path):
+    held = pairs({"double_blocks.0.img_attn.qkv": (24, 8), "final_layer.linear": (8, 8)}, flat)
+    save_file(held, tmp_path / "a.safetensors")
+    assert "--family" in run("list", "loaders", tmp_path / "a.safetensors").stderr
+    found = record("list", "loaders", tmp_path / "a.safetensors", "--family", "hunyuan_video")["loaders"]
+    loads = {each["tool"]: each["loads"] for each in found}
+    assert (loads["musubi_tuner"], loads["sd_scripts"]) == ("yes", "no")
+    words = [
+        "combine",
+        tmp_path / "a.safetensors",
+        tmp_path / "a.safetensors",
+        "--method",
+        "linear",
+        "--family",
+        "flux",
+    ]
+    assert run(*words, "-o", tmp_path / "b.safetensors", "--to", "comfyui").exit_code == 0
 
 
 def test_an_adapter_of_a_language_model_has_other_tools(tmp_path):

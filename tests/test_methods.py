@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from method_vectors import CASES, OF_WEIGHTS, opened
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 import adapterkit as ak
@@ -20,7 +20,7 @@ from adapterkit.binding import view
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from adapterkit.methods import METHODS
 from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.lazy import Lazy, as_torch, from_numpy
+from adapterkit.tensors.lazy import Lazy, as_lazy, as_torch, from_numpy
 from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
@@ -361,3 +361,45 @@ LINES = 110
 def test_a_method_is_a_small_file(name):
     count = len(Path(inspect.getfile(METHODS[name])).read_text("utf-8").splitlines())
     assert count <= LINES, f"{name}: {count} lines; what other methods say too belongs in one place"
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "u8", "i4"])
+@pytest.mark.parametrize("name", ["nola", "waveft", "vblora", "shira"])
+def test_whole_numbers_of_any_type_mean_the_same(name, kind, tmp_path):
+    """Positions and seeds may be of any whole type; sums of uint8 wrapped around, and torch cannot add uint16."""
+    vectors = Path(__file__).parents[1] / "spec" / "vectors" / "methods"
+    adapter = ak.read(vectors / f"{name}.adapter.safetensors")
+    expected = load_file(vectors / f"{name}.expected.safetensors")
+
+    def other(leaf):
+        numbers = as_lazy(leaf).numpy()
+        limits = np.iinfo(kind)
+        fits = not leaf.dtype.floating and limits.min <= numbers.min(initial=0) and numbers.max(initial=0) <= limits.max
+        return from_numpy(numbers.astype(kind)) if fits else leaf
+
+    changed = adapter.map(other)
+    ak.merge(vectors / f"{name}.expected.safetensors", changed, tmp_path / "out.safetensors", dtype="F64")
+    merged = load_file(tmp_path / "out.safetensors")
+    for target in changed.updates:
+        wanted = expected[f"{target.path}.merged.weight"]
+        np.testing.assert_allclose(merged[f"{target.path}.weight"], wanted, rtol=0, atol=1e-12, err_msg=str(target))
+    weight = torch.tensor(expected["linear.weight"])
+    module = torch.nn.Module()
+    module.linear = torch.nn.Linear(*weight.shape[::-1], bias="linear.bias" in expected).double()
+    with torch.no_grad():
+        module.linear.weight.copy_(weight)
+        if "linear.bias" in expected:
+            module.linear.bias.copy_(torch.tensor(expected["linear.bias"]))
+    here = {target: each for target, each in changed.updates.items() if target.path == "linear"}
+    ak.torch.inject(module, changed.replace(updates=here))
+    y = module.linear(torch.tensor(expected["linear.x"])).detach().numpy()
+    np.testing.assert_allclose(y, expected["linear.y"], rtol=0, atol=1e-9)
+
+
+def test_numbers_whose_squares_overflow_are_refused(tmp_path):
+    """The norm of a DoRA's row was infinite, and the merged row was zero."""
+    fields = {"A": np.array([[1e200, 1.0]]), "B": np.array([[1.0], [1.0]]), "magnitude": np.ones(2)}
+    adapter = Adapter({Target("q"): (METHODS["dora"](**{n: from_numpy(array) for n, array in fields.items()}),)})
+    save_file({"q.weight": np.eye(2)}, tmp_path / "base.safetensors")
+    with pytest.raises(Unsupported, match=r"q: dora\.A: a number above 3e\+150"):
+        ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")

@@ -17,6 +17,7 @@ from adapterkit.formats.adapterkit import FILE, KEY, canonical
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy, from_numpy
 
+SPEC = Path(__file__).parents[1] / "spec"
 LoRA, IA3 = METHODS["lora"], METHODS["ia3"]
 
 
@@ -290,3 +291,13 @@ def test_updates_that_disagree_at_one_target_are_refused():
         Adapter({Target("q"): (lora(), dense)}).validate()
     with pytest.raises(ak.AdapterkitError, match="out=3 here, out=2"):
         Adapter({Target("q", rows=(4, 6)): (lora(),)}).validate()
+
+
+def test_a_shape_without_elements_that_no_array_has():
+    """numpy and torch raise errors of their own at [0, 2**62, 2**62]; a file may hold it, and its values are finite."""
+    adapter = ak.read(SPEC / "vectors" / "valid" / "no_elements.safetensors")
+    adapter.check_values()
+    (leaf,) = (leaf for _, update in adapter for name, leaf in update.tensors.items() if name == "A")
+    for held in (leaf.numpy, leaf.torch):
+        with pytest.raises(Unsupported, match="arrays cannot have the shape"):
+            held()

@@ -17,7 +17,15 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import (
+    AdapterkitError,
+    Malformed,
+    NotMergeable,
+    ShapeMismatch,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+)
 from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1142,6 +1150,24 @@ def _():
     handle = inject(one())
     handle.remove()
     handle.merge_()
+
+
+@odd("a weight that ZeRO has partitioned", raises=Unsupported, match=r"0\.weight: .*partitioned.*before deepspeed")
+def _():
+    model = one()
+    # As deepspeed.zero.Init leaves it; `tools/foreign/check_deepspeed.py` runs DeepSpeed itself.
+    model[0].weight.ds_status = type("ZeroParamStatus", (), {"name": "NOT_AVAILABLE"})()
+    model[0].weight.data = torch.empty(0, dtype=torch.float64)
+    inject(model)
+
+
+@odd("a LoReFT whose rows depend on each other", raises=Malformed, match="depend on each other")
+def _():
+    row = draw(1, 16)
+    update = METHODS["reft"](source=draw(2, 16), projection=torch.cat((row, 2 * row)), orthogonality=True)
+    model = nn.Sequential(nn.Linear(16, 16)).double()
+    ak.torch.inject(model, Adapter({Target("0"): (update,)}))
+    model(X[None])
 
 
 def test_there_are_sixty():

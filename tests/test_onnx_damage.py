@@ -68,7 +68,7 @@ def nameless(proto):
 
 def in_circles(proto):
     proto.graph.node[0].input[0] = "h"
-    return "made of itself"
+    return "depends on itself"
 
 
 def from_nowhere(proto):

@@ -83,7 +83,7 @@ def test_sizes_that_make_no_sense(apart):
     proto = onnx.load(apart, load_external_data=False)
     next(entry for entry in proto.graph.initializer[0].external_data if entry.key == "length").value = "4"
     apart.write_bytes(proto.SerializeToString())
-    refused(Malformed, "makes no sense", apart, lora(), apart.parent / "out.onnx")
+    refused(Malformed, "is invalid", apart, lora(), apart.parent / "out.onnx")
 
 
 def test_targets_and_shapes(plain, tmp_path):

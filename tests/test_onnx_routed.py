@@ -271,5 +271,5 @@ def test_xlora_behind_a_past(case, experts, tmp_path, close):
 
 def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
     trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
-    with pytest.raises(Unsupported, match="whose law asks the model's call for input_ids"):
+    with pytest.raises(Unsupported, match="whose formula asks the model's call for input_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")

@@ -312,7 +312,7 @@ def test_what_is_refused(graph, made, tmp_path):
     out = tmp_path / "out.onnx"
     bare = tmp_path / "model.onnx"
     bare.write_bytes(graph(llama).read_bytes())
-    with pytest.raises(UsageError, match=r"base's config\.json tells; none is beside the graph"):
+    with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
         ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
@@ -326,7 +326,7 @@ def test_what_is_refused(graph, made, tmp_path):
         with pytest.raises(error, match=match) as raised:
             ak.onnx.inject(bare, adapter, out)
         assert raised.value.where in ("model.layers.0", "network")
-    with pytest.raises(Unsupported, match="whose law asks the model's call for shadow"):
+    with pytest.raises(Unsupported, match="whose formula asks the model's call for shadow"):
         ak.onnx.inject(graph(llama), adapter, out, mode="slots")
     masked = ir.load(graph(llama, "input_ids", "attention_mask"))
     masked.graph.inputs[1].name = "seen"

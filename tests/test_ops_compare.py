@@ -77,6 +77,39 @@ def test_the_same_function_in_another_guise_is_equal(seed):
     assert found.relative_error == pytest.approx(1e-5, rel=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [(1.0, 1.0), (1e-30, 1e-30), (1e20, 1e-3), (1e-9, 1e9), (1.0, 1e-20)])
+@pytest.mark.parametrize("narrow", [np.float32, np.float16])
+def test_elements_of_narrow_factors_are_those_of_float64(sizes, narrow):
+    """Signs and shares of products that are formed in float32, for factors far from 1 and from each other."""
+    if narrow == np.float16 and max(sizes) / min(sizes) > 1:
+        sizes = (1.0, 2.0)
+    if narrow == np.float16 and sizes[0] < 1e-3:
+        sizes = (1e-3, 1e-3)
+    one, other = (
+        METHODS["lora"](
+            A=from_numpy((size * np.random.default_rng([t, 1]).normal(size=(4, 300))).astype(narrow)),
+            B=from_numpy(np.random.default_rng([t, 2]).normal(size=(200, 4)).astype(narrow)),
+        )
+        for t, size in enumerate(sizes)
+    )
+    X, Y = dense(one), dense(other)
+    (got,) = ops.compare(Adapter({TARGET: (one,)}), Adapter({TARGET: (other,)})).targets
+    assert abs(got.sign_conflict - (X * Y < 0).sum() / (X * Y != 0).sum()) <= 1e-5
+    expected = 1 - np.abs(X + Y).sum() / (np.abs(X).sum() + np.abs(Y).sum())
+    assert abs(got.interference - expected) <= 1e-6
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-6, 1e-9])
+def test_a_small_difference_of_large_factors_is_measured(apart):
+    """Against dense float64: the decomposition must not lose what two nearly equal adapters differ in."""
+    one = lora(0, 8, 300, (400,))
+    moved = one.replace(B=from_numpy(one.B.numpy() + apart * np.random.default_rng(5).normal(size=(300, 8))))
+    (got,) = ops.compare(Adapter({TARGET: (one,)}), Adapter({TARGET: (moved,)}), signs=False).targets
+    X, Y = dense(one), dense(moved)
+    expected = np.linalg.norm(X - Y) / max(np.linalg.norm(X), np.linalg.norm(Y))
+    assert abs(got.relative_error - expected) <= 1e-6 * expected + 1e-15
+
+
 def test_equal_bits_are_found_across_files(tmp_path):
     dense_bias = METHODS["dense"](d=from_numpy(np.ones(3)))
     adapter = Adapter({TARGET: (lora(0, dtype=np.float32),), Target("b"): (dense_bias,)})
@@ -166,3 +199,18 @@ def test_a_change_of_nothing():
     found = ops.compare(Adapter({TARGET: (still,)}), Adapter({TARGET: (still.replace(scaling=2.0),)}))
     assert (found.equal, found.relative_error, found.cosine) == (True, 0.0, None)
     assert found.targets[0].effective_rank_a == 0.0
+
+
+@pytest.mark.parametrize("kind", ["well", "dependent", "zero", "tiny", "graded"])
+def test_the_qr_of_tall_factors_is_numpys_to_rounding(kind: str) -> None:
+    from adapterkit.ops.thin import orthonormal
+
+    rng = np.random.default_rng(0)
+    tall = rng.standard_normal((200, 6))
+    tall = {
+        "well": tall, "dependent": np.hstack([tall[:, :5], tall[:, :1]]), "zero": 0 * tall, "tiny": 1e-200 * tall,
+        "graded": tall * 10.0 ** -np.arange(0, 24, 4),
+    }[kind]  # fmt: skip
+    Q, R = orthonormal(tall)
+    assert np.abs(Q.T @ Q - np.eye(6)).max() < 1e-13
+    assert np.abs(Q @ R - tall).max() <= 1e-14 * np.abs(tall).max()

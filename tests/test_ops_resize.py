@@ -252,3 +252,30 @@ def test_the_exact_decomposition_multiplies_to_the_matrix(shape):
     assert (np.diff(S) <= 1e-12).all()
     np.testing.assert_allclose((U * S) @ Vh, D, atol=1e-11)
     np.testing.assert_allclose(S, np.linalg.svd(D, compute_uv=False), atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [1.5, 4.0, 50.0])
+def test_kohyas_criteria_keep_what_kohya_keeps(wanted):
+    """By the formulas of its resize_lora.py, on the singular values of the whole matrix."""
+    update = random_lora(3, 40, (50,), 8)
+    adapter = Adapter({TARGET: (update,)})
+    S = np.linalg.svd(dense(update), compute_uv=False)
+    share = 1 - 1 / wanted
+    expected = {
+        "sv_ratio": int((S[0] / wanted < S).sum()),
+        "sv_cumulative": int(np.searchsorted(np.cumsum(S) / S.sum(), share)) + 1,
+        "sv_fro": int(np.searchsorted(np.cumsum(S**2) / (S**2).sum(), share**2)) + 1,
+    }
+    for name, count in expected.items():
+        value = wanted if name == "sv_ratio" else share
+        made = ops.resize(adapter, **{name: value})
+        assert made.updates[TARGET][0].A.shape[0] == min(count, 8)
+        assert ops.resize(adapter, 2, **{name: value}).updates[TARGET][0].A.shape[0] == min(count, 2)
+
+
+def test_kohyas_criteria_are_of_each_target_and_in_range():
+    adapter = Adapter({TARGET: (random_lora(3),)})
+    for options in ({"sv_ratio": 0.5}, {"sv_fro": 0.0}, {"sv_cumulative": 2.0}, {"sv_fro": 0.5, "sv_ratio": 2.0},
+                    {"sv_fro": 0.5, "scope": "all"}, {"sv_fro": 0.5, "energy": 0.5}):  # fmt: skip
+        with pytest.raises(UsageError):
+            ops.resize(adapter, **options)

@@ -27,6 +27,8 @@ ADDRESSES = (
 COMMANDS = {
     "combine": ["{} {} --method linear -o out", "lora lora --method linear -o {}"],
     "convert": ["{} out --to peft", "lora {} --to peft", "lora out --to gguf --base {}"],
+    "completion": ["{}"],
+    "help": ["{}"],
     "conformance": ["--suite {} -- true"],
     "demo": ["{}", "-o {}"],
     "diff": ["{} lora", "lora {}"],
@@ -40,7 +42,9 @@ COMMANDS = {
     "names": ["{}", "base {}"],
     "pull": ["{} out", "lora {}"],
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
+    "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
+    "scan": ["{}", "lora --base {}", "lora --sarif {}"],
     "validate": ["{}", "lora --base {}"],
     "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
 }

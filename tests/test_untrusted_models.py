@@ -68,7 +68,7 @@ def test_a_kernel_that_a_config_names_is_not_loaded(
     else:
         change(folder, "config.4.0.0.json", **{field: value})
         change(folder, configuration_files=["config.4.0.0.json"])
-    with pytest.raises(Unsupported, match="is a kernel to be fetched and run") as raised:
+    with pytest.raises(Unsupported, match="is a kernel that would be downloaded and run") as raised:
         export_pretrained(folder, tmp_path / "out", check=False)
     assert asked == []
     assert raised.value.path == str(folder / "config.json")

@@ -159,7 +159,7 @@ def test_an_indexs_metadata_is_an_object(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_no_entry_of_a_registry():
-    with pytest.raises(Unsupported, match="is no name of a format"):
+    with pytest.raises(Unsupported, match="is not the name of a format"):
         FORMATS[["x"]]
 
 

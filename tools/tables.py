@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Writes the tables of README.md from the spec, the formats and the commands; `--check` only compares.
+"""Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant or commands.
+combine, quant or commands; each in exactly one page.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -27,6 +27,8 @@ from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
+from adapterkit.ops.methods import COMBINERS  # noqa: E402
+from adapterkit.ops.methods._method import DEPENDENCES  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
 from adapterkit.updates import Additive  # noqa: E402
 
@@ -36,32 +38,34 @@ BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="another file to work on")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="another folder to work on")
     chosen = parser.parse_args(words)
     try:
-        return _work(chosen.readme, chosen.check)
+        return _work(chosen.docs, chosen.check)
     except LookupError as error:
         print(f"tables: {error.args[0]}", file=sys.stderr)
         return 2
 
 
-def _work(readme: Path, check: bool) -> int:
-    if not readme.is_file():
-        raise LookupError(f"{readme} is not there: it must hold the marked blocks that this tool fills")
-    old = readme.read_text("utf-8")
-    marked = {name for _, name, _ in BLOCK.findall(old)}
-    if missing := set(TABLES) - marked:
-        raise LookupError(f"{readme} lacks the block <!-- table:{min(missing)} --> ... <!-- /table -->")
-    if unknown := marked - set(TABLES):
-        raise LookupError(f"unknown table {min(unknown)!r} in {readme}; known: {', '.join(TABLES)}")
-    new = BLOCK.sub(_fill, old)
-    if check and new != old:
-        print(f"tables: {readme} is not up to date; run tools/tables.py", file=sys.stderr)
-        return 1
-    if new != old:
-        readme.write_text(new, "utf-8")
-    return 0
+def _work(docs: Path, check: bool) -> int:
+    pages = {page: page.read_text("utf-8") for page in sorted(docs.rglob("*.md"))}
+    marked = [(name, page) for page, text in pages.items() for _, name, _ in BLOCK.findall(text)]
+    places = dict(marked)
+    if missing := set(TABLES) - set(places):
+        raise LookupError(f"{docs} lacks the block <!-- table:{min(missing)} --> ... <!-- /table -->")
+    if unknown := set(places) - set(TABLES):
+        name = min(unknown)
+        raise LookupError(f"unknown table {name!r} in {places[name]}; known: {', '.join(TABLES)}")
+    if twice := {name for name, page in marked if places[name] != page}:
+        raise LookupError(f"the table {min(twice)!r} is in more than one page")
+    stale = {page: new for page, old in pages.items() if (new := BLOCK.sub(_fill, old)) != old}
+    for page, text in stale.items():
+        if check:
+            print(f"tables: {page} is not up to date; run tools/tables.py", file=sys.stderr)
+        else:
+            page.write_text(text, "utf-8")
+    return 1 if check and stale else 0
 
 
 def _fill(block: re.Match[str]) -> str:
@@ -75,7 +79,7 @@ def methods() -> str:
 
 
 def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
-    law = f"[`{name}`](spec/methods/{name}.toml)"
+    law = f"[`{name}`](reference/methods/{name}.md)"
     return [law, f"[{entry['title']}]({entry['paper']})", entry["kind"]]
 
 
@@ -88,7 +92,12 @@ def _format_row(name: str) -> list[str]:
     entry = _spec("formats", name)
     held = FORMATS[name].methods
     expressed = "all" if held == frozenset(METHODS) else " ".join(f"`{method}`" for method in sorted(held))
-    return [f"`{name}`", f"[{entry['title']}]({entry['url']})", entry["container"], expressed]
+    return [
+        f"[`{name}`](reference/formats/{name}.md)",
+        f"[{entry['title']}]({entry['url']})",
+        entry["container"],
+        expressed,
+    ]
 
 
 def matrix() -> str:
@@ -145,16 +154,23 @@ def _names(family: Family, format_name: str) -> str:
 
 
 def combine() -> str:
-    """One row a way to combine: what it is and its parameters, as `adapterkit list combine` has them."""
+    """One row a method: what it is, its parameters, and what its result is and depends on beside the changes.
+
+    Each dependence, and its absence, is tested by `test_a_method_says_what_its_result_depends_on`.
+    """
     rows = [_combiner_row(entry) for entry in combiners()]
-    return _markdown(("Method", "What it is", "Parameters"), rows)
+    return _markdown(("Method", "What it is", "Parameters", "Result", "Depends also on"), rows)
 
 
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
     needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
     names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
-    return [f"`{entry['name']}`", title, " ".join(f"`{name}`" for name in names)]
+    method = COMBINERS[entry["name"]]
+    depends = ", ".join(what for what in DEPENDENCES if what in method.depends)
+    result = "dense" if method().dense else "low rank"
+    name = f"[`{entry['name']}`](reference/combiners/{entry['name']}.md)"
+    return [name, title, " ".join(f"`{each}`" for each in names), result, depends]
 
 
 def quant() -> str:

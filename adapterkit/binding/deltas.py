@@ -10,7 +10,7 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
-from ..tensors.lazy import as_torch
+from ..tensors.lazy import as_torch, for_formulas
 from ..updates import Additive, Update
 from .fitting import viewed
 
@@ -64,7 +64,7 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
 
     device, dtype = W.device, W.dtype
     for update in updates:
-        loaded = update.map(lambda leaf: as_torch(leaf, device, dtype))
+        loaded = update.map(lambda leaf: for_formulas(leaf, device, dtype))
         if not loaded.changes_weight:
             continue
         if stacked:

@@ -29,7 +29,7 @@ Exit codes: 0 fine, 1 a check failed, 2 wrong usage or invalid input, 3 unsuppor
     invoke_without_command=True,
     context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
 )
-@click.version_option(__version__, prog_name="adapterkit", message="%(prog)s %(version)s")
+@click.version_option(__version__, "-V", "--version", prog_name="adapterkit", message="%(prog)s %(version)s")
 @click.pass_context
 def adapterkit(ctx: click.Context) -> None:
     """Read, check, convert and merge adapters of any format.

@@ -66,17 +66,12 @@ def setting(text: str) -> tuple[str, Any]:
     import yaml
 
     from ..errors import UsageError
+    from ..ops.recipes import ARGUMENTS
 
     name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier() or name in _OWN:
+    if not sign or not name.isidentifier() or name in ARGUMENTS:
         raise UsageError(f"{text!r} is not NAME=VALUE of a method's parameter", where="--set", cure="density=0.5")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError:
         raise UsageError(f"{value!r} is no value", where="--set", cure="A number, a word, or YAML") from None
-
-
-_OWN = frozenset(
-    {"adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename"}
-)
-"""Names that have an option of their own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,15 @@ from typing import Any
 import click
 
 from ..errors import UsageError, nearest
+from ._examples import epilog, next_step
 from ._failures import answer, carried
-from ._options import Settings
+from ._options import RUNNING, Settings
+from ._render import printable
+
+
+def completing() -> bool:
+    """Whether a shell asks for completions; see `_completion`."""
+    return "_ADAPTERKIT_COMPLETE" in os.environ
 
 
 class Commands(click.Group):
@@ -37,6 +45,11 @@ class Commands(click.Group):
         if name not in self.list_commands(ctx):
             return None
         command: click.Command = import_module(f"{self.package}.{name}").command
+        command.epilog = epilog(name)
+        if completing():
+            from ._completion import with_completions
+
+            return with_completions(command)
         return command
 
     def resolve_command(
@@ -69,7 +82,19 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         with carried():
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+        self._say_next(ctx)
+        return done
+
+    def _say_next(self, ctx: click.Context) -> None:
+        """A hint of the next command, to people at a terminal."""
+        settings, name = ctx.obj, ctx.invoked_subcommand
+        if settings.json or settings.quiet or name is None or not (sys.stderr.isatty() and sys.stdout.isatty()):
+            return
+        running = ctx.meta.get(RUNNING)
+        hint = None if running is None else next_step(name, running.params)
+        if hint is not None:
+            click.echo(f"next: {printable(hint)}", err=True)
 
     def main(  # type: ignore[override]
         self,

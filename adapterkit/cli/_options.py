@@ -34,7 +34,7 @@ class Settings:
         """Read straight from the words of the command line: they must hold for errors in reading those words, too."""
         given = set(words[: words.index("--")] if "--" in words else words)
         debug = os.environ.get("ADAPTERKIT_DEBUG", "") not in ("", "0")
-        return cls("--json" in given, "--quiet" in given, debug or "--debug" in given)
+        return cls("--json" in given, bool({"-q", "--quiet"} & given), debug or "--debug" in given)
 
 
 def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -73,6 +73,15 @@ def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -
     return rule_texts(value) if value else ()
 
 
+RUNNING = "adapterkit.running"
+"""Key in the context's `meta`: the context of the command itself, which its group does not see."""
+
+
+def _remember(ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
+    ctx.meta[RUNNING] = ctx
+    return value
+
+
 def flags(command: F) -> F:
     """The options of every command; `Settings` holds what they say."""
     for name, text in (
@@ -80,7 +89,9 @@ def flags(command: F) -> F:
         ("--quiet", "Show no progress."),
         ("--json", "Print one JSON document, for errors too."),
     ):
-        command = click.option(name, is_flag=True, expose_value=False, help=text)(command)
+        names = ("-q", name) if name == "--quiet" else (name,)
+        option = click.option(*names, is_flag=True, expose_value=False, help=text, callback=_remember)
+        command = option(command)
     return command
 
 
@@ -100,8 +111,8 @@ def stated() -> dict[str, Any]:
 
 
 def stating(command: F) -> F:
-    """Add the options `--alpha` and `--strict`, for commands whose own `--rank` means something else."""
-    for option in (_strict, _alpha):
+    """Add the options `--alpha`, `--strict` and `--family`, for commands whose own `--rank` means something else."""
+    for option in (_family, _strict, _alpha):
         command = option(command)
     return command
 

@@ -137,9 +137,35 @@ def _print_rich(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    console = Console(file=sys.stdout)
+    texts = [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
+    widths = [max(map(len, column)) for column in texts]
+    # Words may be folded, names and numbers may not: their columns must fit as they are.
+    least = [max(len(word) for text in column for word in text.split(" ") or [""]) for column in texts]
+    room = console.width - 3 * len(least)
+    if sum(least) > room:
+        _print_records(console, texts)
+        return
+    while sum(widths) > room:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
     drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
-        drawn.add_column(Text(name), justify="right" if table.numeric(i) else "left", overflow="fold")
-    for row in table.rows:
-        drawn.add_row(*(Text(cell(value)) for value in row))
-    Console(file=sys.stdout).print(drawn)
+        justify: Any = "right" if table.numeric(i) else "left"
+        drawn.add_column(Text(name), justify=justify, overflow="fold", width=widths[i])
+    for row in zip(*(column[1:] for column in texts), strict=True):
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+
+
+def _print_records(console: Any, texts: Sequence[Sequence[str]]) -> None:
+    """A table that is wider than the terminal, a row under the other: nothing in it is broken."""
+    from rich.text import Text
+
+    names = [column[0] for column in texts[1:]]
+    width = max(map(len, names), default=0)
+    for first, *rest in zip(*(column[1:] for column in texts), strict=True):
+        console.print(Text(first, style="bold"), soft_wrap=True)
+        for name, text in zip(names, rest, strict=True):
+            if text:
+                console.print(Text(f"  {name.ljust(width)}  {text}"), soft_wrap=True)

@@ -6,14 +6,17 @@ a YAML file that says the same, close to mergekit's: merge_method, models with t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from . import _options, _writing
 from ._combining import combination, method_and_settings
-from ._render import Table, View, show
+from ._progress import progress
+from ._render import Table, View, counted, show
 
 
 @click.command(help=__doc__)
@@ -21,7 +24,11 @@ from ._render import Table, View, show
 @method_and_settings(default="linear")
 @_options.weights
 @click.option("--recipe", metavar="FILE", help="Read adapters, method, weights and parameters from a YAML file.")
-@click.option("--rank", type=int, metavar="R", help="Cut the result to a rank, target by target.")
+@click.option(
+    "--rank", type=int, metavar="R",
+    help="Cut the result to a rank, target by target. If absent, a result that has no low-rank factors is cut to the "
+              "largest rank of the inputs, where the format has no dense update.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=None, metavar="N", help="Of what a method draws at random; 0 if absent.")
 @click.option("--disjoint", is_flag=True, help="Adapters that share no target are meant to.")
 @_writing.dtype
@@ -41,6 +48,7 @@ def command(
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.combine`."""
     from .. import detect, ops
+    from ..errors import Unrepresentable
 
     given = {
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
@@ -55,10 +63,44 @@ def command(
     if destination.is_done(settings):
         return
     read = _options.in_reading(sources, None, options.get("base"))
-    made = ops.combine(read, **options)
+    cuts: list[ops.Cut] = []
+
+    def refuse_early(outline: Any) -> None:
+        what = f"{target_format} cannot hold what {options.get('method', 'linear')} makes"
+        _check_writable(outline, target_format, options.get("base"), on_loss, what)
+
+    with progress(settings, "combine") as meter:
+        working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
+        try:
+            made = ops.combine(read, **options, **working)
+        except Unrepresentable:
+            if options.get("rank") is not None:
+                raise
+            made = ops.combine(read, **options | {"rank": "fit"}, **working)
     record = destination.write(made, on_loss)
-    record["warnings"] = _options.base_warnings(sources, read, options.get("base"))
+    record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
+    record["warnings"] = [
+        *made.recipe[-1].args.get("warnings", ()),
+        *_options.base_warnings(sources, read, options.get("base")),
+    ]
     show(settings, record | said(made), _view)
+
+
+def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str) -> None:
+    from tempfile import TemporaryDirectory
+
+    from ..formats import FORMATS, write
+    from ..ops.outline import check_writable
+
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / (FORMATS[name].file or "adapter")
+        check_writable(outline, lambda adapter: write(adapter, place, name, base, on_loss), what)
+
+
+def _error(cuts: Sequence[Any]) -> float | None:
+    """The error of all cuts together, relative to what was cut."""
+    whole = math.hypot(*(cut.norm for cut in cuts))
+    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else None
 
 
 def said(made: Any) -> dict[str, Any]:
@@ -78,3 +120,12 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["parameters"]:
         yield Table(("parameter", "value"), [[name, str(value)] for name, value in record["parameters"].items()])
     yield from _writing.outcome(record)
+    if record["cuts"]:
+        worst = max(record["cuts"], key=lambda cut: cut["relative_error"])
+        ranks = sorted({cut["rank"] for cut in record["cuts"]})
+        said_ranks = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        yield (
+            f"cut to rank {said_ranks} at {counted(len(record['cuts']), 'target')}: relative error of all together "
+            f"{record['relative_error'] or 0.0:.4g}, at most {worst['relative_error']:.4g} at {worst['target']}; "
+            "--rank R keeps more"
+        )

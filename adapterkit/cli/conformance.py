@@ -7,7 +7,7 @@ some methods only: those that it answers with Unsupported are counted apart. The
 \b
 Examples:
   adapterkit conformance -- node spec/readers/javascript/cli.mjs
-  adapterkit conformance --suite spec/vectors -- ./my-reader
+  adapterkit conformance --suite adapterkit-conformance-1.1.zip -- ./my-reader
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ._render import Table, View, show
 
 @click.command(help=__doc__)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
-@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors.")
+@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors, or the archive of a release.")
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, command: tuple[str, ...], suite: Path | None) -> None:

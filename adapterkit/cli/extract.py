@@ -30,7 +30,8 @@ from ._render import View, show
 )  # fmt: skip
 @click.option(
     "--method", default="lora", show_default=True, metavar="METHOD",
-    help="Form of changed matrices: lora, loha (Hadamard product), lokr (Kronecker product), shira (largest entries).",
+    help="Form of changed matrices: lora, dora (norms and a LoRA of directions), loha (Hadamard product), "
+         "lokr (Kronecker product), shira (largest entries).",
 )  # fmt: skip
 @_options.strict_base
 @_options.rename

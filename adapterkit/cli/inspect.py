@@ -1,12 +1,14 @@
 """Show what an adapter, a base or a graph holds.
 
 SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
-(hf://org/repo). Only headers are read. Of an ONNX model, the layers are shown that an adapter can name.
+(hf://org/repo). Only headers are read, but with --layers. Of an ONNX model, the layers are shown that an adapter can
+name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,13 +29,15 @@ if TYPE_CHECKING:
 @click.command(help=__doc__)
 @click.argument("src")
 @click.option("--base-weights", metavar="DIR", help="Of a graph: weights of the base, to find layers by their numbers.")
+@click.option("--all", "every", is_flag=True, help="List every target or tensor; groups if there are more than 24.")
+@click.option("--layers", is_flag=True, help="Show how much an adapter changes each layer; this reads its values.")
 @_options.reading
 @_options.rename
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
-    base_weights: str | None, rename: tuple[str, ...],
+    base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` or `adapterkit.onnx.layers`, or opens a base."""
     if src.lower().endswith(".onnx"):
@@ -52,7 +56,7 @@ def command(
     with headers_of(src) as path, inputs_kept():
         modules = adapter_modules(path) if base is None else {}
         if source_format is None and not modules and not _is_adapter(path):
-            show(settings, _base_record(path, src), _base_view)
+            show(settings, _base_record(path, src), partial(_base_view, every=every))
             return
         try:
             name = source_format or detect(path)
@@ -68,7 +72,46 @@ def command(
         if base is not None:
             record["names"] = _names(adapter, base, rename)
             record["warnings"] = _options.base_warnings([src], [adapter], base)
-        show(settings, record, _adapter_view)
+        record |= _beside(adapter, path)
+        if layers:
+            record["layers"] = _layers(adapter, base, rename)
+        show(settings, record, partial(_adapter_view, every=every))
+
+
+def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """The licence in the model card beside an adapter, and its trigger words."""
+    from ..licences import licence_at
+    from ..metadata import metadata_of, trigger_words
+
+    return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}
+
+
+def _layers(adapter: Adapter, base: str | None, rename: Sequence[str]) -> list[dict[str, Any]]:
+    """How much each layer is changed: one record a layer, in order."""
+    import math
+
+    from ..reporting.measuring import measure
+    from ..tensors.checkpoint import opened
+
+    measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
+    if measured.base_why is not None:
+        raise click.UsageError(f"--layers: {measured.base_why}")
+    found: dict[str, list[Any]] = {}
+    for effect in sorted(measured.effects, key=lambda each: measured.cells[each.target].order):
+        found.setdefault(measured.cells[effect.target].layer, []).append(effect)
+    total = measured.norm(0) ** 2
+    records = []
+    for layer, effects in found.items():
+        sizes = [effect.norm for effect in effects if effect.norm is not None]
+        square = math.fsum(size * size for size in sizes)
+        most = max((each for each in effects if each.norm), key=lambda each: each.norm, default=None)
+        records.append({
+            "layer": layer, "targets": len(effects), "norm": math.sqrt(square) if sizes else None,
+            "share": square / total if total and sizes else None,
+            "largest": most and measured.cells[most.target].module,
+            "why": next((each.why for each in effects if each.why), None),
+        })  # fmt: skip
+    return records
 
 
 def _names(adapter: Adapter, base: str, rename: Sequence[str]) -> dict[str, Any]:
@@ -214,13 +257,28 @@ def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
     return {"tensors": len(tensors), **_sums(_counted(tensors))}
 
 
-def _adapter_view(record: Mapping[str, Any]) -> View:
+FEW = 24
+"""Targets or tensors that are listed one by one without --all."""
+
+
+def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
     totals, base = record["totals"], record["base"] or {}
     yield f"{record['path']}: adapter in format {record['format']}" + (f", for {base['id']}" if base.get("id") else "")
-    columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-    yield Table(columns, _update_rows(record["updates"]))
-    methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
-    yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+    groups = _groups(record["updates"])
+    yield from _aligned_pairs(_story(record, groups))
+    if "layers" in record:
+        yield Table(
+            ("layer", "targets", "norm", "share", "largest", "note"),
+            [[each["layer"] or "(none)", each["targets"], each["norm"],
+              None if each["share"] is None else f"{each['share']:.1%}", each["largest"], each["why"]]
+             for each in record["layers"]],
+        )  # fmt: skip
+    elif every or totals["targets"] <= FEW:
+        columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
+        yield Table(columns, _update_rows(_in_order(record["updates"])))
+    else:
+        headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
+        yield Table((*headings, "parameters"), [group.row() for group in groups])
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
     if record["without_alpha"]:
@@ -244,6 +302,98 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
         used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
         yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
+    if totals["targets"] > FEW and not every and "layers" not in record:
+        yield "--all lists every target, --layers shows how much each layer is changed"
+
+
+def _story(record: Mapping[str, Any], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
+    """What an adapter is, a line each."""
+    totals = record["totals"]
+    yield "method", ", ".join(f"{name} ({count:,})" for name, count in totals["methods"].items())
+    ranks = sorted({each["rank"] for each in record["updates"] if isinstance(each["rank"], int)})
+    if ranks:
+        yield "rank", ", ".join(map(str, ranks[:8])) + (f", ... {ranks[-1]}" if ranks[8:] else "")
+    layers = {layer for group in groups for layer in group.layers if layer}
+    where = f" in {counted(len(layers), 'layer')}" if layers else ""
+    yield "targets", f"{totals['targets']:,}{where}"
+    yield "size", f"{_amounts(totals)}, {', '.join(totals['dtypes'])}"
+    if record.get("licence"):
+        yield "licence", record["licence"]
+    if record.get("triggers"):
+        yield "trigger words", _short(", ".join(record["triggers"]))
+    steps = [step["op"] for step in record["recipe"]]
+    if steps and steps != ["read"]:
+        yield "lineage", " -> ".join(_step(step) for step in record["recipe"])
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    of = step["args"].get("of")
+    told = step["args"].get("method") or step["args"].get("format")
+    many = f" of {len(of)} adapters" if isinstance(of, list) else ""
+    return f"{step['op']}" + (f" ({told})" if told else "") + many
+
+
+def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
+    found = [*pairs]
+    width = max((len(key) for key, _ in found), default=0)
+    return (f"  {key.ljust(width)}  {value}" for key, value in found)
+
+
+class _Group:
+    """Targets of one module that are alike but for their layer."""
+
+    def __init__(self, module: str, first: Mapping[str, Any]) -> None:
+        self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
+
+    def add(self, update: Mapping[str, Any], layer: str) -> None:
+        self.layers[layer] = None
+        self.parameters += update["parameters"]
+        self.count += 1
+
+    def row(self) -> list[Any]:
+        _, layout, method, shapes, rank, scaling, other, dtypes, _ = _update_row(self.first)
+        where = _ranges([layer for layer in self.layers if layer])
+        return [
+            self.module, self.count, where, layout, method, shapes, rank, scaling, other, dtypes, self.parameters
+        ]  # fmt: skip
+
+
+def _groups(updates: Sequence[Mapping[str, Any]]) -> list[_Group]:
+    from ..reporting.grid import cells, reading_order
+
+    where = cells(update["target"] for update in updates)
+    found: dict[Any, _Group] = {}
+    ordered = sorted(updates, key=lambda update: where[update["target"]].order)
+    for update in ordered:
+        cell = where[update["target"]]
+        rows = update["rows"] and tuple(update["rows"])
+        key = cell.module, id(update["tensors"]), rows
+        if key not in found:
+            name = (cell.module or "(model)") + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+            found[key] = _Group(name, update)
+        found[key].add(update, cell.layer)
+    return sorted(found.values(), key=lambda group: reading_order(group.module))
+
+
+def _ranges(layers: Sequence[str]) -> str:
+    """Layers as people write them: `0-21`, `0-3, 8`; those with different parents are counted."""
+    if not all(layer.isdecimal() for layer in layers):
+        return f"{len(layers):,}"
+    runs: list[list[int]] = []
+    for number in sorted(map(int, layers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
+    return ", ".join(texts) if len(texts) <= 4 else f"{len(layers):,}: {', '.join(texts[:3])}, ... {texts[-1]}"
+
+
+def _in_order(updates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The updates by name, 2 before 10."""
+    from ..reporting.grid import natural
+
+    return sorted(updates, key=lambda update: natural(update["target"]))
 
 
 _LONG = (
@@ -291,17 +441,41 @@ def _update_row(update: Mapping[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _base_view(record: Mapping[str, Any]) -> View:
+def _base_view(record: Mapping[str, Any], every: bool) -> View:
     totals = record["totals"]
     yield f"{record['path']}: base" + (f", model_type {record['model_type']}" if record["model_type"] else "")
-    columns = ("tensor", "shape", "dtype", "parameters", "bytes")
-    yield Table(
-        columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
-    )  # fmt: skip
+    files = counted(len(record["files"]), "file")
+    yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+    if every or len(record["tensors"]) <= FEW:
+        columns = ("tensor", "shape", "dtype", "parameters", "bytes")
+        yield Table(
+            columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
+        )  # fmt: skip
+    else:
+        yield Table(("tensors", "count", "layers", "shape", "dtype", "parameters"), _tensor_groups(record["tensors"]))
     counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
     yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
-    files = counted(len(record["files"]), "file")
-    yield f"{counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+    if len(record["tensors"]) > FEW and not every:
+        yield "--all lists every tensor"
+
+
+def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Tensors that are alike but for their layer, a row each."""
+    from ..reporting.grid import cells
+
+    where = cells(tensor["name"] for tensor in tensors)
+    found: dict[Any, list[Any]] = {}
+    layers: dict[Any, dict[str, None]] = {}
+    for tensor in sorted(tensors, key=lambda each: where[each["name"]].order):
+        cell = where[tensor["name"]]
+        key = cell.module, tuple(tensor["shape"]), tensor["dtype"]
+        row = found.setdefault(key, [cell.module, 0, "", _shape(tensor), tensor["dtype"], 0])
+        row[1] += 1
+        row[5] += tensor["parameters"]
+        layers.setdefault(key, {})[cell.layer] = None
+    for key, row in found.items():
+        row[2] = _ranges([layer for layer in layers[key] if layer])
+    return [*found.values()]
 
 
 def _graph_record(src: str, base_weights: str | None) -> dict[str, Any]:

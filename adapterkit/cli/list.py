@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["formats", "methods", "combine", "quant", "loaders"]))
 @click.argument("file", required=False)
+@_options.stating
 @_options.flags
 @click.pass_obj
 def command(settings: _options.Settings, what: str, file: str | None) -> None:
     """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
     if file is not None and what != "loaders":
         raise click.UsageError(f"FILE goes with 'list loaders'; 'list {what}' takes none")
+    if file is None and _options.stated():
+        raise click.UsageError(f"--{next(iter(_options.stated()))} goes with 'list loaders FILE'")
     if what == "loaders":
         _loaders(settings, file)
     elif what == "formats":
@@ -114,7 +117,7 @@ def _loaders(settings: _options.Settings, file: str | None) -> None:
     path = located(file)
     with inputs_kept():
         name = detect(path)
-        answers = loaders_of(read(path, name), name, path)
+        answers = loaders_of(read(path, name, **_options.stated()), name, path)
     show(settings, {"path": file, "format": name, "loaders": answer_records(answers)}, _loaders_view)
 
 

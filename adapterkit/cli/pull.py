@@ -23,18 +23,42 @@ from ._render import Table, View, counted, show, size
     "--include", "include", multiple=True, metavar="PATTERN", help="Only files that match, e.g. '*.json'; repeatable."
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be fetched, and write nothing.")
+@click.option("--scan", "scanned", is_flag=True, help="Scan the files first, as adapterkit scan does; findings refuse.")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, uri: str, dst: str, include: tuple[str, ...], dry_run: bool, overwrite: bool
-) -> None:
+    settings: _options.Settings, uri: str, dst: str, include: tuple[str, ...], dry_run: bool, scanned: bool,
+    overwrite: bool,
+) -> None:  # fmt: skip
     """Runs `adapterkit.hub.pull`."""
     from ..hub import pull
+
+    if scanned:
+        _scan(uri)
 
     with progress(settings, "pull") as meter:
         pulled = pull(uri, dst, include=include, overwrite=overwrite, dry_run=dry_run, progress=meter)
     show(settings, pulled.record(), _view)
+
+
+def _scan(uri: str) -> None:
+    """Scan what is on the hub, in the cache, before anything is written to DST.
+
+    Raises:
+        CheckFailed: a finding is of medium severity or worse.
+    """
+    from .. import scan
+    from ..errors import CheckFailed
+
+    found = scan(uri)
+    if found.fails():
+        first = found.findings[0].record()
+        place = ": ".join(part for part in (first["file"], first["where"]) if part)
+        why = f"the scan found {counted(len(found.findings), 'thing')}, the worst in {place}: {first['title']}"
+        raise CheckFailed(
+            why, path=uri, cure=f"adapterkit scan {uri} shows all of them; pull without --scan to have it"
+        )
 
 
 def _view(record: Mapping[str, Any]) -> View:

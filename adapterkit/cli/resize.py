@@ -21,6 +21,9 @@ from ._render import View, show
 @click.option("--energy", type=float, metavar="E", help="Share of the squared norm to keep at least, up to 1.")
 @click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
 @click.option("--frobenius", type=float, metavar="N", help="Norm of the error to allow at most.")
+@click.option("--sv-ratio", type=float, metavar="N", help="kohya's: keep singular values above the largest / N.")
+@click.option("--sv-cumulative", type=float, metavar="E", help="kohya's: share of the sum of singular values to keep.")
+@click.option("--sv-fro", type=float, metavar="E", help="kohya's: share of the norm to keep.")
 @click.option(
     "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
     help="Cut each target for itself, or let all compete for the rank on average.",
@@ -34,22 +37,29 @@ from ._render import View, show
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, rank: int | None, energy: float | None, error: float | None,
-    frobenius: float | None, scope: str, promoted: bool, dtype: str | None, source_format: str | None,
+    frobenius: float | None, sv_ratio: float | None, sv_cumulative: float | None, sv_fro: float | None,
+    scope: str, promoted: bool, dtype: str | None, source_format: str | None,
     base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
     rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
     from .. import detect, ops, read
+    from ..errors import UsageError
 
     name = source_format or detect(src)
     destination = _writing.Destination(out, [src], overwrite, target_format=target_format or name, base=base)
     if destination.is_done(settings):
         return
+    by_values: dict[str, Any] = {"sv_ratio": sv_ratio, "sv_cumulative": sv_cumulative, "sv_fro": sv_fro}
+    by_values = {key: value for key, value in by_values.items() if value is not None}
+    if promoted and by_values:
+        why = "--promote keeps all, or takes --rank, --energy, --error or --frobenius"
+        raise UsageError(why, where=f"--{next(iter(by_values)).replace('_', '-')}", cure="Promote first, then resize")
     cuts: list[ops.Cut] = []
     adapter = read(src, name, base, compat=compat, **_options.stated())
     made = (ops.promote if promoted else ops.resize)(
         adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
-        base=base, dtype=dtype, report=cuts.append, rename=rename,
+        base=base, dtype=dtype, report=cuts.append, rename=rename, **by_values,
     )  # fmt: skip
     record = destination.write(made, on_loss)
     error_of_all = made.recipe[-1].args["error_of_all"]

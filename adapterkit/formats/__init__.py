@@ -10,7 +10,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
+from ..errors import (
+    AdapterkitError,
+    StorageError,
+    UnknownFormat,
+    Unrepresentable,
+    UsageError,
+    nearest,
+    public,
+    storage_error,
+)  # fmt: skip
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept, kept
@@ -209,11 +218,16 @@ def write(
             prove(format, writer, adapter, stage, lines, below, files)
         return lines
 
-    if on_loss != "promote":
-        return once(adapter)
     from ._promotion import Promotion
 
-    return Promotion.into(writer, max_error, below).ask(adapter, once)
+    promotion = Promotion.into(writer, max_error, below)
+    if on_loss == "promote":
+        return promotion.ask(adapter, once)
+    try:
+        return once(adapter)
+    except Unrepresentable as refusal:
+        promotion.suggest(adapter, refusal)
+        raise
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:

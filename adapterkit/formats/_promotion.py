@@ -43,18 +43,20 @@ class Promotion:
     """What may be done.
 
     Attributes:
+        lora: whether the format has LoRA.
         dense: whether the format has differences of weights.
         max_error: the relative Frobenius error of each change that is accepted; None accepts none.
         base: what laws that see the weight are taken at.
     """
 
+    lora: bool
     dense: bool
     max_error: float | None
     base: Checkpoint | None
 
     @classmethod
     def into(cls, writer: Format, max_error: float | None, base: Checkpoint | None) -> Promotion:
-        return cls(writer.differences, max_error, base)
+        return cls("lora" in writer.methods, writer.differences, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
         """Writes, and where that is refused writes what can be promoted in another way; one line for each change.
@@ -76,6 +78,22 @@ class Promotion:
                     refusal.cure = ACCEPT if refused else refusal.cure
                     raise
                 adapter, lines = changed, lines + said
+
+    def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
+        """Put promotion first in a refusal's cure, where it writes all that was refused without any loss."""
+        refused = {target for target, _ in refusal.places}
+        found = [adapter.updates.get(target, ()) for target in refused]
+        if found and all(self._is_exact(each) for each in found):
+            promote = "Write them in a wider method, which loses nothing, with on_loss='promote'/--on-loss promote"
+            refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
+
+    def _is_exact(self, found: Sequence[Update]) -> bool:
+        """Whether updates come down to one LoRA or one difference of weights, and are not one already."""
+        if not found or (len(found) == 1 and isinstance(found[0], (LoRA, Dense))):
+            return False
+        sums = [update for update in found if isinstance(update, Additive)]
+        thin = self.lora and all(type(update).pair is not Additive.pair for update in sums)
+        return len(sums) == len(found) and (self.dense or thin)
 
     def _promoted(self, adapter: Adapter, targets: set[Target]) -> tuple[Adapter, list[str]]:
         updates: dict[Target, tuple[Update, ...]] = {}

@@ -8,22 +8,36 @@ since nothing else tells such a file from one of another kind of model.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target
+from ..adapter import Target, Updates
 from ..errors import TargetNotFound
-from ..naming.image import COMFYUI, component_of, denoiser_of, encoders, families, families_of, rooted
+from ..naming.image import (
+    COMFYUI,
+    LLM_PREFIXES,
+    ROOTS,
+    component_of,
+    denoiser_of,
+    encoder_kind,
+    families,
+    rooted,
+)
 from ._image import container
 from ._image.container import Metadata
+from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
 from ._image.dialect import ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
+    from ..naming.image import Family
     from ..tensors.checkpoint import Checkpoint
     from ..updates import Update
+    from ._image.deciding import Origin
+    from ._image.translate import Changed, Losses
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",
@@ -40,11 +54,12 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 }  # fmt: skip
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
-_KEY = re.compile(rf"((?:diffusion_model|text_encoders\.(?:clip_l|clip_g|t5xxl)\.transformer)\..+?)\.({_ENDS})")
+_KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS})")
 _OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model)\.)?(.+?))\.({_ENDS})")
 _DOTTED = re.compile(r"[A-Za-z]\w*(?:\.[\w-]+)*")
 
-_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+_ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""What ComfyUI calls the CLIP in an encoder, where the family is not known."""
 
 
 class Comfyui(ImageFormat):
@@ -57,6 +72,7 @@ class Comfyui(ImageFormat):
     methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement", "weight_norm"})
     rules = Rules(slots=(*SLOTS, "hada_", "lokr_"))
     naming = COMFYUI
+    _fitting: tuple[str, ...] = ()
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
@@ -83,8 +99,16 @@ class Comfyui(ImageFormat):
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.")]
-        part, third = denoiser_of(rests), _third(rests)
-        return {stem: Target(_path(stem, part, third)) for stem in modules}
+        part = denoiser_of(rests)
+        fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
+        fitting = narrowed(fitting, lambda family: said(family, metadata))
+        return {stem: Target(_path(stem, part, fitting)) for stem in modules}
+
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
+        """In ComfyUI's naming; the families that fit, by all that is known, tell the words for text encoders."""
+        targets = denoiser_targets(updates, ())
+        self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
+        return super().renamed(updates, kept, origin, fold=fold)
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
@@ -92,8 +116,8 @@ class Comfyui(ImageFormat):
             return None
         if component in ("unet", "transformer"):
             return f"diffusion_model.{rest}"
-        word = "t5xxl" if rest in encoders()["t5"] else _ENCODERS.get(component)
-        return None if word is None else f"text_encoders.{word}.transformer.{rest}"
+        word, name = _encoder(component, rest, frozenset(paths), self._fitting)
+        return f"text_encoders.{word}.transformer.{name}" if word else None
 
     def metadata(
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
@@ -115,21 +139,60 @@ def _families(names: Collection[str]) -> list[str]:
     return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
 
 
-def _path(stem: str, part: str, third: str) -> str:
+def _path(stem: str, part: str, fitting: Sequence[Family]) -> str:
+    """The target of a module, given the part that is the U-Net or transformer and the families that fit."""
     root, rest = rooted(stem)
-    if not root.startswith("text_encoders."):
+    if not stem.startswith("text_encoders."):
         return f"{part}.{_rest(stem)}"
-    word = root.split(".")[1]
-    encoder = third if word == "t5xxl" else {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}[word]
-    if not encoder:
-        why = "nothing in the file tells whose T5 this is: FLUX's second text encoder, or the third of SD 3"
-        raise TargetNotFound(why, where=stem, cure="Read it together with the transformer's LoRA")
-    return f"{encoder}.{rest}"
+    word = stem.split(".")[1]
+    rest = rest if root.startswith("text_encoders.") else stem.split(".", 3)[3]
+    known = {
+        (name, each.prefix if each.kind == "llm" else None)
+        for family in fitting for name, each in family.facts.encoders.items() if each.comfyui == word
+    }  # fmt: skip
+    encoders_there = {name for name, _ in known}
+    encoder = next((name for name, usual in _ENCODERS.items() if usual == word), "")
+    if len(encoders_there) == 1:
+        encoder = next(iter(encoders_there))
+    elif not encoder and word != "clip_h":
+        why = f"nothing in the file tells which text encoder {word} is: one of {', '.join(sorted(encoders_there))}"
+        cure = "Name the family by --family (family=), or read it together with the transformer's LoRA"
+        raise TargetNotFound(why if known else f"no family has a text encoder {word}", where=stem, cure=cure)
+    prefixes = {prefix for _, prefix in known}
+    if len(prefixes) == 1 and (prefix := next(iter(prefixes))) is not None:
+        rest = prefix + rest.removeprefix("model.")
+    return f"{encoder or 'text_encoder'}.{rest}"
 
 
-def _third(rests: Iterable[str]) -> str:
-    """Where the T5 is, told by the transformer's names."""
-    of = {"flux": "text_encoder_2", "sd3": "text_encoder_3"}
-    fitting = [{family.name for family in families_of(rest, "native")} & of.keys() for rest in rests]
-    known = {name for names in fitting if len(names) == 1 for name in names}
-    return of[known.pop()] if len(known) == 1 else ""
+@lru_cache(maxsize=64)
+def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Text encoder and kind -> ComfyUI's word and diffusers' prefix, by the families that all targets fit."""
+    targets = [Target(path) for path in paths]
+    inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
+    kinds = encoder_kinds(targets)
+    fitting = [family for family in families() if has_encoders(family, kinds)]
+    fitting = [f for f in fitting if f.name in named] or [f for f in fitting if all(path in f for path in inside)]
+    found: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for family in fitting:
+        for name, each in family.facts.encoders.items():
+            found.setdefault((name, each.kind), set()).add((each.comfyui, each.prefix))
+    return {key: next(iter(words)) for key, words in found.items() if len(words) == 1}
+
+
+def component_is_encoder(path: str) -> bool:
+    """Whether a path is inside a text encoder."""
+    return ROOTS.get(rooted(path)[0][:-1], "").startswith("text_encoder")
+
+
+def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
+    """ComfyUI's word for a text encoder, and the module's name there; an empty word where that is not known."""
+    kind = encoder_kind(rest)
+    word, prefix = _words(paths, named).get((component, kind), ("", ""))
+    if not word:
+        word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
+    if kind == "llm":
+        before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
+        # A name that diffusers' model does not have would come back as another.
+        word = word if before == prefix else ""
+        rest = f"model.{rest.removeprefix(before)}"
+    return word, rest

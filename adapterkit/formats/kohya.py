@@ -38,7 +38,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[123]?|oft_unet)_[^.]+)\.(.+)")
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|oft_unet)_[^.]+)\.(.+)")
 
 
 class Kohya(ImageFormat):
@@ -81,6 +81,7 @@ class Kohya(ImageFormat):
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
+        from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
@@ -88,8 +89,13 @@ class Kohya(ImageFormat):
         paths = [rooted(target.path)[1] for target in inside]
         # A base's names are walked when such a file is read, whatever they are.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
-        if not origin.families and any(isinstance(update, OFT) for each in others.values() for update in each):
+        turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
+        if turned_there and not origin.families:
             trained = tuple(family.name for family in families() if family.facts.sd_scripts)
+            fitting = candidates(others, denoiser_targets(others, kept), origin)
+            if fitting and not any(family.name in trained for family in fitting):
+                why = f"sd-scripts has no OFT of {fitting[0].title}"
+                return dict(updates), [(target, why) for target in turned_there]
             origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
         told = is_xl(paths) or is_not_xl(paths)

@@ -36,7 +36,7 @@ SLOTS = {
 }
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[123]?|lycoris)_[^.]+)\.(.+)")
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|lycoris)_[^.]+)\.(.+)")
 
 
 class Lycoris(ImageFormat):

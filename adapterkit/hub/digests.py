@@ -44,6 +44,7 @@ def digests_of(content: Content) -> Digests:
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
     """Return a hash object for a digest's kind; None if the digest (`unknown:...`) does not hash the content."""
+    # Builds of Python in FIPS mode refuse sha1 and md5 unless they are marked as not for security.
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import StorageError, storage_error
+from ..licences import Licence, licence_at
 from ..tensors.locations import located
 from .folders import cache_folder
 from .hubs import remote_at
-from .licences import Licence, licence_at
 from .pushing import push
 from .uris import parse
 
@@ -43,6 +43,7 @@ def outgoing(
     remote.check_writable()
     # Look at the target now: a refusal should come before the work, not after hours of it.
     _ = remote.there()
+    # Derived from the uri, so that the same command finds what an interrupted one left.
     folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)

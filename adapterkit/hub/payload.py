@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..licences import MAX_CARD, Licence
 from ..merging.companions import CARD, REPORT
 from ..tensors.atomic import write_bytes
 from ..tensors.locations import located
 from .card import adapter_card, model_card
 from .digests import digests_of
 from .folders import scratch
-from .licences import MAX_CARD, Licence
 from .lineage import is_of_the_base, model_at, record_at
 from .names import check_names
 from .remote import Content, Digests, Remote, RemoteFile
@@ -65,7 +65,7 @@ def prepared(
         AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
     """
     if name is not None and shard_size is not None:
-        raise UsageError("an adapter is not parted", path=path, cure=_WHOLE)
+        raise UsageError("an adapter cannot be split into shards", path=path, cure=_WHOLE)
     here = located(path)
     if name is None and shard_size is None:
         yield here, files_of(here)
@@ -166,7 +166,7 @@ def _check_model(source: Path) -> None:
         found = detect(source)
     except UnknownFormat:
         return
-    raise UsageError(f"an adapter ({found}) is not parted", path=source, cure=_WHOLE)
+    raise UsageError(f"an adapter ({found}) cannot be split into shards", path=source, cure=_WHOLE)
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
@@ -193,4 +193,4 @@ def _card(source: Path, target: Uri, licence: Licence) -> str:
     return adapter_card(read(source, source_format), name, source_format, target, licence)
 
 
-_WHOLE = "Leave the shard size out: no tool reads an adapter of several files"
+_WHOLE = "Leave out --shard-size (shard_size=): no tool reads an adapter in several files"

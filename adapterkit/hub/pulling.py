@@ -182,6 +182,7 @@ class _Transfer:
             try:
                 self._watch({pool.submit(self._one, file) for file in missing})
             finally:
+                # Workers check `stop` at each chunk. Without it, leaving the pool would wait for whole files.
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
         return self.done - self.found
@@ -206,6 +207,7 @@ class _Transfer:
         part = self.stage / "parts" / file.digest.replace(":", "-")
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
+            # A part that is longer than the file is wrong and will be downloaded again.
             self.found += left if left <= file.size else 0
         fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
@@ -213,6 +215,7 @@ class _Transfer:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(part, copy)
         first.parent.mkdir(parents=True, exist_ok=True)
+        # Rename last: if the process is killed before, the next run still finds the complete part.
         os.replace(part, first)
 
     def _count(self, change: int) -> None:
@@ -240,6 +243,7 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
+    # Bytes of an interrupted run already occupy their space.
     held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
     needed = sum(file.size for file in wanted.values()) - held + HEADROOM
     free = shutil.disk_usage(stage).free

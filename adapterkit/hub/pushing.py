@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError
+from ..licences import Licence, licence_at, licence_called, licence_of
 from ..tensors.locations import located
 from .card import is_generated
 from .digests import check_listed
 from .hubs import remote_at
-from .licences import Licence, licence_at, licence_called, licence_of
 from .payload import Payload, card_there, payload_of, prepared
 from .remote import Remote, RemoteFile
 from .uris import Uri, parse
@@ -121,6 +121,7 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
+        # Look it up with a new remote, because this one has cached the listing from before the push.
         check_listed(remote_at(remote.uri.at(commit), remote.token), payload.digests())
     else:
         commit = remote.kept()

@@ -51,6 +51,7 @@ def fetched(name: str) -> Path:
     commit = _commit(uri)
     folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
+    # `bring` renames the complete folder into place, so the note proves that all files are there.
     if not (folder / NOTE).is_file():
         remote = remote_of(uri)
         bring(remote, source_at(remote), needed(remote), folder, None)
@@ -112,6 +113,7 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             outline(remote, file, target)
+        # Other files, such as tokenizers, are not needed to read headers.
         elif name.endswith(".json") and file.size <= MAX_SMALL:
             fetch(remote, file, target, lambda _: None)
     source_at(remote).save(folder)
@@ -155,6 +157,7 @@ def remote_of(uri: Uri) -> Remote:
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
         remote = remote_at(uri)
+        # Resolve the commit before the remote is cached, so that a failure is not.
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote

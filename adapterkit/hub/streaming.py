@@ -42,6 +42,7 @@ class Shards:
         wanted = needed(self.remote)
         if not any(name.endswith(".safetensors") for name in wanted):
             raise Unsupported("only safetensors files can be streamed", path=str(self.remote.uri), cure=NOT_STREAMED)
+        # The sparse files are cheap to write again. Only `parts` are worth keeping from an interrupted run.
         shutil.rmtree(self.folder / "base", ignore_errors=True)
         (self.folder / "parts").mkdir(exist_ok=True)
         for name, file in wanted.items():
@@ -128,6 +129,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
                 raise
             finally:
                 shards.close()
+    # A later run can continue after these errors, so the downloaded parts are kept.
     except (NetworkError, StorageError):
         raise
     except AdapterkitError:

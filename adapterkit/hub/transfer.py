@@ -42,6 +42,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
     for _ in range(ANEW):
         if _Fetching(remote, file, count, asked).into(part):
             return
+        # Take the progress back, because these bytes are downloaded again.
         count(-part.stat().st_size)
         part.unlink()
     why = f"its bytes do not have the digest {file.digest} that the hub lists"
@@ -82,6 +83,7 @@ class _Fetching:
     def into(self, part: Path) -> bool:
         """Download the missing bytes; return whether the complete file has its digest."""
         try:
+            # In append mode every write goes to the end, wherever `_replay` has read to.
             with open(part, "a+b") as target:
                 self._replay(target)
                 self._rest(target)
@@ -104,6 +106,8 @@ class _Fetching:
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
             met = self._piece(target, end)
+            # A megabyte counts as progress. A server that sends a few bytes per attempt must not keep this going
+            # forever.
             attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
             if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)

@@ -64,7 +64,9 @@ def answered(
         # Once a request has left its origin it gets no secret again, because another server may have chosen the way
         # back.
         at_home = at_home and origin(url) == home
+        # Without compression, ranges and digests are those of the stored bytes, and a body cannot inflate.
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
+        # Follow redirects here, hop by hop, so that each is checked and only the first origin gets the secrets.
         with get_session().stream(
             method, url, headers=sent, content=content, follow_redirects=False, timeout=timeout
         ) as response:
@@ -167,6 +169,7 @@ def begins_at(response: httpx2.Response) -> int:
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    # -1 is no valid offset, so callers refuse such a response.
     return int(first) if first.isdigit() else -1
 
 
@@ -200,6 +203,7 @@ def redacted(text: str, token: str | None) -> str:
     """Return a server's text without the token that it received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
+    # A server may quote the request's own header in its message.
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 

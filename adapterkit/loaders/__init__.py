@@ -260,7 +260,9 @@ def _holds(tool: Loader, family: Family | None, key: str) -> bool:
         if key.startswith(each.prefix):
             for name in _modules(key[len(each.prefix) :], each.slots or tool.slots):
                 for kind in each.names:
-                    known = encoders()[kind]
+                    if kind == "layers" and not name.startswith(kind):
+                        continue
+                    known = encoders()["llm" if kind == "layers" else kind]
                     if known.unflattened(name) if each.prefix.endswith("_") else name in known:
                         return True
     return False

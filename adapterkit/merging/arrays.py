@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import UsageError
 from ..tensors.dtypes import DType
 from ..tensors.finite import first_in
-from ..tensors.lazy import as_array, as_lazy, as_torch
+from ..tensors.lazy import as_array, as_lazy, for_formulas
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
@@ -30,7 +30,7 @@ class Arrays(Protocol):
     """What the merge asks of an array library; `Any` is its array type."""
 
     def load(self, leaf: Leaf) -> Any:
-        """A leaf where the library computes: real numbers in float64, whole numbers as they are."""
+        """A leaf where the library computes: real numbers in float64, whole numbers in int64."""
 
     def over(self, buffer: memoryview, dtype: DType) -> Any:
         """A flat array over bytes on the host; no copy."""
@@ -125,7 +125,7 @@ class NumpyArrays:
 
     def load(self, leaf: Leaf) -> Any:
         values = as_array(leaf)
-        return values.astype("<f8") if as_lazy(leaf).dtype.floating else values
+        return values.astype("<f8" if as_lazy(leaf).dtype.floating else "<i8")
 
     def over(self, buffer: memoryview, dtype: DType) -> Any:
         return self.np.frombuffer(buffer, dtype=dtype.array)
@@ -174,7 +174,7 @@ class TorchArrays:
         self.torch, self.device = torch, torch.device(device)
 
     def load(self, leaf: Leaf) -> Any:
-        return as_torch(leaf, self.device, self.torch.float64)
+        return for_formulas(leaf, self.device, self.torch.float64)
 
     def over(self, buffer: memoryview, dtype: DType) -> Any:
         return self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError
-from ..tensors.lazy import Lazy
+from ..errors import AdapterkitError, Unsupported
+from ..tensors.lazy import Lazy, as_lazy
 from ..updates import Additive, Update
 from .blocks import logical
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .fold import Fold
 
 Term = tuple["Fold", list[Update], float]
+
+LARGEST = 2.0**500
+"""The largest number that is computed with."""
 
 THIN = 256
 """Ranks up to which factors are put side by side with those of other adapters."""
@@ -46,12 +49,23 @@ def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
     read = update.map(_read)
     try:
         read.check_values()
+        _check_size(read)
     except AdapterkitError as error:
         # `read` is in memory and does not know its file any more.
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
     return read.map(arrays.load)
+
+
+def _check_size(update: Update) -> None:
+    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm, and write zeros."""
+    for name, leaf in update.tensors.items():
+        tensor = as_lazy(leaf)
+        # The other types have no number above 2^128.
+        if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
+            why = f"a number above {LARGEST:.0e}, whose square float64 cannot hold"
+            raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
 
 
 def _read(leaf: Leaf) -> Leaf:

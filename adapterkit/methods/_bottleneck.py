@@ -1,4 +1,4 @@
-"""What bottleneck adapters of all makes share: gate, norms and scale.  No method itself."""
+"""The shared part of all bottleneck adapters: gate, norms and scale.  No method itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Narrow(Sublayer):
-    """change = scaling * up(act(down(h))), behind a gate where there is one; a subclass defines `change`."""
+    """change = scaling * up(act(down(h))), multiplied by a gate if there is one; a subclass defines `change`."""
 
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         ((), ("gate",), ("gate", "gate_bias")),
@@ -45,7 +45,7 @@ class Narrow(Sublayer):
         return change * row_shares(biased(layer.mix(h, self.gate), self.gate_bias, layer), layer.channel)
 
     def ungated(self, h: Any, layer: Any) -> Any:
-        """The change that it makes of what it reads, scaled."""
+        """Return the scaled change for the adapter's input."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor
@@ -56,5 +56,5 @@ class Narrow(Sublayer):
 
 
 def biased(h: Any, bias: Any, layer: Any) -> Any:
-    """A mix's output with its bias, if it has one."""
+    """Return a mix's output plus its bias, if there is one."""
     return h if bias is None else h + layer.per_channel(bias)

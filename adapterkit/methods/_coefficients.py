@@ -1,4 +1,4 @@
-"""Laws of some coefficients of a transform of the change, at positions that were drawn at random. No methods."""
+"""Formulas with some coefficients of a transform of the change, at randomly drawn positions.  No methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 SEED = 777
-"""Of the positions of a fresh update: PEFT's own, so that its files can say them."""
+"""Seed of a fresh update's positions: PEFT's own, so that its files can express them."""
 
 
 class Coefficients(Additive):
@@ -22,7 +22,7 @@ class Coefficients(Additive):
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
-        # A weight that is believed has so many elements: its size is no more than two numbers in a file.
+        # Limit the size: a file states it in two numbers, and a damaged one could ask for any amount of memory.
         Rule(
             require="outputs * inputs <= 2 ** 34",
             where="outputs, inputs",

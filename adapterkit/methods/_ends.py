@@ -11,15 +11,15 @@ Law = Callable[[Any], Any]
 
 
 def changed_at_ends(y: Any, layer: Any, counts: tuple[int, int], first: Law, last: Law) -> Any:
-    """y with the `first` law at so many first positions `[..., positions, channels]`, and the `last` at last ones.
+    """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last ones.
 
-    Under a mask `[rows, positions]` of the model's call, each row's are those of what it does not hide.
+    If the model's call has a mask `[rows, positions]`, each row's positions are those that it does not hide.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):
         return _masked(y, mask, counts, first, last)
     begin, end = counts
-    # By slices that stop at an end: a graph's sequences have no length before they run.
+    # Slices relative to the end, because a graph's sequences have no length before they run.
     before = y[..., :-end, :] if end else y
     behind = y[..., -end:, :] if end else y[..., :0, :]
     parts = [first(before[..., :begin, :]), before[..., begin:, :], last(behind)]

@@ -1,4 +1,4 @@
-"""Gates of AdapterHub's kind: one share for each row of a batch, by what stands in it.  No method itself.
+"""AdapterHub's gates: one factor for each row of a batch, computed from its content.  No method itself.
 
 Mao et al. 2021, https://arxiv.org/abs/2110.07577
 """
@@ -11,7 +11,7 @@ from ..tensors.activations import sigmoid
 
 
 def row_shares(logits: Any, channel: int = -1) -> Any:
-    """The mean of sigmoid(logits) over all axes but the rows' and that of the channels, which stay."""
+    """Return the mean of sigmoid(logits) over all axes except rows and channels."""
     channel %= logits.ndim
     places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
     shares = sigmoid(logits)
@@ -19,8 +19,8 @@ def row_shares(logits: Any, channel: int = -1) -> Any:
 
 
 def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
-    """Keys and values `[1, 2, heads, n, d]` times the shares of the rows of x, `[batch, m, width]`.
+    """Multiply keys and values `[1, 2, heads, n, d]` by the gates of x's rows, `[batch, m, width]`.
 
-    One share is for both, two are for keys and for values: `[batch, 2, heads, n, d]`.
+    A gate has one factor for both, or two for keys and for values; the result is `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]

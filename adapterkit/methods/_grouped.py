@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class AcrossGroups(OutputUpdate):
-    """A over all `inputs`, B in r / share groups; a subclass says what becomes of B @ A(x). No method itself."""
+    """A over all `inputs`, B in r / share groups; a subclass uses B @ A(x).  No method itself."""
 
     acts_on = "the output by channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (

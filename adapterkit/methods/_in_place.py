@@ -1,4 +1,4 @@
-"""Laws that put a low-rank product in the place of a part that W has itself. No methods."""
+"""Formulas that replace a part of W by a low-rank product.  No methods."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class InPlace(WeightUpdate):
-    """W' = W - taken(W) + scaling * B @ A; a subclass says what is taken.
+    """W' = W - taken(W) + scaling * B @ A; a subclass defines the part that is taken out.
 
     Class attributes:
-        least: singular values of W that must be left.
+        least: number of singular values of W that must remain.
     """
 
     linear_only = True
@@ -26,11 +26,11 @@ class InPlace(WeightUpdate):
     scaling: float = 1.0
 
     def taken(self, W: Tensor) -> Tensor:
-        """The part of W, of rank r at most."""
+        """Return the part of W to take out, of rank r or less."""
         raise AssertionError("each method has its own")
 
     def left(self) -> Any:
-        """B, as it stands before A."""
+        """Return the left factor of the product with A."""
         return self.B
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -43,7 +43,7 @@ class InPlace(WeightUpdate):
 
 
 def check_rank(rank: int, shape: tuple[int, ...], least: int = 0) -> None:
-    """Checks that a weight of `shape` has a part of a rank, and so many singular values beside it.
+    """Check that a weight of `shape` has rank `rank`, and `least` singular values besides.
 
     Raises:
         ShapeMismatch: it has not.

@@ -1,4 +1,4 @@
-"""Laws that come down to a pair of thin factors: W' = W + B @ A, with A and B made from the fields and the shape."""
+"""Formulas that amount to a pair of thin factors: W' = W + B @ A, with A and B made from the fields and the shape."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class LowRank(Additive):
-    """W' = W + B @ A; a subclass says in `pair` what the two are. No method itself."""
+    """W' = W + B @ A; a subclass returns both factors from `pair`.  No method itself."""
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """B `[out, r]` and A `[r, in * k]`, scaling included, for a weight of `shape` = `[out, in, *k]`."""
+        """Return B `[out, r]` and A `[r, in * k]`, including the scaling, for a weight of `shape` = `[out, in, *k]`."""
         raise NotMergeable(f"{self.method} has no formula")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
@@ -43,7 +43,7 @@ class LowRank(Additive):
 
 
 def block_diagonal(blocks: Any) -> Any:
-    """Blocks `[n, rows, columns]` along the diagonal of a matrix `[n * rows, n * columns]`."""
+    """Place blocks `[n, rows, columns]` on the diagonal of a matrix `[n * rows, n * columns]`."""
     n, rows, columns = blocks.shape
     identity = namespace(blocks).eye(n, dtype=blocks.dtype, device=getattr(blocks, "device", None))
     return (blocks[:, :, None, :] * identity[:, None, :, None]).reshape(n * rows, n * columns)

@@ -13,9 +13,9 @@ from ..tensors.namespace import namespace
 
 
 def both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) -> Any:
-    """A layer's outputs `[n, 2 * hidden]` for its inputs `[n, width]`: forward and backward side by side.
+    """Return a bidirectional layer's outputs `[n, 2 * hidden]` for its inputs `[n, width]`.
 
-    The first axis of all but x is the direction.
+    The first axis of every argument but x is the direction.
     """
     ahead = _one_way(x, range(len(x)), weights[0], hidden[0], bias[0] + hidden_bias[0])
     back = _one_way(x, reversed(range(len(x))), weights[1], hidden[1], bias[1] + hidden_bias[1])

@@ -1,4 +1,4 @@
-"""What routed laws share: a mix of low-rank changes whose shares depend on more than the weight. No method itself."""
+"""The shared part of routed methods: mixtures of low-rank changes, with shares by the input.  No method itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Routed(OutputUpdate):
-    """A change of a linear layer's output; a subclass has the axes `out` and `in`."""
+    """A change of a linear layer's output; subclasses have the axes `out` and `in`."""
 
     linear_only = True
 
@@ -23,7 +23,7 @@ class Routed(OutputUpdate):
 
 
 def mixed(x: Any, shares: Any, A: Tensor, B: Tensor, layer: Any) -> Any:
-    """The sum over e of shares[..., e] * B[e] @ A[e] @ x, for A `[experts, r, in]` and B `[experts, out, r]`."""
+    """Return the sum over e of shares[..., e] * B[e] @ A[e] @ x, for A `[experts, r, in]`, B `[experts, out, r]`."""
     experts, r, inputs = A.shape
     h = layer.mix(x, A.reshape(experts * r, inputs))
     h = h.reshape(*h.shape[:-1], experts, r) * shares[..., None]
@@ -31,12 +31,12 @@ def mixed(x: Any, shares: Any, A: Tensor, B: Tensor, layer: Any) -> Any:
 
 
 def best(scores: Any, count: int) -> Any:
-    """Which entries are among the `count` largest of the last axis; of equal ones the first."""
+    """Return a mask of the `count` largest entries along the last axis; of equal entries the first ones."""
     xp = namespace(scores)
     return xp.argsort(xp.argsort(-scores, axis=-1), axis=-1) < count
 
 
 def softmax_among(scores: Any, chosen: Any) -> Any:
-    """Shares along the last axis for the chosen entries, which add up to 1; 0 for the others."""
+    """Return shares along the last axis that add up to 1 for the chosen entries, and 0 for the others."""
     xp = namespace(scores)
     return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

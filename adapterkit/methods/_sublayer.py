@@ -1,7 +1,7 @@
-"""Where adapters of all makes stand in a transformer's block.  No method itself.
+"""Placement of adapters in a transformer block.  No method itself.
 
-A sub-layer of a block ends in `norm(hidden + residual)`, in some models without the norm. The names of the attributes
-are AdapterHub's, https://docs.adapterhub.ml/classes/adapter_config.html, whose every option this covers.
+A sub-layer of a block ends with `norm(hidden + residual)`; some models have no norm there. The attributes are named as
+in AdapterHub, https://docs.adapterhub.ml/classes/adapter_config.html, and cover all of its options.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..updates import OutputUpdate, attribute
 
 
 class Sublayer(OutputUpdate):
-    """h' = h + change(h), or h + change(residual) in parallel, h what the sub-layer gives before its residual."""
+    """h' = h + change(h), or h + change(residual) in parallel; h is the sub-layer's output before its residual."""
 
     placed = True
 
@@ -36,11 +36,11 @@ class Sublayer(OutputUpdate):
             raise ShapeMismatch(why, cure="Name the residual to read")
 
     def changed(self, h: Any, layer: Any) -> Any:
-        """The change that it makes of what it reads."""
+        """Return the change for the adapter's input."""
         raise AssertionError("each make defines it")
 
     def after(self, h: Any, layer: Any) -> Any:
-        """What becomes of its output, before or behind its own residual."""
+        """Return the adapter's output after its optional norm."""
         return h
 
     def inside(self, x: Any, layer: Any) -> Any:
@@ -52,7 +52,7 @@ class Sublayer(OutputUpdate):
         return self.after(change + skip, layer) if first else self.after(change, layer) + skip
 
     def read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
-        """What the adapter reads, and what its own residual goes past it with."""
+        """Return the adapter's input, and the value of its own skip connection."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden
         return read, {"true": hidden, "post_add": added, "false": read}[self.residual_before_ln]

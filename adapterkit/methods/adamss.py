@@ -1,8 +1,8 @@
 """AdaMSS: low-rank changes of groups of rows, in one space of inputs for all.  https://openreview.net/forum?id=8ZdWmpYxT0
 
-W's largest right singular vectors are the basis, and k-means of its left ones makes the groups, as PEFT has it. Each
-group has a pair B and A of its own: D[o] = B[o] @ A[g] @ basis, g the group of output o. Where the layer has a bias, it
-is one more column of W, and changes by `basis_bias`.
+The basis is W's largest right singular vectors, and k-means of its left ones makes the groups, as in PEFT. Each group
+has its own pair B and A: D[o] = B[o] @ A[g] @ basis, where g is the group of output o. A layer's bias is treated as one
+more column of W, and changes by `basis_bias`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 GROUPS = 5
-"""Of a fresh update, as in PEFT."""
+"""Number of groups of a fresh update, as in PEFT."""
 
 
 class AdaMSS(LowRank):
@@ -42,7 +42,7 @@ class AdaMSS(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """Groups of as many rows that lie beside each other: k-means belongs to files of PEFT."""
+        """Create groups of consecutive rows, all of the same size; only PEFT's files have groups from k-means."""
         groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
         rows = namespace(W).arange(len(W), device=W.device)
         return cls(

@@ -1,6 +1,6 @@
 """LLaMA-Adapter: attention to a prompt, through a gate.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
 
-Its target is an attention. Keys and values are the attention's own projections of P, without positions.
+The target is an attention. Keys and values are the attention's own projections of P, without positions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class AdaptionPrompt(ContextUpdate):
-    """gate * softmax(q @ k^T / sqrt(d)) @ v is added to the heads' outputs, one gate or one a head.
+    """Adds gate * softmax(q @ k^T / sqrt(d)) @ v to the heads' outputs, with one gate, or one per head.
 
-    Without `projected` it is added behind the projection that mixes the heads, not before it: PEFT's law for GPT-2.
+    Without `projected` it is added after the projection that mixes the heads, not before it: PEFT's formula for GPT-2.
     """
 
     place = "attention"

@@ -1,8 +1,8 @@
 """Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.
 
 Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.
-An invocation is a sequence of token numbers. Positions before the last one in a row, and rows without one, are the
-base's, so that what a cache holds of them is the base's too.
+An invocation is a sequence of token numbers. Positions before a row's last invocation, and rows without one, keep the
+base's output, so a cache computed by the base is valid for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ALoRA(Routed):
-    """y' = y + scaling * (B @ A x + bias) where the row's last invocation has begun; x is `[rows, tokens, in]`."""
+    """y' = y + scaling * (B @ A x + bias) from the row's last invocation on; x is `[rows, tokens, in]`."""
 
     paper = "https://arxiv.org/abs/2504.12397"
     acts_on = "the output behind its invocation tokens alone"
@@ -52,14 +52,14 @@ class ALoRA(Routed):
         return layer(x) + xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
 
     def _active(self, ids: Any, x: Any) -> Any:
-        """Which positions of x are behind an invocation: the last ones are those of the last tokens."""
+        """Return a mask of the positions of x from an invocation on; they belong to the last tokens of the sequence."""
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
             why = f"an input of {list(x.shape)}, where the model reads {list(ids.shape)} tokens"
             raise ShapeMismatch(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        # By positions, not by sizes: a graph's sequences have no length before they run.
+        # Computed from positions instead of sizes, because a graph's sequences have no length before they run.
         own = xp.ones_like(x[..., 0])
         count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
         places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count
@@ -67,7 +67,7 @@ class ALoRA(Routed):
         return xp.take_along_axis(whole, places, axis=-1) > 0
 
     def _begins(self, ids: Any) -> Any:
-        """Where an invocation begins."""
+        """Return a mask of the positions at which an invocation begins."""
         xp, behind = namespace(ids), len(self.invocation) - 1
         none = 0 * ids[:, :1] - 1
         ids = xp.concat([ids, *[none] * behind], axis=-1)

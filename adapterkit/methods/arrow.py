@@ -1,8 +1,8 @@
 """Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x, shares by likeness to the experts' prototypes.
 
-Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. A prototype is the input that an expert's change stretches
+Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. An expert's prototype is the input that its change stretches
 most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
-https://aclanthology.org/2025.acl-short.54) the mean of general experts was taken off each before.
+https://aclanthology.org/2025.acl-short.54), the mean of general experts was subtracted from each expert before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Arrow(Routed):
-    """share = softmax of |prototype_e x| / temperature over the `top_k` greatest, place by place.
+    """share = softmax of |prototype_e x| / temperature over the `top_k` largest, at each position.
 
-    A router's file alone holds an idle pair, which is part of no sum, and is without its experts: `tasks` of them, and
-    `general` ones whose mean is to be taken off those.
+    A router's own file holds an unused pair and no experts. It names how many it needs: `tasks` experts, and `general`
+    ones whose mean is subtracted from those.
     """
 
     paper = "https://arxiv.org/abs/2405.11157"

@@ -1,7 +1,7 @@
 """BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.  Wang et al. 2025, https://arxiv.org/abs/2510.23346
 
-W' = W + scaling * B @ A. The blocked factor holds its n blocks alone: A's read the n-th part of the inputs each, B's
-write the n-th part of the outputs.
+W' = W + scaling * B @ A. The blocked factor stores only its n blocks. Each block of A reads an n-th of the inputs; each
+block of B writes an n-th of the outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BDLoRA(LowRank):
-    """W' = W + scaling * B @ A; either A or B is given as the blocks on its diagonal."""
+    """W' = W + scaling * B @ A; either A or B is stored as the blocks on its diagonal."""
 
     linear_only = True
     blocks = frozenset({"out", "in"})
@@ -34,7 +34,7 @@ class BDLoRA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """B is zero. `B_blocks=n` makes n blocks of B, `A_blocks=n` of A; two of B unless said."""
+        """Start with B = 0. `B_blocks=n` makes n blocks of B, `A_blocks=n` of A; two blocks of B by default."""
         (out, in_), n = W.shape, int(attributes.pop("A_blocks", 0))
         m = int(attributes.pop("B_blocks", 0 if n else 2))
         if rank % (n or m) or (in_ % n if n else out % m):

@@ -1,7 +1,7 @@
 """BOFT: a product of block rotations, butterfly-wise, on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
 
-Factor i of m turns blocks of b inputs that lie apart: within every run of b * 2^i inputs, even chunks of b / 2 come
-first. In a single factor all inputs lie where they are.
+Factor i of m rotates blocks of b inputs that are apart: within every run of b * 2^i inputs, even chunks of b / 2 come
+first. A single factor keeps all inputs in place.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ class BOFT(WeightUpdate):
 
 
 def _apart(width: int, run: int, chunk: int) -> list[int]:
-    """Positions 0 to `width`: in every `run` of them the even chunks, then the odd ones."""
+    """Return positions 0 to `width` in the order of a factor: in every `run`, even chunks first, then odd ones."""
     firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
     return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

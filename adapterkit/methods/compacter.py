@@ -61,7 +61,7 @@ class Compacter(Narrow):
         return biased(layer.mix(inner, up), self.up_bias, layer)
 
     def _matrix(self, side: str) -> Any:
-        """sum_i kron(rule_i, W_i), as the `[out, in]` of a linear layer."""
+        """Return sum_i kron(rule_i, W_i) as the `[out, in]` matrix of a linear layer."""
         rule, W = self._factor(f"{side}_rule", f"{side}_rule"), self._factor(f"{side}_W", side)
         a, b = rule.shape[1] * W.shape[1], rule.shape[2] * W.shape[2]
         return (rule[:, :, None, :, None] * W[:, None, :, None, :]).sum(0).reshape(a, b).mT

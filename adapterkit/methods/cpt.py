@@ -1,6 +1,6 @@
 """Context-aware prompt tuning: bounded changes to examples.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
-PEFT's files hold the sum: those are read as `prompt`, whose law they follow.
+PEFT's files store the sum, so they are read as `prompt`, which has the same formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CPT(ContextUpdate):
-    """E + D * min(1, epsilon / |D|), |D| being each token's, stands in front of the embeddings of the input."""
+    """Puts E + D * min(1, epsilon / |D|), with |D| per token, in front of the embeddings of the input."""
 
     place = "embeddings"
     frozen = frozenset({"E", "epsilon"})
@@ -37,7 +37,7 @@ class CPT(ContextUpdate):
     def embeddings(self, task: Any = None) -> Tensor:
         xp = namespace(self.E)
         square = (self.D * self.D).sum(1)
-        # Within the bound nothing is divided: at 0 a norm has no derivative.
+        # Divide only beyond the bound: a norm has no derivative at 0.
         inside = square <= self.epsilon * self.epsilon
         norm = xp.where(inside, self.epsilon * 0 + 1, square) ** 0.5
         kept: Tensor = xp.where(inside, norm * 0 + 1, self.epsilon / norm)

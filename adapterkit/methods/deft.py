@@ -1,7 +1,7 @@
 """DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
 
-A subspace of the outputs is taken out of W, and other content put in its place. Q is orthonormal, from the QR of P, and
-right the same; or Q is P and right is relu(P). Without R only the removal is left, which is PaRa.
+It removes a subspace of the outputs from W and puts other content in its place. Q is the orthonormal factor of P's QR
+decomposition, and right equals Q; or Q is P and right is relu(P). Without R only the removal is left, which is PaRa.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DEFT(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """R is what P takes out of W, so that nothing changes before training."""
+        """Start with R equal to what P removes from W, so that nothing changes before training."""
         made = cls(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
         _, right = made._projection()
         return made.replace(R=right.mT @ W / made.scaling)

@@ -1,7 +1,7 @@
 """DeLoRA: LoRA with its directions apart from its strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
 
-Each of the r pairs of a row of A and a column of B is of unit length, the sum of them bounded by `strength`, and every
-input weighed by the norm of the weight's column, as it was when training began.
+Each of the r pairs of a row of A and a column of B has unit length, and their sum is bounded by `strength`. Each input
+is weighted by the norm of the weight's column, as it was when training began.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 SMALLEST = 1e-4
-"""What a norm counts as at least."""
+"""Lower bound of a norm."""
 
 
 class DeLoRA(LowRank):
@@ -50,5 +50,5 @@ class DeLoRA(LowRank):
 
 
 def _norm(factor: Any, axis: int) -> Any:
-    # The bound goes before the root, whose slope at 0 is infinite.
+    # Clip before the root, whose slope at 0 is infinite.
     return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

@@ -1,7 +1,7 @@
 """FourierFT: W' = W + scaling * Re(ifft2(F)), F sparse.  Gao et al. 2024, https://arxiv.org/abs/2405.03003
 
-Some coefficients of a two-dimensional discrete Fourier transform of the change, at positions that were drawn at random
-and are kept with them.
+The adapter stores some coefficients of a two-dimensional discrete Fourier transform of the change, at randomly drawn
+positions, which are stored too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
 
-V is one invertible matrix for all layers of a kind. U is what W is in it, W = U diag(|U|) V^T, with columns of length
-1; the lengths are trained as l, and so are the few numbers of the sparse S.
+V is one invertible matrix shared by all layers of a kind. U has unit columns and is given by W = U diag(|U|) V^T. The
+lengths |U| are trained as l, and so are the few numbers of the sparse S.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
-    """U and l with W = U diag(l) V^T; columns of U have length 1, or 0 where l is below 1e-12.
+    """Return U and l with W = U diag(l) V^T; columns of U have length 1, or 0 if l is below 1e-12.
 
-    In float64 whatever the dtype: lengths that are 0 but for the rounding of V make directions too.
+    Computed in float64 for every dtype: with less precision, lengths that should be 0 would also give directions.
     """
     xp = namespace(W)
     G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
@@ -59,7 +59,7 @@ def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
 
 
 def _solved(V: Any, W: Any) -> Any:
-    """W @ inverse(V^T); of a singular V, with its pseudoinverse."""
+    """Return W @ inverse(V^T), with the pseudoinverse if V is singular."""
     linalg = namespace(V).linalg
     try:
         return linalg.solve(V, W.mT).mT

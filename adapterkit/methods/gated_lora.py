@@ -1,7 +1,7 @@
 """LoRA behind a gate: y' = y + mean(sigmoid(gate x)) * B @ A x, the mean over all places of a row.
 
-Mao et al. 2021, https://arxiv.org/abs/2110.07577. The gate stands in the place of the scaling. It looks at the
-input, so that the law is none of weights.
+Mao et al. 2021, https://arxiv.org/abs/2110.07577. The gate replaces the scaling. It reads the input, so the change is
+none of the weight.
 """
 
 from __future__ import annotations

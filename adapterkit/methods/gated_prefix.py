@@ -1,6 +1,6 @@
-"""A prefix of one attention behind gates on what enters it.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
+"""A prefix of one attention, with gates on the attention's input.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
-AdapterHub's prefix in UniPELT: the flat one, and what a network computed once that has been left behind.
+AdapterHub's prefix in UniPELT: the flat one, and one whose network has been replaced by what it computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefix(ContextUpdate):
-    """An attention attends first to the keys P[0, 0] and values P[0, 1], each times a share of its row's own."""
+    """An attention first attends to keys P[0, 0] and values P[0, 1], each multiplied by its row's gate."""
 
     place = "prefix"
     acts_on = "what the attention attends to"

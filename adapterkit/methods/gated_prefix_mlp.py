@@ -1,4 +1,4 @@
-"""A prefix of one attention with the MLP that computes it, behind gates on what enters the attention.
+"""A prefix of one attention with the MLP that computes it, and gates on the attention's input.
 
 AdapterHub's prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GatedPrefixMLP(PrefixMLP):
-    """The law of `gated_prefix` for the keys and values that the network of `prefix_mlp` computes."""
+    """The formula of `gated_prefix`, for keys and values that the network of `prefix_mlp` computes."""
 
     place = "prefix"
     acts_on = "what the attention attends to"
@@ -37,7 +37,7 @@ class GatedPrefixMLP(PrefixMLP):
         return super().initial(W, b, rank, random, sizes=sizes, **gate, **attributes)
 
     def past(self) -> None:  # type: ignore[override]
-        """Nothing of the whole model's: without what enters the attention there is no share."""
+        """Return None: the gates need the attention's input, so there is no prefix for the whole model."""
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)

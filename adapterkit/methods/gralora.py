@@ -1,6 +1,6 @@
 """GraLoRA: a LoRA of its own for each of g x g blocks of the weight.  Jung et al. 2025, https://arxiv.org/abs/2505.20355
 
-Of the r = g * q ranks of a slice of inputs, q go to each slice of outputs. The hybrid form adds a LoRA of the whole.
+A slice of inputs has r = g * q ranks, q for each slice of outputs. The hybrid form adds a LoRA of the whole weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GraLoRA(Additive):
         return scaled
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of rank g * r: those of each block, zero outside it."""
+        """Return factors of rank g * r: the blocks' factors, zero outside of their blocks."""
         A, B = self._blocks()
         xp = namespace(A)
         identity = xp.eye(len(A), dtype=A.dtype, device=getattr(A, "device", None))
@@ -58,7 +58,7 @@ class GraLoRA(Additive):
         return left, right
 
     def _blocks(self) -> tuple[Any, Any]:
-        """A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, of each slice of outputs and of inputs."""
+        """Return A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, by slice of outputs and slice of inputs."""
         g, _, r = self.A.shape
         A = self.A.reshape(g, -1, g, r // g).swapaxes(0, 2).swapaxes(1, 2).mT
         return A, self.B.reshape(g, g, r // g, -1).mT

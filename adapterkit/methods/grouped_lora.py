@@ -1,10 +1,10 @@
-"""LoRA across the groups of a convolution, as PEFT has it: y' = y + scaling * (B @ A(x) + bias).
+"""LoRA across the groups of a convolution, as in PEFT: y' = y + scaling * (B @ A(x) + bias).
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403.
 A is a convolution without groups: it reads all channels. B mixes within groups: its first rows read the first channels
 of A(x), and so on. So each output depends on channels of other groups, for which W `[out, in / groups, *k]` has no
-place. A LoRA that keeps to the groups is `lora`, and merges. With `zero_padded` A reads zeros around the input and is
-not dilated, whatever the layer does: PEFT makes A with the layer's kernel, stride and padding alone.
+place. A LoRA that stays within the groups is `lora`, and can be merged. With `zero_padded`, A reads zeros around the
+input and is not dilated, whatever the layer does: PEFT gives A only the layer's kernel, stride and padding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """IA3: W' = l * W on outputs, W' = W * l on inputs.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
 
-The output form scales keys and values and takes the bias along; the input form scales what a feed-forward layer reads.
+The output form scales keys and values, and the bias with them. The input form scales the input of a feed-forward layer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class IA3(WeightUpdate):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Every l counts by what it is beyond 1."""
+        """Mix by the difference of each l from 1."""
         names = {name for update in updates for name in update.tensors}
         if len(names) > 1:
             return None

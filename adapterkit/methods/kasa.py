@@ -28,7 +28,7 @@ class KaSA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """B is zero; what is cut off W is gone from the start, as the method has it."""
+        """Start with B = 0. The smallest singular values of W are removed from the start, as the method defines it."""
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
 

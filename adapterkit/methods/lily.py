@@ -1,9 +1,9 @@
 """Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, shares by a router.
 
 Zhong et al. 2024, https://arxiv.org/abs/2407.09946.
-Layers of one kind have the B's in common, neighbours A. One set of shares holds for the whole batch: the mean, over
-all rows and tokens, of what the router gives each. So a row's output depends on the rows beside it. Fresh updates have
-a B each, unless they are given one to share.
+Layers of one kind share the B's, and neighbouring layers share A. One set of shares applies to the whole batch: the
+router's mean over all rows and tokens. So a row's output depends on the rows beside it. Fresh updates have a B each,
+unless they are given one to share.
 """
 
 from __future__ import annotations

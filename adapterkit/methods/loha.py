@@ -50,12 +50,12 @@ class LoHa(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of rank r * r: column (i, j) of B is the product of columns i and j of w1_a and w2_a; rows of A likewise."""
+        """Return factors of rank r * r: column (i, j) of B is column i of w1_a times column j of w2_a; A likewise."""
         one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
         B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
         return B.reshape(len(B), -1), (one[:, None] * two[None]).reshape(-1, one.shape[-1])
 
 
 def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Any:
-    """The right side of a product, `[r, in * k]`; with a core that is the core times its inputs."""
+    """Return the right factor of a product, `[r, in * k]`; with a core, the core times its inputs."""
     return b if b is not None else contracted(core, inputs)

@@ -1,9 +1,9 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
-Either factor may itself be a low-rank product; w2, which has the kernel of a convolution, may have a Tucker core.
-Output a * m + i belongs to row a of w1 and row i of the m rows of w2, inputs likewise, as in LyCORIS. With `stacked`
-w2 [m, n, k] is taken for a stack of m matrices [n, k], w1 times each of them is [m, a * n, c * k], and that is read in
-the weight's shape: PEFT trains LoKr on `nn.Conv1d` so.
+Either factor may itself be a low-rank product; w2, which has a convolution's kernel, may have a Tucker core. Output
+a * m + i belongs to row a of w1 and row i of the m rows of w2, and inputs likewise, as in LyCORIS. With `stacked`, w2
+[m, n, k] is a stack of m matrices [n, k]; w1 times each of them is [m, a * n, c * k], which is reshaped to the weight's
+shape. PEFT trains LoKr on `nn.Conv1d` like this.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LoKr(Additive):
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """The Kronecker products of the left and of the right sides of w1 and w2."""
+        """Return the Kronecker products of the left and of the right factors of w1 and w2."""
         if self.stacked:
             return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
@@ -83,11 +83,11 @@ class LoKr(Additive):
             return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        return cast(Self, Dense(D=rows, d=None))  # a part of a Kronecker product is none
+        return cast(Self, Dense(D=rows, d=None))  # A part of a Kronecker product is no Kronecker product.
 
     @property
     def _product(self) -> Any:
-        """The scaled product of both factors, of as many numbers as the weight."""
+        """The scaled product of both factors, which has as many numbers as the weight."""
         w1: Any = self.scaling * self._first
         if not self.stacked:
             return kron(w1, self._second)
@@ -97,12 +97,12 @@ class LoKr(Additive):
 
     @property
     def _first(self) -> Any:
-        """w1 `[a, c]`."""
+        """The factor w1, `[a, c]`."""
         return cast(Any, self.w1) if self.w1_a is None else self.w1_a @ cast(Any, self.w1_b)
 
     @property
     def _second(self) -> Any:
-        """w2 `[b, d * k]`."""
+        """The factor w2, `[b, d * k]`."""
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
         return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b

@@ -1,7 +1,7 @@
 """LoRA: W' = W + scaling * B @ A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
-`scaling` is what the papers call alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
-https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, B the 1x1 mix after it.
+`scaling` is alpha / r in the papers, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
+https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, and B the 1x1 mix after it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class LoRA(Additive):
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
-        return self.B, self.A.reshape(len(self.A), -1), self.scaling
+        # A view of a matrix as itself would be one more operation of autograd.
+        return self.B, self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1), self.scaling
 
     @property
     def changes_bias(self) -> bool:

@@ -1,6 +1,6 @@
 """MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
 
-The successor of Bone. Its mini form repeats a narrower block over the outputs as well.
+It is the successor of Bone. Its mini form repeats a narrower block over the outputs as well.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MiSS(Additive):
         return self.map(lambda leaf: times(leaf, weight))
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """B is one period of the inputs, A the identity over and over."""
+        """Return one period of the inputs as B, and the repeated identity as A."""
         some = self._any
         B = _repeated(some, 0, len(some), 0, shape[0]).mT
         identity = namespace(some).eye(len(some), dtype=some.dtype, device=getattr(some, "device", None))
@@ -66,6 +66,6 @@ class MiSS(Additive):
 
 
 def _repeated(block: Any, top: int, bottom: int, left: int, right: int) -> Any:
-    """A part of the endless plane that copies of a block fill."""
+    """Return a part of the infinite plane that is tiled with copies of a block."""
     rows, columns = block.shape
     return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class MultitaskPrompt(ContextUpdate):
-    """P * (columns[t] @ rows[t]), element by element, stands in front of the embeddings of the input of task t.
+    """Puts P * (columns[t] @ rows[t]), elementwise, in front of the embeddings of the input of task t.
 
-    With `decoder`, the second half of those rows stands in front of a decoder's input instead.
+    With `decoder`, the second half of these rows is put in front of a decoder's input instead.
     """
 
     place = "embeddings"

@@ -1,8 +1,8 @@
 """NOLA: A and B of LoRA as sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p random matrices, B likewise. They follow from seeds by a
-generator that the spec defines to the bit, and are drawn a few at a time. Those of a generator that cannot be repeated
-are stored: `A_bases`, `B_bases`.
+W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p random matrices, B likewise. The matrices follow from
+seeds by a generator that the spec defines to the bit, and are drawn a few at a time. Matrices of a generator that
+cannot be reproduced are stored: `A_bases`, `B_bases`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class NOLA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """B is zero, A of the size of a fresh LoRA's; `beta` is the number of bases, 256 unless said."""
+        """Start with B = 0 and A of the size of a fresh LoRA's; `beta` is the number of bases, 256 by default."""
         n = int(attributes.pop("beta", 256))
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
         seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)
@@ -58,5 +58,5 @@ class NOLA(LowRank):
 
 
 def _mixed(coefficients: Any, bases: Any) -> Any:
-    # Not -1: it is ambiguous where there are no bases.
+    # The size is given explicitly, because -1 is ambiguous if there are no bases.
     return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

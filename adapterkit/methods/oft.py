@@ -1,10 +1,10 @@
 """OFT: rotations of blocks of a weight's inputs or outputs.  Qiu et al. 2023, https://arxiv.org/abs/2306.07280
 
-Each rotation is the Cayley transform R = (I - Q) inverse(I + Q) of a skew-symmetric Q, or, as in OFT v2
-(https://arxiv.org/abs/2506.19847), the first terms of the series of (I + Q) inverse(I - Q). PEFT turns the inputs of
-linear and convolution layers and the outputs of embeddings, and stores what stands above Q's diagonal; LyCORIS
-(https://arxiv.org/abs/2309.14859) turns outputs, stores whole blocks, and may rescale what comes out; in its bypass
-mode it turns the bias, too (`on_output`).
+Each rotation is the Cayley transform R = (I - Q) inverse(I + Q) of a skew-symmetric Q. OFT v2
+(https://arxiv.org/abs/2506.19847) uses the first terms of the series of (I + Q) inverse(I - Q) instead. PEFT rotates
+the inputs of linear and convolution layers and the outputs of embeddings, and stores Q's upper triangle. LyCORIS
+(https://arxiv.org/abs/2309.14859) rotates outputs, stores whole blocks, and may rescale the result; in its bypass mode
+it also rotates the bias (`on_output`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class OFT(WeightUpdate):
         return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Any) -> Any:
-        """Q, shortened where it is longer than allowed: each block (COFT), or all of them together (LyCORIS)."""
+        """Shrink Q if it exceeds the allowed norm: each block (COFT), or all blocks together (LyCORIS)."""
         if self.coft:
             Q = shortened_blocks(Q, self.eps)
         return shortened(Q, (Q * Q).sum(), self.constraint, 1e-8) if self.constraint > 0 else Q

@@ -1,9 +1,10 @@
 """OFT on patches of a convolution's input, as PEFT trains it: y' = conv(turned(x)).
 
-Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT cuts x into all patches of the kernel's size, one at every place
-and none beyond the border, turns each by OFT's rotations, and adds them up where they overlap. It reads the numbers of
-each channel, which lie patch by patch, as if they lay place by place, so that they come back elsewhere. Its merge
-rotates the weight instead, which is another function as soon as there are two patches; that one is `oft`.
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT splits x into all patches of the kernel's size, one at every
+position and none beyond the border, rotates each by OFT's rotations, and adds them up where they overlap. It reads each
+channel's numbers, which are stored patch by patch, as if they were stored position by position, so they end up
+elsewhere. Its merge rotates the weight instead, which is another function if there are two or more patches; that one is
+`oft`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class OFTPatches(OutputUpdate):
         return layer(total)
 
     def _mix(self, channels: int, places: int) -> Any:
-        """What mixes channels of patches, place by place, as the rotations do channel by channel."""
+        """Return the matrix that mixes patch channels position by position, as the rotations do channel by channel."""
         Q = skew(self.pairs)
         R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
         count = channels * places // R.shape[-1]
@@ -74,12 +75,12 @@ class OFTPatches(OutputUpdate):
 
 
 def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
-    """The part of an image that stands at place i, j of all its patches."""
+    """Return the slices of an image that hold position i, j of all its patches."""
     return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
 
 
 def _bordered(x: Any, part: Any, i: int, j: int, high: int, wide: int) -> Any:
-    """A part put back where it was taken from, zeros around it."""
+    """Put a part back where it was taken from, with zeros around it."""
     rows, _ = _within(i, j, high, wide)
     for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
         whole = (slice(None),) * (-1 - axis)

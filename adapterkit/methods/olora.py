@@ -1,7 +1,7 @@
 """OLoRA: LoRA in the place of the first rows of the base's QR.  Buyukakyuz 2024, https://arxiv.org/abs/2406.01775
 
-W' = W - scaling * Q' R' + scaling * B @ A, of the thin QR decomposition W = Q R the first r columns and rows. A file of
-A and B alone says no less: the product Q' R' follows from the base to the last sign.
+W' = W - scaling * Q' R' + scaling * B @ A, with the first r columns and rows of the thin QR decomposition W = Q R. A
+file of only A and B is complete, because the product Q' R' follows from the base exactly, signs included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OLoRA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """B and A are Q' and R', so that nothing changes before training."""
+        """Start with B = Q' and A = R', so that nothing changes before training."""
         Q, R = qr(W)
         return cls(A=R[:rank] * 1, B=Q[:, :rank] * 1, **attributes)
 

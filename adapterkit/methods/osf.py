@@ -1,8 +1,8 @@
 """OSF: the part of W of its smallest singular values, trained.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
 
-W' = W - T + U diag(S) V, where T is W's own part of the singular values that U, S and V stand for. PEFT takes T from
-its base; where it is not stored it is computed as there, by torch's decomposition in float32. Adapters made here hold
-it. PEFT's training keeps off the directions of the part that stays; the law does not.
+W' = W - T + U diag(S) V, where T is W's own part for the singular values that U, S and V replace. PEFT takes T from its
+base. If T is not stored, it is computed in the same way, by torch's decomposition in float32. Adapters created here
+store it. PEFT's training avoids the directions of the remaining part; the formula does not depend on that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OSF(WeightUpdate):
 
 
 def _tail(W: Any, r: int) -> Any:
-    """U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
+    """Return U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
     U, S, V = singular(W)
     kept = len(S) - r
     return U[:, kept:], S[kept:], V[kept:]

@@ -1,6 +1,7 @@
 """P-tuning: a prompt that a small network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
-PEFT's files hold what the network computed and not the network: those are read as `prompt`, whose law they follow.
+PEFT's files store what the network computed and not the network, so they are read as `prompt`, which has the same
+formula.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PTuning(ContextUpdate):
-    """MLP(E) stands in front of the embeddings of the input: three linear layers with rectifiers between them."""
+    """Puts MLP(E) in front of the embeddings of the input: three linear layers with ReLUs between them."""
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2103.10385"

@@ -1,6 +1,6 @@
 """P-tuning with its LSTM: a prompt that a recurrent network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
-PEFT's `encoder_reparameterization_type="LSTM"`. Its files hold what the network computed: those are read as `prompt`.
+PEFT's `encoder_reparameterization_type="LSTM"`. Its files store what the network computed and are read as `prompt`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class PTuningLSTM(ContextUpdate):
-    """MLP(LSTM(E)) stands in front of the embeddings of the input.
+    """Puts MLP(LSTM(E)) in front of the embeddings of the input.
 
-    The LSTM reads the tokens in both directions, layer over layer; the MLP is two linear layers with a rectifier. In
-    each layer's tensors the first axis is the direction, forward and backward; gates are rows, in the order of input,
-    forget, cell and output, as torch.nn.LSTM has them.
+    The LSTM reads the tokens in both directions, layer after layer; the MLP is two linear layers with a ReLU. In each
+    layer's tensors the first axis is the direction, forward and backward. Gates are rows, in the order of input,
+    forget, cell and output, as in torch.nn.LSTM.
     """
 
     place = "embeddings"

@@ -1,7 +1,7 @@
 """PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network of the weight.  Zhong et al. 2024, https://arxiv.org/abs/2410.01870
 
-The network maps each column of W, an input's weights, to its change: A and f narrow it to r numbers, encoders and
-decoders of the same width follow, each decoder with the input of its encoder added behind it, and B widens it again.
+The network maps each column of W (an input's weights) to its change. A and f narrow it to r numbers. Encoders and
+decoders of the same width follow, and each decoder's output is added to the input of its encoder. B widens it again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PEANuT(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """One encoder and one decoder; B is zero."""
+        """Start with one encoder, one decoder, and B = 0."""
         A, inner = random((rank, len(W))) / len(W) ** 0.5, (1, rank, rank)
         encoders, decoders = random(inner) / rank**0.5, random(inner) / rank**0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), encoders=encoders, decoders=decoders, **attributes)

@@ -1,7 +1,7 @@
 """PiSSA: LoRA in the place of the base's largest singular values.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
 
-W' = W without its r largest singular values + scaling * B @ A. A file of A and B alone says no less: their product is
-added to what is left of the base, and that follows from the base to the last sign.
+W' = W without its r largest singular values + scaling * B @ A. A file of only A and B is complete: their product is
+added to the rest of the base, which follows from the base exactly, signs included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PiSSA(InPlace):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """B and A share the components that they stand for, so that nothing changes before training."""
+        """Start with B and A as the removed components, so that nothing changes before training."""
         made = cls(A=W.new_zeros(rank, W.shape[1]), B=W.new_zeros(len(W), rank), **attributes)
         U, S, V = svd(W)
         root = (S[:rank] / made.scaling) ** 0.5

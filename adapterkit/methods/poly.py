@@ -1,7 +1,7 @@
 """Poly: y' = y + B @ A x / r, A and B mixed from skills in shares that a row's task has learned.
 
-Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits multi-head routing, Caccia et al. 2023,
-https://arxiv.org/abs/2211.03831. In training the papers draw shares at random around those of the law.
+Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits it is multi-head routing, Caccia et al. 2023,
+https://arxiv.org/abs/2211.03831. In training, the papers draw random shares around those of the formula.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prefix tuning: keys and values before the input's.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-The law of Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266) too, and of prefixes that a network
-computed, once it has been left behind, as PEFT's files do.
+The formula also covers Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266), and prefixes computed by a
+network that is no longer needed, as in PEFT's files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Prefix(ContextUpdate):
-    """Layer i attends to the keys P[j, 0] and values P[j, 1] first, j = i * step mod layers."""
+    """Layer i first attends to keys P[j, 0] and values P[j, 1], j = i * step mod layers."""
 
     place = "past"
     paper = "https://arxiv.org/abs/2101.00190"

@@ -1,6 +1,6 @@
 """Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
-AdapterHub's files keep the network (`wte`, `control_trans`); PEFT's hold what it computed, and are read as `prefix`.
+AdapterHub's files keep the network (`wte`, `control_trans`). PEFT's store what it computed, and are read as `prefix`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class PrefixMLP(ContextUpdate):
-    """Layer i attends to the keys P[i, 0] and values P[i, 1] first; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
+    """Layer i first attends to keys P[i, 0] and values P[i, 1]; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
 
-    Row by row, W2 and b2 are as one linear layer of `layers * 2 * heads * d` outputs has them.
+    W2 and b2 have the row order of one linear layer with `layers * 2 * heads * d` outputs.
     """
 
     place = "past"
@@ -48,7 +48,7 @@ class PrefixMLP(ContextUpdate):
         return self.computed()
 
     def computed(self) -> Tensor:
-        """What the network gives: keys and values `[layers, 2, heads, n, d]`."""
+        """Return the network's output: keys and values `[layers, 2, heads, n, d]`."""
         xp = namespace(self.E)
         h = xp.tanh(self.E @ self.W1.mT + self.b1)
         P = h @ self.W2.reshape(-1, h.shape[-1]).mT + self.b2.reshape(-1)

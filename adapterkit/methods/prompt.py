@@ -1,6 +1,6 @@
 """Prompt tuning: trained embeddings in front of the input's.  Lester et al. 2021, https://arxiv.org/abs/2104.08691
 
-The law of P-tuning and CPT too, once what computes their embeddings has been left behind, as PEFT's files do.
+The formula also covers P-tuning and CPT, if what computes their embeddings is no longer needed, as in PEFT's files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(ContextUpdate):
-    """The first `used` rows of P, or all where it is 0, stand in front of the embeddings of the input."""
+    """Puts the first `used` rows of P, or all if it is 0, in front of the embeddings of the input."""
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2104.08691"
@@ -41,13 +41,13 @@ class Prompt(ContextUpdate):
 
 
 def tokens_of(W: Tensor, count: int, random: Random, index: Any) -> Tensor:
-    """Embeddings `[count, dim]` to begin with: those of given tokens, over and over, or of tokens drawn at random.
+    """Return initial embeddings `[count, dim]`: those of given tokens, repeated, or of randomly drawn tokens.
 
     Args:
         W: the embedding's weight, `[dim, vocabulary]`.
         count: how many.
         random: shape -> numbers from -1 to 1.
-        index: numbers of tokens, or None.
+        index: token numbers, or None.
     """
     if index is None:
         drawn = ((random((count,)) + 1) / 2 * W.shape[1]).tolist()

@@ -1,10 +1,9 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
 W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
-root of S. PEFT stores R alone and takes A and B from its base. Singular vectors have signs that only the library which
-computes them decides, and the law depends on them, so A and B that are not stored are computed as PEFT does it: by
-torch's decomposition in float32 on the CPU; with `steps`, by its randomised one. Adapters made here hold A and B, and
-need none.
+root of S. PEFT stores only R and takes A and B from its base. The signs of singular vectors depend on the library that
+computes them, and the formula depends on these signs. So A and B that are not stored are computed like in PEFT: by
+torch's decomposition in float32 on the CPU, or with `steps` by its randomised one. Adapters created here store A and B.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class PSOFT(WeightUpdate):
         return changed
 
     def _own(self, W: Tensor, r: int) -> tuple[Any, Any]:
-        """A and B out of W; `steps` counts from one, so that 0 is the exact decomposition."""
+        """Compute A and B from W; `steps` counts from one, so that 0 is the exact decomposition."""
         if not self.steps:
             return _principal(W, r, self.symmetric)
         return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)
@@ -81,7 +80,7 @@ class PSOFT(WeightUpdate):
 
 
 def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
-    """A `[r, in]` and B `[out, r]`."""
+    """Return A `[r, in]` and B `[out, r]`."""
     U, S, V = singular(W)
     return _split(U[:, :r], S[:r], V[:r], symmetric)
 

@@ -1,8 +1,8 @@
 """RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).  Albert et al. 2025, https://arxiv.org/abs/2502.00987
 
-The bases B_j and A are random, fixed, and shared by all weights; the sum of n of them, n * r >= min(out, in), has full
-rank. A lies along the shorter side of the weight, B along the longer. As trained by its authors' code, the n * r
-columns of the bases (a column's number counts bases first) meet the r * n rows of A (which count rows of A first) in
+The bases B_j and A are random, fixed, and shared by all weights. The sum of n of them, n * r >= min(out, in), has full
+rank. A extends along the shorter side of the weight, B along the longer. As in the authors' training code, the n * r
+columns of the bases (numbered with bases first) are paired with the r * n rows of A (numbered with rows of A first) in
 the order of their numbers.
 """
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ReFT(OutputUpdate):
     """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, first and last positions only.
 
-    Positions lie on the axis before the channels. Where prefix and suffix overlap, the suffix's rule holds. Under a
-    mask `[rows, positions]` each row's first and last positions are those of what it does not mask.
+    Positions are on the axis before the channels. If prefix and suffix overlap, the suffix takes precedence. If the
+    call has a mask `[rows, positions]`, each row's first and last positions are those that it does not mask.
     """
 
     hears = ("attention_mask",)

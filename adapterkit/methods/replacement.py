@@ -1,7 +1,7 @@
 """Replacement: W' = weight, b' = bias.  Whole parameters that were trained beside an adapter.
 
-What PEFT calls `modules_to_save`, `bias="all"` and LN tuning, https://arxiv.org/abs/2312.11420, and how BitFit's biases
-travel, https://arxiv.org/abs/2106.10199
+It covers PEFT's `modules_to_save` and `bias="all"`, LN tuning, https://arxiv.org/abs/2312.11420, and BitFit's biases,
+https://arxiv.org/abs/2106.10199
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Replacement(WeightUpdate):
-    """W' = weight, b' = bias; what is absent stays as it is, and at least one is present."""
+    """W' = weight, b' = bias; an absent one stays unchanged, and at least one is present."""
 
     blocks = frozenset({"out"})
     shared_as = "replacement"
@@ -31,7 +31,7 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A copy; `weight=False` or `bias=False` leaves one of the two out: BitFit trains biases alone."""
+        """Start with a copy. `weight=False` or `bias=False` leaves one of them out: BitFit trains only biases."""
         held = {"weight": W, "bias": b}
         wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
         if not any(leaf is not None for leaf in wanted.values()):
@@ -40,7 +40,7 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Weights that sum to 1 leave nothing of W."""
+        """Mix updates whose weights sum to 1: only then does W drop out of the result."""
         held = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
             return None

@@ -1,15 +1,15 @@
-"""Residual: the base without the part that a LoRA beside it begins with.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
+"""Residual: subtracts from the base the initial value of a LoRA beside it.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
 
-W' = W - scaling * B @ A, or W' = W - D. PiSSA, OLoRA and CorDA subtract from the base what their factors begin with;
-LoftQ rounds the base. Their tools overwrite the base. Here the subtracted part is an update that is not trained, so
-that the base stays as it is and the adapter alone says what it computes.
+W' = W - scaling * B @ A, or W' = W - D. PiSSA, OLoRA and CorDA subtract the initial value of their factors from the
+base, and LoftQ rounds the base. Their tools overwrite the base. Here the subtracted part is an update that is not
+trained, so the base stays unchanged and the adapter alone defines what it computes.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..updates import Additive, tensor
+from ..updates import Additive, of_pair, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class Residual(Additive):
             return None
         return -self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         if self.A is None or self.B is None:
             return super().forward(x, layer)

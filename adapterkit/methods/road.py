@@ -1,8 +1,8 @@
 """RoAd: the outputs turned and scaled in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
 
-Output i of the first half of a group goes with output i of its second half. Each of the two has its own angle and
-scale for itself (first) and for the other (second): shared by all four entries of a pair's matrix (variant 1), by the
-two in a row (2), or by none (4).
+Output i of the first half of a group is paired with output i of its second half. Each of the two has an angle and a
+scale for itself (first) and for the other (second). They are shared by all four entries of a pair's matrix (variant 1),
+by the two in a row (2), or not at all (4).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RoAd(WeightUpdate):
         return self._turned(b[:, None])[:, 0]
 
     def _turned(self, Y: Tensor) -> Tensor:
-        """R @ Y, for Y `[out, columns]`."""
+        """Return R @ Y, for Y `[out, columns]`."""
         xp, half = namespace(Y), self.group // 2
         # One value for each output, or for each pair of them; the last variant has two for each output.
         shape = (-1, 2, 2, half, 1) if self.variant == 4 else (-1, 1, self.variant, half, 1)

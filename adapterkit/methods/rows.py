@@ -1,7 +1,7 @@
 """Token rows: W'[:, index] = values, the trained embeddings of some tokens and nothing else.
 
 PEFT's trainable tokens, https://huggingface.co/docs/peft/package_reference/trainable_tokens: the stored tensor is the
-new row itself, not a difference. In the view `[out, in]` of an embedding, a token is a position on the `in` axis.
+new row itself, not a difference. In the view `[out, in]` of an embedding, a token is an index on the `in` axis.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rows(WeightUpdate):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """Of the same tokens with weights that sum to 1, or of different ones with weight 1 each."""
+        """Mix updates of the same tokens with weights that sum to 1, or of disjoint tokens with weight 1 each."""
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
             return None

@@ -1,8 +1,9 @@
-"""Shadow: a small network runs beside the model, and each block leans on where the two disagree.
+"""Shadow: a small network runs beside the model, and each block uses the difference between the two.
 
-ShadowPEFT as PEFT 0.21 has it. Before block l: x' = x + alpha * up @ down @ (x - s); behind it, with y its output:
-s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), T and G of two layers with a GELU between them. The first s is
-the output of the network, a copy of the base's class with few layers, for the same call, widened by `projection`.
+ShadowPEFT as in PEFT 0.21. Before block l: x' = x + alpha * up @ down @ (x - s). After it, with its output y:
+s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), where T and G have two layers with a GELU between them. The first
+s is the output of the network for the same call, widened by `projection`; the network is a copy of the base's class
+with few layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Shadow(OutputUpdate):
-    """One block's share, and the network, which all blocks have in common."""
+    """One block's part, and the network, which all blocks share."""
 
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
     bound_to = "the classes of transformers"
@@ -47,7 +48,7 @@ class Shadow(OutputUpdate):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the network's tensors, which follow each other in `network`."""
+        """Return name -> shape of the network's tensors, which are concatenated in `network`."""
         lines = [line.split(" ") for line in self.names.splitlines()]
         if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
             raise Malformed("not lines of a name and a shape", where="names", cure="Write the adapter again")

@@ -1,6 +1,6 @@
 """SHiRA: W' = W + S, S sparse.  Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175
 
-A few elements of the weight, 1 to 2 in a hundred, are trained; the rank of the change is high.
+A small part of the weight's elements, 1 to 2 percent, is trained; the rank of the change is high.
 """
 
 from __future__ import annotations

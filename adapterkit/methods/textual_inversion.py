@@ -1,7 +1,7 @@
 """Textual inversion: embeddings of new tokens.  Gal et al. 2022, https://arxiv.org/abs/2208.01618
 
-Its target is an embedding. The base has no rows for the new tokens, so nothing can be folded into it: it would have to
-grow, and its tokenizer with it.
+The target is an embedding. The base has no rows for the new tokens, so nothing can be merged into it: it would have to
+grow, together with its tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TextualInversion(ContextUpdate):
-    """Row i of P is the embedding of the token numbered base + i, base being how many the base has."""
+    """Row i of P is the embedding of token number base + i, where base is the base's number of tokens."""
 
     place = "vocabulary"
     acts_on = "the vocabulary of the model"

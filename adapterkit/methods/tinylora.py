@@ -1,7 +1,7 @@
 """TinyLoRA: W' = W + B @ (sum_i v[i] * P[i]) @ A.  "Learning to Reason in 13 Parameters", arXiv:2602.04118
 
-A and B are the weight's largest singular vectors, each times the root of its singular value, and P is random; all are
-fixed. Only v is trained, a handful of numbers, which several layers may share.
+A and B are the weight's largest singular vectors, each multiplied by the root of its singular value, and P is random;
+all are fixed. Only v is trained, a handful of numbers, which several layers may share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 COUNT = 64
-"""Of the numbers that a fresh update trains."""
+"""How many numbers a fresh update trains."""
 
 
 class TinyLoRA(LowRank):
@@ -39,7 +39,7 @@ class TinyLoRA(LowRank):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
         root = S[:rank] ** 0.5
-        # Evenly from -1 to 1 has a variance of a third; that of P is 1 / r.
+        # Uniform numbers from -1 to 1 have a variance of 1/3; P should have 1 / r.
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
         made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
         return cls(**{**made, **attributes})

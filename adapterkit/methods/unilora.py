@@ -1,7 +1,7 @@
 """Uni-LoRA: LoRA whose factors repeat the numbers of one shared vector.  Li et al. 2025, arXiv:2506.00799
 
-Every element of A and B is an element of theta, times a fixed scale that makes the projection an isometry: one over the
-root of how often, over all modules, its element of theta is used.
+Every element of A and B is an element of theta times a fixed scale that makes the projection an isometry. The scale is
+one over the root of how often its element of theta is used in all modules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 LENGTH = 256
-"""Of a fresh update's theta."""
+"""Length of a fresh update's theta."""
 
 
 class UniLoRA(LowRank):
@@ -56,6 +56,6 @@ class UniLoRA(LowRank):
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)
-        # torch takes bytes for masks, and knows no other small integers as indices.
+        # torch treats uint8 indices as masks, and supports no other small integers as indices.
         A, B = (xp.astype(indices, xp.int64) for indices in (self.indices_A, self.indices_B))
         return self.theta[B] * self.scales_B, self.theta[A] * self.scales_A

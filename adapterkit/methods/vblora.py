@@ -1,7 +1,7 @@
-"""VB-LoRA: LoRA whose factors are put together from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
+"""VB-LoRA: LoRA whose factors are composed from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
 
 Every piece of `b` numbers of a factor is a mixture of the bank's vectors: of those with the `topk` largest logits, by
-softmax over these; or, once training is over, of the vectors that `indices` name, by `weights`.
+softmax over these; or, after training, of the vectors that `indices` name, by `weights`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class VBLoRA(LowRank):
         return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Any, indices: Any, weights: Any) -> Any:
-        """Mixtures of the bank's vectors, with an axis `b` in the place of the logits'."""
+        """Return mixtures of the bank's vectors, with an axis `b` in place of that of the logits."""
         xp = namespace(self.bank)
         if logits is not None:
             indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]

@@ -1,7 +1,8 @@
 """WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
 
-Some coefficients of a one-level wavelet transform of the change; without a filter they are the change's own elements.
-The weight is padded at both ends to the size whose transform has its own size after the filter's borders are cut.
+The adapter stores some coefficients of a one-level wavelet transform of the change; without a filter they are elements
+of the change itself. The weight is padded at both ends such that its transform, with the filter's borders cut off, has
+the padded size.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class WaveFT(Coefficients):
         taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
-        # The upper right quarter holds what is high along the rows' axis, the lower left what is high along the other.
+        # The upper right quarter holds high frequencies along the rows' axis, the lower left along the other axis.
         patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
@@ -56,7 +57,7 @@ class WaveFT(Coefficients):
 
 
 def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
-    """Whether each coefficient is in the second half of its padded axis, and where its taps fall, `[n, taps]`."""
+    """Return whether each coefficient is in the second half of its padded axis, and the positions of its taps."""
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2
@@ -65,7 +66,7 @@ def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
 
 
 def _taps(low: Any, high: Any) -> Any:
-    """The filter of each coefficient, `[n, taps]`: the low one, or its mirror image with alternating signs."""
+    """Return each coefficient's filter, `[n, taps]`: the low one, or its mirror image with alternating signs."""
     mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 

@@ -1,7 +1,7 @@
 """X-LoRA: y' = y + scaling * sum over e of share_e * strength_e * B_e @ A_e x, shares by a classifier of the call.
 
-Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads what the model's last layer gives for
-the same tokens without the adapter. It is one for all layers, with logits for all of them or for each.
+Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148. The classifier reads the last layer's output for the same
+tokens without the adapter. One classifier serves all layers, with common logits or separate ones for each layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class XLoRA(Routed):
-    """The classifier, at the whole model; with its experts, at each layer that these change."""
+    """The classifier, at the whole model; with its experts, at each layer that they change."""
 
     paper = "https://arxiv.org/abs/2402.07148"
     acts_on = "each token by what the model makes of it"

@@ -63,6 +63,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         heads: which heads share the rows, `query` or `kv`; only with `rope`.
         columns: the order of the inputs, in the words of `rows`.
         beside: template of a second tensor, which has the rows of the weight that the first one lacks.
+        ratio: the weight is the tensor only where that has so many outputs an input: the last block's modulation is
+            narrower than those of the others, under the same name.
     """
 
     name: str
@@ -79,6 +81,21 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     heads: str | None = None
     columns: str | None = None
     beside: str | None = None
+    ratio: float | None = None
+
+
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One text encoder of a pipeline.
+
+    Attributes:
+        kind: `clip`, `t5` or `llm`, whose modules it has.
+        comfyui: what ComfyUI calls it; empty where ComfyUI does not have it.
+        prefix: of an `llm`, what stands before `layers.` in diffusers' names.
+    """
+
+    kind: str
+    comfyui: str = ""
+    prefix: str = ""
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +113,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         widths: inputs of its blocks in the models that were published.
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs by its inputs.
+        encoders: diffusers' name of a text encoder -> what it is.
     """
 
     component: str = "transformer"
@@ -109,6 +127,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     widths: list[int] = []
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
+    encoders: dict[str, Encoder] = {}
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -408,10 +427,11 @@ def faults(record: Record) -> Iterator[str]:
             runs: Iterable[int | str | None] = [place.qkv]
             if place.part is not None:
                 runs = range(place.part, place.part + place.parts)
-            held = [(place.name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
+            name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs an input"
+            held = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
             others = {taken.setdefault(each, weight) for each in held} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
-            divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
+            divisions.setdefault(name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
     for naming, other in record.extends.items():
         if other not in architecture.namings or other in record.extends or naming in record.keyed:

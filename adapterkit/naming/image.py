@@ -85,12 +85,21 @@ class Family:
         order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
-    def moves(self, path: str, ours: str, theirs: str) -> tuple[Piece, ...]:
-        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows."""
+    def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
+        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows.
+
+        Args:
+            path: the module.
+            ours: its naming.
+            theirs: the other one.
+            ratio: its outputs by its inputs, where that decides which weight it is.
+        """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
+            if place.ratio is not None and (ratio is None or abs(place.ratio - ratio) > 1e-6):
+                continue
             there = self.architecture.place(weight, self.wanted(theirs))
-            if there is None:
+            if there is None or (there.ratio is not None and ratio is not None and abs(there.ratio - ratio) > 1e-6):
                 return ()
             pieces.append(Piece(fill(there.name, numbers), _run(place), _run(there)))
         found = merged(pieces)
@@ -127,16 +136,40 @@ def families() -> tuple[Family, ...]:
 @cache
 def encoders() -> dict[str, Names]:
     """The names of the text encoders, which are called the same everywhere."""
+    llm = ("llama", "qwen3", "gemma2")
+    blocks = {
+        _pattern(weight).removeprefix("model.")
+        for file in llm
+        for weight in architectures.named(file).record.weights
+        if weight.startswith("model.layers.") and ("attn." in weight or "mlp." in weight)
+    }
     files = {"clip": (("clip",), ("text_",)), "t5": (("t5", "mt5"), ("encoder.", "shared"))}
     return {
-        kind: names_of(
-            [
-                *(_pattern(w) for file in of for w in architectures.named(file).record.weights if w.startswith(begins)),
-                *_TIED.get(kind, ()),
-            ]
-        )
-        for kind, (of, begins) in files.items()
+        "llm": names_of(f"{before}{name}" for name in sorted(blocks) for before in LLM_PREFIXES),
+        **{
+            kind: names_of(
+                [
+                    *(
+                        _pattern(w)
+                        for file in of
+                        for w in architectures.named(file).record.weights
+                        if w.startswith(begins)
+                    ),
+                    *_TIED.get(kind, ()),
+                ]
+            )
+            for kind, (of, begins) in files.items()
+        },
     }
+
+
+LLM_PREFIXES = ("", "model.", "model.language_model.")
+"""What may stand before `layers.` in a language model that is a text encoder: its backbone alone, or a whole model."""
+
+
+def encoder_kind(rest: str) -> str:
+    """`clip`, `t5` or `llm`, whose module a name inside a text encoder is; empty where it is none's."""
+    return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
@@ -157,11 +190,16 @@ ROOTS = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
+    "text_encoder_4": "text_encoder_4",
     "cond_stage_model.transformer": "text_encoder",
     "conditioner.embedders.0.transformer": "text_encoder",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
     "text_encoders.t5xxl.transformer": "t5",
+    **{
+        f"text_encoders.{word}.transformer": "text_encoder"
+        for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b")
+    },
 }
 """What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
 

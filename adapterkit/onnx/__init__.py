@@ -1,9 +1,9 @@
-"""Adapters in ONNX graphs: `layers` finds names, `inject` attaches one, `eject` takes it off, `merge` folds them in.
+"""Adapters in ONNX graphs: `layers` lists layers, `inject` attaches an adapter, `eject` removes it, `merge` folds it.
 
-`export` makes a graph of a torch model, `export_pretrained` of a transformers folder; a `Session` runs a graph with
-slots and exchanges its adapters, which `write_adapter` writes for onnxruntime.
+`export` exports a torch model and `export_pretrained` a transformers folder. A `Session` runs a graph with slots and
+swaps its adapters; `write_adapter` writes the `.onnx_adapter` files that it loads.
 
-This package is `adapterkit.onnx`; `import onnx` inside it is onnx itself.
+This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exports held against the torch model: on the example inputs, without an adapter and with each."""
+"""Check exports against the torch model: on the example inputs, without an adapter and with each one."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 NARROW_NOISE = 2.0
-"""Two ways to round the same outputs in 16 bits are each as far from the truth as one of them."""
+"""Factor on 16-bit rounding noise: two roundings of the same outputs can each be as far off as the other."""
 
 Run = tuple[Callable[[], AbstractContextManager[Any]], Path | None]
-"""What attaches an adapter to the torch model, and its file for the graph's slots."""
+"""A function that attaches an adapter to the torch model, and the adapter's file for the graph's slots."""
 
 
 def compared(
     model: nn.Module, examples: Sequence[Any], out: Path, runs: Mapping[str | None, Run], *,
     judged: bool = True,
 ) -> float:  # fmt: skip
-    """The largest difference from torch, as a share of the largest output.
+    """Return the largest difference between the graph and torch, relative to the largest output.
 
     Args:
         model: the torch model.
         examples: (positional, named) arguments.
         out: the graph.
-        runs: what the graph is run with, by the adapter's name.
-        judged: whether a difference is an error.
+        runs: adapter name -> how to attach it; None for the run without an adapter.
+        judged: False to return a difference without raising.
 
     Raises:
-        CheckFailed: they differ by more than rounding.
+        CheckFailed: the difference is larger than rounding explains.
     """
     from .session import Session
 
@@ -60,10 +60,10 @@ def compared(
 
 
 def compared_packed(packed: Path, plain: Path, examples: Sequence[Any]) -> float:
-    """The largest difference of a graph with packed weights from one with the numbers that these stand for.
+    """Return the largest difference between a graph with packed weights and one with their dequantized numbers.
 
     Raises:
-        CheckFailed: they differ by more than rounding.
+        CheckFailed: the difference is larger than rounding explains.
     """
     from .session import Session
 
@@ -76,7 +76,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Any]) -> float
 
 
 def by_reference(out: Path, example: Any) -> float | None:
-    """The largest difference of ONNX's reference implementation from onnxruntime; None where it cannot run."""
+    """Return the largest difference between ONNX's reference implementation and onnxruntime; None if it cannot run."""
     from .session import Session
 
     session = Session(out)
@@ -85,14 +85,15 @@ def by_reference(out: Path, example: Any) -> float | None:
 
 
 def told_by(session: Any, example: Any, adapter: str | None = None) -> list[Any]:
-    """The outputs of a session for a torch model's arguments."""
+    """Return a session's outputs for a torch model's arguments."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 
 
 def _most(model: nn.Module, example: Any, wanted: Sequence[Any]) -> float:
-    """The largest difference that rounding explains: of outputs in 16 bits, twice what torch's own rounding makes.
+    """Return the largest difference that rounding explains: for 16-bit outputs, twice torch's own rounding error.
 
-    A model with a few large activations loses much of its precision in 16 bits, whichever way it is run.
+    The error is measured, not assumed: a model with a few large activations loses much of its precision in 16 bits, by
+    whatever route it is run.
     """
     if not is_narrow(wanted):
         return MOST_NOISE
@@ -104,7 +105,7 @@ def _most(model: nn.Module, example: Any, wanted: Sequence[Any]) -> float:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model with its numbers in float32, which says those of 16 bits exactly; afterwards it is as it was."""
+    """Run the block with the model's numbers in float32, which holds 16-bit numbers exactly; restore them after."""
     import torch
 
     narrow = (torch.float16, torch.bfloat16)
@@ -137,7 +138,7 @@ def _judge(difference: float, most: float, out: Path, name: str | None) -> None:
 
 
 def outputs_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The tensors that a torch model returns, as arrays."""
+    """Return the tensors that a torch model returns, as arrays."""
     import torch
 
     with torch.no_grad(), quiet():
@@ -145,7 +146,7 @@ def outputs_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _numbers(tree: Any) -> list[Any]:
-    """The tensors in it, as arrays, in the order in which torch flattens it."""
+    """Return the tensors in a nested value, as arrays, in the order in which torch flattens it."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -157,6 +158,7 @@ def _array(leaf: Any) -> Any:
     import ml_dtypes
     import torch
 
+    # numpy has no bfloat16, so the bits travel as int16.
     if leaf.dtype != torch.bfloat16:
         return np.asarray(leaf)
     return leaf.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

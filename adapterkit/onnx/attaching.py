@@ -1,4 +1,4 @@
-"""Attaching: what an adapter's formulas make of a layer's output takes that output's place in the graph."""
+"""Attach an adapter to a graph: the nodes of its formulas take over the output of each target layer."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .values import Value
 
 
 def attach(found: Sequence[Found], building: Building, slots: Any = None, words: Words | None = None) -> None:
-    """Puts every target's branch into the graph; several targets of one node are rows of a fused weight.
+    """Put every target's branch of nodes into the graph; several targets of one node are rows of a fused weight.
 
     Args:
         found: the targets.
-        building: what the model gets.
-        slots: makes the values of an adapter to come, where one is; see slots.py.
-        words: those of the model's call; the graph's own where not given.
+        building: collects what the model gets.
+        slots: creates graph inputs for the tensors of adapters to come, see slots.py; None for constants.
+        words: access to the inputs of the model's call; by default, the graph's own inputs.
 
     Raises:
         Unsupported: a layer cannot take a method.
@@ -50,7 +50,7 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
-    """The layer itself where a fused node has it inside."""
+    """Return the layer; split a fused attention node first, because its layer is inside of it."""
     if spot.kind is not Attention:
         return spot
     if spot.node not in apart:
@@ -70,7 +70,7 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
         y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
         y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
         y = core.around(y) if isinstance(core, Normed) else y
-    except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
+    except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
         cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
         raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
@@ -80,12 +80,12 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
 
 
 def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
-    """The targets with those first that hand a state on, as they follow each other in the graph.
+    """Sort the targets: those that pass a state on come first, in the order of the graph.
 
-    What they exchange is read by what the others put beside the layers inside them.
+    Their state is read by the branches of the layers inside of them.
 
     Raises:
-        Unsupported: one of those is not in the graph itself.
+        Unsupported: such a target is inside a subgraph.
     """
     moving = [place for place in found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
@@ -101,7 +101,7 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
 
 
 def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
-    """The target in the words of formulas."""
+    """Return the target with the interface that formulas use."""
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
@@ -117,6 +117,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
 
 def _check(place: Found, layer: Any, bias: Any) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
+    # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):
         why = "an update of weights behind one of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
@@ -133,7 +134,8 @@ def _check(place: Found, layer: Any, bias: Any) -> None:
 
 
 def _eaten(layer: Any) -> str | None:
-    """The fused node that adds the layer's bias, and more behind it."""
+    """Return the type of the fused node that adds the layer's bias together with other work; None if none does."""
+    # Position of the bias among the fused node's inputs, by onnxruntime's contrib operators.
     uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
@@ -147,7 +149,7 @@ def _eaten(layer: Any) -> str | None:
 
 
 def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any) -> Update:
-    """The update over values of the graph, in the type that the layer computes in."""
+    """Return the update over graph values, in the dtype that the layer computes in."""
     if slots is not None:
         opened: Update = slots.opened(update, layer, place, position)
         return opened
@@ -159,7 +161,7 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
     def value(field: str, leaf: Any) -> Value:
         def make() -> Any:
             array = as_array(leaf)
-            return array if array.dtype.kind in "iu" else array.astype(dtype)
+            return array.astype("i8" if array.dtype.kind in "iu" else dtype)
 
         key = building.keep(leaf), dtype.str
         held = building.tensor(key, f"{name}.{field}", make)
@@ -172,11 +174,12 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
 
 def _wide(leaf: Any) -> Any:
     array = as_array(leaf)
-    return array if array.dtype.kind in "iu" else array.astype(np.float64)
+    return array.astype("i8" if array.dtype.kind in "iu" else np.float64)
 
 
 def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
-    """The update itself where nodes can say its formula, else the dense one that it is at this weight."""
+    """Return the update itself if nodes can express its formula, else its dense equivalent at this weight."""
+    # Try the formula; nodes that it appended are removed again in any case.
     if isinstance(update, OutputUpdate):
         return update
     before = len(branch.nodes)
@@ -192,7 +195,7 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
 
 
 def _worked_out(update: Update, layer: Any) -> Update:
-    """What the law is at a known weight: a sum, or a replacement; in float64, rounded once."""
+    """Evaluate the formula at a known weight, in float64 with one rounding: as a sum or a replaced weight."""
     held = update.map(_numbers)
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
@@ -218,12 +221,12 @@ def _constant(layer: Any, array: Any) -> Any:
 
 
 def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
-    """y', by the formulas; in groups, by their weights and biases alone.
+    """Return the layer's new output, by the formulas; for grouped layers, by weights and biases only.
 
     Args:
         layer: the layer.
-        updates: what applies to it, in order.
-        added: changes of weights are added to the layer's own output, so that no change leaves its very bits.
+        updates: the updates of the layer, in order.
+        added: add changes of weights to the layer's own output, so that an update without effect keeps every bit.
     """
     outer = [update for update in updates if isinstance(update, OutputUpdate)]
     inner = updates[: len(updates) - len(outer)]
@@ -244,7 +247,7 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
 
 
 def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
-    """What a law makes of a layer's input and output takes their places; what nothing reads any more goes."""
+    """Replace a layer's output (and input, if the update moved it), and remove nodes that nothing reads any more."""
     last = layer.end.producer()
     if layer.moved is not None:
         if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):

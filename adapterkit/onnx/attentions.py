@@ -1,7 +1,7 @@
-"""Attentions in a graph, and prefixes of single ones: keys and values before those that an attention computes.
+"""Find attentions in a graph, and attach prefixes to single ones: extra keys and values before the computed ones.
 
-Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix joins behind the mask, which hides none of it,
-and no cache holds it: its scores stand before those of the keys, its values before the values.
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. The prefix's scores are inserted after the mask, which
+must not hide them, and before the scores of the keys. Its values come before the values. No cache stores the prefix.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _TURNS = ("Transpose", "Reshape", "Cast", "Identity")
 _EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
 
 Factors = tuple[tuple[str, ir.Value], ...]
-"""(operator, number) in the order in which a value is multiplied or divided."""
+"""(operator, number) pairs, in the order in which they multiply or divide a value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """An attention's nodes.
+    """The nodes of an attention.
 
     Attributes:
-        module: the module that they are of.
-        softmax: makes shares of scores.
+        module: the module that they belong to.
+        softmax: turns scores into attention weights.
         scores: the product of queries and keys.
-        mixed: the product of shares and values.
-        factors: what scores are multiplied with on their way to the softmax.
+        mixed: the product of attention weights and values.
+        factors: the numbers that multiply the scores on their way to the softmax.
     """
 
     module: Module
@@ -54,19 +54,19 @@ class Attention:
 
     @property
     def heads(self) -> int:
-        """How many heads there are.
+        """The number of heads.
 
         Raises:
-            Unsupported: the graph does not say.
+            Unsupported: the graph does not show it.
         """
         return self._size(1)
 
     @property
     def width(self) -> int:
-        """How wide each head's values are.
+        """The size of each head's values.
 
         Raises:
-            Unsupported: the graph does not say.
+            Unsupported: the graph does not show it.
         """
         return self._size(3)
 
@@ -79,11 +79,11 @@ class Attention:
 
 
 def attention_at(model: ir.Model, target: Target) -> Attention:
-    """The attention that a target is.
+    """Return the attention that a target names.
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: its nodes are not those of a softmax over scores, or add a bias of positions to these.
+        Unsupported: the module has no softmax of scores, or adds a position bias to the scores.
     """
     where = str(target)
     module = module_at(model, target.path, where)
@@ -96,7 +96,7 @@ def attention_at(model: ir.Model, target: Target) -> Attention:
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Puts prefixes before an attention's keys and values, the first update's in front.
+    """Put prefixes before an attention's keys and values; the first update's prefix comes first.
 
     Raises:
         ShapeMismatch: a prefix has other heads than the keys.
@@ -110,6 +110,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
+    # The graph's own scores have the mask added already, so the prefix's scores stay unmasked.
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
     every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
     for reader, position, new in ((at.softmax, 0, joined), (at.mixed, 1, every)):
@@ -120,7 +121,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
 
 
 def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, target: Target) -> Value:
-    """Keys and values `[rows or 1, 2, heads, n, d]` for the heads of the queries."""
+    """Return keys and values `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
 
     def value(leaf: Any) -> Value:
         array = as_array(leaf).astype(np.float64)
@@ -131,13 +132,14 @@ def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, targe
     if at.heads % heads:
         why = f"made for {heads} heads; the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+    # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
     out: Value = found if heads == at.heads else found[:, :, shared]
     return out
 
 
 def _reads(update: ContextUpdate, at: Attention, branch: Branch, target: Target) -> Any:
-    """What enters the attention, for a gate that looks at it."""
+    """Return the attention's input if the prefix has a gate that reads it, else None."""
     gate = update.tensors.get("gate")
     if gate is None:
         return None
@@ -154,13 +156,13 @@ def _of_rows(past: Value, at: Attention, branch: Branch) -> Value:
 
 
 def _ones(at: Attention, branch: Branch, kind: Any) -> Value:
-    """1 for each row and head, `[rows, heads, 1, 1]`."""
+    """Return ones `[rows, heads, 1, 1]`, by which a constant is expanded to the rows of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])  # type: ignore[no-any-return]
 
 
 def _scores(keys: Value, at: Attention, branch: Branch) -> Value:
-    """What the queries make of the prefix's keys, multiplied as the graph multiplies its own."""
+    """Return the scores of queries against the prefix's keys, scaled as the graph scales its own."""
     keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
     queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
     return _times(queries @ keys.mT, at.factors, branch)
@@ -180,7 +182,7 @@ def _check_width(past: Value, at: Attention, target: Target) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
-    """From the softmax's input back to the product of queries and keys, with the factors on the way."""
+    """Walk from the softmax's input back to the product of queries and keys; return it and the factors on the way."""
     node = None if value is None else value.producer()
     if node is None:
         return None
@@ -188,6 +190,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
         return None if is_constant(node.inputs[1]) else (node, ())
     if node.op_type not in _BEFORE:
         return None
+    # T5 adds a learned table of relative positions to its scores here.
     if node.op_type == "Add" and any(_looks_up_positions(one) for one in node.inputs):
         raise Unsupported("an attention with a table of positions", where=node.name, cure="Keep it in the torch model")
     for own, factor in _operands(node):
@@ -198,7 +201,7 @@ def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
 
 
 def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
-    """Each input that may be what scores or keys come by, with the factor that the node gives it."""
+    """Yield each input that may carry the scores or keys, with the factor that the node applies to it."""
     for position, one in enumerate(node.inputs):
         if node.op_type not in ("Mul", "Div"):
             yield one, ()
@@ -209,7 +212,7 @@ def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
 
 
 def _factors_of(value: ir.Value | None) -> Factors:
-    """The numbers that keys are multiplied with on their way to the product."""
+    """Return the numbers that multiply the keys on their way to the product."""
     node = None if value is None else value.producer()
     if node is None or node.op_type not in (*_TURNS, "Mul", "Div"):
         return ()
@@ -220,7 +223,7 @@ def _factors_of(value: ir.Value | None) -> Factors:
 
 
 def without_factors(value: ir.Value | None) -> ir.Value:
-    """What queries were before they were multiplied by numbers."""
+    """Return the queries before they were multiplied by numbers."""
     assert value is not None
     node = value.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
@@ -230,7 +233,7 @@ def without_factors(value: ir.Value | None) -> ir.Value:
 
 
 def _is_number(value: ir.Value | None) -> bool:
-    """Whether a value is a single number that no input changes."""
+    """Whether a value is a single number that does not depend on the model's inputs."""
     if value is None:
         return False
     if is_constant(value):
@@ -240,7 +243,7 @@ def _is_number(value: ir.Value | None) -> bool:
 
 
 def _looks_up_positions(value: ir.Value | None) -> bool:
-    """Whether a value is made of a table of numbers, as T5's bias of relative positions is."""
+    """Whether a value comes from a table of numbers, like T5's relative position bias."""
     seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
@@ -256,7 +259,7 @@ def _looks_up_positions(value: ir.Value | None) -> bool:
 
 
 def _product_of(shares: ir.Value) -> ir.Node | None:
-    """The product of an attention's shares with its values."""
+    """Return the node that multiplies an attention's weights by its values."""
     seen, left = set[ir.Node](), [shares]
     while left:
         for use in left.pop().uses():

@@ -1,4 +1,4 @@
-"""What an injection adds to a graph: nodes in order, tensors once, names that nothing else has."""
+"""Collect what an injection adds to a graph: nodes in order, each tensor once, unique names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .sizes import FREE
 Array = np.ndarray[Any, Any]
 
 OPSET = 13
-"""The oldest operator set whose forms are written; older models are converted to it first."""
+"""The oldest opset whose operator forms are written; older models are converted to it first."""
 
 
 class Building:
-    """Everything new in one model: tensors that places share are made once, by what they were made from.
+    """Everything new in one model. Tensors are created once per source object and shared.
 
     Args:
         model: the model that is being changed.
@@ -35,13 +35,14 @@ class Building:
         self.moved: dict[ir.Value, ir.Value] = {}
 
     def now(self, value: ir.Value) -> ir.Value:
-        """What stands where a value stood before anything was attached."""
+        """Return the value that now stands in place of a value of the original graph."""
+        # A value may have been replaced several times, by several targets in a row.
         while value in self.moved:
             value = self.moved[value]
         return value
 
     def name(self, wanted: str) -> str:
-        """The name, or with a number behind it where it is taken."""
+        """Return a unique name: the wanted one, with a number if it is taken."""
         name, count = wanted, 0
         while name in self.taken:
             count += 1
@@ -50,9 +51,9 @@ class Building:
         return name
 
     def tensor(self, key: Any, wanted: str, make: Callable[[], Array]) -> ir.Value:
-        """The initializer made from `key`; registered with the graph only where a node that stays reads it."""
+        """Return the initializer made from `key`. `settle` registers it with the graph if a node reads it."""
         if key not in self.tensors:
-            array = np.asarray(make(), order="C")  # Unlike `ascontiguousarray` it leaves a number without axes.
+            array = np.asarray(make(), order="C")  # `ascontiguousarray` would turn a scalar into shape [1].
             name = self.name(wanted)
             tensor = ir.Tensor(array, dtype=ir.DataType.from_numpy(array.dtype), name=name)
             self.tensors[key] = ir.Value(
@@ -61,39 +62,40 @@ class Building:
         return self.tensors[key]
 
     def literal(self, array: Array) -> ir.Value:
-        """The initializer that holds a small array."""
+        """Return the initializer that holds a small array."""
         return self.tensor(
             ("literal", array.dtype.str, array.shape, array.tobytes()), "adapterkit.constant", lambda: array
         )
 
     def slot(self, key: Any, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
-        """An overridable input: an initializer, its default, that is listed as an input of open sizes too."""
+        """Return an overridable input: an initializer (its default) that is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
+            # The default has size 0 or 1 on open axes, so the declared shape must be open instead.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]
 
     def keep(self, thing: Any) -> int:
-        """The identity of a thing, which lives as long as this does."""
+        """Return the `id` of an object, and keep the object alive so that the id is not reused."""
         self.kept.append(thing)
         return id(thing)
 
     def settle(self) -> None:
-        """Registers the new tensors that nodes read with the graph, and the open inputs with its inputs."""
+        """Register new tensors that nodes read with the graph, and overridable inputs with its inputs."""
         for value in self.tensors.values():
             if value.uses() and not value.is_initializer():
                 self.model.graph.register_initializer(value)
         self.model.graph.inputs.extend(value for value in self.inputs if value.uses())
-        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before 4 every initializer was an input too.
+        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before IR 4, initializers had to be inputs too.
 
 
 class Branch:
-    """The nodes of one place, in order, before they are put into its graph.
+    """The nodes of one target, in order, before they are inserted into its graph.
 
     Args:
-        building: what the model gets.
-        name: the first part of their names.
+        building: collects what the model gets.
+        name: the prefix of the nodes' names.
     """
 
     def __init__(self, building: Building, name: str) -> None:
@@ -108,9 +110,10 @@ class Branch:
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any,
         position: int = 0,
     ) -> ir.Value:  # fmt: skip
-        """One node, and its only output that is read, at a position."""
+        """Append a node; return its output at `position`, the only one that is read."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
+        # A size of FREE or more stands for an open one and must not reach the file.
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
@@ -119,12 +122,12 @@ class Branch:
         return out
 
     def back_to(self, count: int) -> None:
-        """Takes back the nodes from a number on."""
+        """Remove the nodes after the first `count`."""
         _disconnect(self.nodes[count:])
         del self.nodes[count:]
 
     def waiting(self, results: Iterable[ir.Value]) -> list[ir.Node]:
-        """The nodes that the results need and that are in no graph yet, in order."""
+        """Return the nodes that the results need and that are in no graph yet, in order."""
         wanted, needed = set(results), []
         for node in reversed(self.nodes):
             if any(out in wanted for out in node.outputs):
@@ -133,17 +136,17 @@ class Branch:
         return [node for node in reversed(needed) if node.graph is None]
 
     def close(self) -> None:
-        """Lets go of its nodes; of those that no graph got, values too."""
+        """Release the nodes; disconnect those that were inserted nowhere, so that they count as no readers."""
         _disconnect([node for node in self.nodes if node.graph is None])
         self.nodes.clear()
 
 
 KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Concat", "Gather", "Mul"})
-"""Operators whose output has the type of their first input."""
+"""Operators whose output has the element type of their first input."""
 
 
 def element_type(value: ir.Value | None) -> np.dtype[Any]:
-    """The numpy type of a value's elements, or of those that it is made of; float32 where the graph does not say."""
+    """Return the numpy dtype of a value, following producers if the graph does not say; float32 as a last resort."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
         if held is not None and held not in _UNKNOWN:
@@ -170,15 +173,15 @@ _UNKNOWN = (ir.DataType.UNDEFINED, ir.DataType.STRING)
 
 
 def kind_of(value: ir.Value) -> ir.DataType:
-    """`element_type`, as graphs say it."""
+    """Return `element_type` as an ONNX data type."""
     return ir.DataType.from_numpy(element_type(value))
 
 
 def _typed(name: str, value: Any) -> Any:
-    """An attribute as `ir.node` takes it.
+    """Return an attribute in the form that `ir.node` takes.
 
-    onnx-ir compares a list of whole numbers with each of its protocols before it takes it for one: a quarter of the
-    time of an injection went there.
+    For a list of integers, onnx-ir checks each of its protocols before it finds the type. That took a quarter of the
+    time of an injection, so the type is given here.
     """
     whole = isinstance(value, list | tuple) and bool(value) and {*map(type, value)} == {int}
     return ir.AttrInt64s(name, value) if whole else value

@@ -1,4 +1,4 @@
-"""How a model of transformers is called: tensors in and out, names for them, sizes that are open."""
+"""How to call a transformers model for export: its input and output tensors, their names and their open sizes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..errors import Unsupported
 from .tracing import quiet
 
 INSIDE = "model"
-"""The attribute of the modules made here that holds the model itself."""
+"""Name of the attribute that holds the model inside the wrapper modules of this file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """How a model is called.
+    """A model's call.
 
     Attributes:
-        module: a module that takes positional tensors and returns tensors.
-        examples: arguments of several sizes; the first are traced with.
+        module: a wrapper that takes positional tensors and returns tensors.
+        examples: example arguments of several sizes; the first one is traced.
         inputs: names of the inputs, flattened.
         outputs: names of the outputs.
-        shapes: names of the open sizes, in the arguments' own structure.
+        shapes: names of the open sizes, in the structure of the arguments.
     """
 
     module: Any
@@ -35,14 +35,14 @@ class Words:
 
 
 def words_of(model: Any, source: Path) -> Words:
-    """How a model is called, by its class and its forward.
+    """Return how a model is called, judging by its class and its forward's signature.
 
     Args:
-        model: one of transformers' own, in evaluation mode.
+        model: a transformers model in evaluation mode.
         source: its folder, for errors.
 
     Raises:
-        Unsupported: a kind of model that this does not know.
+        Unsupported: an unknown kind of model.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         cure = "Export its encoder and decoder by adapterkit.onnx.export"
@@ -74,6 +74,7 @@ def _encoder(model: Any) -> Words:
 
     def example(batch: int, length: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
+        # Hide a position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
         kind = torch.zeros_like(mask)
         kind[:, length // 2 :] = 1
@@ -114,8 +115,10 @@ def _causal(model: Any, source: Path) -> Words:
 
     def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
+        # Hide a position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        # The past is random instead of zero, so that outputs depend on it.
         held = [
             tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
             for pair in sizes
@@ -147,7 +150,8 @@ def _pairs(cache: Any) -> list[tuple[Any, Any]]:
 
 
 def _past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Heads and width of each layer's keys and values, by running the model once."""
+    """Return heads and head size of each layer's keys and values, by running the model once."""
+    # Configs name these sizes differently per architecture, so they are read off a real cache.
     import torch
 
     cache = import_module("transformers").DynamicCache()

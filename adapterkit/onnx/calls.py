@@ -1,8 +1,8 @@
-"""The model's own call, as a graph has it: the words that laws ask for, as values of the graph.
+"""The inputs of the model's call that formulas ask for, as values of the graph.
 
-`input_ids` and `attention_mask` are inputs of graphs of language models. What a graph has under another name, or not at
-all, the caller tells; `task_ids` that nobody tells becomes an input. `hidden_states`, what the last layer gives without
-the adapter, is computed by a copy of the nodes in front of the head. See `OutputUpdate` for what the words mean.
+Graphs of language models have inputs named `input_ids` and `attention_mask`. If a graph lacks a word or names it
+differently, the caller says so. A missing `task_ids` becomes a new input. `hidden_states`, the last layer's output
+without the adapter, is computed by a copy of the nodes before the head. `OutputUpdate` explains each word.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ TASKS, LAST = "task_ids", "hidden_states"
 
 
 class Words:
-    """What updates ask of a model's call.
+    """The words that updates ask of a model's call.
 
     Args:
         building: the model, before anything of it is changed.
-        updates: those that ask.
-        told: word -> the name of a value of the graph; `task_ids`: or the task of all rows.
-        config: the `config.json` of the base, for laws with a network like it.
+        updates: the updates that ask.
+        told: word -> name of a graph value; for `task_ids` also the task of all rows.
+        config: returns the base's `config.json`, for formulas that create a network like the base.
 
     Raises:
-        UsageError: a word is told that no update asks for, or a value that is not there.
-        Unsupported: a graph has no such word.
+        UsageError: no update asks for a given word, or its value is not in the graph.
+        Unsupported: the graph lacks a word.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Words:
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
+        # A network beside the model, and a first pass, read the inputs of the whole call.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
@@ -58,16 +59,16 @@ class Words:
 
     @property
     def note(self) -> str:
-        """What the graph now has to be run with, in words."""
+        """The new inputs that a run must be given, in words."""
         said = {TASKS: "one number of a task for each row", EARLIER: "the tokens that the past is of, before the new"}
         return "; ".join(f"its input {value.name} takes {said[word]}" for word, value in self.made.items())
 
     def at(self, layer: Layer) -> Heard:
-        """The words, as a layer's branch hears them."""
+        """Return the words as seen from a layer's branch."""
         return Heard(self, layer)
 
     def input(self, word: str) -> ir.Value | None:
-        """The value that a word is told to be, or the graph's input of its name."""
+        """Return the value given for a word, or the graph input of that name; None if there is neither."""
         name = self.told.get(word, word)
         if not isinstance(name, str):
             return None
@@ -77,7 +78,7 @@ class Words:
         return found
 
     def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
-        """A further input of the graph, of whole numbers."""
+        """Add an integer input to the graph, once per word."""
         if word not in self.made:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=self.building.name(word), shape=ir.Shape(axes), type=kind)
@@ -87,11 +88,11 @@ class Words:
 
 
 class Heard:
-    """The words of a call, as a layer's branch hears them.
+    """The words of a call, as seen from a layer's branch.
 
     Args:
-        words: those of the graph.
-        layer: whose rows they are of.
+        words: the words of the graph.
+        layer: the layer whose rows they belong to.
     """
 
     def __init__(self, words: Words, layer: Layer) -> None:
@@ -101,14 +102,14 @@ class Heard:
     def __getitem__(self, word: str) -> Any:
         if word == SHADOW:
             return self.shadow
-        law = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
-        if law is None:
-            why = f"its law asks for {word}, which is no value of a graph: no input tells it"
+        formula = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
+        if formula is None:
+            why = f"its formula reads {word}, which no input of a graph provides"
             raise Unsupported(why, cure="Keep it in the torch model")
-        return law()
+        return formula()
 
     def get(self, word: str) -> Value | None:
-        """A word that a law hears where a call brings it."""
+        """Return an optional word, or None if the call does not have it."""
         value = self.words.input(word)
         return None if value is None else self._mask(value)
 
@@ -146,18 +147,18 @@ class Heard:
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
-        """A mask of the layer's own positions; of others, as where a past is masked too, it hides none."""
+        """Return the mask of the layer's own positions; all ones if the mask covers others, such as a past."""
         y = self.layer.y
         if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
             return None
         own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
-        # Of as many columns at most, so that both choices have one shape.
+        # Both branches of `Where` need one shape, so the mask is cut to the layer's number of columns.
         cut = last_columns(plain(value, self.layer.branch).cast(np.int64), own)
         chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
     def _alike(self, value: ir.Value, own: Value) -> ir.Value:
-        """Whether two matrices have the same sizes."""
+        """Return a boolean scalar of the graph: two matrices have the same sizes at run time."""
         node = self.layer.branch.node
         sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))

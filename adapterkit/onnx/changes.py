@@ -1,6 +1,6 @@
-"""Changes of stored tensors: what a merge makes of one, computed in blocks by the engine that merges any base.
+"""Changes to stored tensors for a merge, computed in blocks by the same engine that merges any base.
 
-A weight that a node takes by way of transpositions is changed as it is stored: the nodes between stay.
+A weight that reaches its node through transpositions is changed in its stored order, and those nodes stay.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .operands import attribute, numbers, shape_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """Where the numbers of a constant operand can be exchanged.
+    """The tensor to replace behind a constant operand.
 
     Attributes:
-        value: the stored tensor, or the operand itself where more than transpositions is between them.
-        turned: the operand has the first two axes of `value` exchanged.
+        value: the stored tensor; the operand itself if more than transpositions are between them.
+        turned: True if the operand has the first two axes of `value` swapped.
         chain: the nodes from the stored tensor to the operand.
     """
 
@@ -40,13 +40,13 @@ class Stored:
 
 
 def stored_behind(operand: ir.Value) -> Stored:
-    """The tensor that transpositions lead to from an operand."""
+    """Return the stored tensor behind an operand, looking through transpositions."""
     found = unturned(operand)
     return found if found.value.const_value is not None else Stored(operand, False, ())
 
 
 def unturned(operand: ir.Value) -> Stored:
-    """What transpositions lead to from an operand, be it stored or made by other nodes."""
+    """Return the value behind an operand's transpositions, stored or computed."""
     value, turned, chain = operand, False, list[ir.Node]()
     while value.const_value is None:
         node = value.producer()
@@ -59,7 +59,7 @@ def unturned(operand: ir.Value) -> Stored:
 
 
 def _turns(node: ir.Node) -> bool | None:
-    """Whether a node exchanges the first two axes; None for one that does something else."""
+    """Whether a node swaps the first two axes; None if it does something else."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Identity":
@@ -67,6 +67,7 @@ def _turns(node: ir.Node) -> bool | None:
     if node.op_type != "Transpose" or node.inputs[0] is None:
         return None
     axes = len(shape_of(node.inputs[0]))
+    # Without `perm`, a Transpose reverses all axes.
     order = list(attribute(node, "perm", range(axes)[::-1]))
     if order == list(range(axes)):
         return False
@@ -75,12 +76,12 @@ def _turns(node: ir.Node) -> bool | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """A stored tensor to come.
+    """A stored tensor to be computed.
 
     Attributes:
         where: the target, for errors.
-        source: the numbers as they are.
-        folds: what becomes of them, in the order in which the tensor is stored.
+        source: the old numbers.
+        folds: the updates, in the order in which the tensor is stored.
     """
 
     where: str
@@ -88,11 +89,11 @@ class Change:
     folds: tuple[Fold, ...]
 
     def output(self, offset: int) -> Output:
-        """It at a place of a file that is to be written."""
+        """Return the tensor as planned output at an offset of a file."""
         return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
 
     def array(self) -> Array:
-        """Its numbers, computed in memory."""
+        """Compute the numbers in memory."""
         output = self.output(0)
         out = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
@@ -105,7 +106,7 @@ class Change:
 
 
 def lazy_of(value: ir.Value) -> Lazy:
-    """The numbers of a constant value, read where they lie if they lie in a file."""
+    """Return the numbers of a constant value; external data is read in place."""
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, _dtype(tensor.dtype.numpy()), tuple(tensor.shape.numpy()))
@@ -113,13 +114,13 @@ def lazy_of(value: ir.Value) -> Lazy:
 
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Numbers that have to be worked out whole, for readers of blocks."""
+    """Return numbers that can only be computed as a whole, for readers that read in blocks."""
     held = _Once(make)
     return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
 
 def bytes_of(tensor: Any) -> Lazy:
-    """A stored tensor as bytes, whatever its type, to be copied."""
+    """Return a stored tensor as bytes, for copying, whatever its dtype."""
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, kind, shape)
@@ -128,7 +129,7 @@ def bytes_of(tensor: Any) -> Lazy:
 
 
 def _flat_bytes(tensor: Any) -> Array:
-    """The bytes of a tensor; no copy where numpy holds its numbers as they are stored: those of 4 bits it does not."""
+    """Return the bytes of a tensor, without a copy if numpy stores them like the file (not for 4-bit types)."""
     array = tensor.numpy()
     if array.nbytes == tensor.nbytes:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -141,7 +142,7 @@ def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> 
 
 
 class _Once:
-    """The numbers of a value that has to be worked out whole: held while workers ask for its blocks, in order."""
+    """Numbers computed as a whole: kept while workers read their blocks, and freed after the last one."""
 
     def __init__(self, make: Callable[[], Array]) -> None:
         self.make, self.lock, self.given = make, Lock(), 0
@@ -152,6 +153,7 @@ class _Once:
 
     def part(self, first: int, count: int) -> memoryview:
         with self.lock:
+            # Workers together read each element once, so the count of read elements tells when all are done.
             if self.held is None:
                 self.held, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
             held = self.held
@@ -166,12 +168,12 @@ def _dtype(kind: np.dtype[Any]) -> DType:
 
 
 def from_array(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
-    """Numbers that are worked out when they are written."""
+    """Return numbers that are computed when they are written."""
     return Lazy(shape, _dtype(kind.numpy()), lambda: np.ascontiguousarray(make()).tobytes())
 
 
 class Changed(ir.LazyTensor):
-    """A tensor whose numbers are made when they are written; `change` says how."""
+    """A tensor that is computed when it is written; `change` says how."""
 
     def __init__(self, change: Change, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
         super().__init__(lambda: ir.Tensor(change.array(), dtype=kind, name=name), kind, shape, cache=False, name=name)
@@ -179,7 +181,7 @@ class Changed(ir.LazyTensor):
 
 
 def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: Change) -> ir.Value:
-    """The changed tensor, stored beside `old`; one for all nodes with the same changes."""
+    """Return the changed tensor, stored beside `old`; nodes with the same changes share it."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
@@ -190,7 +192,7 @@ def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: i
 
 
 def settled_from(building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: Any) -> ir.Value:
-    """Registers a new tensor, which gets the old one's name where nothing reads that any more; see `settle`."""
+    """Register a new tensor; `settle` later gives it the old one's name if nothing reads that any more."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
@@ -199,11 +201,12 @@ def settled_from(building: Building, fresh: dict[Any, ir.Value], value: ir.Value
 
 
 def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, building: Building) -> None:
-    """Has a node take the new tensor, by way of copies of what stands between."""
+    """Connect a node to the new tensor, through copies of the nodes between, which others may still read."""
     value = new
     for link in stored.chain:
         out = ir.Value(name=building.name(f"{new.name}/{link.op_type}_output"), type=link.outputs[0].type)
         out.shape = link.outputs[0].shape
+        # Other nodes may read the originals, so the chain is copied.
         copy = ir.node(
             link.op_type, [value], {name: held.value for name, held in link.attributes.items()}, outputs=[out],
             name=building.name(f"{new.name}/{link.op_type}"),
@@ -219,10 +222,10 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
 
 
 def settle(fresh: Iterable[ir.Value]) -> None:
-    """Tensors that nothing reads any more go, and what took their place has their names: tools find it by them."""
+    """Remove tensors that nothing reads any more, and give their names to their successors, since tools use names."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        # Two layers that shared `old` get a tensor each; the first to come here has taken its name by then.
+        # Two layers that shared `old` get a tensor each; the first one has already taken its name.
         stored = {} if graph is None else graph.initializers
         lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():

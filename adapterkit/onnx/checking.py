@@ -1,7 +1,7 @@
-"""Checks: what was written, run by onnxruntime on made-up inputs, against the same change made another way.
+"""Check written graphs: run them in onnxruntime on trial inputs, and compare with the same change made another way.
 
-An injection is held against merged weights, a merge against an injection: the one goes through the formulas over a
-graph's values, the other through their numbers in float64.
+An injection is compared with merged weights, and a merge with an injection. One runs the formulas over graph values,
+the other over numbers in float64.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 LARGE = 1 << 29
-"""Bytes of numbers from which a model is not loaded a second time only to be checked."""
+"""Models with this many bytes of numbers are not loaded a second time just for a check."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        difference: the largest one, as a share of the largest output.
-        note: why there is none.
-        reference: the largest difference of ONNX's reference implementation from onnxruntime, where it ran.
-        saturation: values that static quantization clips, where the graph has any.
+        difference: the largest difference, relative to the largest output.
+        note: why there is no difference.
+        reference: the largest difference between ONNX's reference implementation and onnxruntime, if it ran.
+        saturation: values clipped by static quantization, if the graph has any.
     """
 
     difference: float | None
@@ -64,22 +64,22 @@ def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None,
 ) -> Outcome:  # fmt: skip
-    """Compare the written graph with the first one with merged weights.
+    """Compare the written graph with the original graph with merged weights.
 
     Args:
-        model: the first graph.
-        adapter: what was injected.
+        model: the original graph.
+        adapter: the injected adapter.
         base: the base's weights.
-        out: the graph that was written.
-        beside: of a graph with slots, the `.onnx_adapter` file that fills them. The check feeds that file and nothing
-            else, as a user does, so that a slot that nothing fills shows. It also compares empty slots with the first
-            graph.
+        out: the written graph.
+        beside: for a graph with slots, the `.onnx_adapter` file that fills them. The check feeds that file and nothing
+            else, as a user does, so an unfilled slot shows up. It also compares the graph with empty slots to the
+            original.
         given: inputs to run on, by name.
-        alone: there is no second way to make the change, as where attentions got prefixes.
+        alone: True if there is no second way to make the change, e.g. for prefixes of attentions.
         tying: as for the injection.
 
     Raises:
-        CheckFailed: they differ by more than rounding.
+        CheckFailed: the difference is larger than rounding explains.
     """
     source = opened(model)
     if (why := _too_large(source)) is not None:
@@ -92,14 +92,14 @@ def checked_injection(
             return outcome
     if alone:
         return _compared(None, out, {}, plain=plain, given=given)
-    if not adapter.updates:  # Context alone: without its tokens, or with a past, it is the first graph.
+    if not adapter.updates:  # Only context: without its tokens, or with a past, the graph equals the original.
         return _compared(plain, out, {}, exact=True, given=given)
     other: bytes | None = None
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         from .merging import fold
 
         building = Building(source.model)
-        with contextlib.suppress(NotMergeable, Unsupported):  # Biases that are not there, packed weights.
+        with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
             packed = "dequantize" if _exact(source.model) else None
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
@@ -107,10 +107,10 @@ def checked_injection(
 
 
 def _fed(beside: Path, out: Path, source: Source) -> Feeds:
-    """What a user feeds: the numbers of the `.onnx_adapter` file beside a graph with slots.
+    """Return the tensors that a user feeds: those of the `.onnx_adapter` file beside a graph with slots.
 
     Raises:
-        CheckFailed: the graph has a slot that the file does not fill.
+        CheckFailed: the file leaves a slot of the graph unfilled.
     """
     feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
     slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys()
@@ -123,13 +123,13 @@ def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
 ) -> Outcome:  # fmt: skip
-    """The merged graph against the first one with the adapter injected.
+    """Compare the merged graph with the original graph with the adapter injected.
 
-    Of packed weights that were dequantized, the first one is that with those dequantized; of weights that were
-    quantized again the difference is that which this made, and is told, not judged.
+    If packed weights were dequantized, they are dequantized in the original too. If weights were requantized, the
+    difference includes the requantization error, so it is reported but not judged.
 
     Raises:
-        CheckFailed: they differ by more than rounding.
+        CheckFailed: the difference is larger than rounding explains.
     """
     if len(adapters) > 1 or factors[0] != 1:
         return Outcome(None, "several adapters, or one by a part, are not injected")
@@ -147,7 +147,7 @@ def checked_merge(
         found = unpacked(found, building)
     try:
         attach(found, building)
-    except Unsupported:  # What weights can be and no branch beside a layer says, as of recurrent ones.
+    except Unsupported:  # E.g. recurrent layers: their weights can change, but no branch can express the change.
         return _compared(None, out, {}, plain=plain, given=given)
     building.settle()
     judged = quantized != "requantize"
@@ -155,9 +155,9 @@ def checked_merge(
 
 
 def _exact(model: ir.Model) -> bool:
-    """Whether a layer of floating point computes the same as one with packed weights.
+    """Whether a floating-point layer computes the same as one with packed weights.
 
-    onnxruntime may round inputs of what it fuses with a DequantizeLinear.
+    onnxruntime may round the inputs of nodes that it fuses with a DequantizeLinear.
     """
     rough = {"QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear"}
     return not any(
@@ -179,16 +179,16 @@ def _compared(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None,
 ) -> Outcome:  # fmt: skip
-    """Both graphs on the same inputs: those given, or made up of the first sizes that the first one runs with.
+    """Compare both graphs on the same inputs: the given ones, or made-up ones of the first sizes that work.
 
     Args:
-        wanted: a graph that computes the same; None where there is none.
-        out: the graph that was written.
-        more: what it gets besides.
-        exact: not a bit may differ where onnxruntime runs both graphs as they are, without optimizations.
-        plain: the graph without the adapter, to see whether the inputs show that at all.
-        judged: whether a difference is an error.
-        given: inputs.
+        wanted: a graph that should compute the same; None if there is none.
+        out: the written graph.
+        more: additional inputs of `out`.
+        exact: require equal bits when onnxruntime runs both graphs without optimizations.
+        plain: the graph without the adapter, to see whether the inputs show any effect at all.
+        judged: False to return a difference without raising.
+        given: inputs, by name.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -199,7 +199,7 @@ def _compared(
             session = session_of(first)
             feeds = made_up(session, sizes) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
-        except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
+        except Exception as error:  # onnxruntime's errors have no common base class.
             why = first_line(error)
             continue
         try:
@@ -211,21 +211,22 @@ def _compared(
             continue
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
-            why = "it runs; there is no second way to make this change that it could be held against"
+            why = "it runs, but there is no second way to make this change to compare it with"
             return Outcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged:
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
-            # Beside slots onnxruntime fuses other nodes than in the first graph, and rounds elsewhere.
+            # With slots, onnxruntime fuses other nodes than in the original graph, and rounds in other places.
             bare = [session_of(model, optimized=False) for model in (wanted, str(out))]
             results, got = (one.run(None, run) for one, run in zip(bare, (feeds, both), strict=True))
             difference = difference_of(got, results)
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
+        # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
         if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
             return Outcome(difference, None, reference, clipped)
-        why = "on the inputs that it was run on, the adapter changes nothing"
+        why = "the adapter changes nothing on the inputs of the check"
         unseen = Outcome(difference, why, reference, clipped)
     if unseen is not None:
         return unseen
@@ -236,7 +237,7 @@ def _compared(
 
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
-    """The values that static quantization clips, with and without the adapter."""
+    """Count the values that static quantization clips, with and without the adapter."""
     if plain is None or not quantizers(after := opened(out).model):
         return None
     import onnx
@@ -245,7 +246,11 @@ def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Sa
 
 
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any]) -> float | None:
-    """The difference of the second oracle, which is an error where it agrees with onnxruntime on the first graph."""
+    """Return the difference to the reference implementation; raise if it is large.
+
+    The reference implementation has faults of its own. It only counts if it agrees with onnxruntime on the original
+    graph.
+    """
     told = told_by_reference(out, feeds)
     if told is None:
         return None
@@ -268,14 +273,15 @@ def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
 
 
 def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None) -> Feeds:
-    """What the written graph takes that the first one does not, as the tasks of rows: those given, else the first."""
+    """Return the inputs that only the written graph has, e.g. tasks of rows: the given ones, else made-up ones."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     return {name: (given or {}).get(name, np.zeros_like(array))
             for name, array in made_up(session, sizes).items() if name in new}  # fmt: skip
 
 
 def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:
-    """The largest difference that rounding explains."""
+    """Return the largest difference that rounding explains."""
+    # Deep graphs round more. The noise is measured by running the same graph without optimizations.
     if is_narrow(results):
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
@@ -287,10 +293,10 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float
 
 
 def _computes_narrow(model: bytes) -> bool:
-    """Whether a graph computes in 16 bits or fewer somewhere inside, whatever its outputs are.
+    """Whether a graph computes in 16 bits or fewer internally, whatever its outputs are.
 
-    Converters to float16 keep inputs and outputs of 32 bits, and cast. Weights that are stored in 16 bits and cast to
-    32 before they are used do not count.
+    Converters to float16 keep 32-bit inputs and outputs and insert casts. Weights that are stored in 16 bits but cast
+    to 32 before use do not count.
     """
     import onnx
 

@@ -1,9 +1,9 @@
-"""Context in graphs: soft prompts and new tokens at the embedding, prefixes as the past that a run begins with.
+"""Context in graphs: soft prompts and new tokens at the embedding, prefixes as the initial past.
 
-A soft prompt becomes tokens numbered behind the last one of the vocabulary, as textual inversion's are: an input that
-begins with their numbers, its mask and positions counting them, has the prompt in front. Behind a module that adds
-positions itself, these do not count it. A prefix becomes what the graph's inputs of past keys and values hold where a
-run leaves them out, of a batch of one; its mask counts the prefix.
+A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. An input that
+begins with these numbers, with a mask and positions that count them, starts with the prompt. If a module adds positions
+itself, those do not count the prompt. A prefix becomes the default of the graph's inputs of past keys and values, for a
+batch of one; the mask must count it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .resolving import Spot, spots_of
 from .scopes import same_end
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
-"""Words of context updates that a graph has a place for."""
+"""Places of context updates that a graph can provide."""
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
-    """What changes layers, and what is context and has a place in a graph."""
+    """Split an adapter into updates of layers, and context that has a place in a graph."""
     context = [(target, update) for target, update in adapter if isinstance(update, ContextUpdate) and _placed(update)]
     kept = {
         target: rest
@@ -45,7 +45,7 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
 
 
 def of_attention(target: Target, update: ContextUpdate) -> bool:
-    """Whether it is a prefix of one attention, or a prompt beside it, not of the whole model."""
+    """Whether an update is a prefix or prompt of a single attention, not of the whole model."""
     return update.place in ("prefix", "attention") or (update.place == "past" and bool(target.path))
 
 
@@ -63,16 +63,16 @@ def _placed(update: Any) -> bool:
 
 
 def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -> str:
-    """Puts prompts, new tokens and a prefix into a graph; returns how they are used, in words.
+    """Put prompts, new tokens and a prefix into a graph; return a sentence on how to use them.
 
     Args:
-        context: what `parted` found.
+        context: the second result of `parted`.
         building: the model that is being changed.
 
     Raises:
-        TargetNotFound: the graph shows no embedding of tokens, or no past.
-        ShapeMismatch: they are of another size.
-        Unsupported: two prefixes.
+        TargetNotFound: the graph shows no token embedding, or has no past.
+        ShapeMismatch: the context has another size than the graph.
+        Unsupported: there are two prefixes.
     """
     rows: list[tuple[Target, Array]] = []
     pasts: list[tuple[Target, Array]] = []
@@ -109,7 +109,7 @@ def _numbers(found: Any) -> Array:
 
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
-    """An embedding with more rows than its table: where a token is new, a row of another table takes its place."""
+    """Extend an embedding: a new token looks up a row of a second table instead."""
     if _is_module(target, building.model):
         return with_tokens_behind(target, more, building)
     spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")
@@ -121,14 +121,14 @@ def _with_tokens(target: Target, more: Array, building: Building) -> str:
 
 
 def _is_module(target: Target, model: ir.Model) -> bool:
-    """Whether a target is a module around embeddings, and none itself."""
+    """Whether a target is a module around embeddings, and not an embedding itself."""
     names = (name for spot in spots_of(model) if spot.kind is Gather for said in spot.names.values() for name in said)
     inside = any(target.path in modules_of(node) for node in model.graph)
     return bool(target.path) and inside and not any(same_end(n.removesuffix(".weight"), target.path) for n in names)
 
 
 def _embedding(target: Target, model: ir.Model) -> Spot:
-    """The embedding of the tokens that the graph is run on."""
+    """Return the embedding of the graph's input tokens."""
     spots = [spot for spot in spots_of(model) if spot.kind is Gather and read_by(spot.node) is not None]
     if target.path:
         names = [(spot, name) for spot in spots for said in spot.names.values() for name in said]
@@ -142,7 +142,7 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
-    """Inputs of past keys and values that hold a prefix where they are left out."""
+    """Set a prefix as the default of the inputs of past keys and values."""
     inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:

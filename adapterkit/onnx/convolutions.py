@@ -1,4 +1,4 @@
-"""Layers that are no matrix product: convolutions along any number of axes, and embeddings."""
+"""Layers other than matrix products: convolutions along any number of axes, and embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .values import Value
 
 
 class Conv(Layer):
-    """A convolution along any number of axes, in groups or not."""
+    """A convolution along any number of axes, grouped or not."""
 
     op_type = "Conv"
     axes = range(3, 9)
@@ -36,14 +36,17 @@ class Conv(Layer):
 
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
+        # The new weight may have another kernel, whose shape ONNX infers without the attribute.
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
-        if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:  # Over the channels of all groups.
+        # The weight spans the channels of all groups: convolve without groups.
+        if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
             return self._convolved(x, w, w.shape[0], kept | {"group": 1})
         whole = w.reshape(w.shape[0], *self.shape[1:])
         return self._convolved(x, self.seen(whole), w.shape[0], kept)
 
     def mix(self, h: Value, w: Value) -> Value:
         w = self._of(h, w)
+        # A mix of channels is a convolution with a kernel of size 1.
         point = w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2))
         return self._node("Conv", h, point, w.shape[0], {})
 
@@ -60,7 +63,7 @@ class Conv(Layer):
 
 
 class ConvTranspose(Conv):
-    """A transposed convolution: stores `[in, out / groups, *k]`."""
+    """A transposed convolution; its weight is stored as `[in, out / groups, *k]`."""
 
     op_type = "ConvTranspose"
 
@@ -70,7 +73,7 @@ class ConvTranspose(Conv):
 
 
 class Gather(Layer):
-    """An embedding: rows of a table `[in, out]`, a token being a position on `in`."""
+    """An embedding: rows of a table `[in, out]`, where a token is an index along `in`."""
 
     op_type = "Gather"
     position = 0

@@ -1,4 +1,4 @@
-"""Copies of nodes, which compute the same on other values."""
+"""Copy nodes, so that they compute the same on other values."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import onnx_ir as ir
 from ..errors import Unsupported
 
 Copies = dict[ir.Value, ir.Value]
-"""What stands for a value in the copies."""
+"""Original value -> its counterpart among the copies."""
 
 
 def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str]) -> list[ir.Node]:
-    """The nodes once more.
+    """Copy nodes.
 
     Args:
         nodes: in the order in which they run.
-        copies: what they read instead; gets what they give.
-        name: makes a name that nothing else has.
+        copies: replacements for what they read; gets their new outputs.
+        name: returns a unique name.
 
     Raises:
-        Unsupported: one of them has graphs inside.
+        Unsupported: a node has a subgraph.
     """
     return [_copied(node, copies, name) for node in nodes]
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
+    # A subgraph may read outer values, which would have to be replaced inside of it, too.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
         cure = "Attach it to the torch model, and export that"
         raise Unsupported(f"a copy of a {node.op_type}", where=node.name, cure=cure)
@@ -37,7 +38,8 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
     )  # fmt: skip
     for own, other in zip(node.outputs, copy.outputs, strict=True):
         other.name = name(own.name or "output")
-        # Names of open sizes may mean others where the copy stands: runtimes share memory by them.
+        # Drop the names of open sizes. Runtimes share memory between values of equal names, and the copy's sizes may
+        # differ.
         fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
         other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type
         copies[own] = other
@@ -45,12 +47,12 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
 
 
 def between(start: ir.Value | None, end: ir.Value, among: Sequence[ir.Node]) -> list[ir.Node]:
-    """The nodes that a value goes through to become another, in order; all that make it where there is no start.
+    """Return the nodes on the way from one value to another, in order.
 
     Args:
-        start: the value they begin at.
-        end: the value that they give.
-        among: the nodes that count, in order.
+        start: the first value; None for all nodes that contribute to `end`.
+        end: the last value.
+        among: the nodes to consider, in order.
     """
     after = set[ir.Value]() if start is None else {start}
     reached = []

@@ -1,4 +1,4 @@
-"""Data files of a model: where they may lie, and whether they are long enough; none is read before."""
+"""Check a model's external data files, before any is read: they must be inside its folder and long enough."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..tensors.checkpoint import contained
 
 
 def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """The files that hold the model's numbers, each inside its folder and long enough.
+    """Return the files that hold the model's numbers, after checking each of them.
 
     Raises:
-        Malformed: one is missing, too short, outside of the folder or linked from elsewhere.
+        Malformed: a file is missing, too short, outside of the folder, or linked from elsewhere.
     """
     files: dict[Path, int] = {}
     for tensor in external(model):
@@ -23,36 +23,39 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        # The length may be left out of a reference; then it follows from shape and dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
-            raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
+            raise Malformed("its offset or length in the data file is invalid", path=path, where=where, cure=_AGAIN)
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
             why = f"{real.stat().st_size} bytes where {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        tensor._base_dir, tensor._location = str(real.parent), real.name  # a hub's cache has links
+        # A hub's cache stores files as links. Runtimes refuse links out of the folder, so read the real file.
+        tensor._base_dir, tensor._location = str(real.parent), real.name
         tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
     return tuple(files)
 
 
 def _inside(file: Path, model: Path, where: str) -> Path:
-    """The file itself behind links, which may lead to where the model's own link leads, and nowhere else."""
+    """Return the real file behind links; they may lead to the folder of the model's own real file, nowhere else."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13.
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
         why = f"its data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
         raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
     if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
         why = f"its data file {file.name} is a link out of the model's folder"
         raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
-    if real.stat().st_nlink > 1:  # An archive may hold a link to any file of whoever unpacks it; onnx refuses it too.
-        why = f"its data file {file.name} has a second name, a hard link, that may be of another's file"
+    # An archive may contain a hard link to any file of the user who unpacks it. onnx refuses hard links, too.
+    if real.stat().st_nlink > 1:
+        why = f"its data file {file.name} is a hard link, possibly to another user's file"
         raise Malformed(why, path=model, where=where, cure="Copy the file in its own place, if you trust it")
     return real
 
 
 def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """The tensors whose numbers lie outside of the model's own file, those of nodes and of graphs inside them too."""
+    """Yield the tensors with data outside of the model file, including those of node attributes and subgraphs."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):

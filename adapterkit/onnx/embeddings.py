@@ -1,7 +1,7 @@
-"""New tokens at a graph's embeddings: numbers behind the last one of the vocabulary, whose vectors are another table's.
+"""New tokens at a graph's embeddings: numbers after the vocabulary, with vectors from a second table.
 
-They are looked up in the place of a vocabulary's rows, or stand behind a module that adds positions and kinds of tokens
-to these: there the tokens that follow them are counted as if they were not there.
+They replace looked-up rows, or are inserted after a module that adds positions and token types. There, the positions of
+later tokens do not count them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .values import plain
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewTokens:
-    """Nodes that tell new tokens from those of a vocabulary.
+    """Nodes that separate new tokens from those of the vocabulary.
 
     Attributes:
         ids: the token numbers.
-        new: where they are new.
-        known: the numbers, 0 where they are new.
-        vectors: those of the new ones.
-        said: which numbers they have, in words.
+        new: True where a token is new.
+        known: the token numbers, 0 where a token is new.
+        vectors: the vectors of new tokens.
+        said: which numbers the new tokens have, in words.
     """
 
     ids: ir.Value
@@ -45,17 +45,18 @@ class NewTokens:
     said: str
 
     def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
-        """What was embedded, with the new tokens' vectors in it."""
+        """Return the embedded tokens, with the new tokens' vectors in place."""
         wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
         return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
 
 
 def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
-    """Tells the tokens of an embedding from new ones, whose vectors are `more`.
+    """Add the nodes that separate an embedding's tokens from new ones with the vectors `more`.
 
     Raises:
-        ShapeMismatch: these are of another width.
+        ShapeMismatch: the vectors have another size.
     """
+    # Layers see weights as [out, in]: for an embedding, `in` counts the tokens.
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
         raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))
@@ -65,6 +66,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     table = building.tensor(*made)
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
+    # Gather reads both tables for every token, so numbers that are out of range in one are set to 0 first.
     known = branch.node("Where", [new, zero, ids], None, kind, None)
     shifted = branch.node("Sub", [ids, first], None, kind, None)
     row = branch.node("Where", [new, shifted, zero], None, kind, None)
@@ -73,18 +75,18 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
 
 
 def read_by(node: ir.Node) -> str | None:
-    """The name of the graph's input that an embedding looks up."""
+    """Return the name of the graph input that an embedding looks up, or None."""
     found = input_behind(node.inputs[1])
     return None if found is None else found.name
 
 
 def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
-    """New tokens behind a module of several embeddings; positions of the others do not count them.
+    """Put new tokens after a module of several embeddings; positions of other tokens do not count them.
 
     Raises:
-        TargetNotFound: the module embeds no tokens, or gives no one value as wide.
-        ShapeMismatch: they are of another width.
-        Unsupported: the graph does not show how positions are counted, or has a past, whose tokens they would count.
+        TargetNotFound: the module does not embed tokens, or has no single output of that width.
+        ShapeMismatch: the vectors have another size.
+        Unsupported: the graph does not show how positions are counted, or it has a past, which would count the tokens.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
@@ -112,13 +114,13 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
 
 
 def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, branch: Branch) -> None:
-    """Has an embedding of positions look up as many fewer as there are new tokens in front."""
+    """Shift position ids by the number of new tokens before each position."""
     at = node.inputs[1]
     assert at is not None
     passed = plain(new.new, branch).cast(np.int64).cumsum(1)
     fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
     before([node], at, fewer.value, branch)
-    # One row of positions stood for all rows of the call: each now has its own.
+    # One row of positions used to serve all rows of the batch. Now each row has its own.
     for one in (node, *between(node.outputs[0], end, module.nodes)):
         for out in one.outputs:
             sizes = None if out.shape is None else list(out.shape)

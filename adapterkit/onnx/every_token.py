@@ -1,6 +1,6 @@
-"""Every token of a call: behind a past those that it is of, which a further input tells, and then the call's own.
+"""All tokens of a sequence: those of the past, given by an extra input, followed by those of the call.
 
-What reads all of them computes for the call's own what it would without a past.
+Nodes that read all of them compute the same for the call's tokens as without a past.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from .calls import Words
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""What models are called with."""
+"""Inputs that models are called with."""
 
 EARLIER = "past_input_ids"
-"""The input of the tokens that a graph's past keys and values are of, where a law reads all tokens."""
+"""Name of the input with the tokens of the past, for formulas that read all tokens."""
 
 
 def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
-    """A value in 64 bits, the type that token numbers have in torch."""
+    """Cast a value to int64, the type of token numbers in torch."""
     return plain(value, branch).cast(np.int64).value
 
 
 def every_token(words: Words, branch: Branch) -> ir.Value:
-    """Token numbers, `[rows, positions]`.
+    """Return all token numbers, `[rows, positions]`.
 
     Raises:
-        Unsupported: the graph has no such input.
+        Unsupported: the graph has no input of tokens.
     """
     found = words.input(TOKENS)
     if found is None:
@@ -45,19 +45,20 @@ def every_token(words: Words, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
+    # The name of the past's own open size ties the two inputs' lengths together.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(found), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
 
 
 def every_position(words: Words, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
-    """Positions, `[rows, positions]`; those of a past are the ones before the first of the call's.
+    """Return all positions, `[rows, positions]`; those of the past precede the first one of the call.
 
     Args:
-        words: those of the call, after its tokens were asked for.
-        branch: where nodes are appended.
-        value: positions of the call's own tokens; one row may stand for all.
-        own: a matrix of whole numbers, one for each of these tokens.
+        words: the words of the call, after its tokens were asked for.
+        branch: nodes are appended to it.
+        value: positions of the call's tokens; one row may serve all.
+        own: an integer matrix with one entry for each of these tokens.
     """
     given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(own)
     earlier = words.made.get(EARLIER)
@@ -70,7 +71,7 @@ def every_position(words: Words, branch: Branch, value: ir.Value, own: Value) ->
 
 
 def of_call(value: ir.Value, words: Words, branch: Branch, own: Value) -> ir.Value:
-    """Of what was computed of every token, `[rows, positions, ...]`, that of the call's own."""
+    """Cut a value computed for all tokens, `[rows, positions, ...]`, to the call's own tokens."""
     if EARLIER not in words.made:
         return value
     cut = last_columns(plain(value, branch), own)
@@ -79,15 +80,16 @@ def of_call(value: ir.Value, words: Words, branch: Branch, own: Value) -> ir.Val
 
 
 def last_columns(value: Value, own: Value) -> ir.Value:
-    """As many of a value's last columns, along its second axis, as a matrix has."""
+    """Return the last columns of a value, along its second axis, as many as a matrix has."""
     node, literal = value.branch.node, value.branch.building.literal
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [own.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
+    # A negative start counts from the end, whose position is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 
 
 def first_axis(value: ir.Value) -> Any:
-    """The rows of a value: how many, or their name."""
+    """Return the size, or size name, of a value's first axis."""
     return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

@@ -1,4 +1,4 @@
-"""Experts of a router, stacked into it; see `adapterkit/torch/experts.py`."""
+"""Stack the experts of a router into its adapter; see `adapterkit/torch/experts.py`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..tensors.lazy import as_lazy
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
-    """The adapter with its experts in it, one that lacks none as it is.
+    """Return the adapter with its experts; unchanged if it lacks none.
 
     Raises:
-        Unsupported: which of its logits are whose depends on the order of the torch model's modules.
+        Unsupported: the assignment of its logits depends on the order of the torch model's modules.
         And what `adapterkit/torch/experts.py` raises.
     """
     if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):

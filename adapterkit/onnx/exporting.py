@@ -1,7 +1,7 @@
-"""Export: a torch model becomes a graph, with adapters in its weights, beside them, or as slots; held against torch.
+"""Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
 
-What is written is run by onnxruntime on the example inputs. The torch model with the adapters injected is what it is
-held against: merged weights, nodes and slots are each another way to the same numbers.
+onnxruntime runs the written graph on the example inputs. The result is compared with the torch model with the adapters
+injected: merged weights, nodes and slots are each another way to the same numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 MODES = ("merged", "attached", "slots")
 
 RECORD = "adapterkit.export"
-"""The metadata key that tells the mode and the adapters' digests."""
+"""Metadata key that records the mode and the adapters' digests."""
 
 
 def export(
@@ -68,34 +68,35 @@ def export(
     check: bool = True,
     rename: str | Sequence[str] = (),
 ) -> Report:
-    """Writes a torch model as a graph by torch's dynamo exporter; initializers and nodes keep the modules' names.
+    """Write a torch model as a graph by torch's dynamo exporter; tensors and nodes keep the modules' names.
 
     Args:
-        torch_model: the model, in evaluation mode; it is afterwards as it was before.
+        torch_model: the model, in evaluation mode; it is unchanged afterwards.
         args: an example of its positional arguments.
-        out: the file to write; numbers of more than 64 MB lie in `out` with `.data` behind it, of any size.
-        adapter: one, several, or several by name; they apply together, but as slots, where each gets a file of its own.
-        mode: `merged` folds adapters into the weights, in float64, rounded once; `attached` leaves them nodes of their
-            own; `slots` makes their tensors inputs that may be left out, with `.onnx_adapter` files beside the model.
+        out: the file to write; more than 64 MB of numbers go into a data file, `out` with `.data` appended.
+        adapter: one adapter, several, or several by name. They apply together, except as slots, where each gets its own
+            file.
+        mode: `merged` folds adapters into the weights, in float64 with one rounding; `attached` adds nodes for them;
+            `slots` makes their tensors optional inputs and writes `.onnx_adapter` files beside the model.
         kwargs: an example of its named arguments.
         input_names: names of the graph's inputs.
         output_names: names of its outputs.
-        dynamic_shapes: the sizes that are open, as `torch.onnx.export` takes them.
-        opset: the operator set; torch's own choice when not given.
-        inside: the attribute of the model, a wrapper, that names are told of.
-        also: further examples of `args`, of other sizes, to check with.
-        quantize: `int8` or `int4`: pack the linear layers by onnxruntime's own quantizers; see quantizing.py.
-            `Report.damage` tells what that did to each weight, `Report.difference` what to the outputs.
-        share: safetensors files in the folder of `out`, or that folder: weights that they hold stay there, and the
-            graph names their bytes.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
-        check: run the result with onnxruntime against the torch model; a quantized one also against the numbers that
-            its packed weights stand for.
+        dynamic_shapes: the open sizes, as `torch.onnx.export` takes them.
+        opset: the opset version; torch's default if not given.
+        inside: the attribute of a wrapper that holds the model; names are relative to it.
+        also: further examples of `args`, of other sizes, for the check.
+        quantize: `int8` or `int4`: pack the linear layers by onnxruntime's quantizers; see quantizing.py.
+            `Report.damage` has the error of each weight, `Report.difference` that of the outputs.
+        share: safetensors files in the folder of `out`, or that folder: weights in them are not copied, and the graph
+            refers to their bytes.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        check: run the result in onnxruntime and compare it with the torch model; a quantized one is also compared with
+            its own dequantized weights.
 
     Raises:
-        UsageError: the call makes no sense, or the model is in training mode.
-        TargetNotFound, ShapeMismatch: an adapter is not one of this model.
-        NotMergeable: an adapter's law is not one of weights, or a weight is tied.
+        UsageError: an argument is invalid, or the model is in training mode.
+        TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
+        NotMergeable: an adapter does not change weights only, or a weight is tied.
         Unsupported: torch cannot export the model, or a layer cannot take a method.
         CheckFailed: the graph computes something else; nothing is left at `out`.
     """
@@ -117,6 +118,7 @@ def export(
     stays: tuple[Path, ...] = () if share is None else opened_base(share).files
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
         path = place.path
+        # The quantizer starts from a float graph, which is checked, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -138,20 +140,20 @@ def export(
 
 
 def read_adapters(adapters: Adapters) -> dict[str, Adapter]:
-    """The adapters of an export by name, read."""
+    """Read the adapters of an export; return them by name."""
     return {name: loaded(one, None)[0] for name, one in _named(adapters).items()}
 
 
 def files_of_adapters(adapters: Adapters) -> list[Path]:
-    """The files that the adapters of an export are read from."""
+    """Return the files that the adapters of an export are read from."""
     return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
 def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """What a law makes in a model's first call, as a network beside it, cannot be made while torch traces that.
+    """Run the model once before tracing: some formulas create a network in the first call, which tracing cannot do.
 
     Raises:
-        Unsupported: the law cannot hear such a call.
+        Unsupported: the formula cannot handle such a call.
     """
     try:
         outputs_of(model, args, kwargs)
@@ -164,10 +166,12 @@ def _checked(
     model: nn.Module, examples: Sequence[Any], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> Outcome:  # fmt: skip
-    """What the checks found: of a quantized graph, those of the one that it was made of, too."""
+    """Check the graph; for a quantized one, check the float graph that it was made from, too."""
     try:
         difference = compared(model, examples, plain, runs)
         if quantize is not None:
+            # Judge the packing alone: dequantized weights against packed ones on exact inputs. The error of the packing
+            # itself is reported, not judged.
             unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
             as_floats(out, unpacked)
             with_exact_inputs(out, exact)
@@ -179,7 +183,7 @@ def _checked(
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str) -> dict[str | None, Run]:
-    """What a graph is run with: each adapter by itself where they are slots, else all of them."""
+    """Return what to run a graph with: each adapter by itself for slots, else all together."""
     if mode != "slots":
         return {None: (lambda: injected(held, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
@@ -189,7 +193,7 @@ def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
-    """Adapters by name: that of their file or folder where none is given."""
+    """Return adapters by name: the given names, else those of their files or folders."""
     if adapter is None:
         return {}
     if isinstance(adapter, Mapping):
@@ -247,7 +251,7 @@ def _file(out: Path, name: str) -> Path:
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, Any] | None) -> list[Found]:
-    """Gives the graph slots for all adapters: one set at a target, whichever of them has it."""
+    """Give the graph slots for all adapters: one set per target, whichever adapters have it."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter, tying=Tying(config=config)):
@@ -264,8 +268,9 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
 
 
 def _form(place: Found) -> list[Any]:
-    """What adapters must share to go into the same slots."""
+    """Return what adapters must have in common to use the same slots."""
     return [
+        # `scaling` is a slot of its own, so adapters may differ in it.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]

@@ -1,4 +1,4 @@
-"""Export of what a function of the user's makes: any torch module, with example inputs."""
+"""Export a torch module that a user's function returns, together with example inputs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .folders import check_folder, moved, published
 from .injecting import Report
 
 OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
-"""Arguments of `export` that a function may tell beside its module; the caller's operator set goes before its own."""
+"""Arguments of `export` that the function may return with its module; the caller's `opset` takes precedence."""
 
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: Any,
 ) -> Report:  # fmt: skip
-    """Writes a folder with `model.onnx`, and its adapters as slots take them, of the module that a function makes.
+    """Write a folder with `model.onnx` and adapter files for its slots, from the module that a function returns.
 
     Args:
-        factory: `module:function`, found as Python finds modules, the working folder first. It is called without
-            arguments and returns `(torch module, example arguments)`, and maybe a third: a dictionary of more arguments
-            of `export`, those in `OWN`, which tell how the module is called.
-        out: the folder to write; appears whole, by rename.
-        weights: a file or folder of weights that are loaded into the module, each parameter's and buffer's.
+        factory: `module:function`, imported as Python does, with the working folder first. The function takes no
+            arguments. It returns `(torch module, example arguments)`, and optionally a dictionary of further arguments
+            of `export` (those in `OWN`, which say how the module is called).
+        out: the folder to write; it appears complete, by a rename.
+        weights: a file or folder of weights to load into the module; it must have all parameters and buffers.
         overwrite: replace a folder that an export wrote.
-        options: more for `export`; what is None is left to the function.
+        options: further arguments of `export`; those that are None are left to the function.
 
     Raises:
         UsageError: there is no such function, or it returns something else.
-        ShapeMismatch: the weights are not those of the module.
-        And what `export` raises; `out` is left as it was.
+        ShapeMismatch: the weights do not fit the module.
+        And what `export` raises; `out` is left unchanged.
     """
     target = Path(path_text(out))
     check_folder(target, overwrite)
@@ -58,13 +58,14 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
+    # For a console command, Python puts the command's folder on the path, not the working folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(import_module(module), name)()
     except AdapterkitError:
         raise
-    except Exception as error:  # It is the user's code: anything may come.
+    except Exception as error:  # The user's code may raise anything.
         why = f"{factory} cannot be called ({type(error).__name__}: {error})"
         raise UsageError(why, where="model", cure="Name a function that takes no arguments") from error
     found = made if isinstance(made, tuple) else (made,)
@@ -73,8 +74,10 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise UsageError(f"{factory} returns something else", where="model", cure=cure)
     more = dict(found[2]) if len(found) == 3 else {}
     if foreign := sorted(more.keys() - OWN, key=str):
-        cure = f"Leave it to the caller; a function may tell: {', '.join(sorted(OWN))}"
-        raise UsageError(f"{factory} tells {foreign[0]}", where="model", cure=cure)
+        cure = f"Leave it out; a function may return: {', '.join(sorted(OWN))}"
+        raise UsageError(
+            f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
+        )
     return found[0], tuple(found[1]), more
 
 

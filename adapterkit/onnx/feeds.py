@@ -1,4 +1,4 @@
-"""What is fed to a session: types of its inputs, and whether tensors fit slots and go together."""
+"""Check what is fed to a session: dtypes of inputs, and whether tensors fit their slots and each other."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
     **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
-"""onnxruntime's names of element types -> numpy's."""
+"""onnxruntime's name of an element type -> numpy's."""
 
 
 def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
-    """Holds one tensor against its slot.
+    """Check one tensor against its slot.
 
     Raises:
         TargetNotFound: there is no such slot; names the nearest.
-        ShapeMismatch: it has another type or other sizes.
+        ShapeMismatch: the tensor has another dtype or shape.
     """
     if name not in slots:
         cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
@@ -37,10 +37,10 @@ def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> 
 
 
 def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
-    """Sizes that slots of one update leave open are the same in each; a slot that is not given has none.
+    """Check that the slots of one update agree on open sizes such as the rank; a missing slot counts as size 0.
 
     Raises:
-        ShapeMismatch: they are not.
+        ShapeMismatch: they disagree.
     """
     stems = {name.rpartition(".")[0] for name in feeds}
     open_sizes: dict[tuple[str, str], int] = {}
@@ -57,10 +57,10 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: A
 
 
 def kind_of(entry: Any) -> np.dtype[Any]:
-    """The numpy type of a session's input or slot.
+    """Return the numpy dtype of a session's input or slot.
 
     Raises:
-        Unsupported: it is none that arrays have.
+        Unsupported: arrays have no such type.
     """
     name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
     if name is None:

@@ -1,6 +1,6 @@
-"""A first pass: what a graph's last layer gives without the adapter, by a copy of the nodes that compute it.
+"""Compute the last layer's output without the adapter, by a copy of the nodes before it.
 
-The copy reads the same stored tensors. What a past holds was computed with the adapter: the copy reads its tokens anew.
+The copy reads the same stored tensors. A past was computed with the adapter, so the copy reads the past's tokens again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 WORD = "hidden_states"
 
 KNOWN = ("last_hidden_state", WORD)
-"""Names of outputs that are it."""
+"""Names of graph outputs that are the last layer's output."""
 
 
 def first_pass(words: Words, told: Any) -> ir.Value:
-    """Copies the nodes in front of the last layer's output; returns the copy's, for the call's own tokens.
+    """Copy the nodes that compute the last layer's output; return the copy's output for the call's own tokens.
 
     Args:
-        words: those of the call, before anything of the graph is changed.
-        told: the name of the value; else it is the output of this name, or what the head of `logits` reads.
+        words: the words of the call, before anything of the graph is changed.
+        told: the name of the value; by default, the output of a known name, or the input of the `logits` head.
 
     Raises:
-        UsageError: the graph has no such value, or does not show which it is.
-        Unsupported: it has nodes with graphs inside, or a past, and not what its tokens are told by.
+        UsageError: the graph has no such value, or does not show which one it is.
+        Unsupported: a copied node has a subgraph, or the graph has a past and inputs that cannot be extended to it.
     """
     building, graph = words.building, words.building.model.graph
     value, branch = _last(building.model, told), Branch(building, _NAME)
@@ -46,12 +46,13 @@ def first_pass(words: Words, told: Any) -> ir.Value:
     end, ids = copies.get(value, value), words.input(TOKENS)
     if ids is not None:
         end = of_call(end, words, branch, plain(ids, branch))
+    # At the front, because branches anywhere in the graph may read the result.
     graph.insert_before(graph[0], branch.nodes)
     return end
 
 
 def _without_past(words: Words, branch: Branch) -> Copies:
-    """What the copies read: every token at once, behind no past."""
+    """Return replacements for the inputs: all tokens at once, and an empty past."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
     tokens = every_token(words, branch)
@@ -68,7 +69,7 @@ def _without_past(words: Words, branch: Branch) -> Copies:
 
 
 def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
-    """A past `[rows, heads, positions, width]` without positions."""
+    """Return a past `[rows, heads, positions, width]` cut to zero positions."""
     zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
     empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
     empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
@@ -76,7 +77,7 @@ def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
 
 
 def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
-    """A matrix of whole numbers in another's type."""
+    """Cast an integer matrix to another value's dtype."""
     return plain(value, branch).cast(element_type(other)).value
 
 
@@ -97,7 +98,7 @@ def _last(model: ir.Model, told: Any) -> ir.Value:
 
 
 def _is_head(node: ir.Node) -> bool:
-    """Whether a node's output is `logits`, but for a bias or a cast."""
+    """Whether a node's output is `logits`, except for a bias or a cast."""
     value = node.outputs[0]
     while not value.is_graph_output():
         uses = list(value.uses())

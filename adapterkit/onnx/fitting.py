@@ -1,4 +1,4 @@
-"""Fitting: an adapter's numbers under the names of a model's slots, to be fed to it or written for onnxruntime."""
+"""Match an adapter's tensors to the slots of a model, to feed them or to write an `.onnx_adapter` file."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
-    """Return what an adapter puts into the slots of a model.
+    """Return the tensors that an adapter puts into the slots of a model.
 
     Args:
-        model: an ONNX file, or a model in memory, that `inject` or `export` gave slots.
-        adapter: the adapter, or its path; of any rank, at all of the slots' targets or at some.
+        model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
+        adapter: the adapter, or its path; of any rank, and at any subset of the slots' targets.
         base_weights: the base's weights, for adapter files whose values depend on them.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Returns:
-        name of a slot -> numbers, in the slot's type.
+        Slot name -> array, in the slot's dtype.
 
     Raises:
-        TargetNotFound: a target is not in the model, or has no slots of the adapter's method.
+        TargetNotFound: the model lacks a target, or slots for the adapter's method there.
         ShapeMismatch: a tensor does not fit its slot.
-        Unsupported: one slot would have to hold two tensors.
+        Unsupported: one slot would have to hold two different tensors.
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
@@ -57,10 +57,10 @@ def write_adapter(
     model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None,
     rename: str | Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Write an `.onnx_adapter` file of an adapter for the slots of a model; see `fit` for the arguments.
+    """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
 
-    onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean: `adapterkit.read`
-    reads them by that.
+    onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean, so
+    `adapterkit.read` can read them back.
     """
     from ..formats.onnx_adapter import write_slots_record
 
@@ -73,7 +73,7 @@ def write_adapter(
 
 
 def _fitted(model: Model, adapter: Adapter) -> tuple[dict[str, Array], list[dict[str, str]]]:
-    """Slot -> numbers; and for each update of the adapter in order, field -> slot."""
+    """Return slot -> array, and for each update of the adapter in order, field -> slot."""
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
@@ -86,7 +86,7 @@ def _fitted(model: Model, adapter: Adapter) -> tuple[dict[str, Array], list[dict
 
 
 def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
-    """The slots of each of an adapter's targets.
+    """Return the slots of each of an adapter's targets.
 
     Raises:
         TargetNotFound: a target has none; names the nearest.
@@ -107,7 +107,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
 
 
 def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
-    """The record of a target's own rows: parts of a fused weight have one each."""
+    """Return the record of a target's own rows; parts of a fused weight have one each."""
     for name, record in records:
         if name.rows == target.rows:
             return record
@@ -118,7 +118,7 @@ def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: 
 def _paired(
     updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, Any]
 ) -> list[tuple[Update, dict[str, str]]]:
-    """Each update with its slots; the methods come in the record's order, and some of the record's may be left out."""
+    """Pair updates with their slots. Methods come in the record's order, and some of the record's may be missing."""
     pairs, left = [], list(record.updates)
     for update in updates:
         while left and left[0].method != update.method:
@@ -130,6 +130,7 @@ def _paired(
                 f"the model has no slots for {update.method} there, but for {methods}", where=str(target), cure=cure
             )
         own = left.pop(0)
+        # Attributes without a slot are baked into the graph's nodes, so the adapter must have the same values.
         if (fixed := fixed_attributes(update, own.fields)) != own.attributes:
             name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
             why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
@@ -141,7 +142,7 @@ def _paired(
 def _fill(
     update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
 ) -> dict[str, str]:  # fmt: skip
-    """Put an update's numbers into its slots; return field -> slot for its tensors."""
+    """Put an update's tensors into its slots; return field -> slot."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
     if "scaling" in fields:

@@ -1,4 +1,4 @@
-"""Folding: one layer gets its own weight and bias, with what adapters make of them; in float64, rounded once."""
+"""Fold updates into one layer's weight and bias, in float64 with one rounding."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .resolving import Found, Spot
 from .unpacking import EXPLAINED, is_packed
 
 Fold = tuple[Found, float]
-"""A target of one adapter, and that adapter's weight."""
+"""A target of one adapter, and that adapter's weight in the merge."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Folding:
-    """What goes into one layer.
+    """The updates to fold into one layer.
 
     Attributes:
         spot: the layer.
-        at: what is folded into it.
+        at: its targets and their factors.
         building: the model that is being changed.
-        fresh: its new tensors, by what they were made of.
+        fresh: new tensors of the whole merge, by what they are made from.
     """
 
     spot: Spot
@@ -58,7 +58,7 @@ class Folding:
         return tuple((id(place), factor) for place, factor in self.at)
 
     def done(self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None) -> None:
-        """Gives the layer its changed bias and weight."""
+        """Replace the layer's bias and weight by the changed ones."""
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and quantized is None:
             raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
@@ -98,7 +98,7 @@ class Folding:
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
 
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Any) -> ir.Value:
-        """A tensor whose numbers are worked out whole, in an old one's place and type."""
+        """Return a tensor that is computed as a whole, in place of an old one and in its dtype."""
         kind, name = kind_of(old), self.name
         change = Change(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
@@ -110,6 +110,7 @@ class Folding:
     def _weight(self, held: ir.Value) -> None:
         stored = stored_behind(held)
         change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        # Nodes with the same tensor and the same changes share the result.
         key = ("weight", id(stored.value), *self.key)
         new = fresh_value(self.building, self.fresh, key, stored.value, change)
         exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)
@@ -119,7 +120,7 @@ class Folding:
 
 
 def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
-    """A target's updates of a weight in the order in which its numbers are stored."""
+    """Return a target's weight updates, with the layout in which the tensor is stored."""
     turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
@@ -127,7 +128,7 @@ def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tupl
 
 
 def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value) -> Array:
-    """b' as the node takes it, in float64."""
+    """Return the changed bias as the node takes it, in float64."""
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
@@ -137,6 +138,7 @@ def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value)
         norm = place.norm
         own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
         seen = None if W is None else _part(W if norm is None else norm.weight, place)
+        # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
         after[rows] += factor * scale * (_through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
 
@@ -146,7 +148,10 @@ def _or_zeros(array: Array | None, like: Array) -> Array:
 
 
 def _behind_norm(spot: Spot, at: list[Fold], held: Callable[[], Array]) -> Array:
-    """A weight that a norm is folded into, with what updates make of the base's own; as the node takes it, float64."""
+    """Return the changed weight of a layer with a folded norm, as the node takes it, in float64.
+
+    The updates apply to the base's weight. Their change is then multiplied by the norm's scale, as the graph's is.
+    """
     V = _seen(held().astype(np.float64), spot).copy()
     for place, factor in at:
         assert place.norm is not None
@@ -158,7 +163,7 @@ def _behind_norm(spot: Spot, at: list[Fold], held: Callable[[], Array]) -> Array
 
 
 def _added(at: list[Fold], W: Array) -> Array:
-    """W' of a weight that is held whole, in float64."""
+    """Return the changed weight, computed as a whole, in float64."""
     after = W.copy()
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
@@ -167,7 +172,7 @@ def _added(at: list[Fold], W: Array) -> Array:
 
 
 def _through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
-    """W and b after a target's updates in order."""
+    """Apply a target's updates to W and b, in order."""
     for update in place.updates:
         loaded = _wide(update)
         loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
@@ -198,6 +203,7 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
+    # Only an overflow is an error here. A base may hold NaN or infinity already.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
         cure = "Merge with a smaller weight"
         raise Malformed(f"merging gives values that {kind.name} cannot hold", where=name, cure=cure)

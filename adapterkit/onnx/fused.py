@@ -1,6 +1,6 @@
-"""onnxruntime's fused attention: one weight `[in, q | k | v]` inside a node that computes all of the attention.
+"""onnxruntime's fused attention: one weight `[in, q | k | v]` in a node that computes the whole attention.
 
-A merge goes into the weight as it is. For a branch the node is taken apart into a MatMul, an Add of its bias and a
+A merge changes that weight in place. For a branch, the node is split into a MatMul, an Add of its bias and a
 MultiHeadAttention.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 """
@@ -22,7 +22,7 @@ KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
 
 
 class Attention(Layer):
-    """The projections to queries, keys and values, rows of one weight."""
+    """The projections to queries, keys and values, which are rows of one weight."""
 
     op_type = "Attention"
 
@@ -38,7 +38,9 @@ class Attention(Layer):
 
 
 class FusedGemm(Gemm):
-    """A Gemm with the activation behind it, as optimized sessions are saved."""
+    """A Gemm with a fused activation, as in saved optimized sessions."""
+
+    # A branch would have to be added before the activation, which is inside of the node. A merge changes W only.
 
     op_type = "FusedGemm"
     merge_only = True
@@ -49,7 +51,7 @@ class FusedGemm(Gemm):
 
 
 class FusedConv(Conv):
-    """A Conv with a sum and the activation behind it."""
+    """A Conv with a fused sum and activation."""
 
     op_type = "FusedConv"
     merge_only = True
@@ -65,10 +67,10 @@ def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
 
 
 def taken_apart(node: ir.Node, building: Building) -> ir.Node:
-    """Exchanges the node for others; returns the MatMul among them.
+    """Replace the node by several; return the MatMul among them.
 
     Raises:
-        Unsupported: it has a past, a bias of positions, or rotates them.
+        Unsupported: it has a past or a position bias, or applies rotary embeddings.
     """
     more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
     if more or attribute(node, "do_rotary", 0):
@@ -78,6 +80,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     assert x is not None
     assert W is not None
     third = shape_of(W)[1] // 3
+    # Without the attribute, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
     branch, kind = Branch(building, node.name or "attention"), element_type(W)
     y = branch.node("MatMul", [x, W], None, kind, None)

@@ -1,4 +1,4 @@
-"""Weights in whole numbers as rows, in whose runs of columns scales and zero points are the same."""
+"""Integer weights as rows, where runs of columns share scales and zero points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .packed import unpacked
 
 @dataclass(frozen=True, eq=False)
 class Numbers(Grouped):
-    """A weight seen as `[rows, columns]`, in groups of columns."""
+    """A weight as `[rows, columns]`, in groups of columns."""
 
     q: Array
     zero: Array | int
@@ -61,13 +61,13 @@ class Numbers(Grouped):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """A tensor of whole numbers as rows, in which scales have runs of columns.
+    """How an integer tensor maps to rows, in which each run of columns has one scale.
 
     Attributes:
-        shape: of the tensor.
-        scale: its scales as they are stored: one, one a channel, or one a block.
-        axis: along which scales differ.
-        block: how many numbers along the axis share one; 0 for channels.
+        shape: the tensor's shape.
+        scale: the stored scales: one, one per channel, or one per block.
+        axis: the axis along which scales differ.
+        block: how many numbers along the axis share a scale; 0 for channels.
     """
 
     shape: tuple[int, ...]
@@ -89,13 +89,13 @@ class Seen:
         return np.moveaxis(rows.reshape(self.shape[self.axis], *rest), 0, self.axis)
 
     def wide(self, small: Array) -> Array:
-        """Scales or zero points -> `[rows, groups]`."""
+        """Convert stored scales or zero points to `[rows, groups]`."""
         if self.block:
             return np.moveaxis(small, self.axis, -1).reshape(-1, small.shape[self.axis])
         return np.broadcast_to(small.reshape(-1, 1), (self.scale.size, 1))
 
     def small(self, wide: Array | int, like: Array) -> Array:
-        """And back, as one that is stored."""
+        """Convert `[rows, groups]` back to the stored form of `like`."""
         if isinstance(wide, int):
             return like
         if not self.block:
@@ -105,6 +105,7 @@ class Seen:
 
     def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> Numbers:
         limits = import_module("ml_dtypes").iinfo(q.dtype)
+        # The rows have no padding for a last, shorter block.
         uneven = self.block and self.shape[self.axis] % self.block
         if uneven or (zero is not None and zero.size not in (1, self.scale.size)) or (zero is None and limits.min == 0):
             raise unknown(node)
@@ -118,25 +119,25 @@ class Seen:
 
 
 def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> Numbers:
-    """Whole numbers `[rows, columns]`, zero points and scales `[rows, groups]`, and the limits of what is stored."""
+    """Return integers `[rows, columns]` with zero points and scales `[rows, groups]` and the stored type's limits."""
     return Numbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
 
 
 def unknown(node: ir.Node) -> Unsupported:
-    """The error for a scheme that is not known."""
-    why = "a weight that is packed in a way that is not known here"
+    """Return the error for an unknown packing scheme."""
+    why = "a weight in an unknown packing scheme"
     return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
 
 
 def split(rows: Array, bits: int) -> Array:
-    """Numbers of a few bits out of bytes, `[rows, columns]`, int32."""
+    """Unpack numbers of a few bits from bytes, `[rows, columns]`, int32."""
     return unpacked(rows, bits).astype(np.int32)
 
 
 def joined_bits(rows: Array, bits: int) -> Array:
-    """Numbers of a few bits in bytes, the lowest bits first; rows are filled up with zeros."""
+    """Pack numbers of a few bits into bytes, lowest bits first; rows are padded with zeros."""
     per = 8 // bits
     full = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per))).astype(np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Indexing of values: slices, whole numbers, new axes, and one list of positions, as nodes."""
+"""Indexing of graph values: slices, integers, new axes, and one list of positions, as nodes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _END = np.iinfo(np.int64).max
 
 
 def taken(value: Value, key: Any) -> Value:
-    """`value[key]`.
+    """Return `value[key]`.
 
     Raises:
-        Unsayable: several lists, or a mask.
+        Unsayable: the key has several lists, or a mask.
     """
     parts = _spread(value, key if isinstance(key, tuple) else (key,))
     out = _sliced(value, [(axis, part) for axis, part in parts if isinstance(part, slice | int) and axis is not None])
@@ -28,10 +28,10 @@ def taken(value: Value, key: Any) -> Value:
 
 
 def written(value: Value, key: Any, values: Value) -> Value:
-    """`value` with `value[:, positions] = values` or `value[positions] = values`.
+    """Return `value` after `value[:, positions] = values` or `value[positions] = values`.
 
     Raises:
-        Unsayable: another kind of place.
+        Unsayable: the key has another form.
     """
     parts = key if isinstance(key, tuple) else (key,)
     *before, last = parts
@@ -39,6 +39,7 @@ def written(value: Value, key: Any, values: Value) -> Value:
         raise Unsayable("no node writes there")
     turn = bool(before)
     index = np.array(last, dtype=np.int64)[:, None]
+    # ScatterND indexes the leading axis, so the axis of the positions is moved there.
     rows, new = (value.swapaxes(0, 1), values.swapaxes(0, 1)) if turn else (value, values)
 
     def numbers(a: Any, b: Any) -> Any:
@@ -54,7 +55,7 @@ def written(value: Value, key: Any, values: Value) -> Value:
 
 
 def _spread(value: Value, key: tuple[Any, ...]) -> list[tuple[int | None, Any]]:
-    """(axis, part of the key), with `...` spread out; axes behind it are negative where their number is not known."""
+    """Return (axis, part of the key) pairs with `...` expanded; axes after it are negative if the rank is unknown."""
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
     at = next(n for n, part in enumerate(key) if part is Ellipsis)
@@ -77,15 +78,17 @@ def _numbered(parts: tuple[Any, ...], axis: int) -> list[tuple[int | None, Any]]
 
 
 def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
-    """Slices, and whole numbers as slices of one."""
+    """Apply slices, and integers as slices of length one."""
     cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):  # Or a difference from one.
+    # Open sizes are represented by numbers from FREE on. A limit near such a number was computed from an open size.
+    if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
         raise Unsayable("a slice of an open size")
+    # A formula that loops over all positions of an open axis would never end.
     if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
-        raise Unsayable("a part of an axis of an open size")  # A formula that takes all of them one by one never ends.
+        raise Unsayable("a part of an axis of an open size")
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
@@ -100,6 +103,7 @@ def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
 
 def _cut(part: Any) -> slice:
     if isinstance(part, int):
+        # For -1, the end would be 0, which is before the start.
         return slice(part, part + 1 if part != -1 else _END, 1)
     step = 1 if part.step is None else part.step
     if step < 1:
@@ -136,7 +140,7 @@ def _gathered(value: Value, axis: int, positions: Any) -> Value:
 
 
 def _shaped(value: Value, parts: list[tuple[int | None, Any]], lists: list[tuple[int, Any]]) -> Value:
-    """Axes of whole numbers taken out, new ones put in."""
+    """Remove the axes of integers, and insert new axes."""
     wider = 0
     if lists:
         wider = (lists[0][1].ndim if isinstance(lists[0][1], Value) else np.ndim(lists[0][1])) - 1

@@ -1,4 +1,4 @@
-"""Injection into graphs: an adapter becomes nodes beside the layers it adapts; the model's own numbers stay."""
+"""Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay unchanged."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ if TYPE_CHECKING:
     from .reading import Base, Model
 
 ORIGINAL = "adapterkit.original"
-"""The metadata key under which a rewritten model keeps what it takes to have the first one back."""
+"""Metadata key under which a rewritten model stores what is needed to restore the original."""
 
 MODES = ("constant", "slots")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """What was done to a graph.
+    """The result of changing a graph.
 
     Attributes:
-        out: the model that was written.
-        files: every file that was written.
-        found: where each target was.
-        difference: what the check found; None where it was not asked for or could not be made.
-        note: why the check could not be made; of context, how it is used.
-        damage: of each target whose weight was quantized again, what that did to it: `error`, relative to the merged
-            weight, and `kept`, the part of the change that is left.
-        reference: the largest difference of ONNX's reference implementation from onnxruntime on what was written; None
-            where it did not run, as of operators that are not ONNX's own.
-        saturation: of a graph with static quantization, how many values it clips without and with the adapter; None
-            where the check did not run.
-        warnings: what the user should know, each with what to do about it.
+        out: the written model.
+        files: all written files.
+        found: the place of each target.
+        difference: the largest difference that the check found; None if it did not run.
+        note: why the check did not run; for context, how to use it.
+        damage: for each target with a requantized weight, its `error` relative to the merged weight, and `kept`, the
+            part of the change that is left.
+        reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
+            None if it did not run, e.g. because of operators outside of ONNX.
+        saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
+            check did not run.
+        warnings: sentences for the user, each with a cure.
     """
 
     out: Path
@@ -73,7 +73,7 @@ class Report:
     warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the same as plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
@@ -100,39 +100,38 @@ def inject(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> Report:
-    """Attaches an adapter to a graph: at each target it computes what the adapter's formulas say.
+    """Attach an adapter to a graph, so that each target computes the adapter's formulas.
 
     Args:
-        model: an ONNX file, or a model in memory, which stays as it is.
+        model: an ONNX file or an in-memory model, which is not changed.
         adapter: the adapter, or its path.
-        out: the file to write. Numbers that the model keeps in data files stay there, and are copied only where
-            `out` is in another folder.
-        mode: `constant` writes the adapter into the graph. `slots` makes its tensors inputs that may be left out, and
-            writes the adapter itself beside `out`, with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
-        base_weights: the weights that the graph was exported from: finds layers whose names are lost. A network beside
-            the model is made by the `config.json` there, or by that beside the graph.
-        call: what a law asks of the model's call where it is no input of the graph under that name: the name of a
-            value of the graph. `{"task_ids": 1}` fixes the task of all rows, which else becomes an input;
-            `{"hidden_states": "NAME"}` is the value that the last layer gives.
-        experts: adapters that a router's file names but does not hold (Arrow, X-LoRA), in the router's order.
-        tied: which layers an update changes where embedding and head have equal numbers, as in `adapterkit.merge`. When
-            not given, those that the tool which trained the adapter changed.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names, instead of
-            a warning in the report.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
-        check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
-            inputs that are made up.
-        overwrite: replace what is at `out`; False refuses where something is there.
-        made_from: a digest of what decides the output, kept with it for a later run.
+        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder.
+        mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
+            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
+        base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
+            has a network beside the model, the `config.json` there (or beside the graph) describes it.
+        call: word -> name of a graph value, for inputs of the model's call that the graph names differently.
+            `{"task_ids": 1}` fixes the task of all rows, which otherwise becomes an input. `{"hidden_states": "NAME"}`
+            is the output of the last layer.
+        experts: adapters that a router's file names but does not contain (Arrow, X-LoRA), in the router's order.
+        tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
+            default, those that the tool which trained the adapter changed.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names,
+            instead of a warning in the report.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        check: run the result in onnxruntime and compare it with merged weights; a mapping gives the inputs by name,
+            True makes them up.
+        overwrite: replace an existing `out`.
+        made_from: a digest of everything that decides the output, stored with it for a later run.
 
     Raises:
         TargetNotFound: a target has no place in the graph, or several.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method.
-        Malformed: the file is no model, or its data is missing, too short or outside its folder.
+        Malformed: the file is not a model, or its data is missing, too short or outside of its folder.
         UsageError: nothing tells which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or the base is not the one that the adapter names and
-            `strict_base`; nothing is left at `out`.
+        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs; nothing is
+            left at `out`.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
@@ -178,10 +177,10 @@ def inject(
 
 
 def _beside(out: Path, adapter: Any) -> Path:
-    """The file that the adapter itself is written to, for a model with slots.
+    """Return the path of the adapter file for a model with slots.
 
     Raises:
-        UsageError: it is the model, or the file that the adapter is read from.
+        UsageError: it is the path of the model, or of the file that the adapter is read from.
     """
     file = out.with_name(f"{out.stem}.onnx_adapter")
     source = None if isinstance(adapter, Adapter) else Path(adapter)
@@ -200,7 +199,7 @@ def _slots(mode: str, building: Building) -> Any:
 
 
 def keep_original(source: Source) -> None:
-    """Notes in the model's metadata the first model's bytes, but for runs that its stored tensors still hold.
+    """Store the original file in the model's metadata, except for runs of bytes that its stored tensors still hold.
 
     Raises:
         Unsupported: the model has been rewritten before.
@@ -210,12 +209,14 @@ def keep_original(source: Source) -> None:
         raise Unsupported("an adapter is in this graph already", path=source.path, cure="Eject it first")
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
+        # Search forward only, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
             rest.append(source.original[end:at])
             end = at + len(data)
     rest.append(source.original[end:])
+    # The metadata is text, in which base85 takes less space than base64.
     packed = base64.b85encode(zlib.compress(b"".join(rest), 9)).decode()
     digest = hashlib.sha256(source.original).hexdigest()
     model.metadata_props[ORIGINAL] = json.dumps(
@@ -224,7 +225,7 @@ def keep_original(source: Source) -> None:
 
 
 def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
-    """Stored tensors of the main graph in the order of the file, as the file holds them, large ones only."""
+    """Return large tensors stored in the main graph, with their bytes, in the order of the file."""
     held = ((name, value.const_value) for name, value in model.graph.initializers.items())
     return [
         (name, tensor.tobytes())
@@ -235,15 +236,15 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
 
 @places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
-    """Writes the model as it was before `inject`, byte for byte.
+    """Write the model as it was before `inject`, byte for byte.
 
     Args:
         model: a file that `inject` wrote.
-        out: the file to write; data files that the first model names must lie beside it, as they do here.
+        out: the file to write; data files that the original names must be beside it.
 
     Raises:
-        UsageError: no adapter is in the model.
-        Corrupt: the bytes do not come out as they were.
+        UsageError: the model has no injected adapter.
+        Corrupt: the restored bytes differ from the original.
     """
     path, target = Path(path_text(model)), Path(path_text(out))
     try:
@@ -275,6 +276,7 @@ def _restored(model: ir.Model, note: str, path: Path) -> bytes:
         kept = json.loads(note)
         size, digest = int(kept["size"]), str(kept["sha256"])
         inflate = zlib.decompressobj()
+        # Limit the output: a few bytes can decompress to gigabytes.
         rest = inflate.decompress(base64.b85decode(kept["rest"]), max(size, 1))
         parts, end, taken = [], 0, 0
         for at, length, name in kept["runs"]:

@@ -1,4 +1,4 @@
-"""Insertion: a branch's nodes go into the graph behind the value that they change, or before the nodes that read it."""
+"""Insert a branch's nodes into a graph, after the value that they change or before the nodes that read it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .building import Branch
 
 
 def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """What makes `new` goes behind the node that gives `old`; whoever read that reads `new`."""
+    """Insert the nodes of `new` after the node of `old`, and make all readers of `old` read `new`."""
     if new is old:
         return
     last = old.producer()
@@ -21,7 +21,7 @@ def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """What makes `new` goes before the first of the nodes that read `old`; they read `new` instead."""
+    """Insert the nodes of `new` before the first of some readers of `old`, and make these read `new`."""
     among = set(readers)
     uses = [use for use in old.uses() if use.node in among]
     graph, reading = _graph(uses[0].node), {use.node for use in uses}
@@ -31,11 +31,12 @@ def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Bra
 
 
 def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Whoever read `old`, but for the branch's own nodes, reads `new`; an output of the graph keeps its name."""
+    """Replace all uses of `old` with `new`, except in the branch itself; a graph output keeps its name."""
     own = set(branch.nodes)
     for use in old.uses():
         if use.node not in own:
             use.node.replace_input_with(use.idx, new)
+    # Callers know a graph's outputs by name, so the new value takes over the old one's.
     if old.is_graph_output():
         made_by = new.producer()
         assert made_by is not None
@@ -44,7 +45,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
-    """The nodes that read a value, but for the branch's own."""
+    """Return the nodes that read a value, except for the branch's own."""
     own = set(branch.nodes)
     return [use.node for use in value.uses() if use.node not in own]
 

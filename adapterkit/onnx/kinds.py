@@ -1,4 +1,4 @@
-"""The kinds of layers that there are, and which of them a node is."""
+"""The kinds of layers, and which of them a node is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
     FusedGemm, FusedConv,
 )  # fmt: skip
-"""Kinds of which a node is one at most."""
+"""Kinds of layers; a node has at most one of them."""
 
 
 def kinds_of(node: ir.Node) -> list[type[Layer]]:
-    """The kinds of layers that a node is: of most one, of a recurrent one a kind for each weight."""
+    """Return the kinds of layers of a node: at most one, except that a recurrent node has one per weight."""
     kind = next((kind for kind in KINDS if kind.takes(node)), None)
     return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]

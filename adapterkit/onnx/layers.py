@@ -1,7 +1,7 @@
-"""Layers of a graph, in the words of formulas: see `adapterkit/torch/layers.py` for what each word means.
+"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py` for each method.
 
-Weights are `[out, in, *k]` whatever the node stores. A layer's input and output are values of the graph; what a
-formula makes of them takes the output's place.
+Weights are `[out, in, *k]`, however the node stores them. A layer's input and output are graph values, and the result
+of a formula takes over the output.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class Layer:
     """A node whose weight can be exchanged; subclasses say how.
 
     Class attributes:
-        op_type: what the node is called.
-        position: which of its inputs is the weight.
+        op_type: the node's operator.
+        position: which input is the weight.
         axes: how many axes the weight may have.
-        merge_only: its output is no function of `x @ W` alone, so that no branch beside it says a change.
+        merge_only: True if the output is no function of `x @ W` alone, so that no branch can express a change.
 
     Args:
         node: the node.
-        branch: where nodes are appended.
+        branch: nodes are appended to it.
 
     Attributes:
-        call: the words of the model's call, for laws that ask for some; see calls.py.
-        moved: what a law calls it with where its own input has to be exchanged in the graph: never, at a layer.
+        call: access to the model's call, for formulas that ask for it; see calls.py.
+        moved: the module's new input, if a formula replaced it; None for layers.
     """
 
     op_type: ClassVar[str] = ""
@@ -57,56 +57,56 @@ class Layer:
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        """Whether a node is such a layer: its weight does not depend on the input."""
+        """Whether a node is such a layer; its weight must not depend on the model's inputs."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
         weight = node.inputs[cls.position] if known else None
         return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What it reads and gives, where exporters fold the axes of rows and positions into one around the node."""
+        """Return the layer's input and output, outside of Reshapes that merge the axes of rows and positions."""
         return given, end
 
     @property
     def read(self) -> ir.Value:
-        """The value that the node reads, before it is rounded to integers and back."""
+        """The value that the node reads, before it is quantized and dequantized."""
         return before_rounding(self.node.inputs[0])
 
     @property
     def result(self) -> ir.Value:
-        """What comes out before a bias that another node adds."""
+        """The output before a bias that another node adds."""
         return self.node.outputs[0]
 
     @classmethod
     def operand_of(cls, node: ir.Node) -> ir.Value:
-        """The weight of a layer, as its node takes it."""
+        """Return the weight in the form in which the node takes it."""
         found = node.inputs[cls.position]
         assert found is not None
         return found
 
     @classmethod
     def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
-        """The sizes of the weight, its axes in the node's order."""
+        """Return the weight's shape, its axes in the node's order."""
         return shape_of(cls.operand_of(node))
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
-        """The weight's numbers, its axes in the node's order."""
+        """Return the weight's numbers, its axes in the node's order."""
         return numbers(cls.operand_of(node))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        """`held`, for when the node is no longer what it was."""
+        """Return a function like `held` that still works after the node was changed."""
         copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
-        """The weight, as the node takes it."""
+        """The weight in the form in which the node takes it."""
         return self.operand_of(self.node)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What the layer computes in."""
+        """The dtype that the layer computes in."""
         return element_type(self.operand)
 
     @property
@@ -116,20 +116,20 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of the weight, `[out, in, *k]`."""
+        """The weight's shape, `[out, in, *k]`."""
         first, second, *rest = self.held_shape(self.node)
         return (second, first, *rest) if self.turns(self.node) else (first, second, *rest)
 
     @property
     def weight(self) -> Value:
         shape = self.held_shape(self.node)
-        # A packed weight is no value of the graph: where a formula needs it, it is stored once more, unpacked.
+        # A packed weight is not a float value of the graph. A formula that needs it gets an unpacked copy.
         value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
     @property
     def own_bias(self) -> ir.Value | None:
-        """The bias that the node itself adds."""
+        """The bias that the node itself adds, or None."""
         return None
 
     @property
@@ -142,7 +142,7 @@ class Layer:
 
     @property
     def direct(self) -> bool:
-        """Whether `op` takes weights of other numbers of outputs."""
+        """Whether `op` accepts weights with another number of outputs."""
         return True
 
     @classmethod
@@ -151,7 +151,7 @@ class Layer:
         return True
 
     def seen(self, W: Value) -> Value:
-        """A weight as stored as `[out, in, *k]`, and back."""
+        """Convert a stored weight to `[out, in, *k]`, and back."""
         return W.swapaxes(0, 1) if self.turns(self.node) else W
 
     def __call__(self, x: Value) -> Value:
@@ -191,7 +191,7 @@ class Layer:
 
 
 class MatMul(Layer):
-    """`x @ W`: a linear layer as exporters write it for inputs of more than two axes."""
+    """`x @ W`: a linear layer, as exporters write it for inputs of more than two axes."""
 
     op_type = "MatMul"
 
@@ -201,7 +201,7 @@ class MatMul(Layer):
 
 
 class LeftMatMul(Layer):
-    """`W @ x`: a linear layer whose channels are the last axis but one."""
+    """`W @ x`: a linear layer whose channels are the second to last axis."""
 
     op_type = "MatMul"
     position = 0
@@ -233,7 +233,7 @@ class LeftMatMul(Layer):
 
 
 class Einsum(Layer):
-    """`...i,io->...o` or `...i,oi->...o`: a linear layer of the last axis."""
+    """`...i,io->...o` or `...i,oi->...o`: a linear layer along the last axis."""
 
     op_type = "Einsum"
 
@@ -248,7 +248,7 @@ class Einsum(Layer):
 
 
 def _labels(node: ir.Node) -> tuple[str] | None:
-    """Whether the weight of an Einsum is `[in, out]` ("io") or `[out, in]` ("oi"); None for another sum."""
+    """Return whether an Einsum's weight is `[in, out]` ("io") or `[out, in]` ("oi"); None for another equation."""
     equation = str(attribute(node, "equation", "")).replace(" ", "")
     found = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
     if found is None:
@@ -260,7 +260,7 @@ def _labels(node: ir.Node) -> tuple[str] | None:
 
 
 class Gemm(Layer):
-    """`alpha * x @ W + beta * C`, either operand turned or not: a linear layer of inputs with two axes."""
+    """`alpha * x @ W + beta * C`, with either operand transposed or not: a linear layer for inputs of two axes."""
 
     op_type = "Gemm"
 
@@ -275,7 +275,7 @@ class Gemm(Layer):
     def own_bias(self) -> ir.Value | None:
         held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
-            raise Unsupported("a Gemm whose bias is no vector", where=self.node.name, cure="Export it anew")
+            raise Unsupported("a Gemm whose bias is not a vector", where=self.node.name, cure="Export it anew")
         return held
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -299,7 +299,7 @@ class Gemm(Layer):
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, if it is of this type and beside the value's own."""
+    """Return the only node that reads a value, if it has this type and is in the same graph; else None."""
     uses, made_by = list(value.uses()), value.producer()
     if len(uses) != 1 or value.is_graph_output() or made_by is None or uses[0].node.graph is not made_by.graph:
         return None
@@ -307,7 +307,7 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def before_rounding(found: ir.Value | None) -> ir.Value:
-    """What a node reads, before it is rounded to integers and back."""
+    """Return what a node reads, before it is quantized and dequantized."""
     assert found is not None
     back = found.producer()
     there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
@@ -316,7 +316,7 @@ def before_rounding(found: ir.Value | None) -> ir.Value:
 
 
 def dequantized(value: ir.Value) -> ir.Value:
-    """A value behind being rounded to integers and back: a change joins there, where nothing clips it."""
+    """Return a value after it is quantized and dequantized, where an added change is not clipped."""
     there = only_reader(value, "QuantizeLinear")
     there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
@@ -324,9 +324,9 @@ def dequantized(value: ir.Value) -> ir.Value:
 
 
 def rectifies(node: ir.Node) -> bool:
-    """Whether a QuantizeLinear may stand for a Relu or a Clip at 0, because its range ends at 0.
+    """Whether a QuantizeLinear may also act as a Relu or a Clip at 0, because its range ends at 0.
 
-    onnxruntime's static quantizer leaves out a Relu or Clip before a range that clips the same.
+    onnxruntime's static quantizer removes a Relu or Clip before a range that clips the same.
     """
     held = node.inputs[2] if len(node.inputs) > 2 else None
     if held is not None and not is_constant(held):
@@ -344,12 +344,13 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
-    """The Add of a vector that follows a linear layer and nothing else does, and the vector."""
+    """Return the Add of a constant vector that is a linear layer's only reader, and the vector; else None."""
     add = only_reader(out, "Add") if "MatMul" in node.op_type or node.op_type == "Einsum" else None
     if add is None:
         return None
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other):
         return None
+    # Only a vector of the outputs is a bias; another constant may be a mask or a table of positions.
     on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None

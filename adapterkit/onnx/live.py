@@ -1,4 +1,4 @@
-"""Live torch models with adapters, for as long as they are traced or run; afterwards they are as they were."""
+"""Put adapters on live torch models while they are traced or run; the models are unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[Any]:
-    """The live model as it is traced."""
+    """Return a context in which the live model is in the form to trace."""
     if mode == "merged":
         return _merged(model, adapters)
     return injected(model, adapters if mode == "attached" else {})
@@ -21,7 +21,7 @@ def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> Ab
 
 @contextmanager
 def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
-    """The live model with adapters on it."""
+    """Inject adapters into the live model for the block."""
     from ..torch import inject
 
     handles: list[Any] = []
@@ -36,11 +36,12 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """The live model with other numbers in the parameters that adapters change; its own come back untouched."""
+    """Merge adapters into the live model's parameters for the block; the original tensors are put back unchanged."""
     from ..torch.handle import changes
 
     with injected(model, adapters) as handles:
         changed = changes(handles) if handles else []
+    # Swap `data` and keep the parameters themselves, so that ties between them survive.
     before = [parameter.data for parameter, _ in changed]
     try:
         for parameter, value in changed:

@@ -1,4 +1,4 @@
-"""The map of a graph: which names lead to which layers, and by what they are known."""
+"""List the layers of a graph: their names, and how the names were found."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A layer, or all nodes that are calls of one.
+    """A layer, with all nodes that call it.
 
     Attributes:
-        target: the name that an adapter would call it by; None where nothing tells it.
+        target: the name that an adapter would use for it; None if nothing shows it.
         spots: its nodes.
-        method: what tells the name, one of `METHODS`; None where nothing does.
-        confidence: 1 for a name that nothing was held against and for equal numbers, else 1 minus the relative
-            distance from the base's weight.
+        method: how the name was found, one of `METHODS`; None if it was not.
+        confidence: 1 for equal numbers and for names that were not compared, else 1 minus the relative distance from
+            the base's weight.
         note: why nothing was found.
     """
 
@@ -45,7 +45,7 @@ class Place:
     note: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the same as plain data."""
         first = self.spots[0] if self.spots else None
         return {
             "target": self.target, "method": self.method, "confidence": round(self.confidence, 4), "note": self.note,
@@ -58,15 +58,15 @@ class Place:
 
 @places_errors
 def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
-    """Every layer of a graph that an adapter can name.
+    """Return every layer of a graph that an adapter can name.
 
     Args:
-        model: an ONNX file, or a model in memory.
-        base_weights: the weights that the graph was exported from. Each of its matrices is then looked for, by name and
-            by numbers, and what a name leads to is held against it.
+        model: an ONNX file, or an in-memory model.
+        base_weights: the weights that the graph was exported from. Each of its matrices is then searched, by name and
+            by numbers, and named layers are compared with it.
 
     Returns:
-        the layers in the graph's order; with `base_weights`, those of the base in its order, then the others.
+        The layers in the graph's order; with `base_weights`, those of the base in its order, then all others.
 
     Raises:
         Malformed, StorageError: as `inject`.
@@ -77,6 +77,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     known, found = by_name(spots), []
     base = opened_base(base_weights)
     for name, tensor in base.tensors.items():
+        # Vectors are norms and biases, which are no layers of their own.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
             found.append(_looked_for(name, base, known, spots))
     seen = {id(spot.node) for place in found for spot in place.spots}
@@ -84,7 +85,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
 
 
 def _named(spots: Sequence[Spot]) -> list[Place]:
-    """Layers by their own names alone."""
+    """Group layers by their own names."""
     groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
     for spot in spots:
         method, name = _best(spot)
@@ -95,7 +96,7 @@ def _named(spots: Sequence[Spot]) -> list[Place]:
 
 
 def _best(spot: Spot) -> tuple[str | None, str | None]:
-    """The first method that tells a name of a module's weight, and the module; else the name of a tensor."""
+    """Return the best name of a layer and its method: a module's weight first, else the name of a tensor."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
     own = [(method, name) for method, name in said if not _NUMBERED.match(name)]

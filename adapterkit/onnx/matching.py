@@ -1,7 +1,7 @@
-"""Layers by the numbers of their weights: for graphs whose names are lost, and to be sure of the base.
+"""Find layers by the numbers of their weights: for graphs whose names are lost, and to verify the base.
 
-Equal numbers are proof. Where none are equal, as in quantized graphs, the nearest weight of the same shape counts if it
-is close and no other one is: a quantized copy lies within `NEAR`, another checkpoint of the same net does not.
+Equal numbers are proof. Without any, as in quantized graphs, the nearest weight of the same shape counts if it is close
+and no other one is. A quantized copy is within `NEAR`; another checkpoint of the same network is not.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class _Near:
 
 
 def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
-    """Names of the adapter's targets in a graph, by the base's weights.
+    """Return the names of an adapter's targets in a graph, found by the base's weights.
 
     Args:
         adapter: the adapter.
-        base: the weights.
+        base: the base's weights.
         spots: the layers of the graph.
-        error: what names alone came to.
+        error: the error of the search by name.
 
     Raises:
-        TargetNotFound: no layer has these numbers, or several different ones are as near.
+        TargetNotFound: no layer has these numbers, or several different ones are equally near.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     bound = find_sites(adapter, shapes, partial=False, config=base.config)
@@ -49,7 +49,7 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         if site.weight is None:
             raise error
         W = _array(base, site.weight)
-        # A target that the base stores in parts is placed by the parts' names.
+        # A target that the base stores in parts gets the names of the parts.
         path = asked.path if bound.origins.count(asked) == 1 else site.target.path
         name = f"{path}.weight" if site.weight.endswith(".weight") else path
         method, found = nearest(W, spots, str(asked))
@@ -62,11 +62,11 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
 
 
 def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
-    """Hold layers that names led to against the base's weights; returns them with the norms folded into them.
+    """Compare layers found by name with the base's weights; return them with any norms folded into them.
 
     Raises:
         TargetNotFound: a layer holds other numbers.
-        Unsupported: a norm may be folded into a layer whose weight the base does not have.
+        Unsupported: a norm may be folded into a layer whose weight the base lacks.
     """
     compared = []
     for place in found:
@@ -84,7 +84,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
 
 
 def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
-    """Another weight of the base with equal numbers: nodes that hold them may be either's."""
+    """Return another weight of the base with equal numbers, which the same nodes could belong to; else None."""
     same = (
         n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
     )
@@ -92,15 +92,17 @@ def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
 
 
 def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
-    """How, and which layers have a stored weight.
+    """Return the layers that store a weight, and how they were found.
 
     Raises:
-        TargetNotFound: none has, or several may.
+        TargetNotFound: no layer does, or several may.
     """
+    # Nodes that share a stored weight count as one candidate.
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault((spot.sources, spot.kind), []).append(spot)
     near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
+    # Nearest first: the second one decides whether the first is unambiguous.
     near.sort(key=lambda one: one.distance)
     equal = [one for one in near if one.distance == 0]
     if equal:
@@ -118,7 +120,7 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
 
 
 def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
-    """Nodes some rows of whose weight are this one: queries, keys and values are often packed into one."""
+    """Return nodes that have this weight among their rows, as for packed queries, keys and values."""
     found = []
     for spot in spots:
         if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:
@@ -133,7 +135,7 @@ def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
 
 
 def distance(W: Any, spot: Spot) -> float | None:
-    """The relative distance of a stored weight from a layer's, whichever way round it is stored; None for no match."""
+    """Return the relative distance between a weight and a layer's, in either orientation; None if shapes differ."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None

@@ -1,7 +1,7 @@
-"""Merging into graphs: adapters folded into the weights of the layers that they name, and into no other's.
+"""Merge adapters into the weights of the layers that they name, and of no others.
 
-A stored tensor that other layers read too, because it is tied or because an exporter stored equal ones once, stays as
-it is for those: the layer gets its own. Everything is computed in float64 and rounded once.
+A stored tensor may be shared with other layers, because it is tied or because the exporter stored equal tensors once.
+Then it stays as it is for those, and the layer gets its own copy. Everything is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -55,36 +55,35 @@ def merge(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> Report:
-    """Folds adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), rounded once.
+    """Fold adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), with one rounding.
 
     Args:
-        model: an ONNX file, or a model in memory, which stays as it is.
+        model: an ONNX file or an in-memory model, which is not changed.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the file to write. A model with numbers in data files gets one new data file beside it.
-        weights: one factor an adapter; 1 for each when not given.
-        base_weights: the weights that the graph was exported from: finds layers whose names are lost.
-        quantized: where a weight is packed, `dequantize`: fold into the dequantized numbers and write a layer of
-            floating point; `requantize`: quantize the result again in the same scheme; `Report.damage` tells what that
-            did.
-        tied: which layers an update changes where embedding and head have equal numbers, as in `adapterkit.merge`. When
-            not given, those that the tool which trained the adapter changed.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
-            a warning in the report.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
-        check: run the result with onnxruntime against the model with the adapters injected; on these inputs, by name,
-            or on inputs that are made up.
-        overwrite: replace what is at `out`; False refuses where something is there.
-        made_from: a digest of what decides the output, kept with it for a later run.
+        out: the file to write. If the model has external data, the result gets one new data file beside it.
+        weights: one factor per adapter; 1 for each if not given.
+        base_weights: the weights that the graph was exported from, to find layers whose names are lost.
+        quantized: for packed weights. `dequantize` folds into the dequantized numbers and writes a floating-point
+            layer. `requantize` quantizes the result again in the same scheme; `Report.damage` has the error.
+        tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
+            default, those that the tool which trained the adapter changed.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names, instead
+            of a warning in the report.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        check: run the result in onnxruntime and compare it with injected adapters; a mapping gives the inputs by name,
+            True makes them up.
+        overwrite: replace an existing `out`.
+        made_from: a digest of everything that decides the output, stored with it for a later run.
 
     Raises:
         TargetNotFound: a target has no place in the graph, or several.
         ShapeMismatch: a shape does not fit.
-        NotMergeable: an update's law is not one of weights.
-        Unsupported: a weight is packed and `quantized` does not say what to do, or in a way that is not known here.
-        Malformed: the file is no model, or a result does not fit its type.
+        NotMergeable: an update does not change weights only.
+        Unsupported: a weight is packed and `quantized` is not given, or its packing scheme is unknown.
+        Malformed: the file is not a model, or a result does not fit its dtype.
         UsageError: nothing tells which of several tied layers an update changes.
-        CheckFailed: the written graph computes something else, or the base is not the one that an adapter names and
-            `strict_base`; nothing is left at `out`.
+        CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs; nothing is
+            left at `out`.
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
@@ -121,7 +120,7 @@ def plan(
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
 ) -> tuple[Found, ...]:
-    """Where `merge` would fold adapters into a graph; nothing is written.
+    """Return where `merge` would fold adapters into a graph; writes nothing.
 
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as `merge`.
@@ -145,7 +144,7 @@ def _resolved(
     strict_base: bool,
     rename: str | Sequence[str],
 ) -> tuple[list[Adapter], list[float], list[Fold], tuple[str, ...]]:
-    """The adapters, their weights, where they go, and what is wrong about the base."""
+    """Return the adapters, their factors, the targets to fold into, and warnings about the base."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
@@ -168,18 +167,19 @@ def fold(
     folds: Sequence[Fold], building: Building, quantized: str | None = None,
     damage: dict[str, Mapping[str, float]] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
-    """Gives every layer that is named its own changed weight and bias; returns the new values, their numbers lazy.
+    """Give every named layer its own changed weight and bias; return the new values, whose numbers are lazy.
 
     Args:
-        folds: what changes, and by how much.
+        folds: targets and factors.
         building: the model that is being changed.
         quantized: what to do with packed weights, one of `CHOICES`.
-        damage: gets what packing a weight again did to it, by target.
+        damage: gets the error of each requantized weight, by target.
     """
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
+    # All targets of a node are folded together, because its weight is rounded only once.
     by_spot: dict[Any, list[Fold]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
@@ -191,7 +191,7 @@ def fold(
 
 
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
-    """The same targets, their packed layers made ones of floating point."""
+    """Return the same targets with their packed layers converted to floating point."""
     made: dict[Any, ir.Value] = {}
     spots = {
         spot: as_float(spot, building, made) if is_packed(spot) else spot

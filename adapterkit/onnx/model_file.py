@@ -1,7 +1,7 @@
-"""Models on disk: opened without their numbers, checked for what lies outside them, written whole or not at all.
+"""Model files: opened without their numbers, checked, and written completely or not at all.
 
-Numbers that a model keeps in files beside it stay there: a rewritten model names the same bytes, and what is new lies
-in a small file of its own.
+External data of a model is shared: the rewritten model refers to the same bytes, and new tensors go into a small file
+of their own.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from .streaming import alignment, placed, streamed, worked_out
 from .validating import check_model
 
 INLINE = 1024
-"""Bytes of a new tensor up to which it stays in the model's own file."""
+"""New tensors of up to this many bytes are stored in the model's own file."""
 
 APART = 1 << 26
-"""Bytes of an export's numbers from which they lie in a file beside the model."""
+"""An export with more bytes of numbers than this gets a data file beside the model."""
 
 STAYS = "adapterkit.stays"
-"""The mark of a tensor that stays in the file that holds it when all others are written anew."""
+"""Marks a tensor that stays in its file while all others are rewritten."""
 
 LIMIT = 2**31 - 2**20
-"""Bytes of a model's own file at most: protobuf ends at 2 GB."""
+"""Largest model file in bytes: protobuf is limited to 2 GB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A model and where it came from.
+    """A model and its origin.
 
     Attributes:
-        model: it.
-        path: its file; None for one that was handed over in memory.
+        model: the model.
+        path: its file; None for an in-memory model.
         data: the files beside it that hold its numbers.
-        original: the bytes of its file, or of what it would be written as.
+        original: the bytes of its file, or of the file that an in-memory model would be written to.
     """
 
     model: ir.Model
@@ -60,15 +60,16 @@ class Source:
 
 
 def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
-    """Opens a model; no numbers of other files are read.
+    """Open a model without reading its external data.
 
     Raises:
         StorageError: it cannot be read.
-        NetworkError: it is on a hub and cannot be fetched.
-        Malformed: it is no model, or its data is missing, too short, or outside its folder.
-        Unsupported: its operators are too old to be converted, or it is in memory and larger than a file may be.
+        NetworkError: it is on a hub and cannot be downloaded.
+        Malformed: it is not a model, or its data is missing, too short, or outside of its folder.
+        Unsupported: its opset is too old to be converted, or it is in memory and too large for a file.
     """
     if isinstance(model, ir.Model):
+        # The caller's model must not change.
         copy = model.clone()
         if _large(copy):
             cure = "Save it with its numbers in data files (onnx_ir.save with external_data=), and name the file"
@@ -97,13 +98,13 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         return ir.from_proto(proto)
     except AdapterkitError:
         raise
-    except Exception as error:  # protobuf and onnx-ir raise whatever the damage leads to.
+    except Exception as error:  # protobuf and onnx-ir raise many types of errors for damaged files.
         first = first_line(error)
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
 
 
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """The model in operators new enough, by ONNX's own converter."""
+    """Return the model in a recent opset, converted by ONNX's own converter if needed."""
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return model
@@ -118,18 +119,19 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         return ir.from_proto(converted)
     except AdapterkitError:
         raise
-    except Exception as error:  # The converter raises RuntimeError and more.
+    except Exception as error:  # The converter raises RuntimeError and others.
         first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
 
 
 def inline(model: ir.Model) -> bytes:
-    """Serialize a model with all of its numbers in it."""
+    """Serialize a model with all of its numbers."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                # Copy the numbers, because an external tensor's array is a view of its mapped file.
                 array = np.array(tensor.numpy())
                 value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
     data: bytes = ir.to_proto(model).SerializeToString()
@@ -137,18 +139,19 @@ def inline(model: ir.Model) -> bytes:
 
 
 def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> None:
-    """Write a model beside the data files that it shares.
+    """Write a model that shares its source's data files.
 
     Args:
         model: the model.
-        source: what it was made from.
-        out: where to, inside `placing`.
+        source: the model that it was made from.
+        out: the file to write, inside `placing`.
         fresh: values whose tensors are new.
 
     Raises:
         StorageError: it cannot be written.
     """
     _apart(fresh, out, bool(source.data) or _large(model))
+    # `checked_data` pointed tensors at the real files behind a cache's links. The written model uses the names again.
     for tensor in external(model):
         if "adapterkit.location" in tensor.meta:
             tensor._location = tensor.meta["adapterkit.location"]
@@ -156,7 +159,7 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
 
 
 def _serialized(model: ir.Model, out: Path) -> bytes:
-    """The bytes of a model's own file.
+    """Return the bytes of a model's own file.
 
     Raises:
         Malformed: onnx-ir read something in the model that it cannot write.
@@ -173,10 +176,9 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
 
 
 def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False) -> None:
-    """Write a model whose numbers changed: all of them anew, some blocks in memory at a time; see `save`.
+    """Write a model whose numbers changed, with a few blocks in memory at a time; see `save`.
 
-    A model that kept numbers in data files, or is to keep them `apart`, keeps them in one new file, and nothing in it
-    that no node reads.
+    A model with external data, or one to be kept `apart`, gets one new data file with all tensors that a node reads.
     """
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -192,7 +194,7 @@ def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.V
 
 
 def save_fresh(graph: ir.Model, out: Path) -> None:
-    """Write a model that lay elsewhere, or nowhere; many numbers in one data file beside it."""
+    """Write a newly created model; many numbers go into one data file beside it."""
     held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
     apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
     save_merged(graph, Source(graph, None, (), b""), out, (), apart)
@@ -200,12 +202,12 @@ def save_fresh(graph: ir.Model, out: Path) -> None:
 
 @dataclass(slots=True)
 class Placing:
-    """A model on its way to its place.
+    """A model that is being written.
 
     Attributes:
-        path: where it is written, and checked.
-        scratch: a folder for files on the way, gone at the end.
-        files: when the model is in place, all files that were written, the model last.
+        path: where it is written and checked.
+        scratch: a folder for temporary files, removed at the end.
+        files: all written files, the model last; set when the model is in place.
     """
 
     path: Path
@@ -218,24 +220,24 @@ def placing(
     out: Path, source: Source | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
 ) -> Iterator[Placing]:  # fmt: skip
-    """Give a path to write a model to; it and the files beside it take their places when the block ends.
+    """Yield a path to write a model to; the model and the files beside it move into place when the block ends.
 
-    The model is staged. One that names data files which are in the folder of `out` already is written in place: it
-    can be run only beside them, and onnx and onnxruntime follow no link to them. Then what was at `out` waits in the
-    stage, and comes back after an error or, after a kill, with the next run.
+    Usually the model is staged. A model that refers to data files which are already in the folder of `out` is written
+    in place, because it can only run beside them: onnx and onnxruntime follow no links to them. The old file at `out`
+    then waits in the stage. It comes back after an error, or after a kill with the next run.
 
     Args:
-        out: the model's place.
-        source: what it is made from.
-        shares: the model names the data files of its source; they are copied to another folder.
-        stays: more files in the folder of `out` that the model names.
-        inputs: other files that are read, none of which is replaced.
-        overwrite: replace a model that is there.
-        made_from: a digest of what decides the output; see `adapterkit.tensors.records`.
+        out: the model's destination.
+        source: the model that it is made from.
+        shares: the model refers to its source's data files; they are copied if `out` is in another folder.
+        stays: more files in the folder of `out` that the model refers to.
+        inputs: other files that are read; none of them is replaced.
+        overwrite: replace an existing model.
+        made_from: a digest of everything that decides the output; see `adapterkit.tensors.records`.
 
     Raises:
-        UsageError: `out` is a folder, the model itself, or a file that is read.
-        StorageError: it cannot be written, or a file beside it is another model's.
+        UsageError: `out` is a folder, the model itself, or another input.
+        StorageError: it cannot be written, or a file beside it belongs to another model.
     """
     _check_out(source, out)
     named = {}
@@ -263,7 +265,7 @@ def placing(
 def _in_place(
     out: Path, named: Mapping[Path, Path], read: Sequence[Path], overwrite: bool, made_from: str | None
 ) -> Iterator[Placing]:
-    """Write a model beside data files that are there; after a fault all is as it was."""
+    """Write a model beside existing data files; an error restores the old state."""
     check_free(out, overwrite)
     check_inputs([out], read)
     stage = Staging(out)
@@ -291,7 +293,7 @@ def _in_place(
 
 
 def _is_of(file: Path, out: Path) -> bool:
-    """Whether a file beside a model is called after it."""
+    """Whether a file beside a model is named after it."""
     return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
 
 
@@ -306,11 +308,12 @@ def _copied(file: Path, there: Path) -> None:
 
 
 def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
-    """Refuse to replace a data file that another model in the folder names."""
+    """Refuse to replace a data file that another model in the folder refers to."""
     for name in names:
         there = out.parent / name
         if not there.exists() or _same(there, stage / name):
             continue
+        # protobuf stores the file's name as plain bytes, so a search is enough to find a reference to it.
         for other in out.parent.glob("*.onnx"):
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
                 why = f"already there, and {other.name} names it as its data"
@@ -318,7 +321,7 @@ def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
 
 
 def _take_in(values: Iterable[ir.Value], out: Path) -> None:
-    """Has numbers that other files hold lie in the model's own, but for those of its new file, and those that stay."""
+    """Load external tensors into the model's own file, except for those of its new data file and those that stay."""
     for value in values:
         tensor = value.const_value
         own = out.with_name(f"{out.name}.data")
@@ -351,7 +354,7 @@ def _large(model: ir.Model) -> bool:
 
 
 def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
-    """New tensors in a file of their own; its name tells its contents, so that it never takes another's place."""
+    """Write new tensors to a file of their own; its name has their hash, so it never replaces another file."""
     held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not held:
         return

@@ -1,7 +1,7 @@
-"""Modules of the exported model: their nodes, what enters and what leaves them, by the names that exporters leave.
+"""Modules of the exported model: their nodes, inputs and outputs, found by the names that exporters leave.
 
-A module that is no single layer is where bottlenecks, ReFT and invertible adapters stand. torch's exporters tell of
-each node which modules it is in: the newer one in its metadata, the older one by the node's name.
+Bottlenecks, ReFT and invertible adapters attach to modules that are no single layer. torch's exporters record which
+modules each node is in: the newer one in the node's metadata, the older one in its name.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Module:
     """A module's part of a graph.
 
     Attributes:
-        path: its name there.
-        nodes: in order.
-        entering: values of floating point that it reads.
-        leaving: such values that others read of it.
+        path: its name in the graph.
+        nodes: its nodes, in order.
+        entering: floating-point values that it reads.
+        leaving: floating-point values of it that others read.
     """
 
     path: str
@@ -37,17 +37,18 @@ class Module:
 
     @property
     def read(self) -> ir.Value | None:
-        """What it reads; None where it reads several values."""
+        """The value that the module reads; None if it reads several."""
         return self.entering[0] if len(self.entering) == 1 else None
 
     def fed(self, channels: int | None, where: str) -> ir.Value:
-        """What it reads of so many channels: of several such values that which it adds something to itself.
+        """Return the input with so many channels; among several, the one that the module itself adds something to.
 
         Raises:
             TargetNotFound: there is none, or more than one.
         """
         found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(found) > 1:
+            # The module's own Add is its residual connection, and one operand is the value that it transforms.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
@@ -56,13 +57,13 @@ class Module:
         return found[0]
 
     def given(self, channels: int | None, where: str) -> ir.Value:
-        """Its output of so many channels.
+        """Return the output with so many channels.
 
         Raises:
             TargetNotFound: there is none, or more than one.
         """
         found = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
-        # Keys and values that a cache keeps have an axis for the heads.
+        # Keys and values for a cache also leave the module; they have an extra axis for the heads.
         rows = [value for value in found if len(_sizes(value)) == 3] or found
         if len(rows) != 1:
             why = f"{len(rows)} values of {channels} channels leave the module {self.path}, where one is its output"
@@ -71,10 +72,10 @@ class Module:
 
 
 def module_at(model: ir.Model, path: str, where: str) -> Module:
-    """A module by its path in the base.
+    """Return a module by its path in the base.
 
     Raises:
-        TargetNotFound: no node tells of it, or of several that it may be; names the nearest.
+        TargetNotFound: no node is in such a module, or several modules fit; names the nearest.
     """
     inside = {node: modules_of(node) for node in model.graph}
     known = dict.fromkeys(name for names in inside.values() for name in names)
@@ -87,17 +88,18 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
 
 
 def modules_of(node: ir.Node) -> tuple[str, ...]:
-    """The modules that a node is in, the outermost first."""
+    """Return the modules that a node is in, outermost first."""
     return _told(node.metadata_props.get(SCOPES), node.name or "")
 
 
 @lru_cache(maxsize=1 << 16)
 def _told(scopes: str | None, name: str) -> tuple[str, ...]:
-    """The modules that a node's notes, or its name, tell of; each is asked for every target."""
+    """Parse the modules from a node's metadata or name; cached, because each node is asked for every target."""
     listed_names = listed(scopes)
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
+    # Names of torch's older exporter start with a slash; others tell nothing.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))
@@ -116,7 +118,7 @@ def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 
 
 def _is_activation(value: ir.Value) -> bool:
-    """Whether a value is what layers compute on: of floating point, with an axis for channels."""
+    """Whether a value is an activation: floating-point, not constant, with an axis for channels."""
     broad = value.shape is None or len(value.shape) > 1
     return broad and element_type(value).kind in "fV" and not is_constant(value)
 

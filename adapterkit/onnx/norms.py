@@ -1,8 +1,8 @@
 """Batch normalisations that exporters folded into the layer before them.
 
 torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
-convolution or a linear layer: the graph then holds `s * W` where the base holds `W`. An adapter's change is one of `W`,
-so the graph needs it times `s`. The base's own statistics tell `s`; the kernel that the graph holds proves it.
+convolution or linear layer. The graph then holds `s * W` where the base holds `W`. An adapter changes `W`, so the graph
+needs the change times `s`. `s` is computed from the base's statistics, and verified against the graph's kernel.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from .resolving import Found, Spot
 
 NEAR = 0.15
-"""The largest relative distance, in the Frobenius norm, of a weight that counts as the same one, rounded."""
+"""Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the same."""
 
 APART = 3.0
-"""How many times farther the second nearest must be."""
+"""How many times farther away the second nearest weight must be."""
 
 ALIKE = 1e-3
-"""The largest relative difference of factors that need not be told apart."""
+"""Factors closer to 1 than this need not be told apart from no norm."""
 
 EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
-"""What `eps` may be: torch's default first, then that of models ported from TensorFlow. No file of weights holds it."""
+"""Candidates for `eps`, which no weight file stores: torch's default first, then that of models from TensorFlow."""
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
@@ -45,14 +45,14 @@ _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedNorm:
-    """A batch normalisation inside a layer: the graph's output is `scale * y + shift` of the base's own `y`.
+    """A batch normalisation folded into a layer: the graph's output is `scale * y + shift` of the base's `y`.
 
     Attributes:
         name: the norm's name in the base.
         scale: `gamma / sqrt(var + eps)`, `[out]`, float64.
         shift: `beta - scale * mean`, `[out]`, float64.
         weight: the base's weight as formulas see it, `[out, in, *k]`, float64.
-        bias: the base's bias, `[out]`, float64; None where the module has none.
+        bias: the base's bias, `[out]`, float64; None if the module has none.
     """
 
     name: str
@@ -62,10 +62,10 @@ class FoldedNorm:
     bias: Array | None
 
     def factors(self, groups: int) -> Array:
-        """The scale, in a shape that multiplies a weight `[out, in, *k]`.
+        """Return the scale in a shape that multiplies a weight `[out, in, *k]`.
 
         Args:
-            groups: of a transposed convolution, whose weight has `out / groups` outputs for each of all inputs.
+            groups: for a transposed convolution, whose weight has `out / groups` outputs for each input.
         """
         rest = self.weight.ndim - 2
         if groups == 1:
@@ -75,12 +75,12 @@ class FoldedNorm:
 
 
 def groups_of(spot: Spot) -> int:
-    """The groups of a transposed convolution; 1 for other layers, whose weights have an output axis of their own."""
+    """Return the groups of a transposed convolution; 1 for other layers, whose weights have all outputs on one axis."""
     return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
-    """Refuse layers that a norm may be folded into, where no base's weights are at hand to tell.
+    """Refuse layers with a possibly folded norm if there are no base weights to verify it.
 
     Raises:
         Unsupported: the graph shows traces of such a fold.
@@ -94,13 +94,13 @@ def refuse_folded(found: Sequence[Found]) -> None:
 
 
 def is_norm(node: ir.Node) -> bool:
-    """Whether the exporter's notes say that a node computes a batch normalisation, whatever else it computes."""
+    """Whether the exporter's metadata says that a node computes a batch normalisation, possibly with other work."""
     notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
     return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
 
 
 def _trace(spot: Spot, path: str) -> str | None:
-    """What shows that a norm may be folded into a layer; None where nothing does."""
+    """Return the evidence that a norm may be folded into a layer, or None."""
     bias = _bias_of(spot)
     if not issubclass(spot.kind, Conv | Gemm | MatMul) or bias is None:
         return None  # A fold always leaves a bias.
@@ -112,8 +112,8 @@ def _trace(spot: Spot, path: str) -> str | None:
     biases = [source.name or "" for source in sources(bias)]
     if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
         return "a name says so"
-    # Exporters keep the names of a convolution's parameters; a fold writes new tensors, whose names they make up.
-    # Weights of linear layers lose their names without any fold, when they are transposed.
+    # Exporters keep the names of a convolution's parameters, but a fold writes new tensors with made-up names. Weights
+    # of linear layers also lose their names without a fold, when they are transposed.
     if not issubclass(spot.kind, Conv) or path in names:  # The target is the stored tensor itself.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
@@ -125,7 +125,7 @@ def _trace(spot: Spot, path: str) -> str | None:
 
 
 def _bias_of(spot: Spot) -> ir.Value | None:
-    """The constant vector that a layer adds, by itself or by a node behind it."""
+    """Return the constant vector that a layer adds, itself or by a following node."""
     if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
         after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
         return None if after is None else after[1]
@@ -135,7 +135,7 @@ def _bias_of(spot: Spot) -> ir.Value | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Guess:
-    """A norm of the base with one `eps`, and how far the graph's weight and bias are from it."""
+    """A norm of the base with one `eps`, and the distance of the graph's weight and bias from it."""
 
     name: str
     scale: Array
@@ -144,7 +144,7 @@ class _Guess:
 
 
 def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
-    """Hold a layer that its name led to against the base's weight; find a norm that is folded into it.
+    """Compare a layer found by name with the base's weight, and find a norm that is folded into it.
 
     Args:
         place: the target.
@@ -152,7 +152,7 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
         name: the name of the target's weight in the base.
 
     Raises:
-        TargetNotFound: the layer holds other numbers, or two readings of them are about as near.
+        TargetNotFound: the layer holds other numbers, or two explanations of them are about equally near.
     """
     from .matching import distance
 
@@ -194,7 +194,7 @@ def _own_bias(base: Checkpoint, weight: str) -> Array | None:
 
 
 def _by_channel(spot: Spot, W: Array) -> Array:
-    """A weight `[out, in, *k]` as rows, one for each channel of the output."""
+    """Return a weight `[out, in, *k]` as rows, one per output channel."""
     groups = groups_of(spot)
     if groups == 1:
         return W.reshape(len(W), -1)
@@ -208,8 +208,9 @@ def _held(spot: Spot) -> Array:
 
 
 def _scaled(spot: Spot, W: Array) -> bool:
-    """Whether a layer holds a weight with each channel times any factor."""
+    """Whether a layer holds a weight with each channel scaled by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
+    # The best factor of each channel, by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
 
@@ -224,11 +225,12 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
+            # Weight and bias must both fit, because several norms can have similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 
 def _norms(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array, Array, Array, Array]]:
-    """Name, gamma, beta, mean and variance of the base's batch normalisations of so many channels."""
+    """Yield name, gamma, beta, mean and variance of the base's batch normalisations of so many channels."""
     for key, leaf in base.tensors.items():
         name, _, field = key.rpartition(".")
         mean = base.tensors.get(f"{name}.running_mean")

@@ -1,4 +1,4 @@
-"""Operands of nodes that do not depend on what a model is run on: where their numbers come from, and what they are."""
+"""Constant operands of nodes: those that do not depend on the model's inputs, and their numbers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ THROUGH = frozenset(
     {"Transpose", "Identity", "Cast", "DequantizeLinear", "Mul", "Sub", "Add", "Reshape", "Squeeze", "Unsqueeze",
      "Constant", "ConstantOfShape", "QuantizeLinear", "Concat", "Slice", "Gather"}
 )  # fmt: skip
-"""Operators between a stored tensor and the operand that is made of it."""
+"""Operators that may stand between a stored tensor and a constant operand."""
 
 DEEP = 16
-"""Nodes on the way from a stored tensor at most; an untrusted graph may have any number."""
+"""Most nodes between a stored tensor and an operand; an untrusted graph may have any number."""
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node, of graphs inside nodes too; functions have none that one call alone runs."""
+    """Yield every node, including subgraphs. Functions are left out: a change there would affect all of their calls."""
     yield from model.graph.all_nodes()
 
 
 def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
-    """Whether a value is the same whatever the model is run on."""
+    """Whether a value is the same for all inputs of the model."""
     if value is None or depth == 0:
         return False
     if value.const_value is not None:
@@ -39,7 +39,7 @@ def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
 
 
 def sources(value: ir.Value) -> list[ir.Value]:
-    """The stored tensors that a constant value is made of."""
+    """Return the stored tensors that a constant value is computed from."""
     node = value.producer()
     if value.const_value is not None or node is None or not any(node.inputs):
         return [value]
@@ -47,10 +47,10 @@ def sources(value: ir.Value) -> list[ir.Value]:
 
 
 def numbers(value: ir.Value) -> Array:
-    """The numbers of a constant value, by ONNX's own reference implementation of what makes it.
+    """Return the numbers of a constant value, computed by ONNX's reference implementation.
 
     Raises:
-        Malformed: the nodes that make it do not go together with their inputs.
+        Malformed: the nodes that compute it do not fit their inputs.
     """
     if value.const_value is not None:
         return value.const_value.numpy()
@@ -58,19 +58,20 @@ def numbers(value: ir.Value) -> Array:
     assert node is not None
     given = [None if one is None else numbers(one) for one in node.inputs]
     try:
+        # The two common operators need no reference implementation, which would copy the numbers.
         if node.op_type == "Identity":
             return _some(given[0])
         if node.op_type == "Transpose":
             order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
             return _some(given[0]).transpose(order)
         return _run(node, given)
-    except Exception as error:  # The reference implementation raises whatever its operators do.
+    except Exception as error:  # The reference implementation raises any type of error.
         why = f"the numbers of {value.name!r} cannot be worked out ({first_line(error)})"
         raise Malformed(why, where=node.name, cure="Export the model again") from None
 
 
 def held_apart(value: ir.Value) -> ir.Value:
-    """A constant value outside of any graph, which keeps its numbers when the nodes that make it are gone."""
+    """Copy a constant value out of the graph, so that it survives the removal of its nodes."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
@@ -82,7 +83,7 @@ def held_apart(value: ir.Value) -> ir.Value:
 
 
 def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """The graph's input that a value is, but for its type and the order of its axes; None where it is computed."""
+    """Return the graph input behind a value, looking through casts and reshapes; None if it is computed."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
     ):
@@ -91,7 +92,7 @@ def input_behind(value: ir.Value | None) -> ir.Value | None:
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """The sizes of a constant value; reads the numbers only where the graph does not say."""
+    """Return the shape of a constant value; computes the numbers only if the graph does not tell."""
     if value.const_value is not None:
         return tuple(value.const_value.shape.numpy())
     if value.shape is not None and all(isinstance(size, int) for size in value.shape):
@@ -110,10 +111,10 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    """A node's attribute, or what it means where it is left out.
+    """Return a node's attribute, or its default.
 
     Raises:
-        Malformed: it is of another type than its default.
+        Malformed: it has another type than the default.
     """
     found = node.attributes.get(name)
     if found is None:
@@ -145,7 +146,8 @@ def _run(node: ir.Node, given: list[Array | None]) -> Array:
         for name, array in feeds.items()
     ]
     graph = helper.make_graph([proto], "constant", inputs, [helper.make_empty_tensor_value_info("out")])
-    # The reference implementation has no DequantizeLinear before 19; what is in `THROUGH` means the same from 13 to 21.
+    # The reference implementation has no DequantizeLinear before opset 19. The operators in `THROUGH` mean the same in
+    # opsets 13 to 21.
     opset = max(node.graph.opset_imports.get("", 21), 21) if isinstance(node.graph, ir.Graph) else 21
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     results: Any = ReferenceEvaluator(made).run(None, feeds)

@@ -1,7 +1,7 @@
-"""The second oracle: ONNX's reference implementation on the graph that was written, beside onnxruntime.
+"""A second opinion: ONNX's reference implementation on the written graph, beside onnxruntime.
 
-It is slow, has no operators of onnxruntime's own, and a few that compute something else: it counts only where it tells
-of the first graph what onnxruntime tells of that.
+It is slow, lacks onnxruntime's own operators, and computes a few others differently. So it only counts if it agrees
+with onnxruntime on the original graph.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 SMALL = 1 << 25
-"""Bytes of a model, its data files included, up to which it is asked."""
+"""Largest model to run, in bytes, data files included."""
 
 FEW = 1 << 16
-"""Numbers of inputs up to which it is asked."""
+"""Most input numbers to run on."""
 
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
-"""Operators that round inputs: two ways to sum may differ by a step there."""
+"""Operators that round inputs: different orders of summation may differ by a whole step there."""
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
-    """What the reference implementation computes; None where it cannot, or would take too long."""
+    """Return the reference implementation's outputs; None if it cannot run the model, or would take too long."""
     from onnx.reference import ReferenceEvaluator
 
     if sum(math.prod(np.shape(array)) for array in feeds.values()) > FEW:
@@ -43,13 +43,13 @@ def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
         given = {name: array for name, array in feeds.items() if name in taken | defaults}
         with np.errstate(all="ignore"):
             told: Any = ReferenceEvaluator(proto).run(None, given)
-    except Exception:  # It raises whatever its own operators raise.
+    except Exception:  # Its operators raise any type of error.
         return None
     return [np.asarray(array) for array in told]
 
 
 def _proto(model: Path | bytes) -> Any:
-    """The whole model; None for one of too many bytes."""
+    """Return the whole model, or None if it has too many bytes."""
     import onnx
 
     if isinstance(model, bytes):

@@ -1,8 +1,8 @@
-"""Outlets: where a target's output ends in a graph, and the words in which output updates speak of that.
+"""Output sites: where a target's output ends in a graph, with the interface that output updates use.
 
-A module ends a sub-layer itself where it adds a value that it reads for nothing else, as BERT's `BertOutput` does; in
+Some modules end a sub-layer themselves: they add a value that they read for nothing else, like BERT's `BertOutput`. In
 other blocks the sum is outside, and an update names the modules whose input is the residual, and that normalise.
-What they are is found before anything is attached; what was exchanged since is seen through `Building.now`.
+Sites are found before anything is attached; later replacements are followed by `Building.now`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .values import Value, plain
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """A normalisation: the value that it begins at, its nodes, and what it gives."""
+    """A normalisation: its first value, its nodes, and its output."""
 
     start: ir.Value
     nodes: tuple[ir.Node, ...]
@@ -34,15 +34,15 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outlet:
-    """Where a target ends.
+    """The place where a target's output ends.
 
     Attributes:
-        end: its output; None where it is a layer, which knows itself.
-        read: what it reads; None where that is not one value, or the layer knows.
-        residual: what is added to its output.
-        norm: what the sum goes through.
-        hidden: its output before its own residual is added; None where the residual is added outside of it, or not.
-        nodes: those of a module whose input an update exchanges.
+        end: its output; None for a layer, which knows its own.
+        read: its input; None if that is not one value, or for a layer.
+        residual: the value that is added to its output.
+        norm: the normalisation of the sum.
+        hidden: its output before its own residual is added; None if the residual is added outside, or not at all.
+        nodes: the nodes of a module whose input an update replaces.
     """
 
     end: ir.Value | None = None
@@ -54,11 +54,11 @@ class Outlet:
 
 
 def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bool) -> Outlet | None:
-    """The outlet of a target for output updates; None for a layer that ends in itself.
+    """Return the output site of a target for output updates; None for a plain layer.
 
     Raises:
         TargetNotFound: the graph does not show the module, or those that an update names.
-        Unsupported: updates name residuals at several places.
+        Unsupported: the updates name residuals at different places.
     """
     where = str(target)
     placed = [update for update in updates if getattr(update, "placed", False)]
@@ -106,13 +106,14 @@ def _beside(target: Target, path: str) -> str:
 
 
 def _own(module: Module, end: ir.Value) -> Outlet | None:
-    """The outlet of a module that adds a residual, which it reads for nothing else, and normalises the sum at most."""
+    """Return the site of a module that adds a residual, which it reads for nothing else, and at most normalises it."""
     found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
     if len(found) != 1:
         return None
     (node, at) = found[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
+    # A constant matrix on the way means another layer, not a normalisation.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]
@@ -121,7 +122,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
 
 
 def _adds(module: Module, node: ir.Node, at: int) -> bool:
-    """Whether a node adds what stands at one of its inputs to what the module computed."""
+    """Whether a node adds one of its inputs, which the module only reads here, to what the module computed."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
         return False
     given, other = node.inputs[at], node.inputs[1 - at]
@@ -130,11 +131,11 @@ def _adds(module: Module, node: ir.Node, at: int) -> bool:
 
 
 class Ended:
-    """A target in the words of `OutputUpdate`: a module, or a layer whose residual and norm are outside of it.
+    """A target with the interface of `OutputUpdate`: a module, or a layer whose residual and norm are outside.
 
     Args:
-        outlet: where it ends.
-        branch: where nodes are appended.
+        outlet: its output site.
+        branch: nodes are appended to it.
         layer: the layer; None for a module.
     """
 
@@ -155,7 +156,7 @@ class Ended:
 
     @property
     def moved(self) -> Value | None:
-        """What a law calls the module with instead of its own input."""
+        """The input that a formula calls the module with, if it is not the module's own; else None."""
         return None if self.asked is self.x else self.asked
 
     @property
@@ -172,7 +173,7 @@ class Ended:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight; a module has none."""
+        """The weight's shape; empty for a module."""
         return () if self.layer is None else self.layer.shape
 
     def __call__(self, x: Value) -> Value:
@@ -241,7 +242,7 @@ class Ended:
 
 
 class _Unread(Value):
-    """What a module of several inputs reads: a law may hand it on, and no node may compute with it."""
+    """The input of a module that reads several values: a formula may pass it on, but no node can compute with it."""
 
     __slots__ = ()
 

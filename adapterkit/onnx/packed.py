@@ -1,6 +1,6 @@
 """Layers as onnxruntime's tools write them: fused ones, and those that compute with packed weights.
 
-Packed numbers stay as they are; a branch computes in floating point beside them, on the input before it is quantized.
+Packed numbers stay unchanged. A branch computes in floating point beside them, on the input before it is quantized.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
 
@@ -19,7 +19,7 @@ from .values import Value
 
 
 class FusedMatMul(MatMul):
-    """`x @ W` with transpositions taken in, as optimized sessions are saved."""
+    """`x @ W` with fused transpositions, as in saved optimized sessions."""
 
     op_type = "FusedMatMul"
 
@@ -38,7 +38,7 @@ class FusedMatMul(MatMul):
 
 
 class MatMulNBits(Layer):
-    """`x @ W.T` with `W` `[N, K]` in blocks along K of `bits` bits, a scale each and maybe a zero point."""
+    """`x @ W.T` with `W` `[N, K]` in `bits`-bit blocks along K, each with a scale and perhaps a zero point."""
 
     op_type = "MatMulNBits"
 
@@ -46,6 +46,7 @@ class MatMulNBits(Layer):
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 2
         plain = known and all(is_constant(one) for one in node.inputs[1:] if one is not None)
+        # Input 4 is `g_idx`, which assigns columns to groups; layers with it are not read.
         ordered = len(node.inputs) < 5 or node.inputs[4] is None
         return plain and ordered and attribute(node, "bits", 4) in (2, 4, 8)
 
@@ -74,6 +75,7 @@ class MatMulNBits(Layer):
         blocks = -(-K // size)
         q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
+            # Without zero points, the middle of the range stands for 0.
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
             zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
@@ -143,14 +145,14 @@ class MatMulInteger(Layer):
 
 
 def unpacked(rows: Array, bits: int) -> Array:
-    """Numbers of a few bits, the lowest bits of a byte first."""
+    """Unpack numbers of a few bits, lowest bits of a byte first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each: Array = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return each.reshape(len(rows), -1)
 
 
 def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
-    """The weight's scales of a MatMulInteger, and the Mul that multiplies the result by them."""
+    """Return the weight's scales of a MatMulInteger, and the Mul that multiplies its result by them."""
     found = _scaled(node)
     assert found is not None
     mul = found[0].producer()
@@ -159,13 +161,13 @@ def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
 
 
 def _quantizer(node: ir.Node) -> ir.Node | None:
-    """The DynamicQuantizeLinear that a MatMulInteger reads."""
+    """Return the DynamicQuantizeLinear that a MatMulInteger reads, or None."""
     source = None if node.inputs[0] is None else node.inputs[0].producer()
     return source if source is not None and source.op_type == "DynamicQuantizeLinear" else None
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """(what comes out behind the cast and the scales, the weight's scales) of a MatMulInteger."""
+    """Return a MatMulInteger's output after cast and scales, and the weight's scales; None for another pattern."""
     quantizer, cast = _quantizer(node), only_reader(node.outputs[0], "Cast")
     mul = None if cast is None else only_reader(cast.outputs[0], "Mul")
     if quantizer is None or cast is None or mul is None:

@@ -1,6 +1,6 @@
-"""Packed weights packed again, in the scheme that they were in.
+"""Pack changed weights again, in their original scheme.
 
-Scales and zero points are chosen by the formula that packs any base again; see `adapterkit/quant/_grouped.py`.
+Scales and zero points are chosen by the same code that requantizes any base; see `adapterkit/quant/_grouped.py`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Packing:
     """How a layer's weight is packed.
 
     Attributes:
-        stored: where it lies and whether the layer sees it turned.
-        shape: of the weight as it lies.
-        numbers: its whole numbers, zero points and scales, as rows.
-        rows: a weight as it lies -> rows.
-        put: has the layer take other whole numbers, zero points and scales.
+        stored: the tensor, and whether the layer sees it transposed.
+        shape: the stored weight's shape.
+        numbers: its integers, zero points and scales, as rows.
+        rows: converts a weight in stored order to rows.
+        put: gives the layer other integers, zero points and scales.
     """
 
     stored: Stored
@@ -42,7 +42,7 @@ class Packing:
     put: Callable[[Numbers], None]
 
     def again(self, change: Change) -> dict[str, float]:
-        """Packs a changed weight and puts it in; returns what that did to it, see `damage_of`."""
+        """Pack a changed weight and give it to the layer; return the error, see `damage_of`."""
         merged = self.rows(change.array()).astype(np.float32)
         found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
         self.put(found)
@@ -51,7 +51,7 @@ class Packing:
         return damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
     def source(self, spot: Spot) -> Any:
-        """The dequantized numbers, as it lies, in float32."""
+        """Return the dequantized numbers in stored order, float32."""
         make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
         value = self.stored.value
         made = make or (lambda: numbers(value))
@@ -59,10 +59,10 @@ class Packing:
 
 
 def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
-    """How a layer's weight is packed.
+    """Return how a layer's weight is packed.
 
     Raises:
-        Unsupported: in no way that is known here.
+        Unsupported: the scheme is unknown.
     """
     if spot.kind is MatMulNBits:
         return _in_bits(spot.node, building, fresh)
@@ -148,7 +148,7 @@ def _in_linear(
 def _in_product(
     spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
 ) -> Packing:  # fmt: skip
-    """`Cast(q) * scale`, as weights are stored in 8 bits without operators of their own."""
+    """`Cast(q) * scale`: 8-bit weights stored without quantization operators."""
     cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
     made_by = None if cast is None else cast.producer()
     scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
@@ -176,7 +176,7 @@ def _in_product(
 
 
 def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], building: Building) -> None:
-    """Has a layer read a copy of the node that dequantizes its weight: others may read that one."""
+    """Connect a layer to a copy of its dequantizing node, because others may read the original."""
     out = ir.Value(name=building.name(f"{node.outputs[0].name}.merged"), type=node.outputs[0].type)
     out.shape = node.outputs[0].shape
     words = {name: one.value for name, one in node.attributes.items()}
@@ -188,11 +188,12 @@ def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], b
 
 
 def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None, array: Array) -> ir.Value:
-    """A tensor in an old one's place, in its type; one for all nodes that get the same."""
+    """Return a new tensor in place of an old one and in its dtype; nodes with equal numbers share it."""
     assert old is not None
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
+    # By content, so that layers which share a tensor and get equal numbers share the new one, too.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

@@ -1,4 +1,4 @@
-"""Parts of layers: rows of a fused weight, and weights seen the other way round; layers themselves, to a formula."""
+"""Parts of layers as formulas see them: rows of a fused weight, layers before a folded norm, transposed weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .values import Value
 
 
 class Slice:
-    """The outputs `start` to `stop` of a layer: what an update of a fused weight's rows sees."""
+    """The outputs `start` to `stop` of a layer: the view of an update on rows of a fused weight."""
 
     def __init__(self, layer: Layer | Normed, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
@@ -24,7 +24,7 @@ class Slice:
         return self.cut(self.layer(x), self.rows)
 
     def cut(self, y: Value, rows: slice) -> Value:
-        """Some channels of an output."""
+        """Return some channels of an output."""
         return y[(..., rows, *[slice(None)] * (-self.channel - 1))]
 
     @property
@@ -41,7 +41,7 @@ class Slice:
         return None if b is None else b[self.rows]
 
     def around(self, y: Value, part: Value) -> Value:
-        """The whole output, with these channels exchanged."""
+        """Return the whole output with these channels replaced."""
         from .symbols import SYMBOLS
 
         out = self.layer.shape[0]
@@ -55,7 +55,7 @@ class Slice:
 
 
 class Normed:
-    """A layer with a batch normalisation folded into it, as a formula sees it: the layer before that norm."""
+    """A layer with a folded batch normalisation, as a formula sees it: the layer before that norm."""
 
     def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
         self.layer, self.folded = layer, norm
@@ -72,7 +72,7 @@ class Normed:
     def __call__(self, x: Value) -> Value:
         if x is self.x:
             scale = self.folded.scale
-            # A channel that the norm multiplies by nothing is lost, and is multiplied by nothing again below.
+            # A channel that the norm scales to 0 is lost. Any factor will do, since `around` scales it to 0 again.
             back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
             return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
         y = self.op(x, self.weight)
@@ -90,7 +90,7 @@ class Normed:
         return None if self.folded.bias is None else self._known(self.folded.bias)
 
     def around(self, new: Value) -> Value:
-        """The output behind the norm, for a new one before it; the graph's own bits where the two are the same."""
+        """Return the output after the norm for a new one before it; keeps every bit if the two are equal."""
         return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
 
     def _vector(self, array: Array) -> Value:
@@ -102,7 +102,7 @@ class Normed:
 
 
 class Turned:
-    """A layer seen with its first two axes exchanged, as whole weights of embeddings are stored."""
+    """A layer with the first two axes of its weight swapped, the orientation in which embeddings store weights."""
 
     def __init__(self, layer: Layer | Normed) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node

@@ -1,4 +1,4 @@
-"""A graph's inputs of past keys and values, by what their names tell."""
+"""Find a graph's inputs of past keys and values by their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    """(layer, `key` or `value`) -> input."""
+    """Return (layer, `key` or `value`) -> input."""
     found: dict[tuple[int, str], ir.Value] = {}
     for value in graph.inputs:
         told = _PAST.search(value.name or "") if "past" in (value.name or "") else None

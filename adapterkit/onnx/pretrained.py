@@ -1,7 +1,7 @@
-"""Export of a transformers folder: its model as a graph, beside the config and the tokenizer that it is used with.
+"""Export a transformers folder: its model as a graph, with its config and tokenizer beside it.
 
-A causal language model gets its past keys and values as inputs and outputs, named as Optimum and onnxruntime-genai
-name them; an encoder or classifier its tokens and its attention mask. Sizes of batch and sequence are open.
+A causal language model gets its past keys and values as inputs and outputs, named like Optimum and onnxruntime-genai
+name them. An encoder or classifier gets tokens and an attention mask. Sizes of batch and sequence are open.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ def export_pretrained(
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Report:  # fmt: skip
-    """Writes a folder with `model.onnx`, its adapters as slots take them, config and tokenizer.
+    """Write a folder with `model.onnx`, adapter files for its slots, config and tokenizer.
 
     Args:
-        model: a folder as transformers saves it; nothing is fetched and no code of it is run.
-        out: the folder to write; appears whole, by rename.
+        model: a folder as transformers saves it; nothing is downloaded and no code of it is run.
+        out: the folder to write; it appears complete, by a rename.
         adapter: see `export`.
         mode: see `export`.
-        dtype: what the graph computes in.
-        opset: the operator set; torch's own choice when not given.
+        dtype: the dtype that the graph computes in.
+        opset: the opset version; torch's default if not given.
         quantize: see `export`.
-        share_weights: `out` is the model's own folder, and the graph names the bytes of its safetensors files instead
-            of a second copy of them; weights in 16 bits are cast where it computes in 32.
-        check: run the result with onnxruntime against the torch model.
+        share_weights: `out` is the model's own folder, and the graph refers to its safetensors files instead of a
+            second copy of them; 16-bit weights are cast if the graph computes in 32 bits.
+        check: run the result in onnxruntime and compare it with the torch model.
         overwrite: replace a folder that an export wrote.
-        made_from: a digest of what decides the output, kept with it for a later run.
+        made_from: a digest of everything that decides the output, stored with it for a later run.
         rename: see `export`.
-        strict_base: refuse a model whose name, config or fingerprint is not the one that an adapter names.
+        strict_base: refuse a model whose name, config or fingerprint differs from the one that an adapter names.
 
     Raises:
-        CheckFailed: the model is not the one that an adapter names, and `strict_base`.
-        UsageError: the call makes no sense, or transformers is not installed.
-        StorageError: `out` is taken, or cannot be written.
+        CheckFailed: `strict_base` is set and the model is not the one that an adapter names.
+        UsageError: an argument is invalid, or transformers is not installed.
+        StorageError: `out` exists, or cannot be written.
         Malformed: transformers cannot load the folder.
-        Unsupported: a kind of model that this does not know, or that is code of its own, or names a kernel to fetch.
-        And what `export` raises; `out` is left as it was.
+        Unsupported: the kind of model is unknown, the model brings its own code, or it names a kernel to download.
+        And what `export` raises; `out` is left unchanged.
     """
     source, target = located(model), Path(path_text(out))
     if dtype not in DTYPES:
@@ -126,6 +126,7 @@ def _loaded(source: Path, dtype: str) -> Any:
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
+    # Only class names pass: a name from the file must not reach another attribute of the library.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
     built = getattr(transformers, name, None)
@@ -134,7 +135,7 @@ def _loaded(source: Path, dtype: str) -> Any:
         cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
         raise Unsupported(f"this transformers has no {name}", path=source, cure=cure)
     if (source / "adapter_config.json").exists():
-        # transformers would load the base that this file names, whatever it is, instead of the folder that is named.
+        # transformers would load the base that this file names, whatever it is, instead of this folder.
         cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
         raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
     known_only = {"local_files_only": True, "trust_remote_code": False}
@@ -146,24 +147,24 @@ def _loaded(source: Path, dtype: str) -> Any:
             model = built.from_pretrained(str(source), config=config, dtype=getattr(torch, dtype), **known_only)
     except AdapterkitError:
         raise
-    except Exception as error:  # transformers raises whatever the damage leads to.
+    except Exception as error:  # transformers raises many types of errors for damaged folders.
         first = first_line(error)
         if "trust_remote_code" in str(error):
-            raise Unsupported("the model is code of its own, which is not run", path=source, cure=_OWN_CODE) from None
+            raise Unsupported("the model brings its own code, which is not run", path=source, cure=_OWN_CODE) from None
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     return model.eval()
 
 
 KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
-"""Implementations of attention and of experts that are part of transformers and torch."""
+"""Implementations of attention and experts that are part of transformers and torch."""
 
 
 def _check_no_kernel(config: Any, source: Path) -> None:
-    """Check that a config, with all configs inside it, names no kernel that would be fetched from a hub and run.
+    """Check that a config, with all configs inside it, names no kernel that transformers would download and run.
 
-    transformers takes `org/kernel`, and names such as `flash_attention_2` where that package is not installed, for
-    something to download; `local_files_only` does not hold there. The config object is checked and not config.json,
-    which can name another file to be read instead (`configuration_files`).
+    transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;
+    `local_files_only` has no effect there. The loaded config object is checked instead of config.json, which can refer
+    to another file (`configuration_files`).
 
     Raises:
         Unsupported: it names one.
@@ -175,7 +176,7 @@ def _check_no_kernel(config: Any, source: Path) -> None:
                 if name not in KERNELS_OF_TORCH:
                     field = str(key).removesuffix("_internal").removeprefix("_")
                     cure = f'Set {field} to "eager" in config.json, or leave it out'
-                    why = f"{field} {name!r} is a kernel to be fetched and run, which is not done"
+                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which is refused"
                     raise Unsupported(why, path=source / "config.json", cure=cure)
         elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
             _check_no_kernel(value, source)
@@ -189,7 +190,7 @@ _OWN_CODE = (
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """The library shows nothing; only commands do."""
+    """Hide transformers' progress bars: the library shows nothing, only commands do."""
     bars = import_module("transformers.utils.logging")
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -201,9 +202,10 @@ def _without_bars() -> Iterator[None]:
 
 
 def _carried(source: Path, out: Path) -> list[Path]:
-    """Config and tokenizer; a link that leads out of the model's folder, and of its repository's cache, is refused."""
+    """Copy config and tokenizer; refuse a link that leaves the model's folder and its repository's cache."""
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
+    # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
     copied = []
     for name in CARRIED:
         file = source / name

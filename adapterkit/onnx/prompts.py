@@ -1,6 +1,6 @@
-"""Adaption prompts in a graph: what an attention's queries make of a prompt is added to its heads' outputs.
+"""Adaption prompts in a graph: the attention of the queries to a prompt is added to the heads' outputs.
 
-The prompt's keys and values are the attention's own projections of it, worked out when it is attached.
+The prompt's keys and values are the attention's own projections of it, computed when it is attached.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .resolving import spots_of
 from .values import Value
 
 SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
-"""What attentions of Llama's kind, and of GPT-2's, call their projections."""
+"""Names of the projections in attentions like Llama's, and like GPT-2's."""
 
 
 def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
-    """Puts prompts beside what an attention gives.
+    """Add the attention to prompts to an attention's output.
 
     Raises:
         TargetNotFound: there is no such module.
-        Unsupported: it is no attention of Llama's kind or GPT-2's.
-        ShapeMismatch: a prompt is of another width.
+        Unsupported: it is not an attention like Llama's or GPT-2's.
+        ShapeMismatch: a prompt has another width.
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
@@ -66,7 +66,7 @@ def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target)
 
 
 def _added(update: ContextUpdate, at: Attention, layers: Mapping[str, Layer], branch: Branch, target: Target) -> Value:
-    """What joins the heads' outputs, `[rows, positions, heads * d]`."""
+    """Return the values to add to the heads' outputs, `[rows, positions, heads * d]`."""
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width
 
@@ -98,6 +98,7 @@ def _projected(P: Any, layer: Layer, target: Target) -> Any:
 
 
 def _of_heads(array: Any, heads: int, d: int) -> Any:
-    """`[n, groups * d]` as `[heads, n, d]`."""
+    """Reshape `[n, groups * d]` to `[heads, n, d]`, repeating the groups of grouped queries."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
+    # In grouped-query attention, several query heads share a key head.
     return np.repeat(split, heads // len(split), 0)

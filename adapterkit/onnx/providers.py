@@ -1,4 +1,4 @@
-"""What onnxruntime really runs on: it lists providers that it was built with, and takes another without a word."""
+"""Find the provider that onnxruntime really runs on: it lists all built-in ones, and silently falls back to another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
-"""Providers whose libraries need a driver; without one onnxruntime would load them, and print what it lacks."""
+"""Providers that need NVIDIA's driver; without it, onnxruntime would load their libraries and print errors."""
 
 EXACT = {CUDA: {"use_tf32": "0"}}
-"""Options of providers under which float32 is float32."""
+"""Provider options for full float32 precision: by default, CUDA may round to TF32."""
 
 
 @cache
 def best_provider() -> str:
-    """CUDA where a session really starts on it, else the CPU."""
+    """Return CUDA if a session really starts on it, else the CPU."""
     return CUDA if runs_on(CUDA) else CPU
 
 
@@ -32,34 +32,37 @@ def runs_on(provider: str) -> bool:
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
+        # CUDA libraries from pip's nvidia packages are not on the loader's search path.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
-    except Exception:  # onnxruntime's errors have no common class but this.
+    except Exception:  # onnxruntime's errors have no common base class.
         return False
+    # onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 
 def with_options(provider: str) -> list[Any]:
-    """A provider as a check asks for it, and the CPU behind it for what it has no kernel for."""
+    """Return a provider with its options, followed by the CPU for operators that it has no kernel for."""
     first = (provider, EXACT[provider]) if provider in EXACT else provider
     return [first] if provider == CPU else [first, CPU]
 
 
 def quiet_options() -> Any:
-    """Options of a session that says nothing."""
+    """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
+    # 4 means fatal. Anything milder would be printed to stderr, past Python's logging.
     options.log_severity_level = 4
     return options
 
 
 def session_of(model: bytes | str, optimized: bool = True) -> Any:
-    """A quiet onnxruntime session on the best provider.
+    """Start a quiet onnxruntime session on the best provider.
 
     Args:
         model: the bytes of a model, or its path.
-        optimized: whether onnxruntime may fuse nodes.
+        optimized: False to keep onnxruntime from fusing nodes.
     """
     onnxruntime: Any = import_module("onnxruntime")
     options = quiet_options()

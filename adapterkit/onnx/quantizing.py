@@ -1,9 +1,9 @@
-"""Quantization of an export by onnxruntime's own quantizers, and what that did to its weights.
+"""Quantize an export by onnxruntime's own quantizers, and measure the error of its weights.
 
-Weights are rounded in blocks of 32 inputs: `MatMulNBits`. In 8 bits onnxruntime rounds each layer's input too, in the
-same blocks: it would unpack whole weights for each token else. Dynamic quantization, which rounds an input as a whole,
-is not used: models with a few large activations lose most of their precision by it. Adapters that stay nodes or slots
-are left in floating point.
+Weights are rounded in blocks of 32 inputs (`MatMulNBits`). With 8 bits, onnxruntime also rounds each layer's input, in
+the same blocks; otherwise it would unpack whole weights for each token. Dynamic quantization, which rounds an input as
+a whole, is not used: models with a few large activations lose most of their precision by it. Adapters that stay nodes
+or slots are left in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -29,21 +29,21 @@ from .scopes import SCOPES, listed
 from .unpacking import PACKED, as_float, drop, is_packed
 
 SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
-"""Name -> bits of a weight, and what kernels may compute in: 4 stands for whole numbers of 8 bits."""
+"""Scheme -> bits of a weight, and the accuracy of kernels: level 4 lets them compute in 8-bit integers."""
 
 BLOCK = 32
-"""Inputs that share a scale."""
+"""Number of inputs that share a scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
-"""What onnxruntime's quantizers ask of a model's metadata, or else remark on."""
+"""Metadata that onnxruntime's quantizers expect; without it they log a remark."""
 
 
 def prepare(graph: ir.Model, names: Collection[str]) -> None:
-    """Makes linear layers what quantizers know: `MatMul` with a stored weight, `[in, out]`, and an `Add` of the bias.
+    """Rewrite linear layers to the form that the quantizers know: `MatMul` with a stored `[in, out]` weight, and `Add`.
 
     Args:
-        graph: an export as it was traced, each weight behind a Transpose of its own.
-        names: the weights that are quantized; an adapter's own tensors are none of them.
+        graph: a traced export, each weight behind its own Transpose.
+        names: the weights to quantize; an adapter's own tensors are not among them.
     """
     building, made = Building(graph), dict[Any, ir.Value]()
     for node in list(nodes_of(graph)):
@@ -74,7 +74,7 @@ def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, mad
 
 
 def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
-    """The weight stored `[in, out]`; where others read it as it is, as embeddings do, under its module's name."""
+    """Return the weight stored as `[in, out]`; if others still read the original (embeddings), under a new name."""
     tensor = W.const_value
     assert tensor is not None
     if W not in made:
@@ -93,10 +93,10 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.V
 
 
 def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
-    """Write a graph with its linear layers packed; returns what rounding did to each weight.
+    """Write a graph with its linear layers packed; return the rounding error of each weight.
 
     Args:
-        model: a file that was prepared, in a folder for scratch.
+        model: a prepared file, in a scratch folder.
         scheme: one of `SCHEMES`.
         out: the file to write.
 
@@ -116,7 +116,7 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     try:
         with _unheard():
             _in_bits(model, SCHEMES[scheme], out)
-    except Exception as error:  # The quantizers raise whatever the graph leads to.
+    except Exception as error:  # The quantizers raise any type of error.
         first = first_line(error)
         raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
     graph = opened(out).model
@@ -132,12 +132,13 @@ def _in_bits(model: Path, scheme: Mapping[str, Any], out: Path) -> None:
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True, **scheme)
     quantizer.process()
+    # A single protobuf file is limited to 2 GB.
     quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
 
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Without what the quantizers log, and the handler that importing them puts on every program's log."""
+    """Silence the quantizers. Importing them also installs a handler on the root logger, which is removed again."""
     root = logging.getLogger()
     handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -150,7 +151,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
-    """The relative error of each weight in the Frobenius norm, by its module."""
+    """Return the relative error of each weight in the Frobenius norm, by its module."""
     held = opened(model).model.graph.initializers
     errors: dict[str, dict[str, float]] = {}
     for spot in spots_of(packed):
@@ -167,7 +168,7 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
 
 
 def with_exact_inputs(packed: Path, out: Path) -> None:
-    """Writes the graph so that packed layers compute on their inputs as they are: what the packing is judged by."""
+    """Write the graph so that packed layers compute on unrounded inputs, to judge the packing alone."""
     model = opened(packed).model
     for node in nodes_of(model):
         if node.op_type == "MatMulNBits":
@@ -176,7 +177,7 @@ def with_exact_inputs(packed: Path, out: Path) -> None:
 
 
 def as_floats(packed: Path, out: Path) -> None:
-    """Writes the graph with the numbers that its packed weights stand for: what packed layers are held against."""
+    """Write the graph with dequantized weights, to compare packed layers with."""
     model = opened(packed).model
     building, made = Building(model), dict[Any, ir.Value]()
     for spot in spots_of(model):

@@ -1,4 +1,4 @@
-"""What every function here is given: a model, an adapter, and the base's weights."""
+"""Open the arguments that the functions of this package share: a model, an adapter, and the base's weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
 
 
 def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> list[Path]:
-    """The files that an adapter and the weights of a base are read from."""
+    """Return the files that an adapter and the base's weights are read from."""
     from ..formats import files_of, files_read
 
     files = [] if base_weights is None else list(opened_base(base_weights).files)
@@ -40,15 +40,15 @@ def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None)
 
 
 def name_of(adapter: Adapter | str | PathLike[str]) -> str:
-    """What messages call an adapter."""
+    """Return the name of an adapter in messages."""
     return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
 
 
 def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
-    """What adapters say of their base that is not true of this one; none where no base is given.
+    """Return warnings if adapters name another base than this one; none if no base is given.
 
     Raises:
-        CheckFailed: there is something, and `strict`.
+        CheckFailed: there is a warning, and `strict` is set.
     """
     if base is None:
         return ()

@@ -1,7 +1,8 @@
-"""Recurrent layers: weights of all gates and directions in one tensor, which a merge can go into and no branch can.
+"""Recurrent layers: one tensor has the weights of all gates and directions. Merges can change it, branches cannot.
 
-A gate's order differs: torch has r z n for GRU and i f g o for LSTM, ONNX z r h and i o f c. Weights are seen as torch
-has them. https://onnx.ai/onnx/operators/onnx__LSTM.html https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+The order of gates differs: torch has r z n for GRU and i f g o for LSTM, ONNX has z r h and i o f c. Weights are shown
+in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
+https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from .layers import Layer
 from .operands import held_apart, is_constant, numbers, shape_of
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
-"""Operator -> where in torch's order each of ONNX's gates is."""
+"""Operator -> for each of ONNX's gates, its position in torch's order."""
 
 _CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
 
 
 class Recurrent(Layer):
-    """One direction's weight `[gates * hidden, in]`, of the inputs or of the hidden state.
+    """One direction's weight `[gates * hidden, in]`, for the inputs or the hidden state.
 
     Class attributes:
         direction: which of the stacked directions.
-        part: what torch calls the weight.
+        part: torch's name of the weight.
     """
 
     merge_only = True
@@ -39,6 +40,7 @@ class Recurrent(Layer):
     def takes(cls, node: ir.Node) -> bool:
         given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
+        # A unidirectional layer stacks only one direction.
         return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
 
     @classmethod
@@ -55,12 +57,13 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        # argsort inverts the permutation: from ONNX's order back to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
-        """Makes the stacked tensor with this direction's weight, as torch has it, changed; in float64."""
+        """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
         copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
 
         def make() -> Array:
@@ -73,7 +76,7 @@ class Recurrent(Layer):
 
     @classmethod
     def name(cls, node: ir.Node) -> str | None:
-        """What torch calls the weight, by the node's path."""
+        """Return torch's name of the weight, from the node's path."""
         found = _CALL.search(node.name or "")
         if found is None or not (node.name or "").startswith("/"):
             return None
@@ -88,19 +91,19 @@ def _reordered(W: Any, order: Any) -> Array:
 
 
 class InputsBack(Recurrent):
-    """Of the inputs, backwards."""
+    """The weight of the inputs, backward direction."""
 
     direction = 1
 
 
 class Hidden(Recurrent):
-    """Of the hidden state."""
+    """The weight of the hidden state."""
 
     part, position = "hh", 2
 
 
 class HiddenBack(Hidden):
-    """Of the hidden state, backwards."""
+    """The weight of the hidden state, backward direction."""
 
     direction = 1
 

@@ -1,7 +1,7 @@
-"""The resolver: which nodes of a graph are the layers that an adapter's targets name.
+"""Resolve an adapter's targets to nodes of a graph.
 
-Exporters leave names behind in different places. They are looked at in the order of `METHODS`; what none of them
-tells is found by the numbers of the weights, where the base is at hand. Nothing is guessed.
+Exporters leave names in different places, which are searched in the order of `METHODS`. Layers without a name are found
+by the numbers of their weights, if the base is available. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .tying import Tying
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
-"""How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
-the node's name, equal numbers, equal rows of a weight that several layers are packed into, the nearest numbers."""
+"""How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the
+node's name, equal numbers, equal rows of a weight that packs several layers, or the nearest numbers."""
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
@@ -45,12 +45,12 @@ class Spot:
     """A node that is a layer.
 
     Attributes:
-        node: it.
-        kind: which kind of layer.
-        names: method -> names that it gives the node's weight, in the base's words, `weight` included.
-        shape: the weight as formulas see it, `[out, in, *k]`.
-        sources: the stored tensors that its weight is made of.
-        rows: which outputs of the node are the layer's, where several layers are packed into one.
+        node: the node.
+        kind: the kind of layer.
+        names: method -> names of the node's weight, as in the base, with `weight`.
+        shape: the weight's shape as formulas see it, `[out, in, *k]`.
+        sources: the stored tensors that the weight is computed from.
+        rows: the layer's outputs among the node's, if the node packs several layers.
     """
 
     node: ir.Node
@@ -66,14 +66,14 @@ class Found:
     """A target in a graph.
 
     Attributes:
-        target: under the graph's own name, in the view `out *in`.
-        asked: as the adapter has it.
-        updates: what applies there.
-        spots: the nodes, one a call of the module.
+        target: the target under the graph's own name, in the layout `out *in`.
+        asked: the target as the adapter names it.
+        updates: the updates at the target.
+        spots: its nodes, one per call of the module.
         method: how they were found, one of `METHODS`.
-        confidence: 1 where names or equal numbers say it; for the nearest numbers, 1 minus their relative distance.
-        turned: the updates see the weight with its first two axes exchanged.
-        outlet: where its output ends, where that is not at the node itself; a module that is no layer has no spots.
+        confidence: 1 for names and equal numbers; for the nearest numbers, 1 minus their relative distance.
+        turned: True if the updates see the weight with its first two axes swapped.
+        outlet: its output site, if that is not the node's output; a module without a weight has no spots.
         norm: the batch normalisation that an exporter folded into it.
     """
 
@@ -89,25 +89,25 @@ class Found:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight as formulas see it; of a module without one, its channels both ways."""
+        """The weight's shape as formulas see it; for a module without a weight, its channels twice."""
         if self.spots:
             return self.spots[0].shape
         return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
 
     @property
     def last(self) -> ir.Node | None:
-        """Its node; of a module, the last one."""
+        """Its node; for a module, the last one."""
         if self.spots:
             return self.spots[0].node
         return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
 
     @property
     def nodes(self) -> list[str]:
-        """The names of its nodes; of a module, that of the last one."""
+        """The names of its nodes; for a module, of the last one."""
         return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the same as plain data."""
         return {
             "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
             "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
@@ -119,19 +119,19 @@ class Found:
 def resolve(
     model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
 ) -> list[Found]:
-    """Where an adapter's targets are in a graph, and the layers tied to them that its updates change as well.
+    """Return the places of an adapter's targets in a graph, and of tied layers that its updates change as well.
 
     Args:
         model: the graph.
         adapter: updates of weights and of outputs of layers.
-        base: the weights that the graph was exported from, for graphs without names and to be sure of the others.
-        tying: the caller's choice for tied layers, and the base's config, whose `model_type` tells the family's names.
+        base: the weights that the graph was exported from, for graphs without names and to verify the others.
+        tying: the caller's choice for tied layers, and the base's config, whose `model_type` selects the naming.
 
     Raises:
         TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a target of a kind that graphs do not have, or a norm may be folded into a layer, which only the
-            base's weights tell.
+        Unsupported: graphs have no such target, or a norm may be folded into a layer, which only the base's weights
+            can show.
         UsageError: nothing tells which of several tied layers an update changes.
     """
     from .tying import Tying, with_tied
@@ -158,13 +158,13 @@ def resolve(
 
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
-    # Those inside first: what they exchange is what the modules around them give.
+    # Inner layers come first: their new outputs are inputs of the modules around them.
     ended = with_tied(ended, adapter, spots, tying)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
-    """The node that reads the weight of a target, where it is of an operator that is no layer here."""
+    """Return the node that reads a target's weight, if its operator is not a known layer; else None."""
     layers = {spot.node for spot in spots}
     for node in nodes_of(model):
         if node in layers or node.op_type in THROUGH or not path:
@@ -182,20 +182,20 @@ def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | 
 
 
 def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:
-    """The targets that are modules without a weight of their own."""
+    """Return the targets that are modules without a weight of their own."""
     found: dict[Target, Found] = {}
     for target, updates in adapter.updates.items():
         weight = f"{target.path}.weight"
         if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
             continue
-        with contextlib.suppress(TargetNotFound):  # A layer whose name is lost, or none: told with the others.
+        with contextlib.suppress(TargetNotFound):  # A layer without a name, or no layer: reported with the others.
             ends = outlet(model, target, updates, is_layer=False)
             found[target] = Found(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return found
 
 
 def spots_of(model: ir.Model) -> list[Spot]:
-    """Every layer of a graph, in graphs inside nodes too."""
+    """Return every layer of a graph, including subgraphs."""
     nodes = list(nodes_of(model))
     containers = _containers(nodes)
     spots = []
@@ -207,11 +207,11 @@ def spots_of(model: ir.Model) -> list[Spot]:
 
 
 def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
-    """Module path in the names of nodes -> the prefix that it has in the names of parameters.
+    """Return module path in node names -> its prefix in parameter names.
 
-    torch's older exporter names nodes after the modules that are called: a ModuleList or ModuleDict, which is not
-    called itself, is missing from `/self_attn/q_proj/Add`. The parameters that kept their names, such as
-    `layers.0.self_attn.q_proj.bias`, tell it. A path with two prefixes is left out: it proves nothing.
+    torch's older exporter names nodes after the modules that are called. A ModuleList or ModuleDict is never called, so
+    it is missing from names such as `/self_attn/q_proj/Add`. Parameters that kept their names, such as
+    `layers.0.self_attn.q_proj.bias`, show it. A path with two prefixes is left out, because it proves nothing.
     """
     found: dict[str, set[str]] = {}
     for node in nodes:
@@ -235,7 +235,7 @@ def _refuse(adapter: Adapter) -> None:
 
 
 def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
-    """The shape of a layer's weight in the view of formulas."""
+    """Return the shape of a layer's weight as formulas see it."""
     first, second, *rest = kind.held_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
@@ -270,11 +270,11 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
 
 
 Known = dict[str, tuple[str, list[Spot]]]
-"""Name of a weight -> the method that tells it, and its nodes."""
+"""Name of a weight -> the method that found it, and its nodes."""
 
 
 def by_name(spots: Sequence[Spot]) -> Known:
-    """What names there are, each by the first method that tells it."""
+    """Return all names of weights, each from the first method that has it."""
     known: Known = {}
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
@@ -284,12 +284,13 @@ def by_name(spots: Sequence[Spot]) -> Known:
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
+            # The first method that has a name wins, in the order of reliability.
             known.setdefault(name, (method, _told_apart(name, at) if method in ("folded_from", "initializer") else at))
     return known
 
 
 def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
-    """A module that is called again has a number behind its name in the nodes of the later calls."""
+    """Merge repeated calls: in node names of later calls, a module's name has a number appended."""
     calls = {name: list(at) for name, at in some.items()}
     for name, at in some.items():
         plain = _CALL.sub("", name)
@@ -299,14 +300,14 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 
 
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
-    """Equal weights of different modules are stored once: the nodes' own names, where they have any, tell which."""
+    """Select a module's nodes: equal weights of different modules are stored once, so their node names decide."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
 
 
 Placed = list[tuple[Site, Target]]
-"""Each place in the graph's names, with the target of the adapter that it comes from."""
+"""Each place under the graph's names, with the adapter's target that it comes from."""
 
 Config = Mapping[str, Any] | None
 
@@ -366,10 +367,10 @@ def _in_rows(target: Target, spot: Spot) -> Target:
 
 
 def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
-    """Whether the updates see the weight with its first two axes exchanged.
+    """Whether the updates see the weight with its first two axes swapped.
 
-    Token rows index the tokens, which are the inputs of an embedding and the outputs of a head. Updates that hold whole
-    weights may hold them as the base stores them, `in` first.
+    Token rows index tokens, which are the inputs of an embedding and the outputs of a head. Updates that store whole
+    weights may store them in the base's order, `in` first.
     """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -1,7 +1,7 @@
-"""Values that static quantization clips: its ranges were calibrated without the adapter.
+"""Count values that static quantization clips because its ranges were calibrated without the adapter.
 
-A QuantizeLinear with a stored scale holds numbers of a fixed range. A layer that gives larger ones with the adapter is
-clipped there, and nothing in the graph says so. The values are counted by running both graphs.
+A QuantizeLinear with a stored scale has a fixed range. If a layer's values become larger with the adapter, they are
+clipped there, and nothing in the graph shows it. So both graphs are run and the clipped values counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Saturation:
     """Values that quantization clips.
 
     Attributes:
-        nodes: QuantizeLinear node -> how many values it clips without the adapter, and with it; those that clip any.
+        nodes: QuantizeLinear node -> how many values it clips without and with the adapter; only nodes that clip any.
         values: how many values there are in all.
     """
 
@@ -49,7 +49,7 @@ class Saturation:
 
     @property
     def warning(self) -> str | None:
-        """What to tell the user; None where the adapter has no more values clipped than there were."""
+        """The warning for the user; None if the adapter does not increase the number of clipped values."""
         if self.after <= self.before:
             return None
         worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0])
@@ -59,13 +59,13 @@ class Saturation:
         )
 
     def record(self) -> dict[str, Any]:
-        """The numbers as plain data."""
+        """Return the numbers as plain data."""
         nodes = {name: list(counts) for name, counts in self.nodes.items()}
         return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes}
 
 
 def quantizers(model: ir.Model) -> list[ir.Node]:
-    """The nodes of the main graph that quantize what depends on the model's inputs by a stored scale."""
+    """Return the nodes of the main graph that quantize non-constant values by a stored scale."""
     return [
         node
         for node in model.graph
@@ -78,10 +78,10 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
     """Count clipped values without and with the adapter.
 
     Args:
-        before: the first graph.
+        before: the original graph.
         after: the graph with the adapter.
-        feeds: inputs of the first graph.
-        more: what the other one gets besides.
+        feeds: inputs of the original graph.
+        more: additional inputs of the other one.
     """
     without, _ = _clipped(before, feeds)
     counts, values = _clipped(after, {**feeds, **more})
@@ -90,7 +90,7 @@ def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more
 
 
 def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
-    """The warnings about static quantization in a graph that got an adapter; none if it clips no more than before."""
+    """Return warnings about static quantization in a graph with an adapter; none if it clips no more than before."""
     if found is not None:
         return () if found.warning is None else (found.warning,)
     if not quantizers(model):
@@ -100,9 +100,10 @@ def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
 
 
 def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int], int]:
-    """Node -> clipped values; and how many values there are."""
+    """Return node -> clipped values, and the number of all values."""
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
+    # Declare the quantizers' inputs as outputs, so that a run returns them.
     model.graph.outputs.extend(value for value in seen if value is not None and value not in outputs)
     try:
         told = _run(model, [value.name or "" for value in seen if value is not None], feeds)
@@ -119,23 +120,24 @@ def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int
 def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
     taken = {value.name for value in model.graph.inputs}
     names = list(dict.fromkeys(names))
-    inputs = [name for name in names if name in taken]  # onnxruntime has no outputs that are inputs.
+    inputs = [name for name in names if name in taken]  # onnxruntime refuses outputs that are also inputs.
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
+    # Without optimizations, no quantizer is fused with its neighbours, and its input is the one in the graph.
     session = session_of(inline(model), optimized=False)
     results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
 
 
 def _beyond(node: ir.Node, x: Array) -> int:
-    """How many values of x the node clips."""
+    """Return how many values of x the node clips."""
     scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
     kind = np.dtype(np.uint8) if zero is None else zero.dtype
     if zero is None and (told := attribute(node, "output_dtype", 0)):
         kind = ir.DataType(told).numpy()
     if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
-        return 0  # Types of floating point saturate by rules of their own.
+        return 0  # Floating-point types saturate by other rules.
     limits: Any = import_module("ml_dtypes").iinfo(kind)
     assert scale is not None
     axis = attribute(node, "axis", 1)
@@ -148,5 +150,5 @@ def _beyond(node: ir.Node, x: Array) -> int:
     steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
     low, high = float(limits.min), float(limits.max)
     q = np.rint(x.astype(np.float64) / steps) + middle
-    # A range that ends at 0 stands for a Relu: clipping there is what it is for.
+    # A range that ends at the zero point stands for a Relu, so clipping at that end is intended.
     return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

@@ -1,24 +1,25 @@
-"""Names of modules in a graph: what torch's newer exporter notes of a node, and whether two names are one module's."""
+"""Names of modules in a graph: the metadata of torch's newer exporter, and comparison of names."""
 
 from __future__ import annotations
 
 import ast
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""The key of a node's metadata under which the modules that it is in are listed."""
+"""Metadata key of a node that lists the modules that it is in."""
 
 CLASSES = "pkg.torch.onnx.class_hierarchy"
-"""The key under which the classes of these modules are listed."""
+"""Metadata key of a node that lists the classes of these modules."""
 
 _LIST = 1 << 16
-"""Letters of such a list at most: an untrusted file may have any number."""
+"""Longest list in characters; an untrusted file may have any length."""
 
 
 def listed(text: str | None) -> list[str]:
-    """A list of words out of a graph's metadata; nothing where it is none."""
+    """Parse a list of words from a graph's metadata; return an empty list if it is invalid."""
     if not text or len(text) > _LIST:
         return []
     try:
+        # torch writes the list as Python's repr, which is not JSON.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
@@ -26,5 +27,5 @@ def listed(text: str | None) -> list[str]:
 
 
 def same_end(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal but for what a wrapper puts in front."""
+    """Whether two dotted paths are equal except for a prefix that a wrapper adds."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")

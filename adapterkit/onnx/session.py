@@ -1,8 +1,8 @@
-"""Sessions: a model with slots, loaded once, whose adapters are exchanged from one run to the next.
+"""Run a model with slots: load it once, and swap its adapters between runs.
 
-Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used: a run that
-outlives it reads freed memory, bindings ignore it, of two that share a name the first one wins without a word, and
-from Python it stays in the host's memory.
+Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four reasons.
+A run that outlives it reads freed memory. Bindings ignore it. If two adapters set the same slot, the first one silently
+wins. And from Python, it stays in CPU memory.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from .model_file import opened
 from .providers import CPU, CUDA, best_provider, quiet_options
 
 Choice = str | Mapping[str, float] | None
-"""Which adapters a run is with: one by name, several with a weight each, or none."""
+"""The adapters of a run: one by name, several with a weight each, or None."""
 
 
 class Session:
-    """A model under onnxruntime.
+    """A model in onnxruntime.
 
     Args:
-        model: the file; with slots, where adapters are to be loaded.
+        model: the file; it must have slots to load adapters.
         adapters: adapters to load, by name; see `load`.
-        providers: what to run on, in order; CUDA where there is a device for it, else the CPU, when not given.
+        providers: what to run on, in order; by default CUDA if there is a device for it, else the CPU.
 
     Attributes:
-        inputs: names of the inputs that a run must be given.
+        inputs: names of the required inputs.
         outputs: names of the outputs.
         slots: names of the slots.
 
     Raises:
         StorageError, Malformed: the model cannot be read, or onnxruntime refuses it.
-        UsageError: a provider that was asked for does not run here.
+        UsageError: a requested provider does not run here.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class Session:
         providers: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self._path = located(model)
-        opened(self._path)  # Data files outside the model's folder, or too short, are refused before any is read.
+        opened(self._path)  # Refuses bad external data, before onnxruntime reads any.
         self._session = _started(self._path, providers)
         self._entries = {entry.name: entry for entry in self._session.get_inputs()}
+        # onnxruntime calls inputs with a default overridable initializers.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
@@ -65,26 +66,26 @@ class Session:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        """What the session really runs on."""
+        """The providers that the session really runs on."""
         return tuple(self._session.get_providers())
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that are loaded."""
+        """Names of the loaded adapters."""
         return tuple(self._loaded)
 
     def load(self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> None:
-        """Loads an adapter under a name, in place of one that has it; it lies on the session's device from then on.
+        """Load an adapter under a name, replacing one of that name; it stays on the session's device.
 
         Args:
-            name: what `run` calls it.
-            adapter: an `.onnx_adapter` file for this model's slots, or an adapter in any known format, or its path.
-            rename: rules for names that cannot be told, as in `adapterkit.merge`.
+            name: the name for `run`.
+            adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format.
+            rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
         Raises:
-            TargetNotFound: a tensor has no slot in this model, or a rule matches no target; names the nearest.
+            TargetNotFound: the model has no slot for a tensor, or a rule matches no target; names the nearest.
             UsageError: rules with an `.onnx_adapter` file, whose names are those of slots.
-            ShapeMismatch: a tensor does not fit its slot, or not the others beside it.
+            ShapeMismatch: a tensor does not fit its slot, or the other tensors.
             Malformed: the file is damaged.
         """
         ready_made = not isinstance(adapter, Adapter) and is_ort_adapter(adapter)
@@ -92,7 +93,7 @@ class Session:
         if ready_made:
             assert path is not None
             if rename:
-                cure = "Leave rename= out, or give the adapter that the file was written from"
+                cure = "Leave rename= (--rename) out, or give the adapter that the file was written from"
                 raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in read_ort_adapter(path).tensors.items()}
         else:
@@ -103,10 +104,10 @@ class Session:
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
 
     def unload(self, name: str) -> None:
-        """Lets go of an adapter.
+        """Remove an adapter.
 
         Raises:
-            UsageError: none of this name is loaded.
+            UsageError: no adapter of this name is loaded.
         """
         self._named(name)
         del self._loaded[name]
@@ -114,18 +115,18 @@ class Session:
     def run(
         self, inputs: Mapping[str, Any], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        """Runs the model.
+        """Run the model.
 
         Args:
-            inputs: an array for each of `inputs`, and for any slot or other input that may be left out.
-            adapter: the adapter by name; or several and their weights, at targets that they do not share; none when
-                not given, which is the model itself, bit for bit.
-            outputs: which outputs to return; all when not given.
+            inputs: an array for each of `inputs`, and for any slot or other optional input.
+            adapter: the adapter's name; or several names with weights, at disjoint targets; None for the bare model,
+                bit for bit.
+            outputs: which outputs to return; all by default.
 
         Raises:
-            UsageError: an input is missing, unknown or of another type; no adapter of a name is loaded.
+            UsageError: an input is missing, unknown or of another dtype, or no adapter of a name is loaded.
             ShapeMismatch: an input does not fit.
-            Unsupported: two adapters want one slot, or one whose method has no scaling is weighted.
+            Unsupported: two adapters use the same slot, or a weighted adapter's method has no scaling.
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
@@ -141,16 +142,16 @@ class Session:
         feeds |= chosen
         try:
             results = self._session.run_with_ort_values(names, feeds)
-        except Exception as error:  # onnxruntime's errors have no common class but this.
+        except Exception as error:  # onnxruntime's errors have no common base class.
             why = f"onnxruntime cannot run it ({first_line(error)})"
             cure = "Pass inputs whose sizes go together"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
 
     def binding(self, adapter: Choice = None) -> Any:
-        """An onnxruntime binding with an adapter's slots bound, to be run by `run_bound` with inputs and outputs bound.
+        """Return an onnxruntime binding with an adapter's slots bound; bind inputs and outputs, then call `run_bound`.
 
-        So that what a model tells stays on its device, as past keys and values do. onnxruntime itself ignores adapters
+        With a binding, outputs such as past keys and values stay on the device. onnxruntime itself ignores the adapters
         of run options in a binding.
 
         Raises:
@@ -162,14 +163,14 @@ class Session:
         return binding
 
     def run_bound(self, binding: Any) -> None:
-        """Runs the model on what is bound; results are where the binding has them.
+        """Run the model on a binding; the results are in the binding.
 
         Raises:
-            UsageError: onnxruntime refuses it, as where an input is not bound.
+            UsageError: onnxruntime refuses it, e.g. because an input is not bound.
         """
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors have no common class but this.
+        except Exception as error:  # onnxruntime's errors have no common base class.
             why, cure = (
                 f"onnxruntime cannot run it ({first_line(error)})",
                 "Bind every input, and every output that is wanted",
@@ -206,7 +207,7 @@ class Session:
         return feeds
 
     def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, Any]:
-        """The scalings of an adapter, times a weight."""
+        """Return the scalings of an adapter, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in held}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
             cure = "Run it at weight 1, or scale it by adapterkit.ops.scale and load that"
@@ -225,11 +226,12 @@ def _value(array: Array, device: str = "cpu") -> Any:
         from onnx import TensorProto
 
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+    # ascontiguousarray turns a scalar into shape [1], so its shape is restored.
     return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
 
 
 def _array(value: Any) -> Array:
-    """A result's numbers; of bfloat16, which onnxruntime does not hand to numpy, by way of torch."""
+    """Return a result as an array; onnxruntime cannot convert bfloat16 to numpy, so that goes through torch."""
     if value.data_type() != "tensor(bfloat16)":
         array: Array = value.numpy()
         return array
@@ -240,9 +242,9 @@ def _array(value: Any) -> Array:
 
 def _started(path: Path, providers: Sequence[str] | None) -> Any:
     onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()  # It remarks on every slot that it is no constant, which is what slots are for.
+    options = quiet_options()  # onnxruntime warns about every slot, because it is not constant.
     wanted = list(providers) if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
-    # onnxruntime itself warns, fails, or takes another one without a word: which of these is a matter of its version.
+    # onnxruntime warns, fails or silently uses another provider, depending on its version. So check first.
     _refuse([name for name in wanted if name not in onnxruntime.get_available_providers()], onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)

@@ -1,8 +1,7 @@
-"""The network beside the model, of Shadow, in a graph, and the state that blocks hand on.
+"""Shadow's side network in a graph, and the state that blocks pass on.
 
-The network is traced by torch's exporter, of the class and with the sizes that the base's `config.json` tells, and
-reads what the graph itself is called with. In front of a past its tokens are read anew: the state of a token is the
-network's alone, whatever the cache holds.
+torch's exporter traces the network, with the class and sizes of the base's `config.json`. It reads the graph's own
+inputs. If there is a past, its tokens are read again: a token's state depends on the network alone, not on the cache.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ SHADOW = "shadow"
 
 
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
-    """The config of the model that a graph was exported from: the base's, or that which lies beside the graph.
+    """Return the config of the exported model: the base's, or the one beside the graph.
 
     Raises:
-        UsageError: neither is there.
-        Malformed: it is no JSON object.
+        UsageError: there is neither.
+        Malformed: it is not a JSON object.
     """
     if base is not None and base.config is not None:
         return base.config
     beside = None if path is None else path.parent / "config.json"
     if beside is None or not beside.is_file():
-        why = "a network like the base, which the base's config.json tells; none is beside the graph"
+        why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
         raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
     return read_json(beside)
 
@@ -64,8 +63,8 @@ class Shadows:
     """The state on its way from block to block.
 
     Args:
-        words: those of the model's call.
-        config: gives the base's config, where a network is made like it.
+        words: the words of the model's call.
+        config: returns the base's config, to create a network like the base.
     """
 
     def __init__(self, words: Words, config: Callable[[], Mapping[str, Any]] | None) -> None:
@@ -74,7 +73,7 @@ class Shadows:
         self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None
 
     def reached(self, update: Any, heard: Heard) -> ir.Value:
-        """The state in front of a block: what the block before it handed on, or what the network gives."""
+        """Return the state before a block: what the previous block passed on, or the network's output."""
         if self.waiting is not None:
             branch, y, state = self.waiting
             last, self.waiting, self.value = y.producer(), None, state
@@ -85,13 +84,13 @@ class Shadows:
         return self.value if self.value is not None else _network(update, heard, self._model())
 
     def close(self) -> None:
-        """Lets go of the state behind the last block, which nothing reads."""
+        """Drop the state after the last block, which nothing reads."""
         if self.waiting is not None:
             self.waiting[0].close()
             self.waiting = None
 
     def _model(self) -> Any:
-        """The base without numbers."""
+        """Return the base's architecture without numbers."""
         if find_spec("transformers") is None:
             cure = "pip install 'adapterkit[transformers]'"
             raise UsageError("a network like the base needs transformers, which is not installed", cure=cure)
@@ -103,22 +102,23 @@ class Shadows:
         from .tracing import quiet
 
         try:
+            # On the meta device the model takes no memory. Its numbers come from the adapter.
             with quiet(), torch.device("meta"):
                 return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
-        except Exception as error:  # transformers raises whatever a config's values lead to.
+        except Exception as error:  # transformers raises many types of errors for bad configs.
             why = f"transformers makes no model by the base's config.json ({first_line(error)})"
             raise Malformed(why, cure="Fetch the config again") from error
 
 
 class State:
-    """The state as one block reads it and hands it on; see `OutputUpdate`."""
+    """The state as one block reads it and passes it on; see `OutputUpdate`."""
 
     def __init__(self, shadows: Shadows, heard: Heard) -> None:
         self.shadows, self.heard = shadows, heard
         self.kept: Value | None = None
 
     def state(self, update: Any) -> Value:
-        """The state in front of the block, in the sizes of its input where it is as wide."""
+        """Return the state before the block, with the sizes of the block's input if it has the same width."""
         x, branch = self.heard.layer.x, self.heard.layer.branch
         value = self.shadows.reached(update, self.heard)
         width = None if value.shape is None else value.shape[-1]
@@ -126,11 +126,11 @@ class State:
         return Value(branch, cast(Sizes, sizes), element_type(value), value).cast(x.dtype)
 
     def keep(self, value: Value) -> None:
-        """Hands a state on to the next block."""
+        """Set the state for the next block."""
         self.kept = value
 
     def hand_on(self, y: ir.Value) -> bool:
-        """Whether a state waits, in the block's branch, for a block behind it to ask; `y` is the block's output."""
+        """Leave the state in the block's branch for a later block; return whether there is one. `y` is the output."""
         if self.kept is None:
             return False
         self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
@@ -138,7 +138,7 @@ class State:
 
 
 def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
-    """The network's nodes, in the block's branch; their output."""
+    """Append the network's nodes to the block's branch; return their output."""
     given, branch = _given(update, heard), heard.layer.branch
     own = _traced(model, update, heard.layer, given)
     _check_operators(own, branch)
@@ -160,7 +160,7 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
 
 
 def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) -> ir.Model:
-    """The network as a graph of its own, its sizes open."""
+    """Return the network as a graph of its own, with open sizes."""
     import torch
 
     from ..torch.shadows import Standing
@@ -170,7 +170,7 @@ def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) 
     held = update.map(lambda value: torch.tensor(value.known()).to(kind))
     network = Standing(model, held, list(given)).eval()
     width = model.get_input_embeddings().weight.shape[1]
-    # Two rows and three positions: torch takes sizes of one for fixed ones, and one tensor given twice for one input.
+    # Two rows and three positions: torch treats sizes of one as fixed. A tensor given twice would become one input.
     examples = [
         torch.zeros(2, 3, width, dtype=kind) if name == EMBEDS else torch.ones(2, 3, dtype=torch.int64)
         for name in given
@@ -180,7 +180,7 @@ def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) 
 
 
 def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
-    """What the network is called with: the graph's own inputs, in front of a past with what that is of."""
+    """Return the network's inputs: the graph's own, extended by those of the past."""
     words, graph = heard.words, heard.words.building.model.graph
     found = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
@@ -203,7 +203,7 @@ def _tokens(update: Any, heard: Heard, found: Mapping[str, ir.Value], past: bool
 
 
 def _embedded(ids: ir.Value, own: ir.Value, heard: Heard) -> ir.Value:
-    """What the base's embedding makes of tokens, by a copy of its nodes."""
+    """Embed tokens by a copy of the nodes of the base's embedding."""
     building, branch = heard.words.building, heard.layer.branch
     end = _embedding(own, heard)
     if ids is own:
@@ -215,7 +215,7 @@ def _embedded(ids: ir.Value, own: ir.Value, heard: Heard) -> ir.Value:
 
 
 def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
-    """The embedding of the graph's tokens: what its module gives."""
+    """Return the output of the module that embeds the graph's tokens."""
     model, width = heard.words.building.model, heard.layer.x.shape[-1]
     spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
     found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
@@ -227,7 +227,7 @@ def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
 
 
 def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
-    """Mask and positions, where the graph has them."""
+    """Return mask and positions, if the graph has them."""
     given = {}
     for name in (MASK, POSITIONS):
         if name in found and (found[name].shape is None or len(found[name].shape or ()) != 2):
@@ -240,7 +240,7 @@ def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
 
 
 def _rows_of(heard: Heard) -> Value:
-    """A matrix of whole numbers, one for each of the call's own tokens."""
+    """Return an integer matrix with one entry for each of the call's own tokens."""
     ids = heard.words.input(TOKENS)
     rows: Value = (heard.layer.x[..., 0] if ids is None else plain(ids, heard.layer.branch)).cast(np.int64)
     return rows

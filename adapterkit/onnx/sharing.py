@@ -1,7 +1,7 @@
-"""Weights that stay in the base's own safetensors files: a graph names their bytes there, and there is no second copy.
+"""Share weights with the base's safetensors files: the graph refers to their bytes, without a second copy.
 
-Runtimes read no file outside of a model's folder, so the files must lie in it. What the files hold in 16 bits and a
-graph computes with in 32 is cast by a node, which runtimes work out when they load the model.
+Runtimes read no files outside of a model's folder, so these files must be in it. If a file stores 16 bits and the graph
+computes in 32, a Cast node is added, which runtimes evaluate when they load the model.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .scopes import same_end
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
-    """Has stored tensors whose numbers are those of safetensors files name their places there.
+    """Replace stored tensors by references to equal tensors in safetensors files.
 
     Args:
         graph: an export, whose tensors have the base's names.
         weights: a safetensors file, or a folder of them.
-        out: where the graph will lie: in the files' folder, or above it.
+        out: the graph's destination: in the files' folder, or above it.
 
     Returns:
-        names of the tensors that are shared.
+        Names of the shared tensors.
 
     Raises:
-        UsageError: the files lie elsewhere, or nothing in them is what the graph computes with.
+        UsageError: the files are elsewhere, or none of their tensors equals one of the graph's.
     """
     held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
     _check_place(held, out)
@@ -68,14 +68,14 @@ def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
 
 
 def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
-    """Tensors of the files that may be one of the graph's: those of its name; a tied one has another's."""
+    """Return tensors of the files that may equal one of the graph's: those of its name, else of its shape (ties)."""
     sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
     named = [leaf for other, leaf in sized.items() if same_end(name, other)]
     return named or list(sized.values())
 
 
 def _same(tensor: Any, leaf: Lazy) -> bool:
-    """Whether the numbers are the same, bit for bit; those of 16 bits, as they are in the graph's wider type."""
+    """Whether the numbers are equal bit for bit; 16-bit numbers are first converted to the graph's float32."""
     theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
         if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
@@ -105,5 +105,6 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph = value.graph
     assert isinstance(graph, ir.Graph)
+    # At the front, before all nodes that may read it.
     graph.insert_before(graph[0], cast)
     value.const_value, value.type = place, ir.TensorType(kind)

@@ -1,4 +1,4 @@
-"""Sizes of values: what operators make of them, and how a node that reshapes is told."""
+"""Sizes of values: how operators change them, and how to write the shape input of a Reshape."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 
 Sizes = tuple[int | None, ...]
-"""The sizes of a value's axes; None where the graph leaves one open."""
+"""The sizes of a value's axes; None for an open size."""
 
 FREE = 1 << 40
-"""Sizes from here on stand for axes whose size is open in an adapter to come; see slots.py."""
+"""Numbers from here on represent sizes that are open until an adapter is loaded; see slots.py."""
 
 
 class Unsayable(AttributeError, TypeError):
-    """A formula asks for what no node says; it may still be worked out where all numbers are known."""
+    """A formula needs something that no node expresses; it may still be computed if all numbers are known."""
 
 
 def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """The sizes of two operands' sum."""
+    """Return the sizes of two operands' sum."""
     if one is None or two is None:
         return None
     pad = max(len(one), len(two))
@@ -34,10 +34,10 @@ def _wider(a: int | None, b: int | None) -> int | None:
 
 
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """The sizes of two matrices' product.
+    """Return the sizes of two matrices' product.
 
     Raises:
-        Unsayable: they do not go together.
+        Unsayable: the sizes do not match.
     """
     if one is None or two is None or len(one) < 2 or len(two) < 2:
         return None
@@ -50,9 +50,9 @@ def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """A wanted shape with its -1 worked out, or None there where that cannot be.
+    """Return a wanted shape with its -1 resolved, or None in its place if that is impossible.
 
-    An open size in it is that of the same axis, which stays as it is.
+    An open size in it refers to the same axis, which keeps its size.
     """
     if -1 not in wanted:
         return tuple(wanted)
@@ -66,12 +66,12 @@ def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
 
 
 def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
-    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over.
+    """Return a shape in the node's notation: 0 for an open size that stays, -1 for the remaining one.
 
     Args:
-        sizes: those that are there.
-        wanted: the shape that is asked for.
-        worked_out: what `filled` makes of it.
+        sizes: the current sizes.
+        wanted: the requested shape.
+        worked_out: the result of `filled`.
     """
     out: list[int] = []
     stays = _staying(sizes, wanted)
@@ -90,13 +90,13 @@ def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes
 
 
 def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
-    """The axes whose size is open and stays."""
+    """Return the axes that have an open size and keep it."""
     pairs = enumerate(zip(sizes or (), wanted, strict=False))
     return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
 
 def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
-    """The sizes of a value summed along some axes, or all."""
+    """Return the sizes of a value reduced along some axes, or all."""
     if sizes is None:
         return None
     gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}

@@ -1,8 +1,8 @@
-"""Slots: an adapter's tensors as graph inputs that may be left out, so that adapters can be exchanged at run time.
+"""Slots: an adapter's tensors as optional graph inputs, so that adapters can be swapped at run time.
 
-The default of a slot changes nothing: inner sizes, such as the rank, are 0 there (1 at convolutions), and are open at
-run time. Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built;
-each open size is represented by a number that no real size has.
+A slot's default changes nothing: inner sizes such as the rank are 0 in it (1 for convolutions), and open at run time.
+Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built. Each open
+size is then represented by a number that no real size has.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .sizes import FREE
 from .values import Value
 
 RECORD = "adapterkit.slots"
-"""The key of the model's metadata under which each target's slots are listed."""
+"""Metadata key of the model under which each target's slots are listed."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
-"""Axes whose size the base gives, or that all layers share."""
+"""Axes whose size is given by the base, or shared by all layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,14 +134,14 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
 
 
 def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, Any]:
-    """The plain values of an update that no slot holds, as JSON gives them back."""
+    """Return the plain values of an update that no slot holds, in the form that JSON returns them."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
     return values
 
 
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """The inputs of a graph that may be left out, by name."""
+    """Return the optional inputs of a graph, by name."""
     held = model.graph.initializers
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
 
@@ -180,18 +180,18 @@ class Slots:
             Unsupported: no default of its tensors leaves the base as it is, or its formula reads the model's inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
-            why = f"slots for {update.method}, whose law asks the model's call for {', '.join(update.asks)}"
+            why = f"slots for {update.method}, whose formula asks the model's call for {', '.join(update.asks)}"
             raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
         key = self.building.keep(place), position
         if key not in self.made:
             self.made[key] = place, self._slots(update, layer, place, position)
         slots = self.made[key][1]
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
-        # A module may be called in several float types; its slots have the type of the first call.
+        # A module may be called with several float dtypes; its slots have the dtype of the first call.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
-        """List in the model's metadata which slots each target has: `fitting.fit` fills them by that list."""
+        """List each target's slots in the model's metadata, which `fitting.fit` reads."""
         targets: dict[int, SlotRecord] = {}
         for (key, position), (place, slots) in self.made.items():
             first = SlotRecord.of(place)
@@ -203,9 +203,10 @@ class Slots:
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
 
     def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
-        """Field -> slot."""
+        """Return field -> slot."""
         shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
-        # onnxruntime does not fill the output of a Conv over no channels, or of a product with a left matrix of none.
+        # onnxruntime leaves the output of a Conv over zero channels, or of a product with an empty left matrix,
+        # uninitialized.
         inner = int(any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
         defaults = _neutral(update, shapes, place, inner)
         stem = _stem(place, position)
@@ -214,14 +215,14 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
-            # An update that changes two tied layers has one slot for its scaling, as for its tensors.
+            # An update that changes two tied layers has one slot for its scaling, as for each tensor.
             number = from_numpy(np.array([update.attributes["scaling"]]))
             number = self.scalings.setdefault(self.building.keep(update), number)
             made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
         return made
 
     def _shape(self, update: Update, name: str, leaf: Any) -> tuple[int, ...]:
-        """The sizes of a tensor; open ones as numbers from FREE on."""
+        """Return a tensor's shape, with numbers from FREE on for open sizes."""
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
         if any(axis.startswith("*") for axis in axes.axes):
             extra = len(leaf.shape) - len(axes.axes) + 1
@@ -247,19 +248,19 @@ class Slots:
 
 
 def _stem(place: Found, position: int) -> str:
-    """The first part of the names of an update's slots; a dot and the field's name follow it."""
+    """Return the prefix of the names of an update's slots; a dot and the field's name follow it."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{place.target}{one}.{place.updates[position].method}"
 
 
 def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int) -> dict[str, Array]:
-    """Numbers for an update's tensors with which it changes nothing, bit for bit.
+    """Return tensors for an update with which it changes nothing, bit for bit.
 
     Raises:
-        Unsupported: none of those that are tried do that.
+        Unsupported: none of the candidates do that.
     """
     for fill in (0.0, 1.0):
-        # Where a formula's own arithmetic has no words for nothing, a single row of zeros stands for it.
+        # Some formulas cannot handle empty tensors; for those, a single row of zeros stands for nothing.
         if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in (0, 1)):
             return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
@@ -267,7 +268,7 @@ def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found, i
 
 
 def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill: float) -> dict[str, Array]:
-    """Tensors of one number, with open sizes of `inner`."""
+    """Return tensors filled with one number, with `inner` for open sizes."""
     made = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
@@ -285,6 +286,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
     try:
         if isinstance(update, OutputUpdate):
             return _same_output(trial, seen)
+        # Random numbers, because a weight of zeros would hide most changes.
         W: Any = np.random.default_rng(0).normal(size=seen)
         b: Any = np.random.default_rng(1).normal(size=seen[0])
         settled = trial.settled(W) if trial.bias_sees_weight else trial
@@ -295,7 +297,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
 
 
 class _Stub:
-    """A layer of numbers alone, to try an output update on."""
+    """A layer in numpy, to try an output update on."""
 
     channel = -1
 

@@ -1,4 +1,4 @@
-"""The numbers of a merged model: computed and copied into one data file by the workers of any merge."""
+"""Write the numbers of a merged model: computed and copied into one data file by the workers of the merge engine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ..merging.stage import Stage
 from .changes import Changed, bytes_of
 
 PAGE = 4096
-"""Where large tensors begin, so that runtimes can map them."""
+"""Alignment of large tensors in bytes, so that runtimes can memory-map them."""
 
 
 def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
-    """Writes tensors into a new data file beside `out`, which appears whole, by rename; they then name their place.
+    """Write tensors into a new data file beside `out`, atomically; the tensors then refer to it.
 
     Raises:
-        StorageError: the file is there already, or cannot be written.
-        Malformed: a result does not fit its type.
+        StorageError: the file exists, or cannot be written.
+        Malformed: a result does not fit its dtype.
     """
     file = out.with_name(f"{out.name}.data")
     if file.exists():
         raise StorageError("already there", path=file, cure="Remove it, or write to another name")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
-    # Half a data file is of no use to a later run: no two runs share a stage.
+    # A later run cannot continue half a data file, so the stage's random name is never reused.
     stage = Stage(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
@@ -63,24 +63,25 @@ def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
 
 
 def worked_out(values: Iterable[ir.Value]) -> None:
-    """Computes tensors that stay in the model's own file."""
+    """Compute tensors that stay in the model's own file."""
 
     def compute(value: ir.Value) -> None:
         tensor = value.const_value
         assert isinstance(tensor, Changed)
         value.const_value = ir.Tensor(tensor.change.array(), dtype=tensor.dtype, name=value.name)
 
+    # One BLAS thread per worker, because the workers together already use all cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(most_workers()) as pool:
         list(pool.map(compute, values))
 
 
 def alignment(nbytes: int) -> int:
-    """What the place of a tensor in a data file is a multiple of."""
+    """Return the alignment of a tensor in a data file, in bytes."""
     return PAGE if nbytes > 1 << 20 else 64
 
 
 def placed(tensor: Any, file: Path, offset: int) -> ir.ExternalTensor:
-    """A tensor that is a run of bytes of a file."""
+    """Return a tensor that refers to a run of bytes in a file."""
     return ir.ExternalTensor(
         file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
     )

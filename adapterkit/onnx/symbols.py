@@ -1,7 +1,7 @@
-"""The array-API words over values of a graph: what `namespace(value)` gives a formula.
+"""The array-API functions over graph values: what `namespace(value)` gives a formula.
 
-Arrays of numpy may stand among the operands; where no value does, numpy answers. Linear algebra has no nodes: it is
-worked out where the numbers are known. https://data-apis.org/array-api/latest/
+Operands may also be numpy arrays; without any graph value, numpy computes the result. Linear algebra has no nodes, so
+it is computed if the numbers are known. https://data-apis.org/array-api/latest/
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ arrays: Any = import_module("array_api_compat.numpy")
 
 
 class _Linalg:
-    """Decompositions and solutions, worked out in float64."""
+    """Decompositions and solvers, computed in float64."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         f = getattr(np.linalg, name)
@@ -40,9 +40,9 @@ class _Linalg:
 
 
 class Symbols:
-    """The namespace; words that it lacks raise `Unsayable`."""
+    """The namespace; functions that it lacks raise `Unsayable`."""
 
-    __name__ = __name__  # array_api_compat tells namespaces by their names.
+    __name__ = __name__  # array_api_compat identifies namespaces by their names.
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
     linalg = _Linalg()
 
@@ -85,9 +85,11 @@ class Symbols:
         return _each("Exp", np.exp, x)
 
     def log1p(self, x: Any) -> Any:
+        # ONNX has no Log1p.
         return _each("Log", np.log, 1 + x)
 
     def expm1(self, x: Any) -> Any:
+        # ONNX has no Expm1.
         return self.exp(x) - 1
 
     def tanh(self, x: Any) -> Any:
@@ -121,11 +123,12 @@ class Symbols:
         return x.cumsum(axis)
 
     def argsort(self, x: Any, axis: int = -1) -> Any:
-        """Positions from the smallest to the largest; of equal ones the first comes first."""
+        """Return the positions in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
             raise Unsayable("an order of an open number of entries")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
+        # ONNX has no ArgSort. TopK of all entries sorts them, and puts the lower index first for ties.
         node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
         known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
         return Value(x.branch, x.sizes, np.int64, node, known)
@@ -177,7 +180,7 @@ class Symbols:
         return self.full_like(x, 1)
 
     def full_like(self, x: Any, number: Any) -> Any:
-        """An array of one number; not by a product, which a NaN or an infinity would go through."""
+        """Return an array filled with one number, which a product `x * 0` would not do for NaN and infinity."""
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))
         return x.apply(
@@ -186,7 +189,7 @@ class Symbols:
 
 
 def _closed(sizes: Any) -> Any:
-    """Sizes, none of which is open."""
+    """Return the sizes after checking that none is open."""
     if any(size is None or size >= FREE for size in sizes):
         raise Unsayable("a constant of an open size")
     return sizes

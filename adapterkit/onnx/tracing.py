@@ -1,7 +1,7 @@
-"""Tracing: torch's own exporter, and what of its graph is kept.
+"""Trace a model by torch's exporter, and keep the useful part of its graph.
 
-The exporter's optimiser is left off: it renames folded weights and stores equal ones once, while every weight keeps
-its module's name, and its own copy, without it; onnxruntime folds the transposes when it loads the model.
+The exporter's optimizer is off: it renames folded weights and stores equal ones once. Without it, every weight has its
+module's name and its own copy. onnxruntime folds the transposes when it loads the model.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
-"""What is kept of each node's notes: its modules' names and classes. The others tell of the exporting machine."""
+"""The node metadata to keep: names and classes of modules. Other entries describe the exporting machine."""
 
 
 def traced(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, inside: str = "",
     **options: Any,
 ) -> ir.Model:  # fmt: skip
-    """A module as a graph; its numbers stay torch's own until they are written.
+    """Return a module as a graph; its numbers remain torch tensors until they are written.
 
     Args:
         model: the module, in evaluation mode.
         args: an example of its positional arguments.
-        kwargs: of its named ones.
-        inside: the attribute of the module that holds what names are told of: it is left out of them.
-        options: more for `torch.onnx.export`: names of inputs and outputs, dynamic shapes, the operator set.
+        kwargs: an example of its named arguments.
+        inside: the attribute of a wrapper that holds the actual model; it is removed from names.
+        options: more arguments of `torch.onnx.export`: input and output names, dynamic shapes, the opset.
 
     Raises:
         Unsupported: torch cannot export it.
@@ -47,8 +47,8 @@ def traced(
             program = torch.onnx.export(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
-    except Exception as error:  # The exporter raises whatever its passes do.
-        first = first_line(error.__cause__ or error)  # The exporter's own line names no fault.
+    except Exception as error:  # The exporter's passes raise any type of error.
+        first = first_line(error.__cause__ or error)  # The exporter's own message does not name the fault.
         cure = "Make its forward traceable by torch.export, or name the inputs and their open sizes"
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None
@@ -59,11 +59,12 @@ def traced(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on itself and on packages that are not installed."""
+    """Silence the exporter's remarks about itself and about packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     before, logger.disabled = logger.level, True
     logger.setLevel(logging.ERROR)
     try:
+        # The exporter warns by both ways: its logger and Python warnings.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -87,7 +88,7 @@ def _plain(graph: ir.Model, inside: str) -> None:
 
 
 def _without(notes: dict[str, str], inside: str) -> None:
-    """The lists of names and classes of modules without the one that all are inside of."""
+    """Remove the wrapper from a node's lists of module names and classes."""
     names = ast.literal_eval(notes.get(SCOPES[0], "[]"))
     if not inside or inside not in names:
         return

@@ -1,4 +1,4 @@
-"""Inputs that are made up to try a graph with."""
+"""Make up inputs to try a graph with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 SIZES = ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Open sizes by axis that are tried, one after the other."""
+"""Values for open sizes by axis, tried one after the other."""
 
 _TYPES = {
     "bool": np.bool_,
@@ -21,7 +21,7 @@ _TYPES = {
 
 
 def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
-    """Inputs for a graph: the same size for every open axis of one name, the first of them the batch's."""
+    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch."""
     rng, known = np.random.default_rng(0), dict[str, int]()
     feeds: dict[str, Any] = {}
     entries = session.get_inputs()
@@ -33,6 +33,7 @@ def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
             feeds[entry.name] = _mask(shape).astype(_TYPES[name])
         elif name in ("int64", "int32"):
+            # 0 and 1 are valid as tokens, token types and masks of any model.
             feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
         else:
             feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
@@ -40,7 +41,7 @@ def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _count_past(shapes: dict[str, list[int]]) -> None:
-    """The mask of a causal language model counts its past, too."""
+    """Extend the mask of a causal language model to cover its past."""
     past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
     mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
     if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
@@ -48,7 +49,7 @@ def _count_past(shapes: dict[str, list[int]]) -> None:
 
 
 def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Ones, but for the last along the last axis: whichever of them hides, something is left to be seen."""
+    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
     mask = np.ones(shape, dtype=bool)
     if mask.ndim and mask.shape[-1] > 1:
         mask[..., -1] = False

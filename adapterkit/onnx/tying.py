@@ -1,7 +1,7 @@
 """Tied layers of a graph: an embedding and a head with equal numbers, and which of them an adapter's updates change.
 
-Exporters store a tied tensor once, or the head's copy transposed, so that equal numbers are what is left of a tie.
-`merging.ties` decides what each update changes, as it does for merges into folders.
+Exporters store a tied tensor once, or the head's copy transposed, so equal numbers are all that is left of a tie.
+`merging.ties` decides what each update changes, as for merges into folders.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tying:
-    """What is known about the ties of a graph beside its numbers.
+    """Facts about a graph's ties besides its numbers.
 
     Attributes:
-        tied: the canonical text of the caller's choice; None where the adapter's lineage decides.
-        config: the config of the model that was exported, where there is one.
+        tied: the canonical text of the caller's choice; None if the adapter's lineage decides.
+        config: the config of the exported model, if there is one.
         warnings: gets a sentence for each update that is left out.
     """
 
@@ -57,7 +57,7 @@ class Tying:
 
 
 def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
-    """The places of an adapter, with those of the tied layers that its updates change beside the ones they name.
+    """Return the places of an adapter, extended by tied layers that its updates also change.
 
     Args:
         found: the places that the adapter names.
@@ -68,6 +68,7 @@ def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], t
     Raises:
         UsageError: nothing tells which layers an update changes.
     """
+    # The config is explicit, while equal numbers alone do not prove a tie.
     if says_untied(tying.config):
         return list(found)
     for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):
@@ -80,9 +81,9 @@ class _Group:
     """Layers with equal numbers.
 
     Attributes:
-        lookups: nodes that look tokens up.
+        lookups: nodes that look up tokens.
         heads: nodes that multiply by the same table.
-        proven: whether the numbers are equal; those of a quantized layer are only near the others.
+        proven: True if the numbers are equal; those of a quantized layer are only near.
     """
 
     lookups: tuple[Spot, ...]
@@ -91,7 +92,7 @@ class _Group:
 
 
 def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
-    """The groups of tied layers that have one of the changed layers among them."""
+    """Return the groups of tied layers that include a changed layer."""
     flat = [spot for spot in spots if len(spot.shape) == 2 and spot.rows is None]
     lookups = [spot for spot in flat if _is_lookup(spot)]
     heads = [spot for spot in flat if not _is_lookup(spot)]
@@ -110,7 +111,7 @@ def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
 
 
 def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
-    """The places of an adapter, with those of the other layers of a group that its updates change."""
+    """Return the places of an adapter, extended by the other layers of a group that its updates change."""
     nodes = {spot.node for spot in (*group.lookups, *group.heads)}
     named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
     inputs = _by_layer(group.lookups, named)
@@ -126,7 +127,7 @@ def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: 
     if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
         raise _unproven(added[0], tie)
     kept = {fold.target for folds in changed.values() for fold in folds}
-    # The `shared` of T5 is called by no layer: an update there had no effect while PEFT trained it.
+    # T5's `shared` embedding is not called by any layer, so an update there had no effect while PEFT trained it.
     return [*(place for place in found if place not in named or _fold(place).target in kept), *added]
 
 
@@ -136,7 +137,7 @@ def _may_be_tied(place: Found) -> bool:
 
 
 def _distance(spot: Spot, other: Spot) -> float | None:
-    """The relative distance of two layers' tables; None where they are of another size or are not one table."""
+    """Return the relative distance of two layers' tables; None if they differ in size or are not near."""
     if _size(spot) != _size(other):
         return None
     if len(spot.sources) == 1 and spot.sources == other.sources:
@@ -163,7 +164,7 @@ def _table(spot: Spot) -> Array:
 
 
 def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
-    """The nodes of each layer, by the name of its weight: the adapter's first, else what the graph tells."""
+    """Return each layer's nodes, by the name of its weight: the adapter's name first, else the graph's."""
     nodes = {spot.node for spot in spots}
     found: dict[str, list[Spot]] = {
         _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
@@ -180,7 +181,7 @@ def _name(place: Found) -> str:
 
 
 def _fold(place: Found) -> Fold:
-    """A place's updates at the table, whose rows are tokens."""
+    """Return a place's updates at the table, whose rows are tokens."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
@@ -188,7 +189,7 @@ def _fold(place: Found) -> Fold:
 
 
 def _added(layer: str, spots: list[Spot], folds: Sequence[Fold], named: Sequence[Found]) -> list[Found]:
-    """The places at a layer for the folds that come from another one."""
+    """Return places at a layer for the folds that come from another layer."""
     added = []
     for fold in folds:
         place = next(place for place in named if _fold(place).target == fold.target)

@@ -1,4 +1,4 @@
-"""Packed layers made ones of floating point, for a merge to go into; and the choices that there are."""
+"""Convert packed layers to floating point, so that a merge can change them; and the choices for packed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .packed import MatMulInteger, MatMulNBits
 from .resolving import Spot
 
 CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
-"""What a merge may do with a packed weight -> what that means."""
+"""Choices of a merge for a packed weight -> their meaning."""
 
 EXPLAINED = (
     "Inject instead of merging, which leaves the weight as it is; or choose: (1) quantized='dequantize' "
@@ -28,11 +28,11 @@ EXPLAINED = (
 )
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
-"""What quantizers put behind the name of a weight."""
+"""Suffixes that quantizers append to the name of a weight."""
 
 
 def is_packed(spot: Spot) -> bool:
-    """Whether a layer's weight is stored in whole numbers."""
+    """Whether a layer's weight is stored as integers."""
     kinds = [(one.const_value or one, one) for one in spot.sources]
     return any(
         held.dtype is not None and not held.dtype.is_floating_point() and len(shape_of(one)) > 1 for held, one in kinds
@@ -40,7 +40,7 @@ def is_packed(spot: Spot) -> bool:
 
 
 def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
-    """Makes a packed layer one of floating point, its input and output no longer rounded; returns that layer."""
+    """Convert a packed layer to floating point, including its input and output; return the new layer."""
     layer = spot.kind(spot.node, Branch(building, "dequantize"))
     whole = isinstance(layer, MatMulNBits | MatMulInteger)
     value = _unpacked(spot, layer, whole, building, made)
@@ -52,7 +52,7 @@ def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
 
 
 def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
-    """A node whose weight, input and output went through whole numbers, without those."""
+    """Return the node with its weight, input and output no longer quantized and dequantized."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
     node.replace_input_with(other, layer.read)
@@ -66,7 +66,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
-    """The dequantized weight, one initializer for all nodes that read one packed one; worked out when written."""
+    """Return the dequantized weight, one initializer per packed one; computed when it is written."""
     operand = layer.operand
     key = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
     if key not in made:
@@ -82,12 +82,13 @@ def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: d
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
         made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
         building.model.graph.register_initializer(made[key])
+        # Keep the operand alive, so that no other object gets its id.
         building.keep(operand)
     return made[key]
 
 
 def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
-    """A MatMul in place of a node that computes with packed weights, and an Add of the bias that the node had."""
+    """Replace a node that computes with packed weights by a MatMul, and an Add if it had a bias."""
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
@@ -103,7 +104,7 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
 
 
 def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """Whoever reads one value reads the other."""
+    """Replace all uses of `old` with `new`, and remove the nodes that are left unused."""
     if old is new:
         return
     takes_over(old, new, branch)
@@ -111,7 +112,7 @@ def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
 
 
 def drop(node: ir.Node | None) -> None:
-    """Takes a node that nothing reads out of its graph, and those before it that were for it alone."""
+    """Remove a node that nothing reads, and the nodes before it that served only that one."""
     if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
         return
     before = [value.producer() for value in node.inputs if value is not None]

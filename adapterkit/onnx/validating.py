@@ -1,8 +1,8 @@
-"""Validation of a model's file: what every reader here takes for granted is checked once, where the file enters.
+"""Validate a model file once, when it is opened, so that all other code can rely on it.
 
-Tensors have as many bytes as their shape says, nodes have the inputs and attributes that their operator declares, and
-each name is defined once, before any use goes round in a circle. onnx's own checker is not used: it refuses models that
-runtimes run, and reads no tensor's length.
+Tensors must have as many bytes as their shape needs, nodes must have the inputs and attributes that their operator
+declares, and each name must be defined once, without cycles. onnx's own checker is not used: it refuses models that
+runtimes run, and does not check tensor lengths.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ..errors import Malformed
 from .building import OPSET
 
 MAX_AXES = 64
-"""Axes of a tensor at most."""
+"""Most axes of a tensor."""
 
 MAX_NESTING = 64
-"""Graphs inside graphs at most."""
+"""Most levels of nested graphs."""
 
 _FIELDS = {
     "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
     "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
 }  # fmt: skip
-"""Fields of a tensor's numbers -> the types that lie there; all others lie in `int32_data`."""
+"""Field of a tensor's numbers -> the types stored there; all other types are in `int32_data`."""
 
 POSITIVE = {
     "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
     "MatMulNBits": ("N", "K", "bits", "block_size"), "Attention": ("num_heads",), "MultiHeadAttention": ("num_heads",),
 }  # fmt: skip
-"""Attributes that are never below 1: onnxruntime divides by some of them, and ends the process."""
+"""Attributes that must be at least 1: onnxruntime divides by some of them, which would end the process."""
 
 _AGAIN = "Export the model again, or fetch the file again"
 
@@ -47,7 +47,7 @@ def check_model(proto: Any, path: Path | None) -> None:
         path: its file, for errors.
 
     Raises:
-        Malformed: something is wrong; names the node, or the tensor.
+        Malformed: at the first fault; names the node or the tensor.
     """
     opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
     _check_graph(proto.graph, opsets, frozenset(), path, 0)
@@ -71,6 +71,7 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
     inside = {name for node in graph.node for name in node.output if name}
+    # Subgraphs may read any of these, because runtimes sort the nodes.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:
@@ -84,7 +85,7 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
 
 
 def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path | None) -> None:
-    """Every name is defined once, and no value is made of itself; runtimes sort nodes themselves."""
+    """Check that every name is defined once and that there are no cycles; node order is left to the runtimes."""
     made: dict[str, int] = {}
     for at, node in enumerate(graph.node):
         for name in node.output:
@@ -105,6 +106,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
         for one in own:
             readers.setdefault(one, []).append(at)
         waits.append(own)
+    # Kahn's algorithm: nodes that never become ready are on a cycle.
     ready = [at for at, own in enumerate(waits) if not own]
     done = 0
     while ready:
@@ -115,11 +117,11 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
                 ready.append(reader)
     if done < len(waits):
         node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
-        raise Malformed("its value is made of itself", path=path, where=_name(node), cure=_AGAIN)
+        raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
 
 
 def _read(node: Any, depth: int = 0) -> Iterator[str]:
-    """Names that a node reads, and the graphs inside it of what is outside of them."""
+    """Yield the names that a node reads, including outer values that its subgraphs read."""
     yield from (name for name in node.input if name)
     if depth > MAX_NESTING:
         return
@@ -171,10 +173,11 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
 
 @lru_cache(maxsize=4096)
 def _schema(op_type: str, domain: str, version: int) -> Any:
-    """Inputs that an operator must have, how many at most, and attribute -> (type, whether it must be there)."""
+    """Return an operator's required inputs, its largest number of inputs, and attribute -> (type, required)."""
     from onnx import defs
 
-    if domain == "" and version < OPSET:  # onnx's converter reads it first, and what it writes is checked.
+    # An older opset goes through onnx's converter first, and the converted model is checked.
+    if domain == "" and version < OPSET:
         return None
     try:
         schema = defs.get_schema(op_type, version, domain)
@@ -201,7 +204,7 @@ def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
     if len(dims) > MAX_AXES or any(size < 0 for size in dims):
         raise Malformed(f"a tensor of the shape {list(dims)[:MAX_AXES]}", path=path, where=where, cure=_AGAIN)
     if tensor.data_location == tensor.EXTERNAL:
-        return  # data_files.py holds the files against it.
+        return  # data_files.py checks external data.
     count = math.prod(dims)
     if tensor.HasField("raw_data"):
         held, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
@@ -222,7 +225,7 @@ def _number(attribute: Any) -> list[int]:
 
 
 def _check_text(text: Any, what: str, path: Path | None) -> None:
-    if not isinstance(text, str):  # protobuf hands out bytes where they are not UTF-8.
+    if not isinstance(text, str):  # protobuf returns bytes for text that is not UTF-8.
         raise Malformed(f"{what} that is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
 
 

@@ -1,7 +1,7 @@
-"""Values: tensors of a graph, in the words that formulas share with numpy and torch; each operator appends a node.
+"""Graph values with the operators that formulas share with numpy and torch; each operator appends a node.
 
-A value may also be known: then its numbers can be had, by the same operators in numpy, for what no node can say.
-`namespace()` finds the words of `symbols.py` by way of `__array_namespace__`.
+A value may also be known: its numbers can then be computed by the same operators in numpy, for operations without a
+node. `namespace()` finds the functions of `symbols.py` through `__array_namespace__`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Value:
     """A tensor of the graph.
 
     Args:
-        branch: where nodes are appended.
-        shape: its sizes; None where not even their number is known.
-        dtype: numpy's type of its elements.
-        value: it, in the graph; made from the numbers where it is asked for and not there.
-        known: its numbers; None where they depend on the graph's inputs.
+        branch: nodes are appended to it.
+        shape: its sizes; None if not even their number is known.
+        dtype: its numpy dtype.
+        value: the tensor in the graph; if missing, it is created from the numbers on demand.
+        known: returns its numbers; None if they depend on the graph's inputs.
     """
 
-    __array_ufunc__ = None  # Operators with numpy arrays on the left are this class's too.
+    __array_ufunc__ = None  # Makes numpy defer to this class when an array is the left operand.
     __slots__ = ("_numbers", "_value", "branch", "device", "dtype", "known", "sizes")
     __hash__ = None  # type: ignore[assignment]
 
@@ -48,14 +48,14 @@ class Value:
 
     @property
     def value(self) -> ir.Value:
-        """It, in the graph."""
+        """The tensor in the graph."""
         if self._value is None:
             building = self.branch.building
             self._value = building.tensor(building.keep(self), f"{self.branch.name}.constant", self.numbers)
         return self._value
 
     def numbers(self) -> Array:
-        """Its numbers.
+        """Return its numbers.
 
         Raises:
             Unsayable: they depend on the graph's inputs.
@@ -101,7 +101,7 @@ class Value:
         self, op: str, inputs: Sequence[Any], f: Callable[..., Any], shape: Sizes | None, dtype: Any = None,
         attributes: dict[str, Any] | None = None, more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
-        """The value of one node; `more` are inputs that `f` knows of itself."""
+        """Append a node and return its output. `f` computes it in numpy; `more` are inputs that `f` does not take."""
         values = [self.like(one) for one in inputs]
         kind = self.dtype if dtype is None else dtype
         out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
@@ -109,7 +109,7 @@ class Value:
         return Value(self.branch, shape, kind, out, known)
 
     def like(self, other: Any) -> Value:
-        """Another operand as a value: numbers become a constant of this one's type."""
+        """Return another operand as a value; numbers become a constant of this value's dtype."""
         if isinstance(other, Value):
             return other
         array = np.asarray(other)
@@ -195,7 +195,7 @@ class Value:
         return self.like(other) @ self
 
     def cast(self, dtype: Any) -> Value:
-        """The same numbers in another type."""
+        """Return the same numbers in another dtype."""
         kind = np.dtype(dtype)
         if kind == self.dtype:
             return self
@@ -203,7 +203,7 @@ class Value:
         return self.apply("Cast", [self], lambda array: array.astype(kind), self.sizes, kind, {"to": to})
 
     def transposed(self, order: Sequence[int]) -> Value:
-        """The axes in another order."""
+        """Return the value with its axes in another order."""
         if list(order) == list(range(self.ndim)):
             return self
         shape = tuple(self.shape[axis] for axis in order)
@@ -246,6 +246,7 @@ class Value:
     def _reduced(self, op: str, f: Callable[..., Any], axis: Any, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
         attributes: dict[str, Any] = {"keepdims": int(keepdims)}
+        # ReduceSum takes its axes as an input since opset 13, the other reductions since opset 18.
         more: list[ir.Value | None] = []
         if axes is not None and in_input:
             more = [self.branch.building.literal(np.array(axes, dtype=np.int64))]
@@ -264,6 +265,7 @@ class Value:
     def __setitem__(self, key: Any, values: Any) -> None:
         from .indexing import written
 
+        # Graph values cannot change. The assignment makes this object stand for the new value instead.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 
@@ -274,11 +276,12 @@ class Value:
 
 
 def plain(value: ir.Value, branch: Branch) -> Value:
-    """A value of the graph in the words of formulas."""
+    """Return a graph value with the operators of formulas."""
     sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
     return Value(branch, sizes, element_type(value), value)
 
 
 def _same_type(one: Value, two: Value) -> None:
+    # ONNX operators need operands of one type, where numpy would promote.
     if one.dtype != two.dtype:
         raise Unsayable(f"{one.dtype} beside {two.dtype}")

@@ -1,69 +1,131 @@
-"""The k-th largest magnitude of numbers too many to hold: found bit by bit, in four rounds over them.
-
-Magnitudes are positive, and the bits of positive doubles are ordered as the doubles are: each round counts 16 more bits
-of those that begin like the one looked for.
-"""
+"""What is counted over all targets before any of them is computed: thresholds of whole adapters, and majorities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from .selection import Selection, settle
 
 if TYPE_CHECKING:
     from ..tensors.computed import Array
-
-BITS = 16
-ROUNDS = 4
+    from .blocks import Blocks
 
 
 class Census:
-    """Counts magnitudes of each adapter's changes over all targets.
+    """Numbers of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether numbers are wanted; else thresholds are there to be asked for.
+        counting: whether formulas are run to feed it; their results are not used then.
+        majority: the sign of most entries over all targets, 1 or -1; worked out when it is first asked for.
     """
 
     def __init__(self) -> None:
         self.counting = False
-        self._round = 0
-        self._wanted: dict[int, Callable[[int], int]] = {}
-        self._counts: dict[int, Array] = {}
-        self._prefix: dict[int, int] = {}
-        self._left: dict[int, int] = {}
+        self._selections: dict[Any, Selection] = {}
+        self._sums: dict[Any, float] = {}
+        self._sampling = self._summing = False
+        self._lock = Lock()
+        self._vote: Callable[[Census], None] | None = None
+        self._votes: int | None = None
+        self._majority: int | None = None
 
-    def run(self, once: Callable[[], None]) -> None:
-        """Fills the census: `once` goes over all targets, and is called four times."""
+    def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
+        """Fills the census.
+
+        Args:
+            once: runs the formula at all targets, or at some of them for a sample if told so; called with False about
+                twice a stage.
+            stages: how often numbers are looked for that depend on those of the stage before; 0 for sums alone.
+        """
         self.counting = True
-        for self._round in range(ROUNDS):
-            self._counts = {}
-            once()
-            for t, counts in self._counts.items():
-                self._narrow(t, counts)
+        for _ in range(stages):
+            self._sampling = True
+            once(True)
+            self._sampling = False
+            settle(list(self._selections.values()), lambda: once(False))
+        if not stages:
+            self._summing = True
+            once(False)
+            self._summing = False
         self.counting = False
 
-    def feed(self, t: int, values: Array, kept: Callable[[int], int]) -> None:
-        """More numbers of adapter t, of which the `kept(count of all)` largest are looked for."""
+    def count(
+        self,
+        series: Sequence[Hashable],
+        blocks: Blocks,
+        wanted: Sequence[Callable[[int, int], int]],
+        key: Callable[[Array], Array] | None = None,
+    ) -> None:
+        """Counts numbers of the changes at one weight; each series goes on at the next weight.
+
+        Args:
+            series: what each series is called, such as the adapter that it is of.
+            blocks: the changes.
+            wanted: how many of the largest are looked for in each series, from how many there are and are not zero.
+            key: from changes `[T, ...]` to the series on the first axis; their magnitudes if not given.
+        """
         import numpy as np
 
-        bits = np.abs(values).astype("<f8").ravel().view("<u8")
-        shift = BITS * (ROUNDS - 1 - self._round)
-        if self._round:
-            bits = bits[bits >> np.uint64(shift + BITS) == np.uint64(self._prefix[t])]
-        found = np.bincount((bits >> np.uint64(shift)).astype(np.int64) & (2**BITS - 1), minlength=2**BITS)
-        self._counts[t] = self._counts.get(t, 0) + found
-        self._wanted[t] = kept
+        key = np.abs if key is None else key
+        with self._lock:
+            for name, kept in zip(series, wanted, strict=True):
+                self._selections.setdefault(name, Selection(kept, partial=True))
+        searched = [(i, self._selections[name]) for i, name in enumerate(series)]
+        searched = [(i, selection) for i, selection in searched if selection.found is None]
+        if self._sampling:
+            drawn = key(blocks.sample()) if searched else None
+            for i, selection in searched:
+                selection.sample(drawn[i].reshape(-1), blocks.size)  # type: ignore[index]
+            return
+        for _, changes in blocks if searched else ():
+            values = key(changes)
+            for i, selection in searched:
+                selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
 
-    def threshold(self, t: int) -> float:
-        """The smallest of the magnitudes that are kept; infinite where none is."""
-        import numpy as np
+    def threshold(self, series: Hashable) -> float:
+        """The smallest of a series' numbers that are kept; infinite where none is."""
+        found = self._selections[series].found
+        assert found is not None
+        return found.value
 
-        return float(np.array([self._prefix[t]], "<u8").view("<f8")[0]) if self._left[t] else float("inf")
+    def knows(self, series: Hashable) -> bool:
+        """Whether a number of an earlier stage was found."""
+        return series in self._selections and self._selections[series].found is not None
 
-    def _narrow(self, t: int, counts: Array) -> None:
-        if self._round == 0:
-            total = int(counts.sum())
-            self._left[t], self._prefix[t] = min(self._wanted[t](total), total), 0
-        above = counts[::-1].cumsum()[::-1]
-        place = int((above >= self._left[t]).nonzero()[0][-1]) if self._left[t] else 0
-        self._left[t] -= int(above[place] - counts[place]) if self._left[t] else 0
-        self._prefix[t] = self._prefix[t] << BITS | place
+    def add(self, name: Hashable, value: float) -> None:
+        """Adds to a sum over all targets."""
+        if self._summing:
+            with self._lock:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def sum_of(self, name: Hashable) -> float:
+        """A sum over all targets."""
+        return self._sums.get(name, 0.0)
+
+    def votes_by(self, vote: Callable[[Census], None]) -> None:
+        """Says how all targets are gone over for the majority, which few combinations need: see `majority`."""
+        self._vote = vote
+
+    @property
+    def voting(self) -> bool:
+        """Whether formulas are run for `add_votes` alone."""
+        return self._votes is not None
+
+    def add_votes(self, signs: int) -> None:
+        """The sum of the elected signs at one weight."""
+        with self._lock:
+            assert self._votes is not None
+            self._votes += signs
+
+    @property
+    def majority(self) -> int:
+        with self._lock:
+            if self._majority is None:
+                assert self._vote is not None
+                poll = Census()
+                poll._selections, poll._votes, poll.counting = self._selections, 0, True
+                self._vote(poll)
+                self._majority = -1 if poll._votes < 0 else 1
+            return self._majority

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
 from ..errors import UsageError
+from ..tensors.checkpoint import opened
 from .asking import Asked, one_of
 from .at_base import Weights
 from .building import of_several, result_type
-from .evaluating import Evaluation
+from .evaluating import FIT, Evaluation
 from .methods import COMBINERS
 from .methods._method import made
 from .peers import peft_result, resolved
-from .places import places
+from .places import places, source_adapter
 
 if TYPE_CHECKING:
     from .lowering import Base
     from .places import Place, Source
+    from .resizing import Report
 
 
 def combine(
@@ -29,7 +31,7 @@ def combine(
     weights: Sequence[Any] | None = None,
     *,
     base: Base | None = None,
-    rank: int | None = None,
+    rank: int | str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     compat: str | None = None,
@@ -38,6 +40,10 @@ def combine(
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
+    workers: int | None = None,
+    report: Report | None = None,
+    before: Callable[[Adapter], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
     **parameters: Any,
 ) -> Adapter:
     """One adapter made of several.
@@ -49,7 +55,9 @@ def combine(
         weights: one an adapter, 1 if not given. Each a number, a list of numbers from the first layer to the last, or
             a mapping of globs of targets to either; the first glob that fits counts, and where none does it is 1.
         base: settles names and layouts, and is what laws and methods that need weights are taken at.
-        rank: cut the result to it: the best approximation, target by target.
+        rank: cut the result to it, target by target: the best approximation, or near to it where the result is a large
+            matrix without low-rank factors. `"fit"`: cut such a matrix alone, to the largest rank of the inputs, so
+            that every result is a LoRA; ranks that add up exactly stay.
         dtype: the type of computed results; float32 where not given, float64 where a tensor is of it.
         seed: of what a method draws at random, together with target and adapter's position alone.
         compat: `mergekit` or `peft`: their names, their choices.
@@ -59,10 +67,17 @@ def combine(
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
             used.
         strict_base: refuse a base that is not the one that an adapter names.
+        workers: targets that are worked on at a time; one a processor if not given, 16 at most. Together they hold no
+            more than 256 MB, or one target's result. Numbers do not depend on it. Methods with `data` take one.
+        report: called with a `Cut` for each target whose result was cut to a rank, with norms of result and error.
+        before: called before any work, with the result's targets, methods, shapes and types; its tensors cannot be
+            read. What it raises, such as a format that cannot hold such a result, ends the combination.
+        progress: called with (bytes of the targets that are done, bytes of all), weights counted in float32.
         parameters: the method's; given like weights.
 
     Returns:
-        LoRA where the method works on factors, else a dense difference, computed when it is read.
+        LoRA where the method works on factors, else a dense difference, computed when it is read. Where a result is
+        zero although the changes are not, or too small for its type, the lineage's last step says so in `warnings`.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
@@ -79,24 +94,34 @@ def combine(
     peers_rank = values.pop("rank", None)
     cut = peers_rank if rank is None else rank
     if "rank" in COMBINERS[name].parameters():
-        values, cut = values | ({} if rank is None else {"rank": rank}), None
+        values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    lower = None if summing else "combined"
-    read, found = places(adapters, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
+    # A sum keeps updates as they are; one that is cut to a rank is computed from the changes like any other result.
+    lower = None if summing and cut is None else "combined"
+    base = None if base is None else opened(base)
+    given = [source_adapter(source, base) for source in adapters]
+    read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
     _check_rank(rank, found)
+    fallback = max((number for adapter in given for number in adapter.ranks), default=None)
     asked = Asked(name, values, weights, each, found, len(read))
     own = {place.target: place.updates[0] for place in found}
     seen = None if base is None or not first.based else Weights(own, base)
     factor = 1.0
     if compat == "peft":
-        cut, factor = peft_result(method, read, rank)
-    work = Evaluation(asked, found, result_type(read, dtype), cut, seed, data, seen, factor)
+        exact, factor = peft_result(method, read, rank if isinstance(rank, int) else None)
+        cut = cut if exact is None and rank == FIT else exact
+    kind = result_type(read, dtype)
+    work = Evaluation(asked, found, kind, cut, seed, data, seen, factor, fallback, progress, workers)
+    if before is not None:
+        before(work.outline(read))
     updates = work.updates(read)
+    for lost in work.cuts if report is not None else ():
+        report(lost)  # type: ignore[misc]
     said = {
         "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
-        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat,
+        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat, "warnings": sorted(work.notes),
     }  # fmt: skip
     return of_several(
         read, updates, "combine", **{key: value for key, value in said.items() if value not in (None, [])}
@@ -124,7 +149,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
 
 def _check_rank(rank: Any, found: Sequence[Place]) -> None:
     """Refuses a rank that no weight can have."""
-    if rank is None:
+    if rank is None or rank == FIT:
         return
     most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:

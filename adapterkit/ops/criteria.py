@@ -1,4 +1,4 @@
-"""How much of a change is kept: by rank, by share of its energy, or by error; of each weight, or of all together."""
+"""How much of a change is kept: by rank, by share of its energy, by error, or by its singular values, as kohya does."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from ..tensors.computed import Array
 
 SCOPES = ("target", "all")
+NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One of the four, or none: then everything is kept.
+    """One of these, or none: then everything is kept. With one of kohya's three, `rank` is the most that is kept.
 
     Attributes:
         rank: singular values to keep.
         energy: share of the squared Frobenius norm to keep, up to 1.
         error: relative Frobenius norm of what may be left out.
         frobenius: Frobenius norm of what may be left out.
+        sv_ratio: kohya's: singular values above the largest over this number are kept.
+        sv_cumulative: kohya's: share of the sum of singular values to keep at least.
+        sv_fro: kohya's: share of the Frobenius norm to keep at least; `energy` is its square.
         scope: `target`: each weight for itself. `all`: largest singular values first, wherever they are; `rank` is
             then that of the average weight, and the other three are of the adapter as one.
     """
@@ -32,18 +36,30 @@ class Criterion:
     energy: float | None = None
     error: float | None = None
     frobenius: float | None = None
+    sv_ratio: float | None = None
+    sv_cumulative: float | None = None
+    sv_fro: float | None = None
     scope: str = "target"
 
     def check(self, *, needed: bool = True) -> None:
         """Checks the values.
 
         Raises:
-            UsageError: not exactly one of the four is given, or it is out of its range.
+            UsageError: not exactly one of them is given, or it is out of its range.
         """
         given = self.record()
-        if len(given) > 1 or (needed and not given):
-            said = " and ".join(given) or "none"
-            raise UsageError(f"one of rank, energy, error and frobenius is needed, not {said}", cure="Choose one")
+        chosen = [name for name in given if name != "rank" or not self._by_values]
+        if len(chosen) > 1 or (needed and not given):
+            said = " and ".join(chosen) or "none"
+            raise UsageError(f"one of {NAMES} is needed, not {said}", cure="Choose one")
+        if self._by_values and self.scope != "target":
+            raise UsageError(f"{chosen[0]} is of each target", where="scope", cure="Leave --scope (scope=) out")
+        if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
+            why = f"sv_ratio {self.sv_ratio} is not a number from 1"
+            raise UsageError(why, where="sv_ratio", cure="Choose another")
+        for name in ("sv_cumulative", "sv_fro"):
+            if name in given and not 0 < given[name] <= 1:
+                raise UsageError(f"{name} {given[name]} is not above 0 and up to 1", where=name, cure="Choose another")
         if self.scope not in SCOPES:
             raise UsageError(f"unknown scope {self.scope!r}", cure=f"Known: {', '.join(SCOPES)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
@@ -57,11 +73,20 @@ class Criterion:
 
     def record(self) -> dict[str, Any]:
         """The one that was chosen, for a lineage."""
-        named = {"rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius}
+        named = {
+            "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
+            "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,
+        }  # fmt: skip
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def _by_values(self) -> bool:
+        return any(value is not None for value in (self.sv_ratio, self.sv_cumulative, self.sv_fro))
 
     def keeps_all(self, small: int) -> bool:
         """Whether nothing of a matrix whose smaller side is `small` may be lost."""
+        if self._by_values:
+            return (self.rank or small) >= small and 1 in (self.sv_cumulative, self.sv_fro)
         return (self.rank or 0) >= small or self.energy == 1 or 0 in (self.error, self.frobenius)
 
     def check_possible(self, most: int) -> None:
@@ -97,6 +122,9 @@ class Criterion:
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
         """The smallest number of singular values that is enough; all of them, and `beyond`, where even they are not."""
+        if self._by_values:
+            count = self._of_values(S, norm, beyond)
+            return count if self.rank is None else min(count, self.rank)
         if self.rank is not None:
             return min(self.rank * weights, len(S) + beyond)
         limit = self._limit(norm)
@@ -104,6 +132,26 @@ class Criterion:
             return len(S)
         enough = [i for i, left in enumerate(_left_out(S, norm)) if left <= limit and i]
         return enough[0] if enough else len(S) + beyond
+
+    def _of_values(self, S: Array, norm: float, beyond: int) -> int:
+        """How many kohya keeps, one at least; all, and `beyond`, where values that are not known might decide.
+
+        From resize_lora.py of https://github.com/kohya-ss/sd-scripts.
+        """
+        import numpy as np
+
+        if not len(S) or not S[0]:
+            return min(1, len(S))
+        if self.sv_ratio is not None:
+            count = int((S[0] / self.sv_ratio < S).sum())
+            return len(S) + beyond if count == len(S) else max(count, 1)
+        if self.sv_cumulative is not None and beyond:
+            return len(S) + beyond
+        if self.sv_cumulative is not None:
+            shares, least = S.cumsum() / S.sum(), self.sv_cumulative
+        else:
+            shares, least = (S * S).cumsum() / norm**2, self.sv_fro**2  # type: ignore[operator]
+        return min(int(np.searchsorted(shares, least)) + 1, len(S) + beyond)
 
     def _limit(self, norm: float) -> float | None:
         """The Frobenius norm that may be left out."""

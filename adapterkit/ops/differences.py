@@ -33,7 +33,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     """
     import numpy as np
 
-    one, other = _floats(tuned), _floats(base)
+    one, other = floats_of(tuned), floats_of(base)
     # Where nothing else is asked of the tuned weight, the difference takes its place.
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
@@ -122,7 +122,7 @@ def _piece(tensor: Lazy, start: int, stop: int) -> Array:
     return wide
 
 
-def _floats(tensor: Lazy) -> Array:
+def floats_of(tensor: Lazy) -> Array:
     """The numbers of a tensor in float32, or float64 if they are of it."""
     import numpy as np
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
 from ..errors import AdapterkitError, UsageError
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
+from .ahead import MEMORY, ahead, most_workers, one_blas_thread
 from .algebra import summed_at
 from .at import At
+from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
+from .differences import too_large
 from .lowering import Delta
+from .methods._entrywise import Entrywise
 from .methods._learned import Learned, Trial, inner
+from .outline import outlined, unknown
 from .places import side_by_side
+from .resizing import Cut
+from .sketching import SMALL, approximated, streamed
 
 if TYPE_CHECKING:
     from ..adapter import Target
@@ -27,18 +38,37 @@ if TYPE_CHECKING:
     from .lowering import Change
     from .methods._method import Method
     from .places import Place
+    from .sketching import Decomposition
+
+FIT = "fit"
+"""The rank of results that have no low-rank factors is that of the largest input; all others stay exact."""
+
+
+SAMPLED = 16
+"""Targets that tell about where a threshold of all of them is; what they tell decides on the time alone."""
 
 
 class Evaluation:
-    """The formula at one target after another."""
+    """The formula at one target after another, several of them at a time.
+
+    Attributes:
+        cuts: what became of each target whose result was cut to a rank.
+        notes: a line for each target whose result is zero although the changes are not, or too small for its type.
+    """
 
     def __init__(
         self, asked: Asked, found: Sequence[Place], dtype: DType, rank: int | str | None, seed: int,
-        data: Callable[..., Any] | None, base: Weights | None, factor: float = 1.0,
+        data: Callable[..., Any] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
+        progress: Callable[[int, int], Any] | None = None, workers: int | None = None,
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
-        self.base, self.factor = base, factor
+        self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
+        # What the caller computes need not bear several threads.
+        self.workers = 1 if data is not None else workers or most_workers()
         self.census = Census()
+        self.census.votes_by(self._pass)
+        self.cuts: list[Cut] = []
+        self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., Any] | None = None
 
@@ -47,97 +77,254 @@ class Evaluation:
         method = self.asked.method(self.found[0].target)
         if isinstance(method, Learned):
             self.learned = method.learn(self._trial(read))
-        if self.asked.counts:
-            self._count()
         made: dict[Target, tuple[Update, ...]] = {}
         if not isinstance(method, Learned):
             self.asks = self._asking(method, read, made)
-        for place in self.found:
-            try:
-                made[place.target] = self._at(place)
-            except AdapterkitError as error:
-                raise error.at(where=str(place.target)) from None
+        with one_blas_thread():
+            if self.asked.counts:
+                self._count()
+            self._fill(made)
         return made
+
+    def outline(self, read: Sequence[Adapter]) -> Adapter:
+        """The result before it is computed: its targets, methods, shapes and types, with tensors that cannot be read.
+
+        Ranks are the largest that there can be.
+        """
+        made = {place.target: self._outline_at(place) for place in self.found}
+        return outlined(made, read[0])
+
+    def _outline_at(self, place: Place) -> tuple[Update, ...]:
+        method = self.asked.method(place.target)
+        if self._summed(place, method) is not None:
+            return summed_at(place, [1.0] * len(place.updates), stacking=False)
+        changes = [change for change in place.changes() if change is not None]
+        lead = (changes[0].experts or 1,) if place.target.stacked else ()
+        fields: dict[str, Any] = {}
+        weighted = any(change.changes_weight for change in changes)
+        bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
+        if not weighted or len(place.shape) == 1 or (method.dense and self.rank is None):
+            fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
+            return (Dense(**fields, **({} if bias is None else {"d": bias})),)  # type: ignore[arg-type]
+        rank = self.rank if isinstance(self.rank, int) else sum(self._ranks(place)) or self.fallback or 1
+        rank = min(rank, place.shape[0], math.prod(place.shape[1:]))
+        fields["A"] = unknown((*lead, rank, *place.shape[1:]), self.dtype)
+        fields["B"] = unknown((*lead, place.shape[0], rank), self.dtype)
+        return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
+
+    def _summed(self, place: Place, method: Method) -> list[float] | None:
+        """The weights of a plain sum, where that is all there is to do."""
+        exact = self.rank is None or (self.rank == FIT and self._thin(place))
+        return method.sums(self._weights(place.target)) if exact else None
+
+    def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
+        total = sum(map(_bytes, self.found))
+        if self.workers == 1:
+            results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
+            self._take(results, made, total)
+            return
+        with ahead(self._placed, self.found, self.workers, self._cost) as several:
+            self._take(several, made, total)
+
+    def _take(
+        self, results: Iterator[tuple[tuple[Update, ...], Cut | None]], made: dict[Target, tuple[Update, ...]],
+        total: int,
+    ) -> None:  # fmt: skip
+        done = 0
+        for place, (updates, cut) in zip(self.found, results, strict=True):
+            made[place.target] = updates
+            self.cuts += [] if cut is None else [cut]
+            done += _bytes(place)
+            if self.progress is not None:
+                self.progress(done, total)
+
+    def _cost(self, place: Place) -> int:
+        """About how many bytes the work on a target holds: the result, if it has to be held, and blocks or factors."""
+        out, columns = place.shape[0], math.prod(place.shape[1:])
+        if self.rank is not None and self.asked.method(place.target).dense:
+            return out * columns * self.dtype.itemsize + (32 << 20)
+        return 24 * (out + columns) * sum(self._ranks(place))
+
+    def _ranks(self, place: Place) -> list[int]:
+        """The rank of each adapter at a target, as far as it has low-rank factors there."""
+        found = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
+        return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
+
+    def _placed(self, place: Place) -> tuple[tuple[Update, ...], Cut | None]:
+        with _errors_at(place):
+            return self._at(place)
 
     def _count(self) -> None:
         if self.asked.varies:
             why = "what is counted over the whole adapter cannot differ from target to target"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
+        stages = self.asked.method(self.found[0].target).stages
+        self.census.run(lambda few: self._pass(self.census, few), stages)
 
-        def once() -> None:
-            for place in self.found:
+    def _pass(self, census: Census, few: bool = False) -> None:
+        """Runs the formula at all targets, or at a few of them, for a census alone."""
+        chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
+
+        def once(place: Place) -> None:
+            with _errors_at(place):
                 changes = place.changes()
-                for _ in self._matrices(place, changes):
-                    pass
-                self._bias(place, changes)
+                for method, at, deltas in self._standings(place, changes, census):
+                    self._matrix(method, place, at, deltas)
+                self._bias(place, changes, census)
 
-        self.census.run(once)
+        with ahead(once, chosen, self.workers, self._cost) as done:
+            for _ in done:
+                pass
 
-    def _at(self, place: Place) -> tuple[Update, ...]:
+    def _at(self, place: Place) -> tuple[tuple[Update, ...], Cut | None]:
         method = self.asked.method(place.target)
-        weights = self._weights(place.target)
-        sums = method.sums(weights)
-        if sums is not None and self.rank is None:
-            return summed_at(place, sums, stacking=False)
+        sums = self._summed(place, method)
+        if sums is not None:
+            return summed_at(place, sums, stacking=False), None
         changes = place.changes()
         has_weight = any(change is not None and change.changes_weight for change in changes)
         if has_weight and method.dense and self.rank is None:
-            return (self._lazily(place, changes),)
-        found = list(self._matrices(place, changes)) if has_weight else None
-        return (self._stored(place, found, self._bias(place, changes)),)
+            return (self._lazily(place, changes),), None
+        bias = self._bias(place, changes)
+        if not has_weight:
+            return (dense(place.target, place.shape, None, bias, self.dtype),), None
+        made = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
+        update = self._stored(place, [delta for delta, _, _ in made], bias)
+        self._look(place, changes, [delta for delta, _, _ in made])
+        if not any(lost for _, _, lost in made):
+            return (update,), None
+        norm, error = math.hypot(*(size for _, size, _ in made)), math.hypot(*(lost for _, _, lost in made))
+        rank = max(delta.rank for delta, _, _ in made)
+        cut = Cut(str(place.target), update.method, min(made[0][0].shape), rank, norm, error)
+        return (update,), cut
+
+    def _look(self, place: Place, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
+        """Notes a result that is zero, or that its type holds as zero, where the changes are not."""
+        import numpy as np
+
+        # A bound on the entries: it tells what is surely too small, without forming a product.
+        given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
+        if not given:
+            return
+        kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
+        if made is None:
+            found = given * max(map(abs, self._weights(place.target)), default=0.0) * len(changes)
+            if 0 < found < kind.smallest_subnormal:
+                self.notes.append(_small(place, found, self.dtype.name))
+            return
+        found = max(map(_bound, made))
+        if not found:
+            self.notes.append(f"{place.target}: the result is zero; the largest change there is at most {given:.2g}")
+        elif max(max(map(_size, (d.B, d.A)), default=0.0) for d in made) < kind.smallest_subnormal:
+            self.notes.append(_small(place, found, self.dtype.name))
+
+    def _thin(self, place: Place) -> bool:
+        return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
 
     def _lazily(self, place: Place, changes: Sequence[Change | None]) -> Update:
         """A dense difference that is computed when it is read: all of them together would be a whole model."""
-        import numpy as np
-
-        from ..methods.dense import Dense
         from ..tensors.computed import computed, held
 
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
         shape, bias = (*lead, *place.shape), self._bias(place, changes)
+        self._look(place, changes, None)
 
         def make() -> Array:
-            return np.stack([delta.dense() for delta in self._matrices(place, changes)]).reshape(shape)
+            import numpy as np
+
+            kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
+            D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
+            with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+                for one, (method, at, deltas) in zip(D, self._standings(place, changes), strict=True):
+                    self._into(one, method, place, at, deltas)
+            return D.reshape(shape)
 
         d = None if bias is None else held(bias, self.dtype)
         return Dense(D=computed(shape, self.dtype, make), d=d)  # type: ignore[arg-type]
 
-    def _matrices(self, place: Place, changes: Sequence[Change | None]) -> Any:
-        """The combined change of each weight: one, or each expert's."""
+    def _standings(
+        self, place: Place, changes: Sequence[Change | None], census: Census | None = None
+    ) -> Iterator[tuple[Method, At, list[Delta]]]:
+        """The method, where it stands, and the changes, for each weight: one, or each expert's."""
         method = self.asked.method(place.target)
         for number, row in enumerate(side_by_side(changes)):
             present = tuple(t for t, delta in enumerate(row) if delta is not None)
-            deltas = [delta for delta in row if delta is not None]
-            at = self._standing(place, present, number if place.target.stacked else None)
-            yield self._cut(self._matrix(method, place, at, deltas), deltas)
+            at = self._standing(place, present, number if place.target.stacked else None, census)
+            yield method, at, [delta for delta in row if delta is not None]
 
     def _matrix(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Delta:
+        """The combined change of a weight."""
         import numpy as np
 
         from .methods._changes import whole
 
-        weights = np.array([self._weights(place.target)[t] for t in at.present])
-        if len(place.shape) > 1:
-            return method.matrix(deltas, weights, at)
-        return whole(method.vector(np.stack([delta.dense()[:, 0] for delta in deltas]), weights, at)[:, None])
+        weights = self._present(place, at)
+        if len(place.shape) == 1:
+            return whole(method.vector(np.stack([delta.dense()[:, 0] for delta in deltas]), weights, at)[:, None])
+        if at.census.counting and isinstance(method, Entrywise):
+            method.count(Blocks(deltas), weights, at)
+            return deltas[0]
+        return method.matrix(deltas, weights, at)
 
-    def _cut(self, delta: Delta, of: Sequence[Delta]) -> Delta:
-        """The result at the rank that was asked for."""
-        from .criteria import Criterion
-        from .sketching import dominant
+    def _into(self, D: Array, method: Method, place: Place, at: At, deltas: list[Delta]) -> None:
+        """The combined change of a weight, written to D `[out, in * k]`."""
+        if not isinstance(method, Entrywise) or len(place.shape) == 1:
+            D[...] = self._matrix(method, place, at, deltas).dense()
+            return
+        for rows, made in method.rows(Blocks(deltas), self._present(place, at), at):
+            D[rows] = made
+
+    def _present(self, place: Place, at: At) -> Array:
+        import numpy as np
+
+        weights = self._weights(place.target)
+        return np.array([weights[t] for t in at.present])
+
+    def _cut(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> tuple[Delta, float, float]:
+        """The result at the rank that was asked for, its norm, and the norm of what that lost."""
         from .thin import svd
 
-        if self.rank is None or self.census.counting or min(delta.shape) == 1:
-            return delta
-        largest = max(each.rank for each in of) or min(delta.shape)
-        rank = min(self.rank if isinstance(self.rank, int) else largest, *delta.shape)
-        if delta.rest is not None:
-            return Delta(*balanced(*dominant(delta.dense(), Criterion(rank=rank), self.seed)))
-        U, S, Vh = svd(delta)
-        return Delta(*balanced(U[:, :rank], S[:rank], Vh[:rank]))
+        uncut = self.rank is None or min(deltas[0].shape) == 1
+        if uncut or not isinstance(method, Entrywise):
+            made = self._matrix(method, place, at, deltas)
+            if uncut or (self.rank == FIT and made.rest is None):
+                return made, 0.0, 0.0
+            if made.rest is None:
+                U, S, Vh = svd(made)
+                rank = self._rank_of(deltas)
+                lost = math.sqrt(float((S[rank:] ** 2).sum()))
+                return Delta(*balanced(U[:, :rank], S[:rank], Vh[:rank])), math.hypot(*S), lost
+            D = made.dense()
+        else:
+            held = self._held(method, place, at, deltas)
+            if held is None:
+                rows = lambda: method.rows(Blocks(deltas), self._present(place, at), at)  # noqa: E731
+                return _approximation(*streamed(rows, deltas[0].shape, self._rank_of(deltas), self.seed))
+            D = held
+        return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
-    def _bias(self, place: Place, changes: Sequence[Change | None]) -> Array | None:
+    def _held(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Array | None:
+        """The result of one weight in memory; None where that is too large for it."""
+        import numpy as np
+
+        (out, columns), size = deltas[0].shape, self.dtype.itemsize
+        if out * columns * size > MEMORY:
+            return None
+        # Small ones are exact: LAPACK decomposes them whole.
+        kind = np.float64 if self.dtype.name == "F64" or min(out, columns) <= SMALL else np.float32
+        D = np.empty((out, columns), kind)
+        self._into(D, method, place, at, deltas)
+        return D
+
+    def _rank_of(self, deltas: Sequence[Delta]) -> int:
+        """The rank to cut to at one weight."""
+        if isinstance(self.rank, int):
+            return min(self.rank, *deltas[0].shape)
+        largest = max((each.rank for each in deltas if each.rest is None), default=0)
+        return min(largest or self.fallback or min(deltas[0].shape), *deltas[0].shape)
+
+    def _bias(self, place: Place, changes: Sequence[Change | None], census: Census | None = None) -> Array | None:
         """The combined change of the bias, `[out]` or `[e, out]`."""
         import numpy as np
 
@@ -149,7 +336,9 @@ class Evaluation:
         weights = np.array([self._weights(place.target)[t] for t in present])
         stacked = np.stack([np.atleast_2d(bias) for bias in found if bias is not None], 1)
         made = [
-            method.vector(each, weights, self._standing(place, present, e if place.target.stacked else None, bias=True))
+            method.vector(
+                each, weights, self._standing(place, present, e if place.target.stacked else None, census, bias=True)
+            )
             for e, each in enumerate(stacked)
         ]
         return np.stack(made) if place.target.stacked else made[0]
@@ -159,14 +348,20 @@ class Evaluation:
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype)
         rank, (out, columns) = max(delta.rank for delta in found), found[0].shape
-        if any(delta.rest is not None for delta in found) or rank * (out + columns) > 2 * out * columns:
+        wide = rank * (out + columns) > 2 * out * columns and self.rank != FIT
+        if any(delta.rest is not None for delta in found) or wide:
             return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype)
         return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
 
-    def _standing(self, place: Place, present: tuple[int, ...], expert: int | None, bias: bool = False) -> At:
+    def _standing(
+        self, place: Place, present: tuple[int, ...], expert: int | None, census: Census | None = None,
+        bias: bool = False,
+    ) -> At:  # fmt: skip
         part = ("bias" if bias else "weight") + ("" if expert is None else f" {expert}")
         scalings = tuple(_scaling(place.updates[t]) for t in present)
-        at = At(place.target, place.shape, present, part, self.seed, self.asked.each, scalings, self.census, self.asks)
+        counted = self.census if census is None else census
+        at = At(place.target, place.shape, present, part, self.seed, self.asked.each, scalings, counted, self.asks)
+        at = replace(at, depth=self.asked.depths.known(place.target))
         base = self.base
         return at if base is None else replace(at, base=lambda: base.at(place.target, expert, bias))
 
@@ -181,7 +376,7 @@ class Evaluation:
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
             self.learned = coefficients
-            return Adapter({place.target: self._at(place) for place in self.found}, read[0].base)
+            return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
         def products(target: Target, gradient: Any) -> Array:
             place = next(place for place in self.found if place.target == target)
@@ -198,6 +393,47 @@ class Evaluation:
         # A view that grows with what is done, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: self.data(position, path, so_far if done else None)
+
+
+@contextmanager
+def _errors_at(place: Place) -> Iterator[None]:
+    """Errors within the block name the target, and those of LAPACK are typed."""
+    import numpy as np
+
+    try:
+        # What is too large for a float is refused where it is stored, and by decompositions.
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except np.linalg.LinAlgError:
+        raise too_large().at(where=str(place.target)) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(place.target)) from None
+
+
+def _size(X: Array) -> float:
+    """The largest magnitude."""
+    import numpy as np
+
+    return float(np.abs(X).max()) if X.size else 0.0
+
+
+def _bound(delta: Delta) -> float:
+    """A bound on the magnitudes of a change."""
+    rest = 0.0 if delta.rest is None else _size(delta.rest)
+    return delta.rank * _size(delta.B) * _size(delta.A) + rest
+
+
+def _small(place: Place, bound: float, dtype: str) -> str:
+    return f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) holds them"
+
+
+def _bytes(place: Place) -> int:
+    """The size of a target's weight in float32, as a measure of the work there is."""
+    return 4 * math.prod(place.shape)
+
+
+def _approximation(found: Decomposition, norm: float, lost: float) -> tuple[Delta, float, float]:
+    return Delta(*balanced(*found)), norm, lost
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:

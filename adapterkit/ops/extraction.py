@@ -8,20 +8,18 @@ token embeddings the rows that changed, new tokens among them.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from threadpoolctl import threadpool_limits
-
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..binding.bases import check_tuned
 from ..binding.fitting import paths_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
+from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
@@ -30,14 +28,15 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import Names, resolve
 from ..naming.ties import aliases, find_tie, is_embedding
 from ..tensors.checkpoint import opened
+from ..tensors.computed import held, load
 from ..tensors.dtypes import DTYPES
 from ..tensors.fingerprint import fingerprint
 from ..tensors.lazy import Lazy, from_numpy
-from .ahead import ahead
+from .ahead import ahead, most_workers, one_blas_thread
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
-from .differences import changed_rows, check_rows, difference, frobenius, left
+from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
 from .forms import FORMS
 from .lowering import Change
 from .resizing import Cut, seed_of
@@ -87,7 +86,8 @@ def extract(
         targets: globs of dotted paths to look at, all of them where none is given; the rest is taken as unchanged.
         embeddings: `rows`: changed and new rows as they are, or the whole table if most of them changed. `low-rank`: as
             any matrix, where no token is new.
-        method: of changed matrices: `lora`; `loha`, two products of the rank, multiplied entry by entry, that come
+        method: of changed matrices: `lora`; `dora`, the norm of each row and a LoRA of its
+            direction; `loha`, two products of the rank, multiplied entry by entry, that come
             nearer than a LoRA of it; `lokr`, the nearest Kronecker product, of which `rank` is w2's; or `shira`, the
             largest entries, as many as a LoRA of the rank has numbers. All but the first are of linear layers only.
         dtype: the type of the factors; float32 where not given, and what is exact for factors of full rank.
@@ -115,9 +115,9 @@ def extract(
     criterion.check()
     if embeddings not in ("rows", "low-rank"):
         raise UsageError(f"unknown way {embeddings!r} with embeddings", cure="Known: rows, low-rank")
-    if method not in ("lora", *FORMS):
+    if method not in ("lora", "dora", *FORMS):
         raise Unsupported(
-            f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, {', '.join(FORMS)}"
+            f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, dora, {', '.join(FORMS)}"
         )
     weights, made = opened(base), opened(tuned)
     if strict_base:
@@ -130,8 +130,8 @@ def extract(
     import numpy as np  # noqa: F401
 
     with (
-        threadpool_limits(1, "blas"),
-        ahead(lambda name: [*job.changes(name)], names, workers or min(os.cpu_count() or 1, 16)) as results,
+        one_blas_thread(),
+        ahead(lambda name: [*job.changes(name)], names, workers or most_workers()) as results,
     ):
         for name, found in zip(names, results, strict=True):
             for target, update, cut in found:
@@ -241,6 +241,9 @@ class _Extraction:
         D = view_of(difference(name, tuned, base, exact=exact), target)
         if not D.any():
             return
+        if self.method == "dora":
+            yield self._directed(target, D, view_of(floats_of(base), target))
+            return
         if self.method != "lora":
             yield self._formed(target, D)
             return
@@ -253,6 +256,26 @@ class _Extraction:
         lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
         size = math.hypot(*(frobenius(one) for one in weights))
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
+
+    def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
+        """A DoRA: the tuned rows' norms, and a LoRA towards the tuned rows at the norms that they had."""
+        import numpy as np
+
+        if D.ndim > 2:
+            why = f"dora of a weight of {D.ndim} axes"
+            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+        W = W.astype(np.float64)
+        tuned = W + D
+        before, after = (np.sqrt((X * X).sum(1)) for X in (W, tuned))
+        towards = tuned * np.where(after > 0, before / np.where(after > 0, after, 1.0), 1.0)[:, None] - W
+        U, S, Vh = dominant(towards.astype(np.float32), self.criterion, seed_of(str(target)))
+        kind = result_type([], self.dtype)
+        B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
+        update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
+        V = W + load(B) @ load(A)
+        sizes = np.sqrt((V * V).sum(1))
+        made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
+        return target, update, Cut(str(target), "dora", min(D.shape), len(S), frobenius(D), frobenius(tuned - made))
 
     def _formed(self, target: Target, D: Array) -> tuple[Target, Update, Cut]:
         """Another method's update of the difference `[out, in]`."""

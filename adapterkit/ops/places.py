@@ -117,7 +117,7 @@ def places(
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
     base = None if base is None else opened(base)
-    given = [_opened(adapter, base) for adapter in adapters]
+    given = [source_adapter(adapter, base) for adapter in adapters]
     if strict_base:
         named = [
             source if isinstance(source, str | PathLike) else f"adapter {n}" for n, source in enumerate(adapters, 1)
@@ -138,7 +138,8 @@ def places(
     return read, [Place(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
 
 
-def _opened(source: Source, base: Base | None) -> Adapter:
+def source_adapter(source: Source, base: Base | None) -> Adapter:
+    """The adapter, read where it is a path, and validated."""
     if isinstance(source, Adapter):
         source.validate()
         return source

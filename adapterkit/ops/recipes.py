@@ -45,6 +45,12 @@ _TASK_ARITHMETIC = frozenset({
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
 """mergekit's switches -> its methods that look at them; the others ignore them (mergekit 0.1.5)."""
 
+ARGUMENTS = frozenset({
+    "adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename",
+    "strict_base", "workers", "report", "before", "progress",
+})  # fmt: skip
+"""Arguments of `combine` that are no parameter of a method, and have a place or an option of their own."""
+
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """Parameters of mergekit's that change nothing here -> the values for which that is so."""
 
@@ -150,6 +156,8 @@ def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path
             continue
         if key in FLAGS and not switches.get(key, True):
             continue
+        if key in ARGUMENTS:
+            raise UsageError(f"{key} is no parameter of a method", where=where, path=path, cure="Leave it out")
         name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
         made[name] = said
     return made

@@ -70,6 +70,9 @@ def resize(
     energy: float | None = None,
     error: float | None = None,
     frobenius: float | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
     scope: str = "target",
     base: Base | None = None,
     dtype: str | None = None,
@@ -85,6 +88,10 @@ def resize(
         energy: the share of each change's squared Frobenius norm to keep at least.
         error: the relative Frobenius error to allow at most.
         frobenius: the Frobenius error to allow at most.
+        sv_ratio: kohya's: keep singular values above the largest over this number. With each of kohya's three, `rank`
+            is the most that is kept.
+        sv_cumulative: kohya's: the share of the sum of singular values to keep at least.
+        sv_fro: kohya's: the share of the Frobenius norm to keep at least.
         scope: `target`: each target for itself. `all`: the largest singular values of the adapter, wherever they are;
             `rank` is then the mean rank, and a target that gets none is left out.
         base: settles names, and shapes that the adapter does not tell.
@@ -95,9 +102,9 @@ def resize(
 
     Raises:
         CheckFailed: the base is not the one that the adapter names, and `strict_base`.
-        UsageError: not exactly one of the four is given, or it is out of range; the rank is above what any weight has.
+        UsageError: not exactly one of them is given, or it is out of range; the rank is above what any weight has.
     """
-    criterion = Criterion(rank, energy, error, frobenius, scope)
+    criterion = Criterion(rank, energy, error, frobenius, sv_ratio, sv_cumulative, sv_fro, scope)
     criterion.check()
     return _resized("resize", adapter, criterion, base, dtype, report, rename, strict_base, every=False)
 
@@ -139,7 +146,7 @@ def promote(
         UsageError: more than one of the four is given, or it is out of range.
         NotMergeable: with a base, a law that is not one of weights.
     """
-    criterion = Criterion(rank, energy, error, frobenius, scope)
+    criterion = Criterion(rank, energy, error, frobenius, scope=scope)
     criterion.check(needed=False)
     return _resized("promote", adapter, criterion, base, dtype, report, rename, strict_base, every=True)
 

@@ -28,6 +28,10 @@ class Depths:
         self.layers = {str(target): _layer(target) for target in targets}
         self.last = max((layer for layer in self.layers.values() if layer is not None), default=0)
 
+    def known(self, target: Target) -> float | None:
+        """The same, or None where the target is in no numbered layer."""
+        return None if self.layers[str(target)] is None else self.of(target)
+
     def of(self, target: Target) -> float:
         """Raises UsageError: the target is in no numbered layer."""
         layer = self.layers[str(target)]

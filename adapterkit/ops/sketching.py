@@ -14,10 +14,10 @@ which is wrong with a probability of 1e-8 at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .differences import frobenius, too_large
+from .differences import frobenius, left, too_large
 
 if TYPE_CHECKING:
     from ..tensors.computed import Array
@@ -79,6 +79,77 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         rank = small if criterion.rank is not None else 2 * rank
     found = exact(D)
     return first(found, criterion.counts([found[1]], [norm])[0])
+
+
+def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
+    """The first singular values and vectors of a matrix: the best where it is small, else near to that.
+
+    Args:
+        D: `[m, n]`, float32 or float64.
+        rank: how many.
+        seed: of the random vectors.
+
+    Returns:
+        the decomposition, the Frobenius norm of the matrix, and that of the error, which is measured.
+
+    Raises:
+        Malformed: the square of its norm is too large for float64.
+    """
+    import numpy as np
+
+    norm, small = frobenius(D), min(D.shape)
+    if not math.isfinite(norm):
+        raise too_large()
+    if small <= SMALL or 3 * rank > small or norm == 0:
+        found = first(exact(D), rank)
+    else:
+        random = np.random.default_rng(seed)
+        found = first(_sketch(D, min(2 * rank + 16, small), 2, random)[2], rank)
+    U, S, Vh = found
+    return found, norm, _lost(norm, S, lambda: left(D, U * S, Vh))
+
+
+def streamed(
+    rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
+) -> tuple[Decomposition, float, float]:
+    """The same of a matrix that is too large to hold; `rows` gives it a few rows at a time, and is called six times."""
+    import numpy as np
+
+    m, n = shape
+    width = min(2 * rank + 16, m, n)
+
+    def times(X: Array) -> Array:
+        """D @ X"""
+        result = np.empty((m, X.shape[1]))
+        for span, part in rows():
+            result[span] = part @ X
+        return result
+
+    def under(Q: Array) -> tuple[Array, float]:
+        """Q^T @ D, and the square of D's norm."""
+        result, square = np.zeros((Q.shape[1], n)), 0.0
+        for span, part in rows():
+            result += Q[span].T @ part
+            square += frobenius(part) ** 2
+        return result, square
+
+    Q = _basis(times(np.random.default_rng(seed).standard_normal((n, width))))
+    for _ in range(2):
+        Q = _basis(times(_basis(under(Q)[0].T)))
+    part, square = under(Q)
+    if not math.isfinite(square):
+        raise too_large()
+    U, S, Vh = first(_by_gram(part), rank)
+    norm = math.sqrt(square)
+    return (Q @ U, S, Vh), norm, _lost(norm, S, None)
+
+
+def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
+    """The norm of what singular values leave out; measured, where too little is left for a difference of squares."""
+    square = norm**2 - float((S.astype("<f8") ** 2).sum())
+    if square < 1e-6 * norm**2 and measure is not None:
+        return measure()
+    return math.sqrt(max(square, 0.0))
 
 
 def exact(D: Array) -> Decomposition:

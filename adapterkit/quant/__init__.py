@@ -1,7 +1,7 @@
-"""Quantization schemes: one module each, found by its file name; and a base seen through the one that packed it.
+"""Quantization schemes, one module each, and bases read through the scheme that packed them.
 
-A packed weight becomes a lazy tensor of the numbers that its own library computes with, read in runs of rows: whatever
-merges into it afterwards needs to know nothing of how it is stored.
+A packed weight becomes a lazy tensor of the numbers that its own library computes with, read in runs of rows. So a
+merge needs to know nothing about how the weight is stored.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = [
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
-"""What tools write beside a config that is of the packed weights alone."""
+"""Files that tools write beside a config, and that describe packed weights only."""
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-"""Element types of which no packed weight is: of a base that has no others, no scheme is asked, nor imported."""
+"""Element types that no packed weight has. If a base has no other types, no scheme is asked or imported."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dequantized(Checkpoint):
-    """A quantized base as its own library computes with it; `tensors` and `home` hold weights, not their parts.
+    """A quantized base with dequantized weights; `tensors` and `home` list weights, not their stored parts.
 
     Attributes:
         scheme: the name of the scheme that packed it.
         packed: name -> packed weight.
         stored: the base as it is stored.
-        packs: whether what is merged into a packed weight is to be quantized again.
+        packs: True if merged weights will be quantized again.
     """
 
     scheme: str = ""
@@ -57,12 +57,12 @@ class Dequantized(Checkpoint):
 
     @property
     def written(self) -> dict[str, Lazy]:
-        """The stored tensors as they will be written, where packed weights are packed again."""
+        """The stored tensors as they will be written, with packed weights packed again."""
         changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
         return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
 
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
-        """A packed weight with other parts, read as those of the base are."""
+        """Return a packed weight with other parts, read like those of the base."""
         own = weight.with_parts(parts)
         if own is not None:
             return own
@@ -72,12 +72,12 @@ class Dequantized(Checkpoint):
 
 
 def config_file(base: Checkpoint) -> Mapping[str, Any] | None:
-    """The config.json beside a base's weights; the config of a GGUF file is made of its key-values and is no file."""
+    """Return the config.json beside a base's weights; a GGUF file's config is made from its key-values, not a file."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
 def said_method(base: Checkpoint) -> str | None:
-    """The word of the base's config for how it is quantized; None where it is silent."""
+    """Return the quantization method that the base's config names; None if it names none."""
     config = (base.config or {}).get("quantization_config")
     if config is None:
         return None
@@ -86,7 +86,7 @@ def said_method(base: Checkpoint) -> str | None:
 
 
 def is_quantized(base: Checkpoint) -> bool:
-    """Whether the config says so, or a scheme knows the names and dtypes of the tensors for its own."""
+    """Whether the config names a quantization, or a scheme recognises the names and dtypes of the tensors."""
     if said_method(base) is not None:
         return True
     plain = all(tensor.dtype.name in PLAIN for tensor in base.tensors.values())
@@ -94,16 +94,16 @@ def is_quantized(base: Checkpoint) -> bool:
 
 
 def detect(base: Checkpoint) -> str:
-    """The name of the one scheme that packed the base, from its headers and config.
+    """Return the name of the one scheme that packed the base, judging by headers and config.
 
     Raises:
-        Unsupported: none of the known schemes did, or several might have.
+        Unsupported: no known scheme matches, or several do.
     """
     found = [name for name in SCHEMES if SCHEMES[name]().detect(base)]
     if len(found) == 1:
         return found[0]
     method = said_method(base)
-    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) in no way that is known here"
+    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) by an unknown scheme"
     raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
 
 
@@ -111,14 +111,14 @@ ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
 
 
 def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
-    """The base with every packed weight as the numbers that it stands for, read when they are asked for.
+    """Return the base with every packed weight dequantized, lazily.
 
     Args:
         base: a quantized base.
-        packs: whether what is merged into a packed weight is to be quantized again.
+        packs: True if merged weights will be quantized again.
 
     Raises:
-        Unsupported: no scheme, or more than one, knows it.
+        Unsupported: no scheme, or more than one, recognises the base.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     name = detect(base)
@@ -148,7 +148,7 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
 
 
 def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A file's metadata without what torchao says there of each tensor."""
+    """Return a file's metadata without torchao's entries for each tensor."""
     torchao = "tensor_names" in metadata
     return {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
 

@@ -1,6 +1,6 @@
-"""NVFP4: w = e2m1 * scale * second, a scale in 8-bit floats for each 16 numbers and one second scale for all.
+"""NVFP4: w = e2m1 * scale * second, with an 8-bit float scale per 16 numbers and one second scale per tensor.
 
-Two tools store it: one the second scale itself, the other what to divide by.
+Two tools store it: one stores the second scale itself, the other its inverse.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 GROUP = 16
 TOP, MOST = 6.0, 448.0
-"""The largest float of four bits, and the largest scale."""
+"""The largest 4-bit float, and the largest scale."""
 
 
 @dataclass(frozen=True, eq=False)
 class Float4(Packed):
-    """The first of two numbers is in the low half of its byte."""
+    """Pairs of numbers in bytes, the first one in the low half."""
 
     stored: Lazy
     scale: Lazy
@@ -58,7 +58,7 @@ class Float4(Packed):
         return cast("np.ndarray[Any, Any]", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """The second scale stays, since layers that run as one share it, unless a number is too large for it."""
+        """Keep the second scale, because fused layers share it, unless a number is too large for it."""
         import numpy as np
 
         second = finite(numbers(self.second), self.members[2])
@@ -82,13 +82,13 @@ def _quantized(values: Array, second: Array, stored: Lazy) -> tuple[Array, Array
 
 
 def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide: bool) -> Float4:
-    """The packed weight of a module.
+    """Return the packed weight of a module.
 
     Args:
         base: the quantized base.
         module: its path.
-        names: last words of the names of the packed numbers, their scales and the second scale.
-        divide: the second scale is what to divide by.
+        names: the last parts of the names of the packed numbers, their scales and the second scale.
+        divide: True if the second scale is a divisor.
     """
     name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
     stored = part_of(base, name, members[0], ("U8",))

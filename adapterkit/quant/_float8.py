@@ -1,4 +1,4 @@
-"""Weights of 8-bit floats with scales: one for all, one a row, or one a block. Several schemes store them."""
+"""Weights of 8-bit floats with one scale per tensor, row or block, as several schemes store them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 @dataclass(frozen=True, eq=False)
 class Scaled(Packed):
-    """w = q * scale: rows and columns share a scale in blocks of `block`; `grid` is the shape of one expert's scales.
+    """w = q * scale. Blocks of `block` rows and columns share a scale; `grid` is the shape of one expert's scales.
 
-    A grid of a single scale for all experts has `experts` 1.
+    If all experts share a single scale, `experts` is 1.
     """
 
     stored: Lazy
@@ -51,7 +51,7 @@ class Scaled(Packed):
         return dict(zip(self.members[:2], (stored, scale), strict=True))
 
     def _bands(self) -> Iterator[tuple[int, int]]:
-        """Runs of rows with scales of their own, none of them across two experts."""
+        """Yield runs of rows with scales of their own, none of which spans two experts."""
         rows = math.prod(self.shape[:-1])
         height = self.shape[-2] if self.experts > 1 else rows
         block = self.block[0] if self.grid[0] > 1 else height
@@ -61,7 +61,7 @@ class Scaled(Packed):
                 yield start, min(start + step, first + height)
 
     def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
-        """q and scales of a run: the scale is the largest of its cell over the largest 8-bit float."""
+        """Return q and scales of a run: each scale is the block's largest number over the largest 8-bit float."""
         import ml_dtypes
         import numpy as np
 
@@ -82,7 +82,7 @@ class Scaled(Packed):
 
 
 def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
-    """What to read at a time: whole blocks of rows, or parts of one that is large."""
+    """Yield runs to read at a time: whole blocks of rows, or parts of a large block."""
     most = max(1, STEP // max(width, 1))
     step = most // block * block or most
     for first in range(start, stop, step):
@@ -90,7 +90,7 @@ def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, 
 
 
 def _largest(values: Array, block: tuple[int, int]) -> Array:
-    """The largest size in each cell of a grid."""
+    """Return the largest magnitude in each block."""
     import numpy as np
 
     rows = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[0], block[0]), axis=0)
@@ -98,7 +98,8 @@ def _largest(values: Array, block: tuple[int, int]) -> Array:
 
 
 def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
-    """Scales as they are stored, and the float32 that they then stand for; powers of two are rounded up."""
+    """Return scales in their stored form, and as float32; powers of two are rounded up."""
+    # Rounded down, the scale could make the largest number exceed the range of the 8-bit floats.
     import numpy as np
 
     if stored.dtype.name in ("U8", "F8_E8M0"):
@@ -111,10 +112,10 @@ def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
 def scaled(
     base: Checkpoint, name: str, scale_name: str, block: tuple[int, int] | None, others: tuple[str, ...] = ()
 ) -> Scaled:
-    """The packed weight of a stored tensor and its scales.
+    """Return the packed weight of a stored tensor and its scales.
 
     Raises:
-        ShapeMismatch: the scales are no grid over the weight.
+        ShapeMismatch: the scales do not form a grid over the weight.
     """
     stored, scale = base.tensors[name], base.tensors[scale_name]
     if scale.dtype.name not in SCALES:
@@ -130,7 +131,7 @@ def scaled(
 
 
 def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """(rows and columns that share a scale, the grid's shape, how many of them there are)."""
+    """Return the block size (rows, columns), the grid of scales of one expert, and the number of such grids."""
     *lead, height, width = weight
     experts = math.prod(lead)
     if math.prod(scale) == 1:
@@ -152,7 +153,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
 
 
 def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> np.ndarray[Any, Any]:
-    """Rows of a grid of scales in float32; whole bytes are exponents of two."""
+    """Return rows of a grid of scales in float32; bytes are exponents of two."""
     import numpy as np
 
     found = numbers(scale, start * width, (stop - start) * width).reshape(stop - start, width)

@@ -1,7 +1,7 @@
-"""Whole numbers in groups of columns: w = (q - zero) * scale, one zero and one scale a row and group.
+"""Integers in groups of columns: w = (q - zero) * scale, with one zero point and one scale per row and group.
 
-Quantized again, q = round(w / scale) + zero, by the group's own scale, which was searched for when the base was made,
-or by a fresh one from its smallest and largest number: whichever has the smaller square error.
+Requantized, q = round(w / scale) + zero. The scale is the group's old one, which a search chose when the base was made,
+or a fresh one from its smallest and largest number; the one with the smaller squared error wins.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
     from ._scheme import Array, Merged
 
 BITS = (2, 4, 8)
-"""Widths that never straddle two words."""
+"""Bit widths at which no number spans two words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grouped(Packed):
-    """A subclass says how whole numbers, zeros and scales of rows are read.
+    """A packed weight of integers; a subclass reads integers, zero points and scales of rows.
 
     Attributes:
-        bits: of each number.
-        groups: how many groups of columns there are.
-        index: the group of each column, where columns were reordered; else groups are runs of columns.
+        bits: the width of each number.
+        groups: the number of groups of columns.
+        index: the group of each column, if columns were reordered; None if groups are runs of columns.
     """
 
     groups: int
     index: Lazy | None
     bits: int
     granule: ClassVar[int] = 1
-    """Rows that share a word."""
+    """Number of rows that share a word."""
 
     @abstractmethod
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """q of rows, `[rows, columns]`, int32."""
+        """Return q of some rows, `[rows, columns]`, int32."""
 
     @abstractmethod
     def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
-        """Zeros of rows, `[rows, groups]`, int32."""
+        """Return the zero points of some rows, `[rows, groups]`, int32."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Scales of rows, `[rows, groups]`, float32."""
+        """Return the scales of some rows, `[rows, groups]`, float32."""
 
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         import numpy as np
@@ -67,16 +67,16 @@ class Grouped(Packed):
 
     @property
     def zero_span(self) -> tuple[int, int]:
-        """The smallest and the largest zero that can be stored."""
+        """The smallest and the largest zero point that can be stored."""
         return self.span
 
     @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
-        """The stored parts of some rows: of q, of the zeros if there are any, of the scales."""
+        """Return the stored parts of some rows: q, the zero points if there are any, and the scales."""
 
     @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
-        """The members out of the parts of all runs of rows."""
+        """Return the stored tensors, joined from the parts of all runs of rows."""
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         at = self._group_of()
@@ -90,14 +90,14 @@ class Grouped(Packed):
         return self.named(pieces)
 
     def _fixed_zero(self) -> int | None:
-        """The zero of all groups where the weight is quantized symmetrically."""
+        """Return the common zero point if the weight is quantized symmetrically, else None."""
         zeros = self.zeros(0, self.shape[0])
         if isinstance(zeros, int):
             return zeros
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
     def _fresh(self, values: Array, at: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Scales and zeros by the smallest and the largest number of each group."""
+        """Return scales and zero points from the smallest and the largest number of each group."""
         import numpy as np
 
         low, high = self.span
@@ -113,7 +113,7 @@ class Grouped(Packed):
 
     @abstractmethod
     def kept(self, scales: Array) -> Array:
-        """Scales rounded to how they are stored, in float32."""
+        """Return scales rounded to their stored dtype, in float32."""
 
     def _on(self, values: Array, scales: Array, zeros: Array, at: Array) -> _Grid:
         import numpy as np
@@ -138,7 +138,7 @@ class Grouped(Packed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
-    """Rows on one choice of scales and zeros, and the square error of each row and group."""
+    """Rows quantized by one choice of scales and zero points, with the squared error of each row and group."""
 
     q: Array
     zeros: Array
@@ -147,7 +147,7 @@ class _Grid:
 
 
 def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
-    """q, zeros and scales, group by group those with the smaller error."""
+    """Return q, zero points and scales, from the choice with the smaller error in each group."""
     import numpy as np
 
     other_wins = other.errors < one.errors
@@ -157,7 +157,7 @@ def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
 
 
 def words(q: Array, bits: int) -> Array:
-    """Numbers of `bits` bits in 32-bit words, the lowest first, along the last axis, filled up with zeros; int32."""
+    """Pack numbers of `bits` bits into 32-bit words along the last axis, lowest bits first, zero-padded; int32."""
     import numpy as np
 
     per = 32 // bits
@@ -168,7 +168,7 @@ def words(q: Array, bits: int) -> Array:
 
 
 def unpacked(words: np.ndarray[Any, Any], bits: int, count: int | None = None) -> np.ndarray[Any, Any]:
-    """Unsigned numbers of `bits` bits out of 32-bit words, the lowest first, along the last axis; int32."""
+    """Unpack unsigned numbers of `bits` bits from 32-bit words along the last axis, lowest bits first; int32."""
     import numpy as np
 
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
@@ -177,5 +177,5 @@ def unpacked(words: np.ndarray[Any, Any], bits: int, count: int | None = None) -
 
 
 def whole(tensor: Lazy) -> np.ndarray[Any, Any]:
-    """All of a stored tensor."""
+    """Read all of a stored tensor."""
     return numbers(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""What a scheme is: how to know its bases, and how to find their packed weights."""
+"""The interface of a quantization scheme: recognise its bases, and find their packed weights."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
 NO_PACKING = "Merge with quantized=/--quantized dequantize, and quantize the result with the scheme's own tool"
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The sixteen numbers of a float of four bits: a sign, two bits of exponent, one of mantissa."""
+"""The sixteen values of a 4-bit float with one sign bit, two exponent bits and one mantissa bit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed(ABC):
-    """One weight as a scheme stores it. A scheme's subclass says what its rows are.
+    """One weight as a scheme stores it; a scheme's subclass reads its rows.
 
     Attributes:
-        name: of the weight in a base that is not quantized.
-        shape: likewise.
-        dtype: of the numbers that its library makes of it.
-        members: the stored tensors that it is made of; in place of the first the weight stands.
+        name: the weight's name in the unquantized base.
+        shape: its shape there.
+        dtype: the dtype that its library dequantizes to.
+        members: the stored tensors that it consists of; the weight takes the place of the first one.
     """
 
     name: str
@@ -47,56 +47,56 @@ class Packed(ABC):
 
     @property
     def merged(self) -> str:
-        """The dtype in which `pack` takes its numbers."""
+        """The dtype of the numbers that `pack` takes."""
         return "F32"
 
     @property
     def changes(self) -> bool:
-        """Whether it is written in another form than it is stored in, merged into or not."""
+        """Whether it will be written in another form than it is stored in, whether or not it is merged into."""
         return False
 
     @property
     def written(self) -> Lazy:
-        """Its one member as it will be written, if it `changes`: a size alone.
+        """The member as it will be written, if the weight `changes`: its size only.
 
         Raises:
-            Unsupported: the scheme has one form.
+            Unsupported: the scheme has only one form.
         """
         raise Unsupported("its scheme has no other form to write it in", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:
-        """Its run of bytes in a member that several weights lie in, in order, as it will be written; else None."""
+        """Its run of bytes, as it will be written, in a member that several weights share; else None."""
         return None
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
-        """The weight with other parts, where that takes no look at the base; None where the scheme has to find it."""
+        """Return the weight with other parts if that is possible without the base; None if the scheme must find it."""
         return None
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows of the weight seen as `[rows, width]`, width being its last axis; of `dtype`'s numpy type.
+        """Return rows of the weight as `[rows, width]`, where width is its last axis, in `dtype`'s numpy type.
 
         Raises:
             Malformed: a scale is a NaN or an infinity.
         """
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        """Quantizes other numbers in this weight's place, by the scheme's own formula.
+        """Quantize other numbers in place of this weight's, by the scheme's own formula.
 
         Args:
-            merged: gives rows `start` to `stop` of them, float32 `[rows, width]`; it may be asked again.
+            merged: returns rows `start` to `stop` of them, float32 `[rows, width]`; it may be called repeatedly.
 
         Returns:
-            the members that change, in their stored dtypes; their shapes are as before.
+            The members that change, in their stored dtypes and shapes.
 
         Raises:
-            Unsupported: the scheme's quantization is not known here.
+            Unsupported: quantizing to this scheme is not implemented.
         """
         raise Unsupported("nothing here quantizes to this scheme", where=self.name, cure=NO_PACKING)
 
     def lazy(self) -> Lazy:
-        """The weight as a lazy tensor, which reads no more than the rows it is asked for."""
+        """Return the weight as a lazy tensor that reads only the rows it is asked for."""
         return Lazy(self.shape, self.dtype, lambda: self._part(0, math.prod(self.shape)), part=self._part)
 
     def _part(self, first: int, count: int) -> Buffer:
@@ -113,14 +113,14 @@ class Packed(ABC):
 
 
 class Scheme:
-    """A way to pack weights, in whole numbers or 8-bit floats: a base with neither, and a silent config, is not packed.
+    """A way to pack weights as integers or 8-bit floats. A base with neither, and no such config, is not quantized.
 
     Subclass it in a module of its own; the module's name is the scheme's name.
 
     Class attributes:
-        url: where the layout is described.
+        url: a description of the layout.
         description: one line for tables.
-        oracle: what computes with it, and what its dequantization is compared with.
+        oracle: the library that computes with it, and that its dequantization is compared with.
     """
 
     url: ClassVar[str] = ""
@@ -128,15 +128,15 @@ class Scheme:
     oracle: ClassVar[str] = ""
 
     def detect(self, base: Checkpoint) -> bool:
-        """Whether the base is packed so, by its headers and config alone."""
+        """Whether the base is packed by this scheme, judging by headers and config only."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
-        """The config by which adapters' names are resolved against the packed weights' names."""
+        """Return the config by which adapters' names are resolved against the names of packed weights."""
         return base.config
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        """The packed weights.
+        """Yield the packed weights.
 
         Raises:
             Malformed, ShapeMismatch: their parts are missing, damaged or do not fit together.
@@ -145,13 +145,13 @@ class Scheme:
 
 
 def settings(base: Checkpoint) -> dict[str, Any]:
-    """What the base's config says about quantization; empty where it is silent."""
+    """Return the `quantization_config` of the base's config; empty if there is none."""
     found = (base.config or {}).get("quantization_config")
     return found if isinstance(found, dict) else {}
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
-    """The dtype that a weight comes out in: of 16-bit scales, else of a 16-bit model, else bfloat16."""
+    """Return the dtype to dequantize to: that of 16-bit scales, else that of a 16-bit model, else bfloat16."""
     if scale is not None and scale.dtype.name in ("F16", "BF16"):
         return scale.dtype
     config = base.config or {}
@@ -160,11 +160,11 @@ def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
 
 
 def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -> Lazy:
-    """A stored tensor that a packed weight needs.
+    """Return a stored tensor that a packed weight needs.
 
     Raises:
-        Malformed: it is not there.
-        ShapeMismatch: it is of another dtype.
+        Malformed: it is missing.
+        ShapeMismatch: it has another dtype.
     """
     found = base.tensors.get(name)
     if found is None:
@@ -176,17 +176,17 @@ def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -
 
 
 def expect(shape: Shape, wanted: Shape, name: str) -> None:
-    """Checks the shape of a part of a packed weight.
+    """Check the shape of a part of a packed weight.
 
     Raises:
-        ShapeMismatch: it is another one.
+        ShapeMismatch: it differs.
     """
     if shape != wanted:
         raise ShapeMismatch(f"of shape {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
 
 
 def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-    """A run of a stored tensor's elements, flat, in a dtype that can be computed with."""
+    """Read a run of a stored tensor's elements, flat, in a dtype for arithmetic."""
     import numpy as np
 
     size = math.prod(tensor.shape) - first if count is None else count
@@ -194,16 +194,16 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> np.ndarra
 
 
 def rows_of(tensor: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Rows `start` to `stop` of a stored tensor seen as `[rows, width]`."""
+    """Read rows `start` to `stop` of a stored tensor as `[rows, width]`."""
     width = tensor.shape[-1]
     return numbers(tensor, start * width, (stop - start) * width).reshape(stop - start, width)
 
 
 def finite(scales: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """The scales in float32 where they are not wider.
+    """Return the scales in float32, or in float64 if they are.
 
     Raises:
-        Malformed: one is a NaN or an infinity.
+        Malformed: a scale is a NaN or an infinity.
     """
     import numpy as np
 
@@ -214,7 +214,7 @@ def finite(scales: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 
 def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.ndarray[Any, Any]:
-    """The halves of bytes, along the last axis, which becomes twice as long."""
+    """Split bytes into their halves along the last axis, which becomes twice as long."""
     import numpy as np
 
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
@@ -222,11 +222,11 @@ def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.nda
 
 
 STEP = 1 << 17
-"""Numbers quantized at a time: few enough that they stay in a core's cache."""
+"""Numbers quantized at a time; few enough to stay in a core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
-    """Runs of rows to quantize at a time: a multiple of `granule` each, but for the last."""
+    """Yield runs of rows to quantize at a time; all but the last are multiples of `granule`."""
     rows = math.prod(shape[:-1])
     step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
     for start in range(0, rows, step):
@@ -234,7 +234,7 @@ def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
 
 
 def divided(values: Array, scale: Array | float) -> Array:
-    """values / scale, and 0 where the scale is 0."""
+    """Return values / scale, and 0 where the scale is 0."""
     import numpy as np
 
     wide = np.broadcast_to(np.asarray(scale, np.float32), values.shape)
@@ -242,7 +242,7 @@ def divided(values: Array, scale: Array | float) -> Array:
 
 
 def nearest_e2m1(values: Array) -> Array:
-    """The numbers of four bits whose E2M1 is nearest, of two the one with the even mantissa; uint8."""
+    """Return the codes (uint8) of the nearest E2M1 values; ties go to the even mantissa."""
     import numpy as np
 
     levels = np.array(E2M1[:8], np.float32)
@@ -253,13 +253,13 @@ def nearest_e2m1(values: Array) -> Array:
 
 
 def halves(q: Array, *, high_first: bool = False) -> Array:
-    """Numbers of four bits in bytes, in pairs along the last axis, of even length: what `nibbles` undoes."""
+    """Pack pairs of 4-bit numbers along the last axis, of even length, into bytes; the inverse of `nibbles`."""
     first, second = q[..., 0::2], q[..., 1::2]
     return (first << 4 | second) if high_first else (first | second << 4)
 
 
 def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
-    """Pieces of several parts, run by run, joined each along its axis."""
+    """Join the pieces of several parts, each part along its own axis."""
     import numpy as np
 
     return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]

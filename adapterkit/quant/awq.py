@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ._scheme import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where in a word each of eight outputs is."""
+"""Position in a word of each of eight outputs."""
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""Which output is at each place of a word."""
+"""Output at each position of a word."""
 
 
 class Awq(Scheme):
@@ -74,7 +74,7 @@ class _Words(Grouped):
 
 
 def _outputs(stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Outputs `start` to `stop` out of words, `[outputs, rows of the stored tensor]`."""
+    """Unpack outputs `start` to `stop` from words, `[outputs, rows of the stored tensor]`."""
     first = start // 8
     held = whole(stored)[:, first : -(-stop // 8)].copy()
     ordered = unpacked(held, 4).reshape(*held.shape, 8)[..., PLACES].reshape(held.shape[0], -1)
@@ -82,7 +82,7 @@ def _outputs(stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
 
 
 def _in_words(numbers: Array) -> Array:
-    """Numbers `[outputs, columns]` in words `[columns, outputs/8]`."""
+    """Pack numbers `[outputs, columns]` into words `[columns, outputs/8]`."""
     eights = numbers.T.reshape(numbers.shape[1], -1, 8)
     return words(eights[..., ORDER].reshape(numbers.shape[1], -1), 4)
 

@@ -1,10 +1,10 @@
-"""bitsandbytes' nf4 and fp4, also with double quantization: sixteen levels, scaled by the largest of each block.
+"""bitsandbytes' nf4 and fp4, with or without double quantization: sixteen levels, scaled by each block's maximum.
 
-w = code[q] * absmax[block], the blocks running over the flat weight; the first of two weights is in the high half of
-its byte. Doubly quantized, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
+w = code[q] * absmax[block]. Blocks are runs of the flat weight, and the first of two weights is in the high half of its
+byte. With double quantization, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314
 
-Quantized again, q is the level nearest to w / absmax; the second quantization keeps its offset.
+Requantized, q is the level nearest to w / absmax. The second quantization keeps its offset.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LARGEST_STATE = 1 << 16
 
 
 class Bnb4bit(Scheme):
-    """`<weight>` in bytes; beside it `.absmax`, `.quant_map`, `.nested_*` and the state, a JSON text in bytes."""
+    """`<weight>` as bytes; beside it `.absmax`, `.quant_map`, `.nested_*` and the state, JSON text stored as bytes."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
@@ -63,7 +63,7 @@ class Bnb4bit(Scheme):
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Scales of runs of elements: plain, or bytes that stand for numbers of a table, themselves scaled by runs."""
+    """Scales of runs of elements: plain floats, or bytes that index a table and are themselves scaled in runs."""
 
     stored: Lazy
     name: str
@@ -73,7 +73,7 @@ class _Blocks:
     offset: float = 0.0
 
     def of(self, first: int, stop: int) -> np.ndarray[Any, Any]:
-        """The scales of blocks `first` to `stop`, float32."""
+        """Return the scales of blocks `first` to `stop`, float32."""
         import numpy as np
 
         values = numbers(self.stored, first, stop - first)
@@ -83,14 +83,14 @@ class _Blocks:
         return finite(scaled + np.float32(self.offset), self.name)
 
     def each(self, first: int, stop: int) -> np.ndarray[Any, Any]:
-        """The scale of every element from `first` to `stop`."""
+        """Return the scale of every element from `first` to `stop`."""
         import numpy as np
 
         start, end = first // self.size, -(-stop // self.size)
         return np.repeat(self.of(start, end), self.size)[first - start * self.size :][: stop - first]
 
     def pack(self, scales: Array) -> dict[str, Array]:
-        """The stored parts for other scales."""
+        """Return the stored parts for other scales."""
         import numpy as np
 
         if self.table is None or self.above is None:
@@ -136,7 +136,7 @@ class _Levels(Packed):
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
-    """The levels nearest to flat numbers, each block of `size` divided by its largest; (their places, the largest)."""
+    """Divide each block of `size` by its largest number; return the nearest levels' indices and these numbers."""
     import numpy as np
 
     blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
@@ -167,7 +167,7 @@ BYTES = BY_TORCH["uint8"]
 
 
 def _absmax(base: Checkpoint, name: str, state: dict[str, Any], blocks: int) -> tuple[_Blocks, tuple[str, ...]]:
-    """The scales of a weight and the names of the tensors that hold them."""
+    """Return the scales of a weight, and the names of the tensors that hold them."""
     key, size = f"{name}.absmax", state["blocksize"]
     nested = state.get("nested_blocksize")
     stored = part_of(base, name, key, ("F32",) if nested is None else ("U8",))

@@ -33,7 +33,7 @@ ONE_127TH = 7.874015718698502e-3
 
 
 class BnbInt8(Scheme):
-    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are found in the inputs, not stored."""
+    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are found in inputs, not stored."""
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
     description = "bitsandbytes LLM.int8(): rows of whole numbers, a scale each"
@@ -66,7 +66,7 @@ class _Rows(Packed):
 
 
 def _quantized(values: Array) -> tuple[Array, Array]:
-    """q = round(127 w / SCB) of rows, halves to even."""
+    """Quantize rows, q = round(127 w / SCB), halves to even."""
     import numpy as np
 
     largest = np.abs(values).max(1)

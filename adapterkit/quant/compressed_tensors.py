@@ -1,6 +1,6 @@
-"""compressed-tensors: whole numbers, packed or not, 8-bit floats, and NVFP4, as llm-compressor writes them.
+"""compressed-tensors, as llm-compressor writes it: integers (packed or not), 8-bit floats, and NVFP4.
 
-w = (q - zero) * scale; packed whole numbers are stored with half their range added.
+w = (q - zero) * scale. Packed integers are stored with half their range added.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _weight(base: Checkpoint, module: str) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Grouped):
-    """Rows of bytes, or of words of numbers of `bits` bits with half their range added."""
+    """Rows of bytes, or of words that hold `bits`-bit integers with half their range added."""
 
     stored: Lazy
     scale: Lazy
@@ -130,7 +130,7 @@ class _Whole(Grouped):
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows of what there is one of a row and group, or one of for all."""
+        """Return rows of a tensor that has one number per row and group, or one in all."""
         import numpy as np
 
         if stored.nbytes == stored.dtype.itemsize:
@@ -177,7 +177,7 @@ def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str,
 
 
 def _weights(base: Checkpoint, key: str) -> Any:
-    """The one value that all groups of the config give a property of their weights."""
+    """Return the common value of a property of weights in all groups of the config."""
     groups = settings(base).get("config_groups")
     found = []
     for group in groups.values() if isinstance(groups, dict) else ():

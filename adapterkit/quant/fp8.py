@@ -1,4 +1,4 @@
-"""fp8: w = q * scale, a scale for the whole weight, each row, or each block (DeepSeek's layout: 128 x 128).
+"""fp8: w = q * scale, with a scale per tensor, row, or block (DeepSeek's layout: 128 x 128).
 
 DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 3.3; Micikevicius et al. 2022, arXiv:2209.05433
 """
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub")
-"""Scales of a layer's inputs: of use to fp8 arithmetic alone."""
+"""Scales of a layer's inputs, which only fp8 arithmetic uses."""
 
 
 class Fp8(Scheme):
-    """`<weight>` in an 8-bit float and `<weight>_scale_inv` or `<weight>_scale`, whose shape says what shares one."""
+    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what shares one."""
 
     url = "https://huggingface.co/docs/transformers/main/en/quantization/finegrained_fp8"
     description = "8-bit floats with a scale for the tensor, a row, or a block (DeepSeek)"

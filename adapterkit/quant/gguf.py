@@ -1,6 +1,6 @@
-"""GGUF: models as llama.cpp has them; a weight is one tensor of ggml's blocks, in the file's own names and row order.
+"""GGUF models, as llama.cpp stores them: each weight is a tensor of ggml blocks, with its own names and row order.
 
-Merged, a file becomes a file: key-values and every tensor that no adapter touches keep their bytes.
+A merge writes a GGUF file again: key-values and all tensors that no adapter touches keep their bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` decides on names and row order."""
+    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order."""
 
     url = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     description = f"GGUF models: {', '.join(BLOCKS)}; merged into a GGUF file of the same or another type"
@@ -54,7 +54,7 @@ class GgufModel(Scheme):
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
-        """The model type of the family, by which adapters' names are resolved."""
+        """Return a config with the model type of the family, by which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
         said = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
         return {**(base.config or {}), **said}
@@ -68,10 +68,10 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """What the tensors of a model are, by its key-values and the family that they say.
+    """Maps a model's tensors to weights, by its key-values and the naming of its family.
 
     Raises:
-        Unsupported: the file is no language model, or of an architecture that no family has.
+        Unsupported: the file is not a language model, or no family has its architecture.
     """
 
     def __init__(self, files: Sequence[Model]) -> None:
@@ -86,7 +86,7 @@ class _Contents:
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[Model], base: Checkpoint) -> tuple[list[Split], set[str]]:
-        """The weights whose rows lie in two tensors, and the names of those; both must be there in a known type."""
+        """Return the weights whose rows are in two tensors, and these tensors' names, if both have a known type."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         found: list[Split] = []
@@ -113,14 +113,15 @@ class _Contents:
         return found, {member for weight in found for member in weight.members}
 
     def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
-        """A tensor's weight under its key, or those of the experts that are stacked in it.
+        """Yield a tensor's weight under its name in the base, or the weights of the experts stacked in it.
 
-        A tensor that the family's file does not have keeps its name in the GGUF file, so that no target finds it.
+        A tensor that the family does not list keeps its name in the GGUF file, so no target finds it.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
         found = place_of(self.family, module) if leaf else None
-        if found is None or found[1].beside is not None:  # Of a pair in two tensors, the other is missing.
+        # The second tensor of a pair is missing, so the weight cannot be assembled.
+        if found is None or found[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
         key, place, numbers = found
@@ -146,22 +147,22 @@ class _Contents:
 
 
 def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """A stack of matrices as one matrix of all their rows."""
+    """Return the shape of a stack of matrices as one matrix of all their rows."""
     return (math.prod(shape) // width, width)
 
 
 def _module(name: str) -> tuple[str, str]:
-    """(module, `.weight` or `.bias`) of a tensor's name; of another name, itself and nothing."""
+    """Split a tensor's name into (module, `.weight` or `.bias`); other names have an empty second part."""
     module, dot, leaf = name.rpartition(".")
     return (module, dot + leaf) if leaf in ("weight", "bias") else (name, "")
 
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Packed):
-    """Rows of blocks. `kind` is as stored, `new` as it will be written; row i is row `order[i]` of the weight.
+    """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
 
-    Likewise column i is column `columns[i]` of the weight.
-    `experts` weights share the member, one behind the other, `stored` being the bytes of this one; 0: it has its own.
+    Likewise column i is column `columns[i]` of the weight. If `experts` is not 0, that many weights share the member,
+    one after the other, and `stored` has the bytes of this one.
     """
 
     stored: Lazy
@@ -182,7 +183,7 @@ class _Tensor(Packed):
 
     @property
     def written(self) -> Lazy:
-        """The tensor as it will be written: its size alone."""
+        """The tensor as it will be written: its size only."""
         if self.new == self.kind and not self.experts:
             return self.stored
         size = -(-raw_size(self.new, self.shape) * max(self.experts, 1) // self.alignment) * self.alignment
@@ -205,12 +206,13 @@ class _Tensor(Packed):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
+        # Reading up to four times as many rows in one read is cheaper than one read for each run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
 
     def _scattered(self, wanted: Array) -> Array:
-        """Rows that lie far from each other: one read for each run of them."""
+        """Return rows that are far apart, with one read for each run of them."""
         import numpy as np
 
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -218,7 +220,7 @@ class _Tensor(Packed):
 
     @property
     def _places(self) -> Array:
-        """The tensor's row in which each row of the weight is; of a vector, the position of each number."""
+        """The tensor's row for each row of the weight; for a vector, the position of each number."""
         import numpy as np
 
         return np.argsort(np.asarray(self.order), kind="stable")
@@ -249,11 +251,11 @@ class _Tensor(Packed):
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """The base with every matrix to be written in another type; vectors and routers stay.
+    """Return the base with every matrix to be written in another type; vectors and routers stay unchanged.
 
     Raises:
-        UsageError: no such type.
-        Unsupported: rows that are no whole blocks of it.
+        UsageError: there is no such type.
+        Unsupported: rows are not whole blocks of it.
     """
     kind = {"FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(kind.upper(), kind.upper())
     if kind not in (*BLOCKS, "F32", "F16", "BF16"):
@@ -270,13 +272,13 @@ def _retyped(weight: Packed, kind: str) -> Packed:
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
     if kind in BLOCKS and weight.shape[-1] % BLOCKS[kind][1]:
-        why = f"rows of {weight.shape[-1]} are no whole blocks of {kind}"
+        why = f"rows of {weight.shape[-1]} are not a multiple of the block size of {kind}"
         raise Unsupported(why, where=name, cure="Choose F16, BF16 or F32")
     return replace(weight, new=kind)
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """The base with every tensor in the type that another file of the same tensors has it in."""
+    """Return the base with every tensor to be written in the type that it has in another file."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
@@ -286,6 +288,6 @@ def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
 
 
 def header(base: Dequantized, file: Any) -> bytes:
-    """The header of an output file: the base's own bytes, but for types and offsets that change."""
+    """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
     kinds = {weight.members[0]: weight.new for weight in base.packed.values() if isinstance(weight, _Tensor)}
     return read_model(file).header(kinds)

@@ -1,6 +1,6 @@
 """GPTQ: w[out, in] = (q - (zero + 1)) * scale by groups of inputs, as AutoGPTQ and GPTQModel store it.
 
-Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zeros themselves, not one less.
+Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zero points themselves instead of one less.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Gptq(Scheme):
 
 
 def _bits(base: Checkpoint) -> int:
-    """The width that the config says, or 0; without one nothing tells it."""
+    """Return the bit width from the config, or 0; nothing else shows it."""
     said = settings(base).get("bits")
     return said if type(said) is int else 0
 

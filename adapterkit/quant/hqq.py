@@ -1,7 +1,7 @@
-"""HQQ: w = (q - zero) * scale by groups, each operation rounded to the compute dtype, as hqq computes it.
+"""HQQ: w = (q - zero) * scale by groups, with each operation rounded to the compute dtype, like hqq.
 
-Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. The scales come out of an
-optimization, so that nothing here quantizes to it again.
+Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. An optimization chooses the scales,
+so requantizing is not implemented.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
-"""Width -> how many numbers share a byte, or of 3 bits a word."""
+"""Bit width -> numbers per byte; for 3 bits, numbers per 32-bit word."""
 LARGEST_TEXT = 64
 STATE = (
     "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float",
@@ -67,7 +67,7 @@ class _Groups(Packed):
         return np.asarray(values.reshape(-1, self.shape[-1])[start:stop])
 
     def _unpacked(self) -> np.ndarray[Any, Any]:
-        """q as `[groups, size]`, or `[size, groups]`: the first rows in the highest bits."""
+        """Return q as `[groups, size]` or `[size, groups]`; the first rows are in the highest bits."""
         import numpy as np
 
         words, per = whole(self.stored), PER[self.bits]
@@ -112,5 +112,5 @@ def _dtype(base: Checkpoint, name: str, module: str) -> Any:
     text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""
     found = BY_TORCH.get(text.removeprefix("torch."))
     if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"{text!r} is no dtype to compute in", path=base.root, where=key, cure=DAMAGED)
+        raise Malformed(f"{text!r} is not a dtype to compute in", path=base.root, where=key, cure=DAMAGED)
     return found

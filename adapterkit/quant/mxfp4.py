@@ -1,7 +1,7 @@
-"""MXFP4 as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), a scale for each 32 numbers.
+"""MXFP4, as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), with a scale per 32 numbers.
 
-OCP Microscaling Formats 1.0: the scale is the largest power of two within the largest number, over 4. Packed along
-the inputs; unpacked, the experts are `[e, in, out]`.
+OCP Microscaling Formats 1.0: the scale is the largest power of two not above the largest number, divided by 4. Numbers
+are packed along the inputs; unpacked, the experts are `[e, in, out]`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Experts(Packed):
         return {name: np.stack(parts) for name, parts in zip(self.members, zip(*found, strict=True), strict=True)}
 
     def _of(self, expert: int, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
+        """Return inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
         import numpy as np
 
         _, outs, groups, size = self.stored.shape
@@ -96,7 +96,7 @@ class _Experts(Packed):
 
 
 def quantized(values: Array) -> tuple[Array, Array]:
-    """Numbers `[inputs, outputs]` as blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`."""
+    """Quantize `[inputs, outputs]` to blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`."""
     import numpy as np
 
     groups = values.swapaxes(0, 1).reshape(values.shape[1], -1, GROUP)

@@ -1,4 +1,4 @@
-"""NVFP4 as NVIDIA's ModelOpt stores it: w = e2m1 * scale * second scale.
+"""NVFP4, as NVIDIA's ModelOpt stores it: w = e2m1 * scale * second scale.
 
 NVIDIA 2025, Pretraining Large Language Models with NVFP4, arXiv:2509.25149, section 2
 """

@@ -1,8 +1,8 @@
-"""torchao: w = (q - zero) * scale by groups of whole numbers, or 8-bit floats, as its safetensors layout has them.
+"""torchao: w = (q - zero) * scale by groups of integers, or 8-bit floats, in its safetensors layout.
 
-The metadata of a file says each tensor's class in JSON; parts are `<module>._weight_qdata`, `_scale`, `_zero_point`.
-Layouts of one kernel (Int4Tensor and its tiled forms) are refused by name; so are `.bin` files of its classes, since
-to read them is to run its code.
+A file's metadata has each tensor's class in JSON. The parts are `<module>._weight_qdata`, `_scale` and `_zero_point`.
+Layouts for a single kernel (Int4Tensor and its tiled forms) are refused by name. So are `.bin` files of its classes,
+because reading them would run its code.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Torchao(Scheme):
 
 
 def _said(base: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, what the metadata says) of every tensor of a class of torchao's."""
+    """Yield (name, metadata) of every tensor of a torchao class."""
     for path, metadata in base.metadata.items():
         if "tensor_names" not in metadata:
             continue

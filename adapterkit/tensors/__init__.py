@@ -1,1 +1,1 @@
-"""Tensors on disk and in hand: element types, lazy handles, readers and writers of files. No torch at import."""
+"""Tensors on disk and in memory: element types, lazy handles, file readers and writers. Imports no torch at start."""

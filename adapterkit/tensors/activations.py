@@ -1,6 +1,6 @@
-"""Activations by name, over the arrays of any library: `ACTIVATIONS["gelu"](x)`.
+"""Activation functions by name, for the arrays of any library: `ACTIVATIONS["gelu"](x)`.
 
-Names are those that transformers and AdapterHub write into configs, so several may mean one function.
+The names are those that transformers and AdapterHub write into configs, so several names can mean one function.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def sigmoid(x: Any) -> Any:
 
 
 def softmax(x: Any) -> Any:
-    """Shares along the last axis that add up to 1; of -inf none."""
+    """Softmax along the last axis; an entry of -inf gets 0."""
     xp = namespace(x)
+    # Subtracting the maximum keeps exp from overflowing and cancels in the quotient.
     powers = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return powers / xp.sum(powers, axis=-1, keepdims=True)
 
@@ -52,6 +53,7 @@ def _linear(x: Any) -> Any:
 
 def _erf(x: Any) -> Any:
     xp = namespace(x)
+    # numpy has no erf, and scipy is not a dependency.
     if hasattr(xp, "erf"):
         return xp.erf(x)
     flat = [math.erf(float(value)) for value in xp.reshape(x, (-1,))]
@@ -80,6 +82,7 @@ def _silu(x: Any) -> Any:
 
 def _softplus(x: Any) -> Any:
     xp = namespace(x)
+    # log(1 + exp(x)) overflows for large x; this form of it does not.
     return relu(x) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
@@ -93,6 +96,7 @@ def _leaky_relu(x: Any) -> Any:
 
 def _elu(x: Any) -> Any:
     xp = namespace(x)
+    # `where` evaluates both branches: without the clip, expm1 overflows for large positive x.
     return xp.where(x < 0, xp.expm1(xp.clip(x, None, 0)), x)
 
 
@@ -105,6 +109,7 @@ def _relu6(x: Any) -> Any:
 
 
 def _laplace(x: Any) -> Any:
+    # The rounded constants are those of transformers' LaplaceActivation.
     return 0.5 * (1 + _erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 
@@ -134,4 +139,4 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": _silu,
     "tanh": tanh,
 }
-"""Name -> function."""
+"""Activation name -> function."""

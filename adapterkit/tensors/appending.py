@@ -1,4 +1,4 @@
-"""Tensors one behind another in a file: those that are spans of files are copied, adjoining ones at once."""
+"""Append tensors to a file back to back. Tensors that are spans of files are copied, adjacent spans in one call."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 SMALL = 1 << 20
-"""Bytes that are gathered before they are written, of tensors that are no spans."""
+"""Computed tensors are collected up to this many bytes before they are written."""
 
 AHEAD = 16 << 20
-"""Tensors that are no spans and not larger are computed while the one before them is written."""
+"""Computed tensors of up to this many bytes are computed while the previous tensor is written."""
 
 
 def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
-    """Writes tensors one behind another; memory holds one, and a small one or a few.
+    """Write tensors back to back. Memory holds one large tensor, or a few small ones.
 
     Args:
         file: the path of an existing file.
-        start: the byte at which the first begins.
-        tensors: with their names, for messages.
-        path: what the file will be, for messages.
+        start: the byte offset of the first tensor.
+        tensors: (name, tensor) pairs; the names are for messages.
+        path: the final path of the file, for messages.
 
     Raises:
-        StorageError: a file that holds tensors cannot be read.
-        Corrupt: such a file has become shorter.
-        Malformed: a tensor is not of the size it promised.
+        StorageError: a source file cannot be read.
+        Corrupt: a source file has become shorter.
+        Malformed: a tensor does not have the promised size.
         OSError: the file cannot be written.
     """
     with closing(OpenFiles()) as sources, closing(Writer()) as writer, ThreadPoolExecutor(1) as pool:
@@ -49,12 +49,14 @@ def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str
 
 
 class _Begun:
-    """A tensor of which a thread may be working out the bytes already."""
+    """A tensor whose bytes a worker thread may already be computing."""
 
     def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
         self.name, self.tensor = name, tensor
+        # A file with its data elsewhere is sparse on disk: its span must be fetched, not copied.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
+        # Larger tensors wait for their turn, so that memory holds only one of them.
         if self.span is None and tensor.nbytes <= AHEAD:
             self.early = pool.submit(tensor.fetch)
 
@@ -63,7 +65,7 @@ class _Begun:
 
 
 def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Iterator[_Begun]:
-    """Each tensor, when the one behind it is begun."""
+    """Yield each tensor after the next one has been started, so that computing and writing overlap."""
     last: _Begun | None = None
     for name, tensor in tensors:
         following = _Begun(name, tensor, pool)
@@ -75,7 +77,7 @@ def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Ite
 
 
 def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
-    """Runs of files, as long as they are, and bytes between them."""
+    """Yield source spans, merged while they are adjacent, and buffers of computed bytes, in file order."""
     span: Span | None = None
     held = bytearray()
     for tensor in tensors:

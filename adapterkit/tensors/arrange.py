@@ -1,7 +1,7 @@
-"""Lazy tensors taken apart, put together and turned: what conversions between dialects do to factors.
+"""Split, join, transpose and scale lazy tensors: the operations that format conversions need.
 
-All but `times` and `widened` only move numbers, so that there and back gives the same bytes. Nothing is read before it
-is fetched.
+All but `times` and `widened` only move numbers, so a conversion and its inverse give the same bytes. Tensors are read
+when they are fetched, not before.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     Order = Callable[[], np.ndarray[Any, Any]]
 
 AT_ONCE = 1 << 18
-"""Bytes of a file that are read at once when some of them are asked for: three small reads take longer."""
+"""A tensor of up to this many bytes is read whole when runs of it are asked for: three small reads take longer."""
 
 REAL = ("F64", "F32", "F16", "BF16")
-"""Element types that the dialects of language models have in common."""
+"""Element types that all formats of language models support."""
 
 
 def turned(leaf: Lazy) -> Lazy:
-    """Return a tensor with its last two axes swapped; swapping twice returns the tensor that was swapped first.
+    """Return a tensor with its last two axes swapped; a second swap returns the original object.
 
-    So a factor that a format stores transposed is, read back, the very tensor that was written, and is compared
-    without being transposed again.
+    So a factor that a format stores transposed is, when it is read back, the very tensor that was written. Comparing
+    the two needs no second transpose.
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
@@ -56,16 +56,16 @@ class _Turned:
 
 
 def is_moved(leaf: Lazy) -> bool:
-    """Whether a tensor is one of a file, turned at most: its numbers are nowhere computed."""
+    """Whether a tensor's numbers are those of a file, at most transposed, and not computed."""
     return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
-    """Return the bytes of some runs of a large tensor, where that takes less than to make all of it; else None.
+    """Return the bytes of some runs of a large tensor, or None if that is no cheaper than reading all of it.
 
     Args:
         leaf: the tensor.
-        places: (first element, how many) of each run, counted in C order.
+        places: (first element, number of elements) of each run, counted in C order.
     """
     if leaf.span is not None and leaf.nbytes <= AT_ONCE:
         data, size = memoryview(leaf.fetch()), leaf.dtype.itemsize
@@ -74,6 +74,7 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(leaf.read(first, count)) for first, count in places]
     if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
+    # A run of a transposed matrix touches few of its rows. Only those are made contiguous.
     swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     found = []
@@ -85,15 +86,15 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
 
 
 def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
-    """Positions along an axis in another order: position i of the result is position `order()[i]` of the tensor."""
+    """Permute positions along an axis: position i of the result is position `order()[i]` of the tensor."""
     return leaf.map(lambda a: a.take(order(), axis), leaf.shape)
 
 
 def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Lazy:
-    """Every `step`-th position from `start` to `stop` along an axis.
+    """Return every `step`-th position from `start` to before `stop` along an axis.
 
     Raises:
-        ValueError: the tensor does not have them.
+        ValueError: the tensor does not have these positions.
     """
     at = axis % len(leaf.shape)
     if not 0 <= start <= stop <= leaf.shape[at]:
@@ -105,7 +106,7 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
 
 
 def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
-    """The tensor at every `step`-th position from `start` on of an axis of `size`, and zeros at the others."""
+    """Return zeros of length `size` along an axis, with the tensor at every `step`-th position from `start` on."""
     shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
 
     def fetch() -> memoryview:
@@ -119,14 +120,14 @@ def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
 
 
 def item(leaf: Lazy, index: int) -> Lazy:
-    """One of what is stacked along the first axis; of a tensor in a file, no more than that one is read."""
+    """Return item `index` of a tensor stacked along its first axis; reads only that item from a file."""
     return run(leaf, index * math.prod(leaf.shape[1:]), leaf.shape[1:])
 
 
 def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
-    """Return the elements from `first` on, in C order, as a tensor of `shape`; of a file no more than them is read.
+    """Return the elements from `first` on, in C order, as a tensor of `shape`; reads only these from a file.
 
-    A file that holds many factors in one array would else be read whole for each of them.
+    Without this, a file that keeps many factors in one array would be read whole for each of them.
     """
     count = math.prod(shape)
     span = None
@@ -138,7 +139,7 @@ def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
-    """Tensors one after another along an axis, in the narrowest type that holds them all."""
+    """Concatenate tensors along an axis, in the narrowest dtype that holds all of them exactly."""
     alike = same_type(leaves)
     shape = list(alike[0].shape)
     shape[axis] = sum(leaf.shape[axis] for leaf in alike)
@@ -152,12 +153,12 @@ def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
 
 
 def stacked(leaves: Sequence[Lazy]) -> Lazy:
-    """Tensors of one shape along a new first axis."""
+    """Stack tensors of one shape along a new first axis."""
     return joined([leaf.reshape(1, *leaf.shape) for leaf in leaves])
 
 
 def overlaid(leaves: Sequence[Lazy]) -> Lazy:
-    """Tensors of one shape over each other, of which at most one is other than zero at each position."""
+    """Merge tensors of one shape, of which at most one is nonzero at each position."""
     alike = same_type(leaves)
 
     def fetch() -> memoryview:
@@ -166,6 +167,7 @@ def overlaid(leaves: Sequence[Lazy]) -> Lazy:
         whole = alike[0].numpy().copy()
         for leaf in alike[1:]:
             values = leaf.numpy()
+            # Compare as numbers: the bits of -0.0 are not zero.
             np.copyto(whole, values, where=as_array(leaf) != 0)
         return bytes_of(whole)
 
@@ -173,7 +175,7 @@ def overlaid(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
-    """Matrices along the diagonal of one that is zero elsewhere."""
+    """Return a block-diagonal matrix with the given matrices as its blocks."""
     alike = same_type(leaves)
     shape = (sum(leaf.shape[0] for leaf in alike), sum(leaf.shape[1] for leaf in alike))
 
@@ -192,7 +194,7 @@ def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
 
 
 def padded(leaf: Lazy, size: int, axis: int) -> Lazy:
-    """Zeros behind what is there along an axis, up to `size`."""
+    """Append zeros along an axis, up to length `size`."""
     lack = size - leaf.shape[axis]
     if not lack:
         return leaf
@@ -202,15 +204,15 @@ def padded(leaf: Lazy, size: int, axis: int) -> Lazy:
 
 
 def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
-    """A tensor of zeros, which takes no memory before it is fetched."""
+    """Return a tensor of zeros, which takes no memory until it is fetched."""
     return Lazy(shape, dtype, lambda: bytes(math.prod(shape) * dtype.itemsize))
 
 
 def times(leaf: Lazy, factor: float) -> Lazy:
-    """The tensor times a number: computed in float64, rounded once to the tensor's own type.
+    """Multiply a tensor by a number, in float64 and with one rounding to the tensor's dtype.
 
-    Reading it raises `Malformed` where a product of a finite number is too large for the type, or where all products
-    are so small that it holds them with fewer digits, or as zeros.
+    Fetching the result raises `Malformed` if a finite number overflows the dtype. It also does if all products are
+    below the dtype's smallest normal number, so that digits would be lost or all of them become zero.
     """
     cure = "Write a format that keeps the scaling apart, such as adapterkit's own"
 
@@ -221,6 +223,7 @@ def times(leaf: Lazy, factor: float) -> Lazy:
         with np.errstate(over="ignore", under="ignore"):
             exact = as_array(leaf).astype("f8") * factor
             made = exact.astype(leaf.dtype.array)
+        # A NaN or infinity that was in the source is not this product's fault, so it passes here.
         place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
             why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
@@ -236,7 +239,7 @@ def times(leaf: Lazy, factor: float) -> Lazy:
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:
-    """The tensor in another element type; exact where that type is wider."""
+    """Convert a tensor to another dtype; exact if that dtype is wider."""
     if leaf.dtype.name == name:
         return leaf
     dtype = DTYPES[name]
@@ -244,16 +247,17 @@ def widened(leaf: Lazy, name: str) -> Lazy:
 
 
 def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:
-    """The tensors in the narrowest type that holds them all exactly."""
+    """Convert tensors to the narrowest dtype that holds all of them exactly."""
     names = {leaf.dtype.name for leaf in leaves}
     if len(names) == 1:
         return list(leaves)
+    # F32 holds BF16 and F16 exactly; neither of those holds the other.
     wide = "F64" if "F64" in names else "F32"
     return [widened(leaf, wide) for leaf in leaves]
 
 
 def equal(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors hold the same bits; tensors that lie in the same place are not read."""
+    """Whether two tensors hold the same bits; tensors on the same span are not read."""
     if one is other or (one.span is not None and one.span == other.span):
         return one.shape == other.shape
     same = (one.shape, one.dtype) == (other.shape, other.dtype)

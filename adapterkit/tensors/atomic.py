@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from ..errors import storage_error
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it is made durable and renamed over it, on any error removed.
+    """Open a temporary file beside `path`. On success, sync it and rename it to `path`; on any error, remove it.
 
-    The temporary file's name is derived from `path`, so that what a killed process left is taken over by the next
-    writer and does not stay for ever. Two writers of one path take turns. The mode is that of any new file, by the
-    umask.
+    The temporary file's name is derived from `path`, so the next writer reuses the file that a killed process left.
+    Two writers of one path take turns. The file's mode follows the umask, like that of any new file.
 
     Raises:
         StorageError: the folder cannot be written, or there is no space.
@@ -26,11 +25,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with _alone(part) as file:
             try:
+                # The file may hold what a killed writer left.
                 file.truncate(0)
                 yield file
+                # Sync before the rename: after a crash, the new name must not be without its data.
                 file.flush()
                 os.fsync(file.fileno())
-                if os.name == "nt":  # Windows renames no open file.
+                if os.name == "nt":  # Windows cannot rename an open file.
                     file.close()
                 os.replace(part, path)
             except BaseException:
@@ -43,21 +44,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def part_of(path: Path) -> Path:
-    """The temporary file of `replacing`."""
+    """Return the path of the temporary file of `replacing`."""
     return path.with_name(f".{path.name}.part")
 
 
 def _alone(part: Path) -> BinaryIO:
-    """Open a file that no other process or thread is writing; waits for one that is."""
+    """Open a file that no other process or thread is writing; wait if another one is."""
     while True:
-        # It must not be cut off before it is locked: another process may still be writing it.
+        # Do not truncate before the lock is held: another process may still be writing the file.
         file = open(part, "w+b", opener=_untouched)  # noqa: SIM115 - the caller closes it
         try:
             lock(file.fileno(), wait=True)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                 return file
         except FileNotFoundError:
-            pass  # The process that held the lock has renamed or removed the file since it was opened here.
+            pass  # The previous holder of the lock renamed or removed the file after it was opened here.
         except BaseException:
             file.close()
             raise
@@ -65,18 +66,18 @@ def _alone(part: Path) -> BinaryIO:
 
 
 def _untouched(name: str, flags: int) -> int:
-    """Open a file as it is; a link, which another user could have laid where everybody may write, is an error."""
+    """Open a file without truncating it; refuse a link, which another user could place in a shared folder."""
     return os.open(name, flags & ~os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`, atomically and durably."""
+    """Write `data` to `path`, atomically and durably."""
     with replacing(path) as file:
         file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable, where the system can."""
+    """Make renames inside `folder` durable. Windows has no way to do that."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -87,10 +88,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open file for this process until it is closed; False where another process has it."""
+    """Lock an open file for this process until it is closed; return False if another process holds the lock."""
     try:
         import fcntl
-    except ImportError:  # Windows: os.replace onto an open file fails there, which serves the same end.
+    except ImportError:  # Windows has no flock; os.replace onto an open file fails there, which protects it as well.
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Checkpoints: the weights of a base, in one file or many, as one mapping of lazy tensors."""
+"""Open a base's weights, in one file or many, as one mapping of lazy tensors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 LONGEST_NAME = 255
-"""Bytes of a file's name on every common file system; a longer one makes the system call fail, not answer no."""
+"""Longest file name in bytes on common file systems. For a longer one, `stat` fails instead of finding nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Checkpoint:
-    """Weights on disk.
+    """The weights of a base on disk.
 
     Attributes:
         root: the folder, or the single file.
         tensors: name -> lazy tensor, in file order within each file.
         files: the weight files, in order; `home` maps each tensor to one of them.
         home: tensor name -> weight file.
-        metadata: the safetensors metadata of each file, by file; empty for torch files.
-        config: the model's `config.json`, when there is one beside the weights.
+        metadata: weight file -> its safetensors metadata; empty for torch files.
+        config: the model's `config.json`, if there is one beside the weights.
         index: the parsed index file of a sharded checkpoint, else None.
     """
 
@@ -55,15 +55,15 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the other files of the model lie."""
+        """The folder with the model's other files."""
         return self.root if self.root.is_dir() else self.root.parent
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a folder of safetensors shards, one safetensors file, or a torch `.bin`/`.pt`, reading headers only.
+    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file, reading headers only.
 
     Raises:
-        StorageError: nothing readable is there.
+        StorageError: there is nothing, or it cannot be read.
         Malformed: the files disagree with each other or with their index.
         UsageError: the folder holds no weights, or more than one set of them.
     """
@@ -83,10 +83,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_shards(index: Path) -> dict[str, Lazy]:
-    """The tensors of all files that an index names, reading headers only.
+    """Return the tensors of all files that an index names, reading headers only.
 
     Raises:
-        Malformed: the index is damaged, or a file that it names is not there or does not hold what it says.
+        Malformed: the index is damaged, or a file that it names is missing or lacks a tensor.
     """
     files, (_, content) = _indexed_files(index)
     tensors, home, _ = _read_files(files)
@@ -95,27 +95,27 @@ def read_shards(index: Path) -> dict[str, Lazy]:
 
 
 def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    """A checkpoint that may be given as its path; see `open_checkpoint`."""
+    """Return a checkpoint as it is, or open it from its path; see `open_checkpoint`."""
     return base if isinstance(base, Checkpoint) else open_checkpoint(base)
 
 
 def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Args:
         path: the file.
-        strict: refuse repeated keys and numbers that are not finite; configs of bases may hold the latter.
+        strict: refuse repeated keys and non-finite numbers. Off for configs of bases, some of which contain `Infinity`.
 
     Raises:
-        Malformed: it is not one, or is unreasonably large.
-        StorageError: it cannot be read.
+        Malformed: the file is not a JSON object, or is unreasonably large.
+        StorageError: the file cannot be read.
     """
     data = read_input(path)
     try:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
         if path.name == "config.json" and b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # Half of a surrogate pair could not be written again.
+            json.dumps(value, ensure_ascii=False).encode()  # Lone surrogates raise here: they cannot be written again.
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
     if not isinstance(value, dict):
@@ -124,10 +124,10 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
 
 def contained(folder: Path, name: str) -> Path:
-    """`folder / name` for a name out of an untrusted file.
+    """Return `folder / name` for a name from an untrusted file.
 
     Raises:
-        Malformed: the name is absolute, climbs out of the folder, is longer than file systems allow, or is not a plain
+        Malformed: the name is absolute, leaves the folder, is longer than file systems allow, or is not a plain
             relative path.
     """
     pure = PurePosixPath(name)
@@ -143,7 +143,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _is_file_name(part: str) -> bool:
-    """Whether a file system takes it: JSON has lone surrogates, and names of any length."""
+    """Whether a file system accepts the name; names from JSON can be of any length and contain lone surrogates."""
     try:
         return len(part.encode()) <= LONGEST_NAME
     except UnicodeEncodeError:
@@ -171,7 +171,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
 
 
 def _splits(file: Path) -> tuple[Path, ...]:
-    """The file, or all files of a split GGUF model of which it is one."""
+    """Return the file, or all files of the split GGUF model that it belongs to."""
     found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
     if found is None:
         return (file,)
@@ -203,10 +203,10 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
 def _read_files(
     files: Sequence[Path],
 ) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
-    """The tensors of several files by name, the file of each, and the metadata of each file.
+    """Read several files: tensors by name, the file of each tensor, and the metadata of each file.
 
     Raises:
-        Malformed: two files hold a tensor of one name.
+        Malformed: two files hold a tensor of the same name.
     """
     tensors: dict[str, Lazy] = {}
     home: dict[str, Path] = {}
@@ -235,7 +235,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
 
 def raw(span: Span) -> Lazy:
-    """Bytes as they lie in a file."""
+    """Return a run of a file as a tensor of bytes, for data whose dtype is handled elsewhere."""
     return Lazy((span.nbytes,), DTYPES["U8"], None, span)
 
 

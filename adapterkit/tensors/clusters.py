@@ -1,4 +1,4 @@
-"""K-means as scikit-learn's `KMeans(init="random", n_init=1)` computes it, where rounding does not decide it."""
+"""K-means with the result of scikit-learn's `KMeans(init="random", n_init=1)`, unless rounding decides the result."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 from ..errors import Unsupported
 
 TOLERANCE = 1e-4
-"""scikit-learn's own: Lloyd's rounds end where the centers move less, in parts of the mean variance of the columns."""
+"""scikit-learn's stopping tolerance: centers that move less, relative to the mean variance of the columns, stop it."""
 
 CLOSE = 2e-6
-"""Squared distances that differ by less, in parts of the largest, are a tie: float32 does not tell them apart."""
+"""Squared distances closer than this, relative to the largest, count as a tie: float32 cannot tell them apart."""
 
 
 def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
-    """Return the cluster of each point, an int64 `[n]`.
+    """Return the cluster of each point as an int64 array `[n]`.
 
-    scikit-learn (1.3 and later) computes in float32, so that its result can depend on the machine where two centers are
-    equally far from a point. Here all is float64, and such a tie is an error: the result is what every machine gets.
+    scikit-learn (1.3 and later) computes in float32, so its result can depend on the machine if two centers are equally
+    far from a point. This function computes in float64 and refuses such ties, so every machine gets its result.
 
     Args:
         points: `[n, d]`.
         count: number of clusters, at most n.
-        rounds: `max_iter`.
-        seed: `random_state`.
+        rounds: scikit-learn's `max_iter`.
+        seed: scikit-learn's `random_state`.
 
     Raises:
         Unsupported: a tie decides the result.
@@ -32,6 +32,7 @@ def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
 
     X = np.asarray(points, dtype=np.float64)
     X = X - X.mean(axis=0)
+    # scikit-learn passes float32 sample weights as probabilities, and `choice` draws differently without them.
     share = np.full(len(X), 1, dtype=np.float32) / np.float32(len(X))
     centers = X[np.random.RandomState(seed).choice(len(X), size=count, replace=False, p=share)]
     enough = TOLERANCE * float(np.var(X, axis=0).mean())

@@ -1,6 +1,6 @@
-"""Leaves that are computed when they are read: times a number, summed, joined; float64 in the middle, one rounding.
+"""Leaves that are computed when they are read: scaled, summed or joined, in float64 with one rounding.
 
-What is only moved keeps its bits: leaves of one type that are joined are not computed with at all.
+Numbers that are only moved keep their bits: joining leaves of one dtype involves no arithmetic.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def load(leaf: Leaf) -> Array:
-    """A leaf as a numpy array to compute with: real numbers in float64, whole numbers as they are.
+    """Read a leaf as a numpy array for computing: floats as float64, integers unchanged.
 
     Raises:
-        Malformed: a NaN or an infinity.
+        Malformed: the leaf holds a NaN or an infinity.
     """
     tensor = as_lazy(leaf)
     values = _checked(tensor)
@@ -34,7 +34,7 @@ def load(leaf: Leaf) -> Array:
 
 
 def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> Lazy:
-    """A leaf whose numbers `make` computes each time that they are read."""
+    """Return a leaf whose numbers `make` computes at each read."""
 
     def fetch() -> Buffer:
         return _bytes_of(rounded(make(), dtype))
@@ -43,16 +43,16 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
 
 
 def held(values: Array, dtype: DType) -> Lazy:
-    """A leaf of numbers that are computed already, rounded once to `dtype`."""
+    """Return a leaf of numbers that are already computed, rounded once to `dtype`."""
     kept = rounded(values, dtype)
     return Lazy(tuple(kept.shape), dtype, kept.tobytes)
 
 
 def rounded(values: Array, dtype: DType) -> Array:
-    """Numbers to the nearest of `dtype`, in C order.
+    """Round numbers to `dtype`, in C order.
 
     Raises:
-        Malformed: one of them has no place in it.
+        Malformed: a number overflows the dtype, or is not finite.
     """
     import numpy as np
 
@@ -64,14 +64,14 @@ def rounded(values: Array, dtype: DType) -> Array:
 
 
 def times(leaf: Leaf, factor: float) -> Leaf:
-    """A leaf times a number; in float32 at least where its own type would round the product."""
+    """Multiply a leaf by a number; the result is float32 if the leaf's own dtype would round the product."""
     if factor == 1:
         return leaf
     return computed(leaf.shape, _exact_type(as_lazy(leaf).dtype, factor), lambda: load(leaf) * factor)
 
 
 def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None = None) -> Leaf:
-    """sum_i factors[i] * leaves[i], in the shape of the first if not said; in float32 at least."""
+    """Return sum_i factors[i] * leaves[i], in the shape of the first leaf by default; float32 or float64."""
     if len(leaves) == 1 and shape is None:
         return times(leaves[0], factors[0])
     shape = tuple(leaves[0].shape) if shape is None else shape
@@ -85,7 +85,7 @@ def total(leaves: Sequence[Leaf], factors: Sequence[float], shape: Shape | None 
 
 
 def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = None) -> Leaf:
-    """Leaves behind one another along an axis counted from the front, each times a factor, if any are given."""
+    """Concatenate leaves along a non-negative axis, each multiplied by its factor if factors are given."""
     several = list(leaves) if factors is None else [times(*each) for each in zip(leaves, factors, strict=True)]
     if len(several) == 1:
         return several[0]
@@ -100,12 +100,16 @@ def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = 
 
 
 def wide(leaves: Sequence[Leaf]) -> DType:
-    """The type of a computed result: float64 where one of the leaves is of it, else float32."""
+    """Return the dtype of a computed result: float64 if any leaf has it, else float32."""
     return DTYPES["F64" if any(as_lazy(leaf).dtype.name == "F64" for leaf in leaves) else "F32"]
 
 
 def _exact_type(dtype: DType, factor: float) -> DType:
-    """Its own for a change of sign, and for a power of two where there is room for it."""
+    """Return the leaf's own dtype if the product is exact in it, else float32.
+
+    A change of sign is always exact. A power of two is exact in BF16, which has float32's exponent range; F16's range
+    is too narrow to be sure.
+    """
     power = abs(math.frexp(factor)[0]) == 0.5
     same = dtype.name in ("F32", "F64") or factor == -1 or (power and dtype.name == "BF16")
     return dtype if same else DTYPES["F32"]
@@ -114,9 +118,10 @@ def _exact_type(dtype: DType, factor: float) -> DType:
 def _concatenated(
     parts: Sequence[Lazy], read: Callable[[Lazy], Array], shape: Sequence[int], dtype: Any, axis: int
 ) -> Array:
-    """Parts behind one another; each goes to its place when it is read, while it is still in the cache."""
+    """Concatenate parts; each is copied right after it is read, while it is still in the CPU cache."""
     import numpy as np
 
+    # One buffer of the final size avoids a second copy of all parts, which np.concatenate would need.
     made, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]
@@ -125,13 +130,13 @@ def _concatenated(
 
 
 def _bytes_of(array: Array) -> memoryview:
-    """An array's own bytes, not copied."""
+    """Return an array's own memory, without a copy."""
     flat: Any = array.reshape(-1).view("u1")
     return memoryview(flat)
 
 
 def _checked(leaf: Lazy) -> Array:
-    """The numbers in their storage type, all of them finite."""
+    """Read the numbers in their storage dtype, and check that all of them are finite."""
     values = leaf.numpy()
     check_finite(leaf, values=values)
     return values

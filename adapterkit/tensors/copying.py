@@ -1,4 +1,4 @@
-"""Copying runs of bytes between files, by the kernel where it can."""
+"""Copy byte ranges between files, in the kernel where possible."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Callable
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
+# Errors by which the kernel or the file system declines a copy; the caller then reads and writes the bytes itself.
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
 def copy_by_kernel(
     source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
 ) -> int:
-    """Copies `nbytes` from `start` of one open file to `at` of another; shares blocks where the file system can.
+    """Copy `nbytes` from offset `start` of one open file to offset `at` of another; share disk blocks if possible.
 
     Returns:
-        how many bytes the kernel copied: all, or as many as it would before it declined.
+        How many bytes the kernel copied. It may be fewer than `nbytes`, and the caller copies the rest.
 
     Raises:
         OSError: reading or writing failed.
@@ -41,14 +42,14 @@ def copy_by_kernel(
 
 
 class OpenFiles:
-    """Files that are kept open, so many at once: a base of hundreds of shards must not run into the system's limit."""
+    """A limited cache of open files: a base of hundreds of shards must not exhaust the process's file handles."""
 
     def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
         self.limit, self.opener = limit, opener
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
-        """The file, unbuffered; the one that was not asked for the longest is closed for it."""
+        """Return the file, unbuffered; at the limit, the least recently used file is closed."""
         file = self._files.pop((path, mode), None)
         if file is None:
             while len(self._files) >= self.limit:
@@ -63,13 +64,13 @@ class OpenFiles:
 
 
 class WriteBehind:
-    """Has written ranges go to disk at once, and their pages go once they are there.
+    """Start writing ranges to disk at once, and drop their pages from the page cache afterwards.
 
-    So the disk works from the first range on instead of at the final flush, and new pages are those of old ranges,
-    which is cheaper than fresh memory and leaves the caches of other programs alone.
+    The disk is busy from the first range on, instead of only at the final flush. The kernel also reuses the dropped
+    pages, which is cheaper than fresh memory and leaves the cached files of other programs alone.
 
     Args:
-        lag: how many ranges keep their pages.
+        lag: how many of the last ranges keep their pages.
     """
 
     def __init__(self, lag: int = 3) -> None:
@@ -80,25 +81,26 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
+        # The first advice starts the write-back of dirty pages; only the second one, later, finds clean pages to drop.
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
 
 
 def _let_go(file: BinaryIO, start: int, nbytes: int) -> None:
-    """Advice that starts the writing of dirty pages and lets clean ones go."""
+    """Advise the kernel: it starts writing dirty pages and drops clean ones."""
     if not file.closed:
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """Writes every byte to an unbuffered file."""
+    """Write every byte to an unbuffered file, which may take fewer at a time."""
     while data:
         data = data[file.write(data) :]
 
 
 def read_all(file: BinaryIO, data: memoryview) -> None:
-    """Fills `data` from an unbuffered file.
+    """Fill `data` from an unbuffered file.
 
     Raises:
         EOFError: the file ends early.

@@ -1,6 +1,6 @@
-"""Decompositions of weights, for laws that take a base apart: worked out once for each weight of a live model.
+"""Matrix decompositions of weights, for methods whose formula needs them; computed once per weight of a live model.
 
-No gradient runs through them: what a law takes from the base is fixed when its training begins.
+No gradient flows through them: such a method fixes the base's decomposition when its training begins.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from .namespace import namespace
 
 
 def svd(W: Any) -> tuple[Any, Any, Any]:
-    """(U, S, V) with W = (U * S) @ V, thin, values falling; in W's dtype, worked out in float32 at least."""
+    """Return (U, S, V) with W = (U * S) @ V, thin, S descending; in W's dtype, computed in float32 or wider."""
     parts: tuple[Any, Any, Any] = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
     return parts
 
 
 def qr(W: Any) -> tuple[Any, Any]:
-    """(Q, R) with W = Q @ R, Q's columns orthonormal, thin; in W's dtype, worked out in float32 at least."""
+    """Return the thin (Q, R) with W = Q @ R, Q's columns orthonormal; in W's dtype, computed in float32 or wider."""
     parts: tuple[Any, Any] = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
     return parts
 
 
 def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
-    """The parts of a torch tensor are kept for as long as it lives and is not written to, moved or cast."""
+    """Return the parts, cached for a torch tensor until it is freed, written to, moved or cast."""
+    # A cache lookup would break the graph of torch.compile, so a compiled model computes the parts each time.
     if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
+    # `_version` counts in-place writes; the rest changes when `.to()` or `.data` replaces the tensor's memory.
     state = W._version, W.data_ptr(), W.dtype, W.device
     held = _memory().setdefault(W, {})
     if name not in held or held[name][0] != state:
@@ -37,6 +39,7 @@ def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
 
 def _parts(W: Any, decompose: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(W)
+    # Linear algebra libraries have no 16-bit routines.
     wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
     return tuple(xp.astype(part, W.dtype) for part in decompose(xp, wide))
 

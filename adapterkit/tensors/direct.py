@@ -1,7 +1,7 @@
-"""Writing past the page cache, beside the work: whole pages go from the maker's memory straight to the disk.
+"""Write files past the page cache, in parallel with the computation: whole pages go from user memory to the disk.
 
-To copy every byte into fresh pages of the kernel, and to throw those out again, takes as much processor time as half of
-a merge's arithmetic; and a model that is only written would push out of memory what other programs still read.
+Copying every byte into fresh kernel pages, and evicting those again, takes as much processor time as half of a merge's
+arithmetic. A model that is only written would also push files out of memory that other programs still read.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import BinaryIO
 from .copying import OpenFiles, WriteBehind, copy_by_kernel, read_all, write_all
 
 PAGE = max(mmap.PAGESIZE, 4096)
-"""Offsets, lengths and addresses of direct writes are multiples of it; no disk in use asks for more."""
+"""Offsets, lengths and addresses of direct writes are multiples of this; no disk in use needs more."""
 
 PIECE = 4 << 20
-"""Bytes that go to the disk at a time."""
+"""Bytes of one write to the disk."""
 
 DEPTH = 2
-"""Pieces on their way to the disk while the next is filled."""
+"""Pieces that are being written while the next one is filled."""
 
 HELD = (DEPTH + 1) * PIECE
-"""Bytes that a writer holds, whatever it writes."""
+"""Bytes of memory that a writer uses, whatever the size of its output."""
 
 BUFFER = 512 << 10
-"""Bytes that are copied at a time: they stay in a core's cache between reading and writing."""
+"""Bytes copied at a time; they stay in a core's cache between reading and writing."""
 
 Moved = Callable[[int], None]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Memory whose bytes from `start` to `end` belong to a file, `memory[0]` at its byte `at`, where a page begins."""
+    """Memory whose bytes `start` to `end` belong to a file; `memory[0]` is at the page boundary `at` of the file."""
 
     memory: memoryview
     path: str = ""
@@ -47,7 +47,7 @@ class _Piece:
 
 
 class Writer:
-    """Writes runs of bytes into existing files: one thread fills memory, and one beside it writes."""
+    """Writes runs of bytes into existing files: the caller's thread fills memory, and another thread writes it."""
 
     def __init__(self) -> None:
         self.plain, self.direct, self.behind = OpenFiles(), OpenFiles(opener=self._past_the_cache), WriteBehind()
@@ -59,15 +59,17 @@ class Writer:
         self.failure: OSError | None = None
 
     def begin(self, path: str, offset: int) -> None:
-        """Turns to the bytes of a file from `offset` on."""
+        """Continue at byte `offset` of a file."""
+        # Direct writes need aligned offsets. The memory starts at the page boundary below, and the bytes of that page
+        # before `offset` are left alone.
         within = offset % PAGE
         self.filling = _Piece(self.filling.memory, path, offset - within, within, within)
 
     def room(self, nbytes: int) -> memoryview:
-        """Memory for the next bytes: the caller fills it and then calls `filled`.
+        """Return memory for the next bytes; fill it, then call `filled`.
 
         Raises:
-            OSError: what was filled before could not be written.
+            OSError: an earlier piece could not be written.
         """
         if self.filling.end + nbytes > len(self.filling.memory):
             whole = self.filling.end // PAGE * PAGE
@@ -77,27 +79,27 @@ class Writer:
         return self.filling.memory[self.filling.end : self.filling.end + nbytes]
 
     def filled(self, nbytes: int) -> None:
-        """So many bytes of the room hold what is to be written."""
+        """Count the next `nbytes` of the room as filled."""
         self.filling.end += nbytes
 
     def write(self, data: memoryview) -> None:
-        """Takes the next bytes from memory that lies elsewhere."""
+        """Copy the next bytes from other memory."""
         for start in range(0, len(data), BUFFER):
             piece = data[start : start + BUFFER]
             self.room(len(piece))[:] = piece
             self.filled(len(piece))
 
     def copy(self, source: BinaryIO, start: int, nbytes: int, moved: Moved = lambda _: None) -> None:
-        """Takes the next bytes from an open, unbuffered file; shares blocks of the disk where the file system can.
+        """Copy the next bytes from an open, unbuffered file; share disk blocks if the file system can.
 
-        Between places that lie differently in their pages the kernel goes page by page, which takes longer than to read
-        and write whole runs of pages.
+        The kernel copies only if source and target have the same offset within a page. Otherwise it would go page by
+        page, which is slower than reading and writing whole runs of pages.
 
         Args:
             source: the file.
-            start: its first byte to take.
-            nbytes: how many.
-            moved: called with numbers of bytes when they are taken.
+            start: the offset of the first byte.
+            nbytes: how many bytes.
+            moved: called with the number of bytes after each step.
 
         Raises:
             EOFError: the source ends early.
@@ -114,21 +116,21 @@ class Writer:
             moved(len(room))
 
     def finish(self) -> Future[None]:
-        """Ends a run of bytes, before another is begun.
+        """End a run of bytes; call this before the next `begin`.
 
         Returns:
-            done when all of the run is written, or has the OSError of why it is not.
+            A future that is done when all of the run is written; it raises the OSError if that failed.
         """
         return self._send(self.filling.end)
 
     def close(self) -> None:
-        """Waits for what is on its way, and closes the files."""
+        """Wait for pending writes, and close the files."""
         self.pool.shutdown()
         self.plain.close()
         self.direct.close()
 
     def _copy_by_kernel(self, source: BinaryIO, start: int, nbytes: int, moved: Moved) -> int:
-        """How many bytes the kernel took; in the other thread, behind what that has still to write."""
+        """Copy in the kernel, behind the pending writes of the other thread; return how many bytes it copied."""
         path, at = self.filling.path, self.filling.at + self.filling.end
         if self.filling.end > self.filling.start:
             self.finish()
@@ -144,7 +146,7 @@ class Writer:
         return done
 
     def _send(self, stop: int) -> Future[None]:
-        """Has the bytes up to `stop` written; those behind it, less than a page, come first in the next piece."""
+        """Write the bytes up to `stop`; the rest, less than a page, moves to the start of the next piece."""
         piece = self.filling
         future = self.pool.submit(self._write, piece, stop)
         self.sent.append((future, piece.memory))
@@ -159,14 +161,14 @@ class Writer:
         return self.idle.pop() if self.idle else _pages(PIECE)
 
     def _settle(self) -> None:
-        """Waits for the oldest piece on its way."""
+        """Wait for the oldest pending piece."""
         future, memory = self.sent.popleft()
         future.result()
         if len(memory) == PIECE:
             self.idle.append(memory)
 
     def _grow(self, nbytes: int) -> None:
-        """Makes the piece as large as one block asks for; there is one such piece at a time."""
+        """Enlarge the piece to hold one block of `nbytes`. Pending pieces are written first, to limit the memory."""
         if nbytes > len(self.filling.memory):
             while self.sent:
                 self._settle()
@@ -175,7 +177,8 @@ class Writer:
             self.filling.memory = larger
 
     def _write(self, piece: _Piece, stop: int) -> None:
-        """Writes a piece: whole pages directly, what is less than a page at either end by way of the cache."""
+        """Write a piece: whole pages directly, a part of a page at either end through the page cache."""
+        # `finish` waits for the last piece only, so an earlier failure must fail all later pieces too.
         if self.failure is not None:
             raise self.failure
         first = min(-(-piece.start // PAGE) * PAGE, stop)
@@ -194,12 +197,12 @@ class Writer:
         try:
             self._put(self.direct, piece, start, stop)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that wants more than pages, or was cut off within one
+            if error.errno != errno.EINVAL:  # EINVAL: the file system needs a larger alignment, or the write was cut.
                 raise
             self._put(self.plain, piece, start, stop)
 
     def _past_the_cache(self, path: str, flags: int) -> int:
-        """Opens for direct writing where the file system knows it; elsewhere as usual."""
+        """Open with O_DIRECT if the system and the file system support it, else normally."""
         try:
             return os.open(path, flags | os.O_DIRECT)
         except (AttributeError, OSError) as error:
@@ -216,4 +219,5 @@ class Writer:
 
 
 def _pages(nbytes: int) -> memoryview:
+    # Anonymous maps start at a page boundary, which direct writes require; a bytearray may not.
     return memoryview(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE))

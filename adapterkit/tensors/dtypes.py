@@ -1,4 +1,4 @@
-"""Element types: the names safetensors gives them, and what numpy and torch call their storage."""
+"""Element types: their safetensors names, and the numpy and torch types that store them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class DType:
 
     Attributes:
         name: the safetensors name, e.g. `BF16`.
-        itemsize: bytes an element.
-        numpy: the numpy dtype that holds the bits (little-endian); an unsigned integer where numpy lacks the type.
-        torch: the attribute of `torch` that names it.
-        floating: whether it holds real or complex numbers, so that arithmetic and casts make sense.
+        itemsize: bytes per element.
+        numpy: the little-endian numpy dtype that stores the bits; an unsigned integer if numpy lacks the type.
+        torch: the name of the dtype in `torch`.
+        floating: True for real and complex numbers, for which arithmetic and casts make sense.
     """
 
     name: str
@@ -32,7 +32,7 @@ class DType:
 
     @property
     def array(self) -> np.dtype[Any]:
-        """The numpy dtype that computes with it; ml_dtypes has those that numpy lacks."""
+        """The numpy dtype for arithmetic; ml_dtypes provides those that numpy lacks."""
         import numpy as np
 
         if self.floating and self.numpy[1] == "u":
@@ -66,7 +66,7 @@ DTYPES = {
         DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""safetensors name -> `DType`, in the order by which the safetensors library sorts a file (largest last)."""
+"""safetensors name -> `DType`, in the order in which the safetensors library sorts a file (largest last)."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
-"""Name of the torch dtype (`bfloat16`) -> `DType`."""
+"""torch dtype name (`bfloat16`) -> `DType`."""

@@ -1,15 +1,15 @@
-"""Fingerprints: a short name for the values of a base's weights, cheap enough for every merge.
+"""Fingerprints: a short hash of a base's weights that is cheap enough for every merge.
 
-Names, shapes, dtypes and a sample of each tensor's bytes are hashed, whatever the files are called and however they are
-cut into shards. What a change of the weights must be like to be seen:
+The hash covers the names, shapes and dtypes of all tensors, and a sample of their bytes. File names and sharding do not
+matter. It detects these changes:
 
-- any change of a name, a shape or a dtype, and any change of a tensor of at most its share of the sample: always;
-- a run of changed elements that is a 63rd of its tensor or longer, an attention head or a block of an MLP for example:
-  always, since 64 places are read, evenly spaced from the first element to the last;
-- changes scattered over the model, as every training makes them: missed with the probability (1 - p) ** n, for a
-  fraction p of changed elements and n elements that are read. Of a model of 10 billion parameters in bfloat16 n is
-  about 16 million, so that one changed element in a million is seen but for one case in ten million;
-- a few elements, or one row of a large table: seldom. Only the whole content tells those.
+- Always: a changed name, shape or dtype, and any change of a tensor that is small enough to be read whole.
+- Always: a run of changed elements that is a 63rd of its tensor or longer, e.g. an attention head or an MLP block. The
+  reason: 64 places are read, evenly spaced from the first element to the last.
+- Almost always: changes scattered over the model, as training makes them. The probability of missing them is
+  (1 - p) ** n for a fraction p of changed elements and n elements read. For 10 billion bfloat16 parameters n is about
+  16 million, so one changed element in a million is missed in one case of ten million.
+- Seldom: a few changed elements, or one row of a large table. Only a hash of all bytes detects those.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from .lazy import Lazy
 
 PREFIX = "sampled-2-sha256:"
-"""The number tells samplings apart: fingerprints of another one are not compared."""
+"""The number is the version of the sampling; fingerprints of different versions are not compared."""
 
 SAMPLE = 16 << 20
-"""Bytes read in all, about: they are read and hashed in some 100 ms, in however many tensors they lie."""
+"""Approximate number of bytes read in all. Reading and hashing them takes about 100 ms for any number of tensors."""
 
 LEAST, MOST = 256, 256 << 10
-"""Bytes read of one tensor."""
+"""Bounds of the bytes read from one tensor."""
 
 BLOCKS = 64
-"""Places at which a tensor is read that is larger than its share of the sample."""
+"""Number of places at which a tensor larger than its share of the sample is read."""
 
 
 @files_kept_open()
 def fingerprint(base: Checkpoint) -> str:
-    """The fingerprint of a base's weights as they are stored.
+    """Return the fingerprint of a base's weights as they are stored.
 
     Raises:
         StorageError: a file cannot be read.
@@ -49,11 +49,12 @@ def fingerprint(base: Checkpoint) -> str:
     share = min(max(SAMPLE // max(len(base.tensors), 1), LEAST), MOST)
     digest = hashlib.sha256()
     with files_kept_open():
+        # Sorted by name, so that shards and file order do not matter.
         for name in sorted(base.tensors):
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
             if tensor.span is None and tensor.part is None:
-                # Bytes that are not one run of a file: each read would make all of them.
+                # These bytes are not one run of a file, so each partial read would compute all of them. Do it once.
                 whole = bytes(tensor.fetch())
                 tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
             for start, count in _places(tensor, share):
@@ -66,7 +67,7 @@ def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
 
 
 def _places(tensor: Lazy, share: int) -> list[tuple[int, int]]:
-    """(first element, how many) of each run that is read, evenly spaced from the first element to the last."""
+    """Return (first element, number of elements) of each run to read, evenly spaced from first to last element."""
     elements, size = math.prod(tensor.shape), max(tensor.dtype.itemsize, 1)
     if elements * size <= share:
         return [(0, elements)] if elements else []

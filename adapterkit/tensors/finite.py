@@ -1,4 +1,4 @@
-"""NaN and infinity by their bits, so that values of any element type can be checked without torch."""
+"""Find NaNs and infinities by their bits, for any element type and without torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _BITS = {
     "F8_E4M3FNUZ": (0xFF, 0x80),
     "F8_E5M2FNUZ": (0xFF, 0x80),
 }
-"""Types numpy lacks -> (mask, what the masked bits are when the value is not finite).
+"""Types that numpy lacks -> (mask, value of the masked bits for a non-finite number).
 
-F8_E4M3, F8_E8M0 and the FNUZ types have no infinity, one or two NaNs: https://arxiv.org/abs/2209.05433,
+F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
@@ -32,15 +32,16 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
     """Refuse a tensor that holds a NaN or an infinity.
 
     Args:
-        leaf: the tensor; types other than real numbers pass.
+        leaf: the tensor; integer tensors pass.
         where: its name, for the message.
-        values: its numbers in the storage type, where they are read already.
+        values: its numbers in the storage dtype, if they are already read.
 
     Raises:
-        Malformed: names the file that the tensor is read from, if it is in one, and the first position.
+        Malformed: names the first position, and the file if the tensor is read from one.
     """
     tensor = as_lazy(leaf)
-    if not tensor.dtype.floating:
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    if not tensor.dtype.floating or not tensor.nbytes:
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
@@ -50,14 +51,13 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
 
 
 def first_not_finite(leaf: Leaf) -> Shape | None:
-    """The position of the first NaN or infinity in C order; None where all values are finite."""
+    """Return the position of the first NaN or infinity in C order; None if all values are finite."""
     tensor = as_lazy(leaf)
-    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
     return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
 def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:
-    """The same for numbers that are read already, in the storage type of `dtype`."""
+    """Like `first_not_finite`, for numbers that are already read, in the storage type of `dtype`."""
     bad = _not_finite(values, dtype)
     if not bad.any():
         return None

@@ -1,6 +1,6 @@
-"""`ggla` files: the LoRA adapters of llama.cpp before GGUF; read only, every size checked.
+"""Read `ggla` files, llama.cpp's LoRA adapters before GGUF. Every size is checked.
 
-Format: convert-lora-to-ggml.py, as it was in llama.cpp until 2024.
+Format: convert-lora-to-ggml.py, which was part of llama.cpp until 2024.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TYPES = {0: "F32", 1: "F16"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ggla:
-    """Rank and alpha, and the tensors by name, in numpy's axis order."""
+    """A file's rank and alpha, and its tensors by name, in numpy's axis order."""
 
     rank: int
     alpha: int
@@ -31,10 +31,10 @@ class Ggla:
 
 
 def read_ggla(path: str | os.PathLike[str]) -> Ggla:
-    """Reads the headers of all tensors.
+    """Read the headers of all tensors.
 
     Raises:
-        Malformed: something lies outside the file, or makes no sense.
+        Malformed: a size is out of range, or data lies outside of the file.
         Unsupported: another version, or quantized tensors.
         StorageError: the file cannot be read.
     """
@@ -71,6 +71,7 @@ def _read(file: BinaryIO, path: str, size: int) -> Ggla:
         name = file.read(length).decode("utf-8", "replace")
         if kind not in TYPES:
             raise Unsupported(f"a tensor of type {kind}", path=path, where=name, cure="Convert it to F32 or F16")
+        # The writer aligns each tensor's data to 32 bytes.
         start = -(-file.tell() // 32) * 32
         nbytes = math.prod(shape) * DTYPES[TYPES[kind]].itemsize
         if min(shape) < 1 or start + nbytes > size or name in tensors:

@@ -1,6 +1,6 @@
-"""ggml's types of blocks: the formula of each, from bytes to numbers and back.
+"""ggml's block types: the formula of each, from bytes to numbers and back.
 
-Bits and orders of operations are those of ggml-quants.c, which gguf-py follows: the same bytes give the same float32.
+Bits and order of operations follow ggml-quants.c, as gguf-py does, so the same bytes give the same float32 numbers.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -20,13 +20,13 @@ BLOCKS = {
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
 }  # fmt: skip
-"""Name -> number of the type, numbers in a block, bytes of a block."""
+"""Type name -> ggml's number of the type, numbers per block, bytes per block."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
 
 
 def decoded(kind: str, data: Any) -> Array:
-    """The float32 numbers of whole blocks, flat."""
+    """Decode whole blocks to a flat array of float32 numbers."""
     import numpy as np
 
     blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCKS[kind][2])
@@ -36,7 +36,7 @@ def decoded(kind: str, data: Any) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Whole blocks of numbers in bytes."""
+    """Encode numbers as whole blocks."""
     import numpy as np
 
     blocks = np.ascontiguousarray(values, "<f4").reshape(-1, BLOCKS[kind][1])
@@ -46,14 +46,14 @@ def encoded(kind: str, values: Array) -> bytes:
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
-    """The bytes of scale, smallest number, fifth bits and the numbers themselves."""
+    """Return the fields of the blocks: scale, minimum, fifth bits, and the numbers themselves."""
     import numpy as np
 
     bits, offset = int(kind[1]), kind.endswith("_1")
     if bits == 8:
         scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
         scaled = blocks * _inverse(scale)
-        # Halves go away from zero, as C's roundf has it.
+        # C's roundf rounds halves away from zero; numpy's rint rounds them to even.
         q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8).view(np.uint8)
         return [_half(scale), q]
     if offset:
@@ -65,7 +65,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
         scale = _largest(blocks) / np.float32(-(1 << bits - 1))
         q = blocks * _inverse(scale)
         q += np.float32((1 << bits - 1) + 0.5)
-    # Conversion cuts the fraction off, as trunc would.
+        # No floor is needed: the conversion to uint8 truncates, as in C.
     whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
@@ -73,9 +73,10 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _largest(blocks: Array) -> Array:
-    """Of each block the number farthest from zero, of two that are equally far the first."""
+    """Return the number of largest magnitude in each block; of two equal magnitudes the first, as ggml does."""
     import numpy as np
 
+    # Twice as fast as argmax over magnitudes for all blocks; only blocks with a tie need that.
     most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
     largest = np.where(most > -least, most, least)
     twins = (most == -least)[:, 0]
@@ -121,7 +122,7 @@ def _plain(kind: str, blocks: Array) -> Array:
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
-    """Numbers out of bytes: of each run of bytes, first those at the first shift, then those at the next."""
+    """Unpack numbers from bytes: within each run of bytes, first all numbers at the first shift, then the next."""
     import numpy as np
 
     split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
@@ -140,6 +141,7 @@ def _q2(blocks: Array) -> Array:
 def _q3(blocks: Array) -> Array:
     import numpy as np
 
+    # A bit of the mask is set if 4 is NOT to be subtracted.
     missing = 1 - _pairs(blocks[:, :32], tuple(range(8)), 32, 1).astype(np.int32)
     q = _pairs(blocks[:, 32:96], (0, 2, 4, 6), 32, 3).astype(np.int32) - 4 * missing
     low, high = _pairs(blocks[:, 96:104], (0, 4), 8, 15), _pairs(blocks[:, 104:108], (0, 2, 4, 6), 4, 3)
@@ -158,7 +160,7 @@ def _q5(blocks: Array) -> Array:
 
 
 def _with_least(blocks: Array, q: Array) -> Array:
-    """Q4_K and Q5_K: eight scales and least numbers of six bits, the upper four's high bits with the lower four."""
+    """Q4_K and Q5_K: eight 6-bit scales and minima; the last four's high bits share bytes with the first four."""
     import numpy as np
 
     a, b, c = (blocks[:, at : at + 4] for at in (4, 8, 12))

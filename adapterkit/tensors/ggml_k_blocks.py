@@ -1,8 +1,8 @@
-"""ggml's k-quants, from numbers to bytes: a block of 256 in runs of 16 or 32, whose scales are quantized themselves.
+"""Encode ggml's k-quants: blocks of 256 numbers in runs of 16 or 32, whose scales are quantized themselves.
 
-The layout is ggml's; the scales are found by least squares over a few steps around the plain one, each run of its own,
-and the numbers are then rounded by the scales as they are stored. llama.cpp searches otherwise, for a weighted error:
-its bytes are others, of about the same error. Source of the layout:
+The layout is ggml's. Each run's scale is chosen by least squares among a few candidates around the plain one, and the
+numbers are rounded by the scales as they are stored. llama.cpp searches differently, for a weighted error, so its bytes
+differ while the error is about the same. Source of the layout:
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
-"""How much farther than the largest number of a run the steps reach, in steps."""
+"""Candidate scales: how far beyond a run's largest number the range reaches, in quantization steps."""
 
 
 def k_pieces(kind: str, blocks: Array) -> list[Array]:
-    """The bytes of float32 blocks `[n, 256]`, in the order of their fields."""
+    """Return the fields of float32 blocks `[n, 256]` as bytes, in the order of the layout."""
     return _K[kind](blocks)
 
 
@@ -66,7 +66,7 @@ _K: dict[str, Callable[[Array], list[Array]]] = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K
 
 
 def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
-    """Scale, least and their eight multiples of six bits; and the numbers, 0 to `most`."""
+    """Return scale, minimum and their eight 6-bit multiples as bytes, and the numbers, 0 to `most`."""
     import numpy as np
 
     x = _columns(blocks, 32)
@@ -80,14 +80,14 @@ def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
 
 
 def _columns(blocks: Array, size: int) -> Array:
-    """The runs of blocks as columns `[size, runs]`: what is done to a run is then done to thousands at a time."""
+    """Return the runs as columns `[size, runs]`: numpy then works on thousands of runs per operation."""
     import numpy as np
 
     return np.ascontiguousarray(blocks.reshape(-1, size).T)
 
 
 def _around_zero(x: Array, most: int) -> Array:
-    """The scale of each run with the least squared error for numbers from -most to most - 1."""
+    """Return each run's scale with the least squared error, for numbers from -most to most - 1."""
     import numpy as np
 
     top, bottom = x.max(0), x.min(0)
@@ -100,12 +100,13 @@ def _around_zero(x: Array, most: int) -> Array:
         xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
         fitted = divided_by(xq, qq)
         gain = fitted * xq
+        # For the best scale, sum (x - s q)^2 = sum x^2 - (sum x q)^2 / sum q^2: the largest gain has the least error.
         scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
     return scale
 
 
 def _with_least(x: Array, most: int) -> tuple[Array, Array]:
-    """The scale of each run and how far below zero it begins, with the least squared error for numbers 0 to most."""
+    """Return each run's scale, and how far below zero it begins, with the least squared error for 0 to most."""
     import numpy as np
 
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
@@ -122,12 +123,12 @@ def _with_least(x: Array, most: int) -> tuple[Array, Array]:
 
 
 def _line(size: Any, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
-    """The line with the least squared error through numbers that begins at or below zero; and that error, but for xx.
+    """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin and the error without sum x^2.
 
     Args:
-        size: how many numbers x a run has.
+        size: number of values x in a run.
         total: the sum of x.
-        s: the sum of their steps q.
+        s: the sum of the steps q.
         xq: the sum of x q.
         qq: the sum of q q.
     """
@@ -135,6 +136,7 @@ def _line(size: Any, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Arra
 
     slope = divided_by(size * xq - total * s, size * qq - s * s)
     begin = (slope * s - total) / size
+    # The stored minimum has no sign. If the free fit begins above zero, fit a line through zero instead.
     slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
     return (
         slope,
@@ -144,7 +146,7 @@ def _line(size: Any, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Arra
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
-    """The unit of a block `[n, 1]`, as it is stored, and the multiples of it that its values, none below 0, are."""
+    """Return the stored unit of each block `[n, 1]`, and its non-negative values as multiples of the unit."""
     import numpy as np
 
     unit = _stored(values.max(1, keepdims=True) / np.float32(most))
@@ -152,7 +154,7 @@ def _whole(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _signed(values: Array, most: int) -> tuple[Array, Array]:
-    """Likewise for values of either sign: multiples from -most to most - 1."""
+    """Like `_whole` for values of either sign, with multiples from -most to most - 1."""
     import numpy as np
 
     largest = np.take_along_axis(values, np.abs(values).argmax(1, keepdims=True), 1)
@@ -161,7 +163,7 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
 
 
 def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
-    """The numbers of columns by their scales, from 0 on, as whole blocks of bytes."""
+    """Quantize columns by their scales; return the numbers, shifted to start at 0, as blocks of bytes."""
     import numpy as np
 
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
@@ -175,14 +177,14 @@ def _flat(values: Array) -> Array:
 
 
 def divided_by(values: Any, by: Array) -> Array:
-    """values / by, and 0 where that is 0."""
+    """Return values / by, and 0 where `by` is 0."""
     import numpy as np
 
     return np.asarray(np.where(by == 0, np.float32(0), values / np.where(by == 0, np.float32(1), by)))
 
 
 def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
-    """Numbers in bytes: of each run of bytes, first those at the first shift, then those at the next."""
+    """Pack numbers into bytes: within each run of bytes, first all numbers at the first shift, then the next."""
     import numpy as np
 
     split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)

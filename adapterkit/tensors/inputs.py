@@ -1,4 +1,4 @@
-"""Files from outside: only regular files are opened, and documents are read only up to a stated size."""
+"""Open untrusted files: regular files only, and documents up to a size limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import Malformed, Path, storage_error
 T = TypeVar("T")
 
 MAX_DOCUMENT = 64 << 20
-"""Bytes of a JSON document. The index of a model of 100,000 tensors, the largest kind of them, takes about 10 MB."""
+"""Largest JSON document in bytes. The largest real one, an index of 100,000 tensors, takes about 10 MB."""
 
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -25,17 +25,17 @@ _KINDS = {
 def open_input(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading in binary mode.
 
-    A pipe would block for ever, a device such as /dev/zero has no end, and opening some devices changes them. They are
-    found with `stat`, before anything is opened; links are followed.
+    A pipe would block forever, a device such as /dev/zero has no end, and opening some devices changes their state. So
+    `stat` checks the type before anything is opened. Links are followed.
 
     Raises:
         Malformed: the path is a pipe, a socket or a device.
-        OSError: it is a folder, or cannot be opened.
+        OSError: the path is a folder, or cannot be opened.
     """
     _check_regular(os.stat(path).st_mode, path)
 
     def opener(name: str, flags: int) -> int:
-        # Without O_NONBLOCK, a pipe that has taken the file's place since would block here.
+        # A pipe may have replaced the file after the check. Without O_NONBLOCK, opening it would block.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
     file = open(path, "rb", buffering, opener=opener)  # noqa: SIM115 - returned open
@@ -52,11 +52,11 @@ def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
 
     Raises:
         Malformed: the file is longer, or is not a regular file.
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
     try:
         with open_input(path) as file:
-            # The size that `stat` tells is not used: a file may grow, and those of /proc tell 0.
+            # Do not trust the size that `stat` reports: a file may grow, and files in /proc report 0.
             data = file.read(limit + 1)
     except OSError as error:
         raise storage_error(error, path) from error
@@ -76,7 +76,7 @@ def _check_regular(mode: int, path: Path) -> None:
 
 @contextmanager
 def inputs_kept() -> Iterator[None]:
-    """Inside the block, `kept` computes each value once: to detect a format, many modules ask for the same header."""
+    """Cache the values of `kept` inside the block: format detection asks for the same header in many modules."""
     token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
     try:
         yield
@@ -85,7 +85,7 @@ def inputs_kept() -> Iterator[None]:
 
 
 def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
-    """Return `read(*args)` for a file; inside `inputs_kept` it is called once, and its error is raised again."""
+    """Return `read(*args)` for a file; inside `inputs_kept`, call it once per file and repeat its value or error."""
     known = _KEPT.get()
     if known is None:
         return read(*args)
@@ -93,6 +93,7 @@ def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
     if key not in known:
         try:
             known[key] = (read(*args), None)
+        # Keep errors, too: several format modules ask for the same damaged header.
         except Exception as error:
             known[key] = (None, error)
     value, failure = known[key]

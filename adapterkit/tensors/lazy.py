@@ -1,7 +1,7 @@
 """Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
 
-A leaf of an adapter is either a `Lazy` or a `torch.Tensor`. Everything that needs only shapes, or only moves bytes,
-works on `Lazy` without importing torch.
+A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on `Lazy`
+and does not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..errors import Corrupt, storage_error
+from ..errors import Corrupt, Unsupported, storage_error
 from .dtypes import BY_TORCH, DTYPES, DType
 from .inputs import open_input
 
@@ -27,10 +27,10 @@ Shape = tuple[int, ...]
 
 
 class Span(NamedTuple):
-    """A run of bytes in a file: where a tensor's data lies, in C order, little-endian.
+    """The location of a tensor's data in a file: C order, little-endian.
 
-    A tuple, since adapters of mixtures of experts have 10^5 of them: made in a third of the time of a frozen dataclass,
-    and without work for the garbage collector.
+    This is a tuple because adapters of mixture-of-experts models have 10^5 of them. A tuple is created in a third of
+    the time of a frozen dataclass, and costs the garbage collector nothing.
     """
 
     path: str
@@ -39,15 +39,15 @@ class Span(NamedTuple):
 
 
 ELSEWHERE: dict[str, Callable[[Span], bytearray]] = {}
-"""Files that have their data elsewhere, holes here: path -> what fetches the bytes of a span."""
+"""Sparse local files whose data is elsewhere: path -> function that fetches the bytes of a span."""
 
 
 @contextmanager
 def files_kept_open() -> Iterator[None]:
-    """Within the block, and in its thread, `read_span` opens each file once instead of once a span.
+    """Keep files open inside the block, in this thread, so that `read_span` opens each file once.
 
-    Opening and checking a file takes 20 us, as long as reading 50 kB: an adapter of 45,000 targets has 135,000 spans.
-    The files are closed when the block ends, so that a file that is replaced afterwards is read anew.
+    Opening and checking a file takes 20 us, as long as reading 50 kB. An adapter of 45,000 targets has 135,000 spans.
+    The files are closed when the block ends, so a file that is replaced later is read anew.
     """
     if _OPEN.get() is not None:
         yield
@@ -65,15 +65,15 @@ def files_kept_open() -> Iterator[None]:
 _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=None)
 
 MOST_OPEN = 16
-"""Files kept open at a time. A base has hundreds, and one that is removed keeps its space while it is open."""
+"""Most files kept open. A base can have hundreds, and a deleted file keeps its disk space while it is open."""
 
 
 def read_span(span: Span) -> bytearray:
-    """The bytes of a span; the file is opened for it and closed again, except within `files_kept_open`.
+    """Read the bytes of a span; opens and closes the file, except inside `files_kept_open`.
 
     Raises:
         StorageError: the file cannot be read.
-        Corrupt: it has become shorter since its header was read.
+        Corrupt: the file has become shorter since its header was read.
     """
     if span.path in ELSEWHERE:
         return ELSEWHERE[span.path](span)
@@ -94,7 +94,7 @@ def read_span(span: Span) -> bytearray:
 
 
 def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
-    """A file of `files_kept_open`; the one that was opened first makes room for a new one."""
+    """Return a file of `files_kept_open`; at the limit, the file that was opened first is closed."""
     file = files.get(path)
     if file is None:
         if len(files) >= MOST_OPEN:
@@ -104,9 +104,11 @@ def _opened(path: str, files: dict[str, io.FileIO]) -> io.FileIO:
 
 
 def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
-    """Fill `data` from an offset of a file on; returns how many bytes there were."""
+    """Fill `data` from an offset of a file; return how many bytes there were."""
+    # An unbuffered read may return fewer bytes than asked for: Linux stops at 2 GB. Only 0 means the end.
     file.seek(offset)
     done = file.readinto(data)
+    # The common case is one call; only short reads pay for the loop.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):
@@ -121,9 +123,9 @@ class Lazy:
     Attributes:
         shape: its dimensions.
         dtype: its element type.
-        source: reads the bytes: C order, little-endian, exactly `nbytes` of them. None: they are those of `span`.
-        span: where those bytes lie, when they are one run of one file; lets a writer copy without looking.
-        part: reads the bytes of a run of elements (the first, how many), where that takes less than all of them.
+        source: returns the bytes: C order, little-endian, exactly `nbytes` of them. None: read them from `span`.
+        span: the location of those bytes, if they are one run of one file; a writer can copy it without reading.
+        part: returns the bytes of a run of elements (first, count), if that is cheaper than reading all of them.
     """
 
     shape: Shape
@@ -137,7 +139,7 @@ class Lazy:
         return f"Lazy({self.dtype} {list(self.shape)}{file})"
 
     def fetch(self) -> Buffer:
-        """Read the bytes: C order, little-endian, exactly `nbytes` of them."""
+        """Return the bytes: C order, little-endian, exactly `nbytes` of them."""
         if self.source is not None:
             return self.source()
         if self.span is None:
@@ -150,14 +152,14 @@ class Lazy:
 
     @property
     def file(self) -> str | None:
-        """The file that the bytes come from, also where they are transposed on the way; None where nothing tells."""
+        """The file that the bytes come from, even if they are transposed; None if unknown."""
         if self.span is not None:
             return self.span.path
         leaf = getattr(self.source, "leaf", None)
         return leaf.file if isinstance(leaf, Lazy) else None
 
     def read(self, first: int, count: int) -> Buffer:
-        """The bytes of `count` elements from `first` on, counted in C order; reads no more than it has to."""
+        """Return the bytes of `count` elements from `first` on, in C order; reads no more than necessary."""
         size = self.dtype.itemsize
         if self.part is not None:
             return self.part(first, count)
@@ -166,24 +168,33 @@ class Lazy:
         return memoryview(self.fetch())[first * size : (first + count) * size]
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """The values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
+        """Return the values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
         import numpy as np
 
+        self._check_axes()
         return np.frombuffer(self.fetch(), dtype=self.dtype.numpy).reshape(self.shape)
 
     def torch(self, device: str | torch.device | None = None) -> torch.Tensor:
-        """The values as a torch tensor of the same dtype."""
+        """Return the values as a torch tensor of the same dtype."""
         import torch
 
         kind = getattr(torch, self.dtype.torch)
+        self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
+        # frombuffer refuses empty buffers, and warns for read-only ones.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
 
+    def _check_axes(self) -> None:
+        """Refuse axes that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
+        if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
+            why = f"arrays cannot have the shape {list(self.shape)}"
+            raise Unsupported(why, path=self.file, cure="Take this tensor out: it has no elements")
+
     def map(self, f: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], shape: Shape) -> Lazy:
-        """The same numbers rearranged: `f` reshapes, transposes or slices the storage array into `shape`."""
+        """Rearrange the numbers: `f` reshapes, transposes or slices the storage array into `shape`."""
 
         def fetch() -> Buffer:
             return bytes_of(f(self.numpy()))
@@ -191,7 +202,7 @@ class Lazy:
         return Lazy(tuple(shape), self.dtype, fetch)
 
     def reshape(self, *shape: int) -> Lazy:
-        """The same bytes under another shape of as many elements; -1 stands for what is left over."""
+        """Return the same bytes under another shape of as many elements; one size may be -1."""
         known = math.prod(n for n in shape if n != -1)
         size = math.prod(self.shape)
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
@@ -205,13 +216,14 @@ if TYPE_CHECKING:
 
 
 def as_lazy(leaf: Leaf) -> Lazy:
-    """Any leaf as a `Lazy`: unchanged, or a view of a torch tensor's values on the host."""
+    """Return any leaf as a `Lazy`: unchanged, or reading a torch tensor's values on the CPU."""
     if isinstance(leaf, Lazy):
         return leaf
 
     def fetch() -> Buffer:
         import torch
 
+        # numpy cannot represent bfloat16 or float8, so the bytes are read through a uint8 view.
         host = leaf.detach().to("cpu").contiguous()
         return host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
 
@@ -219,31 +231,41 @@ def as_lazy(leaf: Leaf) -> Lazy:
 
 
 def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Any leaf as a torch tensor on `device`; floating leaves in `dtype` where one is given."""
+    """Return any leaf as a torch tensor on `device`; floating leaves are cast to `dtype` if given."""
     value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
+def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return any leaf in the dtype that formulas compute with: real numbers in `dtype`, integers in int64.
+
+    A file may store positions and seeds in any integer dtype. Their sums and products overflow the small ones, and
+    torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
+    """
+    value = as_torch(leaf, device, dtype)
+    return value if value.is_floating_point() else value.long()
+
+
 def as_array(leaf: Leaf) -> np.ndarray[Any, Any]:
-    """Any leaf as a numpy array that can be computed with; bfloat16 and float8 in ml_dtypes' types."""
+    """Return any leaf as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
     tensor = as_lazy(leaf)
     return tensor.numpy().view(tensor.dtype.array)
 
 
 def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
-    """The bytes of an array in C order; copied only where it does not lie so."""
+    """Return the bytes of an array in C order; copies only if the array is not contiguous."""
     import numpy as np
 
     return np.ascontiguousarray(array).reshape(-1).view("u1").data
 
 
 def dtype_of(leaf: Leaf) -> DType:
-    """The element type of any leaf."""
+    """Return the element type of any leaf."""
     return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]
 
 
 def from_numpy(array: np.ndarray[Any, Any], dtype: str | None = None) -> Lazy:
-    """A `Lazy` over a numpy array; `dtype` names the element type where numpy lacks it (`BF16` held as uint16)."""
+    """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks (`BF16` held as uint16)."""
     kind = DTYPES[dtype] if dtype else next(d for d in DTYPES.values() if d.numpy == _little(array))
     return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
 

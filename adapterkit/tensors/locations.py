@@ -1,4 +1,4 @@
-"""Where things that are named lie: a local path, before all; else a place on a hub, fetched when it is needed."""
+"""Resolve a name to a local path, downloading it from a hub if needed. Local paths take precedence."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _PLAIN = re.compile(
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
-"""Endings of local files: `runs/best.safetensors` that is not there is a slip of the pen, not a repository."""
+"""Suffixes of local files. A missing `runs/best.safetensors` is a mistyped path, not a repository."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where files came from: the note that a pulled folder carries.
+    """The origin of downloaded files, as recorded in a pulled folder.
 
     Attributes:
-        uri: the place, for ever: at the commit.
-        repo: what the place is called: `org/name`, or with a scheme where it is not Hugging Face's.
-        commit: its full name.
+        uri: the uri, pinned to the commit.
+        repo: the repository's name: `org/name`, or with a scheme for hubs other than Hugging Face.
+        commit: the full name of the commit.
     """
 
     uri: str
@@ -43,12 +43,12 @@ class Source:
     commit: str
 
     def save(self, folder: Path) -> None:
-        """Leaves the note in a folder."""
+        """Write the note into a folder."""
         write_bytes(folder / NOTE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
 
 
 def source_of(path: Path) -> Source | None:
-    """What the note in a folder, or beside a file, says; None without one that makes sense."""
+    """Return the note in a folder, or beside a file; None if there is no valid one."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
         told = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
@@ -59,10 +59,10 @@ def source_of(path: Path) -> Source | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at a path.
+    """Whether a path exists.
 
     Raises:
-        StorageError: the file system cannot tell: the name is too long, or a folder above may not be read.
+        StorageError: the file system cannot tell: the name is too long, or a parent folder is not readable.
     """
     try:
         return path.exists()
@@ -71,7 +71,7 @@ def exists(path: Path) -> bool:
 
 
 def path_text(name: str | os.PathLike[str]) -> str:
-    """The text of a path or address; `~` at its start is the user's home, unless a file is called so.
+    """Return the text of a path or uri; a leading `~` is the user's home, unless a file has that name.
 
     Raises:
         UsageError: it is neither text nor a path.
@@ -84,20 +84,21 @@ def path_text(name: str | os.PathLike[str]) -> str:
 
 
 def is_repo(name: str | None) -> bool:
-    """Whether a name is `org/repo`, as model cards name bases; a path of somebody's disk is none."""
+    """Whether a name has the form `org/repo`, as model cards name bases; local paths have not."""
     return name is not None and _REPO.fullmatch(name) is not None
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of a place on a hub: `scheme://...`, or `org/repo` where nothing local could be meant.
+    """Whether a name refers to a hub: `scheme://...`, or `org/repo` if nothing local has that name.
 
     Raises:
-        UsageError: it has a scheme that is not known.
+        UsageError: the scheme is unknown.
     """
     text = path_text(name)
     if os.path.exists(text) or _member(text) is not None:
         return False
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)
+    # pathlib collapses "hf://org" to "hf:/org", so one slash is accepted in path objects.
     if scheme and (scheme[2] == "//" or isinstance(name, os.PathLike)):
         return _has_hub(scheme[1].lower(), text, strict=scheme[2] == "//")
     plain = _PLAIN.fullmatch(text) if isinstance(name, str) else None
@@ -105,7 +106,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 
 
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
-    """Whether there is a hub of that scheme; a path with a colon in it may be just that, an address may not."""
+    """Whether a hub with that scheme exists. `a:/b` may be a local path; only `a://b` must have a known scheme."""
     try:
         import_module("adapterkit.hub.hubs").hub_of(scheme)
     except UsageError as error:
@@ -116,10 +117,10 @@ def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
 
 
 def local(name: str | os.PathLike[str]) -> Path:
-    """The local path that a name stands for: `FOLDER#name` is the subfolder `name`, unless the whole is a path itself.
+    """Return the local path of a name: `FOLDER#name` is the subfolder `name`, unless a path with `#` exists.
 
     Args:
-        name: of something on this disk; nothing need be there.
+        name: a local name; nothing needs to exist there.
     """
     text = path_text(name)
     member = None if os.path.exists(text) else _member(text)
@@ -133,11 +134,11 @@ def _member(text: str) -> Path | None:
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """The local path of what is named; what is on a hub is fetched, verified, into a cache first.
+    """Return the local path of a name; something on a hub is downloaded into a cache and verified first.
 
     Raises:
-        UsageError: an unknown scheme, or a name that makes no sense on a hub.
-        NetworkError: it is not on the hub, may not be read, or the hub cannot be reached.
+        UsageError: the scheme is unknown, or the name is invalid on its hub.
+        NetworkError: the hub does not have it, denies access, or cannot be reached.
     """
     if not is_remote(name):
         return local(name)
@@ -147,10 +148,10 @@ def located(name: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path for the length of some reading of headers; of what is on a hub, only headers are fetched.
+    """Yield a local path for reading headers; from a hub, only headers are downloaded.
 
     Raises:
-        AdapterkitError: as for `located`; an error met inside names the place on the hub instead of the path.
+        AdapterkitError: as for `located`. Errors raised inside the block name the uri instead of the temporary path.
     """
     if not is_remote(name):
         yield local(name)
@@ -168,10 +169,10 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether a name says by its scheme that it is on a hub; what is written to a plain name is local.
+    """Whether a name has a hub's scheme. Outputs go to a hub only by scheme; `org/repo` is a local output path.
 
     Raises:
-        UsageError: it has a scheme that is not known.
+        UsageError: the scheme is unknown.
     """
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path_text(name)) is not None and is_remote(name)
 
@@ -183,18 +184,18 @@ def outgoing(
     sources: Sequence[str | os.PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> AbstractContextManager[Path]:
-    """A local path to write what shall be on a hub; it is pushed when the block ends without an error.
+    """Return a context with a local path to write to; its content is pushed to a hub when the block succeeds.
 
-    The path is the same for the same name, so that what an interrupted run left there is found again.
+    The path is derived from the name, so a later run finds what an interrupted one left.
 
     Args:
-        name: of the place.
-        overwrite: replace what is there.
-        sources: what it is made from; a licence that all their model cards name is passed on.
-        unchanged: called where all of it was there already, and nothing was pushed.
+        name: the uri to push to.
+        overwrite: replace existing files.
+        sources: the inputs of the output; a licence that all their model cards name is passed on.
+        unchanged: called if the hub already had everything, so that nothing was pushed.
 
     Raises:
-        AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
+        AdapterkitError: as for `adapterkit.hub.push`; raised before anything is written if possible.
     """
     hub = import_module("adapterkit.hub")
     found: AbstractContextManager[Path] = hub.outgoing(os.fspath(name), overwrite, sources, unchanged)
@@ -202,10 +203,10 @@ def outgoing(
 
 
 def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[Any]:
-    """A base on a hub whose weight files are brought one at a time; see `adapterkit.hub.streaming`.
+    """Return a context with a base on a hub whose weight files are downloaded one at a time; see `hub.streaming`.
 
     Raises:
-        AdapterkitError: as for `located`, or it cannot be streamed.
+        AdapterkitError: as for `located`, or the base cannot be streamed.
     """
     found: AbstractContextManager[Any] = import_module("adapterkit.hub").streamed(name, out)
     return found

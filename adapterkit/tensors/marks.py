@@ -1,4 +1,4 @@
-"""What files of tensors begin with: enough to tell them apart, and to leave what reads them unimported."""
+"""Magic bytes of tensor files, so that a file's type is known without importing its reader."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from .inputs import open_input
 
 GGUF = b"GGUF"
 GGLA = b"algg"
-"""The number 0x67676c61, little-endian."""
+"""The number 0x67676c61 in little-endian order, which is why the letters are reversed."""
 NPY = b"\x93NUMPY"
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like a GGUF file; no error is raised."""
+    """Whether a file begins like GGUF; never raises."""
     return has_mark(path, GGUF)
 
 
 def is_ggla(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like one of llama.cpp's before GGUF; no error is raised."""
+    """Whether a file begins like llama.cpp's format before GGUF; never raises."""
     return has_mark(path, GGLA)
 
 
 def is_npy(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like an array of numpy's; no error is raised."""
+    """Whether a file begins like a numpy array; never raises."""
     return has_mark(path, NPY)
 
 
 def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
-    """Whether these bytes stand at a place of a file; no error is raised."""
+    """Whether a file has these bytes at an offset; never raises."""
     try:
         with open_input(path) as file:
             return file.read(at + len(mark))[at:] == mark

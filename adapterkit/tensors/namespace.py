@@ -1,7 +1,7 @@
-"""The array-API namespace of a formula's arrays: numpy's, torch's, or what symbolic values bring along.
+"""The array-API namespace of a formula's arrays: numpy, torch, or the one that symbolic values bring along.
 
-Formulas use operators first; what those cannot say (`solve`, `qr`, `fft`, `exp`, `concat`, ...) they take from here, in
-the words of https://data-apis.org/array-api/latest/.
+Formulas use operators first. Functions without an operator (`solve`, `qr`, `fft`, `exp`, `concat`, ...) come from here,
+named as in https://data-apis.org/array-api/latest/.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def namespace(*arrays: Any) -> Any:
-    """The namespace that all of the arrays belong to.
+    """Return the namespace of all given arrays.
 
     Raises:
-        TypeError: they are of several libraries, or of none.
+        TypeError: the arrays belong to several libraries, or to none.
     """
     present = [array for array in arrays if array is not None]
     if present and all(type(array).__module__.partition(".")[0] == "torch" for array in present):
-        # Said here, since torch.compile does not see through the cache in which array_namespace looks it up.
+        # A shortcut: torch.compile cannot trace the cache in which array_namespace looks this up.
         from array_api_compat import torch
 
         return torch
@@ -27,6 +27,6 @@ def namespace(*arrays: Any) -> Any:
 
 
 def constant(array: Any) -> Any:
-    """Return the array as a constant of training: the same numbers, through which no gradient flows."""
+    """Return the array as a constant of training: same numbers, no gradient."""
     detach = getattr(array, "detach", None)
     return array if detach is None else detach()

@@ -1,4 +1,4 @@
-"""`.npy` and `.npz` files, headers first; nothing is unpickled, every size is checked.
+"""Read and write `.npy` and `.npz` files, headers first. Nothing is unpickled, and every size is checked.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -27,25 +27,25 @@ MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
 UNPACKED = 64 << 20
 EXPANDED = 64
-"""An archive's arrays take at most `UNPACKED` bytes, or this many times its own size: 1 MB can inflate to 1 GB."""
+"""An archive may expand to `UNPACKED` bytes, or to this many times its size: 1 MB could inflate to 1 GB."""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():
     if _dtype.numpy[1] != "u" or not _dtype.floating:
         BY_NUMPY.setdefault(_dtype.numpy, _dtype)
 BY_NUMPY["|V2"] = DTYPES["BF16"]
-"""What numpy calls an element type; two bytes without a meaning are how TensorRT-LLM saves bfloat16."""
+"""numpy's descr of an element type -> type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes of no type."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
 
 
 def read_npy(path: Path) -> Lazy:
-    """The array in a file.
+    """Return the array in a file.
 
     Raises:
-        Malformed: it is no such file, or is not as long as its header says.
-        Unsupported: objects, records, big-endian numbers or Fortran's order.
-        StorageError: it cannot be read.
+        Malformed: the file is not an array, or its length does not match its header.
+        Unsupported: objects, records, big-endian numbers or Fortran order.
+        StorageError: the file cannot be read.
     """
     try:
         with open_input(path) as file:
@@ -60,17 +60,17 @@ def read_npy(path: Path) -> Lazy:
 
 
 def write_npy(path: Path, tensor: Lazy) -> None:
-    """Writes an array atomically, the bytes that numpy writes."""
+    """Write an array atomically, with the same bytes as numpy."""
     with replacing(path) as file:
         file.write(_head(tensor))
         file.write(tensor.fetch())
 
 
 def read_npz(path: Path) -> dict[str, Lazy]:
-    """The arrays in an archive, by name; each is read when it is fetched.
+    """Return the arrays in an archive by name; each is read when it is fetched.
 
     Raises:
-        Malformed, Unsupported, StorageError: as for `read_npy`; entries of other kinds are refused.
+        Malformed, Unsupported, StorageError: as for `read_npy`; also for entries that are not arrays.
     """
     tensors: dict[str, Lazy] = {}
     try:
@@ -92,9 +92,10 @@ def read_npz(path: Path) -> dict[str, Lazy]:
 
 
 def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Writes an archive atomically, as `numpy.savez` does, one array in memory at a time."""
+    """Write an archive atomically, like `numpy.savez`, with one array in memory at a time."""
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors.items():
+            # A fixed date: the same arrays give the same bytes.
             entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             with archive.open(entry, "w", force_zip64=True) as member:
                 member.write(_head(tensor))
@@ -115,6 +116,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
 
     def fetch() -> bytes:
         try:
+            # Open the archive for each array, so that no file stays open between fetches.
             with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
                 file.read(start)
                 return file.read(size)
@@ -134,10 +136,11 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
     if count > MAX_HEADER:
         raise _damaged(path, f"a header of {count} bytes")
     try:
+        # By the format, the header is a Python literal. Its length is limited above, and literal_eval runs no code.
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-        raise _damaged(path, "a header that is none") from None
+        raise _damaged(path, "an invalid header") from None
     if (
         not isinstance(shape, tuple)
         or len(shape) > 32
@@ -155,6 +158,7 @@ def _head(tensor: Lazy) -> bytes:
     if descr is None:
         raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
+    # numpy pads the header so that data starts at a multiple of 64 bytes, for aligned memory maps.
     room = -(len(text) + 11) % 64
     return NPY + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
 

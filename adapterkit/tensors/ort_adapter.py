@@ -1,4 +1,4 @@
-"""`.onnx_adapter` files of onnxruntime: a flatbuffer of named tensors; every offset and size is checked.
+"""Read and write onnxruntime's `.onnx_adapter` files, flatbuffers of named tensors. Every offset and size is checked.
 
 Format: onnxruntime/lora/adapter_format/adapter_schema.fbs, version 1.
 """
@@ -29,10 +29,10 @@ TYPES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
     13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""Number of ONNX's element types -> ours."""
+"""ONNX's number of an element type -> its name here."""
 
 _SIZES = {"<H": 2, "<I": 4, "<i": 4}
-"""Bytes of the integers of a flatbuffer, by `struct`'s codes."""
+"""`struct` code of a flatbuffer integer -> bytes."""
 
 _NUMBERS = {name: number for number, name in TYPES.items()}
 
@@ -40,15 +40,15 @@ MAX_PARAMETERS = 1 << 20
 MAX_AXES = 32
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
-"""Bytes of a page of a file, and how many are kept."""
+"""Bytes of a page of the file, and how many pages are kept in memory."""
 
 LARGEST = (1 << 31) - 1
-"""Bytes of a flatbuffer, whose offsets are of 31 bits."""
+"""Largest flatbuffer in bytes: its offsets have 31 bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrtAdapter:
-    """What a file holds: tensors by name in the file's order, and two versions that are the user's own."""
+    """The content of a file: tensors by name in the file's order, and two version numbers that the user chooses."""
 
     tensors: Mapping[str, Lazy]
     adapter_version: int = 1
@@ -56,16 +56,16 @@ class OrtAdapter:
 
 
 def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a file has the mark; no error is raised."""
+    """Whether a file has the magic bytes; never raises."""
     return has_mark(path, MARK, 4)
 
 
 def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
-    """Reads everything but the tensors' numbers.
+    """Read everything but the tensors' numbers.
 
     Raises:
-        Malformed: an offset or a size leaves the file, or a tensor's bytes are not those of its shape.
-        Unsupported: another version, or text for numbers.
+        Malformed: an offset or size leaves the file, or a tensor's bytes do not match its shape.
+        Unsupported: another version, or a tensor of strings.
         StorageError: the file cannot be read.
     """
     buffer = _Buffer(os.fspath(path))
@@ -89,10 +89,10 @@ def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
 
 
 def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None:
-    """Writes a file atomically, one tensor in memory at a time.
+    """Write a file atomically, with one tensor in memory at a time.
 
     Raises:
-        Unsupported: an element type that ONNX lacks, or more bytes than a flatbuffer can have.
+        Unsupported: ONNX lacks an element type, or the file would exceed a flatbuffer's limit.
     """
     plan = _Plan(adapter)
     with replacing(Path(path)) as file:
@@ -110,17 +110,17 @@ def _tensors_of(path: str) -> Mapping[str, Lazy]:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table: where it starts, and where its fields are, relative to that; 0 for absent ones."""
+    """A flatbuffer table: its offset, and its fields' offsets relative to it; 0 for absent fields."""
 
     at: int
     fields: tuple[int, ...]
 
 
 class _Buffer:
-    """Bytes of a file by their offset, never beyond its end.
+    """Random access to the bytes of a file, never beyond its end.
 
-    A header is read number by number, in the table of a tensor and before its data in turn: pages that were read are
-    kept, a few of them.
+    Headers are read number by number, alternating between a tensor's table and the area before its data. So the last
+    few pages are cached.
     """
 
     def __init__(self, path: str) -> None:
@@ -154,7 +154,7 @@ class _Buffer:
         return self.pages[page][start : start + count]
 
     def number(self, code: str, at: int) -> int:
-        # Not by `struct`: a table of 500 tensors has 17,000 numbers, and this takes half the time.
+        # int.from_bytes instead of struct: a file of 500 tensors has 17,000 numbers, and this takes half the time.
         size = _SIZES[code]
         page, start = divmod(at, PAGE)
         held = self.pages.get(page, b"")
@@ -170,6 +170,7 @@ class _Buffer:
 
     def table(self, at: int) -> _Table:
         where = at - self.number("<i", at)
+        # Tables usually share one list of field offsets (vtable), which is then checked once.
         if where in self.fields:
             return _Table(at, self.fields[where])
         size = self.number("<H", where)
@@ -191,7 +192,7 @@ class _Buffer:
         return 0 if at is None else self.number("<i", at)
 
     def vector(self, table: _Table, index: int, itemsize: int, limit: int) -> tuple[int, int]:
-        """Where a vector's items start, and how many there are."""
+        """Return the offset of a vector's items, and their number."""
         field = self.field(table, index)
         if field is None:
             return 0, 0
@@ -233,7 +234,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
 
 
 class _Plan:
-    """Where everything of a file goes: all offsets point forward, tables first, numbers last."""
+    """The layout of a file: tables first, numbers last, because all flatbuffer offsets point forward."""
 
     def __init__(self, adapter: OrtAdapter) -> None:
         self.adapter, self.at = adapter, 8
@@ -257,7 +258,7 @@ class _Plan:
             self._parameter(table, fields, name, tensor)
 
     def _place(self, size: int, alignment: int, before: int = 0) -> int:
-        """Room for `size` bytes, the one behind the first `before` of them aligned."""
+        """Reserve `size` bytes such that the byte after the first `before` is aligned; return their offset."""
         start = -(-(self.at + before) // alignment) * alignment - before
         self.at = start + size
         if self.at > LARGEST:
@@ -282,7 +283,7 @@ class _Plan:
         self.numbers.append((data + 4, tensor))
 
     def pieces(self) -> Iterator[tuple[int, Any]]:
-        """What is written, front to back; a tensor is fetched when its turn comes."""
+        """Yield (offset, bytes) in file order; a tensor is fetched when its turn comes."""
         order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
         order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]
         order.sort(key=lambda piece: piece[:2])

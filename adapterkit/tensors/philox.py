@@ -1,7 +1,7 @@
-"""Random numbers that any implementation can repeat bit for bit: Philox4x32-10, a function of a key and a counter.
+"""Reproducible random numbers: Philox4x32-10, a pure function of a key and a counter.
 
-Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. There is no state: any number can be had without those
-before it, so sums over random matrices are formed a few matrices at a time, on numpy and torch alike.
+Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. It has no state, so any number can be computed without the
+earlier ones. Sums over random matrices are therefore formed a few matrices at a time, equally in numpy and torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 
 CHUNK = 1 << 16
-"""Random numbers held at a time: what fits a core's cache is drawn twice as fast."""
+"""Random numbers in memory at a time; as many as fit a core's cache are drawn twice as fast."""
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Four words for a counter of four and a key of two: int64 arrays of 32-bit words, of shapes that broadcast."""
+    """Return four words for a counter of four and a key of two; int64 arrays of 32-bit words, which broadcast."""
     a, b, c, d = counter
     k, m = key
     for _ in range(ROUNDS):
-        # A product of two words fills 64 bits, the sign bit too: what is masked off behind the shift are its copies.
+        # The product of two words fills all 64 bits, the sign bit included. The shift copies the sign bit, and the mask
+        # removes those copies.
         one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a, b, c, d = (two >> 32 & WORD) ^ b ^ k, two & WORD, (one >> 32 & WORD) ^ d ^ m, one & WORD
         k, m = (k + WEYL[0]) & WORD, (m + WEYL[1]) & WORD
@@ -32,12 +33,14 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 
 
 def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: Any) -> Any:
-    """Vectors of numbers in [-1, 1): `[stop - first, seeds, count]`, vector n of a seed being the same in any run.
+    """Return vectors of numbers in [-1, 1), `[stop - first, seeds, count]`; vector n of a seed never changes.
 
     Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
-    seed div 2^32), taken as w / 2^31 - 1 and rounded once to the dtype.
+    seed div 2^32). A word w becomes w / 2^31 - 1, rounded once to the dtype.
     """
     xp = namespace(seeds)
+    if seeds.dtype != xp.int64:
+        seeds = xp.astype(seeds, xp.int64)
     quarters = (count + 3) // 4
     places = xp.arange(quarters, dtype=xp.int64, device=_device(seeds))
     vectors = xp.arange(first, stop, dtype=xp.int64, device=_device(seeds))[:, None, None]
@@ -45,13 +48,14 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
     drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
     flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
+    # Shift while the numbers are integers, so that there is only one rounding.
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 
 def combine(coefficients: Any, seeds: Any, stream: int, count: int) -> Any:
-    """sum over n of coefficients[n] * (vector n of each seed): `[seeds, count]`, in the coefficients' dtype.
+    """Return sum over n of coefficients[n] * (vector n of each seed), `[seeds, count]`, in the coefficients' dtype.
 
-    The vectors are drawn a few at a time, and in training drawn again for the gradient rather than kept.
+    A few vectors are drawn at a time. In training they are drawn again for the gradient, which saves their memory.
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
     total: Any = 0

@@ -1,4 +1,4 @@
-"""Positions in a weight: numbers put at them, random ones out of a seed, whether they are inside; numpy and torch."""
+"""Positions in a weight, for numpy and torch: scatter numbers, draw positions from a seed, check bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def scattered(values: Any, flat: Any, shape: tuple[int, ...]) -> Any:
-    """A dense array of `shape`, zero but for the sums of `values` at the positions `flat` in C order."""
+    """Return zeros of `shape` with the sums of `values` at the flat C-order positions `flat`."""
     size = 1
     for axis in shape:
         size *= axis
@@ -27,7 +27,7 @@ def scattered(values: Any, flat: Any, shape: tuple[int, ...]) -> Any:
 
 
 def add_at(D: Any, rows: Any, columns: Any, values: Any) -> None:
-    """D[rows, columns] += values, in place; D may be a transposed view, and a position may come twice."""
+    """Compute D[rows, columns] += values in place; D may be a transposed view, and positions may repeat."""
     if hasattr(D, "index_put_"):
         D.index_put_((rows.long(), columns.long()), values.to(D.dtype), accumulate=True)
         return
@@ -37,19 +37,25 @@ def add_at(D: Any, rows: Any, columns: Any, values: Any) -> None:
 
 
 def counting(count: int, like: Any) -> Any:
-    """The numbers from 0 to `count` - 1, where another array lies."""
+    """Return the integers 0 to `count` - 1, on the device of another array."""
     return namespace(like).arange(count, device=getattr(like, "device", None))
 
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
-    """The first `count` of the numbers below `size` in random order, as torch's generator on the CPU draws it."""
+    """Return `count` distinct random numbers below `size`, as torch's CPU generator draws them."""
+    # Like PEFT's SHiRA: a slice of `randperm`. Another sampling would place the trained values elsewhere.
     import torch
 
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
-    """The first number below 0, or not below its bound: one for all, or one for each row of pairs; None without one."""
+    """Return the first number that is negative or not below its bound; None if all are inside.
+
+    Args:
+        leaf: the numbers.
+        below: one bound for all numbers, or one for each row of pairs; None for no bound.
+    """
     tensor = as_lazy(leaf)
     if not tensor.nbytes:
         return None

@@ -1,4 +1,4 @@
-"""Products of small factors, for numpy and torch: D = B @ A into given memory, Kronecker's, a kernel's Tucker form."""
+"""Products of small factors for numpy and torch: D = B @ A into existing memory, Kronecker and Tucker products."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from .namespace import namespace
 
 ROWS = 16
-"""Rows computed at a time: OpenBLAS takes less time a number where the product stays in a core's cache."""
+"""Rows computed at a time: OpenBLAS is faster per number if the product stays in a core's cache."""
 
 STRIP = 3 << 14
-"""Numbers of A used at a time: those stay in the cache too, from one run of rows to the next."""
+"""Numbers of A used at a time; these stay in the cache from one block of rows to the next."""
 
 
 def product(D: Any, B: Any, A: Any) -> None:
-    """D `[m, n]` = B `[m, r]` @ A `[r, n]`; D may be a transposed view."""
+    """Compute D `[m, n]` = B `[m, r]` @ A `[r, n]` in place; D may be a transposed view."""
     if hasattr(D, "copy_"):
         D.copy_(B @ A)
     elif not D.flags.c_contiguous and D.T.flags.c_contiguous:
@@ -25,24 +25,24 @@ def product(D: Any, B: Any, A: Any) -> None:
 
 
 def tucker(core: Any, a: Any, inputs: Any) -> Any:
-    """sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
+    """Return sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
     return a @ contracted(core, inputs)
 
 
 def contracted(core: Any, inputs: Any) -> Any:
-    """sum_j core[i, j, *k] inputs[j, n] as `[r, in * k]`."""
+    """Return sum_j core[i, j, *k] inputs[j, n] as `[r, in * k]`."""
     r = len(core)
     inner = (core.reshape(r, r, -1).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
     return inner.reshape(r, -1)
 
 
 def kron(w1: Any, w2: Any) -> Any:
-    """The Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
+    """Return the Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
     return (w1[:, None, :, None] * w2[None, :, None, :]).reshape(len(w1) * len(w2), -1)
 
 
 def sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
-    """Two factors whose product is a matrix: the given ones, or `whole` beside an identity of its shorter side."""
+    """Return two factors of a matrix: the given ones, or `whole` and an identity of its shorter side."""
     if whole is None:
         return left, right
     xp, (rows, columns) = namespace(whole), whole.shape
@@ -51,12 +51,12 @@ def sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
 
 
 def even_split(size: int, factor: int = -1) -> tuple[int, int]:
-    """The two numbers into which LyCORIS splits a side of a weight, the one for w1 first.
+    """Split a side of a weight into two numbers like LyCORIS; the first one belongs to w1.
 
     Args:
         size: their product.
-        factor: the first, where it divides; else the first is the largest number up to it that makes it the smaller of
-            the two. -1 for no limit.
+        factor: used as the first number if it divides `size`. Otherwise the first number is the largest divisor up to
+            `factor` that is not above the second one. -1 means no limit.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

@@ -1,15 +1,15 @@
-"""What a finished output was made from, so that the same command again finds its work done.
+"""Records of how an output was made, so that running the same command again finds the work done.
 
 A record holds one digest of everything that decided the output (inputs, options, versions) and a fingerprint of every
-file that was written. It is an extended attribute of the output, `user.adapterkit`. So nothing is added to a folder
-that another tool reads, nothing is uploaded with it, and the record moves into place with the output, in the same
-rename. File systems without such attributes (NFS before 4.2, FAT, Windows) get a hidden file beside the output instead.
-A record that is lost, by a copy for example, only means that the output is not recognised.
+file written. It is stored as an extended attribute of the output, `user.adapterkit`. So it adds no file to a folder
+that other tools read, is not uploaded with it, and moves into place with the output in the same rename. On file systems
+without extended attributes (NFS before 4.2, FAT, Windows) it is a hidden file beside the output. If a record gets lost,
+for example by a copy, the output is just not recognised.
 
-The fingerprint of a file of up to 16 MiB is its content. A larger one is told by its size, the time of its last change
-and its first MiB, where formats keep their headers: to read a model of 100 GB again takes minutes, and a file whose
-header, size and time in nanoseconds are the same was not written since. The inode number is left out: network and
-overlay file systems give another one after a mount, and a restarted container must still find its work done.
+The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file it consists of the size, the
+modification time and a hash of the first MiB, where formats have their headers. Reading a model of 100 GB again would
+take minutes, and a file with the same header, size and nanosecond time was not written since. The inode number is left
+out: network and overlay file systems change it at a mount, and a restarted container must still find its work done.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .atomic import write_bytes
 ATTRIBUTE = "user.adapterkit"
 
 WHOLE = 16 << 20
-"""Bytes of a file up to which its fingerprint is its content."""
+"""Files up to this many bytes are fingerprinted by their whole content."""
 
 HEAD = 1 << 20
-"""Bytes of a larger file that are in its fingerprint."""
+"""Bytes of a larger file that are hashed."""
 
 LARGEST = 1 << 20
-"""Bytes of a record that is read."""
+"""Largest record that is read, in bytes."""
 
 
 def fingerprint(file: Path) -> str:
-    """A short text that changes when a file changes.
+    """Return a short text that changes when the file changes.
 
     Raises:
         OSError: the file cannot be read.
@@ -50,39 +50,39 @@ def fingerprint(file: Path) -> str:
 
 
 def digest_of(decided: Any) -> str:
-    """One digest of plain data: what decided an output."""
+    """Return one digest of plain data, for everything that decided an output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def record_of(made_from: str, files: Mapping[str, Path]) -> bytes:
-    """The record of an output.
+    """Return the record of an output.
 
     Args:
-        made_from: the digest of what decided it.
-        files: name, relative to the folder that the output is in -> the file that was written.
+        made_from: the digest of everything that decided it.
+        files: name relative to the output's folder -> the written file.
     """
     told = {"made_from": made_from, "files": {name: fingerprint(file) for name, file in files.items()}}
     return zlib.compress(json.dumps(told, sort_keys=True).encode())
 
 
 def attach(record: bytes, output: Path, beside: Path) -> None:
-    """Keep a record with an output.
+    """Store a record with an output.
 
     Args:
         record: the record.
         output: the file or folder, staged or in place.
-        beside: the hidden file that holds the record where the file system has no extended attributes.
+        beside: the hidden file to use if the file system has no extended attributes.
     """
     try:
         os.setxattr(output, ATTRIBUTE, record)
-    except (AttributeError, OSError):  # Not on this system, not on this file system, or more than it has room for.
+    except (AttributeError, OSError):  # Not supported by the system or file system, or no room for it.
         write_bytes(beside, record)
     else:
         beside.unlink(missing_ok=True)
 
 
 def has_record(target: Path, beside: Path) -> bool:
-    """Whether a record is kept with an output."""
+    """Whether a record is stored with an output."""
     try:
         return bool(_read(target, beside))
     except OSError:
@@ -90,10 +90,11 @@ def has_record(target: Path, beside: Path) -> bool:
 
 
 def is_finished(target: Path, beside: Path, made_from: str) -> bool:
-    """Whether an output was made from this, and every file of it is as it was written."""
+    """Whether an output was made from this, and all its files are unchanged."""
     if not os.path.lexists(target):
         return False
     try:
+        # Limit the output, because a damaged record could inflate to any size.
         record = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
         files = {target.parent / name: told for name, told in record["files"].items()}
         same = bool(files) and record["made_from"] == made_from
@@ -111,5 +112,5 @@ def _read(target: Path, beside: Path) -> bytes:
 
 
 def listed(files: Iterable[Path]) -> list[list[str]]:
-    """Files by name and fingerprint, for `digest_of`."""
+    """Return the names and fingerprints of files, for `digest_of`."""
     return [[file.name, fingerprint(file)] for file in files]

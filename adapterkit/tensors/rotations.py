@@ -1,6 +1,6 @@
-"""Orthonormal rows, rotations from skew-symmetric matrices, and their products with the blocks of a weight.
+"""Orthonormal rows, rotations from skew-symmetric matrices, and their products with blocks of a weight.
 
-Linear algebra is done in float32 at least: libraries have none for 16-bit numbers.
+Linear algebra runs in float32 or wider: libraries have no 16-bit solvers.
 """
 
 from __future__ import annotations
@@ -9,23 +9,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ShapeMismatch
+from ..errors import Malformed, ShapeMismatch
 from .namespace import namespace
 
 
 def block_size(pairs: int) -> int:
-    """The b for which b * (b - 1) / 2 is `pairs`, or 0 where there is none."""
+    """Return the b with b * (b - 1) / 2 == `pairs`, or 0 if there is none."""
     b = (1 + math.isqrt(1 + 8 * pairs)) // 2
     return b if b * (b - 1) // 2 == pairs else 0
 
 
 def skew(pairs: Any) -> Any:
-    """Skew-symmetric matrices `[..., b, b]` from what stands above their diagonals, row by row, `[..., b*(b-1)/2]`."""
+    """Return skew-symmetric matrices `[..., b, b]` from their upper triangles, row by row, `[..., b*(b-1)/2]`."""
     xp, b = namespace(pairs), block_size(pairs.shape[-1])
     if b < 2:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
+    # An index and a mask instead of an assignment, which values of an ONNX graph support in a few forms only.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)
@@ -33,23 +34,65 @@ def skew(pairs: Any) -> Any:
 
 
 def cayley(Q: Any) -> Any:
-    """(I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
+    """Return (I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
     return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
 
 
 def orthonormal_rows(R: Any) -> Any:
-    """The rows `[r, n]` after Gram and Schmidt: R itself where they are orthonormal already."""
-    return in_float32(lambda R: namespace(R).linalg.solve(namespace(R).linalg.cholesky(R @ R.mT), R), R)
+    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; already orthonormal rows stay as they are.
+
+    Raises:
+        Malformed: a row depends on the others. Trainers draw another direction in its place, which the file does not
+            store.
+    """
+    try:
+        return in_float32(_orthonormal, R)
+    except (ValueError, RuntimeError) as error:  # numpy's and torch's LinAlgError derive from these.
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
+        raise _dependent(R) from None
+
+
+def _orthonormal(R: Any) -> Any:
+    xp = namespace(R)
+    square = R @ R.mT
+    L = xp.linalg.cholesky(square)
+    # Rounding may leave a row that depends on the others a length just above 0, and its direction is noise then.
+    if _has_values(R):
+        left, was = (L * L).diagonal(), square.diagonal()
+        if bool((left <= 16 * len(R) * xp.finfo(R.dtype).eps * was).any()):
+            raise _dependent(R)
+    return xp.linalg.solve(L, R)
+
+
+def _dependent(R: Any) -> Malformed:
+    why = f"{R.shape[0]} rows of {R.shape[1]} numbers that depend on each other cannot be made orthonormal"
+    cure = "Train from orthonormal rows, as initialisers draw them, or set orthogonality to False"
+    return Malformed(why, where="projection", cure=cure)
+
+
+def _has_values(array: Any) -> bool:
+    """Whether Python can read the numbers, which it cannot in graphs, traces and transforms."""
+    import numpy as np
+
+    if isinstance(array, np.ndarray):
+        return True
+    import torch
+
+    if not isinstance(array, torch.Tensor) or torch.compiler.is_compiling() or array.is_meta:
+        return False
+    plain = type(array) in (torch.Tensor, torch.nn.Parameter)
+    return plain and torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
-    """The first terms of the series of (I + Q) @ inverse(I - Q), the last of them once.
+    """Return a truncated Neumann series of (I + Q) @ inverse(I - Q), with the last term counted once.
 
-    I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3; for three as for four. With
-    `doubled` the last term is taken twice, as the others are, and three terms are three.
+    It is I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3. Three terms give the same
+    as four. With `doubled`, the last term counts twice like the others, and three terms are three.
     """
     if doubled:
-        # One identity a block, also where one term leaves nothing to add that has Q's leading axes.
+        # Adding 0 * Q gives the identity Q's leading axes even if there is only one term.
         R = power = identity(Q) + 0 * Q
         for _ in range(1, terms):
             power = power @ Q
@@ -64,40 +107,41 @@ def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
 
 
 def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
-    """Q * most / (|Q| + more) where |Q| + more is above `most`, by the square of |Q|; where |Q| is 0, gradients too."""
+    """Scale Q to norm `most` where |Q| + more exceeds `most`; `square` is |Q|^2. Gradients are defined at |Q| = 0."""
+    # sqrt has no gradient at 0, and `where` would propagate its NaN. So the root is taken of 1 there instead.
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
     return Q * where(long, most / (norm + more), norm * 0 + 1)
 
 
 def shortened_blocks(Q: Any, eps: float) -> Any:
-    """COFT: each block of Q held within its share of eps."""
+    """COFT: limit the norm of each block of Q to its share of eps."""
     return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
 
 
 def turned(Q: Any, terms: int, doubled: bool) -> Any:
-    """Rotations of skew-symmetric Q: the exact transform for 0 terms, else `neumann`."""
+    """Return rotations from skew-symmetric Q: the exact Cayley transform for 0 terms, else `neumann`."""
     return neumann(Q, terms, doubled) if terms else cayley(Q)
 
 
 def turn_columns(X: Any, R: Any) -> Any:
-    """X `[rows, n * b]`, each block of columns times the transpose of its R of `[n, b, b]`, or of the one there is."""
+    """Multiply each block of columns of X `[rows, n * b]` by the transpose of its R in `[n, b, b]` (or `[b, b]`)."""
     blocks = X.reshape(len(X), -1, R.shape[-1]).swapaxes(0, 1)
     return (blocks @ R.mT).swapaxes(0, 1).reshape(X.shape)
 
 
 def turn_rows(X: Any, R: Any) -> Any:
-    """X `[n * b, ...]`, the transpose of each R of `[n, b, b]`, or of the one there is, times its block of rows."""
+    """Multiply each block of rows of X `[n * b, ...]` from the left by the transpose of its R (or of the only one)."""
     return (R.mT @ X.reshape(-1, R.shape[-1], math.prod(X.shape[1:]))).reshape(X.shape)
 
 
 def identity(like: Any) -> Any:
-    """I of the size, dtype and device of square matrices."""
+    """Return the identity of the size, dtype and device of square matrices."""
     return namespace(like).eye(like.shape[-1], **_kind(like))
 
 
 def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
-    """f(X), an array or a tuple of them, computed in float32 and rounded back where X has 16 bits."""
+    """Return f(X), an array or a tuple of arrays; 16-bit inputs are computed in float32 and rounded back."""
     xp = namespace(X)
     if xp.finfo(X.dtype).bits > 16:
         return f(X)
@@ -106,9 +150,10 @@ def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
 
 
 def singular(W: Any) -> tuple[Any, Any, Any]:
-    """U, S and V^T of a weight `[out, in]`, by torch in float32 on the CPU whatever library W is of: as PEFT has them.
+    """Return U, S and V^T of a weight `[out, in]`, computed by torch in float32 on the CPU, like PEFT.
 
-    Signs and last digits are up to the library that computes them, and adapters depend on both.
+    The signs and last digits depend on the library, and adapters depend on both. So torch computes it for numpy arrays
+    too.
 
     Raises:
         ShapeMismatch: the weight has a kernel.
@@ -129,10 +174,10 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
 
 
 def singular_by_sketch(W: Any, r: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
-    """U `[out, r]`, S `[r]` and V^T `[r, in]` of W's r largest singular values, as `torch.svd_lowrank` finds them.
+    """Return U `[out, r]`, S `[r]` and V^T `[r, in]` for W's r largest singular values, from `torch.svd_lowrank`.
 
-    It starts from random numbers: here those that torch's generator on the CPU draws from `seed`, whatever library W is
-    of, which is what PEFT seeds it with.
+    The algorithm starts from random numbers. They are drawn from torch's CPU generator with `seed`, like PEFT does, for
+    arrays of any library.
     """
     import numpy as np
     import torch

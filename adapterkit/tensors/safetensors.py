@@ -1,7 +1,7 @@
-"""safetensors files, read and written without loading them.
+"""Read and write safetensors files without loading them.
 
-The reader trusts nothing: lengths, offsets, shapes and dtypes of a header are checked against each other and against
-the size of the file before a byte of data is touched. Format: https://huggingface.co/docs/safetensors (format section).
+The reader trusts nothing. Lengths, offsets, shapes and dtypes of a header are checked against each other and against
+the file's size before any data is read. Format: https://huggingface.co/docs/safetensors (format section).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .strict_json import load_table
 from .written import remember, source_of
 
 MAX_HEADER = 100_000_000
-"""The safetensors format caps a header at 100 MB."""
+"""The safetensors format limits a header to 100 MB."""
 
 MAX_AXES = 64
-"""Axes of a tensor: torch's own limit."""
+"""Most axes of a tensor: torch's own limit."""
 
 ALIGNMENT = 8
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: `offset` counts from the start of the file, in bytes."""
+    """The location of one tensor: `offset` counts from the start of the file, in bytes."""
 
     name: str
     dtype: DType
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of one file: entries in file order, and the free-form metadata."""
+    """The checked header of a file: entries in file order, and the free-form metadata."""
 
     path: str
     entries: Mapping[str, Entry]
@@ -53,10 +53,10 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads and checks the header of the safetensors file at `path`.
+    """Read and check the header of the safetensors file at `path`.
 
     Raises:
-        Malformed: the header is not one, or does not agree with itself or with the size of the file.
+        Malformed: there is no valid header, or it contradicts itself or the file's size.
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
@@ -80,12 +80,12 @@ def _read_header(path: str) -> Header:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
-    """All tensors of a file as lazy handles, in file order."""
+    """Return all tensors of a file as lazy handles, in file order."""
     return handles(read_header(path))
 
 
 def handles(header: Header) -> dict[str, Lazy]:
-    """Return a handle on each tensor of a file, in file order; see `read_span` for what a fetch does."""
+    """Return a lazy handle on each tensor of a file, in file order; see `read_span` for its reads."""
     path, found = header.path, {}
     for name, entry in header.entries.items():
         source = source_of(path, name, entry.dtype, entry.nbytes)
@@ -97,10 +97,10 @@ def handles(header: Header) -> dict[str, Lazy]:
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
-    """The header bytes, length prefix and padding included, for tensors laid out in the given order without gaps.
+    """Return the header bytes, with length prefix and padding, for tensors packed in the given order.
 
     Raises:
-        Malformed: a name or the metadata is not text that UTF-8 can say.
+        Malformed: a name or the metadata cannot be encoded as UTF-8.
     """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -113,15 +113,16 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
     except UnicodeEncodeError as error:
         why = f"a name or metadata with half of a surrogate pair ({error.object[error.start : error.end]!r})"
         raise Malformed(why, where="header", cure="Rename it, or leave it out") from None
+    # Pad with spaces like the safetensors library, so that the data starts at a multiple of 8 bytes.
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Writes a file atomically: header first, then the tensors; see `append` for memory.
+    """Write a file atomically: header first, then the tensors; see `append` for its use of memory.
 
-    The order is the safetensors library's own (dtype, widest first, then name): the same tensors always give the same
-    bytes, and the bytes that library would have written.
+    The tensors are sorted like the safetensors library sorts them (widest dtype first, then name). So the same tensors
+    always give the same bytes, and the same bytes as that library.
     """
     from .appending import append
 
@@ -148,9 +149,9 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 
 
 def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
-    """The header, and whether there are but texts and whole numbers in it, see `load_table`."""
+    """Return the header, and whether it holds only text and whole numbers; see `load_table`."""
     try:
-        fields, regular = load_table(raw.decode("utf-8"), len(_FIELDS))
+        fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
     if not isinstance(fields, dict):
@@ -160,7 +161,7 @@ def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
     if value is None:
-        # MLX writes it so where it has none.
+        # MLX writes null if it has no metadata.
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise Malformed("metadata must map text to text", path=path, where="__metadata__", cure=_REWRITE)
@@ -171,11 +172,11 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     """Check all entries of a header.
 
     Args:
-        fields: name -> dtype, shape and offsets as the file has them.
-        start: where the file's data begin.
-        path: of the file, for errors.
-        regular: there are only texts and whole numbers >= 0 in it. An entry with the dtype and the shape of one that
-            passed its checks passes them too then: tens of thousands of tensors have a few dozen shapes.
+        fields: name -> dtype, shape and offsets as in the file.
+        start: the offset of the file's data.
+        path: the file, for errors.
+        regular: True if the header holds only text and whole numbers >= 0. Then an entry with the dtype and shape of a
+            checked one needs no further check: tens of thousands of tensors share a few dozen shapes.
     """
     entries = []
     forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
@@ -220,6 +221,7 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
 def _sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
+    # Not isinstance: JSON's true and false are integers to Python.
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
@@ -231,6 +233,7 @@ def _position(entry: Entry) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
+    # The format forbids holes, because hidden bytes would allow files that are valid in a second format, too.
     end = start
     for entry in entries:
         if entry.offset != end:

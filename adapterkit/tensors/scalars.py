@@ -1,4 +1,4 @@
-"""Tensors of one number, read and made without numpy: files of adapters hold thousands of them."""
+"""Read and create one-number tensors without numpy: adapter files hold thousands of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CODES = {
 
 
 def value_of(leaf: Lazy) -> float:
-    """The first number of a tensor that holds one."""
+    """Return the first number of a tensor, which should hold one."""
     data, name = bytes(leaf.fetch()), leaf.dtype.name
     if name == "BF16":
-        # The upper half of a float32.
+        # A bfloat16 is the upper half of a float32.
         return float(struct.unpack("<f", b"\0\0" + data)[0])
     if name in _CODES:
         return float(struct.unpack(_CODES[name], data)[0])
@@ -28,7 +28,7 @@ def value_of(leaf: Lazy) -> float:
 
 @lru_cache(maxsize=1 << 10)
 def number_of(text: str) -> Lazy:
-    """The number that `float.hex` wrote: in float32 where that holds it, else in float64."""
+    """Return the number that `float.hex` wrote, as float32 if that is exact, else as float64."""
     value = float.fromhex(text)
     code = "F32" if _single(value) else "F64"
     data = struct.pack(_CODES[code], value)
@@ -43,7 +43,7 @@ def _single(value: float) -> bool:
 
 
 def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """The tensors, those of one number read together where they lie side by side in a file."""
+    """Return the tensors with one-number tensors already read, adjacent ones in a single read."""
     single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
     spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
     held = {span: data for run in _runs(spans) for span, data in _read(run)}

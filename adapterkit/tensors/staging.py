@@ -1,13 +1,13 @@
-"""Output that appears by rename: it is built in a hidden folder beside its target, and swapped in when it is whole.
+"""Output that appears by rename: it is built in a hidden folder beside its target and swapped in when complete.
 
 Every command and function that writes an output goes through `Staging`. It gives four guarantees:
 
-* Until the new output is whole and durable, nothing at the target changes. A full disk, a signal or a fault of a
-  writer leaves what was there before.
-* A process that is killed between two renames leaves a journal. The next run at the same target reads it and undoes,
-  or ends, what the killed one began. It finds the folder because its name is derived from the target's name.
-* A lock in the folder lets one process at a time write to a target.
-* Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them, too.
+* Nothing at the target changes until the new output is complete and durable. A full disk, a signal or an error in a
+  writer leaves the old output in place.
+* A process that is killed between two renames leaves a journal. The next run at the same target reads it and undoes or
+  finishes the publication. It finds the folder because its name is derived from the target's name.
+* A lock in the folder lets only one process at a time write to a target.
+* Only files and folders are replaced. Device nodes, pipes and sockets are refused, because `rename` would replace them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .records import attach, has_record, is_finished, record_of
 OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
 
 WRITING = "writing"
-"""Ends the name of a stage of no particular kind of work."""
+"""Default suffix of a stage's name."""
 
 STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
-"""Names of stages, and of the record, in a folder that cannot be renamed."""
+"""Names of stages and of the record inside a target folder that cannot be renamed."""
 
 LONGEST = 200
-"""Bytes of a target's name that fit into the name of its stage; file systems allow 255 bytes in all."""
+"""Longest part of a target's name used in its stage's name, in bytes; file systems allow 255 for the whole name."""
 
 Move = tuple[Path, Path]
-"""What lies in the stage, and where it goes."""
+"""A path in the stage, and its destination."""
 
 
 class Staging:
@@ -48,13 +48,13 @@ class Staging:
 
     Args:
         target: where the output will appear. A link to a folder is followed; a link to a file is replaced itself.
-        suffix: ends the name of the hidden folder; says what kind of work it belongs to.
-        noun: what another process is doing where it holds the lock, for the message.
+        suffix: the end of the hidden folder's name, one for each kind of work.
+        noun: the word for another process that holds the lock, in messages.
     """
 
     def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
         self.target, self.noun = settled(target), noun
-        # A mount point cannot be renamed, and a folder that is not ours to rename may still be ours to fill.
+        # A mount point cannot be renamed, and neither can a folder in a read-only parent. Both may still be filled.
         self.inside = self.target.is_dir() and not _can_rename(self.target)
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
@@ -65,7 +65,7 @@ class Staging:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the stage for this process; undo what a killed run left half published.
+        """Hold the stage for this process; undo a publication that a killed run left half done.
 
         Raises:
             StorageError: another process is writing to the same target, or the stage cannot be written.
@@ -74,7 +74,7 @@ class Staging:
         try:
             self.place.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            if self.folder.is_symlink():  # What it leads to is not ours to clear.
+            if self.folder.is_symlink():  # Somebody else's folder may be behind it, and the stage will be cleared.
                 raise StorageError("a link where a folder of work should be", path=self.folder, cure="Remove it")
             with self._open_lock() as held:
                 self._hold(held.fileno())
@@ -86,43 +86,43 @@ class Staging:
             remove_empty(self.folder, *made)
 
     def has_record(self) -> bool:
-        """Whether the target says what it was made from."""
+        """Whether a record is stored with the target."""
         return has_record(self.target, self.record)
 
     def is_finished(self, made_from: str) -> bool:
-        """Whether the target was made from this, and is as it was written."""
+        """Whether the target was made from this, and is unchanged since."""
         return is_finished(self.target, self.record, made_from)
 
     @property
     def is_published(self) -> bool:
-        """Whether a run moved everything into place and only its stage was left behind."""
+        """Whether an earlier run moved everything into place and left only its stage behind."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
     def publish(
         self, moves: Sequence[Move], gone: Iterable[Path] = (), *, durable: bool = False, record: bytes | None = None
     ) -> None:
-        """Move what was staged to its places, all of it or nothing.
+        """Move staged files to their destinations, all of them or none.
 
         Args:
-            moves: what goes where, the main file last. It leaves first and comes last, so that no reader finds it
-                beside another output's files.
-            gone: more of the old output that is to go.
-            durable: what was staged is on disk already.
-            record: what the output was made from; see `records`. It is kept with the main file or folder.
+            moves: (staged path, destination) pairs, the main file last. Its old version is moved away first and the new
+                one comes last, so no reader finds it beside files of another output.
+            gone: further files of the old output to remove.
+            durable: True if the staged files are already synced to disk.
+            record: what the output was made from, see `records`. It is stored with the main file or folder.
 
         Raises:
-            OSError: a rename failed; what was there before is there again.
+            OSError: a rename failed; the old output is back in place.
         """
         if not durable:
             _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
-            old = []  # A file replaces a file in one step, so that readers always find one of the two.
+            old = []  # One rename replaces a file by a file, so readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
         if record is not None:
-            # Before the renames: a kill after the last one then finds the output recorded, and one before it finds
-            # a record of files that are not there.
+            # Attach before the renames. A process killed after the last one then leaves a recorded output, and one
+            # killed before it leaves a record of files that are not there, which counts as no record.
             attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
@@ -140,23 +140,23 @@ class Staging:
             raise
 
     def set_aside(self) -> None:
-        """Keep a file at the target for `recover`, for an output that can only be written in its place."""
+        """Keep a copy of the target file for `recover`, for outputs that can only be written in place."""
         kept = self.folder / "before"
         old = [(kept, self.target)] if _exists(self.target) else []
         if old:
             link(str(self.target), str(kept))
-        # The lock is never moved: while it is listed, this counts as a publication that did not reach its end.
+        # The lock file never moves, so this journal always counts as an unfinished publication.
         self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
 
     def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
-        """Keep what was written in place of what `set_aside` kept."""
+        """Accept what was written in place, and drop the copy that `set_aside` kept."""
         if made_from is not None:
             written = {str(file.relative_to(self.place)): file for file in files}
             attach(record_of(made_from, written), self.target, self.record)
         self._journal.unlink()
 
     def recover(self) -> None:
-        """Undo a publication that did not reach its end; keep one that did.
+        """Undo an unfinished publication; keep a finished one.
 
         Raises:
             StorageError: the old output cannot be moved back; it stays in the stage.
@@ -178,14 +178,14 @@ class Staging:
             raise StorageError(why, path=self.target, cure=cure) from error
 
     def discard(self, keep: Collection[str] = ()) -> None:
-        """Remove the stage; an old output that was moved out of the way is moved back first.
+        """Remove the stage; an old output that was moved away is moved back first.
 
         Args:
-            keep: names in the stage that go last: they tell a later run how far this one came.
+            keep: names in the stage to remove last, because a later run reads its progress from them.
         """
         try:
             self._remove(keep)
-        except KeyboardInterrupt:  # It came while this was cleaning up: clean up all the same.
+        except KeyboardInterrupt:  # Interrupted during the cleanup: finish it first.
             self._remove(keep)
             raise
 
@@ -193,14 +193,14 @@ class Staging:
         try:
             self.recover()
         except StorageError:
-            return  # The only copy of the old output is in the stage.
-        part_of(self.target).unlink(missing_ok=True)  # Of an output that was written in its place.
+            return  # The stage holds the only copy of the old output.
+        part_of(self.target).unlink(missing_ok=True)  # Left by an output that was written in place.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _kept(self, path: Path, old: Sequence[Path]) -> Path:
-        """Where something of the old output waits until the new one is in place."""
+        """Return where a part of the old output waits until the new one is in place."""
         return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
 
     def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
@@ -213,14 +213,14 @@ class Staging:
     def _journaled(self, key: str = "moves") -> list[Move]:
         try:
             found = json.loads(self._journal.read_bytes())[key]
-        except (OSError, ValueError, TypeError, KeyError):  # There is none: nothing was being published.
+        except (OSError, ValueError, TypeError, KeyError):  # No journal: nothing was being published.
             return []
         return [(self.folder / inside, self.place / end) for inside, end in found]
 
     def _open_lock(self) -> BinaryIO:
         try:
             return open(self.folder / "lock", "wb")
-        except FileNotFoundError:  # Another process has just ended and removed the stage.
+        except FileNotFoundError:  # Another process has just finished and removed the stage.
             raise self._taken() from None
 
     def _hold(self, handle: int) -> None:
@@ -230,7 +230,7 @@ class Staging:
             same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
         except FileNotFoundError:
             same = False
-        if not same:  # The process that held the lock ended after this one opened the file, and removed it.
+        if not same:  # The lock's holder finished after the file was opened here, and removed it.
             raise self._taken()
 
     def _taken(self) -> StorageError:
@@ -247,25 +247,25 @@ def staged(
     inputs: Iterable[Path] = (),
     made_from: str | None = None,
 ) -> Iterator[Path]:
-    """Give a path to write to; at the end of the block what was written there takes the place of `target`.
+    """Yield a path to write to; when the block ends, the written output replaces `target`.
 
-    The path has the target's name, and files that are written beside it go beside the target. Where `target` is a
-    folder, the path is an empty folder. After an error nothing is left and the target is what it was.
+    The path has the target's name, and files written beside it go beside the target. If `target` is a folder, the path
+    is an empty folder. After an error nothing is left behind, and the target is unchanged.
 
-    A folder that is replaced may hold files that the new output does not: a README, a tokenizer, notes. Those of the
-    old output must not mix with the new one, all others must not be lost. So `owns` names the files that belong to
-    such an output; they go, and everything else is kept.
+    A replaced folder may hold files that the new output lacks: a README, a tokenizer, notes. Files of the old output
+    must not mix with the new one, and all others must not be lost. So `owns` names the files that belong to such an
+    output. Those are removed, and everything else is kept.
 
     Args:
         target: a file or a folder.
-        overwrite: replace what is at `target`.
-        owns: patterns of names in a folder that belong to the output; None means everything.
-        inputs: the files that the output is made from; none of them is replaced.
-        made_from: a digest of what decides the output, by which a later run finds it finished.
+        overwrite: replace an existing `target`.
+        owns: name patterns of files in a folder that belong to the output; None means all files.
+        inputs: the files that the output is made from; they are never replaced.
+        made_from: a digest of everything that decides the output, by which a later run finds it finished.
 
     Raises:
-        StorageError: the target is taken, or not a file or folder; another process is writing there; the disk is full.
-        UsageError: a file would be replaced that belongs to another output, or from which this one is made.
+        StorageError: the target exists, or is not a file or folder; another process is writing there; the disk is full.
+        UsageError: a file would be replaced that belongs to another output, or that this one is made from.
     """
     inputs = list(inputs)
     take_over(target)
@@ -300,7 +300,7 @@ def staged(
 
 
 def take_over(target: Path, suffix: str = WRITING) -> None:
-    """Put back, or remove, what a killed run left at a target; without one this only looks.
+    """Restore or remove what a killed run left at a target; does nothing if there is no stage.
 
     Raises:
         StorageError: another process is writing there.
@@ -312,17 +312,17 @@ def take_over(target: Path, suffix: str = WRITING) -> None:
 
 
 def unwritten(error: Exception, path: Path) -> StorageError:
-    """The typed form of a failed write whose reason another library hides: `path` could not be written."""
+    """Return the error for a failed write to `path` whose OSError another library hides."""
     free = shutil.disk_usage(path.parent).free
     why = f"it could not be written ({first_line(error)}); {free:,} bytes are free"
     return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that is taken.
+    """Refuse a target that exists.
 
     Raises:
-        StorageError: it is neither a file nor a folder, or it is there and `overwrite` is not set.
+        StorageError: it is neither a file nor a folder, or it exists and `overwrite` is not set.
     """
     try:
         mode = os.stat(target).st_mode
@@ -339,26 +339,26 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def settled(target: Path) -> Path:
-    """A target by the name under which it can be renamed: links to folders and `.` are followed."""
+    """Return a target under the name by which it can be renamed: links to folders and `.` are resolved."""
     return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
 
 
 def hidden_name(name: str, suffix: str) -> str:
-    """The name of a hidden folder beside `name`; always the same, and never longer than file systems allow."""
+    """Return the name of a hidden folder beside `name`; deterministic, and short enough for any file system."""
     if len(os.fsencode(name)) > LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}.{suffix}"
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove everything in a folder but these names."""
+    """Remove everything in a folder except the given names."""
     for entry in folder.iterdir():
         if entry.name not in keep:
             remove(entry)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; a link is removed, not what it leads to."""
+    """Remove a file or a folder if it exists; a link itself is removed, not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -366,19 +366,19 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(*folders: Path) -> None:
-    """Remove folders that were made for an output that came to nothing, innermost first."""
+    """Remove folders that were created for a failed output, if they are empty, innermost first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _outside(stage: Staging, path: str | None) -> str:
-    """A path of the stage, which will be gone, as the place that it stands for."""
+    """Translate a path of the stage, which will be deleted, to its place at the target."""
     return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
 
 
 def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace a file that is read, by whatever name or link.
+    """Refuse to replace an input file, under whatever name or link.
 
     Raises:
         UsageError: a file is in both.
@@ -392,12 +392,12 @@ def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
-    """The files at a target that an output replaces: a file, or those in a folder that it owns or has itself.
+    """Yield the files at a target that an output replaces: those that it owns, and those of the same name.
 
     Args:
-        target: the target, which may be absent.
+        target: the target, which may be missing.
         owns: as for `staged`.
-        new: the output that is to go there, where there is one already.
+        new: the new output, if it exists already.
     """
     if not target.is_dir():
         yield target
@@ -410,7 +410,7 @@ def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = N
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether a path is another, or lies in it, by identity on disk: links and mounts do not hide it."""
+    """Whether a path equals another or is inside it, compared by inode, so that links and mounts do not matter."""
     there = _identity(outer)
     if there is None:
         return inner.resolve() == outer.resolve()
@@ -429,7 +429,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _planned(
     stage: Staging, path: Path, owns: Collection[str] | None, overwrite: bool
 ) -> tuple[list[Move], list[Path]]:
-    """What goes where, and what else of the old output goes."""
+    """Return which staged files go where, and which other files of the old output are removed."""
     target = stage.target
     if path.is_dir() and target.exists() and not target.is_dir():
         raise StorageError("a file is in the way of a folder", path=target, cure="Remove it, or write to another path")
@@ -452,7 +452,7 @@ def _planned(
 
 
 def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to replace a file beside the target that says something else, where it may be of another output.
+    """Refuse to replace a differing file beside the target that may belong to another output.
 
     Several formats keep a number such as alpha in a file of a fixed name beside their tensors.
     """
@@ -466,7 +466,7 @@ def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
 
 
 def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
-    """Carry what is not of the old output into the new folder, by hard links: nothing is copied or missing."""
+    """Carry files that the old output does not own into the new folder, by hard links, which copy nothing."""
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():
@@ -480,12 +480,12 @@ def _owned(name: str, owns: Collection[str] | None) -> bool:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name of a file fits one of some patterns."""
+    """Whether a file name matches any of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def link(source: str, target: str) -> str:
-    """A hard link; a copy where the file system has none. Links themselves are made anew."""
+    """Create a hard link, or a copy if the file system has no hard links; symbolic links are recreated."""
     if os.path.islink(source):
         os.symlink(os.readlink(source), target)
         return target
@@ -499,7 +499,7 @@ def link(source: str, target: str) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, in order of their names."""
+    """Yield all files below a folder, in order of their names."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             yield from files_below(entry)
@@ -508,7 +508,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _sync(paths: Iterable[Path]) -> None:
-    """Make files, and all files in folders, durable."""
+    """Sync files, and all files in folders, to disk."""
     for path in paths:
         if path.is_symlink():
             continue

@@ -1,4 +1,4 @@
-"""JSON out of untrusted files: what two readers could understand differently is refused."""
+"""Parse JSON from untrusted files; anything that two parsers could read differently is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 MAX_QUOTES = 1 << 23
-"""Quotation marks of a document. A tensor takes ten in a header: room for 800,000 of them, eight times the most."""
+"""Most quotation marks in a document. A tensor takes ten in a header, so 800,000 fit: eight times the largest model."""
 
 MAX_CONTAINERS = 1 << 21
-"""Objects and lists of a document; a tensor takes three."""
+"""Most objects and lists in a document; a tensor takes three."""
 
 MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
-"""Objects and lists inside each other; real documents have about ten."""
+"""Deepest nesting of objects and lists; real documents have about ten levels."""
 
 _OF_A_TABLE = b"{}[]:,0123456789 \t\r\n"
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -24,29 +24,28 @@ _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
 def load_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: not JSON; a key twice in one object; NaN, an infinity or a number too large for a float; half of a
-            surrogate pair; too many values, or nested too deeply (`check_size`).
-        RecursionError: nested so deeply that Python's own reader gives up.
+        ValueError: the text is not JSON; a key occurs twice in one object; it has a NaN, an infinity, a number too
+            large for a float, or half of a surrogate pair; or it has too many values or levels (`check_size`).
+        RecursionError: the nesting exceeds the limit of Python's own parser.
     """
     check_size(text.encode("utf-8", "surrogatepass"))
     return _load(text, _unique)
 
 
-def load_table(text: str, columns: int) -> tuple[Any, bool]:
-    """The value of a JSON text that is one large object of objects of few fields each, as a header of tensors is.
+def load_table(text: str) -> tuple[Any, bool]:
+    """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
-    The same as `load_json`, in a third of the time: where the text is regular, which a look at it without its strings
-    tells, the values need not be looked at one by one.
+    It returns the same as `load_json` in a third of the time. A glance at the text without its strings tells whether it
+    is regular; then the values need no individual checks.
 
     Args:
         text: the JSON text.
-        columns: the fields of each inner object but `__metadata__`, which has texts.
 
     Returns:
-        the value; whether all that is in it are objects, lists, texts, and whole numbers that are not negative.
+        The value, and whether it holds only objects, lists, text and non-negative whole numbers.
 
     Raises:
         ValueError, RecursionError: as `load_json`.
@@ -56,37 +55,37 @@ def load_table(text: str, columns: int) -> tuple[Any, bool]:
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    beside = value.get("__metadata__")
-    fields = len(value) + (len(beside) if isinstance(beside, dict) else 0)
-    fields += columns * (len(value) - ("__metadata__" in value))
+    # Count the keys that were read: an entry with one key twice and another missing has the usual number of colons.
+    fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
-        # A key that came twice, or another object than one of the tables that this is for.
+        # More or fewer colons than keys: a key occurs twice, or this is not such a table. Parse it the slow way.
         return _load(text, _unique), False
     return value, regular
 
 
 def _load(text: str, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
     value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse, parse_float=_finite)
+    # Only an escape can produce a lone surrogate, so most documents skip this check.
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def check_size(data: bytes) -> bytes:
-    """Check that a JSON document has no more values than a real one, and no more inside each other, before it is read.
+    """Check, before parsing, that a JSON document has no more values and levels than a real one.
 
-    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. Depth is limited because
-    all that walks through the values calls itself once or more for each level.
+    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. The depth is limited
+    because code that walks through the values recurses at each level.
 
     Returns:
-        the document without its strings.
+        The document without its strings.
 
     Raises:
-        ValueError: there are too many.
+        ValueError: there are too many values or levels.
     """
     if data.count(b'"') > MAX_QUOTES:
         raise ValueError(f"more than {MAX_QUOTES:,} quotation marks")
-    # A string that does not end goes on to the end: to look for its end from each of its quotes would be quadratic.
+    # An unterminated string extends to the end of the text. Searching its end from each quote would be quadratic.
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
@@ -97,6 +96,7 @@ def check_size(data: bytes) -> bytes:
         if len(shorter) == len(brackets):
             break
         brackets = shorter
+    # Balanced brackets are gone now, unless they were nested too deeply. The parser refuses unbalanced ones.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets:
         raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other")
     return bare

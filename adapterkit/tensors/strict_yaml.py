@@ -1,4 +1,4 @@
-"""YAML from untrusted files: plain values only, in bounded time and memory."""
+"""Parse YAML from untrusted files: plain values only, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 from ..errors import Malformed, Path
 
 MAX_BYTES = 256 << 10
-"""Bytes of a document. Configs of NeMo take some 10 KB; PyYAML reads about 200 KB a second."""
+"""Largest document in bytes. NeMo configs take some 10 KB; PyYAML parses about 200 KB per second."""
 
 MAX_NODES = 20_000
-"""Values of a document: with hundreds of thousands of items, PyYAML takes minutes."""
+"""Most values in a document; PyYAML takes minutes for hundreds of thousands."""
 
 MAX_DEPTH = 32
 MAX_DIGITS = 40
 
 
 def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None) -> Any:
-    """The value of a YAML document: text, numbers, booleans, null, lists, and mappings whose keys are text.
+    """Return the value of a YAML document: text, numbers, booleans, null, lists, and mappings with text keys.
 
-    Refused are aliases (a few of them describe gigabytes), tags, keys that are there twice, numbers that are not finite
-    or have more than 40 digits, and half surrogate pairs: JSON, in which native files carry such documents, cannot say
-    them. YAML 1.1's numbers with colons (`1:30`), for which PyYAML takes quadratic time, and its dates are text here.
+    It refuses aliases, because a few of them describe gigabytes. It also refuses tags, repeated keys, numbers that are
+    not finite or have more than 40 digits, and half surrogate pairs: native files store such documents as JSON, which
+    cannot express them. Dates stay text. So do YAML 1.1's numbers with colons (`1:30`), which PyYAML parses in
+    quadratic time.
 
     Args:
         data: UTF-8.
-        path: of the file, for errors.
-        where: its place inside the file, for errors.
+        path: the file, for errors.
+        where: the place inside the file, for errors.
 
     Raises:
-        Malformed: it is not such a document, or is too large.
+        Malformed: the document breaks these rules, or is too large.
     """
     import yaml
 
@@ -64,7 +65,7 @@ def _loader() -> Any:
             self.nodes += 1
             if isinstance(event, yaml.AliasEvent):
                 raise _fault("aliases are not read", event)
-            # A tag that is written out asks for a type; `!` alone asks for text.
+            # An explicit tag asks for a type; a bare `!` asks for text, which is harmless.
             if event.tag not in (None, "!"):
                 raise _fault(f"the tag {event.tag!r} is not read", event)
             if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
@@ -90,7 +91,7 @@ def _loader() -> Any:
 
         def construct_scalar(self, node: Any) -> Any:
             text = super().construct_scalar(node)
-            text.encode()  # Half of a surrogate pair has no encoding.
+            text.encode()  # Raises for half of a surrogate pair.
             return text
 
         def construct_yaml_int(self, node: Any) -> int:

@@ -1,6 +1,6 @@
-"""The two containers of `torch.save`: the zip archive (torch >= 1.6) and the row of pickles before it.
+"""The two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
 
-What their pickles say is worked out by `torch_pickle`. Format: torch/serialization.py (`_save`, `_legacy_save`).
+`torch_pickle` interprets their pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LIMIT = 32 << 20
-"""Bytes that a pickle, or the directory of an archive, may take: some 100,000 tensors."""
+"""Largest pickle or archive directory in bytes; enough for some 100,000 tensors."""
 
 
 MAX_ENTRIES = 1 << 17
-"""Entries of an archive, one for each tensor: the largest models have some 100,000."""
+"""Most entries of an archive, one per tensor; the largest models have some 100,000."""
 
 _ENTRY = 128
-"""Bytes of the directory for an entry, most of them its name; torch's have 60 to 80."""
+"""Assumed bytes per directory entry, mostly its name; torch's entries have 60 to 80."""
 
 _TAIL = (1 << 16) + 22 + 20 + 56
-"""Bytes at the end of an archive where the records about its directory are: the comment takes up to 64 KiB."""
+"""Bytes at the end of an archive that locate its directory, including a comment of up to 64 KiB."""
 
 
 class Capped(io.BufferedReader):
-    """A file that refuses to read absurd amounts at once: `zipfile` asks for as much as an archive claims."""
+    """A file that refuses huge reads: `zipfile` reads as many bytes as an archive claims to have."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LIMIT:
@@ -48,24 +48,24 @@ class Capped(io.BufferedReader):
 
 
 Contents = tuple[object, dict[str, int]]
-"""The unpickled value, and the offset in the file of each storage's bytes."""
+"""The unpickled value, and storage key -> offset of its bytes in the file."""
 
 
 def is_archive(file: Capped) -> bool:
-    """Whether the directory of a zip archive has what `torch.save` puts there.
+    """Whether a zip archive has the entries that `torch.save` writes.
 
     Raises:
-        Malformed: it is no zip archive.
+        Malformed: the file is not a zip archive.
     """
     return bool(_roots(info.filename for info in _entries(file)))
 
 
 def read_zip(file: Capped, size: int) -> Contents:
-    """What the archive of torch 1.6 and later holds.
+    """Return the content of an archive of torch 1.6 or later.
 
     Raises:
-        Malformed: it breaks the rules of the container.
-        Unsupported: compressed or big-endian data, or a pickle that asks for what no state dict needs.
+        Malformed: the archive breaks the rules of the container.
+        Unsupported: compressed or big-endian data, or a pickle that uses more than a state dict needs.
     """
     entries = _distinct(_entries(file))
     roots = _roots(entries)
@@ -99,11 +99,11 @@ def _entries(file: Capped) -> list[zipfile.ZipInfo]:
 
 
 def _check_directory(file: Capped) -> None:
-    """Check how many entries an archive claims to have: `zipfile` makes an object of each, 600 bytes, before it tells.
+    """Check how many entries an archive claims, because `zipfile` first creates a 600-byte object for each.
 
     Raises:
-        Malformed: it ends without a directory.
-        Unsupported: there are too many.
+        Malformed: there is no directory at the end.
+        Unsupported: there are too many entries.
     """
     size = file.seek(0, io.SEEK_END)
     start = max(0, size - _TAIL)
@@ -115,13 +115,13 @@ def _check_directory(file: Capped) -> None:
     wide = tail.rfind(b"PK\6\6", 0, at)
     if wide >= 0 and len(tail) - wide >= 56:
         count, length = struct.unpack_from("<QQ", tail, wide + 32)
-    # The count can lie, the length cannot: an entry takes at least 46 bytes of it.
+    # The count can be forged, the length cannot: each entry takes at least 46 bytes of it.
     if max(count, length // _ENTRY) > MAX_ENTRIES:
         raise refused(f"an archive of {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
 
 
 def _distinct(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Entries by name, once no two share one and none points out of the archive."""
+    """Return entries by name; refuse duplicate names and names that leave the archive."""
     for name in (info.orig_filename for info in infos):
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
             raise damaged(f"an entry named {short(name)} leaves the archive", "directory")
@@ -144,7 +144,7 @@ def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> N
 
 
 def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
-    """Where the bytes of an entry start; the local header alone knows how long it is itself."""
+    """Return the offset of an entry's bytes. Only the local header knows its own length."""
     where = short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise refused("a compressed or encrypted entry; torch stores tensors as they are", where)
@@ -167,7 +167,8 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 
 def read_legacy(file: Capped, size: int) -> Contents:
-    """What the row of pickles before that holds; raises the same."""
+    """Return the content of the older container, a sequence of pickles; raises the same as `read_zip`."""
+    # The pickles come first and have no length field, so read as much as they may take.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
@@ -183,7 +184,7 @@ def read_legacy(file: Capped, size: int) -> Contents:
 
 
 def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict[str, int]:
-    """Offsets of storages that follow each other, an int64 count of elements before each."""
+    """Return the offsets of consecutive storages, each preceded by an int64 count of elements."""
     places = {}
     for storage in storages:
         count = int.from_bytes(file.at(offset, 8), "little")

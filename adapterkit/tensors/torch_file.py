@@ -1,7 +1,7 @@
-"""State dicts in torch's `.bin`, `.pt` and `.pth` files, read without torch and without running anything in them.
+"""Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
 
-The two containers of `torch.save` are in `torch_containers`, what is made of their values in `torch_state_dict`;
-neither is imported for a file that is no such one.
+`torch_containers` has the two containers of `torch.save`, and `torch_state_dict` turns their values into tensors. Both
+are imported only for actual torch files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""What the first pickle of a file before torch 1.6 says."""
+"""The value of the first pickle in a file before torch 1.6."""
 
 HEAD = 64
-"""Bytes from the start of a file that tell its container."""
+"""Bytes at the start of a file that identify its container."""
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether `path` is a file with the marks of `torch.save`; looks at its first bytes and an archive's directory.
+    """Whether `torch.save` wrote `path`; looks at its first bytes and at an archive's directory.
 
     Raises:
         StorageError: the file cannot be read.
@@ -47,17 +47,17 @@ def _is_torch_file(path: Path) -> bool:
 
 
 def read_torch_file(path: Path) -> dict[str, Lazy]:
-    """The tensors of a state dict that `torch.save` wrote, by name, in the file's order; no tensor data is read yet.
+    """Return the tensors of a saved state dict, by name in the file's order; no tensor data is read yet.
 
-    A lone `state_dict`, `model` or `model_state_dict` entry around the state dict is taken off, and a module's
-    `_metadata` is dropped: it holds versions of code, not weights. Names that share a storage all come back. A tensor
-    that is contiguous has a `span`; any other view is gathered by its `fetch`. Files stay closed between fetches.
+    A lone `state_dict`, `model` or `model_state_dict` entry around the state dict is unwrapped. A module's `_metadata`
+    is dropped: it holds code versions, not weights. Names that share a storage are all returned. A contiguous tensor
+    has a `span`; any other view is gathered by its `fetch`. Files are closed between fetches.
 
     Raises:
         Malformed: the file breaks the rules of its container, a view leaves its storage, or an entry is not a tensor.
-        Unsupported: the pickle asks for a global or an opcode that no state dict needs, or data is compressed or
+        Unsupported: the pickle uses a global or an opcode that no state dict needs, or data is compressed or
             big-endian.
-        StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` where the file has shrunk.
+        StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` if the file has shrunk.
     """
     from .torch_state_dict import state_dict
 
@@ -68,7 +68,7 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
 
 
 def read_torch_value(path: Path) -> Any:
-    """What `torch.save` wrote, where that is more than a state dict: dicts and plain values, with lazy tensors in them.
+    """Return a saved value that is more than a state dict: dicts and plain values, with lazy tensors in them.
 
     Raises:
         Malformed: as `read_torch_file`; here entries need not be tensors.
@@ -85,7 +85,7 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
     from .torch_values import damaged
 
     try:
-        # `Capped` wants the bare file.
+        # `Capped` does its own buffering, so it needs the unbuffered file.
         with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
             head = file.read(HEAD)
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None

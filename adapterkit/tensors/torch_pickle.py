@@ -1,10 +1,9 @@
-"""The pickle machine: carries out the few opcodes that `torch.save` writes for a state dict, on inert values.
+"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
 
-`pickle.Unpickler` has no part in this: its opcodes can hang or kill a process even when every global is refused. A memo
-index of 2**31 is an allocation of gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, one of a million
-nested tuples overflows the C stack. Here time and memory are linear in the pickle, and any opcode or global that no
-state dict needs is an error.
-Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
+`pickle.Unpickler` is not used: its opcodes can hang or kill a process even if every global is refused. A memo index of
+2**31 allocates gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, and a key of a million nested tuples
+overflows the C stack. This interpreter is linear in the pickle in time and memory, and refuses any opcode or global
+that no state dict needs. Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _LENGTH = 1 << 22
-"""Opcodes in a pickle; a tensor takes 30."""
+"""Most opcodes in a pickle; a tensor takes 30."""
 
 
 class Machine:
-    """Carries out pickles; remembers the storages that they name."""
+    """Runs pickles, and collects the storages that they name."""
 
     def __init__(self, place: str) -> None:
         self.place = place
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: io.BytesIO) -> object:
-        """The value of the pickle that starts here; leaves the stream behind its STOP."""
+        """Return the value of the pickle that starts here; leaves the stream after its STOP."""
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -47,11 +46,11 @@ class Machine:
             error.at(where=f"{self.place} byte {position}")
             raise
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            why = f"the pickle makes no sense: {short(str(error))}"
+            why = f"the pickle is invalid: {short(str(error))}"
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:
-        """Carries out one opcode and names it. An argument is decoded only once its opcode is known to be harmless."""
+        """Run one opcode and return its name. An argument is decoded only after its opcode is known to be harmless."""
         code = stream.read(1)
         if code not in _OPCODES:
             raise ValueError(f"no opcode is {code!r}" if code else "it ends without a STOP")
@@ -96,7 +95,7 @@ class Machine:
         self.top(list).extend(items)
 
     def update(self, items: Sequence[Any]) -> None:
-        # Integers past 64 bits can be made to collide by the million, tuples to hash for ever.
+        # Integers beyond 64 bits can be chosen to collide by the million, and tuples can take forever to hash.
         if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
             raise Malformed("a dict key that is neither text nor a small integer", cure=ALONE)
         self.top(dict).update(zip(items[::2], items[1::2], strict=True))
@@ -127,7 +126,7 @@ class Machine:
     def persistent(self, _: object) -> None:
         (pid,) = self.pops(1)
         match pid if type(pid) is tuple else ():
-            # The legacy container adds a view of the storage, which has been None since torch 0.4.
+            # The legacy container adds the storage's view metadata, which has been None since torch 0.4.
             case ("storage", Global(name=kind), str(key), str(), numel, *view) if (
                 kind in STORAGE_TYPES and counts((numel,)) and view in ([], [None])
             ):
@@ -140,7 +139,7 @@ class Machine:
 
 
 def _global_name(stream: io.BytesIO) -> str:
-    """The argument of GLOBAL, `module name`; pickletools would take backslashes in it for escapes, and warn."""
+    """Read the argument of GLOBAL, `module name`. pickletools would interpret backslashes in it, and warn."""
     module, name = stream.readline(), stream.readline()
     if not name.endswith(b"\n"):
         raise ValueError("a name without an end")

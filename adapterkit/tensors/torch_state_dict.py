@@ -1,4 +1,4 @@
-"""What the pickles of a torch file say, as lazy tensors: a checked state dict, or dicts and values as they are."""
+"""Turn the unpickled values of a torch file into lazy tensors: a checked state dict, or nested dicts and values."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from .lazy import Lazy, Span, read_span
 from .torch_values import ALONE, View, damaged, kind_of, short
 
 Places = Mapping[str, int]
-"""Storage -> where its bytes begin in the file."""
+"""Storage key -> offset of its bytes in the file."""
 
 _DEEPEST = 8
-"""Dicts and lists inside each other that are read."""
+"""Most levels of nested dicts and lists."""
 _VALUES = 1 << 20
-"""Values that are read: ten for each tensor of the largest files, whose pickles hold about 100,000."""
+"""Most values: ten for each tensor of the largest files, whose pickles hold about 100,000."""
 _EXPANDED = 256 << 20
-"""Bytes that all tensors with overlapping elements may take together once they are written out."""
+"""Most bytes that all tensors with overlapping elements may take together after expansion."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
 def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
-    """The tensors of a state dict by name.
+    """Return the tensors of a state dict by name.
 
     Raises:
-        Malformed: the value is none, or a view leaves its storage.
+        Malformed: the value is not a state dict, or a view leaves its storage.
     """
     return _lazies(path, _checked(value), places)
 
 
 def nested(path: str, value: Any, places: Places) -> Any:
-    """Dicts and plain values as they are, with lazy tensors in the place of views.
+    """Return dicts and plain values unchanged, with lazy tensors in place of views.
 
     Raises:
-        Malformed: values are too deep inside each other, or too many. A pickle names a value again by its number, so
-            that a few hundred bytes can describe billions of values: those are counted as often as they are named.
+        Malformed: there are too many values or levels. A pickle can refer to a value again by its number, so a few
+            hundred bytes can describe billions of values. Each reference counts.
     """
     left = [_VALUES]
 
@@ -83,6 +83,7 @@ def _unwrapped(value: dict[Any, Any]) -> object:
 
 def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
     lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
+    # An expanded tensor has a stride of 0, so a few stored bytes can stand for gigabytes.
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])

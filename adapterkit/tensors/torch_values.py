@@ -1,4 +1,4 @@
-"""What the pickle of a state dict may stand for: inert values, and the few calls that make them, each of them ours.
+"""The values that a state dict's pickle may contain, all inert, and the few calls that create them, all defined here.
 
 Format: torch/_utils.py (`_rebuild_*`).
 """
@@ -20,42 +20,42 @@ if TYPE_CHECKING:
     from .lazy import Shape
 
 _DIMENSIONS = 32
-"""What numpy 1 can hold."""
+"""Most axes of a numpy 1 array."""
 _CONVERT = "Convert the file to safetensors with the tool that wrote it, if you trust it"
 _DAMAGED = "The file is damaged, cut short or not what it claims to be; fetch it again or convert it to safetensors"
 ALONE = "Save the state dict alone: a dict of names to tensors, with no other entries"
 
 
 def damaged(why: str, where: str | None = None) -> Malformed:
-    """The error for a file that breaks the rules of its container."""
+    """Return the error for a file that breaks the rules of its container."""
     return Malformed(why, where=where, cure=_DAMAGED)
 
 
 def refused(why: str, where: str | None = None) -> Unsupported:
-    """The error for a file that asks for more than a state dict needs."""
+    """Return the error for a file that uses more than a state dict needs."""
     return Unsupported(why, where=where, cure=_CONVERT)
 
 
 def short(text: str) -> str:
-    """Text out of a file, fit for one line of a message."""
+    """Shorten text from a file, and escape it, to fit one line of a message."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in words for a message."""
+    """Return the type of a value in words, for a message."""
     return {View: "tensor", Storage: "storage", Global: "global"}.get(type(value), type(value).__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of something in torch, `module name`; a name is all it is."""
+    """The name of a global in torch, `module name`. It is never resolved to the object."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of elements in the file, under its key in the container."""
+    """A run of elements in the file, with its key in the container."""
 
     key: str
     dtype: DType
@@ -82,7 +82,7 @@ class View:
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last, both counted."""
+        """The number of elements from the first to the last, inclusive."""
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
 
     @property
@@ -104,7 +104,7 @@ _DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
 
 
 def counts(value: object) -> bool:
-    """Whether it is a tuple of sizes, as many as a tensor can have."""
+    """Whether a value is a tuple of sizes, of at most as many axes as a tensor can have."""
     return (
         type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
     )
@@ -133,6 +133,7 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
+    # `n or 1` also limits the other axes of an empty tensor: numpy computes sizes in 64 bits.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
         raise damaged(f"no tensor has shape {shape}, strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:
@@ -152,7 +153,7 @@ def _ordered() -> dict[str, Any]:
 
 
 def _set(items: Any = ()) -> object:
-    """A set as a list: DeepSpeed has one of module names beside the weights. Nothing is hashed."""
+    """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names beside the weights."""
     if type(items) is not list and items != ():
         raise damaged("a set that is not made from a list")
     return list(items)
@@ -168,5 +169,5 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
-"""What REDUCE may call; every one is ours and takes what it is given apart without running any of it."""
+"""The functions that REDUCE may call. All are defined here, and none runs anything from its arguments."""
 KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES}

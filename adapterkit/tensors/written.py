@@ -1,8 +1,8 @@
-"""What files were written from, for as long as the writer proves itself.
+"""Remember what files were written from, for the length of a writer's own check.
 
-A file that is read back right after it was written is compared by handles where tensors were only moved: its header is
-read from the disk, its handles lead to what the tensors were written from, and some bytes of the disk are compared with
-those. Some containers are written past the page cache, so that each read of a tensor would cost 70 us.
+A file that is read back right after writing is compared by handles if its tensors were only moved. Its header is read
+from the disk, its handles lead to the tensors that were written, and a sample of bytes is compared with the disk. Some
+containers are written past the page cache, so reading each tensor again would cost 70 us.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """A file that was written.
+    """A written file.
 
     Attributes:
-        sources: name -> what the tensor of that name was written from.
+        sources: name -> the tensor that was written under that name.
         read: reads the file's tensors from the disk, as handles on spans of it.
     """
 
@@ -32,7 +32,7 @@ class Written:
     read: Callable[[str], Mapping[str, Lazy]]
 
     def on_disk(self, path: str) -> Mapping[str, Lazy]:
-        """The tensors of the file as handles that lead to the disk."""
+        """Return the file's tensors as handles that read from the disk."""
         token = _WRITTEN.set(None)
         try:
             return self.read(path)
@@ -45,7 +45,7 @@ _WRITTEN: ContextVar[dict[str, Written] | None] = ContextVar("_WRITTEN", default
 
 @contextmanager
 def sources_remembered() -> Iterator[dict[str, Written]]:
-    """Inside the block, handles on tensors of a file that was written inside it lead to what they were written from.
+    """Inside the block, handles on tensors of a file written inside it lead to the tensors that were written.
 
     Yields:
         path of each file -> what was written.
@@ -61,14 +61,14 @@ def sources_remembered() -> Iterator[dict[str, Written]]:
 def remember(
     path: str | os.PathLike[str], sources: Mapping[str, Lazy], read: Callable[[str], Mapping[str, Lazy]]
 ) -> None:
-    """Remember what a file was written from, inside `sources_remembered`; see `Written`."""
+    """Remember what a file was written from, if inside `sources_remembered`; see `Written`."""
     files = _WRITTEN.get()
     if files is not None:
         files[os.fspath(path)] = Written(sources, read)
 
 
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
-    """What a tensor of a file was written from; None where that is not known, or is not what the header says."""
+    """Return the tensor that an entry was written from; None if unknown, or if the header differs from it."""
     written = (_WRITTEN.get() or {}).get(path)
     source = None if written is None else written.sources.get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

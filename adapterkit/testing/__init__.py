@@ -7,11 +7,11 @@ Subclass the tests of one kind in a test module of the package and name the addi
     class TestAcme(FormatTests):
         format = "acme"
 
-Each class says in its docstring what the package must provide. The tests compare with something the addition did not
-write: a formula in float64, the shapes of the adapter that was to be written, the bytes that were there before. They
-need pytest (`pip install adapterkit[test]`); merging and live models are tested where torch is installed.
+Each class says in its docstring what the package must provide. The tests compare results with something that the
+addition did not produce: a float64 formula, the shapes of the original adapter, the bytes that existed before. They
+need pytest (`pip install adapterkit[test]`). Merging and live models are tested if torch is installed.
 
-The entry points by which a package adds something:
+The entry points:
 
 | group | the class that a registered one derives from | tests |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""What a combiner must pass."""
+"""Tests that a combiner must pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .examples import example
 
 
 class CombinerTests:
-    """Tests of a way to combine adapters.
+    """Tests of a combiner.
 
     Attributes:
         combiner: its name.
-        parameters: values without which it cannot run.
-        count: how many adapters it is given.
+        parameters: values of its required parameters.
+        count: how many adapters to combine.
     """
 
     combiner: ClassVar[str] = ""
@@ -29,30 +29,30 @@ class CombinerTests:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # pytest does not collect what is None: tests of what the combiner does not have would only be skipped.
+        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
         if cls.combined is CombinerTests.combined:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
             cls.test_a_rank_cuts_the_result = None  # type: ignore[assignment, method-assign]
 
     def options(self) -> dict[str, Any]:
-        """Further arguments of `adapterkit.combine`: `base`, `data`, `compat`."""
+        """Return further arguments of `adapterkit.combine`: `base`, `data`, `compat`."""
         return {}
 
     def combined(self, changes: list[Any], weights: list[float]) -> Any:
-        """The combined change of one weight, in float64 numpy, computed without the combiner's class.
+        """Return the combined change of one weight, in float64 numpy, without using the combiner's class.
 
         Args:
-            changes: dense changes `[out, in]`, one an adapter.
-            weights: one an adapter.
+            changes: dense changes `[out, in]`, one per adapter.
+            weights: one per adapter.
 
         Returns:
-            `[out, in]`. Where a subclass defines this, the combiner is compared with it.
+            `[out, in]`. If a subclass defines this, the combiner is compared with it.
         """
         raise NotImplementedError
 
     def adapters(self) -> list[Adapter]:
-        """The adapters: LoRAs of rank 2 at two targets, in float64 so that nothing is rounded on the way."""
+        """Return the adapters: rank-2 LoRAs at two targets, in float64 so that nothing is rounded on the way."""
         made = []
         for number in range(self.count):
             updates = {}
@@ -63,7 +63,7 @@ class CombinerTests:
         return made
 
     def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
-        """What the combiner makes of the adapters."""
+        """Combine the adapters."""
         given = self.parameters | self.options() | more
         return combine(adapters, self.combiner, weights, **given)
 

@@ -1,4 +1,4 @@
-"""Updates with random numbers, made from a method's own shape strings."""
+"""Create updates with random numbers from a method's own shape strings."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
-    """An update of a linear layer with random numbers in all trained tensors.
+    """Return an update of a linear layer with random numbers in all trained tensors.
 
-    A method that can be trained from scratch is made by its `initial`, and then moved away from its start, where it
-    changes nothing.
+    A method that can be trained from scratch is created by its `initial`. Its tensors are then moved away from that
+    start, at which it changes nothing.
 
     Args:
         method: its name.
         out: outputs of the layer.
         inputs: inputs of the layer.
-        rank: of factors.
-        seed: of the random numbers.
+        rank: the rank of factors.
+        seed: the seed of the random numbers.
         attributes: values of the method's attributes.
 
     Returns:
-        the update, its tensors in float32 on the CPU.
+        The update, its tensors in float32 on the CPU.
 
     Raises:
-        Unsupported: the method has no `initial`; such a method's tests give an update of their own.
+        Unsupported: the method has no `initial`; tests of such a method must provide an update.
     """
     import torch
 
@@ -53,5 +53,5 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
 
 
 def adapter_of(update: Update, *paths: str) -> Adapter:
-    """An adapter that has the same update at each of these targets."""
+    """Return an adapter with the same update at each of these targets."""
     return Adapter({Target(path): (update,) for path in paths})

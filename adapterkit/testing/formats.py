@@ -1,4 +1,4 @@
-"""What a format must pass."""
+"""Tests that a format must pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTH = 16
 SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
 
 _STRANGE = ("bottleneck", "ia3", "lora")
-"""Methods of which most formats lack one."""
+"""Methods of which most formats lack at least one."""
 
 
 class FormatTests:
@@ -28,10 +28,10 @@ class FormatTests:
 
     Attributes:
         format: its name.
-        targets: paths of linear layers of one base that the format can name -> (outputs, inputs) of each.
-        file: what a file or folder of the format is called; `Format.file` or `adapter` if empty.
-        on_loss: what `write` may do with a scaling that the format cannot say.
-        needs_base: the format's files are read with the base; writing is given the base always.
+        targets: linear layers of one base that the format can name: path -> (outputs, inputs).
+        file: the name of a file or folder of the format; if empty, `Format.file` or `adapter`.
+        on_loss: what `write` may do with a scaling that the format cannot store.
+        needs_base: True if the format's files can only be read with the base; writing always gets the base.
     """
 
     format: ClassVar[str] = ""
@@ -45,14 +45,14 @@ class FormatTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
-        # pytest does not collect what is None: tests of what the format does not have would only be skipped.
+        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
         if "lora" not in methods:
             cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
         if methods.issuperset(_STRANGE):
             cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
 
     def base(self, folder: Path) -> Path | None:
-        """A base with weights of all targets, written into `folder`: a llama's, unless a subclass writes another."""
+        """Write a base with weights of all targets into `folder`; a Llama, unless a subclass writes another."""
         import numpy as np
 
         from ..tensors import safetensors
@@ -61,7 +61,7 @@ class FormatTests:
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(5)
         tensors = {f"{path}.weight": from_numpy(rng.normal(size=s).astype("f4")) for path, s in self.targets.items()}
-        # Methods that change a bias are refused where there is none.
+        # Methods that change a bias refuse layers without one.
         tensors |= {f"{path}.bias": from_numpy(rng.normal(size=s[:1]).astype("f4")) for path, s in self.targets.items()}
         safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
         sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
@@ -70,9 +70,9 @@ class FormatTests:
         return folder
 
     def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
-        """An adapter with one update of a method at every target; None where the method has no fresh update.
+        """Return an adapter with one update of a method at every target; None if the method has no fresh update.
 
-        Its numbers differ from target to target.
+        Its numbers differ between targets.
         """
         cls: Any = METHODS[method]
         if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
@@ -84,7 +84,7 @@ class FormatTests:
             try:
                 updates[Target(path)] = (example(method, out=out, inputs=inputs, seed=seed, **more),)
             except (AdapterkitError, TypeError, ValueError):
-                return None  # It needs sizes or tensors that only its own tests know.
+                return None  # The method needs sizes or tensors that only its own tests know.
         return Adapter(updates)
 
     def test_it_is_one_class_in_a_module_of_its_name(self) -> None:
@@ -99,7 +99,7 @@ class FormatTests:
             assert inspect.getdoc(getattr(cls, name)), f"{name} has no docstring"
 
     def test_what_it_writes_is_detected_and_read_as_the_same_function(self, tmp_path: Path) -> None:
-        """Each method that the format says it has, at every target, with a scaling of 0.375."""
+        """Write and read each method that the format supports, at every target, with a scaling of 0.375."""
         base = self.base(tmp_path / "base")
         tried = 0
         for method in sorted(FORMATS[self.format].methods):
@@ -112,14 +112,14 @@ class FormatTests:
             except Unrepresentable:
                 if method == "lora":
                     raise
-                continue  # It has the method for other layers, or with other attributes.
+                continue  # The format supports the method for other layers, or with other attributes.
             tried += 1
             assert detect(path) == self.format, f"what was written with {method} is detected as another format"
             self._compare(method, adapter, self._read(path, base), base)
         assert tried, "none of its methods could be written at these targets: set `targets`"
 
     def test_a_scaling_is_not_lost(self, tmp_path: Path) -> None:
-        """The change of a LoRA of scaling 3 is three times that of scaling 1, after writing and reading."""
+        """After writing and reading, a LoRA of scaling 3 changes the weight three times as much as one of scaling 1."""
         import numpy as np
 
         base = self.base(tmp_path / "base")
@@ -164,7 +164,7 @@ class FormatTests:
         assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
 
     def test_other_files_are_not_its_own(self, tmp_path: Path) -> None:
-        """`sniff` says no, and raises nothing, for what is not of this format."""
+        """`sniff` returns False, and raises nothing, for files of other formats."""
         own = FORMATS[self.format]()
         strangers = {
             "empty": b"", "zeros": bytes(64), "text": b"hello\n", "json": b'{"a": [1, 2]}', "noise": bytes(range(256)),
@@ -182,7 +182,7 @@ class FormatTests:
             assert self.format not in recognised(tmp_path / "native.safetensors")
 
     def test_a_damaged_file_is_a_typed_error(self, tmp_path: Path) -> None:
-        """Each file of an adapter, cut short or with its last byte changed; nothing but typed errors comes out."""
+        """Cut each file of an adapter short; reading must raise typed errors or succeed."""
         base = self.base(tmp_path / "base")
         path = self._place(tmp_path / "out")
         adapter = self.adapter(self._some_method())
@@ -199,7 +199,7 @@ class FormatTests:
         read(path, self.format, base).check_values()
 
     def _read(self, path: Path, base: Path | None) -> Adapter:
-        """Read with the base where the format needs it, or where this adapter does."""
+        """Read with the base if the format or this adapter needs it."""
         try:
             return read(path, self.format, base if self.needs_base else None)
         except UsageError:
@@ -216,7 +216,7 @@ class FormatTests:
         return next(name for name in sorted(methods) if self.adapter(name) is not None)
 
     def _bottleneck(self) -> Adapter:
-        """A method that is no change of a weight, which most formats do not have."""
+        """Return an adapter whose update is no change of a weight, which most formats do not support."""
         import torch
 
         cls: Any = METHODS["bottleneck"]

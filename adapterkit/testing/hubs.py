@@ -1,4 +1,4 @@
-"""What a hub must pass."""
+"""Tests that a hub must pass."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class HubTests:
     """Tests of a hub against a server on this machine.
 
     Attributes:
-        scheme: the first part of the hub's addresses: `acme` for `acme://org/repo`.
+        scheme: the hub's uri scheme: `acme` for `acme://org/repo`.
     """
 
     scheme: ClassVar[str] = ""
 
     def address(self, name: str) -> str:
-        """The address of a place on a server that the tests may write to; start the server in a fixture."""
+        """Return a uri that the tests may write to, on a server that a fixture starts."""
         raise NotImplementedError
 
     @pytest.fixture

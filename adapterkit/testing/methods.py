@@ -1,4 +1,4 @@
-"""What a method must pass."""
+"""Tests that a method must pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MethodTests:
 
     Attributes:
         method: its name.
-        outputs: outputs of the linear layer that the example is for.
+        outputs: outputs of the example's linear layer.
         inputs: inputs of that layer.
     """
 
@@ -31,7 +31,7 @@ class MethodTests:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         method: Any = METHODS[cls.method] if cls.method in METHODS else None  # noqa: SIM401 - `get` raises
-        # pytest does not collect what is None: tests of what the method does not have would only be skipped.
+        # pytest does not collect a test that is None. A test that does not apply would only show up as skipped.
         if cls.change is MethodTests.change:
             cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
         if method is not None and method.kind not in ("additive", "weight"):
@@ -42,13 +42,13 @@ class MethodTests:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:
-        """An update of a linear layer that changes it; a method without `initial` must define this."""
+        """Return an update that changes a linear layer; a method without `initial` must define this."""
         return example(self.method, out=self.outputs, inputs=self.inputs)
 
     def change(self, W: Any) -> Any:
-        """W' - W of `update()` at a weight, in float64 numpy, computed without the method's class.
+        """Return W' - W of `update()` at a weight, in float64 numpy, without using the method's class.
 
-        Write the paper's formula here once more: where a subclass defines this, the method is compared with it.
+        Write the paper's formula here a second time. If a subclass defines this, the method is compared with it.
         """
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class MethodTests:
         assert np.abs(expected).max() > 1e-6, "the example changes nothing"
 
     def test_numpy_and_torch_compute_the_same(self) -> None:
-        """A merge computes in numpy, a live model in torch."""
+        """Compare numpy with torch: a merge computes in numpy, a live model in torch."""
         import numpy as np
         import torch
 

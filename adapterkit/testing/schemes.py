@@ -1,4 +1,4 @@
-"""What a quantization scheme must pass."""
+"""Tests that a quantization scheme must pass."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class SchemeTests:
     scheme: ClassVar[str] = ""
 
     def base(self, folder: Path) -> dict[str, Any]:
-        """Write a base of this scheme into `folder`, and return what its own library makes of it.
+        """Write a base of this scheme into `folder`, and return its numbers as its own library dequantizes them.
 
         Returns:
-            name of each packed weight -> its numbers, a numpy array `[out, in]`, by the library that wrote it.
+            Name of each packed weight -> numpy array `[out, in]` from the library that wrote it.
         """
         raise Unsupported("the tests of a scheme need a base", cure="Define `base` in the class of its tests")
 
     @pytest.fixture
     def packed(self, tmp_path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-        """The base, opened, and the numbers of its packed weights."""
+        """The opened base, and the numbers of its packed weights."""
         folder = tmp_path / "base"
         folder.mkdir()
         numbers = self.base(folder)
@@ -58,7 +58,7 @@ class SchemeTests:
         assert SCHEMES[self.scheme]().detect(open_checkpoint(tmp_path / "plain.safetensors")) is False
 
     def test_its_numbers_are_its_librarys(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Whole, and some rows alone: a merge reads a weight in blocks of rows."""
+        """Compare all rows, and parts of them, because a merge reads a weight in blocks of rows."""
         import numpy as np
 
         base, numbers = packed
@@ -88,7 +88,7 @@ class SchemeTests:
         assert np.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
     def test_a_damaged_base_is_a_typed_error(self, packed: tuple[Checkpoint, dict[str, Any]]) -> None:
-        """Each part of a packed weight is taken away in turn."""
+        """Remove each part of a packed weight in turn."""
         from dataclasses import replace
 
         base, numbers = packed

@@ -26,7 +26,7 @@ from .layers import Conv1D, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .moments import Moments, moments_of
 from .packed import dequantized, is_packed
-from .sharding import whole
+from .sharding import check_gathered, whole
 from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
@@ -48,10 +48,10 @@ def create(
     """Return a fresh adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
     With the same seed, `lora` and `dora` begin with the numbers that PEFT draws after `torch.manual_seed(seed)`.
-    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA), the adapter holds
-    the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the same in every
-    file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with `on_loss="promote"`, as one LoRA
-    of twice the rank.
+    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA, LoftQ), the
+    adapter holds the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the
+    same in every file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with
+    `on_loss="promote"`, as one LoRA of twice the rank; what LoftQ subtracts is a whole matrix, which is no LoRA.
 
     Args:
         model: the model it is for; names of wrappers (`torch.compile`, DDP, PEFT) are left out of the targets.
@@ -71,7 +71,9 @@ def create(
         alpha_pattern: the same for alpha.
         use_rslora: divide alpha by the root of the rank.
         init: what `lora` and `dora` begin with: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
-            steps of a randomised SVD), `olora`, and from data `corda` (`corda_kpm` for its other mode) and `eva`.
+            steps of a randomised SVD), `olora`, `loftq` (beside weights rounded to nf4; `loftq_int8` to 8 bits,
+            `loftq_iter_N` and `loftq_int8_iter_N` in N steps), and from data `corda` (`corda_kpm` for its other mode)
+            and `eva`.
         data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
             arguments, anything else as its one argument.
         rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
@@ -93,6 +95,7 @@ def create(
     if rank < 1 or (alpha is not None and "scaling" in attributes):
         raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
     check_dropout(dropout, cls, method)
+    check_gathered(model)
     if issubclass(cls, ContextUpdate):
         given = {"exclude": exclude, "layers": layers, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         _refuse(method, {**given, "use_rslora": use_rslora, "init": init != "default", "data": data})

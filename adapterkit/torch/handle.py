@@ -21,7 +21,7 @@ from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .scopes import switched
-from .sharding import gathered, is_sharded, put, whole
+from .sharding import gathered, is_partitioned, is_sharded, put, shape_of, whole
 from .station import Part, Station
 from .undo import KEEPS, Merged
 from .watch import Watch
@@ -153,9 +153,11 @@ class Handle:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
 
         The tensors are the model's own, detached, as `nn.Module.state_dict` gives them. Under FSDP2 they are DTensors:
-        save them with `torch.distributed.checkpoint`. For a file that other tools read, write `handle.adapter()`.
+        save them with `torch.distributed.checkpoint`. DeepSpeed's ZeRO stage 3 gathers them: call it in every process.
+        For a file that other tools read, write `handle.adapter()`.
         """
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        named = list(self.named_parameters())
+        return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -172,8 +174,8 @@ class Handle:
                 cure = nearest(first, {*held, *state} - names) or "Pass what state_dict() of the same adapter returned"
                 raise UsageError(f"{len(names)} tensors are {what} in the state", where=first, cure=cure)
         for name, parameter in held.items():
-            if state[name].shape != parameter.shape:
-                why = f"{list(state[name].shape)} where the adapter has {list(parameter.shape)}"
+            if tuple(state[name].shape) != shape_of(parameter):
+                why = f"{list(state[name].shape)} where the adapter has {list(shape_of(parameter))}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
         for name, parameter in held.items():
             put(parameter, state[name])
@@ -466,6 +468,9 @@ def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
     """The stations of the handles with their parts of it, all of which can be folded into weights."""
     for handle in handles:
         handle._check()
+        if any(map(is_partitioned, handle._model.parameters())):
+            cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+            raise NotMergeable("weights that DeepSpeed's ZeRO has partitioned", where=handle.name, cure=cure)
         # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
         live = [
             (part.target, update)
@@ -533,7 +538,7 @@ def _name(target: Target, updates: tuple[Update, ...], position: int, field: str
 
 def _copy(leaf: object) -> Tensor:
     assert isinstance(leaf, Tensor)
-    return whole(leaf.detach()).clone()
+    return whole(leaf).detach().clone()
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:

@@ -29,7 +29,7 @@ from .layers import layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
 from .packed import device_of, is_packed
-from .sharding import check_unwrapped
+from .sharding import check_gathered, check_unwrapped
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
@@ -85,6 +85,7 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    check_gathered(model)
     if trainable:
         check_unwrapped(model)
     adapter = wrapped(model, adapter)

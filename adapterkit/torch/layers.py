@@ -257,10 +257,10 @@ def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
 
 
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-    """The update on a device, in the dtype to compute in: the same one where it is so already."""
+    """The update on a device, in the dtype to compute in, whole numbers in int64; the same one where it is so."""
 
     def there(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+        out: Tensor = leaf.to(device, dtype if leaf.is_floating_point() else torch.int64)
         return out
 
     return update if all(there(leaf) is leaf for leaf in update.tensors.values()) else update.map(there)

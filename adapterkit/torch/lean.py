@@ -5,6 +5,9 @@ formula is `LowRank.forward`. Run operation by operation it makes three tensors 
 x A^T for the backward pass. `low_rank_sum` adds the product into the base's output in one operation, and its backward
 pass needs x, A and B alone. Autograd keeps x as it came, so q, k and v (or gate and up) keep one tensor together.
 
+A function in Python costs autograd some 50 microseconds, so inputs of few numbers take the plain formula too: what it
+keeps of them is nothing beside the weights.
+
 The plain formula stays in charge wherever a Python autograd function is not understood: under torch.compile and
 torch.export (which fuse by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and
 for tensors of other types (DTensor, FakeTensor, sparse, nested).
@@ -21,6 +24,52 @@ from torch.nn import functional
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+SMALL = 1 << 16
+"""Numbers in a layer's input or output, up to which the plain formula is faster (measured on one core)."""
+SMALL_AND_WIDE = 1 << 14
+"""The same for 16 bits on a CPU with factors of 32: thin products of 16 bits cost more there than a wider input."""
+
+
+def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
+    """Return x W^T + b + weight * (x A^T) B^T by the plain formula; None where x or the result has many numbers.
+
+    Args:
+        x: `[..., in]`.
+        W: `[out, in]`.
+        b: `[out]`, or None.
+        A: `[r, in]`, in the dtype of W or, beside a W of 16 bits, in float32.
+        B: `[out, r]`, in A's dtype.
+        weight: of what the factors add.
+    """
+    (out, into), size, dtype = W.shape, x.numel(), W.dtype
+    most = max(size, size // into * out) if into else SMALL
+    # With A frozen (LoRA-FA) autograd keeps x A^T here and not x, which is less than the functions below keep.
+    if most > SMALL and (A.requires_grad or not B.requires_grad):
+        return None
+    y = functional.linear(x, W, b)
+    if A.dtype is dtype:
+        change = functional.linear(functional.linear(x, A), B)
+    elif most <= SMALL_AND_WIDE and W.device.type == "cpu":
+        change = functional.linear(functional.linear(x.to(A.dtype), A), B).to(dtype)
+    else:
+        change = functional.linear(functional.linear(x, A.to(dtype)), B.to(dtype))
+    # In place where y is a tensor of its own: one tensor of the output's size less at the peak.
+    if may_overwrite(y):
+        return y.add_(change, alpha=weight)
+    return torch.add(y, change, alpha=weight)
+
+
+def may_overwrite(y: Tensor) -> bool:
+    """Whether a linear layer's output, which nobody else has, may be written over: autograd does not need it."""
+    return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and _is_eager()
+
+
+def _is_eager() -> bool:
+    """Whether no transform of torch.func, forward-mode differentiation or tracing is going on."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch._C._get_tracing_state() is None
 
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -89,9 +138,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, 
 
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the tensors and the state of torch are ones that the functions below are right for."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or not _is_eager():
         return False
     if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
         return False

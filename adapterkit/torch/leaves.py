@@ -52,7 +52,10 @@ class Leaf:
         """The tensor that the module holds under that name now."""
         if self.staged is not None:
             return self.staged
+        # nn.Module.__getattr__ takes five times as long, and this runs for every tensor in every forward.
         held: Any = self.module._parameters.get(self.name)
+        if held is None:
+            held = self.module._buffers.get(self.name)
         found: Tensor = getattr(self.module, self.name) if held is None else held
         return found
 

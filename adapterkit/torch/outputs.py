@@ -23,7 +23,7 @@ from ..chain import Composed
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..updates import Update
 from .layers import Layer, moved
-from .scopes import Scope
+from .scopes import SETTINGS, Scope
 
 Run = Callable[[Sequence[Any], dict[str, Any], "str | None"], Any]
 """A module's forward, by positional and named arguments, and the name of a norm inside it to leave out."""
@@ -51,6 +51,10 @@ class Switch:
     name: str
     weight: float
     active: bool = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        SETTINGS.renew()
 
     def on(self, scope: Scope) -> bool:
         """Whether the adapter is on in a context."""

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ..errors import ShapeMismatch, Unsupported, UsageError, nearest
-from .scopes import current, routed
+from .scopes import SETTINGS, current, routed
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,15 @@ def route(
     from .station import STATION
 
     names = tuple(names)
-    stations, switches, first = [], {}, None
+    stations, first = [], None
     for module in model.modules():
-        if STATION in module.__dict__:
-            stations.append(module.__dict__[STATION])
-            switches.update({switch.name: switch for switch in stations[-1].switches})
-        if first is None and getattr(module, "batch_first", None) is False:
+        held = module.__dict__
+        if STATION in held:
+            stations.append(held[STATION])
+        # Not getattr(module): that is slow where the attribute is missing, as it is in most modules.
+        if first is None and held.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
+    switches = _switches_of(stations)
     _check_names(names, switches)
     if axis is None and first is not None:
         where = next(name for name, module in model.named_modules() if module is first)
@@ -121,6 +123,17 @@ def route(
     table = torch.tensor([slots.get(name, len(known)) if name else len(known) for name in names], device=device)
     with routed(dict.fromkeys(stations, Route(names, flattened, axis or 0, known, table))):
         yield
+
+
+def _switches_of(stations: list[Any]) -> dict[str, Any]:
+    """The adapters attached to a model, by name; kept with its first station until one is attached or changed."""
+    if not stations:
+        return {}
+    token, kept = SETTINGS.token, stations[0].kept
+    if kept.model is None or kept.model[0] is not token or kept.model[1] != stations:
+        kept.model = token, stations, {switch.name: switch for station in stations for switch in station.switches}
+    found: dict[str, Any] = kept.model[2]
+    return found
 
 
 def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> None:
@@ -158,13 +171,18 @@ def _rows(names: Sequence[str | None], name: str) -> str:
     return f"row{'s' if len(found) > 1 else ''} {', '.join(found[:8])}{more}"
 
 
+def is_expert(where: str) -> bool:
+    """Whether a target is one of a list of experts, which sees some tokens of each row, in an order of its own."""
+    return _EXPERT.search(where) is not None
+
+
 def check_expert(route: Route, where: str) -> None:
     """Raise at a module that sees only some tokens of each row, in an order of its own.
 
     Raises:
         Unsupported: it is one of a list of experts, and the route names more than one adapter.
     """
-    if len(set(route.names)) > 1 and _EXPERT.search(where):
+    if len(set(route.names)) > 1 and is_expert(where):
         why = "an expert sees the tokens that chose it, whose rows cannot be told"
         raise Unsupported(why, where=where, cure=_ALONE)
 

@@ -1,7 +1,12 @@
-"""Weights that several processes share: DTensors of FSDP2 and tensor parallelism, and gradients that DDP averages."""
+"""Weights that several processes share, and gradients that DDP averages.
+
+FSDP2 and tensor parallelism hold DTensors. DeepSpeed's ZeRO stage 3 leaves an empty parameter in its place, whose shape
+and part are attributes, and gathers those of a module before its forward.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +19,12 @@ from ..updates import Update
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a sharded one: then every process must call this."""
+    """The tensor itself, or all of a sharded or partitioned one: then every process must call this."""
     held: Any = tensor
+    if is_partitioned(tensor):
+        library: Any = importlib.import_module("deepspeed")
+        with library.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     out: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
     return out
 
@@ -31,9 +40,25 @@ def is_sharded(leaf: Any) -> bool:
     return hasattr(leaf, "full_tensor")
 
 
+def is_partitioned(leaf: Any) -> bool:
+    """Whether a parameter is one of ZeRO stage 3 that is not gathered at the moment: it has no elements then."""
+    status = getattr(leaf, "ds_status", None)
+    return status is not None and getattr(status, "name", "") != "AVAILABLE"
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of a tensor, also where it is partitioned."""
+    return tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+
+
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
+    if hasattr(parameter, "ds_status"):  # Of small parameters ZeRO keeps the whole too, and trains its part of them.
+        library: Any = importlib.import_module("deepspeed")
+        with library.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        return
     if is_sharded(parameter) == is_sharded(value):
         parameter.copy_(value)
         return
@@ -45,6 +70,18 @@ def put(parameter: Tensor, value: Tensor) -> None:
     held: Any = parameter
     # Every process has computed the same value, so that none needs to be sent.
     held.copy_(distribute_tensor(value.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None))
+
+
+def check_gathered(model: nn.Module) -> None:
+    """Check that a model's weights are there to be looked at.
+
+    Raises:
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty.
+    """
+    name = next((name for name, parameter in model.named_parameters() if is_partitioned(parameter)), None)
+    if name is not None:
+        cure = "Attach the adapter before deepspeed.initialize, to a model that was loaded outside deepspeed.zero.Init"
+        raise Unsupported("a weight that DeepSpeed's ZeRO has partitioned", where=name, cure=cure)
 
 
 def check_unwrapped(model: nn.Module) -> None:

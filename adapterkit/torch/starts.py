@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..methods.residual import Residual
+from ..quant.bnb_4bit import quantized
 from .moments import Moments
 
 
@@ -66,7 +67,7 @@ def start_of(init: str, place: Place) -> Start:
     """Return what the factors begin with; draws from torch's global generator.
 
     Args:
-        init: one of `KINDS`, or `pissa_niter_` and a number.
+        init: one of `KINDS`, `pissa_niter_N`, or `loftq` with `_int8`, `_iter_N` or both after it.
         place: the layer.
 
     Raises:
@@ -91,6 +92,7 @@ def find(init: str) -> Kind:
         UsageError: there is none of that name.
     """
     name = "pissa" if re.fullmatch(r"pissa_niter_\d+", init) else init
+    name = "loftq" if re.fullmatch(r"loftq(_int8)?(_iter_[1-9]\d*)?", init) else name
     if name not in KINDS:
         raise UsageError(f"no initialiser is called {init!r}", where="init", cure=f"Known: {', '.join(KINDS)}")
     return KINDS[name]
@@ -163,6 +165,38 @@ def _eva(_: str, place: Place) -> Start:
     return Start(place.seen.components()[1][: place.rank], place.zeros())
 
 
+def _loftq(init: str, place: Place) -> Start:
+    """The largest part of what rounding the weight loses; the base becomes the rounded weight.
+
+    As PEFT's, for which the scaling is no part of it: with alpha other than the rank, the start is not the nearest.
+    """
+    rounded_to = _to_int8 if "int8" in init else _to_nf4
+    turns, rest = int(init.rpartition("iter_")[2]) if "iter" in init else 1, place.W
+    for _ in range(turns):
+        Q = rounded_to(rest)
+        U, S, V = torch.linalg.svd(place.W - Q, full_matrices=False)
+        root = S[: place.rank].sqrt()
+        A, B = root[:, None] * V[: place.rank], U[:, : place.rank] * root
+        rest = place.W - B @ A
+    return Start(A.contiguous(), B.contiguous(), Residual(A=None, B=None, D=place.W - Q, scaling=1.0))
+
+
+def _to_nf4(W: Tensor) -> Tensor:
+    """The nearest numbers that bitsandbytes' nf4 has, in blocks of 64."""
+    levels = torch.tensor(NF4).numpy()
+    q, largest = quantized(W.contiguous().view(-1).numpy(), levels, 64)
+    values = torch.from_numpy(levels[q]) * torch.from_numpy(largest).repeat_interleave(64)[: W.numel()]
+    return values.view(W.shape).to(W.dtype)
+
+
+def _to_int8(W: Tensor) -> Tensor:
+    """The nearest numbers of 8 bits times the largest of each row, as bitsandbytes has them."""
+    W = W.half().float()  # bitsandbytes rounds to 16 bits before.
+    largest = W.abs().amax(1, keepdim=True)
+    q = (W * torch.where(largest == 0, 0.0, 127.0 / largest)).round()
+    return q * largest / 127.0
+
+
 def _split(place: Place, U: Tensor, S: Tensor, V: Tensor) -> Start:
     """Singular values shared by both factors."""
     root = (S / place.scaling).sqrt()
@@ -176,9 +210,16 @@ def _without(place: Place, A: Tensor, B: Tensor) -> Start:
 
 KINDS: dict[str, Kind] = {
     "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora,
-    "corda": _corda, "corda_kpm": _corda, "eva": _eva,
+    "corda": _corda, "corda_kpm": _corda, "eva": _eva, "loftq": _loftq,
 }  # fmt: skip
 """Name -> initialiser."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The levels of NF4 (appendix E of https://arxiv.org/abs/2305.14314)."""
 
 OF_DATA: Any = {"corda", "corda_kpm", "eva"}
 """Those that look at the inputs of the layers."""

@@ -17,16 +17,17 @@ from ..adapter import Target
 from ..chain import Composed
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from ..updates import Additive, Update
-from .batched import Kept, add_by_row, factors_of, rank_of
+from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_of
 from .context import ContextPart, surround
 from .dropout import dropped_change
 from .ears import Ear, overheard
-from .layers import Difference, Layer, Quantized, layer_of, moved
+from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
 from .lean import low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
-from .routing import Route, check_expert, check_switches, join, split
-from .scopes import Recall, Scope, current
+from .plans import Plan
+from .routing import Route, check_expert, check_switches, is_expert, join, split
+from .scopes import SETTINGS, Recall, Scope, current
 from .sharding import whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
@@ -78,6 +79,8 @@ class Station:
         self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
         self.kept = Kept()
         self.bare = False  # Nothing but updates of weights: no contexts, taps, ears or outlets.
+        self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
+        self.switched: tuple[Switch, ...] = ()  # Those of the parts.
 
     @property
     def switches(self) -> list[Switch]:
@@ -94,11 +97,22 @@ class Station:
         self._stand()
 
     def _stand(self) -> None:
-        around = self.contexts or self.taps or self.ears
-        self.bare = not around and all(part.outlet is None for part in self.parts)
+        self._look()
         self.module.__dict__[STATION] = self
         mine = Entry(self) if self.contexts or self.ears else self.forward
         self.module.__dict__[self._standing() or self.slot] = mine
+
+    def _look(self) -> None:
+        """Take in what is attached now, and throw away what was worked out for other parts."""
+        around = self.contexts or self.taps or self.ears
+        self.bare = not around and all(part.outlet is None for part in self.parts)
+        linear = type(self.layer) is Linear and self.before is None
+        self.plain = self.bare and linear and bool(self.parts) and all(self.ranks[part] for part in self.parts)
+        self.expert = any(is_expert(str(part.target)) for part in self.parts)
+        self.switched = tuple(part.switch for part in self.parts)
+        self.drops = any(part.dropout for part in self.parts)
+        self.kept = Kept()
+        SETTINGS.renew()
 
     def _standing(self) -> str | None:
         """The attribute that holds this station's forward; None where another tool has wrapped or removed it."""
@@ -118,13 +132,13 @@ class Station:
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
         self.ranks = {part: self.ranks[part] for part in self.parts}
-        self.kept = Kept()
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.taps = [tap for tap in self.taps if tap.switch is not switch]
         self.ears = [ear for ear in self.ears if ear.switch is not switch]
         if self.parts or self.contexts or self.taps or self.ears:
             self._stand()
             return
+        self._look()
         del self.module.__dict__[STATION]
         slot = self._standing()
         if slot is None:  # Another tool's wrapper calls this station, which now does nothing but call the original.
@@ -138,6 +152,10 @@ class Station:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training)
+        if self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            y = self._planned(scope, args[0])
+            if y is not None:
+                return y
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None
@@ -152,6 +170,33 @@ class Station:
             return self._surrounded(current(), args, kwargs)
 
         return overheard(self.module, self.ears, self.names, forward, passes, scope, args, kwargs)
+
+    def _planned(self, scope: Scope, x: Any) -> Any:
+        """The output of a linear layer with thin updates, as planned at an earlier call; None where no plan helps."""
+        if self.drops and self.module.training:
+            return None
+        route = scope.routes.get(self) if scope.routes else None
+        if route is not None:
+            return self._row_by_row(route, scope, x)
+        plan = self.kept.plan
+        if plan is None or plan.scope is not scope or plan.token is not SETTINGS.token:
+            token = SETTINGS.token
+            active = [part for part in self.parts if part.switch.acts(scope)]
+            alone = len(active) == 1 and len(active[0].bound.leaves) == 1
+            plan = self.kept.plan = Plan(token, scope, active[0] if alone else None, self.layer)
+        return plan.run(x)
+
+    def _row_by_row(self, route: Route, scope: Scope, x: Any) -> Any:
+        """The output of a linear layer with a stack of frozen adapters; None where there is no stack of now."""
+        W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
+        if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
+            return None
+        if self.expert or not stack.is_current(self.switched, W):
+            return None
+        try:
+            return add_to_rows(layer, stack, places_of(self.switched, route, scope, x.device), route, x)
+        except AdapterkitError as error:
+            raise error.at(where=str(self.parts[0].target)) from None
 
     def _surrounded(self, scope: Scope, args: Any, kwargs: Any) -> Any:
         around = [part for part in self.contexts if part.switch.on(scope)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
 from .leaves import Leaf
@@ -21,9 +22,9 @@ Place = tuple[nn.Module, str, nn.Module]
 
 
 class Watch:
-    """A forward pre-hook of the model that compares the modules of one adapter with those in the tree.
+    """Compares the modules of one adapter with those in the tree, before each forward of the model.
 
-    The check costs one dictionary lookup a module. Compiled code skips it: its guards do the same.
+    The check costs one dictionary lookup a module, however many adapters the module has.
 
     Args:
         model: the model.
@@ -34,18 +35,13 @@ class Watch:
 
     def __init__(self, model: nn.Module, name: str, modules: Iterable[nn.Module], leaves: Sequence[Leaf] = ()) -> None:
         self.model, self.name, self.modules, self.leaves = model, name, list(modules), leaves
-        self._places = self._find()
-        model.register_forward_pre_hook(self)
+        self.places = self._find()
+        _hook_of(model).add(self)
         # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
-
-    def __call__(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.check()
-            check_averaged((leaf.tensor for leaf in self.leaves), self.name)
 
     def check(self) -> None:
         """Raise if a module is no longer where it was.
@@ -53,25 +49,26 @@ class Watch:
         Raises:
             Unsupported: a module was replaced, or is not called any more because its block was fused.
         """
-        if any(parent._modules.get(name) is not module for parent, name, module in self._places):
+        if any(parent._modules.get(name) is not module for parent, name, module in self.places):
             # A wrapper around the module, such as torch's CheckpointWrapper, moves it and still calls it.
-            self._places = self._find()
-        for parent, name, _ in self._places:
+            self.places = self._find()
+        for parent, name, _ in self.places:
             # diffusers' fuse_qkv_projections adds one projection and keeps the old ones, which nothing calls then.
-            if parent.__dict__.get("fused_projections") and name.rpartition("_")[2] in ("q", "k", "v", "kv"):
+            if parent.__dict__.get("fused_projections") and _is_fused_away(name):
                 self._raise(parent, f"{name}: its block runs fused projections instead")
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Take the checks off the model."""
+        hook = _hook_of(self.model)
+        hook.drop(self)
         for module in self.model.modules():
             layer = isinstance(module, nn.TransformerEncoderLayer)
-            if layer or module is self.model:
-                hooks = module._forward_pre_hooks
-                ours = [key for key, hook in hooks.items() if hook is self]
-                # Of several adapters each has put one there.
-                ours += [key for key, hook in hooks.items() if hook is _no_fused_path][:1] if layer else []
-                for key in ours:
-                    del hooks[key]
+            hooks = module._forward_pre_hooks
+            ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
+            # Of several adapters each has put one there.
+            ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
+            for key in ours:
+                del hooks[key]
 
     def _find(self) -> list[Place]:
         wanted = {id(module): module for module in self.modules if module is not self.model}
@@ -91,6 +88,54 @@ class Watch:
         where = next((name for name, each in self.model.named_modules() if each is module), None)
         cure = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"
         raise Unsupported(f"the adapter {self.name!r} does not act any more: {why}", where=where, cure=cure)
+
+
+class _Hook:
+    """The forward pre-hook of a model with adapters: one for all of them, as they mostly have the same modules."""
+
+    def __init__(self) -> None:
+        self.watches: list[Watch] = []
+        self.places: list[Place] = []
+        self.blocks: list[nn.Module] = []
+
+    def add(self, watch: Watch) -> None:
+        self.watches.append(watch)
+        self._gather()
+
+    def drop(self, watch: Watch) -> None:
+        self.watches.remove(watch)
+        self._gather()
+
+    def _gather(self) -> None:
+        each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
+        self.places = list(each.values())
+        self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
+
+    def __call__(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # Its guards do the same.
+            return
+        moved = any(parent._modules.get(name) is not module for parent, name, module in self.places)
+        if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
+            for watch in self.watches:
+                watch.check()
+            self._gather()
+        if DistributedDataParallel._active_ddp_module is not None:
+            for watch in self.watches:
+                check_averaged((leaf.tensor for leaf in watch.leaves), watch.name)
+
+
+def _hook_of(model: nn.Module) -> _Hook:
+    """The hook of this module at a model, registered if it is not there."""
+    found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
+    if found is None:
+        found = _Hook()
+        model.register_forward_pre_hook(found)
+    return found
+
+
+def _is_fused_away(name: str) -> bool:
+    """Whether a module's name is one of the projections that diffusers fuses into one."""
+    return name.rpartition("_")[2] in ("q", "k", "v", "kv")
 
 
 def _no_fused_path(_: nn.Module, args: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapter import Target
 from ..binding import fold, view
-from ..tensors.lazy import as_torch
+from ..tensors.lazy import for_formulas
 from ..updates import Update
 
 Change = tuple[float, Target, Sequence[Update]]
@@ -40,7 +40,7 @@ def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Updat
     """The updates with what their changes to the bias take from the weight, each after those before it, worked out."""
     done, seen = [], view(W, target)
     for update in updates:
-        loaded = update.map(lambda leaf: as_torch(leaf, W.device, W.dtype))
+        loaded = update.map(lambda leaf: for_formulas(leaf, W.device, W.dtype))
         done.append(loaded.settled(seen))
         seen = fold((loaded,), seen, target.stacked)
     return tuple(done)
@@ -68,7 +68,7 @@ def _weight(W: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
 def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
     part = b if target.rows is None else b[..., slice(*target.rows)]
     for update in updates:
-        loaded = update.map(lambda leaf: as_torch(leaf, b.device, b.dtype))
+        loaded = update.map(lambda leaf: for_formulas(leaf, b.device, b.dtype))
         if target.stacked:
             part = torch.stack([loaded.expert(e).new_bias(part[e]) for e in range(len(part))])
         else:

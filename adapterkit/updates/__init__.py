@@ -1,9 +1,9 @@
-"""Updates: what happens at one target. Four kinds; the kind decides what may be done with an update.
+"""Updates: the change at one target. There are four kinds, and the kind decides what can be done with an update.
 
-A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those
-here. Formulas see weights as `[out, in, *k]` whatever the base stores, and run in whatever floating dtype the caller
-hands in: the merger computes in float64, a live model in its own dtype. They are typed as over torch tensors, and keep
-to what numpy arrays have too: operators, indexing, `reshape`, `sum`, `.mT`; so a merge on the CPU needs no torch.
+A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those.
+Formulas see weights as `[out, in, *k]`, however the base stores them, and run in the floating dtype of the caller: the
+merger uses float64, a live model its own dtype. Their type hints name torch tensors, but they use only what numpy
+arrays have too (operators, indexing, `reshape`, `sum`, `.mT`), so a merge on the CPU needs no torch.
 """
 
 from __future__ import annotations

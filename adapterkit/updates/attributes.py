@@ -1,4 +1,4 @@
-"""Plain values of an update, its scaling first of all: fields with rules, and checks against type and rules."""
+"""Plain values of an update, such as its scaling: fields with rules, and checks of type and rules."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ def attribute(
     most: float | None = None,
     positive: bool = False, since: int = 1,
 ) -> Any:  # fmt: skip
-    """A field that holds a plain value, where its type does not say all.
+    """Declare a field for a plain value with rules beyond its type.
 
     Args:
-        default: the value that is meant where none is given; left out, the attribute is required.
-        among: the words or numbers it may be.
-        least: the smallest number it may be.
-        most: the largest number it may be.
-        positive: it must be above 0.
-        since: the version of the method that it came with.
+        default: the value if none is given; without a default, the attribute is required.
+        among: the allowed words or numbers.
+        least: the smallest allowed number.
+        most: the largest allowed number.
+        positive: require a number above 0.
+        since: the version of the method that introduced the attribute.
     """
     rules = {"among": tuple(among), "least": least, "most": most, "positive": positive, "since": since}
     return dataclasses.field(default=default, metadata=rules)
 
 
 def check_attribute(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
-    """Checks a value against the type and the rules of its field.
+    """Check a value against the type and the rules of its field.
 
     Raises:
-        Malformed: it is not of its declared type, not finite or out of range.
-        Unsupported: a word that the method does not know.
+        Malformed: it has another type, is not finite, or is out of range.
+        Unsupported: it is a word that the method does not know.
     """
     _check_type(name, value, _type_name(field.type))
     _check_range(name, value, field.metadata)
 
 
 def plain(value: Any, field: dataclasses.Field[Any]) -> Any:
-    """A value as data; a whole number in a float's place comes out as a float."""
+    """Return a value as plain data; an integer in a float field becomes a float."""
     return float(value) if type(value) is int and _type_name(field.type) == "float" else value
 
 
@@ -52,7 +52,7 @@ def _check_type(name: str, value: Any, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
         raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
-    # Compared, not converted: a whole number may be too large for a float.
+    # Compare instead of converting: an integer may be too large for a float.
     if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
         raise Malformed(f"{value} is not a finite number", where=name, cure=DAMAGED)
 

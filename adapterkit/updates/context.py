@@ -1,4 +1,4 @@
-"""Updates of what a model reads beside its input."""
+"""Updates of what a model reads besides its input."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class ContextUpdate(Update):
-    """More context than the model's input: tokens in front of it, keys and values before it, prompts to attend to.
+    """Extra context for the model: tokens before its input, keys and values before the computed ones, or prompts.
 
-    Its target is the whole model, `Target("")`, or the part of it that the update speaks to: an attention, an
-    embedding. There is no weight to see, so the target has no layout, rows or experts. Updates of one place add up in
-    the order in which they are attached, the first in front.
+    The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
+    There is no weight, so the target has no layout, rows or experts. Several updates at one place are concatenated in
+    the order in which they are attached, the first one in front.
 
     Class attributes:
-        place: which of the words below is the method's formula; the others add nothing.
+        place: which of the methods below has the formula; the others add nothing.
     """
 
     kind = "context"
@@ -27,41 +27,41 @@ class ContextUpdate(Update):
     place: ClassVar[str] = ""
 
     def embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """What stands in front of the embeddings of the input, an encoder's where there is one: `[n, dim]`.
+        """Return the vectors before the input's embeddings (the encoder's if there is one), `[n, dim]`.
 
         Args:
-            task: for prompts of several tasks, the number of one, or numbers `[batch]`: then `[batch, n, dim]`.
+            task: for prompts of several tasks, one task number, or numbers `[batch]`; these give `[batch, n, dim]`.
         """
         return None
 
     def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """The same for the input of a decoder that has an encoder beside it."""
+        """Like `embeddings`, for the input of a decoder beside an encoder."""
         return None
 
     def past(self) -> torch.Tensor | None:
-        """Keys and values that come before those of the input, `[layers, 2, heads, n, d]`; a decoder's."""
+        """Return a decoder's keys and values before those of the input, `[layers, 2, heads, n, d]`."""
         return None
 
     def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Keys and values that come before those of one attention, the update's target: `[batch or 1, 2, heads, n, d]`.
+        """Return keys and values before those of one attention, the target: `[batch or 1, 2, heads, n, d]`.
 
         Args:
-            x: what enters the attention, `[batch, m, width]`.
+            x: the attention's input, `[batch, m, width]`.
         """
         return self.past()
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.
+        """Return what to add to the outputs of an attention's heads, before they are mixed: `[batch, heads, m, d]`.
 
-        Methods of this place hold the prompt as `P`, `[n, dim]`; without their `projected` it is added after mixing.
+        Methods of this place store the prompt as `P`, `[n, dim]`. Without their `projected`, it is added after mixing.
 
         Args:
-            q: queries of the input, `[batch, heads, m, d]`, positions already in them.
+            q: queries of the input, `[batch, heads, m, d]`, with positions applied.
             k: keys of the prompt, `[heads, n, d]`, without positions.
             v: values of the prompt, `[heads, n, d]`.
         """
         raise NotMergeable(f"{self.method} has no formula of attention")
 
     def vocabulary(self) -> torch.Tensor | None:
-        """Embeddings of new tokens, numbered behind the last one of the base, `[n, dim]`."""
+        """Return embeddings of new tokens, numbered after the base's last token, `[n, dim]`."""
         return None

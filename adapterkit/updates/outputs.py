@@ -1,4 +1,4 @@
-"""Updates of a layer's output, and the words in which they speak of it."""
+"""Updates of a layer's output, and the interface of a layer that they use."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from .update import Update
 
 
 class OutputUpdate(Update):
-    """y' = f(x, layer): a method defines `forward`, or `inside` where it stands before the layer's residual and norm.
+    """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
 
-    A layer is any module here, with a weight or without one, in these words:
+    A layer is any module here, with or without a weight. It offers:
 
-    `layer(x)`: its output, whole.
+    `layer(x)`: its complete output.
     `layer.hidden(x)`: its output before a residual is added and the sum normalised.
-    `layer.residual(x)`: what is added, or None.
-    `layer.norm(h)`: the normalisation of the sum; h itself where there is none.
-    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, one that neither the residual nor
-        the norm is part of.
+    `layer.residual(x)`: the value that is added, or None.
+    `layer.norm(h)`: the normalisation of the sum; h itself if there is none.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, neither the residual nor the norm
+        is part of it.
     `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
         to the output, and the axis of the channels.
-    `layer.weight`, `layer.bias`: those that the layer runs with, the weight as `[out, in, *k]`; of a module without a
-        weight neither can be asked for.
-    `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
-        the call lacks is an error. Three are more than the call said: `input_ids` begins with the tokens of a cache
-        that the call goes on with, `hidden_states` is what the model's last layer gives without the adapter, and
-        `shadow` is the state of a network beside the model, which each block reads by `state` and hands on by `keep`.
+    `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
+    `layer.call`: the arguments of the model's own call, by name. The method lists those that it reads in `asks`; a
+        missing one is an error. Three hold more than the call does: `input_ids` starts with the tokens of the cache,
+        `hidden_states` is the last layer's output without the adapter, and `shadow` is the state of a network beside
+        the model, which each block reads by `state` and passes on by `keep`.
 
     Class attributes:
-        placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
-        asks: words of the model's call that the formula reads.
-        hears: words of the model's call that the formula reads where a call brings them.
-        moves_input: the formula calls the layer with another input than its own.
-        of_model: it stands at the whole model, `Target("")`, until it has its experts.
+        placed: True if the formula is `inside`, so that several such updates apply before the layer closes.
+        asks: arguments of the model's call that the formula needs.
+        hears: arguments of the model's call that the formula uses if they are there.
+        moves_input: True if the formula calls the layer with another input than its own.
+        of_model: True if the update is at the whole model, `Target("")`, until it has its experts.
 
-    Attributes that place an update, where a method has them:
+    Attributes that place an update, if the method has them:
         residual: path, from the target's parent, of the module whose input is added to the target's output.
-        norm: path, likewise, of the module that the sum goes through.
+        norm: path, likewise, of the module that normalises the sum.
     """
 
     kind = "output"
@@ -50,18 +49,18 @@ class OutputUpdate(Update):
 
     @property
     def lacks_experts(self) -> bool:
-        """Whether it is the router of experts that it does not hold, so that it computes nothing yet."""
+        """Whether this is a router without its experts, which computes nothing yet."""
         return False
 
     @property
     def channels(self) -> int | None:
-        """How many channels the layer's output must have; None where the update does not say."""
+        """The number of channels that the layer's output must have; None for any."""
         hidden: Any = self.dims().get("hidden")
         return cast(int | None, hidden)
 
     @property
     def whole(self) -> bool:
-        """Whether the layer's residual and norm are part of what comes out."""
+        """Whether the layer's residual and norm are part of the result."""
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -70,7 +69,7 @@ class OutputUpdate(Update):
             raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
 
     def inside(self, x: Any, layer: Any) -> Any:
-        """What the update makes of `layer.hidden(x)`."""
+        """Return the new value of `layer.hidden(x)`."""
         return self.forward(x, layer)
 
     def forward(self, x: Any, layer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whole numbers that are positions: on the axes that their fields name, and none of them twice."""
+"""Check integer fields that hold positions: each must be on its axis, and none may repeat."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields that hold a position which is not on its axis, and what is wrong with it.
+    """Yield the fields with a position that is not on its axis, and what is wrong.
 
     Args:
-        update: whose fields say `below` which axes, or products of axes, their positions lie.
-        sizes: of axes, as far as they are known beside those that its tensors tell.
+        update: its fields declare in `below` the axes, or products of axes, of their positions.
+        sizes: sizes of axes that the tensors do not show.
     """
     fields = update.tensor_fields()
     placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
@@ -34,7 +34,7 @@ def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, s
 
 
 def repeated(update: Update) -> str:
-    """The first field with a position, or pair of positions, that comes twice where its field says none does."""
+    """Return the first field with a repeated position or pair of positions that its field forbids; "" if none."""
     import numpy as np
 
     fields = update.tensor_fields()
@@ -53,7 +53,7 @@ def repeated(update: Update) -> str:
 
 
 def _size(axis: str, sizes: Mapping[str, Any]) -> int | None:
-    """The size of an axis or product; None where it is not known."""
+    """Return the size of an axis or product, or None if it is unknown."""
     try:
         return Axes.parse(axis).sizes(sizes)[0]
     except KeyError:

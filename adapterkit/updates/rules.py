@@ -1,7 +1,7 @@
 """Rules of a method beyond its shape strings, as data: the spec prints them, and every reader can evaluate them.
 
-A rule is an expression over whole numbers, words and truth values: `r % share == 0`. Names are axes and attributes of
-the method; `has(x)` says whether the tensor x is there, `axes(x)` how many axes it has (without that of experts), and
+A rule is an expression over integers, words and truth values: `r % share == 0`. Names are axes and attributes of the
+method. `has(x)` says whether the tensor x is present, `axes(x)` is its number of axes (without that of experts), and
 `block(p)` is the b for which b * (b - 1) / 2 is p, or 0. The grammar is in spec/README.md.
 """
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from .update import Update
 
 MOST_EXPONENT = 63
-"""A power of more is no size of anything; it makes a rule false instead of taking memory."""
+"""Largest exponent. No size needs more; a larger one makes the rule false instead of using up memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. It either requires that an expression is true, or gives an axis a size.
+    """One rule: it either requires that an expression is true, or defines the size of an axis.
 
     Attributes:
-        require: expression that must be true.
-        define: axis that gets the value of `value`; if the tensors gave it another size, the shapes disagree.
-        value: expression of that size.
-        when: the rule holds only if this expression is true; empty means always.
-        where: field or attribute that an error names.
-        error: class of the error, `ShapeMismatch` or `Malformed`.
-        meaning: what it means that the rule does not hold, in plain words.
+        require: the expression that must be true.
+        define: the axis that gets the value of `value`; if the tensors gave it another size, the shapes disagree.
+        value: the expression of that size.
+        when: the rule applies only if this expression is true; empty means always.
+        where: the field or attribute that an error names.
+        error: the class of the error, `ShapeMismatch` or `Malformed`.
+        meaning: an explanation of the failure, in plain words.
     """
 
     require: str = ""
@@ -53,9 +53,9 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
     """Check an update against the rules of its method, in order, and add the sizes that they define to `dims`.
 
     Args:
-        update: the update; its forms, attributes and shapes have been checked.
-        dims: sizes of its axes, which rules read and add to.
-        stack: whether its tensors have a leading axis of experts.
+        update: the update; its forms, attributes and shapes are already checked.
+        dims: sizes of its axes, which rules read and extend.
+        stack: True if its tensors have a leading axis of experts.
 
     Raises:
         ShapeMismatch, Malformed: a rule does not hold.
@@ -77,11 +77,11 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
 
 
 class _NoSize(Exception):
-    """An axis whose size no tensor tells."""
+    """An axis whose size no tensor shows."""
 
 
 class _Names:
-    """What the words of an expression stand for."""
+    """The values of the names in an expression."""
 
     def __init__(self, update: Update, dims: Mapping[str, Any], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
@@ -101,7 +101,7 @@ class _Names:
 
 
 def names_in(expression: str) -> list[str]:
-    """The axes and attributes that an expression reads, in order."""
+    """Return the axes and attributes that an expression reads, in order."""
     tree = ast.parse(expression, mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     asked = {
@@ -136,7 +136,7 @@ def _compiled(expression: str) -> Evaluate:
 
 
 def _evaluator(node: ast.expr) -> Evaluate:
-    """The function of one node. Only the grammar of the spec is known, so that every reader can have all of it."""
+    """Return the function of one node; nothing outside of the spec's grammar, which every reader must implement."""
     match node:
         case ast.Constant(value=value) if isinstance(value, int | str):
             return lambda _: value

@@ -1,4 +1,4 @@
-"""What every update has: fields with shape strings, checks, blocks, and what its kind derives from its formula."""
+"""The base class of updates: fields with shape strings, checks, blocks, and what a kind derives from its formula."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ if TYPE_CHECKING:
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
 class Update:
-    """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
+    """The change of one method at one target. Subclasses automatically become frozen, keyword-only dataclasses.
 
     Class attributes:
-        kind: the name of the kind, set by the four kinds below.
-        since: the version of the spec that each version of the method came with, oldest first; empty for a version
-            that is no longer read.
-        version: newest version of the method; see `stated_version` for that of one update.
-        blocks: axes along which the formula may be cut into blocks that are computed apart.
-        needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
-        linear_only: the law is one of weights `[out, in]`, those of linear layers and embeddings; others are refused.
+        kind: the name of the kind, set by the four kinds.
+        since: for each version of the method, oldest first, the version of the spec that introduced it; empty for a
+            version that is no longer read.
+        version: the newest version of the method; see `stated_version` for that of one update.
+        blocks: axes along which the formula can be split into blocks that are computed separately.
+        needs_bias: True if a change to the bias would be lost at a layer without one, so such a layer is refused.
+        linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: what the update changes, for messages.
-        rules: what must be true of its axes, attributes and tensors beyond shape strings, in order.
-        forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
-        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
-        bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
-        sizes: of a fresh update's own axes, with what they are unless the caller says otherwise.
-        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
-        shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
-            `replacement`, or none of them, `layer`.
-        dropout: what dropout leaves out in training, as PEFT has it for the method: numbers of the change's `input`;
-            `rows` of the change, or `scaled rows` where the others grow by as much; `blocks` along the axis `n` of a
-            tensor, of one of its factors where it has an axis `m`.
-        bound_to: the library and function that an update without some of its tensors needs, so that no other reader
-            can be asked to compute it; empty for all others.
-        paper: where the formula comes from.
-        by_form: `check_against` sees the update's `form` alone, not the numbers in its tensors; set by its fields.
+        rules: conditions on its axes, attributes and tensors beyond shape strings, in order.
+        forms: groups of optional tensors of which exactly one set must be present; `()` stands for none of the group.
+        frozen: names of tensors that are given, not trained, such as random projections and masks; integer tensors are
+            never trained.
+        bias_sees_weight: True if the change to the bias needs the weight, so that `settled` must precede `new_bias`.
+        sizes: default sizes of a fresh update's own axes.
+        starts_at_base: True if a fresh update changes nothing; some methods are defined to start elsewhere.
+        shared_as: the choice of `tied` that decides whether the update changes all layers that share a tensor: `rows`,
+            `replacement`, or `layer` for none of them.
+        dropout: what dropout drops in training, as in PEFT: numbers of the change's `input`; `rows` of the change, or
+            `scaled rows` if the others grow accordingly; `blocks` along the axis `n` of a tensor (of one of its factors
+            if it has an axis `m`).
+        bound_to: the library and function that an update without some of its tensors depends on, so that no other
+            reader can compute it; empty for all others.
+        paper: the source of the formula.
+        by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
     """
 
     kind: ClassVar[str] = ""
@@ -71,7 +72,7 @@ class Update:
     dropout: ClassVar[str] = "input"
     bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    # torch.compile can read class attributes, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
     _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
     _attributes: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
@@ -83,7 +84,7 @@ class Update:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "version" in cls.__dict__ and "since" not in cls.__dict__:
-            # A method that numbers its versions by hand knows the last of them alone.
+            # A method that sets `version` by hand supports only that version.
             cls.since = ("",) * (cls.version - 1) + ("1.0",)
         cls.version = len(cls.since)
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
@@ -94,7 +95,7 @@ class Update:
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
         cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
-        # Another round checks products and quotients whose names a later tensor had yet to tell.
+        # A product or quotient may use a name that only a later tensor defines, so those need a second round.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     def __repr__(self) -> str:
@@ -104,17 +105,17 @@ class Update:
 
     @property
     def method(self) -> str:
-        """The method's name: that of its module."""
+        """The method's name, which is the name of its module."""
         return type(self).__module__.rpartition(".")[2]
 
     @classmethod
     def tensor_fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The fields that hold tensors, in order; `metadata["axes"]` is the parsed shape string."""
+        """Return the tensor fields in order; `metadata["axes"]` is the parsed shape string."""
         return cls._tensors
 
     @classmethod
     def attribute_fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The fields that hold plain values, in order."""
+        """Return the fields with plain values, in order."""
         return cls._attributes
 
     @property
@@ -129,11 +130,11 @@ class Update:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The plain values, by field; a whole number in a float's place comes out as a float."""
+        """The plain values by field; an integer in a float field becomes a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
     def attributes_of(self, version: int) -> dict[str, Any]:
-        """The plain values that a version of the method has, by field."""
+        """Return the plain values that a version of the method has, by field."""
         fields = self.attribute_fields()
         return {
             name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
@@ -141,46 +142,46 @@ class Update:
 
     @property
     def stated_version(self) -> int:
-        """The oldest version of the method that can say this update: newer attributes count where they are used."""
+        """The oldest version of the method that can express this update; newer attributes count only if used."""
         oldest = next(number for number, since in enumerate(self.since, 1) if since)
         newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
         return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
-        """The same update over changed leaves."""
+        """Return the same update with each leaf replaced by f(leaf)."""
         return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
 
     def replace(self, **changes: Any) -> Self:
-        """The same update with other field values."""
+        """Return the same update with other field values."""
         return cast(Self, dataclasses.replace(cast(Any, self), **changes))
 
     @property
     def form(self) -> Hashable:
-        """All of the update but the numbers in its tensors: class, plain values, shapes and types of the tensors.
+        """Everything about the update except the numbers in its tensors: class, plain values, shapes and dtypes.
 
-        Updates of equal forms have equal `dims` and pass the same `check`, so that a model's tens of thousands of
-        targets, which have a few dozen forms, need not be checked one by one.
+        Updates of equal form have equal `dims` and pass the same `check`. A model's tens of thousands of targets have a
+        few dozen forms, so they need not be checked one by one.
         """
         values = [getattr(self, name) for name in self._attributes]
-        # 1, 1.0 and True are equal, and not the same to `check`.
+        # 1, 1.0 and True are equal in Python but not to `check`, so the types are included.
         return type(self), self._held(), *values, *map(type, values)
 
     def _held(self) -> Held:
-        """Name, element type and shape of each tensor that is present."""
+        """Return name, element type and shape of each tensor that is present."""
         held = []
         for name, leaf in self.tensors.items():
             held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
         return tuple(held)
 
     def dims(self, stack: bool = False) -> Dims:
-        """The sizes of all named axes, solved from the tensors.
+        """Return the sizes of all named axes, solved from the tensors.
 
         Args:
-            stack: every tensor carries a leading axis `e`: one slice an expert.
+            stack: True if every tensor has a leading axis `e`, one slice per expert.
 
         Raises:
-            Malformed: tensors that belong together are not all there, so that axes have no size.
-            ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
+            Malformed: tensors that belong together are incomplete, so that axes have no size.
+            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
         """
         if self.forms:
             self._check_forms()
@@ -190,11 +191,11 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
+        """Check the plain values, and which tensors are present; methods with further rules extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, not finite or out of range, or tensors do not go together.
-            Unsupported: a word is none of those that the method knows.
+            Malformed: a value has the wrong type, is not finite or is out of range, or tensors do not go together.
+            Unsupported: a word is unknown to the method.
         """
         for name, field in self.attribute_fields().items():
             check_attribute(name, getattr(self, name), field)
@@ -203,7 +204,7 @@ class Update:
             raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def _check_forms(self) -> None:
-        """Check that the tensors which are present make up one form of each group, such as `pairs` or `square`."""
+        """Check that the present tensors make up exactly one set of each group in `forms`."""
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
@@ -212,16 +213,16 @@ class Update:
 
     @property
     def file(self) -> str | None:
-        """The file that the tensors are to be read from; None where they are loaded, or nothing tells."""
+        """The file that the tensors will be read from; None if they are loaded, or nothing tells."""
         files = (as_lazy(leaf).file for leaf in self.tensors.values())
         return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
-        """Reads every tensor and checks its values; methods with rules of their own extend it.
+        """Read every tensor and check its values; methods with further rules extend it.
 
         Raises:
-            Malformed: a NaN or an infinity, with the field and the first position; a position of the weight that is
-                outside of it, or that comes twice.
+            Malformed: a NaN or an infinity, with field and first position; or a position in the weight that is out of
+                range or repeated.
         """
         for name, leaf in self.tensors.items():
             check_finite(leaf, name)
@@ -233,11 +234,11 @@ class Update:
             raise Malformed("the same position twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        """Checks the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are inside.
+        """Check the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are in range.
 
         Raises:
             ShapeMismatch: it does not fit.
-            Malformed: a position comes twice.
+            Malformed: a position is repeated.
         """
         self.check_axes(shape)
         if not self._positions:
@@ -248,29 +249,30 @@ class Update:
             raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
 
     def largest_shape(self) -> tuple[int, ...] | None:
-        """The largest weight `[out, in, *k]` that the update fits, where its tensors allow several shapes.
+        """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several.
 
-        Methods whose tensors are shared by weights of several sizes override it. None: the tensors do not tell.
+        Methods whose tensors are shared by weights of several sizes override it. None means that the tensors do not
+        tell.
         """
         return None
 
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
-        """Checks whether the law is one for weights of so many axes.
+        """Check that the formula applies to weights with this number of axes.
 
         Raises:
-            ShapeMismatch: it is not.
+            ShapeMismatch: it does not.
         """
         if cls.linear_only and len(shape) != 2:
             why = f"{cls.__name__} changes weights [out, in] only; this one is seen as {list(shape)}"
             raise ShapeMismatch(why, cure="Take this target out")
 
     def cuts(self, axis: str) -> bool:
-        """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
+        """Whether this update can be split along an axis: one of `blocks`, unless a method overrides this."""
         return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
-        """The update restricted to positions `start` to `stop` of a named axis of the weight."""
+        """Return the update restricted to positions `start` to `stop` of a named axis of the weight."""
         changes = {}
         for name, leaf in self.tensors.items():
             position = self.tensor_fields()[name].metadata["axes"].index(axis)
@@ -279,64 +281,64 @@ class Update:
         return self.replace(**changes)
 
     def expert(self, index: int) -> Self:
-        """One expert's update out of a stacked one: every tensor's slice `index` along its leading axis."""
+        """Return one expert's update from a stacked one: slice `index` of every tensor's leading axis."""
         return self.map(lambda leaf: cast(Any, leaf)[index])
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
+        """Return a fresh update of a weight, before any training; it changes nothing if `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.
             b: its bias `[out]`, if it has one.
             rank: the inner size, for methods that have one.
-            random: shape -> numbers drawn evenly from -1 to 1, in W's dtype.
+            random: shape -> numbers drawn uniformly from -1 to 1, in W's dtype.
             attributes: the method's own plain values.
 
         Raises:
-            Unsupported: the method has no rule for it.
+            Unsupported: the method defines no initial value.
         """
         raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
-        """Tensors that fresh updates of weights of these shapes share, by field; `initial` gets them as attributes."""
+        """Return tensors that fresh updates of these weights share, by field; `initial` gets them as attributes."""
         return {}
 
     @property
     def changes_weight(self) -> bool:
-        """Whether there is anything to fold into the weight."""
+        """Whether there is a change to fold into the weight."""
         return False
 
     @property
     def changes_bias(self) -> bool:
-        """Whether there is anything to fold into the bias."""
+        """Whether there is a change to fold into the bias."""
         return False
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
-        """W' `[out, in, *k]`, or a block of it for a block of W.
+        """Return W' `[out, in, *k]`, or a block of it for a block of W.
 
         Raises:
-            NotMergeable: the law of this update is not one of weights.
+            NotMergeable: this update does not change weights only.
         """
         raise NotMergeable(
             f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
         )
 
     def settled(self, W: torch.Tensor) -> Self:
-        """The same update with what its change to the bias takes from the weight W `[out, in, *k]` worked out."""
+        """Return the same update with the parts of its bias change that depend on W `[out, in, *k]` computed."""
         return self
 
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
-        """b' `[out]`."""
+        """Return b' `[out]`."""
         return b
 
     def without_bias(self) -> Update:
-        """Return the same function at a layer without a bias, in a method that more formats hold if there is one."""
+        """Return the same function for a layer without a bias, in a method that more formats support, if any."""
         return self
 
     def forward(self, x: Any, layer: Any) -> Any:
-        """y' for the input `x` of a layer: a backend's view of the target, over real or symbolic values."""
+        """Return y' for the input `x` of a layer, a backend's view of the target, over real or symbolic values."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
@@ -346,7 +348,7 @@ Held = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 @lru_cache(maxsize=1 << 10)
 def _solved(method: Any, stack: bool, held: Held) -> Dims:
-    """The sizes of all named axes; thousands of updates have the same few shapes."""
+    """Return the sizes of all named axes; cached, because thousands of updates have the same few shapes."""
     for name, dtype, _ in held:
         _check_dtype(name, DTYPES[dtype], method._axes[name][1])
     dims: Dims = {}
@@ -357,7 +359,7 @@ def _solved(method: Any, stack: bool, held: Held) -> Dims:
 
 
 def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
-    """Positions `start` to `stop` of an axis, counted from the front or, negative, from the back."""
+    """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
     whole = slice(None)
     here = slice(start, stop)
     return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]

@@ -1,4 +1,4 @@
-"""Updates of weights and biases: additive ones, and those that see the weight."""
+"""Updates of weights and biases: additive ones, and those whose formula reads the weight."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _Function = TypeVar("_Function")
 def of_pair(forward: _Function) -> _Function:
     """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A and B of `pair` and d of `bias_delta`.
 
-    Backends may then run the pair in a way of their own. A method that overrides `forward` loses the mark, so that a
-    formula that depends on the tokens is never taken for a plain pair.
+    Backends may then compute the pair by a faster path. A method that overrides `forward` loses the mark, so a formula
+    that depends on the tokens is never mistaken for a plain pair.
     """
     forward.of_pair = True  # type: ignore[attr-defined]
     return forward
 
 
 class Additive(Update):
-    """W' = W + D, b' = b + d, with D and d free of W.
+    """W' = W + D, b' = b + d, where D and d do not depend on W.
 
     Class attributes:
-        thin: `forward` is that of `pair`, where there is one; see `of_pair`.
+        thin: True if `forward` equals the low-rank path of `pair`; see `of_pair`.
     """
 
     kind = "additive"
@@ -44,34 +44,34 @@ class Additive(Update):
         return True
 
     def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """D, for a weight of `shape` = `[out, in, *k]`."""
+        """Return D for a weight of `shape` = `[out, in, *k]`."""
         raise NotMergeable(f"{self.method} has no formula")
 
     def bias_delta(self) -> torch.Tensor | None:
-        """d `[out]`, or None where the bias stays as it is."""
+        """Return d `[out]`, or None if the bias does not change."""
         return None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
+        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A if the formula is such a product; else None."""
         return None
 
     def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """B, A and a number s with D = s * B @ A, as `pair`; a method overrides it to leave its scaling out of B."""
+        """Return B, A and s with D = s * B @ A, like `pair`; a method overrides it to keep its scaling out of B."""
         pair = self.pair(shape)
         return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
-        """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
+        """Return the same method with weight * D and weight * d, without reading leaves; None if it cannot."""
         scaling = self.attributes.get("scaling")
         return None if scaling is None else self.replace(scaling=weight * scaling)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
+        """Return the Frobenius norm of D; a method overrides it if it can do so without forming D."""
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
     def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
+        """Write weight * D into an array of the weight's shape; a method overrides it to avoid a copy."""
         D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
@@ -99,21 +99,21 @@ class WeightUpdate(Update):
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """The update whose change is sum_i weights[i] * (f_i(W) - W), of bias and weight, whatever these are.
+        """Return one update with the change sum_i weights[i] * (f_i(W) - W) for any weight, and likewise for the bias.
 
         Args:
-            updates: of this method, tensors loaded.
-            weights: one an update.
+            updates: updates of this method, with tensors loaded.
+            weights: one per update.
 
         Returns:
-            None where the method cannot say it.
+            None if the method cannot express it.
         """
         return None
 
     def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b; else None.
+        """Return s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b, or None.
 
-        Gradients flow through s, B and A as they do through `new_weight`; W is a constant.
+        Gradients flow through s, B and A as through `new_weight`; W is a constant.
         """
         return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from adapterkit.tensors.lazy import as_torch
 
 TOLERANCE = 1e-5
 
-SKIPPED = {"tlora", "flux", "oft_flux", "ia3", "ia3_inputs", "lokr_tucker"}
-"""Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core."""
+SKIPPED = {
+    "tlora", "flux", "oft_flux", "ia3", "ia3_inputs", "lokr_tucker", "dora_inputs", "loha_dora_inputs",
+    "lokr_dora_inputs",
+}  # fmt: skip
+"""Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core, norms over
+inputs."""
 
 
 def main() -> int:
@@ -58,7 +63,9 @@ def lycoris(native: Path) -> float:
     names = {
         str(target): "lycoris_" + target.path.removeprefix("unet.").replace(".", "_") for target in adapter.updates
     }
-    return max(_error(update, unet(), target.path, loras[names[str(target)]]) for target, update in adapter)
+    return max(
+        _error(updates, unet(), target.path, loras[names[str(target)]]) for target, updates in adapter.updates.items()
+    )
 
 
 def diffusers(native: Path) -> float:
@@ -68,24 +75,27 @@ def diffusers(native: Path) -> float:
         ak.write(adapter, Path(folder), format="diffusers")
         state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(folder, return_lora_metadata=True)
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, model, metadata=metadata)
-    return max(_error(u, unet(), t.path, model.get_submodule(t.path.removeprefix("unet."))) for t, u in adapter)
+    inside = {target: model.get_submodule(target.path.removeprefix("unet.")) for target in adapter.updates}
+    return max(_error(updates, unet(), t.path, inside[t]) for t, updates in adapter.updates.items())
 
 
-def _error(update: Any, base: nn.Module, path: str, tool: Any) -> float:
+def _error(updates: Sequence[Any], base: nn.Module, path: str, tool: Any) -> float:
     layer = base.get_submodule(path.removeprefix("unet."))
     W = layer.weight.detach()
     torch.manual_seed(5)
     x = torch.randn(2, W.shape[1], 5, 5) if W.ndim == 4 else torch.randn(2, W.shape[-1])
     with torch.no_grad():
         got = tool(x).double()
-    wanted = _law(update.map(lambda leaf: as_torch(leaf).double()), layer, W.double(), x.double())
+    laws = [update.map(lambda leaf: as_torch(leaf).double()) for update in updates]
+    wanted = _law(laws, layer, W.double(), x.double())
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def _law(law: Any, layer: Any, W: Tensor, x: Tensor) -> Tensor:
+def _law(laws: Sequence[Any], layer: Any, W: Tensor, x: Tensor) -> Tensor:
     b = torch.zeros(len(W)).double() if layer.bias is None else layer.bias.detach().double()
-    new = law.new_weight(W) if law.changes_weight else W
-    bias = law.new_bias(b) if law.changes_bias else b
+    new, bias = W, b
+    for law in laws:
+        new, bias = law.new_weight(new) if law.changes_weight else new, law.new_bias(bias) if law.changes_bias else bias
     if W.ndim == 1:
         return functional.layer_norm(x, W.shape, new, bias)
     return functional.conv2d(x, new, bias, padding=1) if W.ndim == 4 else functional.linear(x, new, bias)

@@ -488,12 +488,19 @@ slots = [
 ]
 unread = "skips them with a line in its log"
 encoders = [
-    {{ prefix = "lora_te_", names = ["clip"] }}, {{ prefix = "lora_te1_", names = ["clip"] }},
+    {{ prefix = "lora_te_", names = ["clip", "layers"] }}, {{ prefix = "lora_te1_", names = ["clip"] }},
     {{ prefix = "lora_te2_", names = ["clip", "t5"] }}, {{ prefix = "lora_te3_", names = ["t5"] }},
     {{ prefix = "text_encoder.", names = ["clip"] }}, {{ prefix = "text_encoder_2.", names = ["clip"] }},
     {{ prefix = "text_encoders.clip_l.transformer.", names = ["clip"] }},
     {{ prefix = "text_encoders.clip_g.transformer.", names = ["clip"] }},
     {{ prefix = "text_encoders.t5xxl.transformer.", names = ["t5"] }},
+    {{ prefix = "text_encoders.clip_h.transformer.", names = ["clip"] }},
+    {{ prefix = "text_encoders.umt5xxl.transformer.", names = ["t5"] }},
+    {{ prefix = "text_encoders.llama.transformer.", names = ["llm"] }},
+    {{ prefix = "text_encoders.qwen25_7b.transformer.", names = ["llm"] }},
+    {{ prefix = "text_encoders.qwen3_06b.transformer.", names = ["llm"] }},
+    {{ prefix = "text_encoders.qwen3_4b.transformer.", names = ["llm"] }},
+    {{ prefix = "text_encoders.gemma2_2b.transformer.", names = ["llm"] }},
 ]
 files = [
     {{ format = "xlabs", families = ["flux"] }}, {{ format = "bfl_control", families = ["flux"] }},

@@ -1,7 +1,8 @@
 """Both readers of adapterkit files at the same mutated inputs: `tools/fuzz --differential --inputs 20000 --seed 1`.
 
-The library and spec/readers/javascript must give the same verdict, the same class of error and the same digest. Inputs
-come from the seed and their number, as in other runs. Differing inputs are kept.
+The library and spec/readers/javascript must give the same verdict, the same class and place of the error, the same
+digest, and, where both have the formula and the base of the vector still fits, the same merged numbers. Inputs come
+from the seed and their number, as in other runs. Differing inputs are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +22,26 @@ ROOT = Path(__file__).resolve().parents[2]
 VECTORS = ROOT / "spec" / "vectors"
 READER = ROOT / "spec" / "readers" / "javascript" / "cli.mjs"
 BATCH = 250
+NEAR = 1e-9
+"""How far merged numbers may be apart, relative to the tensor's largest and 1: mutated factors are of any size."""
+
+LONGEST_PLACE = 200
+"""Longer places may be shortened (R-13.3)."""
+
+MERGES = """
+import { readFileSync } from "node:fs";
+const [reader, table, pairs] = process.argv.slice(1);
+const run = await import(reader);
+const methods = JSON.parse(readFileSync(table, "utf-8"));
+for (const pair of JSON.parse(pairs)) {
+  let line = {};
+  try {
+    line = (await run.computed(...pair.map((path) => new Uint8Array(readFileSync(path))), methods)).outputs;
+  } catch {} // the base no longer fits: nothing to compare
+  console.log(JSON.stringify(line));
+}
+"""
+"""Merges many files in one process: the command line of the reader takes one at a time."""
 
 
 def run(inputs: int, seed: int, first: int, keep: Path) -> int:
@@ -29,32 +50,99 @@ def run(inputs: int, seed: int, first: int, keep: Path) -> int:
     seeds += sorted((VECTORS / "valid").glob("*.safetensors"))
     held = [path.read_bytes() for path in seeds]
     verdicts: Counter[str] = Counter()
-    differing = 0
+    differing = compared = 0
     for start in range(first, first + inputs, BATCH):
         numbers = range(start, min(start + BATCH, first + inputs))
         with tempfile.TemporaryDirectory() as folder:
-            paths = []
+            paths, bases = [], {}
             for number in numbers:
-                paths.append(Path(folder, f"{number}.safetensors"))
-                paths[-1].write_bytes(_mutated(held, seed, number))
+                path = Path(folder, f"{number}.safetensors")
+                origin, data = mutated(held, seed, number)
+                path.write_bytes(data)
+                paths.append(path)
+                bases[path] = Path(str(seeds[origin]).replace(".adapter.", ".expected."))
+            faults: dict[Path, str] = {}
+            accepted = []
             for path, one, other in zip(paths, map(_library, paths), _javascript(paths), strict=True):
                 verdicts[str(one.get("error", "ok"))] += 1
+                if len(one.get("where", "")) > LONGEST_PLACE or len(other.get("where", "")) > LONGEST_PLACE:
+                    one.pop("where", "")
+                    other.pop("where", "")
                 if one != other:
-                    differing += 1
-                    keep.mkdir(parents=True, exist_ok=True)
-                    (keep / path.name).write_bytes(path.read_bytes())
-                    print(f"{path.stem}: the library says {one}, the reader in JavaScript {other}", flush=True)
+                    faults[path] = f"the library says {one}, the reader in JavaScript {other}"[:1000]
+                elif "digest" in one and bases[path] not in seeds:
+                    accepted.append((path, bases[path]))
+            for (path, base), merged in zip(accepted, _merged(accepted), strict=True):
+                count, fault = _compared(path, base, merged)
+                compared += count
+                if fault:
+                    faults[path] = fault
+            for path, fault in faults.items():
+                differing += 1
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / path.name).write_bytes(path.read_bytes())
+                print(f"{path.stem}: {fault}", flush=True)
     counts = ", ".join(f"{count:,} {word}" for word, count in verdicts.most_common())
-    print(f"{inputs:,} inputs ({counts}), {differing} differences")
+    print(f"{inputs:,} inputs ({counts}), {compared:,} merged tensors, {differing} differences")
     return int(differing > 0)
 
 
-def _mutated(seeds: list[bytes], seed: int, number: int) -> bytes:
+def mutated(seeds: list[bytes], seed: int, number: int) -> tuple[int, bytes]:
+    """Which seed an input was made from, and its bytes."""
     rng = Random(f"{seed}:{number}")
     data = rng.choice(seeds)
+    origin = seeds.index(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = safetensors(data, rng)
-    return data
+    return origin, data
+
+
+def _merged(pairs: list[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
+    """What the reader in JavaScript computes of each adapter and its base: path -> name -> shape and values."""
+    if not pairs:
+        return
+    module, table = READER.with_name("run.mjs").as_uri(), ROOT / "spec" / "1.1" / "methods.json"
+    words = json.dumps([[str(path) for path in pair] for pair in pairs])
+    command = [_node(), "--input-type=module", "-e", MERGES, module, str(table), words]
+    done = subprocess.run(command, capture_output=True, check=True)
+    yield from map(json.loads, done.stdout.decode().rstrip("\n").split("\n"))
+
+
+def _compared(path: Path, base: Path, merged: dict[str, Any]) -> tuple[int, str]:
+    """How many merged tensors were compared, and what differs; the library merges what the other reader could."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    import adapterkit as ak
+    from adapterkit.errors import AdapterkitError
+    from adapterkit.tensors.lazy import as_array
+
+    adapter = ak.read(path, format="adapterkit")
+    updates = {
+        target: each for target, each in adapter.updates.items() if "merged.weight" in merged.get(target.path, {})
+    }
+    leaves = [leaf for each in updates.values() for update in each for leaf in update.tensors.values()]
+    if not updates or any(np.max(np.abs(as_array(leaf).astype("f8")), initial=0) > 2.0**500 for leaf in leaves):
+        return 0, ""  # nothing that both can merge, or numbers that the specification does not ask to compute with
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.safetensors")
+        try:
+            ak.merge(base, adapter.replace(updates=updates), out, dtype="F64")
+        except AdapterkitError:
+            return 0, ""  # a target no longer fits the base, or its numbers are beyond all types
+        tensors = load_file(out)
+    count = 0
+    for target in updates:
+        for leaf in ("weight", "bias"):
+            ours, theirs = tensors.get(f"{target.path}.{leaf}"), merged[target.path].get(f"merged.{leaf}")
+            if ours is None or theirs is None:
+                continue
+            values = np.array(theirs["values"], "f8").reshape(theirs["shape"])
+            count += 1
+            largest = max(1.0, float(np.max(np.abs(ours), initial=0)))
+            if values.shape != ours.shape or not np.allclose(ours, values, rtol=0, atol=NEAR * largest):
+                return count, f"{target}: merged {leaf} differs"
+    return count, ""
 
 
 def _library(path: Path) -> dict[str, Any]:
@@ -66,15 +154,15 @@ def _library(path: Path) -> dict[str, Any]:
         adapter.check_values()
         return {"digest": adapter.digest()}
     except AdapterkitError as error:
-        return {"error": type(error).__name__}
+        return {"error": type(error).__name__, "where": error.where or ""}
 
 
 def _javascript(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    done = subprocess.run([_node(), READER, "check", *paths], capture_output=True, text=True, check=False)
+    done = subprocess.run([_node(), READER, "check", *paths], capture_output=True, check=False)
     if done.returncode:
-        raise SystemExit(f"the reader in JavaScript broke: {done.stderr[-2000:]}")
-    for line in map(json.loads, done.stdout.splitlines()):
-        yield {"digest": line["digest"]} if line["ok"] else {"error": line["error"]}
+        raise SystemExit(f"the reader in JavaScript broke: {done.stderr.decode()[-2000:]}")
+    for line in map(json.loads, done.stdout.decode().rstrip("\n").split("\n")):
+        yield {"digest": line["digest"]} if line["ok"] else {"error": line["error"], "where": line["where"]}
 
 
 def _node() -> str:

@@ -75,6 +75,7 @@ class Exercise:
         self.out.mkdir()
         source = case.write(place)
         before = _listing(place)
+        self.sandbox.named = source.read_text("utf-8", "replace") if case.kind == "recipe" else ""
         for name, step in _steps(case, source, self.out, rng, self.commands):
             if self._step(name, step, str(self.scratch)) is None and name == "open":
                 break

@@ -161,10 +161,33 @@ def merges() -> dict[str, bytes]:
     held = {"bf16": _from_bf16(low["bf16"]), "f16": np.frombuffer(low["f16"].data, "<f2").reshape(W.shape).astype("f8")}
     exact = {path: held[path] + 0.5 * (B.astype("f8") @ A.astype("f8")) for path in held}
     merged = {"bf16": _bf16(exact["bf16"]), "f16": Stored("F16", W.shape, exact["f16"].astype("<f2").tobytes())}
+    parts = [LORA | {"target": {"path": "fused", "rows": rows}} for rows in ([12, 24], [0, 12])]
+    half = np.concatenate([0.5 * (B[:12].astype("f8") @ A), 0.5 * (B[:12].astype("f8") @ A)])
+    fused = {"fused.weight": stored(W, "F32"), "fused.bias": stored(W[:, 0], "F32")}
     return {
+        "rows.adapter": native(
+            {"version": "1.0", "updates": parts}, {"q.A": stored(A, "F32"), "q.B": stored(B[:12], "F32")}
+        ),
+        "rows.base": pack(*layout(fused)),
+        **_refused(),
+        "rows.merged": pack(*layout(fused | {"fused.weight": stored((W + half).astype("f4"), "F32")})),
         "lora.adapter": adapter,
         "lora.base": pack(*layout({f"{path}.weight": tensor for path, tensor in low.items()})),
         "lora.merged": pack(*layout({f"{path}.weight": tensor for path, tensor in merged.items()})),
+    }
+
+
+def _refused() -> dict[str, bytes]:
+    """A DoRA whose changed row has the norm 0, and a change that BF16 has no number for."""
+    nothing = {"A": stored(np.zeros((1, 2)), "F32"), "B": stored(np.zeros((2, 1)), "F32")}
+    dora = LORA | {"method": "dora", "tensors": {"A": "A", "B": "B", "magnitude": "m"}, "attributes": {}}
+    large = {"q.A": stored(np.full((1, 2), 2.0**100), "F32"), "q.B": stored(np.full((2, 1), 2.0**30), "F32")}
+    base = pack(*layout({"q.weight": stored(np.array([[0.0, 0.0], [1.0, 1.0]]), "BF16")}))
+    return {
+        "norm_of_zero.adapter": native(RECORD | {"updates": [dora]}, nothing | {"m": stored(np.ones(2), "F32")}),
+        "norm_of_zero.base": base,
+        "beyond_bf16.adapter": native(RECORD, large),
+        "beyond_bf16.base": base,
     }
 
 

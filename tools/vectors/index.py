@@ -28,7 +28,7 @@ INVALID = {
     ],
     "R-3.8": ["metadata_list", "metadata_number", "metadata_object"],
     "R-3.9": ["record_missing", "metadata_null"],
-    "R-4.1": ["entry_field_twice", "tensor_twice", "metadata_twice", "record_key_twice"],
+    "R-4.1": ["entry_field_twice", "entry_field_for_another", "tensor_twice", "metadata_twice", "record_key_twice"],
     "R-4.2": ["record_nan", "record_infinity", "record_overflow", "shape_nan"],
     "R-4.3": ["header_half_surrogate", "record_half_surrogate"],
     "R-4.4": ["header_deep", "record_deep", "record_101_deep"],
@@ -55,7 +55,8 @@ INVALID = {
     "R-7.4": ["target_in_two_places"],
     "R-7.5": [
         "attribute_bool", "attribute_huge", "attribute_list", "attribute_null", "attribute_text", "attribute_word",
-        "attribute_below", "attribute_above", "attribute_zero", "attribute_true", "attribute_beyond_binary64",
+        "attribute_below", "attribute_above", "attribute_zero", "attribute_true", "attribute_fraction",
+        "attribute_beyond_binary64",
     ],
     "R-7.6": ["path_empty", "context_with_layout", "context_with_rows"],
     "R-7.7": ["layout_unknown"],
@@ -156,6 +157,10 @@ def _merges(spec: Path) -> Iterator[dict[str, Any]]:
         name = merged.name.removesuffix(".merged.safetensors")
         parts = [merged.with_name(f"{name}.{part}.safetensors") for part in ("adapter", "base", "merged")]
         yield _case(spec, f"merges/{name}", "merger", "merge", ["R-10.4"], parts, {})
+    for name in ("beyond_bf16", "norm_of_zero"):
+        parts = [spec / "vectors" / "merges" / f"{name}.{part}.safetensors" for part in ("adapter", "base")]
+        expected = {"error": "Malformed", "where": "q.weight"}
+        yield _case(spec, f"merges/{name}", "merger", "merge", ["R-10.4", *EVERY_ERROR], parts, expected)
 
 
 def _valid(spec: Path) -> Iterator[dict[str, Any]]:

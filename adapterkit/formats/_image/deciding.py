@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...metadata import metadata_of
-from ...naming.image import COMFYUI, ROOTS, Family, families, rooted
+from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates
@@ -142,9 +142,28 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     if origin.naming:
         fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
     fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
+    parts = encoder_kinds(updates)
+    fitting = narrowed(fitting, lambda family: bool(parts) and has_encoders(family, parts))
     fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
     fitting = narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
     return narrowed(fitting, lambda family: complete(family, paths))
+
+
+def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
+    """Text encoder, in diffusers' words -> its kind, of the targets that are inside one."""
+    found = {}
+    for target in updates:
+        root, rest = rooted(target.path)
+        component = ROOTS.get(root[:-1], "")
+        if component.startswith("text_encoder") and (kind := encoder_kind(rest)):
+            found[component] = kind
+    return found
+
+
+def has_encoders(family: Family, parts: Mapping[str, str]) -> bool:
+    """Whether a family's pipelines have these text encoders."""
+    known = family.facts.encoders
+    return all(name in known and known[name].kind == kind for name, kind in parts.items())
 
 
 def narrowed(families: list[Family], fits: Any) -> list[Family]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
+from ...methods.oft import OFT
 from ...naming.pieces import Run
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array, as_lazy
@@ -39,9 +40,24 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
         return [_bias_cut(part, span) for part, span in zip(whole, spans, strict=True)]
     if isinstance(update, LoKr):
         return _kronecker_parts(update, spans)
-    if not update.cuts("out") or update.dims().get("out") is None:
+    if isinstance(update, OFT) and update.side == "out":
+        return _rotation_parts(update, spans)
+    if not update.cuts("out"):
         return None
     return [_rows(update, span) for span in spans]
+
+
+def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
+    """The blocks of each span; None where a block reaches over its end, or where all blocks share one constraint."""
+    name = "square" if update.square is not None else "pairs"
+    size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
+    if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
+        return None
+    parts: list[Update] = []
+    for start, stop in spans:
+        part = update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)})
+        parts.append(part if part.rescale is None else part.replace(rescale=narrow(part.rescale, 0, start, stop)))
+    return parts
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
@@ -81,6 +97,14 @@ def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int,
     return list(pairwise(edges)) if len(spans) > 1 else []
 
 
+def outputs_of(update: Update) -> int | None:
+    """The outputs of the weight that an update is for; None where its tensors do not tell."""
+    dims = update.dims()
+    if isinstance(update, OFT) and update.side == "out" and update.square is not None:
+        return int(dims["n"]) * int(dims["b"])  # type: ignore[arg-type]
+    return cast("int | None", dims.get("out"))
+
+
 def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
     """Positions `start` to `stop` of an axis."""
     tensor = as_lazy(leaf)
@@ -98,7 +122,7 @@ class Part:
     @property
     def unit(self) -> int:
         """Rows that one part of the fused weight has."""
-        out = cast(int, self.update.dims().get("out", 0))
+        out = outputs_of(self.update) or 0
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
@@ -110,6 +134,9 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
         fold: scalings that differ may go into B, rounded.
     """
     unit, of = parts[0].unit, parts[0].run.of
+    if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
+        whole = _stacked([part.update for part in parts])
+        return whole, "" if whole is not None else f"{parts[0].update.method} that differs on parts of a fused weight"
     if not unit or any(part.unit != unit for part in parts):
         return None, "its parts are of sizes that do not make up the fused weight"
     parts = sorted(parts, key=lambda part: part.run.start)
@@ -129,10 +156,56 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
         bias = place([(row, None, u.bias) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), bias=bias), ""
     if not all(isinstance(update, LoRA) and update.bias is None for update in updates):
-        return None, f"{updates[0].method} on parts of a fused weight"
+        if sum(part.run.parts for part in parts) == of and (whole := _stacked(updates)) is not None:
+            return whole, ""
+        return None, f"{updates[0].method} on parts of a fused weight, which are not those of one update of it"
     if shared:
         return updates[0].replace(B=_under(updates, rows, unit * of)), ""
     return _block_diagonal(updates, rows, unit * of, fold)
+
+
+def _stacked(updates: Sequence[Any]) -> Update | None:
+    """One update of all rows, of updates that share every tensor but those with rows; None where they do not."""
+    first = updates[0]
+    if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
+        return None
+    if any(u.tensors.keys() != first.tensors.keys() for u in updates):
+        return None
+    rows = _with_rows(first)
+    if not rows:
+        # Laws on inputs alone do the same to every row.
+        return first if first.cuts("out") and _alike(updates, first.tensors) else None
+    if not _alike(updates, [name for name in first.tensors if name not in rows]):
+        return None
+    changes = {}
+    for name, axis in rows.items():
+        leaves = [as_lazy(u.tensors[name]) for u in updates]
+        sizes = [leaf.shape[axis] for leaf in leaves]
+        edges = [0, *accumulate(sizes)]
+        shape = (*leaves[0].shape[:axis], edges[-1], *leaves[0].shape[axis + 1 :])
+        if axis:
+            return None
+        changes[name] = place([(edge, None, leaf) for edge, leaf in zip(pairwise(edges), leaves, strict=True)], shape)
+    return cast(Update, first.replace(**changes))
+
+
+def _with_rows(update: Update) -> dict[str, int]:
+    """Field -> the axis along which it has the outputs, for updates that are made of independent rows."""
+    if isinstance(update, LoKr):
+        return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
+    if isinstance(update, OFT) and update.side == "out":
+        name = "square" if update.square is not None else "pairs"
+        free = not update.constraint and not update.coft
+        return {name: 0, **({"rescale": 0} if update.rescale is not None else {})} if free else {}
+    if not update.cuts("out"):
+        return {}
+    found = {name: update.tensor_fields()[name].metadata["axes"].index("out") for name in update.tensors}
+    return {name: axis for name, axis in found.items() if axis is not None}
+
+
+def _alike(updates: Sequence[Any], names: Iterable[str]) -> bool:
+    """Whether tensors of all updates are the same."""
+    return all(len({fingerprint(u.tensors[name]) for u in updates}) == 1 for name in names)
 
 
 def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:

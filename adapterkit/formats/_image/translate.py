@@ -12,7 +12,7 @@ from ...naming.image import FUSED, Family, families_of, rooted
 from ...naming.pieces import Piece, Run
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
-from .fusing import Part, joined, parted
+from .fusing import Part, joined, outputs_of, parted
 
 Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
@@ -106,7 +106,7 @@ class _Into:
         source = source or self.family.naming_of([rest])
         if source == self.naming:
             return self.keep(target, found)
-        pieces = self.family.moves(rest, source, self.naming)
+        pieces = self.family.moves(rest, source, self.naming, ratio_of(target, found))
         root = self._root(root)
         if not pieces:
             words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
@@ -152,6 +152,10 @@ class _Into:
             if len(pieces) == 1 and pieces[0].here.whole:
                 parts.append((pieces[0], update))
                 continue
+            if target.rows is None and outputs_of(update) is None and update.cuts("out"):
+                # What works on inputs alone does the same to every row.
+                parts += [(piece, update) for piece in pieces]
+                continue
             spans = _spans(target, update, pieces)
             inside = [(span, piece) for span, piece in zip(spans, pieces, strict=True) if span is not None]
             cut = parted(update, [span for span, _ in inside]) if inside else None
@@ -190,6 +194,16 @@ class _Into:
         return joined(parts, fold=self.fold)
 
 
+def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
+    """The outputs by the inputs of the weight that updates are for; None where their shapes do not tell."""
+    for update in found:
+        dims = update.dims(target.stacked)
+        out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
+        if out and isinstance(in_, int) and in_ and target.rows is None:
+            return out / in_
+    return None
+
+
 def _is_order(pieces: tuple[Piece, ...]) -> bool:
     """Whether two namings have the same module with its parts in another order."""
     first = pieces[0]
@@ -206,7 +220,7 @@ def _is(rows: tuple[int, int] | None, run: Run) -> bool:
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
     """The rows of each piece in the update's own counting; None for pieces that it does not reach."""
     dims = update.dims()
-    out, in_ = dims.get("out"), dims.get("in")
+    out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
     start, full = (0, out) if target.rows is None else (target.rows[0], of * in_ if isinstance(in_, int) else None)
     if not isinstance(full, int) or not isinstance(out, int) or full % of:
@@ -219,8 +233,8 @@ def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tu
 
 def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
     """An update of a weight whose equal parts go from one place to another; None where its law cannot be cut."""
-    out, of = update.dims().get("out"), pieces[0].here.of
-    if not isinstance(out, int) or out % of:
+    out, of = outputs_of(update), pieces[0].here.of
+    if out is None or out % of:
         return None
     unit = out // of
     parts = parted(update, [(piece.here.start * unit, piece.here.stop * unit) for piece in pieces])

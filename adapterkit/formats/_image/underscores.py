@@ -20,12 +20,13 @@ from .deciding import complete, families_in, narrowed, said
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
 
-STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|lora_te[123]?|lycoris)_(.+)")
+STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|lora_te[1234]?|lycoris)_(.+)")
 
 _PARTS = {
     "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
     "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
-    "lora_te3": ("text_encoder_2", "text_encoder_3"), "lycoris": ("unet", "transformer", "text_encoder"),
+    "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
+    "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
 """What stems begin with -> the parts of a pipeline that they may be in."""
 
@@ -139,26 +140,30 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
             if family.component in _PARTS[tag]:
                 for naming in family.namings:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
-    if tag in ("lora_te", "lora_te1", "lora_te2", "lycoris"):
+    if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lycoris"):
         part = _PARTS[tag][-1]
-        yield from (f"{part}.{name}" for kind in ("clip", "t5") for name in encoders()[kind].unflattened(flat))
+        # LyCORIS trains language models too, whose names are not those of a text encoder.
+        kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
+        yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
         yield from (f"{third}.{name}" for name in encoders()["t5"].unflattened(flat))
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
     """Where lora_te3 is: FLUX's T5 is its second encoder, SD 3's its third; empty where nothing tells."""
-    said = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
-    told = {part for name, part in _ARCHITECTURES.items() if name in said}
-    names = {f.name for tag, flat in words if tag in ("lora_unet", "oft_unet") for f in _families(flat)}
-    told |= {part for name, part in _ARCHITECTURES.items() if name in names}
+    version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
+    told = {part for name, part in _ARCHITECTURES.items() if name in version}
+    inside = [flat for tag, flat in words if tag in _DENOISER]
+    for family in families():
+        part = next((part for part, each in family.facts.encoders.items() if each.kind == "t5"), "")
+        if part in _PARTS["lora_te3"] and (said(family, metadata) or (inside and not told and _has(family, inside))):
+            told.add(part)
     return next(iter(told)) if len(told) == 1 else ""
 
 
-def _families(flat: str) -> Iterator[Family]:
-    # FLUX.2 has FLUX.1's names, but no T5.
-    fitting = [family for family in families() if family.name in _ARCHITECTURES and family.unflattened(flat, "native")]
-    yield from fitting if len(fitting) == 1 else ()
+def _has(family: Family, flats: Iterable[str]) -> bool:
+    """Whether one of a family's namings has all of these names."""
+    return any(all(family.unflattened(flat, naming) for flat in flats) for naming in family.namings)
 
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
@@ -202,17 +207,20 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
     component, (_, rest) = component_of(path), rooted(path)
     if component in ("unet", "transformer"):
         return f"{tag}_{flatten(rest)}"
-    if component is not None:
+    if component is not None and component.startswith("text_encoder"):
         return f"{_encoder(component, rest, paths)}_{flatten(rest)}"
-    return f"lycoris_{flatten(path)}" if lycoris else None
+    return f"lycoris_{flatten(path)}" if lycoris and component is None else None
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
     """kohya's word for a text encoder: numbered where there is more than one."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
-    if component == "text_encoder_2":
-        return "lora_te2"
+    if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):
+        return f"lora_te{component[-1]}"
+    if rest in encoders()["llm"]:
+        others = ("text_encoder_2", "text_encoder_3", "text_encoder_4")
+        return "lora_te1" if any(component_of(path) in others for path in paths) else "lora_te"
     several = any(_has_several(path) for path in paths)
     return "lora_te1" if several else "lora_te"
 

@@ -132,7 +132,11 @@ def _expressible(
     """What a file can say, and a line for each thing that was left out or rewritten."""
     updates, lines = rewritten(updates, rules, on_loss)
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
+    before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
+    # Parts of a fused weight that cannot be put together can be as LoRAs.
+    lost = {target for target, _ in losses if target in before}
+    places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
     losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]

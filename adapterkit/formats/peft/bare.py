@@ -120,10 +120,12 @@ def _config(
     parts = {key.part for key in keys}
     config["use_dora"] = "lora_magnitude_vector" in parts
     config["lora_bias"] = any(key.part == "lora_B" and key.leaf == "bias" for key in keys)
-    return config | _scaling(alphas, prefix, header, alpha)
+    return config | _scaling(alphas, prefix, header, alpha, usual)
 
 
-def _scaling(alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None) -> dict[str, Any]:
+def _scaling(
+    alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int
+) -> dict[str, Any]:
     """`lora_alpha`, and what goes with it, from the file or from the caller; they must not disagree."""
     told = _told(header)
     if alphas:
@@ -136,7 +138,10 @@ def _scaling(alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str],
         told = {"lora_alpha": usual, "alpha_pattern": pattern}
     if alpha is None and not told:
         why = "without adapter_config.json nothing tells LoRA's alpha, which scales the whole adapter by alpha / rank"
-        cure = "Say it with --alpha A (alpha=A in Python), or put adapter_config.json beside the file"
+        cure = (
+            "Say it with --alpha A (alpha=A in Python), or put adapter_config.json beside the file. Loaders of image, "
+            f"video and audio models take the rank where nothing tells alpha: --alpha {rank} (alpha={rank})"
+        )
         raise UsageError(why, cure=cure)
     if alpha is None:
         return told

@@ -40,6 +40,7 @@ class Bucket:
             cure = "pip install 'adapterkit[s3]'"
             raise Unsupported("s3:// needs the package obstore", path=place, cure=cure) from None
         self.name, self.place, self.options = name, place, _options()
+        # S3 verifies each upload against this checksum.
         self.store: S3Store = S3Store(name, config={"checksum_algorithm": "SHA256"}, **self.options)
         self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
         self.keys: Mapping[str, Any] = _NOBODY if self.anonymous else {}

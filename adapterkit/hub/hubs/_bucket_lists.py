@@ -62,7 +62,11 @@ def _parsed(body: bytes, place: str) -> Element:
     except ElementTree.ParseError:
         page = None
     if page is None or _name(page) != "ListBucketResult":
-        raise Malformed("the list of a bucket makes no sense", path=place, cure="Is AWS_ENDPOINT_URL one of S3's kind?")
+        raise Malformed(
+            "the bucket did not answer with a list of objects",
+            path=place,
+            cure="Is AWS_ENDPOINT_URL the address of an S3-compatible server?",
+        )
     return page
 
 

@@ -20,6 +20,7 @@ def send(
 ) -> str:
     """Create the repository and branch if needed, and make one commit; return its hash."""
     uri, api = remote.uri, remote.api
+    # None leaves the visibility of a new repository to the default of its organisation.
     remote.call(lambda: api.create_repo(uri.repo, private=private or None, exist_ok=True))
     head = head_of(remote)
 
@@ -46,6 +47,7 @@ def head_of(remote: HuggingFace) -> str:
         if uri.revision is None:
             raise
     branch = uri.revision
+    # The hub accepts commits to existing branches only.
     remote.call(lambda: remote.api.create_branch(uri.repo, branch=branch, exist_ok=True))
     return hub(uri, remote.token).commit
 

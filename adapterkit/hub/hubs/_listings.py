@@ -23,8 +23,8 @@ class Listing(Remote):
             raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
         found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
-            cure = "Leave out what stands after the #, to take what is there now"
-            raise RemoteNotFound("it is no longer what it was", path=str(self.uri), cure=cure)
+            cure = "Leave out the # and the digest to read the current files"
+            raise RemoteNotFound("the files have changed since this digest was taken", path=str(self.uri), cure=cure)
         return found
 
 

@@ -103,6 +103,7 @@ def _file(layer: Any, where: str, place: str) -> RemoteFile:
 
 def _layer(name: str, digests: Digests) -> dict[str, Any]:
     size, digest, _ = digests
+    # ModelPack tools read the first annotation, and oras the second.
     notes = {FILE_PATH: name, NAMES[-1]: name}
     return {"mediaType": _kind(name), "digest": digest, "size": size, "annotations": notes}
 

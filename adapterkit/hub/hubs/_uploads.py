@@ -67,6 +67,7 @@ class _Upload:
 
     def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
         self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, CHUNK
+        # One note for each repository and blob, so that any process pushing the same blob finds it.
         self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
         self.location = _noted(self.note, remote)
         self.at: int | None = None

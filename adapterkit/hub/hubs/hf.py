@@ -56,11 +56,13 @@ class HuggingFace(Remote):
 
         super().__init__(uri, token or get_token())
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        # False instead of None, which would make huggingface_hub look for a stored token again.
         self.api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False)
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
         match = _NAME.fullmatch(rest)
+        # The hub itself refuses names with `..` or `--`.
         if "://" in rest or match is None or ".." in match["repo"] or "--" in match["repo"]:
             return None
         path = match["path"] or ""
@@ -88,7 +90,7 @@ class HuggingFace(Remote):
             found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
             # An empty page that links to another page would make this loop endless.
             if not isinstance(found, list) or (following and not found):
-                raise NetworkError("the hub's list of files makes no sense", path=str(self.uri), cure=_NOT_A_HUB)
+                raise NetworkError("the hub's list of files is invalid", path=str(self.uri), cure=_NOT_A_HUB)
             yield from (self._file(entry) for entry in found if not _is_folder(entry))
             url = following
 
@@ -139,6 +141,7 @@ class HuggingFace(Remote):
     def _file(self, entry: Any) -> RemoteFile:
         path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
         digest = f"git:{entry.get('oid')}"
+        # For a large file, `oid` is the digest of git's pointer; `lfs` has the size and digest of the content.
         if lfs is not None:
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
         told = isinstance(path, str) and type(size) is int and size >= 0
@@ -180,7 +183,7 @@ class HuggingFace(Remote):
             why = f"cannot reach {_bare(self.endpoint)} ({type(error).__name__.removesuffix('Error')})"
             return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=_REACH)
         if isinstance(error, (ValueError, LookupError, TypeError, AttributeError, RecursionError)):
-            why = f"the hub's answer makes no sense ({type(error).__name__})"
+            why = f"the hub's answer is invalid ({type(error).__name__})"
             return NetworkError(why, path=place, cure=_NOT_A_HUB)
         return None
 

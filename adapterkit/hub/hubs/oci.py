@@ -79,6 +79,7 @@ class Distribution(Remote):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         self.host, _, name = uri.repo.partition("/")
+        # Docker Hub's API is on another host than the one in its names.
         server = "registry-1.docker.io" if self.host in DOCKER_HUB else self.host
         self.url = f"{'http' if is_near(server) else 'https'}://{server}/v2/{name}"
         self.admission = Admission(self.host, self.url, str(uri), token)
@@ -113,6 +114,7 @@ class Distribution(Remote):
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": _modelpack.ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             told = response.headers.get("Docker-Content-Digest", "")
+        # The header is optional and may use another algorithm; then there is nothing to compare with.
         promised = revision if revision.startswith("sha256:") else told
         return body, promised if promised.startswith("sha256:") else ""
 

@@ -75,7 +75,7 @@ class S3(Listing):
             return self._found()
         if self._list[1]["state"] != "whole":
             cure = "Wait for it; if it was interrupted, run the push again"
-            raise NetworkError("a push to this place has not ended", path=str(self.uri), cure=cure)
+            raise NetworkError("a push to this place is still running", path=str(self.uri), cure=cure)
         return self._told()
 
     def _told(self) -> list[RemoteFile]:
@@ -230,7 +230,7 @@ def _checked(body: bytes, place: str) -> Mapping[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise Corrupt("the list of files makes no sense", path=place, where=LIST, cure=_PUSH_AGAIN)
+        raise Corrupt("the list of files is damaged", path=place, where=LIST, cure=_PUSH_AGAIN)
     return told  # type: ignore[no-any-return]
 
 

@@ -44,6 +44,15 @@ def parameter(
     return dataclasses.field(default=default, metadata=facts)
 
 
+DEPENDENCES = {
+    "factors": "how a change was split into B and A",
+    "order": "the order of the adapters",
+    "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
+    "seed": "random numbers",
+}
+"""What the result of a method may depend on beside the changes; tests prove each, and its absence."""
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
 class Method(ABC):
     """A way to make one change of several. Subclasses are frozen dataclasses of parameters.
@@ -58,6 +67,8 @@ class Method(ABC):
         plug: the parameter that names another method, for those that work on top of one.
         single: parameters that may differ from adapter to adapter.
         based: whether the formula looks at the weights of the base, which must be given then.
+        depends: what the result depends on beside the changes, of `DEPENDENCES`.
+        stages: how often numbers of whole adapters are counted, where later ones depend on earlier ones.
         sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
     """
 
@@ -70,6 +81,8 @@ class Method(ABC):
     single: ClassVar[frozenset[str]] = frozenset()
     based: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    stages: ClassVar[int] = 1
+    depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

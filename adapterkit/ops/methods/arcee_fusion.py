@@ -15,6 +15,8 @@ from ._entrywise import Entrywise
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 
 class ArceeFusion(Entrywise):
@@ -26,13 +28,23 @@ class ArceeFusion(Entrywise):
     based: ClassVar[bool] = True
     compat: ClassVar = {"mergekit": {}}
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        D, W = weights[0] * changes[0], at.base().reshape(changes[0].shape)
-        importance = np.abs(D) * _divergence(W + D, W)
-        result: Array = self.scale * D * (importance >= _threshold(importance.ravel()))
-        return result
+        W = at.base().reshape(blocks.shape)
+
+        def importance(changes: Array, rows: slice) -> tuple[Array, Array]:
+            D = weights[0] * changes[0]
+            return D, np.abs(D) * _divergence(W[rows] + D, W[rows])
+
+        least = _threshold(np.concatenate([importance(each, rows)[1].reshape(-1) for rows, each in blocks]))
+
+        def formula(changes: Array, rows: slice) -> Array:
+            D, sizes = importance(changes, rows)
+            result: Array = self.scale * D * (sizes >= least)
+            return result
+
+        return formula
 
 
 def _divergence(one: Array, other: Array) -> Array:

@@ -15,6 +15,8 @@ from ._method import parameter
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 
 class Consensus(Entrywise):
@@ -27,12 +29,16 @@ class Consensus(Entrywise):
     threshold: float = parameter(0.4, "lambda_t: how large an entry is beside what the others add", least=0)
     agree: int = parameter(2, "tasks that an entry must matter to", least=1)
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        each = weights.reshape(-1, *[1] * (changes.ndim - 1)) * changes
-        total = each.sum(0)
-        levels = np.reshape(at.each(self, "threshold"), (-1, *[1] * (changes.ndim - 1)))
-        matter = (np.abs(each) >= levels * np.abs(total - each)).sum(0)
-        kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
-        return kept
+        levels = np.reshape(at.each(self, "threshold"), (-1, 1, 1))
+
+        def formula(changes: Array, _: slice) -> Array:
+            changes *= weights[:, None, None]
+            total = changes.sum(0)
+            matter = (np.abs(changes) >= levels * np.abs(total - changes)).sum(0)
+            kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
+            return kept
+
+        return formula

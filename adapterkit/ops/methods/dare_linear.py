@@ -6,14 +6,17 @@ merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import RESCALE, RESCALES, Sparse, rescaled
+from ._entrywise import RESCALE, RESCALES, Sparse
 from ._method import parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
 
 
 class Dare(Sparse):
@@ -21,18 +24,30 @@ class Dare(Sparse):
 
     title = "DARE, then task arithmetic"
     paper = "https://arxiv.org/abs/2311.03099"
+    depends: ClassVar = frozenset({"order", "seed"})
     single = frozenset({"density"})
     compat: ClassVar = {"mergekit": {"density": 1.0, "rescale": "norm"}, "peft": {}}
 
     density: float = parameter(0.8, "probability p that an entry is kept", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
-        return dropped(D, at.each(self, "density")[t], self.rescale, t, at)
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        return drawn(at.each(self, "density"), at)
 
 
-def dropped(D: Array, density: float, how: str, t: int, at: At) -> Array:
-    """D with entries dropped at random."""
-    if density >= 1:
-        return D
-    return rescaled(D, at.uniform(t, D.shape) < density, density, how)
+def drawn(densities: Sequence[float], at: At) -> Mask:
+    """Which entries chance keeps, by each adapter's density."""
+    import numpy as np
+
+    if min(densities) >= 1:
+        return lambda *_: (None, 1.0)
+    chance = np.minimum(np.reshape(densities, (-1, 1, 1)), 1.0)
+
+    def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
+        shape, first = changes.shape[1:], rows.start * changes.shape[2]
+        kept = np.empty(changes.shape, bool)
+        for t, density in enumerate(densities):
+            kept[t] = True if density >= 1 else at.uniform(t, shape, first) < density
+        return kept, chance
+
+    return mask

@@ -8,13 +8,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, ZERO_SIGN, ZERO_SIGNS, Sparse
+from ..selection import Selection, settle
+from ._entrywise import (
+    DENOMINATOR,
+    DENOMINATORS,
+    RESCALE,
+    RESCALES,
+    SIGN,
+    SIGNS,
+    ZERO_SIGN,
+    ZERO_SIGNS,
+    Sparse,
+    count_of,
+)
 from ._method import parameter
-from .dare_linear import dropped
+from .dare_linear import drawn
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+TRIM = "share of the entries, the largest of what chance left of a tensor, that are kept; MergeLM keeps 0.2"
 
 
 class DareTIES(Sparse):
@@ -22,6 +39,7 @@ class DareTIES(Sparse):
 
     title = "DARE, then TIES"
     paper = "https://arxiv.org/abs/2311.03099"
+    depends: ClassVar = frozenset({"order", "seed"})
     single = frozenset({"density"})
     compat: ClassVar = {
         "mergekit": {
@@ -30,11 +48,36 @@ class DareTIES(Sparse):
         "peft": {"zero_sign": "+"},
     }  # fmt: skip
 
+    trim: float = parameter(1.0, TRIM, least=0, most=1)
     density: float = parameter(0.8, "probability p that an entry is kept", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
     sign: str = parameter("total", SIGN, among=SIGNS)
     zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
-        return dropped(D, at.each(self, "density")[t], self.rescale, t, at)
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        chance = drawn(at.each(self, "density"), at)
+        if self.trim >= 1:
+            return chance
+        # The mask of a block is a function of its place, so that rows have to be gone over, not a sample.
+        selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
+
+        def once() -> None:
+            for rows, changes in blocks:
+                kept, _ = chance(changes, rows)
+                changes *= 1.0 if kept is None else kept
+                for selection, D in zip(selections, np.abs(changes), strict=True):
+                    if selection.found is None:
+                        selection.feed(D.reshape(-1))
+
+        settle(selections, once)
+        least = np.reshape([each.found.value for each in selections if each.found], (-1, 1, 1))
+
+        def mask(changes: Array, rows: slice) -> tuple[Array, Array | float]:
+            kept, probability = chance(changes, rows)
+            largest = np.abs(changes) >= least
+            return largest if kept is None else kept & largest, probability
+
+        return mask

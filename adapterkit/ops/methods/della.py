@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Sparse, rescaled
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Sparse, ranks
 from ._method import parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
 
 
 class Della(Sparse):
@@ -23,6 +25,7 @@ class Della(Sparse):
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
+    depends: ClassVar = frozenset({"order", "seed"})
     single = frozenset({"density", "epsilon"})
     compat: ClassVar = {
         "mergekit": {
@@ -38,15 +41,24 @@ class Della(Sparse):
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
     denominator: str = parameter("weights", DENOMINATOR, among=DENOMINATORS)
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
+    def mask(self, blocks: Blocks, at: At) -> Mask:
         import numpy as np
 
-        density, epsilon = at.each(self, "density")[t], at.each(self, "epsilon")[t]
-        if density >= 1:
-            return D
-        if not 0 < density - epsilon <= density + epsilon < 1:
-            why = f"density {density} and epsilon {epsilon} give probabilities outside of 0 to 1"
-            raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
-        ranks = np.argsort(np.argsort(np.abs(D), axis=-1, kind="stable"), axis=-1)
-        chance = density - epsilon + 2 * epsilon * ranks / max(D.shape[-1] - 1, 1)
-        return rescaled(D, at.uniform(t, D.shape) < chance, chance, self.rescale)
+        settings = list(zip(at.each(self, "density"), at.each(self, "epsilon"), strict=True))
+        for density, epsilon in settings:
+            if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+                why = f"density {density} and epsilon {epsilon} give probabilities outside of 0 to 1"
+                raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
+
+        def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
+            _, count, columns = changes.shape
+            kept, chance = np.ones(changes.shape, bool), np.ones(changes.shape)
+            for t, (density, epsilon) in enumerate(settings):
+                if density < 1:
+                    chance[t] = ranks(np.abs(changes[t]))
+                    chance[t] *= 2 * epsilon / max(columns - 1, 1)
+                    chance[t] += density - epsilon
+                    kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
+            return kept, chance
+
+        return mask

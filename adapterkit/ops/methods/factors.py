@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import whole
 from ._method import PlugIn
@@ -25,6 +25,7 @@ class Factors(PlugIn):
 
     title = "A and B apart, by another method"
     paper = "https://huggingface.co/docs/peft/developer_guides/model_merging"
+    depends: ClassVar = frozenset({"factors"})
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         import numpy as np

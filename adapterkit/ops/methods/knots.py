@@ -34,5 +34,10 @@ class KnOTS(PlugIn):
 
         common = whole_core(deltas)
         U = leading(np.hstack(common.cores))[0]
-        aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
+        if all(delta.rest is None for delta in deltas):
+            # As products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
+            project = (common.left @ U).T
+            aligned = [Delta(project @ delta.B, delta.A) for delta in deltas]
+        else:
+            aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
         return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())

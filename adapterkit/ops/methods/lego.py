@@ -8,7 +8,7 @@ in a comparison by the authors of CtM, `merge_MSUs` in https://github.com/Zhengb
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._method import parameter
@@ -24,6 +24,7 @@ class Lego(Pairwise):
 
     title = "LoRA-LEGO"
     paper = "https://arxiv.org/abs/2409.16167"
+    depends: ClassVar = frozenset({"factors", "order", "size", "seed"})
 
     rank: int | None = parameter(None, "ranks of the result; the largest of a task if not given", least=1, kind=int)
     starts: int = parameter(10, "how often k-means starts again; the best one counts", least=1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import COUNTS, DENSITY, KEPT, Sparse, count_of, largest
+from ._entrywise import COUNTS, DENSITY, KEPT, Sparse, thresholds
 from ._method import parameter
 
 if TYPE_CHECKING:
-    from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
 
 
 class MagnitudePrune(Sparse):
@@ -26,5 +27,8 @@ class MagnitudePrune(Sparse):
     density: float = parameter(0.5, DENSITY, least=0, most=1)
     kept: str = parameter("floor", KEPT, among=COUNTS)
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
-        return D * largest(D, count_of(at.each(self, "density")[t], D.size, self.kept))
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        least = thresholds(blocks, at.each(self, "density"), self.kept)
+        return lambda changes, _: (np.abs(changes) >= least, 1.0)

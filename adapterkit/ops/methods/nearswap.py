@@ -14,6 +14,8 @@ from ._method import parameter
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 LEAST = 1e-6
 """Changes below it count as large as it, as in mergekit."""
@@ -24,14 +26,18 @@ class NearSwap(Entrywise):
 
     title = "NearSwap"
     paper = "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
+    depends: ClassVar = frozenset({"size"})
     takes = (1, 1)
     compat: ClassVar = {"mergekit": {}}
 
     t: float = parameter(1e-4, "how far an entry may go from the base", least=0)
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        D = weights[0] * changes[0]
-        result: Array = self.scale * D * np.minimum(self.t / np.maximum(np.abs(D), LEAST), 1.0)
-        return result
+        def formula(changes: Array, _: slice) -> Array:
+            D = weights[0] * changes[0]
+            result: Array = self.scale * D * np.minimum(self.t / np.maximum(np.abs(D), LEAST), 1.0)
+            return result
+
+        return formula

@@ -14,6 +14,8 @@ from ._method import parameter
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 EPSILON = "magnitude up to which an entry counts as unchanged"
 
@@ -23,14 +25,18 @@ class RAM(Entrywise):
 
     title = "Reinforced agent merging (RAM)"
     paper = "https://arxiv.org/abs/2601.13572"
+    depends: ClassVar = frozenset({"size"})
     compat: ClassVar = {"mergekit": {}}
 
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        changed = np.abs(changes) > self.epsilon
-        total = np.tensordot(weights, changes * changed, 1)
-        result: Array = self.scale * total / np.maximum(changed.sum(0), 1)
-        return result
+        def formula(changes: Array, _: slice) -> Array:
+            changed = np.abs(changes) > self.epsilon
+            total = np.tensordot(weights, changes * changed, 1)
+            result: Array = self.scale * total / np.maximum(changed.sum(0), 1)
+            return result
+
+        return formula

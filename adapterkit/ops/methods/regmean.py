@@ -40,7 +40,10 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: At) -> 
 
     from ..lowering import Delta
 
-    grams = [w * _gram(at, t, delta.shape[1], alpha) for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))]
+    grams = [
+        w * _damped(gram_of(at, t, delta.shape[1]), alpha)
+        for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
+    ]
     total = sum(grams)
     # Inputs that no task ever sees say nothing: there the mean is what is left.
     unseen = np.diag(np.where(total.diagonal() == 0, 1.0, 0.0))
@@ -51,7 +54,15 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: At) -> 
     return Delta(np.hstack([delta.B for delta in deltas]), A, sum(rests) if rests else None)
 
 
-def _gram(at: At, t: int, columns: int, alpha: float) -> Array:
+def _damped(G: Array, alpha: float) -> Array:
+    """G with its off-diagonal entries times alpha."""
+    import numpy as np
+
+    result: Array = alpha * G + (1 - alpha) * np.diag(G.diagonal())
+    return result
+
+
+def gram_of(at: At, t: int, columns: int) -> Array:
     """G_t `[in * k, in * k]`.
 
     Raises:
@@ -69,5 +80,5 @@ def _gram(at: At, t: int, columns: int, alpha: float) -> Array:
         why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"
         raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
     X = X.reshape(-1, columns)
-    G = X.T @ X
-    return alpha * G + (1 - alpha) * np.diag(G.diagonal())
+    G: Array = X.T @ X
+    return G

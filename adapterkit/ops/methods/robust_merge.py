@@ -7,7 +7,7 @@ of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from ..at import At
 
 
+REFERENCE = KEPT.replace("int(p n) + 1 (reference)", "n - int((1 - p) n) + 1 (reference)")
+
+
 class RobustMerge(Pairwise):
     """Complementary parameter adaptation, with cross-task normalisation."""
 
     title = "RobustMerge"
     paper = "https://arxiv.org/abs/2502.17159"
+    depends: ClassVar = frozenset({"factors"})
     single = frozenset({"density"})
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
-    kept: str = parameter("reference", KEPT, among=COUNTS)
+    kept: str = parameter("reference", REFERENCE, among=COUNTS)
     quantile: float = parameter(0.8, "of a task's scales; smaller ones are raised to it", least=0, most=1)
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
@@ -46,4 +50,8 @@ class RobustMerge(Pairwise):
         return self.scale * (B * parts[:, None, :]).sum(0), self.scale * A.sum(0)
 
     def _pruned(self, X: Array, t: int, at: At) -> Array:
-        return X * largest(X, count_of(at.each(self, "density")[t], X.size, self.kept))
+        density = at.each(self, "density")[t]
+        if self.kept == "reference" and density < 1:
+            # The authors take the int((1 - p) n)-th smallest for the least that is kept: one more than ceil(p n).
+            return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
+        return X * largest(X, count_of(density, X.size, self.kept))

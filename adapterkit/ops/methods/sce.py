@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import SIGN, Entrywise, largest
+from ._entrywise import SIGN, Entrywise
 from ._method import parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 
 UNSELECTED = "entries that were not selected are left out, or merged by the same weights"
@@ -33,24 +35,45 @@ class SCE(Entrywise):
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        selected = changes * self._selected(changes)
-        squares = (selected * selected).reshape(len(changes), -1).mean(1) * weights
-        D = selected if self.unselected == "drop" else changes
-        parts = squares / squares.sum() if squares.sum() else np.full(len(D), 1 / len(D))
-        w = parts.reshape(-1, *[1] * (D.ndim - 1)) + np.zeros(D.shape)
-        votes = (D if self.sign == "total" else np.sign(D)).sum(0)
-        agree = np.sign(D) == np.where(votes >= 0, 1.0, -1.0)
-        below = (w * agree).sum(0)
-        result: Array = self.scale * (w * agree * D).sum(0) / np.where(below == 0, 1.0, below)
-        return result
+        least = self._least(blocks)
 
-    def _selected(self, changes: Array) -> Array:
-        import numpy as np
+        def selected(changes: Array) -> Array | float:
+            return 1.0 if least is None else _spread(changes)[0] >= least
 
-        if self.select >= 1 or len(changes) == 1:
-            return np.ones(changes.shape[1:], bool)
-        spread = changes.var(0, ddof=1)
-        return largest(spread, int(self.select * np.count_nonzero(spread)))
+        squares = np.zeros(blocks.count)
+        for _, changes in blocks:
+            changes *= selected(changes)
+            squares += np.einsum("tij,tij->t", changes, changes)
+        squares *= weights
+        total = squares.sum()
+        w = squares / total if total else np.full(blocks.count, 1 / blocks.count)
+
+        def formula(changes: Array, _: slice) -> Array:
+            if self.unselected == "drop":
+                changes *= selected(changes)
+            votes = changes.sum(0) if self.sign == "total" else (changes > 0).sum(0) - (changes < 0).sum(0)
+            elected = np.where(votes >= 0, 1.0, -1.0)
+            along = changes * elected
+            below = np.tensordot(w, along > 0, 1)
+            result: Array = self.scale * elected * np.tensordot(w, np.maximum(along, 0.0), 1)
+            return result / np.where(below == 0, 1.0, below)
+
+        return formula
+
+    def _least(self, blocks: Blocks) -> float | None:
+        """The smallest spread that is selected; None where all entries are."""
+        if self.select >= 1 or blocks.count == 1:
+            return None
+        return blocks.select(_spread, [lambda _, varying: int(self.select * varying)])[0].value
+
+
+def _spread(changes: Array) -> Array:
+    """The variance of each entry between changes, `[1, ...]`."""
+    import numpy as np
+
+    apart = changes - changes.mean(0)
+    spread: Array = np.einsum("t...,t...->...", apart, apart)[None] / (len(changes) - 1)
+    return spread

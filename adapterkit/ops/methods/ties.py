@@ -20,14 +20,15 @@ from ._entrywise import (
     ZERO_SIGNS,
     Sparse,
     count_of,
-    largest,
-    rescaled,
+    thresholds,
 )
 from ._method import parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
 
 
 class TIES(Sparse):
@@ -59,15 +60,22 @@ class TIES(Sparse):
     def counts(self) -> bool:
         return self.scope == "model" and self.density < 1
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
+    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+        super().count(blocks, weights, at)
+        densities = at.each(self, "density")
+        if not at.census.voting:
+            wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
+            at.census.count(at.present, blocks, wanted)
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
         import numpy as np
 
-        density, adapter = at.each(self, "density")[t], at.present[t]
-        if density >= 1:
-            return D
+        densities = at.each(self, "density")
+        if min(densities) >= 1:
+            return lambda *_: (None, 1.0)
         if self.scope == "tensor":
-            return rescaled(D, largest(D, count_of(density, D.size, self.kept)), 1.0, self.rescale)
-        if at.census.counting:
-            at.census.feed(adapter, D, lambda total: count_of(density, total, self.kept))
-            return 0 * D
-        return rescaled(D, np.abs(D) >= at.census.threshold(adapter), 1.0, self.rescale)
+            least = thresholds(blocks, densities, self.kept)
+        else:
+            least = np.array([at.census.threshold(adapter) for adapter in at.present])[:, None, None]
+        least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
+        return lambda changes, _: (np.abs(changes) >= least, 1.0)

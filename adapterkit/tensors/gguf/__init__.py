@@ -1,4 +1,4 @@
-"""GGUF files: key-values and tensors, headers only until a tensor is fetched; every count and size is checked.
+"""Read and write GGUF files: headers first, tensors when they are fetched; every count and size is checked.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """

@@ -1,4 +1,4 @@
-"""The front of a GGUF file, read without trust: never beyond the file's end, never more than a header may take."""
+"""Parse GGUF headers from untrusted files, with limits on every size."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
 MAX_DEPTH = 4
 MAX_LISTED = 1 << 20
-"""Numbers of an array that become a list: of 250 MB of them, Python's objects took 4 GB. Larger ones stay bytes."""
+"""Longest numeric array that becomes a list; longer ones stay bytes. Python objects for 250 MB of numbers took 4 GB."""
 
 MAX_ITEMS = 1 << 22
-"""Texts in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
+"""Most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
 
 
 class Reader:
-    """A file that is read from the front, never beyond its end, never more than a header may take."""
+    """Reads a file from its start, never beyond its end, and never more than `MAX_HEADER` bytes."""
 
     def __init__(self, file: BinaryIO, path: str, size: int) -> None:
         self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
@@ -57,11 +57,12 @@ class Reader:
 
 
 def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int]]:
-    """The key-values, how many tensors follow, the version; key -> where its value stands."""
+    """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
     if reader.take(4, "a magic") != GGUF:
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
+        # Read in the wrong byte order, version 3 is 0x03000000.
         swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
         raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
@@ -95,6 +96,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
         if length > MAX_LISTED:
             return Value(f"[{name}]", numbers(data, code))
         return Value(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
+    # A string or array takes 8 bytes or more, for its length. Check before a list of that many items is made.
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
     reader.items += length
@@ -108,7 +110,7 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
 def read_entries(
     reader: Reader, values: dict[str, Value], count: int
 ) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
-    """(name -> shape, type, offset; name -> where in the header its type stands; where data begins; the alignment)."""
+    """Return name -> (shape, type, offset); name -> offset of its type field; the data's offset; the alignment."""
     alignment = alignment_of(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     places: dict[str, int] = {}
@@ -123,30 +125,31 @@ def read_entries(
         places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
         found[name] = (sizes[::-1], number, offset)
+        # GGUF lists the fastest axis first, numpy last.
     return found, places, up(reader.at, alignment), alignment
 
 
 def check_place(
     reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
 ) -> None:
-    """Checks that a tensor is whole blocks, aligned, inside the file.
+    """Check that a tensor consists of whole blocks, is aligned, and lies inside the file.
 
     Raises:
-        Malformed: it is not.
+        Malformed: it does not.
     """
     kind = NUMBERS.get(number)
     if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
-        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCKS[kind][1]}")
+        raise reader.damaged(f"rows of {name!r} are not a multiple of the block size of {BLOCKS[kind][1]}")
     size = size_of(shape, number)
     if offset % alignment or start + offset + size > reader.size:
         raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
 
 
 def check_apart(reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
-    """Checks that no tensor lies over another.
+    """Check that no tensors overlap.
 
     Raises:
-        Malformed: one does.
+        Malformed: two tensors do.
     """
     end = 0
     for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):

@@ -1,4 +1,4 @@
-"""GGUF files of models, whose tensors may be of any type: where each lies, and their headers with other types."""
+"""GGUF model files with tensors of any type: locate the tensors, and rewrite headers for other types."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
     "Q5_K": 17, "Q6_K": 18, "BF16": 32,
 }  # fmt: skip
-"""Type that most matrices of a file have -> llama.cpp's number for such a file, in `general.file_type`."""
+"""Dominant type of a file's matrices -> llama.cpp's number for `general.file_type`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """The header of a model file, and where its tensors lie.
+    """The header of a model file, and the location of its tensors.
 
     Attributes:
         values: key -> value.
-        types: name -> name of its type, in the file's order.
-        shapes: name -> shape in numpy's axis order.
-        spans: name -> its bytes, with what fills them up to the next tensor.
-        alignment: of the data.
+        types: tensor name -> type name, in the file's order.
+        shapes: tensor name -> shape in numpy's axis order.
+        spans: tensor name -> its bytes, including the padding before the next tensor.
+        alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
-        entries: name -> where in the header its type stands; its offset stands behind it.
-        places: key -> where in the header its value stands.
+        entries: tensor name -> offset of its type field in the header; the field of its data offset follows.
+        places: key -> offset of its value in the header.
     """
 
     values: Mapping[str, Value]
@@ -49,7 +49,8 @@ class Model:
     places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """The header with tensors in other types, one behind the other in their data's order, and their file type."""
+        """Return the header for tensors of other types, packed in the same order, with a matching file type."""
+        # Patch the original bytes instead of encoding anew: all key-values then stay exactly as they were.
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -63,7 +64,7 @@ class Model:
         return bytes(head)
 
     def _most(self, kinds: Mapping[str, str]) -> str:
-        """The type that most numbers in matrices have."""
+        """Return the type that most numbers in matrices have."""
         counts: dict[str, int] = {}
         for name, kind in kinds.items():
             if len(self.shapes[name]) > 1:
@@ -72,10 +73,10 @@ class Model:
 
 
 def read_model(path: str | os.PathLike[str]) -> Model:
-    """Reads the header of a model, whose tensors may be of any type that `BLOCKS` or `PLAIN` has.
+    """Read the header of a model whose tensors may have any type in `BLOCKS` or `PLAIN`.
 
     Raises:
-        Malformed: something lies outside the file, or tensors do not lie one behind the other.
+        Malformed: data lies outside of the file, or the tensors are not contiguous.
         Unsupported: another version, byte order or type.
         StorageError: the file cannot be read.
     """

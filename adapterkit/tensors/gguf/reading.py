@@ -1,4 +1,4 @@
-"""GGUF files of adapters: the key-values, and tensors that are fetched when they are asked for."""
+"""Read GGUF adapters: key-values at once, tensors when they are fetched."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .layout import PLAIN, Q8_0, Value, size_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gguf:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         values: key -> value, in the file's order.
-        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 is given as F32.
-        types: name -> name of the type that the file has it in.
-        version: of the container.
+        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 tensors appear as F32.
+        types: name -> name of the tensor's type in the file.
+        version: the version of the container.
     """
 
     values: Mapping[str, Value]
@@ -34,15 +34,15 @@ class Gguf:
 
 
 def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
-    """Reads a header.
+    """Read a header.
 
     Args:
         path: the file.
-        tensors: whether to go on after the key-values.
+        tensors: False to stop after the key-values.
 
     Raises:
-        Malformed: something lies outside the file, or is larger than the file could hold.
-        Unsupported: another version or byte order, or tensors quantized in other ways than Q8_0.
+        Malformed: data lies outside of the file, or a size is larger than the file could hold.
+        Unsupported: another version or byte order, or a quantization other than Q8_0.
         StorageError: the file cannot be read.
     """
     try:

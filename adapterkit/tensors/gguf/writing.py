@@ -1,4 +1,4 @@
-"""GGUF files written atomically, one tensor in memory at a time."""
+"""Write GGUF files atomically, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .layout import ARRAY, Q8_0, SCALARS, TYPES, VALUE_NUMBERS, Value, alignment
 def write_gguf(
     path: str | os.PathLike[str], values: Mapping[str, Value], tensors: Mapping[str, Lazy], types: Mapping[str, str]
 ) -> None:
-    """Writes a file of version 3 atomically, one tensor in memory at a time; the bytes are those that gguf-py writes.
+    """Write a version 3 file atomically; its bytes equal those that gguf-py writes.
 
     Args:
         path: the file.
         values: the key-values.
-        tensors: by name.
-        types: names of types that differ from the tensors' own: `Q8_0`.
+        tensors: name -> tensor.
+        types: name -> `Q8_0` for tensors to quantize; others keep their element type.
 
     Raises:
-        Unsupported: GGUF has no such element type.
+        Unsupported: GGUF lacks an element type.
     """
     alignment = alignment_of(values)
     head = bytearray(GGUF + struct.pack("<IQQ", 3, len(tensors), len(values)))

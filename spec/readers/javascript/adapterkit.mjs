@@ -246,7 +246,8 @@ function entryOf(name, spec) {
   return { name, dtype, shape, from: offsets[0], to: offsets[1] };
 }
 
-const isSize = (n) => typeof n === "bigint" && n >= 0n && n < 1n << 63n;
+const isCount = (n) => typeof n === "bigint" && n >= 0n;
+const isSize = (n) => isCount(n) && n < 1n << 63n;
 const isSizes = (value) => Array.isArray(value) && value.length <= MAX_AXES && value.every(isSize);
 
 // `sizes` and `integers` are BigInts: an axis and a position may be larger than a Number holds exactly.
@@ -267,7 +268,6 @@ const isText = (v) => typeof v === "string";
 const isObject = (v) => v instanceof Map;
 const isTexts = (v) => isObject(v) && [...v.values()].every(isText);
 const orNull = (test) => (v) => v === null || test(v);
-const isCount = (v) => typeof v === "bigint" && v >= 0n;
 const isPair = (v) => Array.isArray(v) && v.length === 2;
 // Field -> [test, whether it is required, fields inside an object or inside the objects of a list, or test of items].
 const BASE = { id: [orNull(isText)], revision: [orNull(isText)], config_hash: [orNull(isText)] };
@@ -293,9 +293,9 @@ const RECORD = {
 
 // In the order of the document, each field with all that is in it; then what is missing.
 function checkFields(value, fields, where) {
-  if (!(fields instanceof Function ? fields(value) : isObject(value))) throw malformed(where, "not of its type");
-  if (fields instanceof Function) return;
-  for (const [key, found] of value) {
+  const single = fields instanceof Function;
+  if (!(single ? fields : isObject)(value)) throw malformed(where, "not of its type");
+  for (const [key, found] of single ? [] : value) {
     if (!Object.hasOwn(fields, key)) throw malformed(where, `unknown field ${key}`);
     const [test, , inside] = fields[key];
     const place = `${where}.${key}`;
@@ -303,8 +303,7 @@ function checkFields(value, fields, where) {
     if (inside && Array.isArray(found)) found.forEach((item, i) => checkFields(item, inside, `${place}[${i}]`));
     else if (inside && found !== null) checkFields(found, inside, place);
   }
-  const missing = Object.keys(fields).find((key) => fields[key][1] && !value.has(key));
-  if (missing) throw malformed(where, `lacks ${missing}`);
+  if (!single && Object.keys(fields).some((key) => fields[key][1] && !value.has(key))) throw malformed(where, "lacks a field");
 }
 
 // The adapter in the bytes of a file; `methods` are the entries of spec/1.1/methods.json by name.
@@ -343,10 +342,7 @@ function keepUnknown(record, place) {
   if (record.get("extensions") === null || !isObject(kept) || unknown.some((key) => kept.has(key))) {
     throw malformed(`${place}.extensions`, "not an object, or a field beside it is in it too");
   }
-  for (const key of unknown) {
-    kept.set(key, record.get(key));
-    record.delete(key);
-  }
+  for (const key of unknown) kept.set(key, record.get(key)) && record.delete(key);
   record.set("extensions", kept);
 }
 
@@ -464,8 +460,8 @@ export class Adapter {
 
 // The oldest version of a method that has all attributes that an update uses.
 function statedVersion({ method, attributes }) {
-  const newer = (method.attributes ?? []).filter((a) => (a.since ?? 1) > 1);
-  const used = newer.filter((a) => attributes.get(a.name) != plain(a, a.default)); // 1 equals 1.0, and 0.0 equals -0.0
+  // 1 equals 1.0, and 0.0 equals -0.0: not canonical JSON, but numbers are compared.
+  const used = (method.attributes ?? []).filter((a) => a.since > 1 && attributes.get(a.name) != plain(a, a.default));
   return Math.max(method.since.findIndex(Boolean) + 1, ...used.map((a) => a.since));
 }
 
@@ -527,9 +523,8 @@ function solve(update, stacked) {
     const dtype = DTYPES.get(update.tensors.get(name).dtype);
     if (!(integer ? dtype.whole : dtype.real)) throw mismatch(name, `${integer ? "whole" : "real"} numbers belong here`);
   }
-  // Products and quotients may wait for an axis that a later tensor tells.
-  const rounds = update.method.tensors.some(({ shape }) => /[*/]\w/.test(shape.replace(/(^| )\*/g, "$1"))) ? 2 : 1;
-  for (let round = 0; round < rounds; round++) {
+  // Twice: products and quotients may wait for an axis that a later tensor tells.
+  for (let round = 0; round < 2; round++) {
     for (const { name, shape } of fields) bindShape(stacked ? `e ${shape}` : shape, update.tensors.get(name).sizes, dims, name);
   }
   return dims;
@@ -538,9 +533,8 @@ function solve(update, stacked) {
 function bindShape(text, shape, dims, field) {
   const axes = text.split(/\s+/);
   const extra = shape.length - axes.filter((axis) => !axis.startsWith("*")).length;
-  if (extra < 0 || (extra > 0 && !text.includes("*")) || (extra > 0 && !axes.some((axis) => axis.startsWith("*")))) {
-    throw mismatch(field, `[${shape}] is not [${text}]`);
-  }
+  const starred = axes.some((axis) => axis.startsWith("*"));
+  if (extra < 0 || (extra > 0 && !starred)) throw mismatch(field, `[${shape}] is not [${text}]`);
   let at = 0;
   for (const axis of axes) {
     let fits;
@@ -998,11 +992,7 @@ export const FORMULAS = {
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights as formulas see them (README, section 8), and merging.
 
-export const numeric = (tensor) => {
-  const a = array(tensor.shape, tensor.numbers());
-  a.dtype = tensor.dtype;
-  return a;
-};
+export const numeric = ({ shape, numbers, dtype }) => ({ ...array(shape, numbers()), dtype });
 
 // Stored to [out, in, *k] or [e, out, in, *k], and back.
 export const viewed = (W, layout) => (layout === "in out *k" ? swapped(W, 0) : layout === "e in out *k" ? swapped(W, 1) : W);
@@ -1036,10 +1026,24 @@ function applied(updates, W, b, rows, expert) {
   return [put(W, own), b && put(b, ownBias)];
 }
 
+// Whether an update's axes are those of a weight [out, in, *k]; a kernel may end in axes of size 1 that the weight lacks.
+function checkFit({ dims }, shape, out) {
+  const [inputs, ...kernel] = shape.slice(1);
+  const found = { out, in: inputs ?? 1, columns: product(shape.slice(1)), k: product(kernel), rest: product(shape.slice(1)) };
+  for (const [axis, size] of Object.entries(found)) {
+    const own = dims.get(axis);
+    if (own !== undefined && Number(Array.isArray(own) ? product(own.map(Number)) : own) !== size) throw mismatch("", `${axis} is not the weight's`);
+  }
+}
+
 // W' and b' as they are stored, for a target whose methods all change weights.
 export function mergeTarget({ target, updates }, weight, bias) {
   const W = viewed(weight, target.layout);
   const experts = target.stacked ? W.shape[0] : 0;
+  const own = target.stacked ? W.shape.slice(1) : W.shape;
+  if (target.rows && target.rows[1] > own[0]) throw mismatch(`${target.name}: rows`, "beyond the weight");
+  const out = target.rows ? Number(target.rows[1] - target.rows[0]) : own[0];
+  for (const update of updates) within(target, update, () => checkFit(update, own, out));
   const pairs = target.stacked
     ? Array.from({ length: experts }, (_, e) => applied(updates, part(W, e), bias && part(bias, e), target.rows, e))
     : [applied(updates, W, bias, target.rows)];

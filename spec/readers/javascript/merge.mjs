@@ -9,6 +9,7 @@ function smallBits(value, exponentBits, mantissaBits, bias, special) {
   const lowest = 1 - bias;
   let exponent = Math.max(Math.floor(Math.log2(size)), lowest);
   if (2 ** exponent > size && exponent > lowest) exponent--; // the logarithm is rounded
+  if (!Number.isFinite(value)) return undefined;
   const units = size / 2 ** (exponent - mantissaBits);
   const down = Math.floor(units);
   const up = units - down > 0.5 || (units - down === 0.5 && down % 2 === 1);
@@ -33,7 +34,7 @@ function rounded(data, dtype, name) {
       view[`setFloat${8 * size}`](i * size, value, true);
       fits = Number.isFinite(DTYPES.get(dtype).get(view, i * size));
     } else throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
-    if (!fits) throw new AdapterError("Unsupported", name, `${value} is beyond the largest number of ${dtype}`);
+    if (!fits) throw new AdapterError("Malformed", name, `${value} is not a number of ${dtype}`);
   });
   return new Uint8Array(view.buffer);
 }

@@ -73,7 +73,9 @@ function compute(adapter, base) {
       found[target.path] = new AdapterError("Unsupported", target.name, `no formula of ${unknown.method.name}`);
       continue;
     }
-    const [weight, bias, x] = ["weight", "bias", "x"].map((name) => at(name) && numeric(at(name)));
+    const before = found[target.path] ?? {}; // other rows of the same weight
+    const stored = (name) => before[`merged.${name}`] ?? (at(name) && numeric(at(name)));
+    const [weight, bias, x] = ["weight", "bias", "x"].map(stored);
     if (updates[0].method.kind === "output") {
       const { t, a } = fieldsOf(updates[0]);
       const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((n) => [n, at(n) && numeric(at(n))]));
@@ -81,6 +83,11 @@ function compute(adapter, base) {
       continue;
     }
     const merged = mergeTarget(entry, weight, bias);
+    const wrong = ["weight", "bias"].find((leaf) => !(merged[leaf]?.data ?? []).every(Number.isFinite));
+    if (wrong) {
+      found[target.path] = new AdapterError("Malformed", `${target.path}.${wrong}`, "merging gives what is no number");
+      continue;
+    }
     const W = viewed(merged.weight, target.layout);
     const y = target.stacked
       ? stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), merged.bias && part(merged.bias, e), target.layout)(part(x, e))))

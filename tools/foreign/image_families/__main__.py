@@ -23,7 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
-from families import _LTX, FAMILIES, SD_SCRIPTS, WORDS, Family, State
+from families import _LTX, ENCODERS, FAMILIES, SD_SCRIPTS, WORDS, Family, State
 
 ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "spec" / "architectures"
@@ -88,7 +88,11 @@ def toml_of(name: str, family: Family) -> str:
     for weight, places in weights.items():
         shape = shapes.get(weight, ())
         fused = isinstance(places.get("native"), dict)
-        if len(shape) > 1 and (fused or any(fnmatch(weight, each) for each in family.ratios)):
+        if (
+            len(shape) > 1
+            and weight not in family.cases
+            and (fused or any(fnmatch(weight, each) for each in family.ratios))
+        ):
             ratio = shape[0] / shape[1]
             ratios[weight] = int(ratio) if ratio == int(ratio) else round(ratio, 6)
     keyed = ["native", "diffusers"] if family.native == "=" else ["diffusers"]
@@ -115,6 +119,9 @@ def toml_of(name: str, family: Family) -> str:
         f"keyed = {_value(keyed)}", *(['extends = { comfyui = "native" }'] if family.comfyui else []), "",
         "[pipeline]", *(f"{key} = {_value(each)}" for key, each in facts.items()),
     ]  # fmt: skip
+    if name in ENCODERS:
+        known = {key: {word: each for word, each in found.items() if each} for key, found in ENCODERS[name].items()}
+        lines += ["", "[pipeline.encoders]", *(f"{key} = {_value(each)}" for key, each in known.items())]
     if ratios:
         lines += ["", "[pipeline.ratios]", *(f'"{key}" = {_value(each)}' for key, each in ratios.items())]
     lines += ["", "[weights]", *(f'"{key}" = {_value(each)}' for key, each in weights.items())]
@@ -162,11 +169,36 @@ def weights_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
             else:
                 weights[f"{key}.{number}"] = {"diffusers": _place({"name": key, **here}), "native": _place(there)}
     unknown = [key for key in pieces if key not in shapes]
+    cases = {_name(places["native"]) for places in family.cases.values()}
+    for weight, places in family.cases.items():
+        check_case(family, weight, places)
+        weights[weight] = places
     for name in lost:
+        if name in cases:
+            continue
         weights[name if name not in weights else f"native.{name}"] = {"diffusers": "", "native": name}
     if unknown:
         print(f"{family.classes[0]} has no {', '.join(unknown)}", file=sys.stderr)
     return weights
+
+
+def check_case(family: Family, weight: str, places: dict[str, Any]) -> None:
+    """Check a case against the converter: the first block has the larger ratio, the last the smaller.
+
+    Raises:
+        ValueError: the converter puts these rows elsewhere.
+    """
+    state, names, rows = symbolic(family, {})
+    made = family.convert(Known(state)) if family.convert else {}
+    native, own = places["native"], places.get("diffusers", {"name": weight})
+    largest = max(each["native"]["ratio"] for each in family.cases.values())
+    number = "0" if native["ratio"] == largest else str(family.blocks - 1)
+    source = names.index(native["name"].replace("{n}", number))
+    got = [int(value) for value in made[f"{own['name'].replace('{n}', number)}.weight"][:, 0].tolist()]
+    unit = rows[source] // native.get("of", 1)
+    first, start = source * 1_000_000 + native.get("part", 0) * unit, own.get("part", 0) * unit
+    if got[start : start + unit] != list(range(first, first + unit)):
+        raise ValueError(f"{weight}: the converter has other rows there")
 
 
 def pieces_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, list[tuple[Any, Any]]], list[str]]:

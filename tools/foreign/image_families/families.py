@@ -34,6 +34,7 @@ class Family:
         counted: all published models have as many blocks as the class has by default.
         distinctive, widths: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
         fused: module that fuse_qkv_projections makes -> the modules beside it that it is made of.
         sources: where the authors' names come from.
@@ -52,6 +53,7 @@ class Family:
     counted: bool = False
     widths: tuple[int, ...] = ()
     ratios: tuple[str, ...] = ()
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -173,6 +175,27 @@ _QKV_IN_COMFYUI = {
 }  # fmt: skip
 
 
+_CONTEXT, _MODULATION = (
+    "transformer_blocks.{n}.norm1_context.linear",
+    "joint_blocks.{n}.context_block.adaLN_modulation.1",
+)
+_SD3_CASES = {
+    _CONTEXT: {"diffusers": {"name": _CONTEXT, "ratio": 6}, "native": {"name": _MODULATION, "ratio": 6}},
+    **{
+        f"{_CONTEXT}.{part}": {
+            "diffusers": {"name": _CONTEXT, "part": part, "of": 2, "ratio": 2},
+            "native": {"name": _MODULATION, "part": 1 - part, "of": 2, "ratio": 2},
+        }
+        for part in (0, 1)
+    },
+}
+"""The last block's modulation of the text has shift and scale alone, in diffusers in the other order."""
+_MOCHI_CASES = {
+    _CONTEXT: {"native": {"name": "blocks.{n}.mod_y", "ratio": 2}},
+    f"{_CONTEXT}_1": {"native": {"name": "blocks.{n}.mod_y", "ratio": 0.5}},
+}
+
+
 def _flux3(state: State) -> State:
     return single.convert_flux3_transformer_checkpoint_to_diffusers(state)
 
@@ -223,6 +246,7 @@ FAMILIES: dict[str, Family] = {
         joint_blocks.#.{x,context}_block.mlp.{fc1,fc2} joint_blocks.#.{x,context}_block.attn.ln_{q,k}
         joint_blocks.#.x_block.attn2.ln_{q,k} joint_blocks.#.context_block.adaLN_modulation.1""",
         config={"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, blocks=3, distinctive=True,
+        cases=_SD3_CASES,
         widths=(1536, 2432), sources=("Stability-AI/sd3.5: mmdit.py",),
     ),
     "auraflow": Family(
@@ -326,7 +350,7 @@ FAMILIES: dict[str, Family] = {
         """x_embedder.proj t_embedder.mlp.{0,2} t5_y_embedder.{to_kv,to_q,to_out} t5_yproj
         blocks.#.mod_{x,y} blocks.#.attn.qkv_{x,y}*3 blocks.#.attn.proj_{x,y} blocks.#.attn.{q,k}_norm_{x,y}
         blocks.#.mlp_{x,y}.w{1,2} final_layer.mod final_layer.linear""",
-        blocks=48, sources=("genmoai/mochi: asymm_models_joint.py",),
+        blocks=48, cases=_MOCHI_CASES, sources=("genmoai/mochi: asymm_models_joint.py",),
     ),
     "cogvideox": Family(("CogVideoXTransformer3DModel",), kohya="diffusers", widths=(3072,)),
     "cogview4": Family(("CogView4Transformer2DModel",), kohya="diffusers"),
@@ -413,3 +437,31 @@ WORDS: dict[str, list[str]] = {
 
 SD_SCRIPTS = {"flux", "sd3", "lumina2", "chroma", "cosmos"}
 """The families that sd-scripts trains."""
+
+_CLIP_L, _CLIP_G = {"kind": "clip", "comfyui": "clip_l"}, {"kind": "clip", "comfyui": "clip_g"}
+_T5 = {"kind": "t5", "comfyui": "t5xxl"}
+
+
+def _llm(comfyui: str = "", prefix: str = "") -> dict[str, str]:
+    return {"kind": "llm", "comfyui": comfyui, "prefix": prefix}
+
+
+ENCODERS: dict[str, dict[str, dict[str, str]]] = {
+    "flux": {"text_encoder": _CLIP_L, "text_encoder_2": _T5},
+    "chroma": {"text_encoder": _T5},
+    "sd3": {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5},
+    "pixart": {"text_encoder": _T5},
+    "sana": {"text_encoder": _llm()},
+    "lumina2": {"text_encoder": _llm("gemma2_2b")},
+    "z_image": {"text_encoder": _llm("qwen3_4b")},
+    "hidream": {
+        "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5, "text_encoder_4": _llm("llama"),
+    },
+    "qwen_image": {"text_encoder": _llm("qwen25_7b", "model.language_model.")},
+    "wan": {"text_encoder": {"kind": "t5", "comfyui": "umt5xxl"}},
+    "hunyuan_video": {"text_encoder": _llm("llama"), "text_encoder_2": _CLIP_L},
+    "ltx": {"text_encoder": _T5},
+    "mochi": {"text_encoder": _T5},
+    "cosmos": {"text_encoder": _llm("qwen3_06b")},
+}  # fmt: skip
+"""Text encoders by diffusers' names: what they are, and what ComfyUI calls them (comfy/text_encoders)."""

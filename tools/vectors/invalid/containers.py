@@ -52,7 +52,13 @@ def _headers() -> Iterator[Invalid]:
     yield Invalid("header_half_surrogate", pack('{"\\ud800":' + one + "}"), where="header")
     yield Invalid("tensor_twice", pack(f'{{"h.0.w":{one},"h.0.w":{one}}}'), where="header")
     yield Invalid("metadata_twice", pack('{"__metadata__":{},"__metadata__":{}}'), where="header")
-    yield Invalid("entry_field_twice", pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}'))
+    yield Invalid(
+        "entry_field_twice",
+        pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}'),
+        where="header",
+    )
+    # As many fields as an entry has: one came twice, and one is missing.
+    yield Invalid("entry_field_for_another", pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0]}}'), where="header")
 
 
 def _entries() -> Iterator[Invalid]:

@@ -156,6 +156,7 @@ def _rules() -> Iterator[Invalid]:
     whole, part = stored(numbers("invalid.w1", 1, 2), "F32"), stored(numbers("invalid.w2", 3, 2), "F32")
     yield Invalid("attribute_word", _with("oft", {"side": "top"}, square=square), "Unsupported", "q: oft.side")
     yield Invalid("attribute_below", _with("oft", {"terms": -1}, square=square), where="q: oft.terms")
+    yield Invalid("attribute_fraction", _with("oft", {"terms": 3.0}, square=square), where="q: oft.terms")
     yield Invalid("attribute_above", _with("oft", {"terms": 101}, square=square), where="q: oft.terms")
     yield Invalid("attribute_true", _with("oft", {"terms": True}, square=square), where="q: oft.terms")
     wide = {"q.A": TENSORS["q.A"], "q.B": TENSORS["q.B"], "k.A": stored(numbers("invalid.kA", 2, 5), "F32")}

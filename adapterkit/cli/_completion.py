@@ -1,0 +1,98 @@
+"""What a shell completes: paths, and the names of formats, combiners, methods and devices.
+
+click completes commands, flags and choices by itself. Other parameters are plain text to it, so while a shell asks they
+get types that complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+VARIABLE = "_ADAPTERKIT_COMPLETE"
+"""Set by the shell's script while it asks."""
+
+PATHS = frozenset({
+    "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
+    "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
+})  # fmt: skip
+"""Names of parameters that are paths."""
+
+
+def _formats() -> Iterable[str]:
+    from ..formats import FORMATS
+
+    return FORMATS
+
+
+def _combiners() -> Iterable[str]:
+    from ..ops import COMBINERS
+
+    return COMBINERS
+
+
+VALUES: dict[str, Callable[[], Iterable[str]]] = {
+    "compat": lambda: ("formula", "rank_major", "grouped_by_expert"),
+    "device": lambda: ("auto", "cpu", "cuda", "cuda:0"),
+    "dtype": lambda: ("BF16", "F16", "F32", "F64"),
+    "method": _combiners,
+    "source_format": _formats,
+    "target_format": _formats,
+    "tied": lambda: ("merge", "untie"),
+    "tokenizer": lambda: ("base", "adapter"),
+}
+"""Name of a parameter -> the values it takes."""
+
+
+if TYPE_CHECKING:
+    _Text = click.ParamType[str]
+else:
+    _Text = click.ParamType  # Not generic before click 8.4.
+
+
+class _Completed(_Text):
+    name = "text"
+
+    def __init__(self, items: Callable[[str], list[CompletionItem]]) -> None:
+        self.items = items
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return self.items(incomplete)
+
+
+def with_completions(command: click.Command) -> click.Command:
+    """Give the plain parameters of a command types that complete."""
+    for param in command.params:
+        name = param.name or ""
+        if isinstance(param.type, click.Choice):
+            continue
+        if name in VALUES:
+            param.type = _Completed(_named(VALUES[name]))
+        elif name in PATHS:
+            param.type = _Completed(lambda incomplete: [CompletionItem(incomplete, type="file")])
+    return command
+
+
+def _named(values: Callable[[], Iterable[str]]) -> Callable[[str], list[CompletionItem]]:
+    return lambda incomplete: [CompletionItem(value) for value in values() if value.startswith(incomplete)]
+
+
+def script(shell: str, program: str = "adapterkit") -> str:
+    """Return what a shell runs to complete the command line.
+
+    Args:
+        shell: bash, zsh or fish.
+        program: the name of the command.
+    """
+    from click.shell_completion import get_completion_class
+
+    from . import adapterkit
+
+    made = get_completion_class(shell)
+    assert made is not None
+    completion: Any = made(adapterkit, {}, program, VARIABLE)
+    # The script's own version check runs bash once more for each shell that starts; any bash since 2014 will do.
+    return str(completion.source_template % completion.source_vars())

@@ -1,0 +1,43 @@
+"""Show the help of a command, as its --help does.
+
+Without a command, all of them are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import View, show
+
+
+@click.command(help=__doc__)
+@click.argument("name", metavar="[COMMAND]", required=False)
+@_options.flags
+@click.pass_context
+def command(ctx: click.Context, name: str | None) -> None:
+    """Prints what `adapterkit NAME --help` prints."""
+    from ..errors import UsageError, nearest
+    from . import adapterkit
+
+    parent = ctx.parent
+    assert parent is not None
+    if name is None:
+        text = parent.get_help()
+    else:
+        known = adapterkit.list_commands(parent)
+        found = adapterkit.get_command(parent, name)
+        if found is None:
+            raise UsageError(f"no such command {name!r}", cure=nearest(name, known) or f"Known: {', '.join(known)}")
+        text = found.get_help(found.context_class(found, parent=parent, info_name=name))
+    if ctx.obj.json:
+        show(ctx.obj, {"command": name, "help": text}, _view)
+        return
+    click.echo(text)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    yield record["help"]

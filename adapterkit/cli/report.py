@@ -1,0 +1,74 @@
+"""Show what adapters change, in one HTML page with verdicts.
+
+Each A is an adapter in any known format. The page needs no network: it holds norms by layer, spectra, ranks, what
+adapters have in common and where they conflict. With --base changes are held against its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options
+from ._done import is_done, made_from
+from ._render import View, counted, show, size
+
+
+@click.command(help=__doc__)
+@click.argument("adapters", metavar="A...", nargs=-1, required=True)
+@_options.base
+@click.option(
+    "--merged", metavar="OUT", help="What they were merged into: how much of each change is there. Needs --base."
+)
+@click.option("-o", "--out", metavar="HTML", help="Page to write; without it only the verdicts are shown.")
+@click.option("--figures", metavar="DIR", help="Folder for every chart as PNG and SVG.")
+@_options.rename
+@_options.overwrite
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
+    figures: str | None, rename: tuple[str, ...], overwrite: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.report`."""
+    from .. import report
+    from ..formats import files_read
+    from ..tensors.locations import located
+    from ..tensors.staging import check_free, check_inputs
+    from ._writing import refuse_place
+
+    if merged is not None and base is None:
+        raise click.UsageError("--merged requires --base")
+    decided = None
+    if out is not None:
+        refuse_place(out)
+        sources = [*adapters, *(each for each in (base, merged) if each is not None)]
+        files = [file for source in sources for file in files_read(located(source))]
+        decided = made_from(files)
+        drawn = figures is None or (Path(figures).is_dir() and any(Path(figures).iterdir()))
+        if drawn and is_done(settings, out, decided, overwrite):
+            return
+        check_free(Path(out), overwrite)
+        check_inputs([Path(out)], files)
+    found = report(list(adapters), base=base, merged=merged, rename=rename)
+    record = found.record()
+    if out is not None:
+        found.save(out, overwrite=overwrite, made_from=decided)
+        record |= {"out": out, "bytes": Path(out).stat().st_size}
+    if figures is not None:
+        record["figures"] = [str(path) for path in found.figures(figures)]
+    show(settings, record, _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    for verdict in record["verdicts"]:
+        yield f"{verdict['level']}: {verdict['text']}"
+    if record.get("figures"):
+        yield f"{counted(len(record['figures']), 'figure')} in {Path(record['figures'][0]).parent}"
+    if "out" in record:
+        yield f"{record['out']}: {size(record['bytes'])}, opens in any browser"
+    else:
+        yield "-o report.html writes the page with all numbers and pictures"

@@ -1,0 +1,55 @@
+"""Look for what an untrusted adapter could do.
+
+SRC is a file, a folder, or a place on a hub, whose files are fetched first. Nothing in them is executed. Findings are
+evidence, never proof: pickles that call functions, code in configs, chat templates that reach beyond their data, names
+that mislead, targets and numbers that training does not make. The exit code is 1 where a finding is at least as severe
+as --fail-on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import Table, View, counted, show
+
+LEVELS = ("note", "low", "medium", "high", "never")
+
+
+@click.command(help=__doc__)
+@click.argument("src")
+@click.option("--base", metavar="BASE", help="Compare norms of changes with the base's weights, too.")
+@click.option(
+    "--fail-on", type=click.Choice(LEVELS), default="medium", show_default=True,
+    help="Least severity of a finding for exit code 1.",
+)  # fmt: skip
+@click.option("--sarif", metavar="FILE", help="Write the findings as SARIF 2.1.0, for code hosts and editors.")
+@_options.flags
+@click.pass_context
+def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif: str | None) -> None:
+    """Runs `adapterkit.scan`."""
+    from .. import scan
+    from ..tensors.atomic import write_bytes
+    from ..tensors.locations import local
+
+    found = scan(src, base=base)
+    if sarif is not None:
+        write_bytes(local(sarif), json.dumps(found.sarif(), indent=2).encode())
+    show(ctx.obj, found.record(), _view)
+    if fail_on != "never" and found.fails(fail_on):
+        ctx.exit(1)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    findings = record["findings"]
+    if findings:
+        columns = ("severity", "finding", "file", "where", "evidence")
+        yield Table(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
+        yield from dict.fromkeys(f"{f['title']}: {f['why']}" for f in findings)
+    yield from (f"not looked at: {each}" for each in record["unread"])
+    yield f"{counted(len(findings), 'finding')} in {counted(record['files'], 'file')} of {record['source']}"
+    yield record["note"]

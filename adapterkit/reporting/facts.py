@@ -1,0 +1,139 @@
+"""Facts of an adapter that its headers tell: what it is, for which base, how large, where it came from, where it fits.
+
+No tensor is read here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..metadata import metadata_of, trigger_words
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import dtype_of
+from ..updates import Additive
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..adapter import Adapter
+
+WAYS = {
+    "native": "holds it in its own words",
+    "LoRA": "holds it exactly, written as a LoRA",
+    "dense": "holds it as a difference of weights, at a base",
+    "nearest": "holds the nearest LoRA; the error is told",
+}
+"""How a format can hold an adapter, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the headers of an adapter tell.
+
+    Attributes:
+        name: what the report calls it.
+        path: where it was read from; None for an adapter in memory.
+        format: the format that it was read from, if any.
+        base: the base it names.
+        methods: method -> number of updates.
+        ranks: rank -> number of updates; updates without a rank are left out.
+        targets: number of targets.
+        parameters: number of numbers; a tensor that updates share counts once.
+        bytes: of its tensors.
+        dtypes: dtype -> number of tensors.
+        licence: identifier in the model card beside it, if any.
+        triggers: trigger words.
+        lineage: the steps it was made by, as plain data.
+        formats: format -> how it can hold this adapter, a key of `WAYS`; formats that cannot are left out.
+        loaders: what each known tool makes of the file as it is: `title`, `loads` (yes, part or no) and `why`. Told for
+            files of image models, whose tools are known.
+    """
+
+    name: str
+    path: str | None
+    format: str | None
+    base: str | None
+    methods: dict[str, int]
+    ranks: dict[int, int]
+    targets: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    licence: str | None
+    triggers: tuple[str, ...]
+    lineage: tuple[dict[str, Any], ...]
+    formats: dict[str, str]
+    loaders: tuple[dict[str, str], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The facts as plain data."""
+        return {**asdict(self), "ranks": {str(rank): count for rank, count in self.ranks.items()}}
+
+
+def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
+    """Return the facts of an adapter.
+
+    Args:
+        adapter: the adapter.
+        name: what to call it.
+        path: where it was read from; a model card there tells the licence.
+    """
+    from ..licences import licence_at
+
+    leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
+    sizes = [(math.prod(leaf.shape), dtype_of(leaf).name) for leaf in leaves.values()]
+    ranks = Counter(
+        rank for target, update in adapter if isinstance(rank := update.dims(target.stacked).get("r"), int)
+    )  # fmt: skip
+    read = next((step for step in adapter.recipe if step.op == "read"), None)
+    return Facts(
+        name, None if path is None else str(path), None if read is None else read.args.get("format"),
+        adapter.base.id if adapter.base else None, dict(Counter(update.method for _, update in adapter).most_common()),
+        dict(sorted(ranks.items())), len(adapter.updates), sum(count for count, _ in sizes),
+        sum(count * DTYPES[dtype].itemsize for count, dtype in sizes),
+        dict(Counter(dtype for _, dtype in sizes).most_common()),
+        None if path is None else licence_at(path).get("license"), trigger_words(metadata_of(adapter)),
+        tuple({"op": step.op, "args": dict(step.args)} for step in adapter.recipe), formats_of(adapter),
+        () if path is None or read is None else _loaders(adapter, read.args.get("format"), path),
+    )  # fmt: skip
+
+
+def _loaders(adapter: Adapter, name: Any, path: Path) -> tuple[dict[str, str], ...]:
+    from ..formats import FORMATS
+    from ..formats._image.dialect import ImageFormat
+
+    if not isinstance(name, str) or name not in FORMATS or not issubclass(FORMATS[name], ImageFormat):
+        return ()
+    from ..loaders import loaders_of
+
+    answers = loaders_of(adapter, name, path, convert=False)
+    return tuple({"title": each.title, "loads": each.loads, "why": each.why} for each in answers)
+
+
+def formats_of(adapter: Adapter) -> dict[str, str]:
+    """Return the formats that can hold an adapter, and how: by its methods, not by its names of modules."""
+    from ..formats import FORMATS
+    from ..methods import METHODS
+
+    methods = [METHODS[name] for name in adapter.methods]
+    order = [*WAYS]
+    found = {}
+    for name, entry in FORMATS.items():
+        ways = [way(entry, method) for method in methods]
+        if ways and all(ways):
+            found[name] = max((each for each in ways if each), key=order.index)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
+
+
+def way(entry: Any, method: Any) -> str | None:
+    """Return how a format can hold a method, a key of `WAYS`; None where it cannot."""
+    if method.__module__.rpartition(".")[2] in entry.methods:
+        return "native"
+    if method.kind not in ("additive", "weight") or "lora" not in entry.methods:
+        return None
+    if issubclass(method, Additive) and method.pair is not Additive.pair:
+        return "LoRA"
+    return "dense" if entry.differences else "nearest"

@@ -1,0 +1,634 @@
+"""Measurements: the numbers of a report, each a field with a meaning; no sentence and no picture is made here.
+
+A change of thin factors B @ A is never formed. QR of the factors and a decomposition of the small core give U S V^T,
+and norms, products and subspaces of several adapters are small products of those. Signs and values of single elements
+are looked at in a block of `SIDE` rows and columns that are spread evenly over the weight: a block is small enough to
+form, and 25,600 elements tell a share to 0.3 percentage points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import threadpool_limits
+
+from ..errors import AdapterkitError
+from ..ops.comparison import effective_rank, lowered
+from ..ops.places import Place, places, side_by_side
+from ..ops.sketching import exact
+from ..ops.thin import core
+from ..tensors.lazy import files_kept_open
+from .grid import Cell, cells
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..ops.at_base import Weights
+    from ..ops.lowering import Change, Delta
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.computed import Array
+    from ..updates import Update
+
+SIDE = 160
+"""Rows and columns of the block of elements that is formed."""
+
+SHOWN = 64
+"""Singular values of a target that are kept."""
+
+LARGEST_EXACT = 1024
+"""Smaller side up to which a dense change is decomposed: larger ones take more than a second each."""
+
+EXPERTS = 8
+"""Experts of a stack whose elements and base weights are looked at; norms and ranks are of all."""
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""Shares of the elements whose values are kept."""
+
+INTRUDING, INTRUDER_COSINE = 10, 0.6
+"""How many singular vectors of a tuned weight are looked at, and the cosine with every singular vector of the base
+below which one is an intruder: Shuttleworth et al. 2024, arXiv:2410.21228."""
+
+INTRUDER_BUDGET = 2.5e10
+"""Sum of (smaller side squared x larger side) over the weights that are decomposed for intruders: about 10 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What one adapter does at one target. A number that was not measured is None.
+
+    Attributes:
+        adapter: position of the adapter.
+        target: the target, as a dotted path with the rows of a slice.
+        method: its methods, joined by ` + `.
+        shape: of the weight, `[out, in, *k]`.
+        rank: inner size of the stored factors; None for a change that is dense.
+        scaling: of a LoRA.
+        norm: Frobenius norm of the change of the weight; of stacked experts, of all together.
+        bias_norm: norm of the change of the bias.
+        spectrum: the first `SHOWN` singular values, largest first; of stacked experts, of the one that changes most.
+        effective_rank: exponential of the entropy of the singular values: Roy and Vetterli 2007; mean over experts.
+        rank_99: how many singular values hold 99 % of the squared norm; the largest of the experts'.
+        quantiles: values of the change at `QUANTILES`, in the block that was looked at.
+        peak: the largest element of the block relative to the root mean square of the block.
+        relative: `norm` relative to the norm of the base's weight.
+        intruders: singular vectors of the tuned weight that are none of the base's, of the first ten.
+        why: why it was not measured, in words; `code` is the error's.
+    """
+
+    adapter: int
+    target: str
+    method: str
+    shape: tuple[int, ...] | None = None
+    rank: int | None = None
+    scaling: float | None = None
+    norm: float | None = None
+    bias_norm: float | None = None
+    spectrum: tuple[float, ...] = ()
+    effective_rank: float | None = None
+    rank_99: int | None = None
+    quantiles: tuple[float, ...] = ()
+    peak: float | None = None
+    relative: float | None = None
+    intruders: int | None = None
+    why: str | None = None
+    code: str | None = None
+
+    @property
+    def spike(self) -> float | None:
+        """Share of the squared norm that the first singular value holds."""
+        if not self.spectrum or not self.norm or self.rank_99 is None:
+            return None
+        return min(1.0, self.spectrum[0] ** 2 / math.fsum(value * value for value in self.spectrum))
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """How the changes of two adapters at one target lie to one another.
+
+    Attributes:
+        first: position of one adapter.
+        second: of the other.
+        target: the target.
+        product: sum of the products of the elements of both changes.
+        cosine: of the angle between the changes as vectors; None where one of them is zero.
+        overlap_out: how much of the span of outputs of the one with fewer dimensions lies in the other's, 0 to 1.
+        overlap_in: the same for inputs.
+        sign_conflict: share of the elements, of those that both change, that they move in opposite directions; 0.5 for
+            changes that have nothing to do with one another. In the block that was looked at.
+        interference: share of the sum of absolute changes that is lost when both are added; 0.29 for two unrelated
+            changes of one size. In the block.
+    """
+
+    first: int
+    second: int
+    target: str
+    product: float
+    cosine: float | None
+    overlap_out: float | None
+    overlap_in: float | None
+    sign_conflict: float | None
+    interference: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merged model holds of the changes at one target.
+
+    Attributes:
+        target: the target.
+        kept: part of the change that is there along its own direction: 1 is all of it, 0 nothing.
+        error: norm of the difference from what was to be merged, relative to the norm of the change.
+    """
+
+    target: str
+    kept: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All numbers of a report.
+
+    Attributes:
+        names: of the adapters, in order.
+        cells: target -> its place in the pictures.
+        effects: one entry an adapter and target.
+        relations: one entry a target and pair of adapters that both change its weight.
+        together: target -> share of the absolute changes that is lost when all adapters are added.
+        merged: one entry a target, where a merged model was given.
+        bases: what adapters say of their base that is not true of the given one.
+        base_why: why the given base was left out: the adapters do not fit it.
+    """
+
+    names: tuple[str, ...]
+    cells: Mapping[str, Cell]
+    effects: tuple[Effect, ...]
+    relations: tuple[Relation, ...] = ()
+    together: Mapping[str, float] = field(default_factory=dict)
+    merged: tuple[Merged, ...] = ()
+    bases: tuple[str, ...] = ()
+    base_why: str | None = None
+
+    @cached_property
+    def _effects(self) -> dict[int, list[Effect]]:
+        found: dict[int, list[Effect]] = defaultdict(list)
+        for effect in self.effects:
+            if effect.norm is not None:
+                found[effect.adapter].append(effect)
+        return found
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[int, int], list[Relation]]:
+        found: dict[tuple[int, int], list[Relation]] = defaultdict(list)
+        for each in self.relations:
+            found[each.first, each.second].append(each)
+        return found
+
+    @cached_property
+    def _norms(self) -> list[float]:
+        return [math.hypot(*(effect.norm or 0.0 for effect in self.of(at))) for at in range(len(self.names))]
+
+    @cached_property
+    def _cosines(self) -> dict[tuple[int, int], float]:
+        found = {}
+        for (a, b), relations in self._pairs.items():
+            size = self.norm(a) * self.norm(b)
+            if size:
+                found[a, b] = max(-1.0, min(1.0, math.fsum(each.product for each in relations) / size))
+        return found
+
+    def of(self, adapter: int) -> list[Effect]:
+        """The measured effects of one adapter."""
+        return self._effects.get(adapter, [])
+
+    def norm(self, adapter: int) -> float:
+        """Frobenius norm of all changes of an adapter."""
+        return self._norms[adapter]
+
+    def cosine(self, first: int, second: int) -> float | None:
+        """Cosine of two adapters over all targets; None where they share none, or one of them changes nothing."""
+        return self._cosines.get((min(first, second), max(first, second)))
+
+    def mean(self, first: int, second: int, name: str) -> float | None:
+        """Mean over the common targets of a number of `Relation`."""
+        found = self._pairs.get((min(first, second), max(first, second)), [])
+        known = [value for each in found if (value := getattr(each, name)) is not None]
+        return math.fsum(known) / len(known) if known else None
+
+    def gini(self, adapter: int) -> float | None:
+        """Gini coefficient of the squared norms over the targets: 0 where all change alike, near 1 where one does."""
+        energies = sorted((effect.norm or 0.0) ** 2 for effect in self.of(adapter))
+        total, count = math.fsum(energies), len(energies)
+        if not total:
+            return None
+        return math.fsum((2 * at - count - 1) * energy for at, energy in enumerate(energies, 1)) / (count * total)
+
+    def record(self) -> dict[str, Any]:
+        """The measurements as plain data."""
+        pairs = [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
+        return {
+            "adapters": [
+                {"name": name, "norm": self.norm(at), "gini": self.gini(at)} for at, name in enumerate(self.names)
+            ],
+            "pairs": [
+                {
+                    "first": a, "second": b, "cosine": self.cosine(a, b),
+                    **{name: self.mean(a, b, name) for name in ("overlap_out", "overlap_in", "sign_conflict")},
+                    "interference": self.mean(a, b, "interference"),
+                }
+                for a, b in pairs
+            ],
+            "effects": [
+                {**asdict(each), "spike": each.spike, "layer": self.cells[each.target].layer,
+                 "module": self.cells[each.target].module}
+                for each in self.effects
+            ],
+            "relations": [asdict(each) for each in self.relations], "together": dict(self.together),
+            "merged": [asdict(each) for each in self.merged], "base_warnings": list(self.bases),
+            "base_why": self.base_why,
+        }  # fmt: skip
+
+
+def measure(
+    adapters: Sequence[Adapter], names: Sequence[str], *, base: Checkpoint | None = None,
+    merged: Checkpoint | None = None, weights: Sequence[float] | None = None, rename: str | Sequence[str] = (),
+) -> Measurements:  # fmt: skip
+    """Measure adapters, and how they lie to one another, to their base and to what was merged of them.
+
+    Args:
+        adapters: the adapters.
+        names: one an adapter.
+        base: their base, not quantized or seen through `quant.dequantized`. One that they do not fit is left out, and
+            `base_why` says why.
+        merged: what they were merged into; needs `base`.
+        weights: with which they were merged; 1 each if None.
+        rename: rules for names; see `adapterkit.ops.compare`.
+
+    Raises:
+        AdapterkitError: the adapters are of different models; see `adapterkit.ops.compare`.
+    """
+    from ..binding.bases import check_base
+
+    base_why: str | None = None
+    bases: tuple[str, ...] = ()
+    if base is not None:
+        bases = check_base([*zip(names, adapters, strict=True)], base, strict=False)
+    try:
+        read, found = places(adapters, base=base, disjoint=True, rename=rename)
+    except AdapterkitError as error:
+        if base is None:
+            raise
+        base_why, base, merged = str(error), None, None
+        read, found = places(adapters, disjoint=True, rename=rename)
+    # A second BLAS thread gains nothing on factors, and waits in a loop where another program has its core.
+    with files_kept_open(), threadpool_limits(1, "blas"):
+        return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run()
+
+
+class _Measuring:
+    """One run over all targets."""
+
+    def __init__(
+        self, names: Sequence[str], found: Sequence[Place], base: Checkpoint | None, merged: Checkpoint | None,
+        weights: Sequence[float], bases: tuple[str, ...], base_why: str | None,
+    ) -> None:  # fmt: skip
+        self.names, self.found, self.factors, self.bases, self.base_why = names, found, weights, bases, base_why
+        self.base = None if base is None else _weights(found, base)
+        self.after = None if merged is None or base is None else _weights(found, merged)
+        self.effects: list[Effect] = []
+        self.relations: list[Relation] = []
+        self.together: dict[str, float] = {}
+        self.merged: list[Merged] = []
+
+    def run(self) -> Measurements:
+        for place in self.found:
+            self._at(place)
+        counts = _intruders(self.effects, self.found, self.base) if self.base is not None else {}
+        effects = [_with(each, intruders=counts.get((each.adapter, each.target))) for each in self.effects]
+        where = cells(place.target.path for place in self.found)
+        named = {str(place.target): where[place.target.path] for place in self.found}
+        return Measurements(
+            tuple(self.names), named, tuple(effects), tuple(self.relations), self.together, tuple(self.merged),
+            self.bases, self.base_why,
+        )  # fmt: skip
+
+    def _at(self, place: Place) -> None:
+        target = str(place.target)
+        changes: list[Change | None] = []
+        for adapter, updates in enumerate(place.updates):
+            changes.append(self._change(place, adapter, updates) if updates else None)
+        if not any(changes):
+            return
+        sums = [_Sum() for _ in changes]
+        pairs: dict[tuple[int, int], _PairSum] = {}
+        whole, after = _Lost(), _MergedSum()
+        try:
+            for expert, row in enumerate(side_by_side(changes)):
+                self._weight(place, expert, row, (sums, pairs, whole, after))
+            biases = [None if change is None else change.bias() for change in changes]
+        except AdapterkitError as error:
+            self.effects += [
+                _unmeasured(at, target, place.updates[at], error) for at, change in enumerate(changes) if change
+            ]
+            return
+        for at, change in enumerate(changes):
+            if change is not None:
+                bias = biases[at]
+                size = None if bias is None else math.sqrt(float((bias * bias).sum()))
+                self.effects.append(sums[at].effect(at, target, place.updates[at], change.shape, size))
+        self.relations += [each.relation(*pair, target) for pair, each in sorted(pairs.items())]
+        if whole.moved and sum(change is not None for change in changes) > 1:
+            self.together[target] = whole.share
+        if after.change:
+            self.merged.append(after.merged(target))
+
+    def _change(self, place: Place, adapter: int, updates: tuple[Update, ...]) -> Change | None:
+        """What one adapter adds; None where that cannot be told, which is noted."""
+        try:
+            alone = lowered(Place(place.target, (updates,), place.base))
+            (change,) = alone.changes()
+        except AdapterkitError as error:
+            self.effects.append(_unmeasured(adapter, str(place.target), updates, error))
+            return None
+        return change
+
+    def _weight(self, place: Place, expert: int, row: Sequence[Delta | None], into: Any) -> None:
+        sums, pairs, whole, after = into
+        parts = {at: _Part.of(delta) for at, delta in enumerate(row) if delta is not None}
+        blocks = {at: part.block() for at, part in parts.items()} if expert < EXPERTS else {}
+        W = self._stored(self.base, place, expert)
+        for at, part in parts.items():
+            sums[at].add(part, blocks.get(at), None if W is None else float((W * W).sum()))
+        for first in parts:
+            for second in parts:
+                if first < second and parts[first].shape == parts[second].shape:
+                    found = pairs.setdefault((first, second), _PairSum())
+                    found.add(parts[first], parts[second], blocks.get(first), blocks.get(second))
+        if len(blocks) > 1 and len({block.shape for block in blocks.values()}) == 1:
+            whole.add([*blocks.values()])
+        W2 = self._stored(self.after, place, expert)
+        if W is not None and W2 is not None and W.shape == W2.shape:
+            after.add(W2 - W, [(self.factors[at], delta) for at, delta in enumerate(row) if delta is not None])
+
+    @staticmethod
+    def _stored(weights: Weights | None, place: Place, expert: int) -> Array | None:
+        if weights is None or expert >= EXPERTS or place.target not in weights.sites:
+            return None
+        if weights.sites[place.target].weight is None:
+            return None
+        return weights.at(place.target, expert if place.target.stacked else None, bias=False)
+
+
+def _weights(found: Sequence[Place], base: Checkpoint) -> Weights:
+    from ..ops.at_base import Weights
+
+    return Weights({place.target: next(filter(None, place.updates)) for place in found if place.target.path}, base)
+
+
+def _unmeasured(adapter: int, target: str, updates: Sequence[Update], error: AdapterkitError) -> Effect:
+    return Effect(adapter, target, _methods(updates), why=error.why, code=error.code)
+
+
+def _methods(updates: Sequence[Update]) -> str:
+    return " + ".join(dict.fromkeys(update.method for update in updates))
+
+
+def _with(effect: Effect, **values: Any) -> Effect:
+    from dataclasses import replace
+
+    return replace(effect, **values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """One change of one weight: U `[out, r]` orthonormal, S `[r]`, V `[in * k, r]` orthonormal; or dense."""
+
+    delta: Delta
+    U: Array | None
+    S: Array | None
+    V: Array | None
+    dense: Array | None
+
+    @classmethod
+    def of(cls, delta: Delta) -> _Part:
+        import numpy as np
+
+        if delta.rest is None:
+            found = core([delta])
+            u, S, vh = np.linalg.svd(found.cores[0], full_matrices=False)
+            count = int((S[:1] * 1e-12 < S).sum())
+            return cls(delta, found.left @ u[:, :count], S[:count], (vh[:count] @ found.right).T, None)
+        dense = delta.dense()
+        if min(dense.shape) > LARGEST_EXACT:
+            return cls(delta, None, None, None, dense)
+        U, S, Vh = exact(dense)
+        count = int((S[:1] * 1e-12 < S).sum())
+        return cls(delta, U[:, :count], S[:count], Vh[:count].T, dense)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape
+
+    @property
+    def square(self) -> float:
+        """The squared norm."""
+        values = self.S if self.dense is None else self.dense
+        assert values is not None
+        return float((values * values).sum())
+
+    def block(self) -> Array:
+        """The elements of the change in `SIDE` rows and columns that are spread evenly."""
+        rows, columns = (spread(size) for size in self.shape)
+        B, A, rest = self.delta.B[rows], self.delta.A[:, columns], self.delta.rest
+        product: Array = B @ A
+        return product if rest is None else product + rest[rows][:, columns]
+
+
+def spread(size: int) -> Array:
+    """At most `SIDE` positions of an axis of so many elements, evenly."""
+    import numpy as np
+
+    return np.unique(np.linspace(0, size - 1, min(size, SIDE)).round().astype(int))
+
+
+class _Sum:
+    """One adapter at one target, over its experts."""
+
+    def __init__(self) -> None:
+        self.square, self.base, self.largest = 0.0, 0.0, -1.0
+        self.based = False
+        self.spectrum: tuple[float, ...] = ()
+        self.ranks: list[float] = []
+        self.rank: int | None = None
+        self.rank_99: int | None = None
+        self.blocks: list[Array] = []
+
+    def add(self, part: _Part, block: Array | None, base: float | None) -> None:
+        square = part.square
+        self.square += square
+        if base is not None:
+            self.base, self.based = self.base + base, True
+        if block is not None:
+            self.blocks.append(block.ravel())
+        if part.delta.rest is None:
+            self.rank = max(self.rank or 0, part.delta.rank)
+        if part.S is None:
+            return
+        self.ranks.append(effective_rank(part.S))
+        self.rank_99 = max(self.rank_99 or 0, rank_of(part.S, 0.99))
+        if square > self.largest:
+            self.largest, self.spectrum = square, tuple(map(float, part.S[:SHOWN]))
+
+    def effect(
+        self, adapter: int, target: str, updates: Sequence[Update], shape: tuple[int, ...], bias: float | None
+    ) -> Effect:  # fmt: skip
+        quantiles, peak = _values(self.blocks)
+        scalings = {update.attributes.get("scaling") for update in updates}
+        scaling = scalings.pop() if len(scalings) == 1 else None
+        norm = math.sqrt(self.square)
+        return Effect(
+            adapter, target, _methods(updates), shape, self.rank, scaling, norm, bias, self.spectrum,
+            math.fsum(self.ranks) / len(self.ranks) if self.ranks else None, self.rank_99, quantiles, peak,
+            norm / math.sqrt(self.base) if self.based and self.base else None,
+        )  # fmt: skip
+
+
+def rank_of(S: Array, share: float) -> int:
+    """How many of the singular values, largest first, hold a share of the squared norm."""
+    import numpy as np
+
+    if not len(S):
+        return 0
+    held = np.cumsum(S * S)
+    return int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))) + 1
+
+
+def _values(blocks: Sequence[Array]) -> tuple[tuple[float, ...], float | None]:
+    import numpy as np
+
+    if not blocks:
+        return (), None
+    values = np.concatenate(blocks)
+    size = math.sqrt(float((values * values).mean()))
+    found = tuple(map(float, np.quantile(values, QUANTILES)))
+    return found, float(np.abs(values).max()) / size if size else None
+
+
+class _PairSum:
+    """Two adapters at one target, over its experts."""
+
+    def __init__(self) -> None:
+        self.product, self.first, self.second = 0.0, 0.0, 0.0
+        self.overlaps: tuple[list[float], list[float]] = ([], [])
+        self.both, self.against = 0, 0
+        self.lost = _Lost()
+
+    def add(self, one: _Part, other: _Part, block: Array | None, against: Array | None) -> None:
+        import numpy as np
+
+        self.first, self.second = self.first + one.square, self.second + other.square
+        if one.dense is None and other.dense is None:
+            assert one.U is not None
+            assert one.S is not None
+            assert one.V is not None
+            assert other.U is not None
+            assert other.S is not None
+            assert other.V is not None
+            left, right = one.U.T @ other.U, one.V.T @ other.V
+            self.product += float(one.S @ (left * right) @ other.S)
+        else:
+            self.product += float((_dense(one) * _dense(other)).sum())
+            left, right = None, None
+            if one.U is not None and other.U is not None and one.V is not None and other.V is not None:
+                left, right = one.U.T @ other.U, one.V.T @ other.V
+        for found, product in zip(self.overlaps, (left, right), strict=True):
+            if product is not None and min(product.shape):
+                found.append(float((product * product).sum()) / min(product.shape))
+        if block is not None and against is not None:
+            product = block * against
+            self.both += int(np.count_nonzero(product))
+            self.against += int((product < 0).sum())
+            self.lost.add([block, against])
+
+    def relation(self, first: int, second: int, target: str) -> Relation:
+        size = math.sqrt(self.first * self.second)
+        cosine = max(-1.0, min(1.0, self.product / size)) if size else None
+        out, into = (math.fsum(found) / len(found) if found else None for found in self.overlaps)
+        return Relation(
+            first, second, target, self.product, cosine, out, into, self.against / self.both if self.both else None,
+            self.lost.share if self.lost.moved else None,
+        )  # fmt: skip
+
+
+def _dense(part: _Part) -> Array:
+    return part.delta.dense() if part.dense is None else part.dense
+
+
+class _Lost:
+    """What is lost of absolute changes when they are added."""
+
+    def __init__(self) -> None:
+        self.moved, self.left = 0.0, 0.0
+
+    def add(self, blocks: Sequence[Array]) -> None:
+        import numpy as np
+
+        self.moved += sum(float(np.abs(block).sum()) for block in blocks)
+        self.left += float(np.abs(sum(blocks)).sum())
+
+    @property
+    def share(self) -> float:
+        return 1 - self.left / self.moved
+
+
+class _MergedSum:
+    """What a merged weight holds, over the experts of a target."""
+
+    def __init__(self) -> None:
+        self.change, self.along, self.error = 0.0, 0.0, 0.0
+
+    def add(self, there: Array, changes: Sequence[tuple[float, Delta]]) -> None:
+        asked: Any = sum(weight * delta.dense() for weight, delta in changes)
+        self.change += float((asked * asked).sum())
+        self.along += float((asked * there).sum())
+        self.error += float(((there - asked) ** 2).sum())
+
+    def merged(self, target: str) -> Merged:
+        return Merged(target, self.along / self.change, math.sqrt(self.error / self.change))
+
+
+def _intruders(
+    effects: Sequence[Effect], found: Sequence[Place], base: Weights
+) -> dict[tuple[int, str], int]:  # fmt: skip
+    """Intruder dimensions at the targets that change most, as many as `INTRUDER_BUDGET` allows."""
+    by_name = {str(place.target): place for place in found}
+    counts: dict[tuple[int, str], int] = {}
+    budget = INTRUDER_BUDGET
+    directions: dict[str, Array] = {}
+    for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
+        place = by_name[effect.target]
+        if not effect.relative or effect.shape is None or place.target.stacked:
+            continue
+        out, columns = effect.shape[0], math.prod(effect.shape[1:])
+        cost = 2.0 * min(out, columns) ** 2 * max(out, columns)
+        if cost > budget:
+            continue
+        budget -= cost
+        W = base.at(place.target, None, bias=False)
+        if effect.target not in directions:
+            directions[effect.target] = exact(W)[0]
+        alone = lowered(Place(place.target, (place.updates[effect.adapter],), place.base))
+        tuned = W + next(_deltas(alone)).dense()
+        cosines = abs(directions[effect.target].T @ exact(tuned)[0][:, :INTRUDING])
+        counts[effect.adapter, effect.target] = int((cosines.max(0) < INTRUDER_COSINE).sum())
+    return counts
+
+
+def _deltas(place: Place) -> Iterator[Delta]:
+    (change,) = place.changes()
+    assert change is not None
+    return change.deltas()

@@ -1,0 +1,343 @@
+"""The page of a report: one HTML file without scripts or styles from elsewhere.
+
+Everything is there without scripts: the drawings are SVG, the table is a table. `page.js` adds search, sorting, tips on
+the drawings and the switch between light and dark. All text from files is escaped, so a name in an adapter cannot put
+markup into the page; and a policy in the page's head forbids the browser to load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from .charts import PALETTE, inline
+from .facts import WAYS
+from .verdicts import LEVELS, percent
+
+if TYPE_CHECKING:
+    from .facts import Facts
+    from .measuring import Effect
+    from .report import Report
+
+MOST_ROWS = 2000
+"""Rows of the table of targets: 45,000 make a page of 10 MB. The largest changes are shown, all are in the record."""
+
+HEADINGS = {"fault": "Faults", "warning": "Worth a look", "note": "Good to know"}
+
+HIDDEN = ("metadata", "of", "base_fingerprint")
+"""Values of lineage steps that are shown elsewhere, or are too long for a line."""
+
+
+def page(report: Report) -> str:
+    """Return the whole page."""
+    title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
+    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    sources = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script,)
+    )
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {sources}; img-src data:"
+    parts = "\n".join(_parts(report))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="adapterkit {__version__}">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#verdicts">Skip to the verdicts</a>
+<header>
+<p class="brand">adapterkit report</p>
+<h1>{_heading(report)}</h1>
+<p class="lead">{_lead(report)}</p>
+<button id="theme" type="button" hidden>Dark page</button>
+</header>
+<main>
+{parts}
+</main>
+<footer>Made by adapterkit {__version__}. Norms, angles and spectra are exact to rounding;
+signs and values of single elements are those of an evenly spread block of each weight.</footer>
+<div id="tip" role="status" hidden></div>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def fragment(report: Report) -> str:
+    """Return what a notebook shows: verdicts and drawings, without scripts and without styles for anything else."""
+    verdicts = "".join(
+        f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
+    )  # fmt: skip
+    drawings = "".join(
+        f'<figure style="margin:0 1.5em 1.5em 0;display:inline-block;vertical-align:top">'
+        f"<figcaption><b>{escape(chart.title)}</b></figcaption>{inline(chart)}</figure>"
+        for chart in report.charts
+    )
+    return f"<div><h3>{_heading(report)}</h3><ul>{verdicts}</ul>{drawings}</div>"
+
+
+def _heading(report: Report) -> str:
+    return escape(", ".join(facts.name for facts in report.facts))
+
+
+def _lead(report: Report) -> str:
+    measured = report.measured
+    targets = len({effect.target for effect in measured.effects})
+    told = [f"{len(report.facts)} adapter{'' if len(report.facts) == 1 else 's'} at {targets:,} targets"]
+    bases = dict.fromkeys(facts.base for facts in report.facts if facts.base)
+    if bases:
+        told.append(f"made for {', '.join(map(escape, bases))}")
+    if report.base:
+        told.append(f"held against {escape(report.base)}")
+    if report.merged:
+        told.append(f"and the merged model {escape(report.merged)}")
+    return ", ".join(told) + "."
+
+
+def _parts(report: Report) -> Iterable[str]:
+    yield _section("verdicts", "Verdicts", _verdicts(report))
+    yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
+    for group, charts in groupby(report.charts, key=lambda chart: chart.group):
+        yield _section(_slug(group), group, "".join(map(_figure, charts)), "charts")
+    yield _section("targets", "All targets", _table(report))
+    yield _section("lineage", "Lineage", _lineage(report.facts))
+    yield _section("fits", "Where it fits", _formats(report.facts))
+
+
+def _slug(text: str) -> str:
+    return text.lower().replace(" ", "-")
+
+
+def _section(name: str, title: str, inside: str, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    head = f'<h2 id="{name}-h">{title}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-h">{head}<div{of}>{inside}</div></section>'
+
+
+def _verdicts(report: Report) -> str:
+    found = []
+    for level in LEVELS:
+        here = [each for each in report.verdicts if each.level == level]
+        if here:
+            items = "".join(f"<li>{escape(each.text)}</li>" for each in here)
+            found.append(f'<div class="verdicts {level}"><h3>{HEADINGS[level]}</h3><ul>{items}</ul></div>')
+    if all(each.level == "note" for each in report.verdicts):
+        found.insert(0, '<p class="fine">Nothing is out of the ordinary.</p>')
+    return "".join(found)
+
+
+def _facts(found: Sequence[Facts]) -> str:
+    several = len(found) > 1
+    rows = []
+    for at, facts in enumerate(found):
+        mark = f'<i class="dot" style="background:{PALETTE[at % len(PALETTE)]}"></i>' if several else ""
+        cells = [
+            f'<th scope="row">{mark}{escape(facts.name)}</th>', _cell(facts.base or "not told"),
+            _cell(", ".join(f"{name} ({count:,})" for name, count in facts.methods.items())),
+            _cell(", ".join(map(str, facts.ranks)) or "none"), _cell(f"{facts.targets:,}", "n"),
+            _cell(f"{facts.parameters:,}", "n"), _cell(size(facts.bytes), "n"), _cell(", ".join(facts.dtypes)),
+            _cell(facts.format or "in memory"), _cell(facts.licence or "not told"), _cell(", ".join(facts.triggers)),
+        ]  # fmt: skip
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    names = (
+        "adapter",
+        "for",
+        "method",
+        "rank",
+        "targets",
+        "parameters",
+        "size",
+        "dtype",
+        "format",
+        "licence",
+        "trigger words",
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return _scrolled(
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "Table of the adapters"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def _cell(text: str, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    return f"<td{of}>{escape(text)}</td>"
+
+
+def _scrolled(table: str, label: str) -> str:
+    """A table in a frame that scrolls sideways, also by keyboard."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def _figure(chart: Any) -> str:
+    name = escape(chart.name)
+    return (
+        f'<figure id="f-{name}"><h3>{escape(chart.title)}</h3><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(chart.title)}, drawing">{inline(chart)}</div>'
+        f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+    )
+
+
+COLUMNS: Mapping[str, Any] = {
+    "target": lambda each, _: each.target,
+    "adapter": lambda each, report: report.facts[each.adapter].name,
+    "method": lambda each, _: each.method,
+    "shape": lambda each, _: "x".join(map(str, each.shape or ())),
+    "rank": lambda each, _: each.rank,
+    "norm": lambda each, _: each.norm,
+    "share": lambda each, report: _share(each, report),
+    "effective rank": lambda each, _: each.effective_rank,
+    "first direction": lambda each, _: each.spike,
+    "of the weight": lambda each, _: each.relative,
+    "intruders": lambda each, _: each.intruders,
+    "kept": lambda each, report: report.kept.get(each.target),
+    "note": lambda each, _: each.why,
+}
+"""Heading -> the value of one row; columns without any value are left out."""
+
+SHARES = ("share", "first direction", "of the weight", "kept")
+
+
+class _Rows:
+    """What the columns look at."""
+
+    def __init__(self, report: Report) -> None:
+        self.facts = report.facts
+        self.totals = [report.measured.norm(at) for at in range(len(report.facts))]
+        self.kept = {each.target: each.kept for each in report.measured.merged}
+
+
+def _share(effect: Effect, rows: _Rows) -> float | None:
+    total = rows.totals[effect.adapter]
+    return None if effect.norm is None or not total else (effect.norm / total) ** 2
+
+
+def _table(report: Report) -> str:
+    effects = report.measured.effects
+    rows = _Rows(report)
+    shown = sorted(effects, key=lambda each: -(each.norm or 0.0))[:MOST_ROWS]
+    columns = {
+        name: [value(each, rows) for each in shown]
+        for name, value in COLUMNS.items() if name != "adapter" or len(report.facts) > 1
+    }  # fmt: skip
+    columns = {name: found for name, found in columns.items() if any(value not in (None, "") for value in found)}
+    head = "".join(
+        f'<th scope="col" aria-sort="{"descending" if name == "norm" else "none"}">'
+        f'<button type="button">{name}</button></th>'
+        for name in columns
+    )
+    body = "".join(
+        "<tr>" + "".join(_value(name, found[at]) for name, found in columns.items()) + "</tr>"
+        for at in range(len(shown))
+    )
+    told = (
+        f"{len(effects):,} rows"
+        if len(shown) == len(effects)
+        else f"The {len(shown):,} largest of {len(effects):,} rows; all are in the output of --json"
+    )
+    return (
+        '<p class="search" hidden><label for="q">Search the targets</label>'
+        '<input id="q" type="search" placeholder="layers.11 o_proj" autocomplete="off"></p>'
+        f'<p id="count" role="status">{told}, the largest changes first.</p>'
+        + _scrolled(
+            f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table of all targets"
+        )
+    )
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    shown = percent(value) if name in SHARES else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f'<td class="n" data-v="{value:.6g}">{shown}</td>'
+
+
+def _lineage(found: Sequence[Facts]) -> str:
+    trees = "".join(
+        f"<li>{_node('adapter', facts.name)}{_steps([*facts.lineage], facts.base)}</li>" for facts in found
+    )  # fmt: skip
+    return f'<ul class="tree">{trees}</ul>'
+
+
+def _steps(steps: Sequence[Mapping[str, Any]], base: str | None) -> str:
+    """The steps of a lineage as nested lists, the newest first: each made of what stands below it."""
+    if not steps:
+        return f"<ul><li>{_node('base', base)}</li></ul>" if base else ""
+    *before, last = steps
+    args = last.get("args") or {}
+    of = args.get("of")
+    told = ", ".join(f"{key} {_brief(value)}" for key, value in args.items() if key not in HIDDEN and value is not None)
+    inside = _steps(before, base if not before and not isinstance(of, list) else None if isinstance(of, list) else base)
+    if isinstance(of, list):
+        made = [each for each in of if isinstance(each, Mapping)]
+        branches = "".join(f"<li>{_branch(each)}</li>" for each in made)
+        inside = f"<ul>{branches}</ul>"
+    return f"<ul><li>{_node(str(last.get('op')), told)}{inside}</li></ul>"
+
+
+def _branch(source: Mapping[str, Any]) -> str:
+    recipe = source.get("recipe")
+    steps = [step for step in recipe if isinstance(step, Mapping)] if isinstance(recipe, list) else []
+    return _node("adapter", "") + _steps(steps, source.get("base"))
+
+
+def _node(kind: str, text: str | None) -> str:
+    return f'<span class="node"><b>{escape(kind)}</b> {escape(text or "")}</span>'
+
+
+def _brief(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _formats(found: Sequence[Facts]) -> str:
+    parts = []
+    for facts in found:
+        rows = "".join(
+            f'<tr><th scope="row">{escape(facts.name)}</th><td>{escape(text)}</td><td>{_listed(facts, way)}</td></tr>'
+            for way, text in WAYS.items() if way in facts.formats.values()
+        )  # fmt: skip
+        parts.append(rows)
+    head = '<thead><tr><th scope="col">adapter</th><th scope="col">how</th><th scope="col">formats</th></tr></thead>'
+    table = _scrolled(f"<table>{head}<tbody>{''.join(parts)}</tbody></table>", "Table of formats")
+    tools = "".join(
+        f'<tr><th scope="row">{escape(facts.name)}</th>'
+        f"{''.join(_cell(each[name]) for name in ('title', 'loads', 'why'))}</tr>"
+        for facts in found for each in facts.loaders
+    )  # fmt: skip
+    if tools:
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
+        table += "<p>What tools make of the file as it is.</p>" + _scrolled(
+            f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
+        )
+    return (
+        "<p>Formats that can hold the methods of each adapter. <code>adapterkit convert</code> checks names of modules "
+        f"and a format's other limits.</p>{table}"
+    )
+
+
+def _listed(facts: Facts, way: str) -> str:
+    return escape(", ".join(name for name, how in facts.formats.items() if how == way))

@@ -1,0 +1,172 @@
+"""The report on adapters: made, shown in notebooks, and written as a page and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import StorageError, storage_error
+from .charts import Chart, charts, png, svg
+from .facts import Facts, facts_of
+from .measuring import Measurements, measure
+from .verdicts import Verdict, verdicts
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from ..adapter import Adapter
+    from ..tensors.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A report about adapters. It shows itself in notebooks.
+
+    Attributes:
+        facts: what the headers tell, one entry an adapter.
+        measured: all numbers.
+        verdicts: sentences about them, faults first.
+        base: what the base was called, if there was one.
+        merged: what the merged model was called, if there was one.
+        seconds: that measuring took.
+    """
+
+    facts: tuple[Facts, ...]
+    measured: Measurements
+    verdicts: tuple[Verdict, ...]
+    base: str | None = None
+    merged: str | None = None
+    seconds: float = 0.0
+
+    @cached_property
+    def charts(self) -> list[Chart]:
+        """The pictures, as Vega-Lite specifications; drawing them is left to `html` and `figures`."""
+        return charts(self.measured)
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "kind": "report", "base": self.base, "merged": self.merged, "seconds": round(self.seconds, 3),
+            "facts": [facts.record() for facts in self.facts], "verdicts": [asdict(each) for each in self.verdicts],
+            **self.measured.record(),
+        }  # fmt: skip
+
+    def html(self) -> str:
+        """Return the report as one HTML page that needs nothing else.
+
+        Raises:
+            Unsupported: the package that draws charts is not installed.
+        """
+        from .page import page
+
+        return page(self)
+
+    def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
+        """Write the report as one HTML file, whole or not at all.
+
+        Args:
+            out: the file.
+            overwrite: replace what is there.
+            made_from: a digest of what decides the page, kept with it for a later run; see `tensors.records`.
+
+        Raises:
+            StorageError: something is there, or it cannot be written.
+            Unsupported: the package that draws charts is not installed.
+        """
+        from ..tensors.staging import check_free, staged
+
+        path = Path(out)
+        if path.is_dir():
+            raise StorageError("a folder is there", path=path, cure="Name a file, such as report.html")
+        check_free(path, overwrite)
+        data = self.html().encode()
+        with staged(path, overwrite=overwrite, made_from=made_from) as place:
+            place.write_bytes(data)
+        return path
+
+    def figures(self, folder: str | PathLike[str]) -> list[Path]:
+        """Write every chart as PNG and SVG into a folder, and return the files. Files of the same names are replaced.
+
+        Raises:
+            StorageError: the folder cannot be written.
+            Unsupported: the package that draws charts is not installed.
+        """
+        from ..tensors.atomic import write_bytes
+
+        place = Path(folder)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, place) from error
+        written = []
+        for chart in self.charts:
+            for ending, data in ((".svg", svg(chart).encode()), (".png", png(chart))):
+                write_bytes(place / f"{chart.name}{ending}", data)
+                written.append(place / f"{chart.name}{ending}")
+        return written
+
+    def _repr_html_(self) -> str:
+        from .page import fragment
+
+        return fragment(self)
+
+    def __repr__(self) -> str:
+        names = ", ".join(facts.name for facts in self.facts)
+        counts = {level: sum(each.level == level for each in self.verdicts) for level in ("fault", "warning", "note")}
+        told = ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for level, count in counts.items() if count)
+        return f"<adapterkit report on {names}: {told}>"
+
+
+def made(
+    adapters: Sequence[Adapter], names: Sequence[str], *, paths: Sequence[Path | None] = (),
+    base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
+) -> Report:  # fmt: skip
+    """Make a report.
+
+    Args:
+        adapters: the adapters.
+        names: what to call them, each another.
+        paths: where each was read from; None for those in memory.
+        base: their base.
+        merged: what they were merged into; needs `base`.
+        rename: rules for names of targets.
+
+    Raises:
+        AdapterkitError: see `measuring.measure`.
+    """
+    import time
+
+    started = time.perf_counter()
+    where = list(paths) or [None] * len(adapters)
+    facts = [facts_of(adapter, name, path) for adapter, name, path in zip(adapters, names, where, strict=True)]
+    weights = _weights(merged, len(adapters))
+    measured = measure(
+        adapters, names, base=_plain(base), merged=_plain(merged), weights=weights, rename=rename
+    )  # fmt: skip
+    return Report(
+        tuple(facts), measured, tuple(verdicts(measured, facts)), None if base is None else str(base.root),
+        None if merged is None else str(merged.root), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _plain(base: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint with quantized weights as the numbers that they stand for."""
+    from ..quant import dequantized, is_quantized
+
+    return dequantized(base) if base is not None and is_quantized(base) else base
+
+
+def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
+    """The weights with which adapters were merged, as the merge's own record tells them."""
+    if merged is None:
+        return None
+    from ..binding.bases import merge_record
+
+    told = merge_record(merged).get("adapters")
+    if not isinstance(told, list) or len(told) != count:
+        return None
+    found = [each.get("weight") if isinstance(each, dict) else None for each in told]
+    return [float(value) for value in found] if all(isinstance(value, (int, float)) for value in found) else None  # type: ignore[arg-type]

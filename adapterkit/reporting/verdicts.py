@@ -1,0 +1,617 @@
+"""Verdicts: plain sentences about the measurements. Each rule is one entry of `RULES`: a code, a level and a function.
+
+Thresholds are constants of this file. A rule gives one sentence for each fault, at most `MOST` of them and then how
+many more there are. A clean adapter gets none but those of level `note`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .facts import Facts
+    from .measuring import Effect, Measurements
+
+LEVELS = ("fault", "warning", "note")
+
+MOST = 5
+"""Sentences of one rule that are shown."""
+
+HELD = 0.25
+"""Share of an adapter's squared norm that makes a target, layer or module worth naming, if it is `TIMES` its part."""
+
+TIMES = 4
+"""How many times its equal part a target, layer or module must hold."""
+
+SCALED = 3.0
+"""Ratio between a layer's norm and the one that its neighbours lead to expect."""
+
+DEAD = 1e-6
+"""Norm, relative to the median of the targets with the same module, below which a target changes nothing."""
+
+SPIKE = 0.9
+"""Share of the squared norm in one singular value from which a change of rank 4 or more is a rank-1 spike."""
+
+WIDE = 0.35
+"""Effective rank relative to the stored rank below which the rank is mostly unused."""
+
+OPPOSED, ALIKE, SAME = -0.2, 0.5, 0.9999
+"""Cosines of two changes: against one another, much alike, the same but for a factor."""
+
+CONFLICT = 0.6
+"""Share of elements that are moved in opposite directions; unrelated changes have 0.5."""
+
+LOST = 0.5
+"""Share of the absolute changes that is lost in a sum; two unrelated changes lose 0.29, eight 0.65 at most."""
+
+LOUDER = 4.0
+"""Ratio of the norms of two adapters from which the smaller one is hardly heard in a plain sum."""
+
+LARGE = 0.5
+"""Norm of a change relative to the base's weight from which the weight is mostly another one."""
+
+PEAK = 40.0
+"""Largest element relative to the root mean square from which values are outliers."""
+
+SCALING = (1 / 64, 64.0)
+"""Scalings of a LoRA outside of which a file's alpha is most likely wrong."""
+
+KEPT, NOTHING, WRONG = 0.95, 0.05, 1.0
+"""Share of a change in a merged model: mostly lost below the first, not merged below the second. An error above the
+third is larger than the change itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One sentence.
+
+    Attributes:
+        code: of the rule.
+        level: `fault` for what is broken, `warning` for what is probably not meant, `note` for what is good to know.
+        text: the sentence.
+        adapter: the position of the adapter it is about, if it is about one.
+        target: the target it is about, if it is about one.
+    """
+
+    code: str
+    level: str
+    text: str
+    adapter: int | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What rules look at."""
+
+    measured: Measurements
+    facts: Sequence[Facts]
+
+    def each(self) -> Iterator[tuple[int, str, list[Effect]]]:
+        """Position, name and measured effects of every adapter; the name is empty where there is but one."""
+        alone = len(self.facts) == 1
+        for at, facts in enumerate(self.facts):
+            yield at, "" if alone else f"{facts.name}: ", self.measured.of(at)
+
+    def title(self, target: str) -> str:
+        return self.measured.cells[target].title
+
+    def pairs(self) -> Iterator[tuple[int, int, str]]:
+        names = [facts.name for facts in self.facts]
+        for a in range(len(names)):
+            for b in range(a + 1, len(names)):
+                yield a, b, f"{names[a]} and {names[b]}"
+
+
+Found = Iterable[tuple[str, int | None, str | None]]
+"""Sentence, adapter, target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One entry of `RULES`."""
+
+    code: str
+    level: str
+    find: Callable[[Findings], Found]
+
+
+def verdicts(measured: Measurements, facts: Sequence[Facts]) -> list[Verdict]:
+    """Return all verdicts, those of faults first.
+
+    Args:
+        measured: the numbers.
+        facts: one entry an adapter.
+    """
+    findings, found = Findings(measured, facts), list[Verdict]()
+    for rule in RULES:
+        told = [*rule.find(findings)]
+        found += [Verdict(rule.code, rule.level, *each) for each in told[:MOST]]
+        if len(told) > MOST:
+            found.append(Verdict(rule.code, rule.level, f"... and {len(told) - MOST:,} more like the last one."))
+    return sorted(found, key=lambda verdict: LEVELS.index(verdict.level))
+
+
+def percent(share: float) -> str:
+    """A share as people read it: `40 %`, `0.3 %`."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 9.95 else f"{value:.2g} %"
+
+
+def _energy(effects: Iterable[Effect]) -> float:
+    return math.fsum((effect.norm or 0.0) ** 2 for effect in effects)
+
+
+def _unread(findings: Findings) -> Found:
+    for effect in findings.measured.effects:
+        if effect.why is not None and effect.code not in ("usage", "not-mergeable"):
+            yield f"{effect.target} of {findings.facts[effect.adapter].name} is damaged: {effect.why}.", *_at(effect)
+
+
+def _at(effect: Effect) -> tuple[int, str]:
+    return effect.adapter, effect.target
+
+
+def _unmeasured(code: str, sentence: str) -> Callable[[Findings], Found]:
+    def find(findings: Findings) -> Found:
+        methods: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for effect in findings.measured.effects:
+            if effect.code == code:
+                methods[effect.adapter, effect.method].append(effect.target)
+        for (at, method), targets in methods.items():
+            name = findings.facts[at].name
+            yield sentence.format(name=name, method=method, count=f"{len(targets):,}"), at, targets[0]
+
+    return find
+
+
+def _misfit(findings: Findings) -> Found:
+    if findings.measured.base_why is not None:
+        yield f"The adapter does not fit the base that was given: {findings.measured.base_why}", None, None
+
+
+def _other_base(findings: Findings) -> Found:
+    for why in findings.measured.bases:
+        yield f"This is probably the wrong base: {why}.", None, None
+
+
+def _different_bases(findings: Findings) -> Found:
+    named = {facts.base.lower(): facts for facts in findings.facts if facts.base}
+    if len(named) > 1:
+        told = " and ".join(f"{facts.name} for {facts.base}" for facts in named.values())
+        yield f"The adapters were made for different bases: {told}.", None, None
+
+
+def _silent(findings: Findings) -> Found:
+    for at, _, effects in findings.each():
+        if effects and not any(effect.norm or effect.bias_norm for effect in effects):
+            name = findings.facts[at].name
+            yield f"{name} changes nothing: every change is zero. It was saved before training.", at, None
+
+
+def _dead_layers(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        layers = _by_layer(findings, effects)
+        if len(layers) < 2:
+            continue
+        sizes = {layer: math.sqrt(_energy(found)) for layer, found in layers.items()}
+        middle = statistics.median(sizes.values())
+        for layer, size in sizes.items():
+            if middle and size <= DEAD * middle and len(layers[layer]) > 1:
+                yield f"{name}{_layer(layer)} is dead: none of its {len(layers[layer])} targets is changed.", at, None
+
+
+def _layer(layer: str) -> str:
+    return f"layer {layer}" if layer.isdecimal() else layer
+
+
+def _by_layer(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
+    """The effects by layer, in the order of layers."""
+    cells = findings.measured.cells
+    found: dict[str, list[Effect]] = defaultdict(list)
+    for effect in sorted(effects, key=lambda each: cells[each.target].order):
+        if cells[effect.target].layer:
+            found[cells[effect.target].layer].append(effect)
+    return dict(found)
+
+
+def _by_module(findings: Findings, effects: Iterable[Effect]) -> dict[str, list[Effect]]:
+    found: dict[str, list[Effect]] = defaultdict(list)
+    for effect in effects:
+        found[findings.measured.cells[effect.target].module].append(effect)
+    return dict(found)
+
+
+def _dead_targets(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        layers = _by_layer(findings, effects)
+        dead_layers = {
+            id(effect) for found in layers.values() if len(found) > 1 and not _energy(found) for effect in found
+        }
+        if not _energy(effects):
+            continue
+        for found in _by_module(findings, effects).values():
+            middle = statistics.median(effect.norm or 0.0 for effect in found) or max(e.norm or 0.0 for e in found)
+            for effect in found:
+                if (effect.norm or 0.0) <= DEAD * middle and id(effect) not in dead_layers:
+                    yield f"{name}{findings.title(effect.target)} is dead: its change is zero.", at, effect.target
+
+
+def _scaled_layers(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        layers = _by_layer(findings, effects)
+        ratios = {layer: _ratio(findings, layers, layer) for layer in layers} if len(layers) > 3 else {}
+        for layer, ratio in ratios.items():
+            if ratio is not None and not 1 / SCALED < ratio < SCALED:
+                text = (
+                    f"{name}{_layer(layer)} is out of scale: its changes are {_times(ratio)} those of its neighbours."
+                )
+                yield text, at, None
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio >= 1 else f"{percent(ratio)} of"
+
+
+def _ratio(findings: Findings, layers: Mapping[str, list[Effect]], layer: str) -> float | None:
+    """How many times larger a layer's targets are than those of its neighbours; None where they do not agree on it.
+
+    A layer in which one target stands out is no layer out of scale: all of its targets must be.
+    """
+    order = [*layers]
+    at = order.index(layer)
+    near = [order[i] for i in range(max(0, at - 2), min(len(order), at + 3)) if i != at]
+    ratios = []
+    for effect in layers[layer]:
+        module = findings.measured.cells[effect.target].module
+        others = [
+            other.norm for name in near for other in layers[name]
+            if findings.measured.cells[other.target].module == module and other.norm
+        ]  # fmt: skip
+        if others and effect.norm:
+            ratios.append(effect.norm / statistics.median(others))
+    if len(ratios) < 2:
+        return None
+    low, high = min(ratios), max(ratios)
+    return statistics.median(ratios) if low > SCALED or high < 1 / SCALED else None
+
+
+def _concentrated(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        total = _energy(effects)
+        if not total or len(effects) < 2 * TIMES:
+            continue
+        for effect in sorted(effects, key=lambda each: -(each.norm or 0.0)):
+            share = (effect.norm or 0.0) ** 2 / total
+            if share >= max(HELD, TIMES / len(effects)):
+                text = f"{name}{findings.title(effect.target)} holds {percent(share)} of the change."
+                yield text, at, effect.target
+
+
+def _in_layers(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        total, layers = _energy(effects), _by_layer(findings, effects)
+        if not total or len(layers) < 6:
+            continue
+        third = len(layers) // 3
+        groups = [*layers.values()]
+        for word, found in (("first", groups[:third]), ("last", groups[-third:])):
+            share = math.fsum(map(_energy, found)) / total
+            if share > 0.5:
+                yield f"{name}the {word} third of the layers holds {percent(share)} of the change.", at, None
+
+
+def _in_modules(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        total, modules = _energy(effects), _by_module(findings, effects)
+        if not total or len(modules) < 3 or len(effects) < 2 * TIMES:
+            continue
+        for module, found in modules.items():
+            share, part = _energy(found) / total, len(found) / len(effects)
+            if share > 0.5 and share > 2 * part and len(found) > 1:
+                yield f"{name}{module} holds {percent(share)} of the change, over all layers.", at, None
+
+
+def _spikes(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        several = [e for e in effects if len(e.spectrum) >= 2 and (e.rank or len(e.spectrum)) >= 4]
+        found = [effect for effect in several if (effect.spike or 0.0) > SPIKE]
+        if len(found) > 3 and len(found) > len(effects) / 2:
+            yield f"{name}{len(found):,} of {len(effects):,} targets are changes of rank 1 in effect.", at, None
+            continue
+        for effect in found:
+            share, rank = percent(effect.spike or 0.0), effect.rank or "full"
+            how = f"{share} of its change lies in one direction of the {rank} it has"
+            yield f"{name}{findings.title(effect.target)} is a rank-1 spike: {how}.", at, effect.target
+
+
+def _unused_rank(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        ranked = [
+            e for e in effects if e.rank and e.rank >= 4 and e.effective_rank is not None and e.rank_99 and e.norm
+        ]
+        if not ranked:
+            continue
+        used = statistics.median((effect.effective_rank or 0.0) / (effect.rank or 1) for effect in ranked)
+        if used < WIDE:
+            rank, needed = max(e.rank or 0 for e in ranked), max(e.rank_99 or 0 for e in ranked)
+            text = f"{name}most of the rank is unused: the effective rank is {percent(used)} of it in the middle."
+            if needed < rank:
+                text += f" Rank {needed} of {rank} keeps 99 % of every change: adapterkit resize --rank {needed}."
+            yield text, at, None
+
+
+def _ranks(findings: Findings) -> Found:
+    for at, facts in enumerate(findings.facts):
+        if len(facts.ranks) > 1:
+            told = ", ".join(f"{rank} ({count:,})" for rank, count in facts.ranks.items())
+            yield f"{facts.name} has targets of different ranks: {told}.", at, None
+
+
+def _scalings(findings: Findings) -> Found:
+    low, high = SCALING
+    for at, name, effects in findings.each():
+        strange = [e for e in effects if e.scaling is not None and e.scaling and not low <= abs(e.scaling) <= high]
+        if strange:
+            one = strange[0]
+            where = "every target" if len(strange) == len(effects) else findings.title(one.target)
+            yield f"{name}{where} has a scaling of {one.scaling:g}: is alpha right?", at, one.target
+        values = {e.scaling for e in effects if e.scaling is not None}
+        if len(values) > 1 and not strange:
+            told = ", ".join(f"{value:g}" for value in sorted(values)[:6])
+            yield f"{name}targets have different scalings: {told}.", at, None
+
+
+def _gaps(findings: Findings) -> Found:
+    """Layers without a target where nearly all others of their kind have one."""
+    cells = findings.measured.cells
+    for at, name, effects in findings.each():
+        here = [effect for effect in findings.measured.effects if effect.adapter == at]
+        # Layers of a U-Net's blocks have other modules than those of its middle: only names that are alike compare.
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for layer in _by_layer(findings, here):
+            kinds[re.sub(r"\d+", "#", layer)].append(layer)
+        for module, found in _by_module(findings, here).items():
+            there = {cells[effect.target].layer for effect in found}
+            for layers in kinds.values():
+                missing = [layer for layer in layers if layer not in there]
+                if effects and len(layers) >= 6 and missing and len(missing) <= max(1, len(layers) // 8):
+                    word = "layer" if len(missing) == 1 else "layers"
+                    yield f"{name}{module} is missing in {word} {', '.join(missing)}; all others have it.", at, None
+
+
+def _peaks(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        for effect in effects:
+            if effect.peak is not None and effect.peak > PEAK:
+                how = f"one element is {effect.peak:.0f} times the root mean square"
+                yield f"{name}{findings.title(effect.target)} has outliers: {how}.", at, effect.target
+
+
+def _too_large(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        found = [effect for effect in effects if (effect.relative or 0.0) > LARGE]
+        if found:
+            most = max(found, key=lambda effect: effect.relative or 0.0)
+            how = f"the change of {findings.title(most.target)} is {percent(most.relative or 0.0)} of its weight"
+            more = f"; {len(found):,} of {len(effects):,} targets are above {percent(LARGE)}" if found[1:] else ""
+            yield f"{name}{how}{more}.", at, most.target
+
+
+def _intruders(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        looked = [effect for effect in effects if effect.intruders is not None]
+        found = [effect for effect in looked if effect.intruders]
+        if found:
+            most = max(found, key=lambda effect: effect.intruders or 0)
+            where = f"most in {findings.title(most.target)}: {most.intruders} of 10"
+            what = "singular vectors that the base does not have"
+            text = (
+                f"{name}{len(found):,} of {len(looked):,} targets looked at have intruder dimensions, {what}; {where}."
+            )
+            yield text, at, most.target
+
+
+def _same(findings: Findings) -> Found:
+    measured = findings.measured
+    for a, b, both in findings.pairs():
+        cosine, one, other = measured.cosine(a, b), measured.norm(a), measured.norm(b)
+        if cosine is None or abs(cosine) < SAME:
+            continue
+        ratio = one / other
+        if cosine < 0:
+            yield f"{both} undo one another: their cosine is {cosine:.4f}.", None, None
+        elif abs(ratio - 1) < 1e-3:
+            yield f"{both} are the same adapter: their cosine is {cosine:.4f} and their norms are equal.", None, None
+        else:
+            name, against = findings.facts[a].name, findings.facts[b].name
+            yield f"{name} is {against} times {ratio:.3g}: only their scale differs.", None, None
+
+
+def _opposed(findings: Findings) -> Found:
+    for a, b, both in findings.pairs():
+        cosine = findings.measured.cosine(a, b)
+        if cosine is not None and -SAME < cosine <= OPPOSED:
+            yield f"{both} work against one another: their cosine is {cosine:.2f}.", None, None
+
+
+def _conflicts(findings: Findings) -> Found:
+    """Targets where two adapters pull in opposite directions though they do not as a whole."""
+    names = [facts.name for facts in findings.facts]
+    for each in findings.measured.relations:
+        whole = findings.measured.cosine(each.first, each.second)
+        if each.cosine is None or whole is None or whole <= OPPOSED:
+            continue
+        if each.cosine <= OPPOSED or (each.sign_conflict or 0.0) > CONFLICT:
+            signs = "" if each.sign_conflict is None else f"; {percent(each.sign_conflict)} of the signs differ"
+            both = f"{names[each.first]} and {names[each.second]}"
+            text = f"{both} conflict at {findings.title(each.target)}: cosine {each.cosine:.2f}{signs}."
+            yield text, None, each.target
+
+
+def _interfering(findings: Findings) -> Found:
+    lost = findings.measured.together
+    if len(findings.facts) == 2 and lost:
+        # Of unrelated changes of one size 0.29 is lost, so only what is far above is named.
+        worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
+        for share, target in worst:
+            text = f"A plain sum loses {percent(share)} of what both change at {findings.title(target)}."
+            yield text, None, target
+
+
+def _loud(findings: Findings) -> Found:
+    measured = findings.measured
+    together = {at for each in measured.relations for at in (each.first, each.second)}
+    sizes = [(measured.norm(at), findings.facts[at].name) for at in together if measured.norm(at)]
+    if len(sizes) > 1 and max(sizes)[0] > LOUDER * min(sizes)[0]:
+        (large, loud), (small, quiet) = max(sizes), min(sizes)
+        ratio = large / small
+        yield f"{loud} is {ratio:.3g} times as large as {quiet} and drowns it in a plain sum: set --weight.", None, None
+
+
+def _alike(findings: Findings) -> Found:
+    for a, b, both in findings.pairs():
+        cosine = findings.measured.cosine(a, b)
+        if cosine is not None and ALIKE <= cosine < SAME:
+            yield f"{both} do much the same: their cosine is {cosine:.2f}.", None, None
+
+
+def _sharing(findings: Findings) -> Found:
+    """Two adapters in one subspace that are not alike: what one learned, the other writes over."""
+    measured = findings.measured
+    for a, b, both in findings.pairs():
+        cosine = measured.cosine(a, b)
+        out, into = measured.mean(a, b, "overlap_out"), measured.mean(a, b, "overlap_in")
+        if cosine is None or out is None or into is None or abs(cosine) >= ALIKE:
+            continue
+        if min(out, into) > 0.5 and not _fills(measured.of(a)) and not _fills(measured.of(b)):
+            text = f"{both} use the same subspace ({percent(out)} of outputs, {percent(into)} of inputs) in other ways."
+            yield text, None, None
+
+
+def _fills(effects: Sequence[Effect]) -> bool:
+    """Whether most changes span so much of their weights that any two of them overlap."""
+    sides = [len(each.spectrum) / min(each.shape[0], math.prod(each.shape[1:])) for each in effects if each.shape]
+    return bool(sides) and statistics.median(sides) > 0.2
+
+
+def _apart(findings: Findings) -> Found:
+    measured = findings.measured
+    common = {tuple(sorted((each.first, each.second))) for each in measured.relations}
+    for a, b, both in findings.pairs():
+        if (a, b) not in common and measured.of(a) and measured.of(b):
+            yield f"{both} have no target in common.", None, None
+
+
+def _independent(findings: Findings) -> Found:
+    measured, pairs = findings.measured, [*findings.pairs()]
+    cosines = [measured.cosine(a, b) for a, b, _ in pairs]
+    if pairs and measured.relations and all(c is not None and abs(c) < 0.05 for c in cosines):
+        who = pairs[0][2] if len(pairs) == 1 else "The adapters"
+        yield f"{who} are independent: no cosine is above 0.05, so a plain sum keeps what each does.", None, None
+
+
+def _merged(findings: Findings) -> Found:
+    merged = findings.measured.merged
+    if not merged:
+        return
+    kept = {each.target: each.kept for each in merged}
+    nothing = [target for target, share in kept.items() if abs(share) < NOTHING]
+    if len(nothing) == len(merged):
+        yield "The merged model holds nothing of the change: it is the base.", None, None
+        return
+    for target in nothing:
+        yield f"The merged model holds nothing of the change at {findings.title(target)}.", None, target
+    other = [each for each in merged if abs(each.kept) >= NOTHING and not KEPT <= each.kept <= 2 - KEPT]
+    if other:
+        farthest = max(other, key=lambda each: abs(each.kept - 1))
+        text = f"the merged model holds {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
+        more = (
+            f"; {len(other):,} of {len(merged):,} targets are off by more than {percent(1 - KEPT)}" if other[1:] else ""
+        )
+        yield f"{text}{more}.", None, farthest.target
+
+
+def _merged_noise(findings: Findings) -> Found:
+    """Rounding of the merged weights that is as large as the change."""
+    noisy = [e for e in findings.measured.merged if e.error > WRONG and abs(e.kept - 1) <= 1 - KEPT]
+    if noisy:
+        worst = max(noisy, key=lambda each: each.error)
+        count, total = len(noisy), len(findings.measured.merged)
+        text = f"In {count:,} of {total:,} targets the rounding of the merged weights is larger than the change"
+        yield f"{text}; most in {findings.title(worst.target)}: {worst.error:.2g} times.", None, worst.target
+
+
+def _merged_well(findings: Findings) -> Found:
+    merged = findings.measured.merged
+    if merged and all(abs(each.kept - 1) <= 1 - KEPT for each in merged):
+        worst, error = min(each.kept for each in merged), max(each.error for each in merged)
+        text = f"The merged model holds the change: at least {percent(worst)} of it at each of {len(merged):,} targets"
+        yield f"{text}, with an error of {percent(error)} at most.", None, None
+
+
+def _summary(findings: Findings) -> Found:
+    measured = findings.measured
+    for at, facts in enumerate(findings.facts):
+        effects = measured.of(at)
+        if not effects:
+            continue
+        total = _energy(effects)
+        if not total:
+            continue
+        top = max(effects, key=lambda effect: effect.norm or 0.0)
+        share = (top.norm or 0.0) ** 2 / total
+        text = f"{facts.name}: norm {measured.norm(at):.4g} over {len(effects):,} targets"
+        yield (
+            f"{text}; the largest change is {findings.title(top.target)}, with {percent(share)} of it.",
+            at,
+            top.target,
+        )
+
+
+_BASE = "{name}: {count} targets of {method} cannot be measured without their base: pass --base (base=)."
+_ELSEWHERE = "{name}: {count} targets of {method} change outputs or inputs, not weights: they have no norm or spectrum."
+
+RULES = (
+    Rule("damaged", "fault", _unread),
+    Rule("does-not-fit", "fault", _misfit),
+    Rule("wrong-base", "fault", _other_base),
+    Rule("different-bases", "warning", _different_bases),
+    Rule("untrained", "fault", _silent),
+    Rule("dead-layer", "warning", _dead_layers),
+    Rule("dead-target", "warning", _dead_targets),
+    Rule("scaled-layer", "warning", _scaled_layers),
+    Rule("concentrated", "warning", _concentrated),
+    Rule("spike", "warning", _spikes),
+    Rule("outliers", "warning", _peaks),
+    Rule("too-large", "warning", _too_large),
+    Rule("scaling", "warning", _scalings),
+    Rule("missing-targets", "warning", _gaps),
+    Rule("intruders", "warning", _intruders),
+    Rule("same", "warning", _same),
+    Rule("opposed", "warning", _opposed),
+    Rule("conflict", "warning", _conflicts),
+    Rule("interference", "warning", _interfering),
+    Rule("louder", "warning", _loud),
+    Rule("nothing-in-common", "warning", _apart),
+    Rule("shared-subspace", "warning", _sharing),
+    Rule("merged-less", "fault", _merged),
+    Rule("merged-rounding", "warning", _merged_noise),
+    Rule("needs-base", "note", _unmeasured("usage", _BASE)),
+    Rule("no-weights", "note", _unmeasured("not-mergeable", _ELSEWHERE)),
+    Rule("summary", "note", _summary),
+    Rule("first-or-last", "note", _in_layers),
+    Rule("by-module", "note", _in_modules),
+    Rule("unused-rank", "note", _unused_rank),
+    Rule("several-ranks", "note", _ranks),
+    Rule("alike", "note", _alike),
+    Rule("independent", "note", _independent),
+    Rule("merged-well", "note", _merged_well),
+)
+"""All rules, in the order in which their sentences are shown within a level."""

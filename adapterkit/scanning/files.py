@@ -1,0 +1,297 @@
+"""Findings in the files themselves, before anything in them is read as an adapter."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickletools
+import re
+import unicodedata
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterkitError, shown
+from ..tensors.inputs import read_input
+from ..tensors.torch_values import KNOWN
+from .findings import Finding
+
+CODE = frozenset({
+    ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".cu", ".ptx",
+    ".jar", ".whl", ".egg", ".lua",
+})  # fmt: skip
+"""Endings of files that something may run."""
+
+PLAIN_HIDDEN = frozenset({".gitattributes", ".gitignore", ".cache", ".huggingface", ".adapterkit"})
+"""Hidden names that hubs and git leave behind."""
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz")
+_AUTO = ("auto_map", "custom_pipelines", "trust_remote_code", "model_class_path", "processor_class_path")
+_TRUSTED_PARENTS = (
+    "__main__.",
+    "torch.",
+    "transformers.",
+    "diffusers.",
+    "peft.",
+    "adapters.",
+    "sentence_transformers.",
+)
+_PROGRAMS = (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
+_ADDRESS = re.compile(r"(?:https?|wss?|ftp)://[^\s'\"<>){}]+")
+MOST = 20
+"""Findings of one rule in one file; a pickle of a thousand calls is told by its first ones."""
+
+LARGEST_TEXT = 32 << 20
+_BIDI = frozenset("\u200b\u200c\u200d\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Finding]:
+    """Findings in all files of a folder, or in one file."""
+    folder = root if root.is_dir() else root.parent
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if file.is_symlink() and not _inside(file, folder):
+            yield Finding("link", name, "", f"it points to {os.readlink(file)}")
+            continue
+        yield from _name(name)
+        try:
+            head = _head(file)
+            yield from _content(name, head)
+            if _is_pickle(head) or head[:2] == b"PK":
+                yield from _pickles(name, file)
+            if file.suffix in (".json", ".jinja") or file.name == "chat_template.json":
+                yield from _texts(name, file)
+        except (AdapterkitError, OSError, zipfile.BadZipFile) as error:
+            unread.append(f"{name}: {error}")
+    yield from _twice(folder, files)
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    """Whether a link stays in the folder, or in the cache that a hub client keeps beside it."""
+    target = file.resolve()
+    top = folder.resolve()
+    # huggingface_hub's snapshots are folders of links into the `blobs` of the same repository.
+    return target.is_relative_to(top) or (
+        top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")
+    )
+
+
+def _name(name: str) -> Iterator[Finding]:
+    parts = Path(name).parts
+    for part in parts:
+        if part.startswith(".") and part not in PLAIN_HIDDEN and not part.startswith(".adapterkit"):
+            yield Finding("hidden-file", name, "", f"the name {part!r} is hidden")
+        strange = confusable(part)
+        if strange:
+            yield Finding("lookalike-name", name, "", strange)
+    suffixes = Path(name).suffixes
+    if suffixes and suffixes[-1].lower() in CODE:
+        yield Finding("code-file", name, "", f"a file {suffixes[-1]}")
+    weights = [suffix for suffix in suffixes[:-1] if suffix.lower() in WEIGHTS]
+    if weights and suffixes[-1].lower() not in (*WEIGHTS, ".json", ".lora"):
+        yield Finding("hidden-file", name, "", f"it reads as {weights[-1]} and is {suffixes[-1]}")
+    if re.search(r"\s{3,}|\s$", name):
+        yield Finding("hidden-file", name, "", "white space hides the end of its name")
+
+
+def confusable(text: str) -> str:
+    """Why a text may be read as another one; empty where it cannot."""
+    invisible = sorted({f"U+{ord(c):04X}" for c in text if c in _BIDI or unicodedata.category(c) in ("Cf", "Cc")})
+    if invisible:
+        return f"invisible characters {', '.join(invisible)} in {shown(text)}"
+    scripts = {_script(c) for c in text if c.isalpha()}
+    if "LATIN" in scripts and scripts & {"CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE", "FULLWIDTH", "MATHEMATICAL"}:
+        others = sorted({f"{c} (U+{ord(c):04X})" for c in text if c.isalpha() and _script(c) != "LATIN"})
+        return f"{', '.join(others[:5])} among Latin letters in {shown(text)}"
+    return ""
+
+
+def _script(char: str) -> str:
+    return unicodedata.name(char, "UNKNOWN").partition(" ")[0]
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(512)
+
+
+def _is_pickle(head: bytes) -> bool:
+    """Whether these are the first bytes of a pickle, of which the first opcodes make sense.
+
+    A safetensors file may begin with the same two bytes: they are the length of its header.
+    """
+    if head[:1] != b"\x80" or not 2 <= head[1] <= 5:
+        return False
+    count = 0
+    with suppress(ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError):
+        for _ in pickletools.genops(head):
+            count += 1
+    return count > 2
+
+
+def _content(name: str, head: bytes) -> Iterator[Finding]:
+    suffix = Path(name).suffix.lower()
+    kind = (
+        "a program" if head[:4] in _PROGRAMS or head[:2] == b"MZ"
+        else "a script" if head[:2] == b"#!"
+        else "a pickle" if _is_pickle(head)
+        else "a zip archive" if head[:2] == b"PK"
+        else "a GGUF file" if head[:4] == b"GGUF"
+        else ""
+    )  # fmt: skip
+    allowed = {
+        "a pickle": (".bin", ".pt", ".pth", ".ckpt", ".pkl"), "a GGUF file": (".gguf",),
+        "a zip archive": (".bin", ".pt", ".pth", ".ckpt", ".npz", ".zip", ".keras"),
+    }  # fmt: skip
+    if kind in ("a program", "a script"):
+        yield Finding("code-file", name, "first bytes", f"it is {kind}")
+    elif kind and suffix in (*WEIGHTS, ".json", ".md", ".txt", ".jinja", ".model") and suffix not in allowed[kind]:
+        yield Finding("other-content", name, "first bytes", f"it is {kind}")
+
+
+def _pickles(name: str, file: Path) -> Iterator[Finding]:
+    """Globals that the pickles of a file ask for and that no state dict needs."""
+    data = file.read_bytes() if file.stat().st_size <= LARGEST_TEXT else b""
+    if data[:2] == b"PK" or (not data and zipfile.is_zipfile(file)):
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith((".pkl", ".pickle")) or entry.filename.endswith("data.pkl"):
+                    if entry.file_size > LARGEST_TEXT:
+                        yield Finding("pickle-call", name, entry.filename, f"a pickle of {entry.file_size:,} bytes")
+                        continue
+                    yield from _calls(name, entry.filename, archive.read(entry))
+                elif Path(entry.filename).suffix in CODE:
+                    yield Finding("code-file", name, entry.filename, "a file of code in the archive")
+        return
+    yield from _calls(name, "", data)
+
+
+def _calls(name: str, place: str, data: bytes) -> Iterator[Finding]:
+    stream = io.BytesIO(data)
+    found = 0
+    while stream.tell() < len(data) and found < MOST:
+        texts: list[str] = []
+        try:
+            for opcode, argument, position in pickletools.genops(stream):
+                if isinstance(argument, str):
+                    texts.append(argument)
+                asked = ""
+                if opcode.name in ("GLOBAL", "INST"):
+                    asked = str(argument)
+                elif opcode.name == "STACK_GLOBAL":
+                    asked = " ".join(texts[-2:]) if len(texts) > 1 else "a name that is computed"
+                elif opcode.name in ("EXT1", "EXT2", "EXT4"):
+                    asked = "a registered extension"
+                if asked and asked not in KNOWN:
+                    found += 1
+                    where = f"{place} byte {position}".strip()
+                    yield Finding("pickle-call", name, where, f"it asks for {shown(asked.replace(' ', '.', 1))}")
+                    if found >= MOST:
+                        return
+        except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError):
+            return  # What follows the last pickle of a torch file before 1.6 is data.
+
+
+def _texts(name: str, file: Path) -> Iterator[Finding]:
+    if file.stat().st_size > LARGEST_TEXT:
+        return
+    text = read_input(file).decode("utf-8", "replace")
+    if file.suffix == ".jinja":
+        yield from _template(name, "", text)
+        return
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    yield from _config(name, "", document, 0)
+
+
+def _config(name: str, where: str, value: Any, depth: int) -> Iterator[Finding]:
+    if depth > 20:
+        return
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            place = f"{where}.{key}" if where else str(key)
+            if key in _AUTO and entry not in (None, False, {}, []):
+                yield Finding("code-in-config", name, place, f"{key}: {shown(entry)}")
+            elif key == "auto_mapping" and isinstance(entry, Mapping):
+                parent = entry.get("parent_library")
+                if isinstance(parent, str) and not f"{parent}.".startswith(_TRUSTED_PARENTS):
+                    # peft.auto imports the module of this name.
+                    yield Finding("code-in-config", name, place, f"parent_library: {shown(parent)}")
+            elif key in ("chat_template", "template") and isinstance(entry, str):
+                yield from _template(name, place, entry)
+            elif key == "chat_template" and isinstance(entry, list):
+                for position, each in enumerate(entry):
+                    if isinstance(each, Mapping) and isinstance(each.get("template"), str):
+                        yield from _template(name, f"{place}[{position}]", each["template"])
+            else:
+                yield from _config(name, place, entry, depth + 1)
+    elif isinstance(value, list):
+        for position, entry in enumerate(value[:1000]):
+            yield from _config(name, f"{where}[{position}]", entry, depth + 1)
+
+
+def _template(name: str, where: str, text: str) -> Iterator[Finding]:
+    from jinja2 import TemplateSyntaxError, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(text)
+    except (TemplateSyntaxError, RecursionError):
+        # transformers' own `generation` block is not Jinja's; it is taken out before the text is looked at.
+        try:
+            tree = environment.parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text))
+        except (TemplateSyntaxError, RecursionError) as error:
+            yield Finding("template", name, where, f"it cannot be parsed: {shown(str(error))}")
+            return
+    for node in tree.find_all(nodes.Getattr):
+        if node.attr.startswith("_") or node.attr in ("mro", "gi_frame", "cr_frame", "f_globals"):
+            yield Finding("template", name, where, f"it reads the attribute {node.attr}")
+    for item in tree.find_all(nodes.Getitem):
+        key = item.arg.value if isinstance(item.arg, nodes.Const) else None
+        if isinstance(key, str) and key.startswith("__"):
+            yield Finding("template", name, where, f"it reads the entry {key}")
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str) and re.search(r"__\w+__", constant.value):
+            yield Finding("template", name, where, f"it holds the text {shown(constant.value)}")
+    for reached in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        yield Finding("template", name, where, f"it loads another template ({type(reached).__name__.lower()})")
+    for filtered in tree.find_all(nodes.Filter):
+        if filtered.name == "attr":
+            yield Finding("template", name, where, "it uses the filter attr")
+    for reference in tree.find_all(nodes.Name):
+        if reference.name in ("lipsum", "cycler", "joiner", "self", "config", "request"):
+            yield Finding("template", name, where, f"it uses the object {reference.name}")
+    for address in _ADDRESS.findall(text)[:MOST]:
+        yield Finding("template-address", name, where, shown(address))
+
+
+def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
+    """Pairs of weight files of one name of which two tools load one each."""
+    from ..tensors import safetensors
+    from ..tensors.torch_file import read_torch_file
+
+    by_name = {file.relative_to(folder).as_posix(): file for file in files}
+    for name, file in by_name.items():
+        if not name.endswith(".safetensors"):
+            continue
+        for suffix in (".bin", ".pt"):
+            other = by_name.get(name.removesuffix(".safetensors") + suffix)
+            if other is None:
+                continue
+            try:
+                ours, theirs = safetensors.read(file), read_torch_file(other)
+                if ours.keys() != theirs.keys():
+                    why = "they have other tensors"
+                elif any(bytes(ours[k].fetch()) != bytes(theirs[k].fetch()) for k in ours):
+                    why = "they have other numbers"
+                else:
+                    continue
+            except AdapterkitError as error:
+                why = f"one of them cannot be read: {error.why}"
+            yield Finding("second-weights", name, other.name, why)

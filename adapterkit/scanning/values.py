@@ -1,0 +1,166 @@
+"""Findings in an adapter's targets and numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError
+from ..naming.ties import is_embedding
+from ..tensors.finite import check_finite
+from ..tensors.lazy import as_lazy
+from .findings import Finding
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..ops.lowering import Delta
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+FEW_EXPERTS = 0.1
+"""Share of a layer's experts below which an adapter that trains experts trains few of them."""
+
+SPIKE, SPIKE_RANK = 0.995, 4
+"""Share of a change's energy in one direction, and the rank from which on that is strange."""
+
+STRONGER = 5.0
+"""How many times the median norm of its kind a change has that is edited in."""
+
+MOST_OF_ALL = 0.8
+"""Share of the whole energy in one target of at least `ENOUGH`."""
+
+ENOUGH = 8
+FOREIGN = 0.005
+"""Share of numbers beyond 16 bits up to which the rest of a tensor shows that it was trained in 16 bits."""
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def in_adapter(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
+    """Findings in the targets and in the numbers of an adapter; the numbers are read."""
+    yield from _targets(adapter, file)
+    finite = True
+    for target, update in adapter:
+        for name, leaf in update.tensors.items():
+            place = f"{target}: {update.method}.{name}"
+            try:
+                check_finite(leaf)
+            except AdapterkitError as error:
+                finite = False
+                yield Finding("not-finite", file, place, error.why)
+            yield from _foreign_bits(file, place, leaf)
+    if finite:
+        yield from _changes(adapter, file, base, unread)
+
+
+def _targets(adapter: Adapter, file: str) -> Iterator[Finding]:
+    experts: dict[str, set[int]] = defaultdict(set)
+    for target, updates in adapter.updates.items():
+        path = target.path
+        yield from _token_rows(target, updates, file)
+        if re.search(r"(^|\.)(lm_head|embed_out|output_projection)$", path):
+            yield Finding("head", file, str(target), ", ".join(update.method for update in updates))
+        single = re.search(r"^(.*\.experts)\.(\d+)\.", path)
+        if single:
+            experts[single[1]].add(int(single[2]))
+    for path, numbers in experts.items():
+        layers = {_NUMBER.sub(".#", each) for each in experts}
+        most = max(max(each) for each in experts.values()) + 1
+        if len(numbers) <= max(1, FEW_EXPERTS * most) and most >= ENOUGH and len(layers) == 1:
+            shown = ", ".join(map(str, sorted(numbers)[:5]))
+            yield Finding("single-expert", file, path, f"expert {shown} alone of {most} or more")
+
+
+def _token_rows(target: Target, updates: tuple[Update, ...], file: str) -> Iterator[Finding]:
+    for update in updates:
+        if update.method == "rows":
+            count = next(iter(update.tensors.values())).shape[0]
+            yield Finding("token-rows", file, str(target), f"{count:,} rows of single tokens")
+        elif is_embedding(f"{target.path}.weight") and update.method == "replacement":
+            yield Finding("token-rows", file, str(target), "the whole embedding is replaced")
+
+
+def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
+    """A tensor in float32 of which nearly all numbers are exact in 16 bits."""
+    import numpy as np
+
+    tensor = as_lazy(leaf)
+    if tensor.dtype.name != "F32" or math.prod(tensor.shape) < 64:
+        return
+    values = tensor.numpy().reshape(-1)
+    low = np.count_nonzero(values.view("<u4") & 0xFFFF)
+    with np.errstate(over="ignore"):
+        half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
+    for name, count in (("bfloat16", int(low)), ("float16", int(half))):
+        if 0 < count <= FOREIGN * values.size:
+            yield Finding("foreign-bits", file, place, f"{count:,} of {values.size:,} numbers are not exact in {name}")
+            return
+
+
+def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
+    """Spectra and norms of changes that need no base; others are said to be unread."""
+    from ..ops.places import places
+    from ..ops.thin import svd
+
+    norms: dict[str, float] = {}
+    firsts: dict[str, float] = {}
+    try:
+        _, found = places([adapter], lower="scanned")
+    except AdapterkitError as error:
+        unread.append(f"{file}: norms and spectra: {error.why}")
+        return
+    for place in found:
+        try:
+            (change,) = place.changes()
+            if change is None or not change.changes_weight:
+                continue
+            for number, delta in enumerate(change.deltas()):
+                name = f"{place.target}" + (f" expert {number}" if change.experts is not None else "")
+                S = svd(delta)[1]
+                norms[name] = float(math.sqrt(float((S * S).sum())))
+                if _rank(delta) >= SPIKE_RANK and norms[name] > 0:
+                    firsts[name] = float(S[0] ** 2) / norms[name] ** 2
+        except AdapterkitError as error:
+            unread.append(f"{file}: {place.target}: {error.why}")
+    yield from _spikes(file, norms, firsts)
+    if base is not None:
+        yield from _against(file, norms, base)
+
+
+def _rank(delta: Delta) -> int:
+    return min(delta.shape) if delta.rest is not None else min(delta.rank, *delta.shape)
+
+
+def _spikes(file: str, norms: dict[str, float], firsts: dict[str, float]) -> Iterator[Finding]:
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for name, norm in norms.items():
+        kinds[_NUMBER.sub(".#", name)].append(norm)
+    for name, share in firsts.items():
+        others = sorted(kinds[_NUMBER.sub(".#", name)])
+        median = others[len(others) // 2]
+        strong = len(others) >= 3 and norms[name] > STRONGER * median
+        # A rank-1 change among others of many directions is strange where its kind is not all like that.
+        lonely = len(firsts) >= ENOUGH and sum(each > SPIKE for each in firsts.values()) <= len(firsts) // 4
+        if share > SPIKE and (strong or lonely):
+            evidence = f"{share:.2%} of its energy lies in one direction, norm {norms[name]:.3g}"
+            yield Finding("spike", file, name, f"{evidence} against {median:.3g}, the median of its kind")
+    energy = {name: norm * norm for name, norm in norms.items()}
+    whole = math.fsum(energy.values())
+    for name, each in energy.items():
+        if len(energy) >= ENOUGH and whole > 0 and each > MOST_OF_ALL * whole:
+            yield Finding("outlier", file, name, f"{each / whole:.0%} of the energy of {len(energy):,} targets")
+
+
+def _against(file: str, norms: dict[str, float], base: Checkpoint) -> Iterator[Finding]:
+    from ..ops.differences import frobenius
+
+    for name, norm in norms.items():
+        tensor = base.tensors.get(f"{name}.weight")
+        if tensor is None or not tensor.dtype.floating:
+            continue
+        weight = frobenius(tensor.numpy().view(tensor.dtype.array).astype("<f4"))
+        if norm > weight:
+            yield Finding("norm", file, name, f"its norm is {norm:.3g}, that of the weight {weight:.3g}")

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""Writes docs/image-families.md: what becomes of each method in each dialect of image models, by family.
+
+Every cell is what the writer does with an adapter of that family and method in diffusers' names. `--check` compares.
+Exit codes: 0 written or up to date, 1 not up to date (`--check`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
+from adapterkit.adapter import Adapter, Step, Target  # noqa: E402
+from adapterkit.errors import AdapterkitError, Unrepresentable  # noqa: E402
+from adapterkit.formats._image.deciding import FAMILY  # noqa: E402
+from adapterkit.formats._image.writing import encoded  # noqa: E402
+from adapterkit.formats._promotion import Promotion  # noqa: E402
+from adapterkit.metadata import read_with  # noqa: E402
+from adapterkit.naming.architectures import fill  # noqa: E402
+from adapterkit.naming.image import Family, families  # noqa: E402
+from adapterkit.tensors.lazy import from_numpy  # noqa: E402
+
+PAGE = ROOT / "docs" / "image-families.md"
+DIALECTS = ("diffusers", "comfyui", "kohya", "lycoris")
+
+SIZE = 24
+
+RANDOM = np.random.default_rng(0)
+
+Make = Callable[[int, int], Any]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
+    check = parser.parse_args(words).check
+    text = page()
+    if PAGE.is_file() and PAGE.read_text("utf-8") == text:
+        return 0
+    if check:
+        print(f"image_matrix: {PAGE} is not up to date; run tools/image_matrix.py", file=sys.stderr)
+        return 1
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text, "utf-8")
+    return 0
+
+
+def _leaf(*shape: int) -> Any:
+    return from_numpy((0.1 * RANDOM.normal(size=shape)).astype("f4"))
+
+
+def _low(method: str, **more: Any) -> Make:
+    return lambda out, in_: METHODS[method](A=_leaf(2, in_), B=_leaf(out, 2), **{k: f(out) for k, f in more.items()})
+
+
+def _loha(out: int, in_: int) -> Any:
+    return METHODS["loha"](w1_a=_leaf(out, 2), w1_b=_leaf(2, in_), w2_a=_leaf(out, 2), w2_b=_leaf(2, in_))
+
+
+def _glora(out: int, in_: int) -> Any:
+    return METHODS["glora_products"](A1=_leaf(in_, 2), A2=_leaf(2, in_), B1=_leaf(out, 2), B2=_leaf(2, in_))
+
+
+MAKERS: dict[str, Make] = {
+    "lora": _low("lora"),
+    "dora": _low("dora", magnitude=_leaf),
+    "loha": _loha,
+    "lokr": lambda out, in_: METHODS["lokr"](w1=_leaf(4, 4), w2=_leaf(out // 4, in_ // 4)),
+    "oft": lambda out, _: METHODS["oft"](square=_leaf(out // 4, 4, 4), side="out", constraint=1.0),
+    "boft": lambda out, _: METHODS["boft_outputs"](square=_leaf(1, out // 4, 4, 4)),
+    "glora": _glora,
+    "ia3": lambda out, _: METHODS["ia3_weights"](w=_leaf(out)),
+    "diff": lambda out, in_: METHODS["dense"](D=_leaf(out, in_)),
+    "diff_b": lambda out, _: METHODS["dense"](d=_leaf(out)),
+    "norm": lambda out, _: METHODS["dense"](D=_leaf(out)),
+}
+"""What a column is called -> an update of a weight of so many outputs and inputs."""
+
+
+def page() -> str:
+    """The whole page."""
+    reasons: dict[str, int] = {}
+    lines = [HEADER]
+    for dialect in DIALECTS:
+        lines += [f"## `{dialect}`", "", "| Family | " + " | ".join(MAKERS) + " |", "| --- " * (len(MAKERS) + 1) + "|"]
+        for family in families():
+            if not family.facts.generic:
+                cells = [_cell(family, dialect, method, reasons) for method in MAKERS]
+                lines.append(f"| {family.title} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## Reasons", "", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(family: Family, dialect: str, method: str, reasons: dict[str, int]) -> str:
+    found = []
+    for targets in (plain(family, norm=method == "norm"), () if method == "norm" else fused(family)):
+        if targets and not (found and found[0].isdigit()):
+            outcome, reason = outcome_of(family, dialect, method, targets)
+            found.append(str(reasons.setdefault(reason, len(reasons) + 1)) if reason else outcome)
+    return ", ".join(dict.fromkeys(found))
+
+
+def plain(family: Family, *, norm: bool = False) -> dict[str, int]:
+    """The first module of the blocks, or norm, that is whole in every naming -> its outputs."""
+    for name, out in _modules(family, norm):
+        pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
+        if not pieces or (len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole):
+            return {name: out}
+    return {}
+
+
+def fused(family: Family) -> dict[str, int]:
+    """The modules that are one fused weight in the authors' naming -> their outputs; none where nothing is fused."""
+    for name, _ in _modules(family, norm=False):
+        pieces = family.moves(name, "diffusers", "native")
+        if len(pieces) == 1 and pieces[0].here.whole and not pieces[0].there.whole:
+            parts = family.moves(pieces[0].path, "native", "diffusers")
+            unit = SIZE
+            return {part.path: unit * part.here.parts for part in parts}
+    return {}
+
+
+def _modules(family: Family, norm: bool) -> Iterator[tuple[str, int]]:
+    for weight in family.architecture.record.weights:
+        place = family.architecture.place(weight, "diffusers")
+        if place is None:
+            continue
+        name = fill(place.name, {f"{{{hole}}}": "0" for hole in "nmkej"})
+        words = name.split(".")[-2:]
+        is_norm = any("norm" in word for word in words) and "linear" not in words[-1] and words[-1] not in ("1", "2")
+        if is_norm == norm and ("{" in place.name or family.component == "unet"):
+            yield name, round(SIZE * (family.ratio(name) or 1))
+
+
+def adapter_of(family: Family, method: str, targets: dict[str, int]) -> Adapter:
+    """An adapter of one method on these modules, each with factors of its own."""
+    updates = {Target(f"{family.component}.{name}"): (MAKERS[method](out, SIZE),) for name, out in targets.items()}
+    return read_with(Adapter(updates, recipe=(Step("read", {"format": "diffusers"}),)), {FAMILY: family.name})
+
+
+def outcome_of(family: Family, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
+    """`=`, `L`, `D`, or the reason why a dialect refuses a method on these modules."""
+    adapter = adapter_of(family, method, targets)
+    writer = FORMATS[dialect]()
+    kinds: list[str] = []
+
+    def ask(changed: Adapter) -> list[str]:
+        kinds[:] = [update.method for _, update in changed]
+        return encoded(writer, changed, Path("x.safetensors"), "refuse", None)[2]  # type: ignore[arg-type]
+
+    try:
+        ask(adapter)
+    except Unrepresentable as refusal:
+        reason = refusal.items[0].partition(": ")[2] if refusal.items else refusal.why
+        try:
+            Promotion.into(writer, None, None).ask(adapter, ask)
+        except AdapterkitError:
+            return "", reason.replace(f"{family.name}: ", "").replace(f" of {family.title}", " of this family")
+        return ("D" if "dense" in kinds else "L"), ""
+    return "=", ""
+
+
+HEADER = """\
+# Methods, dialects and families of image, video and audio models
+
+Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does with an adapter of the family and
+method in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as
+a difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has
+two marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values,
+each with factors of its own.
+
+XLabs' files hold LoRA on FLUX's attention, BFL's control files LoRA and whole scales of norms of FLUX.
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
