@@ -246,6 +246,33 @@ def test_a_head_with_other_rows_than_the_embedding_is_not_tied(tmp_path: Path) -
     assert torch.equal(merged["language_model.model.embed_tokens.weight"], embedding)
 
 
+def test_both_halves_of_bart_have_their_embeddings_when_the_head_is_untied(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **sizes, **heads)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape))
+        expected = adapted(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    again, told = BartForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not told["missing_keys"]
+    with torch.no_grad():
+        found = again.eval()(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
+    assert error(found, expected) < 3e-6
+    assert ak.verify(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter").ok
+
+
 def test_kinds_are_chosen_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
     """`rows=untie` leaves the head alone; `embedding=merge` is PEFT's own merge into the shared tensor."""
     from peft import PeftModel

@@ -93,6 +93,10 @@ def settle_tie(
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
     written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
+    # BART's classes read `shared` by way of the tie alone: once it is off, each half loads a table of its own.
+    for layer in tie.inputs:
+        names.setdefault(layer, tie.stored)
+        written[layer] = inputs
     folds |= {name: found for name, found in written.items() if found}
     return untied(config)
 
