@@ -128,6 +128,14 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def model_class_of(adapter: Adapter) -> str | None:
+    """The class of the base that an adapter of PEFT was trained on; None where its config does not name it."""
+    config = None if adapter.foreign is None else adapter.foreign.data.get("config")
+    mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
+    found = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator[str]:
     for step in steps:
         args = step.args if isinstance(step, Step) else step.get("args", {})

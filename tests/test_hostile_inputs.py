@@ -271,7 +271,7 @@ def test_readers_open_files_by_way_of_inputs() -> None:
     for file in [
         *(package / "formats").rglob("*.py"),
         *(package / "tensors").rglob("*.py"),
-        package / "hub/licences.py",
+        package / "licences.py",
     ]:
         name = file.relative_to(package).as_posix()
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):

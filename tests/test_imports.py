@@ -20,7 +20,7 @@ LAYERS = [
     {"shapes"},
     {"updates"},
     {"adapter", "chain"},
-    {"metadata"},
+    {"licences", "metadata"},
     {"registry", "naming"},
     {"binding"},
     {"methods"},

@@ -312,7 +312,7 @@ def test_what_is_refused(graph, made, tmp_path):
     out = tmp_path / "out.onnx"
     bare = tmp_path / "model.onnx"
     bare.write_bytes(graph(llama).read_bytes())
-    with pytest.raises(UsageError, match=r"base's config\.json tells; none is beside the graph"):
+    with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
         ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),

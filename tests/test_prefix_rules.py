@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adapterkit.adapter import Adapter, Target
+from adapterkit.adapter import Adapter, Foreign, Target
 from adapterkit.binding import find_sites
 from adapterkit.errors import TargetNotFound
 from adapterkit.methods import METHODS
@@ -128,3 +128,20 @@ def test_shards_with_names_of_two_kinds():
     asked = below("model.")
     stored = asked[:3] + [f"language_model.{name}" for name in asked[3:]]
     assert found(asked, stored) == dict(zip(asked, stored, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("classes", "fits"), [(["LlamaForCausalLM"], True), (["OtherForCausalLM"], False), (None, False)]
+)
+def test_a_base_of_the_class_that_the_adapter_names_is_of_its_family(classes, fits):
+    """EXAONE is a Llama in transformers 5, under a model_type of its own."""
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    update = LoRA(A=from_numpy(np.zeros((1, 4), "f4")), B=from_numpy(np.zeros((4, 1), "f4")))
+    foreign = Foreign("peft", {"config": {"auto_mapping": mapping}}, {})
+    adapter = Adapter({Target("model.q_proj"): (update,)}, foreign=foreign)
+    config = {"model_type": "exaone", "architectures": classes}
+    if fits:
+        assert find_sites(adapter, {"model.q_proj.weight": (4, 4)}, partial=False, config=config).sites
+    else:
+        with pytest.raises(TargetNotFound, match="family llama"):
+            find_sites(adapter, {"model.q_proj.weight": (4, 4)}, partial=False, config=config)

@@ -353,6 +353,20 @@ def test_a_clean_adapter_has_nothing_but_notes(tmp_path: Path) -> None:
     assert {each.code for each in found.verdicts} <= {"summary", "independent"}
 
 
+def test_layers_of_another_kind_are_no_gaps(tmp_path: Path) -> None:
+    """The middle of a U-Net has other modules than its blocks."""
+    pair = np.ones((2, 8)), np.ones((8, 2))
+    blocks = {f"down.{d}.attentions.{a}.{m}": pair for d in range(3) for a in range(2) for m in ("to_q", "to_k")}
+    found = blocks | {"mid.attentions.0.proj_in": pair, "mid.attentions.1.proj_in": pair}
+    told = ak.report(save_lora(tmp_path / "unet", found, r=2)).verdicts
+    assert not [each for each in told if each.code == "missing-targets"], told
+    del found["down.1.attentions.1.to_k"]
+    told = ak.report(save_lora(tmp_path / "gap", found, r=2)).verdicts
+    assert [each.text for each in told if each.code == "missing-targets"] == [
+        "to_k is missing in layer down.1.attentions.1; all others have it."
+    ]
+
+
 def test_every_rule_has_its_own_code() -> None:
     assert len({rule.code for rule in RULES}) == len(RULES) > 20
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..errors import TargetNotFound
-from ..metadata import model_types_of
+from ..metadata import model_class_of, model_types_of
 from ..naming.architectures import is_family, of_gguf
 from ..naming.gguf import ARCHITECTURE
 
@@ -40,7 +40,10 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
         return
     known = {_plain(name) for name in given}
     other = next((name for name in trained if _plain(name) not in known), None)
-    if other is not None:
+    # EXAONE is a Llama under another model_type in transformers 5: the class tells that both are one model.
+    listed = (config or {}).get("architectures")
+    same = isinstance(listed, list) and model_class_of(adapter) in listed
+    if other is not None and not same:
         cure = (
             f"Give a base of the family {other}; to use this one all the same, give a rule for names, such as "
             "--rename 'model=model' (rename=['model=model'])"

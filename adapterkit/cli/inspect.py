@@ -80,7 +80,7 @@ def command(
 
 def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
     """The licence in the model card beside an adapter, and its trigger words."""
-    from ..hub.licences import licence_at
+    from ..licences import licence_at
     from ..metadata import metadata_of, trigger_words
 
     return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}

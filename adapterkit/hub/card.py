@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from ..licences import Licence
 from ..tensors.locations import is_repo
-from .licences import Licence
 from .uris import Uri
 
 if TYPE_CHECKING:

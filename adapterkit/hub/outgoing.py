@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import StorageError, storage_error
+from ..licences import Licence, licence_at
 from ..tensors.locations import located
 from .folders import cache_folder
 from .hubs import remote_at
-from .licences import Licence, licence_at
 from .pushing import push
 from .uris import parse
 

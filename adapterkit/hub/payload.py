@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..licences import MAX_CARD, Licence
 from ..merging.companions import CARD, REPORT
 from ..tensors.atomic import write_bytes
 from ..tensors.locations import located
 from .card import adapter_card, model_card
 from .digests import digests_of
 from .folders import scratch
-from .licences import MAX_CARD, Licence
 from .lineage import is_of_the_base, model_at, record_at
 from .names import check_names
 from .remote import Content, Digests, Remote, RemoteFile

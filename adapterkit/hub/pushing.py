@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError
+from ..licences import Licence, licence_at, licence_called, licence_of
 from ..tensors.locations import located
 from .card import is_generated
 from .digests import check_listed
 from .hubs import remote_at
-from .licences import Licence, licence_at, licence_called, licence_of
 from .payload import Payload, card_there, payload_of, prepared
 from .remote import Remote, RemoteFile
 from .uris import Uri, parse

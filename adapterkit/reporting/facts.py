@@ -81,7 +81,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         name: what to call it.
         path: where it was read from; a model card there tells the licence.
     """
-    from ..hub.licences import licence_at
+    from ..licences import licence_at
 
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     sizes = [(math.prod(leaf.shape), dtype_of(leaf).name) for leaf in leaves.values()]

@@ -7,6 +7,7 @@ many more there are. A clean adapter gets none but those of level `note`.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -368,20 +369,21 @@ def _scalings(findings: Findings) -> Found:
 
 
 def _gaps(findings: Findings) -> Found:
-    """Layers without a target where nearly all others have one."""
+    """Layers without a target where nearly all others of their kind have one."""
     cells = findings.measured.cells
     for at, name, effects in findings.each():
         here = [effect for effect in findings.measured.effects if effect.adapter == at]
-        layers = _by_layer(findings, here)
-        if len(layers) < 6 or not effects:
-            continue
-        # An adapter of whole layers only has gaps between them that are meant.
+        # Layers of a U-Net's blocks have other modules than those of its middle: only names that are alike compare.
+        kinds: dict[str, list[str]] = defaultdict(list)
+        for layer in _by_layer(findings, here):
+            kinds[re.sub(r"\d+", "#", layer)].append(layer)
         for module, found in _by_module(findings, here).items():
             there = {cells[effect.target].layer for effect in found}
-            missing = [layer for layer in layers if layer not in there]
-            if missing and len(missing) <= max(1, len(layers) // 8):
-                word = "layer" if len(missing) == 1 else "layers"
-                yield f"{name}{module} is missing in {word} {', '.join(missing)}; all other layers have it.", at, None
+            for layers in kinds.values():
+                missing = [layer for layer in layers if layer not in there]
+                if effects and len(layers) >= 6 and missing and len(missing) <= max(1, len(layers) // 8):
+                    word = "layer" if len(missing) == 1 else "layers"
+                    yield f"{name}{module} is missing in {word} {', '.join(missing)}; all others have it.", at, None
 
 
 def _peaks(findings: Findings) -> Found:
@@ -465,7 +467,8 @@ def _interfering(findings: Findings) -> Found:
 
 def _loud(findings: Findings) -> Found:
     measured = findings.measured
-    sizes = [(measured.norm(at), facts.name) for at, facts in enumerate(findings.facts) if measured.norm(at)]
+    together = {at for each in measured.relations for at in (each.first, each.second)}
+    sizes = [(measured.norm(at), findings.facts[at].name) for at in together if measured.norm(at)]
     if len(sizes) > 1 and max(sizes)[0] > LOUDER * min(sizes)[0]:
         (large, loud), (small, quiet) = max(sizes), min(sizes)
         ratio = large / small

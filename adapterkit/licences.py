@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed
-from ..tensors.inputs import open_input
-from ..tensors.strict_yaml import load_yaml
+from .errors import Malformed
+from .tensors.inputs import open_input
+from .tensors.strict_yaml import load_yaml
 
 Licence = Mapping[str, str]
 """`license`: an identifier; if it is `other`, `license_name` and `license_link` say which one. Empty for none."""
