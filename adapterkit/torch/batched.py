@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -184,9 +184,16 @@ def add_to_rows(layer: Layer, stack: Stack, places: Places, route: Route, x: Ten
     """`add_by_row` for a layer that is a product of matrices, with its stack and places at hand."""
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
+    wide = stack.all_B.shape[0] * stack.A.shape[1]
+    if wide <= WIDE and tokens == 1 and x.shape[0] == rows and stack.bias is None and x.dtype == stack.A.dtype:
+        return _side_by_side(layer, stack, places, x)
     if places.count * tokens < rows * stack.A.shape[1] and x.shape[route.axis] == rows:
         return _grouped(layer, stack, places, route, x)
     return _gathered(layer, stack, places.index, route, x)
+
+
+WIDE = 64
+"""Ranks of all adapters together up to which their products with all rows cost less than to sort the rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +210,7 @@ class Places:
         count: how many those are.
         back: position among them of each row that has an adapter; None where `padded` is.
         rows: those rows, or None where all have one.
+        masks: see `_side_by_side`.
     """
 
     token: object
@@ -213,6 +221,7 @@ class Places:
     count: int
     back: Tensor | None
     rows: Tensor | None
+    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
@@ -338,6 +347,26 @@ def _grouped(layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor
         add = rows_of_y.index_add_ if alone else rows_of_y.index_add
         return route.rows_back(add(0, places.rows, change.to(y.dtype)), y)
     return y.add_(change) if alone else route.rows_back(rows_of_y + change, y)
+
+
+def _side_by_side(layer: Layer, stack: Stack, places: Places, x: Tensor) -> Tensor:
+    """The factors of all adapters as one pair of a rank as high as all together, with a mask that picks each row's.
+
+    For few adapters that is three operations in place of five.
+    """
+    y: Tensor = layer(x)
+    rows, rank = x.shape[0], stack.A.shape[1]
+    mask = places.masks.get((rank, x.dtype))
+    if mask is None:
+        with torch.inference_mode(False):
+            slots = torch.arange(stack.all_B.shape[0], device=x.device)
+            mask = (places.index[:, None] == slots).repeat_interleave(rank, 1).to(x.dtype)
+        places.masks[rank, x.dtype] = mask
+    h = (x.reshape(rows, -1) @ stack.all_A.flatten(0, 1).mT) * mask
+    if layer.fresh and not torch.is_grad_enabled() and may_overwrite(y) and y.dtype == h.dtype:
+        y.view(rows, -1).addmm_(h, stack.all_B.flatten(0, 1))
+        return y
+    return torch.addmm(y.reshape(rows, -1), h, stack.all_B.flatten(0, 1)).view(y.shape)
 
 
 def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
