@@ -206,3 +206,22 @@ def test_one_name_twice_in_a_model_is_two_switches(close):
         hidden = formula(model[0], *([] if off is first else [first]))[[0, 2]]
         close(got[[0, 2]], formula(model[1], *([] if off is second else [second]), x=hidden), tolerance=1e-6)
         close(got[1], formula(model[1], x=formula(model[0]))[1], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (3, 1, 16)])
+def test_one_token_of_few_adapters_has_values_and_gradients_and_takes_autocast(shape, close):
+    model, x = plain(), X[:, 0].reshape(shape)
+    a, b = (attach(model, seed=seed, name=name) for seed, name in enumerate("ab"))
+    with ak.torch.route(model, ["a", None, "b"]):
+        wanted = torch.stack([formula(model, *own, x=x)[row] for row, own in enumerate(([a], [], [b]))])
+        for _ in range(2):
+            close(model(x), wanted, tolerance=1e-6)
+            with torch.inference_mode():
+                close(model(x).clone(), wanted, tolerance=1e-6)
+            with torch.autocast("cpu", torch.bfloat16):
+                close(model(x).float(), wanted, tolerance=3e-2)
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf).sum(), leaf)
+        other = x.clone().requires_grad_()
+        rows = [formula(model, *own, x=other)[row] for row, own in enumerate(([a], [], [b]))]
+        close(gradient, torch.autograd.grad(torch.stack(rows).sum(), other)[0], tolerance=1e-6)

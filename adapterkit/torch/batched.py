@@ -185,7 +185,9 @@ def add_to_rows(layer: Layer, stack: Stack, places: Places, route: Route, x: Ten
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
     wide = stack.all_B.shape[0] * stack.A.shape[1]
-    if wide <= WIDE and tokens == 1 and x.shape[0] == rows and stack.bias is None and x.dtype == stack.A.dtype:
+    plain = stack.bias is None and x.dtype == stack.A.dtype and not torch.is_autocast_enabled(x.device.type)
+    few = wide <= WIDE and tokens == 1 and x.shape[0] == rows and not route.axis
+    if plain and few and torch._C._get_tracing_state() is None:
         return _side_by_side(layer, stack, places, x)
     if places.count * tokens < rows * stack.A.shape[1] and x.shape[route.axis] == rows:
         return _grouped(layer, stack, places, route, x)
