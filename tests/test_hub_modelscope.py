@@ -165,9 +165,9 @@ def test_a_list_without_an_end_is_refused(
         handler.end_headers()
         handler.close_connection = True
         with contextlib.suppress(OSError):
-            for _ in range(512):
-                handler.wfile.write(b" " * 65536)
-                sent.append(65536)
+            for _ in range(8192):
+                handler.wfile.write(b" " * 4096)
+                sent.append(4096)
 
     monkeypatch.setattr(_Handler, "do_GET", endless)
     assert record("pull", "modelscope://org/lora", tmp_path / "out", code=5)["error"]["path"]

@@ -208,8 +208,8 @@ def test_a_format_that_cannot_hold_the_adapter_is_refused_before_the_training():
     assert handle.checkpoint == "base"
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_example_of_the_page_on_live_models_runs(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "TrainerCallback" in block]
     names = {
         "ak": ak, "torch": torch, "transformers": transformers, "model": llama(), "settings": settings(tmp_path),

@@ -145,3 +145,12 @@ def test_a_base_of_the_class_that_the_adapter_names_is_of_its_family(classes, fi
     else:
         with pytest.raises(TargetNotFound, match="family llama"):
             find_sites(adapter, {"model.q_proj.weight": (4, 4)}, partial=False, config=config)
+
+
+def test_two_towers_of_one_shape_are_not_exchanged():
+    """VibeVoice's towers lose `model.` in the file, and its language model moves: none may take another's place."""
+    layers = [f"{n}.ffn.linear{m}" for n in range(2) for m in (1, 2)]
+    towers = [f"{tower}_tokenizer_encoder.{layer}" for tower in ("acoustic", "semantic") for layer in layers]
+    asked = [*(f"model.{name}" for name in towers), *below("model.language_model.")]
+    stored = [*towers, *below("language_model.model.")]
+    assert found(asked, stored) == dict(zip(asked, stored, strict=True))

@@ -32,6 +32,8 @@ WORDS = {
     "inspect": "inspect {adapter} --base {base}",
     "names": "names {base} {adapter}",
     "merge": "merge {base} {adapter} -o {out}",
+    "report": "report {adapter} --base {base}",
+    "scan": "scan {adapter} --base {base} --fail-on never",
     "extract": "extract {tuned} --base {base} --rank 1 -o {out}",
 }
 """Commands that run without transformers; the fingerprint, the config hash or the name of the base is another one."""

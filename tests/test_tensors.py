@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterkit.errors import Corrupt, Malformed, StorageError, UsageError
@@ -181,6 +181,7 @@ def test_a_file_cut_short_after_its_header_was_read_is_corrupt(tmp_path):
 
 @given(data=st.binary(max_size=80))
 def test_random_bytes_are_refused_with_a_typed_error(data, tmp_path_factory):
+    assume(data.strip() != b"{}")  # Behind its length that is a file without tensors.
     path = tmp_path_factory.mktemp("random") / "x"
     for content in (data, struct.pack("<Q", len(data)) + data):
         path.write_bytes(content)

@@ -20,6 +20,7 @@ from ._render import View, counted, show, size
 @click.command(help=__doc__)
 @click.argument("adapters", metavar="A...", nargs=-1, required=True)
 @_options.base
+@_options.strict_base_of_read
 @click.option(
     "--merged", metavar="OUT", help="What they were merged into: how much of each change is there. Needs --base."
 )
@@ -53,8 +54,9 @@ def command(
             return
         check_free(Path(out), overwrite)
         check_inputs([Path(out)], files)
+    _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
     found = report(list(adapters), base=base, merged=merged, rename=rename)
-    record = found.record()
+    record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}
     if out is not None:
         found.save(out, overwrite=overwrite, made_from=decided)
         record |= {"out": out, "bytes": Path(out).stat().st_size}
@@ -66,6 +68,7 @@ def command(
 def _view(record: Mapping[str, Any]) -> View:
     for verdict in record["verdicts"]:
         yield f"{verdict['level']}: {verdict['text']}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])
     if record.get("figures"):
         yield f"{counted(len(record['figures']), 'figure')} in {Path(record['figures'][0]).parent}"
     if "out" in record:

@@ -23,6 +23,7 @@ LEVELS = ("note", "low", "medium", "high", "never")
 @click.command(help=__doc__)
 @click.argument("src")
 @click.option("--base", metavar="BASE", help="Compare norms of changes with the base's weights, too.")
+@_options.strict_base_of_read
 @click.option(
     "--fail-on", type=click.Choice(LEVELS), default="medium", show_default=True,
     help="Least severity of a finding for exit code 1.",
@@ -36,12 +37,24 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
     from ..tensors.atomic import write_bytes
     from ..tensors.locations import local
 
+    _options.in_reading([src], None, base)  # With --strict-base this refuses another base.
     found = scan(src, base=base)
     if sarif is not None:
         write_bytes(local(sarif), json.dumps(found.sarif(), indent=2).encode())
-    show(ctx.obj, found.record(), _view)
+    record = found.record() | {"warnings": _warnings(src, base)}
+    show(ctx.obj, record, _view)
     if fail_on != "never" and found.fails(fail_on):
         ctx.exit(1)
+
+
+def _warnings(src: str, base: str | None) -> list[str]:
+    """What the adapter says of its base that is not true of this one; nothing where it cannot be read."""
+    from ..errors import AdapterkitError
+
+    try:
+        return _options.base_warnings([src], [src], base)
+    except AdapterkitError:
+        return []
 
 
 def _view(record: Mapping[str, Any]) -> View:
@@ -50,6 +63,7 @@ def _view(record: Mapping[str, Any]) -> View:
         columns = ("severity", "finding", "file", "where", "evidence")
         yield Table(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
         yield from dict.fromkeys(f"{f['title']}: {f['why']}" for f in findings)
+    yield from (f"warning: {warning}" for warning in record["warnings"])
     yield from (f"not looked at: {each}" for each in record["unread"])
     yield f"{counted(len(findings), 'finding')} in {counted(record['files'], 'file')} of {record['source']}"
     yield record["note"]

@@ -42,6 +42,9 @@ BLOCK = 1 << 16
 FLOAT32 = 2.0**-22
 """Relative error of a product and a difference in float32."""
 
+NOTHING = 2.0**-1000
+"""Changes below this are equal: float64 loses its precision there, and no weight is so small."""
+
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
 """Smallest normal numbers: below them, precision is absolute."""
@@ -298,7 +301,11 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        allowed = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares)) + ALONE * np.maximum(np.abs(a), np.abs(b))
+        allowed = (
+            SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
+            + ALONE * np.maximum(np.abs(a), np.abs(b))
+            + NOTHING
+        )
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
             return f"the change of its {key[0]} is another, by {worst / size if size else math.inf:.1e} of it"

@@ -487,6 +487,12 @@ def _exchanged(
         TargetNotFound: there are several.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
+    if full:
+        # A change of a shorter prefix may place the group as well. VibeVoice has two towers of one shape:
+        # `model.acoustic.` is `acoustic.` by `model.` -> nothing, although `semantic.` has a place for every name, too.
+        full += [
+            on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
+        ]
     if len(full) > 1:
         full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
     if len(full) > 1:
@@ -495,6 +501,17 @@ def _exchanged(
         target, name = group[0]
         raise _ambiguous(target, [_swap(name, off, on) for on in full])
     return full[0] if full else None
+
+
+def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]]) -> list[str]:
+    """What takes the place of a prefix by changes of its first words alone."""
+    ours = sorted({_template(name) for _, name in group})
+    changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
+    return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
+
+
+def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    return all(_lands(target, name, off, on, base, taken) for target, name in group)
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:

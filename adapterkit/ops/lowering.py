@@ -99,8 +99,16 @@ class Change:
     def bias(self) -> Array | None:
         """The change of the bias, `[out]` or `[e, out]`; None where it stays as it is."""
         changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
-        terms: list[Any] = [self.weight * update.bias_delta() for update in changing]
+        terms: list[Any] = [self.weight * self._bias_of(update) for update in changing]
         return sum(terms) if terms else None
+
+    def _bias_of(self, update: Additive) -> Any:
+        """The change of the bias, of each expert apart where experts are stacked: formulas are for one weight."""
+        import numpy as np
+
+        if self.experts is None:
+            return update.bias_delta()
+        return np.stack([np.asarray(part(update, expert).bias_delta()) for expert in range(self.experts)])
 
 
 def loaded(update: Any, target: Target) -> Any:

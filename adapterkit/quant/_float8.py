@@ -147,6 +147,8 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
         block = (-(-height // down), -(-width // across))
         if height % down or width % across:
             block = (128, 128)
+    if min(block) < 1:
+        raise ValueError
     if (down, across) != (-(-height // block[0]), -(-width // block[1])):
         raise ValueError
     return block, (down, across), experts
