@@ -79,6 +79,8 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
+    except ValueError as error:  # A formula that does not take the shape after all.
+        return f"the two cannot be compared ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
@@ -246,7 +248,9 @@ class _Weight:
     def _rounded(self, value: Array, numbers: Array) -> _Answer:
         import numpy as np
 
-        return _Answer(value, np.full(value.shape, (self.unit * float(np.abs(numbers).max(initial=0.0))) ** 2))
+        rounding = self.unit * float(np.abs(numbers).max(initial=0.0))
+        # Not `**`, which raises where the square is no float.
+        return _Answer(value, np.full(value.shape, rounding * rounding))
 
     def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
         import numpy as np
@@ -275,6 +279,11 @@ class _Weight:
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
+        # A factor for each input fits any number of outputs, and the other way round: any number will do to compare.
+        dims = [update.dims(target.stacked) for update in every]
+        known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
+        if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
+            return known.get("out", 3), known.get("in", 3)
         raise UsageError("the shape of its weight is known to the base only", cure="Give the base by base= or --base")
 
 

@@ -12,7 +12,7 @@ from ...methods.lora import LoRA
 from ...naming.architectures import of_gguf
 from ...naming.gguf import NAMING, family_of, name_for
 from ...naming.resolver import translate
-from ...tensors.ggml_blocks import decoded, encoded
+from ...tensors.ggml_blocks import BLOCKS, decoded, encoded
 from ...tensors.gguf import Value, write_gguf
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from .._leftovers import Leftovers, in_order, remembered
@@ -83,6 +83,8 @@ def _holds(kind: str, tensor: Lazy) -> bool:
     import numpy as np
 
     values = as_array(tensor)
+    if values.size % BLOCKS[kind][1]:
+        return False
     return np.array_equal(decoded(kind, encoded(kind, values)), values.reshape(-1))
 
 
