@@ -42,6 +42,9 @@ BLOCK = 1 << 16
 FLOAT32 = 2.0**-22
 """Relative error of a product and a difference in float32."""
 
+UNSQUARED = 2.0**-30
+"""Part of the largest number that is allowed as rounding where numbers are too large to be squared."""
+
 NOTHING = 2.0**-1000
 """Changes below this are equal: float64 loses its precision there, and no weight is so small."""
 
@@ -62,6 +65,8 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
     Raises:
         ShapeMismatch: what was to be written does not fit the base.
     """
+    import numpy as np
+
     targets = [*asked, *got]
     layouts = {target.layout for target in targets}
     if len(layouts) > 1:
@@ -76,7 +81,8 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
     if _same_but_folded(asked, got, unit, least):
         return ""
     try:
-        return _compared(weight.answers(asked), weight.answers(got))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
     except ValueError as error:  # A formula that does not take the shape after all.
@@ -310,11 +316,10 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        allowed = (
-            SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
-            + ALONE * np.maximum(np.abs(a), np.abs(b))
-            + NOTHING
-        )
+        # Squares of numbers beyond 1e154 are infinite, and infinity times 0 is NaN: their largest number is the measure.
+        rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
+        rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
+        allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
         if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
             size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
             return f"the change of its {key[0]} is another, by {worst / size if size else math.inf:.1e} of it"
