@@ -316,7 +316,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of numbers beyond 1e154 are infinite, and infinity times 0 is NaN: their largest number is the measure.
+        # Squares of numbers beyond 1e154 are infinite, and infinity times 0 is NaN: there the largest number decides.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
