@@ -48,7 +48,7 @@ def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif:
 
 
 def _warnings(src: str, base: str | None) -> list[str]:
-    """What the adapter says of its base that is not true of this one; nothing where it cannot be read."""
+    """Warn about a base that is not the one that the adapter names; no warning where the adapter cannot be read."""
     from ..errors import AdapterkitError
 
     try:

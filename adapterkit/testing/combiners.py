@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from ..adapter import Adapter, Target
-from ..errors import UsageError
+from ..errors import Unsupported, UsageError
 from ..formats import read, write
 from ..ops import COMBINERS, combine
 from .examples import example
@@ -49,7 +49,7 @@ class CombinerTests:
         Returns:
             `[out, in]`. If a subclass defines this, the combiner is compared with it.
         """
-        raise NotImplementedError
+        raise Unsupported("no formula to compare with", cure="Define `combined` in the class of its tests")
 
     def adapters(self) -> list[Adapter]:
         """Return the adapters: rank-2 LoRAs at two targets, in float64 so that nothing is rounded on the way."""

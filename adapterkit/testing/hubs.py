@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 
 from ..adapter import Adapter, Target
-from ..errors import AdapterkitError
+from ..errors import AdapterkitError, Unsupported
 from ..formats import read, write
 from ..hub import pull, push
 from ..hub.hubs import HUBS
@@ -26,7 +26,7 @@ class HubTests:
 
     def address(self, name: str) -> str:
         """Return a uri that the tests may write to, on a server that a fixture starts."""
-        raise NotImplementedError
+        raise Unsupported("the tests of a hub need a server", cure="Define `address` in the class of its tests")
 
     @pytest.fixture
     def adapter(self, tmp_path: Path) -> Path:

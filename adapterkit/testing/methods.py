@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from ..adapter import Adapter, Target
-from ..errors import AdapterkitError
+from ..errors import AdapterkitError, Unsupported
 from ..formats import read, write
 from ..methods import METHODS
 from ..updates import Update
@@ -50,7 +50,7 @@ class MethodTests:
 
         Write the paper's formula here a second time. If a subclass defines this, the method is compared with it.
         """
-        raise NotImplementedError
+        raise Unsupported("no formula to compare with", cure="Define `change` in the class of its tests")
 
     def test_it_says_where_it_is_from(self) -> None:
         cls = METHODS[self.method]
