@@ -137,7 +137,8 @@ class Adapter:
     def __repr__(self) -> str:
         base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
         methods = counts(update.method for _, update in self)
-        return f"Adapter({len(self.updates):,} targets: {methods}{base})"
+        noun = "target" if len(self.updates) == 1 else "targets"
+        return f"Adapter({len(self.updates):,} {noun}: {methods}{base})"
 
     def _repr_html_(self) -> str:
         rows = [[target, *_row(update, target.stacked)] for target, update in self]

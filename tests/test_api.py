@@ -88,7 +88,7 @@ def test_objects_are_shown_on_one_line(folder: Path) -> None:
         assert "\n" not in repr(each)
         assert len(repr(each)) < 300
         assert repr(each).startswith(type(each).__name__)
-    assert repr(adapter) == "Adapter(1 targets: 1 lora)"
+    assert repr(adapter) == "Adapter(1 target: 1 lora)"
 
 
 def test_tables_for_notebooks_show_untrusted_names_as_text(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a shell completes: paths, and the names of formats, combiners, methods and devices.
+"""Completion in a shell: paths, and the names of formats, combiners, methods and devices.
 
 click completes commands, flags and choices by itself. Other parameters are plain text to it, so while a shell asks they
 get types that complete.

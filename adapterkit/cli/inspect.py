@@ -307,7 +307,7 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
 
 
 def _story(record: Mapping[str, Any], groups: Sequence[_Group]) -> Iterable[tuple[str, str]]:
-    """What an adapter is, a line each."""
+    """Yield the summary of an adapter: name and value of each line."""
     totals = record["totals"]
     yield "method", ", ".join(f"{name} ({count:,})" for name, count in totals["methods"].items())
     ranks = sorted({each["rank"] for each in record["updates"] if isinstance(each["rank"], int)})

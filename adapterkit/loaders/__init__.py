@@ -84,7 +84,7 @@ class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a tool makes of a file.
+    """The verdict on one tool and one file.
 
     Attributes:
         tool: the name of its file in `spec/loaders`.

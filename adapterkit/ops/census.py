@@ -1,4 +1,4 @@
-"""What is counted over all targets before any of them is computed: thresholds of whole adapters, and majorities."""
+"""Counts over all targets, taken before any target is computed: thresholds of whole adapters, and majorities."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
         self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
-        # What the caller computes need not bear several threads.
+        # The caller's `data` function may not be safe to call from several threads.
         self.workers = 1 if data is not None else workers or most_workers()
         self.census = Census()
         self.census.votes_by(self._pass)
@@ -402,7 +402,7 @@ def _errors_at(place: Place) -> Iterator[None]:
     import numpy as np
 
     try:
-        # What is too large for a float is refused where it is stored, and by decompositions.
+        # Storing a result and decomposing it refuse numbers that are too large for a float.
         with np.errstate(over="ignore", invalid="ignore"):
             yield
     except np.linalg.LinAlgError:

@@ -16,10 +16,11 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
+
+from loader_tables import exceptions, quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "spec" / "loaders" / "comfyui.toml"
@@ -343,22 +344,9 @@ def toml(version: str) -> str:
         for spelling, held in spelled(name, models).items():
             found.setdefault(spelling, {})[name] = held
     for (prefix, naming), families in found.items():
-        lines += ["[[keys]]", f'prefix = "{prefix}"', f'naming = "{naming}"', f"families = {_list(families)}"]
-        lacking = {name: lost for name, (paths, lost) in families.items() if lost and 2 * len(lost) < len(paths)}
-        few = {
-            name: [p for p in paths if p not in lost]
-            for name, (paths, lost) in families.items()
-            if 2 * len(lost) >= len(paths)
-        }
-        for field, modules in (("without", lacking), ("only", few)):
-            if modules:
-                lines += ["", f"[keys.{field}]", *(f"{name} = {_list(each)}" for name, each in modules.items())]
-        lines.append("")
+        lines += ["[[keys]]", f'prefix = "{prefix}"', f'naming = "{naming}"', f"families = {quoted(families)}"]
+        lines += exceptions(families)
     return "\n".join(lines)
-
-
-def _list(words: Iterable[str]) -> str:
-    return f"[{', '.join(f'{chr(34)}{word}{chr(34)}' for word in words)}]"
 
 
 def spelled(

@@ -21,6 +21,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.loaders import lora_pipeline
+from loader_tables import exceptions, quoted
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -91,22 +92,9 @@ def toml(names: Iterable[str]) -> str:
     for (prefix, naming, slots), held in found.items():
         ends = PEFT if naming == "diffusers" and prefix in ("transformer.", "unet.") else slots
         lines += ["[[keys]]", f'prefix = "{prefix}"', f'naming = "{naming}"']
-        lines += [f"slots = {_list(ends)}", f"families = {_list(held)}"]
-        lacking = {name: lost for name, (paths, lost) in held.items() if lost and 2 * len(lost) < len(paths)}
-        few = {
-            name: [p for p in paths if p not in lost]
-            for name, (paths, lost) in held.items()
-            if 2 * len(lost) >= len(paths)
-        }
-        for field, modules in (("without", lacking), ("only", few)):
-            if modules:
-                lines += ["", f"[keys.{field}]", *(f"{name} = {_list(each)}" for name, each in modules.items())]
-        lines.append("")
+        lines += [f"slots = {quoted(ends)}", f"families = {quoted(held)}"]
+        lines += exceptions(held)
     return "\n".join(lines)
-
-
-def _list(words: Iterable[str]) -> str:
-    return f"[{', '.join(f'{chr(34)}{word}{chr(34)}' for word in words)}]"
 
 
 def spelled(family: Family, prefix: str, naming: str, slots: tuple[str, ...]) -> tuple[list[str], list[str]]:
