@@ -21,10 +21,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.loaders import lora_pipeline
-from loader_tables import exceptions, quoted
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from loader_tables import exceptions, quoted  # noqa: E402
 
 from adapterkit.adapter import Adapter, Target  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.formats._image.deciding import Origin  # noqa: E402
