@@ -17,10 +17,9 @@ from ..io.atomic import write_bytes
 from ..io.locations import located, source_of
 from ..merging.companions import CARD, REPORT
 from .card import Model, adapter_card, model_card
-from .digests import digests, digests_of
 from .folders import scratch
 from .remote import Content, Digests, Remote, RemoteFile
-from .transfer import read_range
+from .transfer import digests, digests_of, read_range
 from .uris import Uri, check_names, parse
 
 
