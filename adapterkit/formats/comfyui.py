@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Target, Updates
-from ..errors import TargetNotFound
+from ..errors import Malformed, TargetNotFound
 from ..naming.image import COMFYUI, LLM_PREFIXES, ROOTS, component_of, denoiser_of, encoder_kind, families, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
 from ._image.dialect import ImageFormat
-from ._image.file import Key, Module, Rules
+from ._image.file import AGAIN, Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
     from ..naming.image import Family
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
@@ -86,6 +88,10 @@ class Comfyui(ImageFormat):
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS.get(slot, slot)}"
 
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+        modules = super().modules(tensors)
+        return _stacked(modules) if any(key.endswith(".default.weight") for key in tensors) else modules
+
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
@@ -114,6 +120,46 @@ class Comfyui(ImageFormat):
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), False
+
+
+def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
+    """The modules with all queries first, then all keys, then all values, where DiffSynth has them head by head.
+
+    DiffSynth trains MiniMax-H3 with the rows of the authors' shards; all other tools reorder these when they load them.
+    Shapes are the same, so that only PEFT's adapter name in the keys tells its files. The keys lose that name here: it
+    would tell the file that is written to be DiffSynth's.
+
+    Raises:
+        Malformed: rows are not those of whole heads.
+    """
+    names = {_rest(stem) for stem in modules}
+    fitting = [family for family in families() if not family.facts.generic and all(name in family for name in names)]
+    if not fitting or not all(family.facts.diffsynth_head for family in fitting):
+        return modules
+    family = fitting[0]
+    found = {}
+    for stem, module in modules.items():
+        keys = {slot: key.replace(".default.weight", ".weight") for slot, key in module.keys.items()}
+        rest, up = _rest(stem), module.tensors.get("up")
+        pieces = family.moves(rest, "native", "diffusers") if rest in family.names("native") else ()
+        if up is not None and len({piece.path for piece in pieces}) == 3:
+            size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
+            if rows % (3 * size):
+                why = f"{rows} rows are no queries, keys and values of heads of {size}"
+                raise Malformed(why, where=module.keys["up"], cure=AGAIN)
+            module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
+        found[stem] = replace(module, keys=keys)
+    return found
+
+
+def _by_part(leaf: Lazy, size: int) -> Lazy:
+    """Rows that stand head by head, in the order of all queries, all keys and all values."""
+
+    def ordered(array: Any) -> Any:
+        parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(array.shape)
+
+    return leaf.map(ordered, leaf.shape)
 
 
 _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")

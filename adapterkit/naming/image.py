@@ -41,7 +41,7 @@ class Family:
         self.facts = head.pipeline
         self.component = self.facts.component
         self.title = self.facts.title or self.name
-        self._text = text
+        self.text = text
         self._names: dict[str, Names] = {}
 
     @cached_property
@@ -59,7 +59,7 @@ class Family:
 
     def may_have(self, name: str) -> bool:
         """Whether the words of a name, dotted or flattened, are in the file at all; this spares parsing most files."""
-        return all(word in self._text for word in _WORD.findall(name))
+        return all(word in self.text for word in _WORD.findall(name))
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Family:
 
     def wanted(self, naming: str) -> str:
         """The naming itself, or the one that `kohya` or `comfyui` stands for."""
-        if naming == COMFYUI and (f"{COMFYUI} = " not in self._text or COMFYUI not in self.namings):
+        if naming == COMFYUI and (f"{COMFYUI} = " not in self.text or COMFYUI not in self.namings):
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
 
@@ -131,6 +131,18 @@ def families() -> tuple[Family, ...]:
     """The families whose names are known, generic ones last."""
     found = [Family(head, text) for head, text in architectures.of_pipelines()]
     return tuple(sorted(found, key=lambda family: family.facts.generic))
+
+
+def looks_of_pipeline(paths: Iterable[str]) -> bool:
+    """Whether modules are called as those of image, video and audio models are, more than as those of other models.
+
+    For models that have no file here: the last two words of each name, such as `attn.to_q`, are counted in the files of
+    pipelines and in all others. `to_q` stands in the audio tower of a language model, too.
+    """
+    ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
+    texts = [family.text for family in families()], architectures.texts_of_models()
+    here, others = (sum(end in text for end in ends for text in each) for each in texts)
+    return here > others
 
 
 @cache

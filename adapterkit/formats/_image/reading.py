@@ -12,6 +12,7 @@ from ...naming.image import families, rooted
 from .biases import check_biases
 from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
+from .header_alpha import with_alphas
 from .laws import decode
 from .leftovers import Leftovers
 from .placing import placed
@@ -33,7 +34,7 @@ def decoded(
     Raises:
         Malformed: a key is of another dialect, or two of them mean the same.
     """
-    tensors = at_once(tensors)
+    tensors, metadata = with_alphas(dialect, at_once(tensors), metadata)
     modules = dialect.modules(tensors)
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)

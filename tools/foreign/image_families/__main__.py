@@ -80,6 +80,10 @@ def toml_of(name: str, family: Family) -> str:
     if family.distinctive:
         facts["distinctive"] = True
     facts["widths"] = sorted(widths)
+    if family.diffsynth_head:
+        facts["diffsynth_head"] = family.diffsynth_head
+    if family.header_alpha:
+        facts["header_alpha"] = True
     if family.counted:
         first = {key.partition(".")[0]: _name(places["native"]).partition(".")[0] for key, places in weights.items()
                  if "{n}" in key and "native" in places}  # fmt: skip

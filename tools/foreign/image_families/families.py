@@ -32,7 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
-        distinctive, widths: see spec/architectures/README.md.
+        distinctive, widths, diffsynth_head, header_alpha: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -52,6 +52,8 @@ class Family:
     distinctive: bool = False
     counted: bool = False
     widths: tuple[int, ...] = ()
+    diffsynth_head: int = 0
+    header_alpha: bool = False
     ratios: tuple[str, ...] = ()
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -380,7 +382,7 @@ FAMILIES: dict[str, Family] = {
         {blocks,token_refiner.blocks}.#.attn.qkv_proj*3 {blocks,token_refiner.blocks}.#.attn.{out_proj,q_norm,k_norm}
         {blocks,token_refiner.blocks}.#.mlp.fc{1,2} {blocks,token_refiner.blocks}.#.norm{1,2}
         blocks.#.adaln_proj.linear token_refiner.final_norm""",
-        sources=("MiniMaxAI/MiniMax-H3",),
+        sources=("MiniMaxAI/MiniMax-H3",), diffsynth_head=128, header_alpha=True,
     ),
     "cosmos": Family(
         ("CosmosTransformer3DModel",), single.convert_cosmos_transformer_checkpoint_to_diffusers,
@@ -388,6 +390,10 @@ FAMILIES: dict[str, Family] = {
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
         title="Cosmos 2 or Anima", widths=(2048,), sources=("nvidia-cosmos/cosmos-predict2",),
+    ),
+    "ernie_image": Family(
+        ("ErnieImageTransformer2DModel",), native="=", kohya="diffusers", widths=(3072,),
+        sources=("diffusers 0.42.1: ErnieImageLoraLoaderMixin",),
     ),
     "ace_step": Family(
         ("AceStepTransformer1DModel",), _lora_converter(
@@ -431,6 +437,7 @@ WORDS: dict[str, list[str]] = {
     "ideogram4": ["ideogram4"],
     "minimax_h3": ["minimaxh3"],
     "cosmos": ["anima", "cosmos"],
+    "ernie_image": ["ernieimage"],
     "ace_step": ["acestep"],
 }
 """What metadata of files call the families, in lower-case letters and digits alone."""
