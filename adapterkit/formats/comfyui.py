@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Target, Updates
 from ..errors import Malformed, TargetNotFound
-from ..naming.image import COMFYUI, LLM_PREFIXES, ROOTS, component_of, denoiser_of, encoder_kind, families, rooted
+from ..naming.image import (
+    COMFYUI,
+    LLM_PREFIXES,
+    ROOTS,
+    beside,
+    component_of,
+    denoiser_of,
+    encoder_kind,
+    families,
+    in_other_words,
+    rooted,
+)
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
@@ -95,11 +106,14 @@ class Comfyui(ImageFormat):
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.")]
-        part = denoiser_of(rests)
+        others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
+        rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
+        # Names that a U-Net has too, such as time_embedding.linear_1, do not make a transformer one.
+        parts = {each.component for each in fitting if not each.facts.generic}
+        part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
         fitting = narrowed(fitting, lambda family: said(family, metadata))
-        return {stem: Target(_path(stem, part, fitting)) for stem in modules}
+        return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """In ComfyUI's naming; the families that fit, by all that is known, tell the words for text encoders."""
@@ -113,6 +127,8 @@ class Comfyui(ImageFormat):
             return None
         if component in ("unet", "transformer"):
             return f"diffusion_model.{rest}"
+        if other := in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()}):
+            return other
         word, name = _encoder(component, rest, frozenset(paths), self._fitting)
         return f"text_encoders.{word}.transformer.{name}" if word else None
 

@@ -114,6 +114,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
+        beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
         diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
         header_alpha: an alpha in the header of a file without alphas counts for every module.
     """
@@ -130,6 +131,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
     encoders: dict[str, Encoder] = {}
+    beside: dict[str, str] = {}
     diffsynth_head: int = 0
     header_alpha: bool = False
 

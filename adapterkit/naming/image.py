@@ -7,7 +7,7 @@ authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property, lru_cache
 
 from . import architectures
@@ -203,6 +203,8 @@ ROOTS = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
     "text_encoder_4": "text_encoder_4",
+    "text_conditioner": "text_conditioner",
+    "connectors": "connectors",
     "cond_stage_model.transformer": "text_encoder",
     "conditioner.embedders.0.transformer": "text_encoder",
     "text_encoders.clip_l.transformer": "text_encoder",
@@ -214,6 +216,18 @@ ROOTS = {
     },
 }
 """What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
+
+
+@cache
+def beside() -> dict[str, str]:
+    """What ComfyUI calls modules, or the beginnings of their names, outside the denoiser -> the same in diffusers."""
+    return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
+
+
+def in_other_words(path: str, words: Mapping[str, str]) -> str:
+    """A path whose beginning is exchanged; empty where it has none of these beginnings."""
+    found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
+    return words[found] + path[len(found) :] if found else ""
 
 
 def rooted(path: str) -> tuple[str, str]:

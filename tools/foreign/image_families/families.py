@@ -32,7 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
-        distinctive, widths, diffsynth_head, header_alpha: see spec/architectures/README.md.
+        distinctive, widths, beside, diffsynth_head, header_alpha: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -52,6 +52,7 @@ class Family:
     distinctive: bool = False
     counted: bool = False
     widths: tuple[int, ...] = ()
+    beside: dict[str, str] = field(default_factory=dict)
     diffsynth_head: int = 0
     header_alpha: bool = False
     ratios: tuple[str, ...] = ()
@@ -345,7 +346,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ltx2": Family(
         ("LTX2VideoTransformer3DModel",), single.convert_ltx2_transformer_to_diffusers, "<ltx>",
-        sources=("Lightricks/LTX-2",),
+        beside={"connectors.text_proj_in": "text_embedding_projection.aggregate_embed"}, sources=("Lightricks/LTX-2",),
     ),
     "mochi": Family(
         ("MochiTransformer3DModel",), single.convert_mochi_transformer_checkpoint_to_diffusers,
@@ -366,7 +367,7 @@ FAMILIES: dict[str, Family] = {
         txtfusion.{layerwise,refiner}_blocks.#.mlp.{gate,up,down}
         txtfusion.{layerwise,refiner}_blocks.#.{pre,post}norm:scale
         txtfusion.{layerwise,refiner}_blocks.#.attn.qknorm.{q,k}norm:scale""",
-        sources=("krea-ai/krea-2",),
+        fused={"to_qkv": "to_{q,k,v}"}, sources=("krea-ai/krea-2",),
     ),
     "ideogram4": Family(
         ("Ideogram4Transformer2DModel",), _lora_converter(lora._convert_non_diffusers_ideogram4_lora_to_diffusers),
@@ -389,7 +390,7 @@ FAMILIES: dict[str, Family] = {
         f"""x_embedder.proj.1 t_embedder.1.linear_{{1,2}} t_embedding_norm final_layer.linear
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
-        title="Cosmos 2 or Anima", widths=(2048,), sources=("nvidia-cosmos/cosmos-predict2",),
+        title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"}, sources=("nvidia-cosmos/cosmos-predict2",),
     ),
     "ernie_image": Family(
         ("ErnieImageTransformer2DModel",), native="=", kohya="diffusers", widths=(3072,),
