@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.loaders import lora_pipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -61,6 +60,7 @@ class Kind:
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     form: str = "lora"
+    fault: str = ""
     encoders: Mapping[str, str] = field(default_factory=dict)
     added: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def checked(kind: Kind, *, large: bool = False) -> str:
         ak.write(adapter, there, format="diffusers", on_loss="fold" if kind.form == "lokr" else "refuse")
         theirs, ours = loaded(kind, path, model), loaded(kind, there, model)
         texts = f", {', '.join(kind.encoders.values())}" if kind.encoders else ""
-        read = read_changes(adapter)
+        read = read_changes(adapter, kind)
     live = not about.get("meta") and (large or not about.get("large"))
     worst = compared(state_changes(theirs, kind), state_changes(ours, kind))
     worst = max(worst, compared(state_changes(theirs, kind), read, all_of_them=False))
@@ -315,7 +315,7 @@ def state_changes(made: Loaded, kind: Kind) -> dict[str, Tensor]:
                 found[name] = _probed(up.flatten(1).double(), value.flatten(1).double()) * scale
         if key.endswith((".lora_B.bias", "norm_q.weight", "norm_k.weight", "added_q.weight", "added_k.weight")):
             found[key] = value.double()
-    return {_as_clip(name): change for name, change in found.items()}
+    return {_as_clip(n): change for n, change in found.items() if not (kind.fault and re.search(kind.fault, n))}
 
 
 def _as_clip(name: str) -> str:
@@ -327,12 +327,12 @@ def _as_clip(name: str) -> str:
     return name
 
 
-def read_changes(adapter: ak.Adapter) -> dict[str, Tensor]:
+def read_changes(adapter: ak.Adapter, kind: Kind) -> dict[str, Tensor]:
     """Return the same by the formulas of what adapterkit read, of LoRAs in diffusers' names."""
     found = dict[str, Tensor]()
     for target, updates in in_diffusers(adapter.updates, (), origin_of(adapter, None))[0].items():
         for update in updates:
-            if isinstance(update, LoRA):
+            if isinstance(update, LoRA) and not (kind.fault and re.search(kind.fault, target.path)):
                 A, B = (as_torch(leaf).flatten(1).double() for leaf in (update.A, update.B))
                 found[target.path] = _probed(B, A) * update.scaling
     return found
@@ -408,7 +408,7 @@ def live_changes(kind: Kind, model: Any, made: Loaded) -> tuple[dict[str, Tensor
 
 def _load(kind: Kind, model: Any, made: Loaded) -> None:
     loader, state = kind.mixin, dict(made.state)
-    if kind.model.startswith("unet") and hasattr(loader, "load_lora_into_unet") :
+    if kind.model.startswith("unet") and hasattr(loader, "load_lora_into_unet"):
         loader.load_lora_into_unet(state, network_alphas=made.alphas, unet=model, metadata=made.metadata)
         return
     known = inspect.signature(loader.load_lora_into_transformer).parameters

@@ -136,7 +136,12 @@ class _Into:
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
         """The module that diffusers fuses for a LoKr: it loads no Kronecker factors but those that were trained."""
-        if not self.fuse or self.naming != "diffusers" or target.rows is not None or not all(isinstance(u, LoKr) for u in found):
+        if (
+            not self.fuse
+            or self.naming != "diffusers"
+            or target.rows is not None
+            or not all(isinstance(u, LoKr) for u in found)
+        ):
             return None
         rest = rooted(target.path)[1]
         pieces = self.family.moves(rest, source, FUSED) if FUSED in self.family.namings else ()

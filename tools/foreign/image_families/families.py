@@ -78,7 +78,8 @@ _LTX = {
     "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
     "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
     "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
-    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single", "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
 }  # fmt: skip
 """Words of diffusers' names -> words of Lightricks'."""
 _BLOCK = "{self_attn,cross_attn}.{q,k,v,output}_proj {self_attn,cross_attn}.{q,k}_norm mlp.layer{1,2}"
@@ -197,6 +198,12 @@ _MOCHI_CASES = {
     _CONTEXT: {"native": {"name": "blocks.{n}.mod_y", "ratio": 2}},
     f"{_CONTEXT}_1": {"native": {"name": "blocks.{n}.mod_y", "ratio": 0.5}},
 }
+
+
+def _ltx2(state: State) -> State:
+    """The converter of checkpoints, and the two names that only the converter of LoRAs knows (LTX 2.3)."""
+    made = single.convert_ltx2_transformer_to_diffusers(state)
+    return {key.replace("prompt_adaln_single.", "prompt_adaln."): value for key, value in made.items()}
 
 
 def _flux3(state: State) -> State:
@@ -345,7 +352,8 @@ FAMILIES: dict[str, Family] = {
         widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
     ),
     "ltx2": Family(
-        ("LTX2VideoTransformer3DModel",), single.convert_ltx2_transformer_to_diffusers, "<ltx>",
+        ("LTX2VideoTransformer3DModel",), _ltx2, "<ltx>",
+        config=dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True),
         beside={"connectors.text_proj_in": "text_embedding_projection.aggregate_embed"}, sources=("Lightricks/LTX-2",),
     ),
     "mochi": Family(
