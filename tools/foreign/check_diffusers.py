@@ -158,7 +158,7 @@ def file_of(kind: Kind, model: nn.Module) -> dict[str, Tensor]:
     state = dict[str, Tensor]()
     for path, shape in modules.items():
         state |= tensors_of(kind, path, shape, rng)
-    for prefix, _ in kind.encoders.items():
+    for prefix in kind.encoders:
         for path, (out, columns) in CLIP.items():
             stem = prefix + path.replace(".", "_")
             state |= pair(stem, ENDS[kind.ends], (out, columns), rng, kind.alpha)
@@ -304,7 +304,8 @@ def state_changes(made: Loaded, kind: Kind) -> dict[str, Tensor]:
     for key, value in made.state.items():
         for a, b in (
             (".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight"),
-            ("_lora.down.weight", "_lora.up.weight"), (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+            ("_lora.down.weight", "_lora.up.weight"),
+            (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
         ):  # fmt: skip
             if key.endswith(a):
                 module = key.removesuffix(a)

@@ -38,6 +38,7 @@ def decoded(
     modules = dialect.modules(tensors)
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
+    _check_apart(targets)
     check_biases(modules, dialect.switch)
     rules = rules_for(dialect.rules, compat, dict(metadata))
     updates, hints = dict[Target, tuple["Update", ...]](), Leftovers()
@@ -90,6 +91,29 @@ def _check_shapes(stem: str, found: list[Found]) -> None:
         except AdapterkitError as error:
             error.where = f"{stem}: {error.where}"
             raise
+
+
+def _check_apart(targets: Mapping[str, Target]) -> None:
+    """Check that no file changes a fused weight and its parts, too.
+
+    Some trainers of Z-Image write the fused queries, keys and values beside the parts; diffusers then leaves the fused
+    one out, and other tools add both.
+
+    Raises:
+        Malformed: a module is in the file twice.
+    """
+    inside = {stem: rooted(t.path)[1] for stem, t in targets.items() if t.path.startswith("transformer.")}
+    names = list(dict.fromkeys(inside.values()))
+    fitting = [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
+    if not fitting or any(family.naming_of(names) for family in fitting):
+        return
+    seen: dict[str, str] = {}
+    for stem, rest in inside.items():
+        family = fitting[0]
+        for piece in family.moves(rest, family.naming_of([rest]), "diffusers"):
+            if seen.setdefault(piece.path, stem) != stem:
+                why = f"it changes {piece.path}, as does {seen[piece.path]}"
+                raise Malformed(why, where=stem, cure="Take one of the two out of the file: they say the same twice")
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

@@ -398,7 +398,8 @@ FAMILIES: dict[str, Family] = {
         f"""x_embedder.proj.1 t_embedder.1.linear_{{1,2}} t_embedding_norm final_layer.linear
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
-        title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"}, sources=("nvidia-cosmos/cosmos-predict2",),
+        title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"},
+        sources=("nvidia-cosmos/cosmos-predict2",),
     ),
     "ernie_image": Family(
         ("ErnieImageTransformer2DModel",), native="=", kohya="diffusers", widths=(3072,),
