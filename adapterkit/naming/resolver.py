@@ -118,6 +118,7 @@ class Names:
         anywhere: targets that may be any module.
         shapes: the templates of `paths`, each with one path as an example.
         known: family -> what its file says of these names, worked out when it is first needed.
+        experts: how many experts a layer has by the base's config; 0 where it does not say.
     """
 
     paths: Collection[str]
@@ -125,6 +126,7 @@ class Names:
     anywhere: Collection[str] = ()
     shapes: dict[str, str] = field(default_factory=dict)
     known: dict[str, _Known] = field(default_factory=dict)
+    experts: int = 0
 
     def has(self, path: str, target: str) -> bool:
         """Whether a target may be at a path."""
@@ -150,7 +152,7 @@ class Names:
             return None
         taken = set(real.values())
         paths = {path for path in self.paths if path not in taken} | real.keys()
-        return Names(paths, self.outer, self.anywhere), real
+        return Names(paths, self.outer, self.anywhere, experts=self.experts), real
 
 
 def resolve(
@@ -330,14 +332,16 @@ class _Known:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """How many experts the base has there."""
+        """How many experts the weight has in the base; of a stack the base's config tells it."""
+        if place.stacked:
+            return self.base.experts
         first = self._path(place, {**numbers, "{e}": "0"}, naming)
         if first not in self.counts:
             count = 0
             while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
                 count += 1
             self.counts[first] = count
-        return self.counts[first]
+        return self.counts[first] // (1 if place.half is None else 2)
 
 
 Found = tuple[str, Place, dict[str, str]]
@@ -359,7 +363,7 @@ def moves_to(
         weights: what `Architecture.find` says of the name.
         naming: the other naming.
         path: a place's name with numbers in its holes.
-        experts: how many experts there are at a place that keeps them apart.
+        experts: how many experts the weight of a place has.
         orders: say where rows stand in another order; False for a caller that sees to that itself.
     """
     moves: list[Move] = []
@@ -370,10 +374,19 @@ def moves_to(
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
+        if ours.half is not None:
+            # The number counts the experts of two weights. It belongs to one of them.
+            count = experts(theirs, numbers)
+            own = int(numbers["{e}"]) - ours.half * count
+            if not 0 <= own < count:
+                continue
+            numbers = {**numbers, "{e}": str(own)}
         if ours.stacked and not theirs.stacked:
+            count = experts(theirs, numbers)
+            first = count * (theirs.half or 0)
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert, turn=turn)
-                for expert in range(experts(theirs, numbers))
+                Move(path(theirs, {**numbers, "{e}": str(first + expert)}), take, into, expert=expert, turn=turn)
+                for expert in range(count)
             ]
         else:
             slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None

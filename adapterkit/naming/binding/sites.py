@@ -9,7 +9,7 @@ from typing import Any
 from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
-from ..architectures import architecture_of
+from ..architectures import architecture_of, expert_count
 from ..renames import Rename, parse_renames, renamed_by
 from ..resolver import Names, Rule, resolve
 from .families import check_family
@@ -132,7 +132,7 @@ def find_sites(
         check_family(adapter, config)
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
-    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer))
+    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer), experts=expert_count(config))
     by_path: dict[str, Target] = {}
     for target in adapter.updates:
         by_path.setdefault(target.path, target)
