@@ -141,3 +141,15 @@ def test_a_prefix_of_one_family_is_not_exchanged_for_that_of_another(tmp_path):
     with pytest.raises(TargetNotFound):
         ak.merge(base, save_adapter(tmp_path / "a", None, f"bert.{end}"), tmp_path / "out")
     ak.merge(base, save_adapter(tmp_path / "b", None, end), tmp_path / "out")
+
+
+def test_a_live_model_is_of_the_family_that_its_config_object_names(tmp_path):
+    """`LlamaForCausalLM.from_pretrained` of an EXAONE: the object says `exaone`, what `to_dict` gives says `llama`."""
+    sizes = {"vocab_size": 16, "hidden_size": H, "intermediate_size": H, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=1))
+    adapter = ak.read(save_adapter(tmp_path / "a", None, "transformer.h.0.attn.attention.q_proj"))
+    with pytest.raises(TargetNotFound):
+        ak.torch.inject(model, adapter)
+    model.config.model_type = "exaone"
+    assert model.config.to_dict()["model_type"] == "llama"
+    ak.torch.inject(model, adapter)
