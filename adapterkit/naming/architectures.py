@@ -55,7 +55,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
             how many rows each has follows from the base's heads.
         groups: of `qkv`: the rows stand group by group instead: the queries that share a key, the key, the value.
-        half: the experts of two weights are numbered on: this one has the first half of the numbers (0) or the second (1).
+        half: the experts of two weights share one row of numbers: this weight has the first half of them (0) or the
+            second (1).
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`

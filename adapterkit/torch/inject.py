@@ -226,7 +226,7 @@ def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     if config is None or not hasattr(config, "to_dict"):
         return None
     words: dict[str, Any] = config.to_dict()
-    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig that says `exaone`, and whose dict says `llama`.
+    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig that says `exaone`; its dict says `llama`.
     said = getattr(config, "model_type", None)
     return words | ({"model_type": said} if isinstance(said, str) and said else {})
 

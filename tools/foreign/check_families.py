@@ -1,12 +1,14 @@
 """Binds the adapters of many model types to the bases of all others: a base of the wrong family must be refused.
 
-    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE]
+    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N]
 
 Bases and adapters are those of `check_bases.py`: tiny random models with sizes of one kind, so that shapes refuse as
 little as they can. Each model type has three adapters: `named`, PEFT's file as PEFT writes it for a model without a
 task type, which names the family; `plain`, the same without that, as PEFT writes it for a task; and `attention`, the
 `plain` one with the layers of attention alone, as most people train. Each is bound to the base of every other model
 type.
+
+With `--every N` only every N-th pair is bound.
 
 `refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
 one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
@@ -42,6 +44,7 @@ from tiny import tiny  # noqa: E402
 
 import adapterkit  # noqa: E402
 from adapterkit.errors import AdapterkitError  # noqa: E402
+from adapterkit.io.checkpoint import opened  # noqa: E402
 
 KINDS = ("named", "plain", "attention")
 FILE = "adapter_model.safetensors"
@@ -54,7 +57,7 @@ class Made(NamedTuple):
     """One model type on disk.
 
     Attributes:
-        folder: `base`, and an adapter of each kind.
+        base: the open base.
         stored: the modules as the base stores them.
         live: the modules of the live model.
         kind: the model's class.
@@ -62,7 +65,7 @@ class Made(NamedTuple):
         adapters: the adapters by their kind.
     """
 
-    folder: Path
+    base: Any
     stored: Modules
     live: Modules
     kind: str
@@ -108,13 +111,13 @@ def make(model_type: str, folder: Path) -> Made:
     stored: Modules = {}
     for file in (folder / "base").glob("*.safetensors"):
         with safe_open(file, "pt") as reader:
-            stored |= {module_of(key): tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}
+            stored |= {module_of(key): tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
     families = frozenset(families_of(json.loads((folder / "base" / "config.json").read_text())))
     adapters = {}
     for name in KINDS:
         if (folder / name).exists():
             adapters[name] = adapterkit.read(folder / name, base=folder / "base")
-    return Made(folder, stored, live, kind, families | {model_type}, adapters)
+    return Made(opened(folder / "base"), stored, live, kind, families | {model_type}, adapters)
 
 
 def shape_of(update: Any, stacked: bool) -> tuple[int, ...]:
@@ -155,14 +158,14 @@ def verdict(kind: str, adapter: Made, base: Made) -> tuple[str, str]:
     """(verdict, detail) of one adapter at one base."""
     given = adapter.adapters[kind]
     try:
-        given.bind(base.folder / "base")
+        given.bind(base.base)
     except AdapterkitError as error:
         return "refused", type(error).__name__
     if adapter.kind == base.kind or next(iter(adapter.families)) in base.families:
         return "part", ""
     if kind != "named" and alike(given, base):
         return "alike", ""
-    rules = adapterkit.names(base.folder / "base", given)["rules"]
+    rules = adapterkit.names(base.base.root, given)["rules"]
     return "wrong", "; ".join(f"{rule['rule']} ({rule['targets']})" for rule in rules)
 
 
@@ -171,6 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="bind every N-th pair only")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -185,15 +189,16 @@ def main() -> int:
                 made[model_type] = make(model_type, Path(folder) / model_type)
             except Exception as error:  # A model type that cannot be built is counted apart.
                 print(f"not made {model_type:24} {type(error).__name__}: {str(error)[:140]}", flush=True)
-        for base_type, base in made.items():
-            for adapter_type, adapter in made.items():
-                for kind in adapter.adapters if adapter_type != base_type else ():
-                    word, detail = verdict(kind, adapter, base)
-                    counts[kind][word] = counts[kind].get(word, 0) + 1
-                    if word != "refused":
-                        records[f"{kind} {adapter_type} {base_type}"] = [word, detail]
-                    if word == "wrong":
-                        print(f"wrong    {kind:9} of {adapter_type} on {base_type}: {detail[:200]}", flush=True)
+        pairs = [(one, other) for one in made for other in made if one != other]
+        for base_type, adapter_type in pairs[:: arguments.every]:
+            base, adapter = made[base_type], made[adapter_type]
+            for kind in adapter.adapters:
+                word, detail = verdict(kind, adapter, base)
+                counts[kind][word] = counts[kind].get(word, 0) + 1
+                if word != "refused":
+                    records[f"{kind} {adapter_type} {base_type}"] = [word, detail]
+                if word == "wrong":
+                    print(f"wrong    {kind:9} of {adapter_type} on {base_type}: {detail[:200]}", flush=True)
     for kind, found in counts.items():
         print(f"{kind}: " + ", ".join(f"{count} {word}" for word, count in sorted(found.items())))
     if arguments.json:
