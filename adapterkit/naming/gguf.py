@@ -150,8 +150,8 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     Raises:
         Unsupported: they do not say one number for all layers.
     """
-    query = values.get(f"{name}.attention.head_count")
-    kv = values.get(f"{name}.attention.head_count_kv", query)
+    query = _in_attention(values.get(f"{name}.attention.head_count"))
+    kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
     if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
         said = f"attention.head_count says {shown(query)} and head_count_kv {shown(kv)}"
         why = f"{said}, and the order of rows depends on it"
@@ -164,6 +164,12 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
+
+
+def _in_attention(count: object) -> object:
+    """The number of heads of all layers that have any: hybrid models have a list, with 0 for a layer of another kind."""
+    several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
+    return several.pop() if len(several) == 1 else count
 
 
 def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
