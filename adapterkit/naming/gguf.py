@@ -75,6 +75,43 @@ def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, s
     return found[0] if len(found) == 1 else None
 
 
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+"""Tensor -> those that llama.cpp's converter joins to it by `--fuse-qkv` and `--fuse-gate-up-exps`, in their order.
+
+The rows of each part lie as they would in a tensor of its own; experts' gate and up are joined expert by expert.
+"""
+
+
+def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
+    """What `place_of` says of the parts of a tensor that the converter joined; empty for any other tensor."""
+    stem, _, leaf = module.rpartition(".")
+    found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
+    return [each for each in found if each is not None] if None not in found else []
+
+
+def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> list[int]:
+    """How many rows each part of a joined tensor has.
+
+    Args:
+        module: the tensor, without `.weight`.
+        rows: of the tensor, or of one expert in it.
+        values: the file's key-values.
+        name: its `general.architecture`.
+
+    Raises:
+        Unsupported: the key-values do not tell, or tell another number of rows.
+    """
+    if module.endswith("ffn_gate_up_exps"):
+        return [rows // 2, rows // 2]
+    heads = heads_in(values, name, module)
+    value = values.get(f"{name}.attention.value_length", heads.dim)
+    found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
+    if sum(found) != rows:
+        why = f"{rows} rows, and the heads have {found[0]} for queries, {found[1]} for keys and {found[2]} for values"
+        raise Unsupported(why, where=module, cure=_MERGE)
+    return found
+
+
 def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
     """Row i of the file's tensor is row `order[i]` of the weight; None where both have the same order.
 

@@ -204,7 +204,7 @@ def resolve(
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
     if left:
-        left = _by_prefixes(left, base, resolution, partial, fits)
+        left = _by_prefixes(left, base, resolution, partial, fits, known=architecture is not None)
     resolution.missing = [target for target, _ in left]
     return resolution
 
@@ -456,9 +456,15 @@ def _variants(name: str) -> Iterator[str]:
     yield from without_prefix(name)
 
 
-def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
-    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
+def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits, known: bool) -> Left:
+    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
+
+    Where the base's family is `known`, its file says what else its parts are called. A word that only another family
+    has is then no name of a part: `model.text_model.` of an Idefics is not the `language_model.model.` of a LLaVA.
+    """
     templates = _trials(left, base)
+    if known:
+        templates = {name: {pair for pair in pairs if _keeps_parts(*pair)} for name, pairs in templates.items()}
     # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
     # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
     prefixes = sorted(
@@ -621,6 +627,13 @@ def _exchange(off: str, on: str) -> bool:
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
     return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
+
+
+def _keeps_parts(off: str, on: str) -> bool:
+    """Whether a change of prefixes only adds words, only drops words, or exchanges words that name no part."""
+    ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
+    dropped = {word for word in ours if word not in theirs}
+    return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)
 
 
 _KINDS: dict[str, dict[str, str]] = {

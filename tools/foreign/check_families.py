@@ -12,8 +12,8 @@ With `--every N` only every N-th pair is bound.
 
 `refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
 one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
-stored names or in those of the live model, also behind one other prefix: nothing tells such a file from one that was
-trained on this base. Everything else is `wrong`.
+stored names or in those of the live model, also with one other prefix for those that are not there as they are: nothing
+tells such a file from one that was trained on this base, or on the part of it behind that prefix. Everything else is `wrong`.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """
@@ -132,8 +132,8 @@ def alike(adapter: Any, base: Made) -> bool:
         target.path: shape_of(updates[0], target.stacked) if target.stacked else shape_of(updates[0], False)
         for target, updates in adapter.updates.items()
     }
-    first = next(iter(wanted))
     for names in (base.stored, base.live):
+        first = next((path for path in wanted if path not in names), next(iter(wanted)))
         words = first.split(".")
         prefixes = {("", "")}
         for cut in range(len(words)):
@@ -141,8 +141,12 @@ def alike(adapter: Any, base: Made) -> bool:
             off = first.removesuffix(end)
             prefixes |= {(off, name.removesuffix(end)) for name in names if f".{name}".endswith(f".{end}")}
         for off, on in prefixes:
-            places = {on + path.removeprefix(off) if path.startswith(off) else path: s for path, s in wanted.items()}
-            if all(path in names and same(names[path], shape) for path, shape in places.items()):
+            places = {
+                path if path in names or not path.startswith(off) else on + path.removeprefix(off): shape
+                for path, shape in wanted.items()
+            }
+            fitting = all(path in names and same(names[path], shape) for path, shape in places.items())
+            if fitting and len(places) == len(wanted):
                 return True
     return False
 
