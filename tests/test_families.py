@@ -57,6 +57,10 @@ def test_peft_says_the_family_of_a_model_without_a_task_type(tmp_path):
         ("mixtral", {"model_type": "olmoe"}),
         ("llava", {"model_type": "llama"}),
         ("qwen2", {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+        ("speech_to_text", {"model_type": "m2m_100"}),
+        ("marian", {"model_type": "speech_to_text"}),
+        ("qwen2_audio", {"model_type": "qwen2"}),
+        ("hrm_text", {"model_type": "llama"}),
     ],
 )
 def test_another_family_is_refused_and_taken_by_a_rule(family, config, tmp_path):

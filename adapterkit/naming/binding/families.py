@@ -66,7 +66,11 @@ def _families(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _plain(name: str) -> str:
     """A model type as the name of its module in transformers, without what tells its text and vision parts apart."""
-    word = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", name.lower().replace("-", "_"))
+    word = name.lower().replace("-", "_")
+    part = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", word)
+    # `gemma3_text` is a part of `gemma3`; `qwen2_audio` and `speech_to_text` are families of their own.
+    if not is_family(word) or (word.endswith("_text") and is_family(part)):
+        word = part
     return _MODULES.get(word, word)
 
 
