@@ -22,7 +22,7 @@ from .context import ContextPart, surround
 from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
-from .lean import low_rank_linear, low_rank_sum, scaled_linear
+from .lean import is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .plans import Plan
@@ -301,7 +301,7 @@ class Station:
         found = moved(update, W.device, wide).scaled_factors(W.detach().to(wide))  # type: ignore[attr-defined]
         if found is None:
             return None
-        s, B, A = (tensor.to(W.dtype) for tensor in found)
+        s, B, A = found if is_wide(W) else (tensor.to(W.dtype) for tensor in found)
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
