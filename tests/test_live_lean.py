@@ -261,7 +261,7 @@ def saved(run):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_numbers_of_16_bits_are_as_precise_as_with_factors_of_32(method, dtype, calls, monkeypatch):
-    """A thin product in bfloat16 rounds three times, and takes 25 times as long on a CPU without instructions for it."""
+    """A thin product in bfloat16 rounds three times, and is slow on a CPU without instructions for it."""
     monkeypatch.setattr(lean, "BLOCK", 5 * 48)  # Blocks of five rows, the last one shorter.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48)).to(dtype)
