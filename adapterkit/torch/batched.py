@@ -165,16 +165,18 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
         ShapeMismatch: x does not have the route's rows.
     """
     compiling = torch.compiler.is_compiling()
+    # torch.jit.trace runs twice and compares the graphs: what was kept from the first run would be missing there.
+    tracing = torch._C._get_tracing_state() is not None
     if layer.flat and x.shape[-1:] != layer.shape[1:]:
         why = f"an input of {list(x.shape)} where the layer reads {layer.shape[1]} features"
         raise ShapeMismatch(why, cure="Pass the model an input of its own sizes")
     like = layer.sample
-    stack = None if compiling else kept.stack
+    stack = None if compiling or tracing else kept.stack
     if stack is None or not stack.is_current(tuple([part.switch for part in parts]), like):
         # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
         if not compiling and not all(map(_is_frozen, parts)):
             parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
-        stack = _stacked(layer, parts, like, keep=not compiling)
+        stack = _stacked(layer, parts, like, keep=not compiling and not tracing)
         if stack.leaves is not None:
             kept.stack = stack
     if compiling:
@@ -242,6 +244,8 @@ class Places:
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
     """Where a route's rows are in a stack of these adapters: worked out once for all layers that have the same ones."""
     key = switches, device
+    if torch._C._get_tracing_state() is not None:
+        return _placed(switches, route, scope, device)
     found: Places | None = route.plans.get(key)
     if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
         found = route.plans[key] = _placed(switches, route, scope, device)

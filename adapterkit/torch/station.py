@@ -191,7 +191,7 @@ class Station:
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
-        if self.expert or not stack.is_current(self.switched, W):
+        if self.expert or not stack.is_current(self.switched, W) or torch._C._get_tracing_state() is not None:
             return None
         try:
             return add_to_rows(layer, stack, places_of(self.switched, route, scope, x.device), route, x)

@@ -2,10 +2,11 @@
 
     python tools/foreign/check_quantized_live.py
 
-Needs any of bitsandbytes, torchao, optimum-quanto, hqq, autoawq and gptqmodel (which transformers 5 loads GPTQ and AWQ
-models with; `BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel` builds it without CUDA) beside adapterkit; what is missing, or cannot be
-quantized on this machine, is said. `right` means: as far from the formula over the weight that the library computes
-with as the library's own forward is, and at most a thousandth beyond it. `refused` is a typed error.
+Needs any of bitsandbytes, torchao, optimum-quanto, hqq, autoawq and gptqmodel beside adapterkit; what is missing, or
+cannot be quantized on this machine, is said. transformers 5 loads GPTQ and AWQ models with gptqmodel's layers;
+`BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel` builds it without CUDA. `right` means: as far from the
+formula over the weight that the library computes with as the library's own forward is, and at most a thousandth beyond
+it. `refused` is a typed error.
 """
 
 from __future__ import annotations
@@ -180,11 +181,24 @@ def forward(make: Callable[[], nn.Module], update: Any) -> str:
     return "right" if apart <= most else f"OFF by {float(apart):.1e}"
 
 
+def trains_alone(make: Callable[[], nn.Module]) -> bool:
+    """Whether the library's own layer has a backward pass here."""
+    model = make().train()
+    try:
+        model(torch.ones(5, INPUTS, dtype=dtype_of(model), requires_grad=True)).float().sum().backward()
+    except Exception:
+        return False
+    return True
+
+
 def training(make: Callable[[], nn.Module], _: Any) -> str:
     """A fresh adapter gets a gradient."""
     model = make()
     handle = ak.torch.inject(model, ak.torch.create(model, "lora", targets="0", rank=2), trainable=True)
-    model.train()
+    if not trains_alone(make):  # AutoAWQ has no backward pass of its own without its CUDA code.
+        model.eval()
+    else:
+        model.train()
     model(torch.ones(5, INPUTS, dtype=dtype_of(model))).float().square().sum().backward()
     return "right" if any(float(p.grad.abs().sum()) > 0 for p in handle.parameters()) else "NO GRADIENT"
 
