@@ -848,10 +848,12 @@ function turnRows(M, rotations) {
   return out;
 }
 
+const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
+
 function oft(W, t, a) {
   const blocks = t.square ?? t.pairs;
   const n = blocks.shape[0];
-  const b = t.square ? t.square.shape[1] : Math.round((1 + Math.sqrt(1 + 8 * t.pairs.shape[1])) / 2);
+  const b = t.square ? t.square.shape[1] : blockOf(t.pairs.shape[1]);
   let Q = Array.from({ length: n }, (_, i) => {
     const own = part(blocks, i);
     return t.square ? subtract(transposed(own), own) : skew(own.data, b);
@@ -970,22 +972,28 @@ function rows(W, t) {
   });
 }
 
+// `changes`: whether the weight, and whether the bias; without it the weight alone. `fits`: what the formula asks of sizes.
 const biasPlus = (field) => (b, t, a) => (t[field] ? plus(b, t[field], a.scaling) : b);
 
 export const FORMULAS = {
   boft: { weight: boft },
-  dense: { weight: (W, t, a) => (t.D ? plus(W, t.D, a.scaling) : W), bias: biasPlus("d") },
+  dense: { weight: (W, t, a) => (t.D ? plus(W, t.D, a.scaling) : W), bias: biasPlus("d"), changes: (t) => [t.D, t.d] },
   dora: { weight: dora },
   fourierft: { weight: fourierft },
-  ia3: { weight: ia3, bias: (b, t) => (t.l ? multiply(b, t.l) : b) },
+  ia3: { weight: ia3, bias: (b, t) => (t.l ? multiply(b, t.l) : b), changes: (t) => [true, t.l] },
   loha: { weight: loha },
   lokr: { weight: lokr },
-  lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias") },
+  lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias"), changes: (t) => [true, t.bias] },
   nola: { weight: nola },
-  oft: { weight: oft, bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b) },
-  replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b },
+  oft: {
+    weight: oft,
+    bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b),
+    changes: (t, a) => [true, a.on_output],
+    fits: (t, [out, ...rest], a) => (a.side === "in" ? product(rest) : out) % (t.square?.shape.at(-1) ?? blockOf(t.pairs.shape.at(-1))) === 0,
+  },
+  replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b, changes: (t) => [t.weight, t.bias] },
   rows: { weight: rows },
-  vera: { weight: vera },
+  vera: { weight: vera, fits: (t, [out, ins]) => t.B.shape.at(-2) >= out && t.A.shape.at(-1) >= ins },
   bottleneck: { output: bottleneck },
 };
 
@@ -994,6 +1002,10 @@ export const FORMULAS = {
 
 export const numeric = ({ shape, numbers, dtype }) => ({ ...array(shape, numbers()), dtype });
 
+const viewedShape = ([...shape], layout) => {
+  const at = { "in out *k": 0, "e in out *k": 1 }[layout];
+  return at === undefined || shape.length < at + 2 ? (at === undefined ? shape : []) : shape.toSpliced(at, 2, shape[at + 1], shape[at]);
+};
 // Stored to [out, in, *k] or [e, out, in, *k], and back.
 export const viewed = (W, layout) => (layout === "in out *k" ? swapped(W, 0) : layout === "e in out *k" ? swapped(W, 1) : W);
 
@@ -1011,44 +1023,65 @@ export function fieldsOf({ tensors, attributes }, expert) {
 }
 
 function applied(updates, W, b, rows, expert) {
-  const [start, stop] = rows ? rows.map(Number) : [0, W.shape[0]];
-  let [own, ownBias] = [slice(W, start, stop), b && slice(b, start, stop)];
+  const [start, stop] = rows ? rows.map(Number) : [0, (W ?? b).shape[0]];
+  let [own, ownBias] = [W && slice(W, start, stop), b && slice(b, start, stop)];
   for (const update of updates) {
     const formula = FORMULAS[update.method.name];
     const { t, a } = fieldsOf(update, expert);
     if (ownBias && formula.bias) ownBias = formula.bias(ownBias, t, a);
-    own = formula.weight(own, t, a);
+    if (own) own = formula.weight(own, t, a);
   }
   const put = (whole, piece) => {
     const from = start * product(whole.shape.slice(1));
     return map(whole, (value, at) => piece.data[at - from] ?? value);
   };
-  return [put(W, own), b && put(b, ownBias)];
+  return [W && put(W, own), b && put(b, ownBias)];
 }
 
-// Whether an update's axes are those of a weight [out, in, *k]; a kernel may end in axes of size 1 that the weight lacks.
-function checkFit({ dims }, shape, out) {
-  const [inputs, ...kernel] = shape.slice(1);
-  const found = { out, in: inputs ?? 1, columns: product(shape.slice(1)), k: product(kernel), rest: product(shape.slice(1)) };
-  for (const [axis, size] of Object.entries(found)) {
-    const own = dims.get(axis);
-    if (own !== undefined && Number(Array.isArray(own) ? product(own.map(Number)) : own) !== size) throw mismatch("", `${axis} is not the weight's`);
+const withoutOnes = (kernel) => kernel.slice(0, kernel.findLastIndex((size) => size !== 1n) + 1);
+
+// Refuses updates that the stored weight and bias do not fit (README, R-8.5, R-10.2, R-10.6 to R-10.8).
+export function checkFit({ target, updates }, weight, bias) {
+  const [lead, axes] = [Number(target.stacked), weight && viewedShape(weight.shape, target.layout)];
+  const [start, stop] = target.rows ?? [0, axes?.[lead] ?? bias?.shape.at(-1)];
+  for (const update of updates) {
+    const [{ method, dims }, { t, a }] = [update, fieldsOf(update)];
+    const [changesWeight, changesBias] = FORMULAS[method.name].changes?.(t, a) ?? [true, false];
+    within(target, update, () => {
+      if (!weight && changesWeight) throw new AdapterError("TargetNotFound", "", "the base has no weight there");
+      const [out, ...rest] = [Number(stop) - Number(start), ...(axes?.slice(lead + 1) ?? [])];
+      const fits = (axis, size) => !dims.has(axis) || canonical(dims.get(axis)) === canonical([].concat(size).map(BigInt)) || Number(dims.get(axis)) === size;
+      const kernel = [dims.get("k") ?? [], rest.slice(1).map(BigInt)].map(withoutOnes).map(canonical);
+      const place = !weight || (axes.length > lead && stop <= axes[lead] && fits("out", out) && (!lead || fits("e", axes[0])));
+      const inputs = !dims.has("in") || (fits("in", rest[0] ?? -1) && (!dims.has("k") || kernel[0] === kernel[1]));
+      const inside = dims.has("rest") ? fits("rest", rest) : fits("columns", product(rest)) && inputs;
+      if (!place || (weight && !inside)) throw mismatch("", "not made for the base's weight");
+      if (changesBias && !bias && method.needs_bias) throw new AdapterError("NotMergeable", "", "the base has no bias");
+      const own = bias && [...(lead ? [Number(dims.get("e"))] : []), target.rows ? Math.max(Number(stop), bias.shape.at(-1)) : Number(dims.get("out") ?? bias.shape.at(-1))];
+      if (changesBias && bias && canonical(own.map(BigInt)) !== canonical(bias.shape.map(BigInt))) throw mismatch("", "not made for the base's bias");
+      if (weight && method.axes && method.axes.split(" ").length !== rest.length + 1) throw mismatch("", `only for weights [${method.axes}]`);
+      if (weight && FORMULAS[method.name].fits?.(t, [out, ...rest], a) === false) throw mismatch("", "its parts do not fill the weight");
+      const sizes = new Map([...dims, ["out", BigInt(out)], ["in", BigInt(rest[0] ?? 0)]]);
+      for (const field of weight ? method.tensors.filter((each) => each.below && update.tensors.has(each.name)) : []) {
+        rowsOf(field, update.tensors.get(field.name)).forEach((part, row) => {
+          if (part.some((n) => n < 0n || n >= (sizeOf(field.below[row], sizes) ?? n + 1n))) throw mismatch("", "a position outside of the weight");
+        });
+      }
+    });
   }
 }
 
-// W' and b' as they are stored, for a target whose methods all change weights.
-export function mergeTarget({ target, updates }, weight, bias) {
-  const W = viewed(weight, target.layout);
-  const experts = target.stacked ? W.shape[0] : 0;
-  const own = target.stacked ? W.shape.slice(1) : W.shape;
-  if (target.rows && target.rows[1] > own[0]) throw mismatch(`${target.name}: rows`, "beyond the weight");
-  const out = target.rows ? Number(target.rows[1] - target.rows[0]) : own[0];
-  for (const update of updates) within(target, update, () => checkFit(update, own, out));
-  const pairs = target.stacked
-    ? Array.from({ length: experts }, (_, e) => applied(updates, part(W, e), bias && part(bias, e), target.rows, e))
-    : [applied(updates, W, bias, target.rows)];
-  const [newW, newB] = target.stacked ? [stack(pairs.map(([w]) => w)), bias && stack(pairs.map(([, b]) => b))] : pairs[0];
-  return { weight: viewed(newW, target.layout), bias: newB };
+// W' and b' as they are stored, for a target whose methods all change weights; a part that is absent stays so.
+export function mergeTarget(entry, weight, bias) {
+  const { target, updates } = entry;
+  checkFit(entry, weight, bias);
+  const W = weight && viewed(weight, target.layout);
+  if (!target.stacked) {
+    const [newW, newB] = applied(updates, W, bias, target.rows);
+    return { weight: newW && viewed(newW, target.layout), bias: newB };
+  }
+  const pairs = Array.from({ length: W.shape[0] }, (_, e) => applied(updates, part(W, e), bias && part(bias, e), target.rows, e));
+  return { weight: viewed(stack(pairs.map(([w]) => w)), target.layout), bias: bias && stack(pairs.map(([, b]) => b)) };
 }
 
 const ERF = (x) => {
