@@ -79,9 +79,7 @@ def valid() -> dict[str, bytes]:
         deep = {"inside": deep}
     return {
         "newer_minor": native(RECORD | {"version": "1.9999", "colour": {"hue": [1, 2.5]}}, TENSORS),
-        "older_version": native(
-            {"version": "1.0", "updates": [LORA | {"method": "residual"}]}, TENSORS
-        ),
+        "older_version": native({"version": "1.0", "updates": [LORA | {"method": "residual"}]}, TENSORS),
         "addresses": native(RECORD | _ADDRESSES, TENSORS),
         "given_numbers": native(text(RECORD).replace('"scaling":0.5', '"scaling":1E0'), TENSORS),
         "targets_of_one_path": native(

@@ -96,7 +96,15 @@ EVERY_ERROR = ["R-13.1", "R-13.3"]
 
 def index(spec: Path, version: str) -> bytes:
     """The content of vectors/index.json, for what lies under `spec`."""
-    cases = [*_methods(spec), *_invalid(spec), *_canonical(spec), *_merges(spec), *_computed(spec), *_valid(spec), *_folders(spec)]
+    cases = [
+        *_methods(spec),
+        *_invalid(spec),
+        *_canonical(spec),
+        *_merges(spec),
+        *_computed(spec),
+        *_valid(spec),
+        *_folders(spec),
+    ]
     head = {"version": version, "licence": "Apache-2.0", "cases": sorted(cases, key=lambda case: str(case["case"]))}
     return (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode()
 

@@ -186,7 +186,9 @@ def _ordered() -> Iterator[Meeting]:
     wrong = _file(lost | {"target": {"path": "q"}}, A=A, B=nan)
     yield Meeting("two_faults_shapes_before_values", wrong, narrow, None, ("R-13.2",), "ShapeMismatch", "q: lora")
     whole = {"q.weight": stored(np.ones((3, 4)), "I32")}
-    yield Meeting("two_faults_values_before_types", wrong, whole, None, ("R-13.2",), "Malformed", "q: lora.B")
+    yield Meeting("two_faults_types_before_values", wrong, whole, None, ("R-13.2",), "Unsupported", "q.weight")
+    wide = {"q.weight": stored(np.ones((3, 5)), "I32")}
+    yield Meeting("two_faults_shapes_before_types", wrong, wide, None, ("R-13.2",), "ShapeMismatch", "q: lora")
 
 
 def merge_files() -> Iterator[tuple[str, bytes]]:

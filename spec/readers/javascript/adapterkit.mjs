@@ -1040,13 +1040,19 @@ function applied(updates, W, b, rows, expert) {
 
 const withoutOnes = (kernel) => kernel.slice(0, kernel.findLastIndex((size) => size !== 1n) + 1);
 
+// Whether the weight, and whether the bias of a target changes.
+export function changesOf({ updates }) {
+  const all = updates.map((update) => [FORMULAS[update.method.name], fieldsOf(update)]);
+  return [0, 1].map((leaf) => all.some(([{ changes }, { t, a }]) => (changes?.(t, a) ?? [true, false])[leaf]));
+}
+
 // Refuses updates that the stored weight and bias do not fit (README, R-8.5, R-10.2, R-10.6 to ).
 export function checkFit({ target, updates }, weight, bias) {
   const [lead, axes] = [Number(target.stacked), weight && viewedShape(weight.shape, target.layout)];
   const [start, stop] = target.rows ?? [0, axes?.[lead] ?? bias?.shape.at(-1)];
   for (const update of updates) {
     const [{ method, dims }, { t, a }] = [update, fieldsOf(update)];
-    const [changesWeight, changesBias] = FORMULAS[method.name].changes?.(t, a) ?? [true, false];
+    const [changesWeight, changesBias] = changesOf({ updates: [update] });
     within(target, update, () => {
       if (!weight && changesWeight) throw new AdapterError("TargetNotFound", "", "the base has no weight there");
       const [out, ...rest] = [Number(stop) - Number(start), ...(axes?.slice(lead + 1) ?? [])];

@@ -1,6 +1,6 @@
 // Merges with the reader beside it: computed in 64 bits, and each element rounded once to the stored type (README, R-10.4).
 
-import { AdapterError, DTYPES, FORMULAS, SMALL, checkFit, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
+import { AdapterError, DTYPES, FORMULAS, SMALL, changesOf, checkFit, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
 
 // The bits of a number in a small type, to nearest, ties to even; undefined beyond the largest. Bits count units in the
 // last place: after the last unit of one exponent comes the first of the next.
@@ -30,10 +30,10 @@ function rounded(data, dtype, name) {
       const bits = smallBits(value, ...how);
       fits = bits !== undefined;
       view[`setUint${width}`](i * size, bits ?? 0, true);
-    } else if (dtype === "F32" || dtype === "F64") {
+    } else {
       view[`setFloat${8 * size}`](i * size, value, true);
       fits = Number.isFinite(DTYPES.get(dtype).get(view, i * size));
-    } else throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+    }
     if (!fits) throw new AdapterError("Malformed", name, `${value} is not a number of ${dtype}`);
   });
   return new Uint8Array(view.buffer);
@@ -63,13 +63,19 @@ export function merge(adapter, base) {
     if (missing) throw new AdapterError("Unsupported", name, `cannot merge ${missing.method.name}`);
   });
   all((entry, name, names) => checkFit(entry, ...names.map((each) => base.get(each))));
+  const changed = new Set();
+  all((entry, _, names) => changesOf(entry).forEach((changes, i) => changes && base.has(names[i]) && changed.add(names[i])));
+  for (const name of changed) {
+    const { dtype } = base.get(name);
+    if (!SMALL[dtype] && dtype !== "F32" && dtype !== "F64") throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+  }
   adapter.checkValues();
   const exact = new Map();
   all((entry, _, names) => {
     const { weight, bias } = mergeTarget(entry, ...names.map((name) => exact.get(name) ?? (base.has(name) ? numeric(base.get(name)) : undefined)));
     [weight, bias].forEach((tensor, i) => tensor && exact.set(names[i], tensor));
   });
-  const written = [...exact].map(([name, { shape, data }]) => {
+  const written = [...exact].filter(([name]) => changed.has(name)).map(([name, { shape, data }]) => {
     const { dtype } = base.get(name);
     return [name, { dtype, shape, bytes: rounded(data, dtype, name) }];
   });

@@ -52,7 +52,11 @@ def _records() -> Iterator[Case]:
 
     place = "metadata adapterkit"
     yield "version_before_fields", record(version="1", updates={}), "Malformed", f"{place}: version"
-    for name, other in (("absent_version", {}), ("null_version", {"version": None}), ("number_version", {"version": 1})):
+    for name, other in (
+        ("absent_version", {}),
+        ("null_version", {"version": None}),
+        ("number_version", {"version": 1}),
+    ):
         wrong = native(json.dumps({"updates": {}} | other), TENSORS)
         yield f"{name}_before_fields", wrong, "Malformed", f"{place}: version"
     yield "major_before_fields", record(version="2.0", updates={}), "Unsupported", "version"
