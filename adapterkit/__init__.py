@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
-    from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .api import convert, names, report
+    from .core.adapter import Adapter, BaseRef, Foreign, Step, Target
     from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from .scanning import scan
 
 _HOME = {
-    "Adapter": "adapter",
+    "Adapter": "core.adapter",
     "AdapterkitError": "errors",
-    "BaseRef": "adapter",
+    "BaseRef": "core.adapter",
     "FORMATS": "formats",
-    "Foreign": "adapter",
+    "Foreign": "core.adapter",
     "METHODS": "methods",
-    "Step": "adapter",
-    "Target": "adapter",
+    "Step": "core.adapter",
+    "Target": "core.adapter",
     "WriteResult": "destination",
     "combine": "ops",
     "convert": "api",

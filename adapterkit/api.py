@@ -10,20 +10,20 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter
-from .binding import renamed
-from .binding.bases import check_base
-from .binding.tables import name_map
+from .core.adapter import Adapter
 from .destination import Destination, WriteResult
 from .errors import ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
 from .formats import FORMATS, detect, read, warnings_of
-from .tensors.checkpoint import opened
-from .tensors.inputs import inputs_kept
-from .tensors.locations import path_text
+from .io.checkpoint import opened
+from .io.inputs import inputs_kept
+from .io.locations import path_text
+from .naming.binding import renamed
+from .naming.binding.bases import check_base
+from .naming.binding.tables import name_map
 
 if TYPE_CHECKING:
+    from .io.checkpoint import Checkpoint
     from .reporting.report import Report
-    from .tensors.checkpoint import Checkpoint
 
 
 def convert(
@@ -175,10 +175,10 @@ def report(
     """
     from pathlib import Path
 
+    from .io.inputs import inputs_kept
+    from .io.locations import located
+    from .io.staging import check_free
     from .reporting.report import made
-    from .tensors.inputs import inputs_kept
-    from .tensors.locations import located
-    from .tensors.staging import check_free
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
     if not given:

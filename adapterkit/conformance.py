@@ -145,7 +145,7 @@ def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> 
 
 def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> Outcome:
     """Compare all bytes of a merged base; without one the merge must be refused."""
-    from .tensors import safetensors
+    from .io import safetensors
 
     if line.get("error") == "Unsupported":
         return _outcome(case, None, "no merges")
@@ -168,7 +168,7 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
     """Compare all numbers of a method's vector; a program may leave out methods, and says Unsupported."""
     import numpy as np
 
-    from .tensors import safetensors
+    from .io import safetensors
 
     tolerance = case["expected"]["tolerance"]
     outputs = line.get("outputs")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .formats import FORMATS, files_read, write
-from .tensors.locations import is_address, is_remote, located, path_text
-from .tensors.staging import check_free, check_inputs, replaced_at, take_over
+from .io.locations import is_address, is_remote, located, path_text
+from .io.staging import check_free, check_inputs, replaced_at, take_over
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .tensors.checkpoint import Checkpoint
+    from .core.adapter import Adapter
+    from .io.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Destination:
     def _path(self, unchanged: Callable[[], Any]) -> Iterator[Path]:
         import shutil
 
-        from .tensors.locations import outgoing
+        from .io.locations import outgoing
 
         if not self.remote:
             yield Path(self.out)

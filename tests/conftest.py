@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
-from adapterkit.binding import fits
-from adapterkit.binding.fitting import viewed
+from adapterkit.core.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
+from adapterkit.core.shapes import Axes
 from adapterkit.errors import AdapterkitError, Malformed
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.shapes import Axes
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.naming.binding import fits
+from adapterkit.naming.binding.fitting import viewed
 
 collect_ignore = ["plugin"]
 """Tests of a package that has to be installed; `test_testing_kit.py` runs them."""

@@ -75,7 +75,7 @@ def lay(folder: Path, files: dict[str, bytes]) -> Path:
 
 def laid(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but the note of a pull."""
-    from adapterkit.tensors.locations import NOTE
+    from adapterkit.io.locations import NOTE
 
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != NOTE)
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}

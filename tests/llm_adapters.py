@@ -7,8 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors"
 BASE = VECTORS / "bases" / "llama"

@@ -5,9 +5,9 @@ from llm_adapters import VECTORS, write_base
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
-from adapterkit.tensors.computed import load
-from adapterkit.tensors.lazy import as_lazy, from_numpy
+from adapterkit.core.adapter import Target
+from adapterkit.io.computed import load
+from adapterkit.io.lazy import as_lazy, from_numpy
 
 LANGUAGE, IMAGE = "model.layers.{n}.mlp.down_proj", "unet.down_blocks.0.attentions.{n}.transformer_blocks.0.attn1.to_q"
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 4}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import adapterkit as ak
-from adapterkit.binding import bind
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.naming.binding import bind
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]

@@ -26,8 +26,8 @@ from adapterkit.errors import (
 from adapterkit.formats.adapterhub.container import load
 from adapterkit.formats.adapterhub.families import FAMILIES
 from adapterkit.formats.adapterhub.reader import decode
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import from_numpy
 
 SPEC = Path(__file__).parent.parent / "spec"
 VECTORS = SPEC / "vectors" / "formats" / "adapterhub"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DynamicCache
 
 import adapterkit as ak
-from adapterkit.adapter import Step
-from adapterkit.tensors.lazy import as_lazy
+from adapterkit.core.adapter import Step
+from adapterkit.io.lazy import as_lazy
 
 ROOT = Path(__file__).parent.parent / "spec" / "vectors" / "formats" / "adapterhub"
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/adapter_config.json"))

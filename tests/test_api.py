@@ -9,10 +9,10 @@ from command_line import run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, StorageError, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.lazy import from_numpy
 
 
 @pytest.fixture

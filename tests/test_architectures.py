@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import find_sites
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming import architectures
 from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.naming.binding import find_sites
 from adapterkit.naming.layouts import stored_in_out
-from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]
 FILES = sorted(folder().glob("*.toml"))

@@ -15,9 +15,9 @@ from test_format_vectors import BESIDE, EVERY, ROOT, base, source
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.formats import FORMATS
-from adapterkit.tensors.gguf import read_gguf, write_gguf
-from adapterkit.tensors.lazy import from_numpy
-from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
+from adapterkit.io.gguf import read_gguf, write_gguf
+from adapterkit.io.lazy import from_numpy
+from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
 NATIVE = ROOT / "methods" / "lora.adapter.safetensors"
 FIRST = {"adapterhub": "lora_bert", "diffusers": "plain", "lycoris": "locon_rs", "peft": "lora_bias"}

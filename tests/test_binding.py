@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import bind, delta, view, view_shape
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, TargetNotFound, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.naming.binding import bind, delta, view, view_shape
 
 LoRA, DoRA, IA3, Dense, Rows = (METHODS[name] for name in ("lora", "dora", "ia3", "dense", "rows"))
 Replacement = METHODS["replacement"]

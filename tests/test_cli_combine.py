@@ -11,12 +11,12 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.errors import Malformed, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
 from adapterkit.ops import COMBINERS
 from adapterkit.ops.recipes import read_recipe, recipe
-from adapterkit.tensors.lazy import from_numpy
 
 
 @pytest.fixture

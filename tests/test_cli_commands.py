@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.cli import _checks
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
 from adapterkit.onnx import providers
-from adapterkit.tensors.lazy import from_numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.io.lazy import from_numpy
 
 
 def write_adapter(folder: Path, seed: int, rank: int = 4) -> Path:

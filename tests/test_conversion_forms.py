@@ -7,9 +7,9 @@ from test_conversions import where
 
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable
+from adapterkit.io.computed import load
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.computed import load
-from adapterkit.tensors.lazy import from_numpy
 
 Q, DOUBLE, SINGLE = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "double_blocks", "single_blocks"
 CONFIG = {

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.core.updates import Additive, Update, tensor
 from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
-from adapterkit.updates import Additive, Update, tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

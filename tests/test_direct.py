@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.tensors import direct
-from adapterkit.tensors.direct import DEPTH, PAGE, PIECE, Writer
+from adapterkit.io import direct
+from adapterkit.io.direct import DEPTH, PAGE, PIECE, Writer
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit import ops
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
 
 DATA = Path(__file__).parent / "data" / "experts"
 RELEASES = ("peft-0.18.1", "peft-0.21.2")

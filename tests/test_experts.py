@@ -17,7 +17,7 @@ from peft_cases.built_in import lora
 from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import (
     Malformed,
     NotMergeable,

@@ -11,9 +11,9 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Step
+from adapterkit.core.adapter import Step
+from adapterkit.core.metadata import model_types_of
 from adapterkit.errors import TargetNotFound
-from adapterkit.metadata import model_types_of
 
 H = 4
 NAME = "model.layers.0.self_attn.q_proj"

@@ -8,7 +8,7 @@ import torch
 
 import adapterkit as ak
 from adapterkit.formats import FORMATS
-from adapterkit.tensors.lazy import as_lazy
+from adapterkit.io.lazy import as_lazy
 
 ROOT = Path(__file__).parent.parent / "spec" / "vectors"
 OF_LLAMA = {"megatron", "minlora", "nemo", "olive", "tensorrt_llm"}

@@ -8,8 +8,8 @@ from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError
+from adapterkit.io.ggml_blocks import BLOCKS, decoded, encoded
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.ggml_blocks import BLOCKS, decoded, encoded
 
 gguf = pytest.importorskip("gguf")
 Kind, dequantize, quantize = gguf.GGMLQuantizationType, gguf.quants.dequantize, gguf.quants.quantize

@@ -22,12 +22,12 @@ from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed
+from adapterkit.io.numpy_files import read_npy, read_npz
+from adapterkit.io.safetensors import encode_header
+from adapterkit.io.strict_json import load_json
+from adapterkit.io.strict_yaml import load_yaml
 from adapterkit.merging import plan
 from adapterkit.ops.recipes import read_recipe
-from adapterkit.tensors.numpy_files import read_npy, read_npz
-from adapterkit.tensors.safetensors import encode_header
-from adapterkit.tensors.strict_json import load_json
-from adapterkit.tensors.strict_yaml import load_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,9 +35,9 @@ READ = """
 import json, resource, signal, sys
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError
-from adapterkit.tensors.numpy_files import read_npz
-from adapterkit.tensors.torch_file import read_torch_file, read_torch_value
-from adapterkit.tensors.gguf.models import read_model
+from adapterkit.io.numpy_files import read_npz
+from adapterkit.io.torch_file import read_torch_file, read_torch_value
+from adapterkit.io.gguf.models import read_model
 import numpy, yaml, msgspec
 from adapterkit.formats import FORMATS
 
@@ -209,7 +209,7 @@ def test_a_hostile_file_is_refused_in_bounded_time_and_memory(name: str, results
 
 def test_a_large_array_of_a_models_header_is_read_as_it_is(tmp_path: Path) -> None:
     """Vocabularies are large: what is not listed is still there."""
-    from adapterkit.tensors.gguf.models import read_model
+    from adapterkit.io.gguf.models import read_model
 
     model = read_model(gguf(tmp_path / "a.gguf", 6, 2_000_000, 8_000_000))
     value = model.values["tokenizer.ggml.scores"].value
@@ -261,7 +261,7 @@ def test_a_config_that_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
         read_recipe(tmp_path / "recipe.yaml")
 
 
-OWN = {"formats/nemo.py", "tensors/atomic.py", "tensors/inputs.py", "tensors/records.py", "tensors/staging.py"}
+OWN = {"formats/nemo.py", "io/atomic.py", "io/inputs.py", "io/records.py", "io/staging.py"}
 """Modules that also open what adapterkit itself has written, or has read before."""
 
 
@@ -270,8 +270,8 @@ def test_readers_open_files_by_way_of_inputs() -> None:
     package, opened = ROOT / "adapterkit", []
     for file in [
         *(package / "formats").rglob("*.py"),
-        *(package / "tensors").rglob("*.py"),
-        package / "licences.py",
+        *(package / "io").rglob("*.py"),
+        package / "core" / "licences.py",
     ]:
         name = file.relative_to(package).as_posix()
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -342,7 +342,7 @@ def test_what_json_cannot_say_is_not_written_into_a_native_file(tmp_path: Path, 
 
 
 def test_a_name_that_utf8_cannot_say_is_not_written() -> None:
-    from adapterkit.tensors.dtypes import DTYPES
+    from adapterkit.io.dtypes import DTYPES
 
     with pytest.raises(Malformed, match="surrogate"):
         encode_header([("a\ud800", DTYPES["F32"], (1,))], {})

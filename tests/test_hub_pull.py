@@ -21,7 +21,7 @@ from adapterkit.hub import parse, retries
 from adapterkit.hub.hubs import remote_at
 from adapterkit.hub.names import check_names
 from adapterkit.hub.transfer import CHUNK, fetch
-from adapterkit.tensors.locations import is_remote
+from adapterkit.io.locations import is_remote
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,14 +12,14 @@ from diffusers.loaders import lora_pipeline, single_file_utils
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter
 from adapterkit.cli import adapterkit
+from adapterkit.core.adapter import Adapter
 from adapterkit.errors import AdapterkitError, TargetNotFound, Unrepresentable, UsageError
 from adapterkit.formats._image.deciding import Origin
 from adapterkit.formats._image.translate import in_diffusers, in_naming
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming.image import families
-from adapterkit.tensors.lazy import from_numpy
 
 FAMILIES = {family.name: family for family in families()}
 

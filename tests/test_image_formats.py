@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Step
-from adapterkit.errors import (
-    Malformed,
-    ShapeMismatch,
-    TargetNotFound,
-    UnknownFormat,
-    Unrepresentable,
-    Unsupported,
-)
+from adapterkit.core.adapter import Step
+from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UnknownFormat, Unrepresentable, Unsupported
 from adapterkit.formats import FORMATS
+from adapterkit.io.lazy import as_torch
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_torch
 
 ROOT = Path(__file__).parent.parent / "spec" / "vectors" / "formats"
 KINDS = ("bfl_control", "diffusers", "kohya", "lycoris", "xlabs")

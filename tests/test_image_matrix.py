@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter
+from adapterkit.core.adapter import Adapter
 from adapterkit.formats._image.naming import in_parts
 from adapterkit.naming.image import families
 

@@ -15,14 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FORMATS = sorted(path for path in (PACKAGE / "formats").iterdir() if not path.name.startswith(("_", ".")))
 FAMILIES = sorted((PACKAGE / "formats" / "peft" / "families").glob("[!_]*.py"))
 LAYERS = [
-    {"errors", "tables"},
-    {"tensors"},
-    {"shapes"},
-    {"updates"},
-    {"adapter", "chain"},
-    {"licences", "metadata"},
-    {"registry", "naming"},
-    {"binding"},
+    {"errors"},
+    {"io"},
+    {"linalg"},
+    {"core"},
+    {"naming"},
     {"methods"},
     {"formats", "quant", "ops"},
     {"loaders", "merging"},
@@ -192,7 +189,7 @@ def test_a_plain_base_is_told_from_a_quantized_one_without_asking_the_schemes(tm
     code = """
 import sys
 from adapterkit.quant import is_quantized
-from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.io.checkpoint import open_checkpoint
 assert not is_quantized(open_checkpoint(sys.argv[1]))
 """
     schemes = {f"adapterkit.quant.{file.stem}" for file in (PACKAGE / "quant").glob("[!_]*.py")}

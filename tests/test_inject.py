@@ -9,11 +9,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import fold, view
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import ShapeMismatch, TargetNotFound, UsageError
+from adapterkit.io.lazy import as_torch
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_torch
+from adapterkit.naming.binding import fold, view
 
 OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 IDS = torch.tensor([[0, 3], [15, 7]])

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.core.updates import ContextUpdate, OutputUpdate, tensor
 from adapterkit.errors import (
     AdapterkitError,
     Corrupt,
@@ -18,10 +19,9 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
+from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import Lazy, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.lazy import Lazy, from_numpy
-from adapterkit.updates import ContextUpdate, OutputUpdate, tensor
 
 
 class Doubled(OutputUpdate):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.methods import METHODS
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import view
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.naming.binding import view
 
 
 class Plain(nn.Module):

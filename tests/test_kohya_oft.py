@@ -8,9 +8,9 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable
+from adapterkit.io.computed import load
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.oft import OFT
-from adapterkit.tensors.computed import load
-from adapterkit.tensors.lazy import from_numpy
 
 FILE = Path(__file__).parent.parent / "spec" / "vectors" / "formats" / "kohya" / "oft_flux" / "adapter.safetensors"
 QKV = "transformer.double_blocks.0.img_attn.qkv"

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.torch import batched, routing

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.torch import handle as handles

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, ShapeMismatch
 from adapterkit.methods import METHODS
 from adapterkit.torch import lean

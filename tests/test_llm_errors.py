@@ -14,8 +14,8 @@ from llm_adapters import BASE, FILES, VECTORS, content, deltas, llama, lora, pla
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Foreign, Target
-from adapterkit.errors import (
+from adapterkit.core.adapter import Foreign, Target
+from adapterkit.errors import (  # fmt: skip
     AdapterkitError,
     Malformed,
     ShapeMismatch,
@@ -24,13 +24,13 @@ from adapterkit.errors import (
     Unrepresentable,
     Unsupported,
     UsageError,
-)  # fmt: skip
+)
 from adapterkit.formats import FORMATS
-from adapterkit.tensors.ggml_blocks import encoded
-from adapterkit.tensors.gguf import Value, read_gguf, write_gguf
-from adapterkit.tensors.lazy import from_numpy
-from adapterkit.tensors.numpy_files import read_npy, read_npz
-from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
+from adapterkit.io.ggml_blocks import encoded
+from adapterkit.io.gguf import Value, read_gguf, write_gguf
+from adapterkit.io.lazy import from_numpy
+from adapterkit.io.numpy_files import read_npy, read_npz
+from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
 SINGLE = sorted(name for name, file in FILES.items() if "." in file)
 

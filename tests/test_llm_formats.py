@@ -11,13 +11,13 @@ import yaml
 from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.errors import Unrepresentable, Unsupported, UsageError
 from adapterkit.formats import FORMATS
 from adapterkit.formats.peft.profiles import PROFILES
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.dora import DoRA
 from adapterkit.methods.replacement import Replacement
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.formats import FORMATS
-from adapterkit.tensors.ort_adapter import read_ort_adapter
-from adapterkit.tensors.torch_file import read_torch_file
+from adapterkit.io.ort_adapter import read_ort_adapter
+from adapterkit.io.torch_file import read_torch_file
 
 CASES = sorted(path.parent for path in (VECTORS / "formats").glob("*/*/expected.merged.safetensors"))
 FILES = {

@@ -18,18 +18,17 @@ from peft.utils.other import get_pattern_key
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit import binding
 from adapterkit.cli import _render, adapterkit
+from adapterkit.core.updates import Update
 from adapterkit.errors import Corrupt, Malformed
 from adapterkit.formats.peft import patterns
+from adapterkit.io import inputs, lazy, safetensors
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.fingerprint import fingerprint
 from adapterkit.merging import plan
 from adapterkit.methods.lora import LoRA
-from adapterkit.naming import resolver
+from adapterkit.naming import binding, resolver
 from adapterkit.ops import comparison
-from adapterkit.tensors import inputs, lazy, safetensors
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.fingerprint import fingerprint
-from adapterkit.updates import Update
 
 HIDDEN, INNER = 8, 6
 

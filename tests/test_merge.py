@@ -422,7 +422,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_write_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, call: int
 ) -> None:
-    from adapterkit.tensors import direct
+    from adapterkit.io import direct
 
     base, adapter = big_base(tmp_path / "base")
     calls, real = [0], direct.write_all

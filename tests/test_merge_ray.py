@@ -15,8 +15,8 @@ from test_merge import lora, rand, save_base, tree
 from test_requantize import adapter_for
 
 import adapterkit as ak
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.quant import dequantized
-from adapterkit.tensors.checkpoint import open_checkpoint
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import view
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.core.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import Lazy, as_lazy, as_torch, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.lazy import Lazy, as_lazy, as_torch, from_numpy
-from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
+from adapterkit.naming.binding import view
 
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
@@ -306,7 +306,7 @@ def test_laws_that_are_not_of_weights_refuse_to_be_merged(cls, acts_on):
 
 SHIFT = '''
 """Shift: W' = W + by, a third party's method."""
-from adapterkit.updates import Additive, tensor
+from adapterkit.core.updates import Additive, tensor
 
 class Shift(Additive):
     paper = "none"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from adapterkit import merge, verify
-from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import bind
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import from_numpy
 from adapterkit.merging.companions import REPORT
 from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.naming.binding import bind
 
 LoRA, DoRA, HRA = (METHODS[name] for name in ("lora", "dora", "hra"))
 E, F, H = 3, 4, 5

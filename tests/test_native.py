@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, BaseRef, Foreign, Step, Target
+from adapterkit.core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from adapterkit.errors import Malformed, StorageError, UnknownFormat, Unsupported, UsageError
 from adapterkit.formats.adapterkit import FILE, KEY, canonical
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 SPEC = Path(__file__).parents[1] / "spec"
 LoRA, IA3 = METHODS["lora"], METHODS["ia3"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.methods.lora import LoRA
 from adapterkit.naming import architectures
 from adapterkit.naming.architectures import folder

@@ -13,9 +13,9 @@ import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, StorageError, Unrepresentable, Unsupported, UsageError
 from adapterkit.formats import detect
 from adapterkit.formats.nola import LARGEST
+from adapterkit.io.lazy import as_array, from_numpy
+from adapterkit.linalg import philox
 from adapterkit.methods import METHODS
-from adapterkit.tensors import philox
-from adapterkit.tensors.lazy import as_array, from_numpy
 
 ANSWERS = [
     ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

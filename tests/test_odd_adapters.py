@@ -9,14 +9,14 @@ import pytest
 from llm_adapters import BASE, lora
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Miswritten
 from adapterkit.formats import FORMATS
 from adapterkit.formats._image.dialect import ImageFormat
+from adapterkit.io.checkpoint import opened
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.lokr import LoKr
 from adapterkit.methods.rows import Rows
-from adapterkit.tensors.checkpoint import opened
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 Q_PROJ, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.embed_tokens"

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import (
     AdapterkitError,
     Malformed,

@@ -11,7 +11,7 @@ import torch
 from command_line import run
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import (
     Corrupt,
     Malformed,

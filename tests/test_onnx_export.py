@@ -23,9 +23,9 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
+from adapterkit.io.lazy import as_array, from_numpy
+from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 from adapterkit.onnx import against_torch, exporting, model_file
-from adapterkit.tensors.lazy import as_array, from_numpy
-from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
 """What PEFT and transformers say of one another, where they are the ones that are asked."""

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Unsupported
+from adapterkit.io.lazy import as_lazy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_lazy
 
 OF_LAYERS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight", "output")]
 OPEN = ["adalora", "bottleneck", "dense", "hira", "ia3", "lora", "lora_xs", "vera"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import TargetNotFound
 from adapterkit.methods import METHODS
 

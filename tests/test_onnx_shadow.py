@@ -26,7 +26,7 @@ from transformers import (
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
-from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.io.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -17,7 +17,7 @@ from command_line import run
 from test_ties import BASES, TOKENS, loaded, trained
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.errors import CheckFailed, UsageError
 from adapterkit.methods.lora import LoRA
 

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit import ops
-from adapterkit.adapter import Adapter, BaseRef, Target
+from adapterkit.core.adapter import Adapter, BaseRef, Target
+from adapterkit.core.updates import Additive, ContextUpdate, OutputUpdate, tensor
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, StorageError, TargetNotFound, UsageError
+from adapterkit.io.computed import load, times
+from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import Lazy, as_array, from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.computed import load, times
-from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.lazy import Lazy, as_array, from_numpy
-from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, tensor
 
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 PAIRED = [name for name in ADDITIVE if METHODS[name].pair is not Additive.pair]

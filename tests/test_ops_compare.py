@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import adapterkit as ak
 from adapterkit import ops
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.core.updates import OutputUpdate, tensor
 from adapterkit.errors import UsageError
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
-from adapterkit.updates import OutputUpdate, tensor
 
 TARGET = Target("q")
 

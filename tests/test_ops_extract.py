@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit import ops
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.io.lazy import as_array
 from adapterkit.ops.sketching import EXCESS, SMALL
-from adapterkit.tensors.lazy import as_array
 
 SHAPES = {
     "model.embed_tokens.weight": (12, 6), "model.layers.0.q.weight": (8, 6), "model.layers.0.q.bias": (8,),

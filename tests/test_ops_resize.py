@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterkit import ops
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Unsupported, UsageError
+from adapterkit.io.lazy import as_array, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.ops.criteria import Criterion
 from adapterkit.ops.sketching import EXCESS, SMALL, dominant, exact
-from adapterkit.tensors.lazy import as_array, from_numpy
 
 TARGET = Target("q")
 

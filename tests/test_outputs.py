@@ -16,12 +16,12 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import as_torch
+from adapterkit.linalg.activations import ACTIVATIONS
 from adapterkit.methods import METHODS
-from adapterkit.tensors.activations import ACTIVATIONS
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import as_torch
 
 OUTPUTS = [name for name, cls in METHODS.items() if cls.kind == "output"]
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"

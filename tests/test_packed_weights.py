@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, Unsupported
 from adapterkit.methods import METHODS
 

@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.errors import (
-    AdapterkitError,
-    Malformed,
-    ShapeMismatch,
-    StorageError,
-    Unsupported,
-    UsageError,
-)
+from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "org/base"}

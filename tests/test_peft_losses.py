@@ -7,9 +7,9 @@ import pytest
 
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable
+from adapterkit.io.computed import load
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.computed import load
-from adapterkit.tensors.lazy import from_numpy
 
 
 def ones(*shape):

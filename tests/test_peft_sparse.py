@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from adapterkit.formats.peft.families._wavelets import FAULTY, FILTERS
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming.orders import ORDERS, in_order
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import StorageError, UnknownFormat
-from adapterkit.tensors.locations import is_remote, local
+from adapterkit.io.locations import is_remote, local
 
 
 def saved(folder: Path, *names: str) -> tuple[torch.nn.Module, dict[str, dict[str, torch.Tensor]]]:

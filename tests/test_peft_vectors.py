@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import adapterkit as ak
-from adapterkit.tensors.lazy import as_lazy
+from adapterkit.io.lazy import as_lazy
 
 FOLDERS = sorted(path.parent for path in Path(__file__).parent.parent.glob("spec/vectors/formats/peft/*/*.json"))
 

@@ -7,11 +7,11 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.core.updates import Additive
 from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
-from adapterkit.updates import Additive
 
 PLANAR = [name for name, cls in METHODS.items() if issubclass(cls, Additive) and cls.linear_only]
 ONES = {"values": np.ones(2), "spectrum": np.ones(2)}

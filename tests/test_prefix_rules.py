@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from adapterkit.adapter import Adapter, Foreign, Target
-from adapterkit.binding import find_sites
+from adapterkit.core.adapter import Adapter, Foreign, Target
 from adapterkit.errors import TargetNotFound
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.naming.binding import find_sites
 
 LoRA = METHODS["lora"]
 ATTENTION = [f"layers.{n}.self_attn.{x}_proj" for n in range(2) for x in "qkv"]

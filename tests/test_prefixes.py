@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported
 from adapterkit.methods import METHODS
 

@@ -17,9 +17,9 @@ from torch import nn
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from adapterkit.formats.peft.families import FAMILIES
+from adapterkit.io.lazy import as_torch
+from adapterkit.linalg.products import even_split
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_torch
-from adapterkit.tensors.products import even_split
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from adapterkit.io.lazy import as_torch
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import as_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""

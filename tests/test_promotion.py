@@ -10,15 +10,15 @@ from method_matrices import IMAGE, LANGUAGE, cases, model
 from safetensors.numpy import load_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
 from adapterkit.cli import adapterkit
+from adapterkit.core.adapter import Target
+from adapterkit.core.updates import Additive
 from adapterkit.errors import Miswritten, Unrepresentable, UsageError
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.methods.dense import Dense
 from adapterkit.methods.ia3 import IA3
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.lazy import as_lazy, from_numpy
-from adapterkit.updates import Additive
 
 OF_IMAGES = ("diffusers", "kohya")
 WRITTEN = [*sorted(FILES.keys() - {"onnx_adapter"}), *OF_IMAGES, "adapterhub", "peft"]

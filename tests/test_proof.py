@@ -16,19 +16,19 @@ from test_conversions import where
 from test_format_vectors import EVERY, base, source
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Miswritten, UsageError
 from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
 from adapterkit.formats._image.dialect import ImageFormat
 from adapterkit.formats._image.naming import in_parts
+from adapterkit.io import safetensors
+from adapterkit.io.arrange import turned
+from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement
-from adapterkit.tensors import safetensors
-from adapterkit.tensors.arrange import turned
-from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 
 def changed(adapter, change):
@@ -434,7 +434,7 @@ def at(array, position, change):
 def test_a_fault_in_folding_is_caught(end, kind, tmp_path, monkeypatch):
     """Olive's writer folds a scaling into B and turns both factors; every number of B is compared, wherever it is."""
     from adapterkit.formats import _one_number
-    from adapterkit.tensors.lazy import as_array
+    from adapterkit.io.lazy import as_array
 
     rng = np.random.default_rng(5)
     A, B = rng.normal(size=(16, 300)), rng.normal(size=(2400, 16))

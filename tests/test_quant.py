@@ -18,13 +18,13 @@ from safetensors.torch import save_file as save_torch
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.dtypes import DTYPES
 from adapterkit.merging import plan
 from adapterkit.methods.dora import DoRA
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import SCHEMES, dequantized, detect
 from adapterkit.quant._grouped import Grouped
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.dtypes import DTYPES
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
 CASES = sorted(path.parent for path in VECTORS.rglob("expected.safetensors"))

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
+from adapterkit.core.registry import Registry
 from adapterkit.errors import Unsupported
-from adapterkit.registry import Registry
 
 
 class Animal:

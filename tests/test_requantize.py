@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.merging import plan
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import dequantized
-from adapterkit.tensors.checkpoint import open_checkpoint
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
 CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json") if path.parts[-3] != "hqq")

@@ -23,7 +23,7 @@ import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported
 from adapterkit.formats.peft.families.frod import kind
 from adapterkit.formats.peft.families.oft import nearest_divisor
-from adapterkit.tensors.rotations import cayley, neumann, skew
+from adapterkit.linalg.rotations import cayley, neumann, skew
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterkit.core.shapes import Axes
 from adapterkit.errors import ShapeMismatch
-from adapterkit.shapes import Axes
 
 NAMES = ["r", "out", "in", "b", "n_2"]
 STARRED = st.lists(st.sampled_from([*NAMES, "3", "out/b", "r*n_2", "2*r"]), max_size=4)

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
+from adapterkit.core.updates.rules import names_in
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats import FORMATS
 from adapterkit.formats.adapterkit import KEY, SPEC, Record
+from adapterkit.linalg.activations import ACTIVATIONS
 from adapterkit.methods import METHODS
-from adapterkit.tensors.activations import ACTIVATIONS
-from adapterkit.updates.rules import names_in
 
 ROOT = Path(__file__).parent.parent / "spec"
 MANIFEST = tomllib.loads((ROOT / SPEC / "manifest.toml").read_text("utf-8"))

@@ -20,8 +20,8 @@ from test_format_vectors import EVERY, base, source
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, StorageError, UsageError
 from adapterkit.formats import FORMATS, Format
-from adapterkit.tensors import staging
-from adapterkit.tensors.staging import staged
+from adapterkit.io import staging
+from adapterkit.io.staging import staged
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="faults are planted by way of /proc")
 

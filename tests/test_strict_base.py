@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.cli import adapterkit
 from adapterkit.errors import CheckFailed, UsageError
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.fingerprint import BLOCKS, fingerprint
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.fingerprint import BLOCKS, fingerprint
 
 OPTIONS = {
     name: {option for param in command.params for option in param.opts}

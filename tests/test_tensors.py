@@ -12,13 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterkit.errors import Corrupt, Malformed, StorageError, UsageError
-from adapterkit.tensors import safetensors as ours
-from adapterkit.tensors.atomic import replacing, write_bytes
-from adapterkit.tensors.checkpoint import contained, open_checkpoint, read_json
-from adapterkit.tensors.dtypes import BY_TORCH, DTYPES
-from adapterkit.tensors.finite import first_not_finite
-from adapterkit.tensors.lazy import Lazy, as_lazy, as_torch, dtype_of, from_numpy
-from adapterkit.tensors.strict_json import load_json
+from adapterkit.io import safetensors as ours
+from adapterkit.io.atomic import replacing, write_bytes
+from adapterkit.io.checkpoint import contained, open_checkpoint, read_json
+from adapterkit.io.dtypes import BY_TORCH, DTYPES
+from adapterkit.io.finite import first_not_finite
+from adapterkit.io.lazy import Lazy, as_lazy, as_torch, dtype_of, from_numpy
+from adapterkit.io.strict_json import load_json
 
 
 def bits(name, *shape):

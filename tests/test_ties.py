@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.core.adapter import Target
 from adapterkit.errors import Unsupported, UsageError
 from adapterkit.methods.lora import LoRA
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, StorageError, Unsupported
-from adapterkit.tensors import torch_containers, torch_pickle
-from adapterkit.tensors.dtypes import DTYPES
-from adapterkit.tensors.torch_file import is_torch_file, read_torch_file
+from adapterkit.io import torch_containers, torch_pickle
+from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.torch_file import is_torch_file, read_torch_file
 
 ROOT = Path(adapterkit.__file__).parents[1]
 ZIP, LEGACY = True, False
@@ -532,7 +532,7 @@ def test_hostile_files(folder, name):
 AUDIT = """
 import encodings.cp437, resource, sys
 from adapterkit.errors import AdapterkitError
-from adapterkit.tensors.torch_file import read_torch_file
+from adapterkit.io.torch_file import read_torch_file
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 good, *paths = sys.argv[1:]
 assert list(read_torch_file(good)) == ["a"]
@@ -579,7 +579,7 @@ def test_extension_codes_are_refused_even_when_registered(folder):
 def test_neither_torch_nor_numpy_is_imported(tmp_path):
     script = """
 import sys
-from adapterkit.tensors.torch_file import is_torch_file, read_torch_file
+from adapterkit.io.torch_file import is_torch_file, read_torch_file
 for path in sys.argv[1:]:
     assert is_torch_file(path)
     found = read_torch_file(path)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, BaseRef, Foreign, Step, Target, check_json
+from adapterkit.core.adapter import Adapter, BaseRef, Foreign, Step, Target, check_json
 from adapterkit.errors import (
     AdapterkitError,
     Malformed,
@@ -21,11 +21,11 @@ from adapterkit.errors import (
 )
 from adapterkit.formats import FORMATS
 from adapterkit.formats._pairs import finite, whole_rank
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.lora_xs import LoRAXS
 from adapterkit.methods.nola import NOLA
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import from_numpy
 
 HUGE = 16**5000
 CORPUS = Path(__file__).parent / "fuzz" / "corpus"

@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, ShapeMismatch, UsageError
+from adapterkit.linalg import decompositions
 from adapterkit.methods import METHODS
-from adapterkit.tensors import decompositions
 
 INITIAL = ["bdlora", "deft", "glora", "olora", "peanut", "pissa"]
 """Methods that change nothing before training."""

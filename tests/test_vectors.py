@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 import adapterkit as ak
 from adapterkit import errors
 from adapterkit.errors import AdapterkitError
-from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.io.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent / "spec" / "vectors"
 INVALID = sorted((ROOT / "invalid").glob("*.json"))

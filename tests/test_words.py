@@ -12,7 +12,6 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "adapterkit"
 NOT_YET = frozenset(
     {
-        "binding",
         "cli",
         "conformance",
         "formats",

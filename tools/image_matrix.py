@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
-from adapterkit.adapter import Adapter, Step, Target  # noqa: E402
+from adapterkit.core.adapter import Adapter, Step, Target  # noqa: E402
+from adapterkit.core.metadata import read_with  # noqa: E402
 from adapterkit.errors import AdapterkitError, Unrepresentable  # noqa: E402
 from adapterkit.formats._image.deciding import FAMILY  # noqa: E402
 from adapterkit.formats._image.writing import encoded  # noqa: E402
 from adapterkit.formats._promotion import Promotion  # noqa: E402
-from adapterkit.metadata import read_with  # noqa: E402
+from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.naming.architectures import fill  # noqa: E402
 from adapterkit.naming.image import Family, families  # noqa: E402
-from adapterkit.tensors.lazy import from_numpy  # noqa: E402
 
 PAGE = ROOT / "docs" / "image-families.md"
 DIALECTS = ("diffusers", "comfyui", "kohya", "lycoris")

@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
+from adapterkit.core.updates import Additive  # noqa: E402
 from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
-from adapterkit.ops.methods import COMBINERS  # noqa: E402
-from adapterkit.ops.methods._method import DEPENDENCES  # noqa: E402
+from adapterkit.ops.combiners import COMBINERS  # noqa: E402
+from adapterkit.ops.combiners._method import DEPENDENCES  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
-from adapterkit.updates import Additive  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 

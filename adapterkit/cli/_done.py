@@ -30,7 +30,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
     from .. import __version__
     from ..errors import storage_error
-    from ..tensors.records import digest_of, listed
+    from ..io.records import digest_of, listed
 
     ctx = click.get_current_context()
     words = {name: value for name, value in ctx.params.items() if name not in PLACES} | stated()
@@ -47,7 +47,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
 def is_done(settings: Settings, out: str, digest: str | None, overwrite: bool) -> bool:
     """Whether the output stands there, made from the same and unchanged; then this says so on standard output."""
-    from ..tensors.staging import Staging, take_over
+    from ..io.staging import Staging, take_over
 
     if overwrite or digest is None:
         return False

@@ -93,8 +93,8 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
         sources: adapters and bases that are read.
     """
     from ..formats import files_read
+    from ..io.locations import located
     from ..onnx.model_file import opened
-    from ..tensors.locations import located
 
     source = opened(model)
     files = [] if source.path is None else [source.path, *source.data]
@@ -106,7 +106,7 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
 def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
     """Refuse, before any work, a place that is taken or read; remove first what a killed run left there."""
-    from ..tensors.staging import check_free, check_inputs, take_over
+    from ..io.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
     check_inputs([Path(out)], read)

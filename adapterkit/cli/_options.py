@@ -164,8 +164,8 @@ def base_warnings(sources: Sequence[Any], adapters: Sequence[Any], base: str | N
     """
     if base is None:
         return []
-    from ..binding.bases import check_base
     from ..formats import read
+    from ..naming.binding.bases import check_base
 
     held = [read(each, base=base) if isinstance(each, (str, os.PathLike)) else each for each in adapters]
     found = check_base([*zip(map(str, sources), held, strict=True)], base, strict=False)

@@ -13,7 +13,7 @@ from ._done import is_done, made_from
 from ._render import Table, counted
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +82,7 @@ def refuse_place(out: str) -> None:
         Unsupported: `out` is a place on a hub.
     """
     from ..errors import Unsupported
-    from ..tensors.locations import is_address
+    from ..io.locations import is_address
 
     if is_address(out):
         raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")

@@ -39,7 +39,7 @@ def command(
 ) -> None:  # fmt: skip
     """Runs `adapterkit.convert`."""
     from .. import convert, detect
-    from ..tensors.inputs import inputs_kept
+    from ..io.inputs import inputs_kept
 
     with _without_collection(), inputs_kept():
         name = source_format or detect(src)

@@ -90,8 +90,8 @@ def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
     from importlib.util import find_spec
 
     from ..formats import files_read
-    from ..tensors.locations import located
-    from ..tensors.staging import files_below
+    from ..io.locations import located
+    from ..io.staging import files_below
 
     folder = located(model)
     if find_spec("transformers") is None or not folder.is_dir():

@@ -46,8 +46,8 @@ def command(
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
-    from ..binding.bases import check_tuned
-    from ..tensors.checkpoint import opened
+    from ..io.checkpoint import opened
+    from ..naming.binding.bases import check_tuned
 
     target_format = target_format or "adapterkit"
     destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)

@@ -82,8 +82,8 @@ def _inputs(path: str, check: bool) -> dict[str, Any]:
     """The arrays of a file, by name."""
     if not check:
         raise click.UsageError("--calibration has the inputs of the check, which --no-check leaves out")
-    from ..tensors.lazy import as_array
-    from ..tensors.numpy_files import read_npz
+    from ..io.lazy import as_array
+    from ..io.numpy_files import read_npz
 
     return {name: as_array(leaf) for name, leaf in read_npz(Path(path)).items()}
 

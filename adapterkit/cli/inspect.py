@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections import Counter
     from pathlib import Path
 
-    from ..adapter import Adapter, Target
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Leaf
-    from ..updates import Update
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
 
 
 @click.command(help=__doc__)
@@ -50,8 +50,8 @@ def command(
     from .. import detect, read
     from ..errors import TargetNotFound, UnknownFormat
     from ..formats._endings import adapter_modules
-    from ..tensors.inputs import inputs_kept
-    from ..tensors.locations import headers_of
+    from ..io.inputs import inputs_kept
+    from ..io.locations import headers_of
 
     with headers_of(src) as path, inputs_kept():
         modules = adapter_modules(path) if base is None else {}
@@ -80,8 +80,8 @@ def command(
 
 def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
     """The licence in the model card beside an adapter, and its trigger words."""
-    from ..licences import licence_at
-    from ..metadata import metadata_of, trigger_words
+    from ..core.licences import licence_at
+    from ..core.metadata import metadata_of, trigger_words
 
     return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}
 
@@ -90,8 +90,8 @@ def _layers(adapter: Adapter, base: str | None, rename: Sequence[str]) -> list[d
     """How much each layer is changed: one record a layer, in order."""
     import math
 
+    from ..io.checkpoint import opened
     from ..reporting.measuring import measure
-    from ..tensors.checkpoint import opened
 
     measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
     if measured.base_why is not None:
@@ -116,8 +116,8 @@ def _layers(adapter: Adapter, base: str | None, rename: Sequence[str]) -> list[d
 
 def _names(adapter: Adapter, base: str, rename: Sequence[str]) -> dict[str, Any]:
     """The rules by which the adapter's names become the base's, or why they do not."""
-    from ..binding.tables import name_map
     from ..errors import AdapterkitError
+    from ..naming.binding.tables import name_map
 
     try:
         found = name_map(base, adapter, rename=rename)
@@ -135,8 +135,8 @@ def _is_adapter(path: Path) -> bool:
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
     """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
+    from ..core.metadata import metadata_of
     from ..formats import unknown_fields
-    from ..metadata import metadata_of
 
     leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
     base = adapter.base
@@ -227,7 +227,7 @@ def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, A
 
 def _base_record(path: Path, src: str) -> dict[str, Any]:
     from ..errors import UnknownFormat, UsageError
-    from ..tensors.checkpoint import open_checkpoint
+    from ..io.checkpoint import open_checkpoint
 
     try:
         base = open_checkpoint(path)
@@ -523,14 +523,14 @@ def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Numbers and bytes of the tensors that `_counted` counts."""
     import math
 
-    from ..tensors.dtypes import DTYPES
+    from ..io.dtypes import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 
 def _dtype(leaf: Leaf) -> Any:
-    from ..tensors.lazy import dtype_of
+    from ..io.lazy import dtype_of
 
     return dtype_of(leaf)
 

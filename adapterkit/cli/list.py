@@ -110,9 +110,9 @@ def _loaders(settings: _options.Settings, file: str | None) -> None:
         show(settings, {"loaders": known}, _tools_view)
         return
     from .. import detect, read
+    from ..io.inputs import inputs_kept
+    from ..io.locations import located
     from ..loaders import loaders_of
-    from ..tensors.inputs import inputs_kept
-    from ..tensors.locations import located
 
     path = located(file)
     with inputs_kept():

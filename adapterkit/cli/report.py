@@ -37,8 +37,8 @@ def command(
     """Runs `adapterkit.report`."""
     from .. import report
     from ..formats import files_read
-    from ..tensors.locations import located
-    from ..tensors.staging import check_free, check_inputs
+    from ..io.locations import located
+    from ..io.staging import check_free, check_inputs
     from ._writing import refuse_place
 
     if merged is not None and base is None:

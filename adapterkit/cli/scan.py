@@ -34,8 +34,8 @@ LEVELS = ("note", "low", "medium", "high", "never")
 def command(ctx: click.Context, src: str, base: str | None, fail_on: str, sarif: str | None) -> None:
     """Runs `adapterkit.scan`."""
     from .. import scan
-    from ..tensors.atomic import write_bytes
-    from ..tensors.locations import local
+    from ..io.atomic import write_bytes
+    from ..io.locations import local
 
     _options.in_reading([src], None, base)  # With --strict-base this refuses another base.
     found = scan(src, base=base)

@@ -28,7 +28,7 @@ def command(
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of
-    from ..tensors.inputs import inputs_kept
+    from ..io.inputs import inputs_kept
 
     if rename and base is None:
         raise click.UsageError("--rename requires --base")

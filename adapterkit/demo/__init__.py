@@ -54,7 +54,7 @@ def _merge(base: Path, adapter: Path, out: Path, progress: Progress | None) -> d
 
 
 def _weights(folder: Path) -> dict[str, Any]:
-    from ..tensors.checkpoint import open_checkpoint
+    from ..io.checkpoint import open_checkpoint
 
     return {name: tensor.torch() for name, tensor in open_checkpoint(folder).tensors.items()}
 

@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import (
+from ..core.registry import Registry
+from ..errors import (  # fmt: skip
     AdapterkitError,
     StorageError,
     UnknownFormat,
@@ -19,20 +20,19 @@ from ..errors import (
     nearest,
     public,
     storage_error,
-)  # fmt: skip
-from ..registry import Registry
-from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
-from ..tensors.inputs import inputs_kept, kept
-from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, exists, is_remote, local, located, path_text, source_of
-from ..tensors.staging import files_below, matches, staged
-from ..tensors.written import sources_remembered
+)
+from ..io.checkpoint import SINGLE, TORCH_SINGLE, opened
+from ..io.inputs import inputs_kept, kept
+from ..io.lazy import Lazy
+from ..io.locations import NOTE, exists, is_remote, local, located, path_text, source_of
+from ..io.staging import files_below, matches, staged
+from ..io.written import sources_remembered
 from ._endings import adapter_modules
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
+    from ..core.adapter import Adapter
+    from ..io.checkpoint import Checkpoint
 
 __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
 
@@ -116,7 +116,7 @@ def read(
             adapter = _as_member(adapter, member)
         adapter.validate()
         if strict_base:
-            from ..binding.bases import check_base  # Detection needs no binding.
+            from ..naming.binding.bases import check_base  # Detection needs no binding.
 
             check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
@@ -174,7 +174,7 @@ def write(
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
         overwrite: replace what is at `path`; False refuses where something is there.
-        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.tensors.records`.
+        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.io.records`.
 
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
@@ -183,7 +183,7 @@ def write(
         UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
-    from ..adapter import check_adapter
+    from ..core.adapter import check_adapter
 
     check_adapter(adapter)
     if on_loss not in ON_LOSS:
@@ -232,7 +232,7 @@ def write(
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """Return the same function at this base, in methods that the format has where a missing bias allows it."""
-    from ..binding.fitting import biasless
+    from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
         return adapter
@@ -379,7 +379,7 @@ def _existing(path: str | PathLike[str]) -> Path:
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
     """Puts the commits of what was pulled from a hub into the lineage, and into the adapter's base."""
-    from ..adapter import BaseRef, Step
+    from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)
     if source is not None and Step("pull", {"uri": source.uri}) not in adapter.recipe:

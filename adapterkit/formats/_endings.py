@@ -6,8 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError
-from ..tensors import safetensors
-from ..tensors.torch_file import is_torch_file, read_torch_file
+from ..io import safetensors
+from ..io.torch_file import is_torch_file, read_torch_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Malformed, UsageError, storage_error
-from ..tensors import safetensors
-from ..tensors.torch_file import is_torch_file, read_torch_file
+from ..io import safetensors
+from ..io.torch_file import is_torch_file, read_torch_file
 from ._format import TENSORS
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Lazy
+    from ..io.lazy import Lazy
 
 
 def folder_of(path: Path) -> Path:

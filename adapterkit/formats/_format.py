@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 from ..errors import Unrepresentable
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.adapter import Adapter
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
 T = TypeVar("T")
 

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..binding.fitting import biasless
+from ..core.updates import Additive, ContextUpdate
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
+from ..io.lazy import as_array, as_lazy
 from ..methods.lora import LoRA
-from ..tensors.lazy import as_array, as_lazy
-from ..updates import Additive, ContextUpdate
+from ..naming.binding.fitting import biasless
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..adapter import Target, Updates
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.adapter import Target, Updates
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
     Array = np.ndarray[Any, Any]
 
@@ -274,7 +274,7 @@ class _Weight:
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
     def _shape(self, target: Target) -> tuple[int, ...]:
-        from ..binding import weight_shape
+        from ..naming.binding import weight_shape
 
         every = [update for group in (self.asked, self.got) for update in _in_order(group)]
         for updates in (self.asked.get(target, ()), self.got.get(target, ()), every):

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Target
-from ..binding.fitting import viewed
+from ..core.adapter import Target
+from ..core.updates import Update
+from ..io import arrange
+from ..io.lazy import as_lazy
 from ..methods.lora import LoRA
-from ..tensors import arrange
-from ..tensors.lazy import as_lazy
-from ..updates import Update
+from ..naming.binding.fitting import viewed
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Lazy
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
 
 Updates = Mapping[Target, tuple[Update, ...]]
 
@@ -89,7 +89,7 @@ def _summed(given: Sequence[Any], axis: int) -> LoRA:
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
     """Whether no row is other than zero in two of them, so that their sum is exact."""
-    from ..tensors.lazy import as_array
+    from ..io.lazy import as_array
 
     held = sum((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
     return bool((held <= 1).all())

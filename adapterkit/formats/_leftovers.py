@@ -10,8 +10,8 @@ import msgspec
 from ..errors import Malformed
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..tensors.lazy import Lazy
+    from ..core.adapter import Adapter
+    from ..io.lazy import Lazy
 
 T = TypeVar("T")
 

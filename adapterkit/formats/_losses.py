@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..errors import Unrepresentable
 
 if TYPE_CHECKING:
-    from ..adapter import Target, Updates
-    from ..updates import Update
+    from ..core.adapter import Target, Updates
+    from ..core.updates import Update
 
 Loss = tuple["Target", int, str]
 """Target, position among its updates, and why it cannot be said."""

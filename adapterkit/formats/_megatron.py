@@ -5,29 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
+from ..io.arrange import equal
+from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, by_group, undone
 from ..naming.megatron import LAYER, OWN, QKV
 from ..naming.tables import modules_of
-from ..tensors.arrange import equal
-from ..tensors.lazy import Lazy, as_lazy
-from ._pairs import (
-    DAMAGED,
-    Pairs,
-    check_factors,
-    grouped,
-    in_row_order,
-    of_rows,
-    over_rows,
-    unfit,
-)  # fmt: skip
+from ._pairs import DAMAGED, Pairs, check_factors, grouped, in_row_order, of_rows, over_rows, unfit  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair
 
 SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}

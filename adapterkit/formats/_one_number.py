@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import Unrepresentable
-from ..tensors.arrange import times
-from ..tensors.lazy import as_lazy
+from ..io.arrange import times
+from ..io.lazy import as_lazy
 from ._pairs import expressible, rank_of, to_rank
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..core.adapter import Adapter, Target
     from ._pairs import Pair, Pairs
 
 

@@ -13,7 +13,7 @@ from ..methods._grouped import AcrossGroups
 from ..methods.lora import LoRA
 
 if TYPE_CHECKING:
-    from ..updates import Update
+    from ..core.updates import Update
     from ._format import LayerFacts
 
 

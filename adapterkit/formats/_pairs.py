@@ -11,17 +11,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
+from ..io.arrange import REAL, joined, padded, part, reordered
+from ..io.lazy import Lazy, as_lazy, dtype_of
 from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
-from ..tensors.arrange import REAL, joined, padded, part, reordered
-from ..tensors.lazy import Lazy, as_lazy, dtype_of
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
-    from ..tensors.arrange import Order
-    from ..tensors.checkpoint import Checkpoint
+    from ..core.adapter import Adapter, Target
+    from ..io.arrange import Order
+    from ..io.checkpoint import Checkpoint
 
 Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]

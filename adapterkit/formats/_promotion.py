@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive
 from ..errors import Miswritten, NotMergeable, Unrepresentable, UsageError
+from ..io.computed import computed, load
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from ..tensors.computed import computed, load
-from ..updates import Additive
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.computed import Array
+    from ..io.dtypes import DType
     from ..ops.lowering import Delta
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
-    from ..updates import Update
     from ._format import Format
 
 ACCEPT = "Accept an error by max_error=/--max-error, give the base to laws that see the weight, or write another format"
@@ -142,7 +142,7 @@ class Promotion:
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
     """The LoRA of the factors of all updates together; None where one of them has no factors, or no known shape."""
-    from ..binding import weight_shape
+    from ..naming.binding import weight_shape
     from ..ops.building import low_rank
     from ..ops.lowering import Change
 
@@ -218,7 +218,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     """
     import numpy as np
 
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
     (given, found), *_ = alone.updates.items()
     if not promoted.changes_weight:
@@ -233,7 +233,7 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
 
 def _shaped(alone: Adapter) -> bool:
     """Whether the updates tell the shape of their weight without a base."""
-    from ..binding import view_shape
+    from ..naming.binding import view_shape
 
     try:
         return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
@@ -247,7 +247,7 @@ def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritte
 
 
 def _type(target: Target, found: Sequence[Update]) -> DType:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from ..ops.building import result_type
 
     return result_type([Adapter({target: tuple(found)})], None)

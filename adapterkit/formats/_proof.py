@@ -14,20 +14,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
-from ..tensors.arrange import runs
-from ..tensors.dtypes import DTYPES
-from ..tensors.inputs import inputs_kept
-from ..tensors.lazy import Lazy, as_lazy, files_kept_open
+from ..io.arrange import runs
+from ..io.dtypes import DTYPES
+from ..io.inputs import inputs_kept
+from ..io.lazy import Lazy, as_lazy, files_kept_open
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:
-    from ..adapter import Updates
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Leaf
-    from ..tensors.written import Written
-    from ..updates import Update
+    from ..core.adapter import Updates
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
+    from ..io.written import Written
     from ._format import Format
 
 SINGLE = 2.0**-22
@@ -135,7 +135,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
             raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
         if base is not None:
             # An adapter that does not fit this base is no fault of the writer either; the reader binds what it reads.
-            from ..binding import bind
+            from ..naming.binding import bind
 
             bind(asked, base)
         raise Miswritten(f"{name} cannot read what it wrote: {error.why}", where=error.where, cure=_REPORT) from error
@@ -143,8 +143,8 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
 def stand_in(adapter: Adapter) -> Checkpoint:
     """A base of an adapter's own names, and shapes as far as it tells them; it holds no numbers."""
-    from ..binding import view_shape
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
+    from ..naming.binding import view_shape
 
     tensors: dict[str, Lazy] = {}
     for target, updates in adapter.updates.items():
@@ -288,7 +288,7 @@ def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callabl
 
 
 def _bound(updates: Updates, base: Checkpoint) -> Updates:
-    from ..binding import bind
+    from ..naming.binding import bind
 
     try:
         return bind(Adapter(updates), base).adapter.updates

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, Malformed, UsageError
-from ..tensors import safetensors
-from ..tensors.atomic import write_bytes
-from ..tensors.checkpoint import read_json
-from ..tensors.lazy import Lazy, as_torch
-from ..tensors.staging import staged, unwritten
-from ..tensors.torch_file import is_torch_file, read_torch_file
+from ..io import safetensors
+from ..io.atomic import write_bytes
+from ..io.checkpoint import read_json
+from ..io.lazy import Lazy, as_torch
+from ..io.staging import staged, unwritten
+from ..io.torch_file import is_torch_file, read_torch_file
 from ._pairs import finite
 
 

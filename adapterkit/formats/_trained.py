@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..binding.fitting import viewed
 from ..errors import AdapterkitError
+from ..naming.binding.fitting import viewed
 from . import FORMATS
 from ._format import FORMULA, LayerFacts
 
 if TYPE_CHECKING:
-    from ..adapter import Step, Target
-    from ..binding import Site
-    from ..updates import Update
+    from ..core.adapter import Step, Target
+    from ..core.updates import Update
+    from ..naming.binding import Site
 
 
 def as_trained(

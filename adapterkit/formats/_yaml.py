@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import Malformed
-from ..tensors import strict_yaml
+from ..io import strict_yaml
 
 LIMIT = strict_yaml.MAX_BYTES
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
+from ..core.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
+from ..core.updates import Update
 from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported, first_line, shown
+from ..io import safetensors
+from ..io.lazy import as_lazy
+from ..io.strict_json import load_json
 from ..methods import METHODS
-from ..tensors import safetensors
-from ..tensors.lazy import as_lazy
-from ..tensors.strict_json import load_json
-from ..updates import Update
 from ._format import Format
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Lazy, Leaf
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy, Leaf
 
 SPEC = "1.1"
 KEY = "adapterkit"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ..naming.image import component_of, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
@@ -19,8 +19,8 @@ from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
 SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}
 

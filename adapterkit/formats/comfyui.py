@@ -13,18 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target, Updates
+from ..core.adapter import Target, Updates
 from ..errors import TargetNotFound
-from ..naming.image import (
-    COMFYUI,
-    LLM_PREFIXES,
-    ROOTS,
-    component_of,
-    denoiser_of,
-    encoder_kind,
-    families,
-    rooted,
-)
+from ..naming.image import COMFYUI, LLM_PREFIXES, ROOTS, component_of, denoiser_of, encoder_kind, families, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
@@ -33,9 +24,9 @@ from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
     from ..naming.image import Family
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
 

@@ -13,16 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..adapter import Target, Updates, canonical
+from ..core.adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..io.lazy import as_lazy
+from ..io.strict_json import load_json
 from ..methods.dense import Dense
 from ..methods.dora import DoRA
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
 from ..naming.image import component_of, rooted
-from ..tensors.lazy import as_lazy
-from ..tensors.strict_json import load_json
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat, folder_file
@@ -32,8 +32,8 @@ from ._image.fusing import narrow
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
     from .peft.config import Settings

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ..adapter import Target, Updates
+from ..core.adapter import Target, Updates
 from ..methods.oft import OFT
 from ..naming.image import KOHYA, component_of, families, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
@@ -25,9 +25,9 @@ from ._image.padding import PADDING
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Lazy
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
 

@@ -10,16 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
+from ..io.arrange import joined, part, zeros
+from ..io.atomic import write_bytes
+from ..io.inputs import read_input
+from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
 from ..naming.litgpt import FLAGS, MLP, QKV, is_litgpt, parts, table
 from ..naming.tables import Table, without_prefix
-from ..tensors.arrange import joined, part, zeros
-from ..tensors.atomic import write_bytes
-from ..tensors.inputs import read_input
-from ..tensors.lazy import Lazy, as_lazy
 from ._folders import make_folder
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -29,7 +29,7 @@ from ._state_dicts import keys_of, load, save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "litgpt"

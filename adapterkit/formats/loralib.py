@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
+from ..io.arrange import joined, part
+from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.litgpt import is_litgpt
-from ..tensors.arrange import joined, part
-from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha
@@ -24,7 +24,7 @@ from ._pairs import DAMAGED, Pairs, check_factors, grouped, rank_of, stored_layo
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "loralib"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ._format import FORMULA, Departure
 from ._image import container
 from ._image.arguments import OPTIONS
@@ -24,8 +24,8 @@ from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
 SLOTS = {
     **LOCON,

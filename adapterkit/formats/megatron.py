@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Adapter, Foreign, Step
+from ..core.adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError
 from ..naming.megatron import bridge
 from ._format import Format
@@ -19,7 +19,7 @@ from ._one_number import of_one_alpha
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 FORMAT = "megatron"
 SETTINGS = "megatron.json"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, ShapeMismatch
+from ..io.arrange import turned
+from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
-from ..tensors.arrange import turned
-from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha
@@ -22,7 +22,7 @@ from ._pairs import DAMAGED, check_factors, grouped, stored_layout, unfit
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "minlora"

@@ -19,16 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..adapter import Adapter, Foreign, Step
+from ..core.adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
+from ..io.copying import copy_by_kernel
+from ..io.dtypes import DTYPES
+from ..io.inputs import open_input
+from ..io.lazy import Lazy
+from ..io.staging import staged
+from ..io.torch_file import read_torch_file
 from ..naming.heads import Heads, heads_of
 from ..naming.megatron import NEMO
-from ..tensors.copying import copy_by_kernel
-from ..tensors.dtypes import DTYPES
-from ..tensors.inputs import open_input
-from ..tensors.lazy import Lazy
-from ..tensors.staging import staged
-from ..tensors.torch_file import read_torch_file
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._megatron import decode, encode, heads_again, why_not
@@ -38,7 +38,7 @@ from ._state_dicts import save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 FORMAT = "nemo"
 CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"

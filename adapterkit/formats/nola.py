@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from ..io.checkpoint import read_json
+from ..io.dtypes import DTYPES
+from ..io.lazy import Lazy, as_lazy
+from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
-from ..tensors.checkpoint import read_json
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy, as_lazy
-from ..tensors.torch_file import is_torch_file, read_torch_file
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._state_dicts import save, write_settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
 FORMAT = "nola"
 

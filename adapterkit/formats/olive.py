@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unsupported
+from ..io import safetensors
+from ..io.arrange import turned
+from ..io.lazy import Lazy, as_lazy
+from ..io.numpy_files import read_npz, write_npz
+from ..io.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ..methods.lora import LoRA
-from ..tensors import safetensors
-from ..tensors.arrange import turned
-from ..tensors.lazy import Lazy, as_lazy
-from ..tensors.numpy_files import read_npz, write_npz
-from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_no_number
 from ._pairs import check_factors, expressible, grouped, stored_layout, unfit
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "olive"

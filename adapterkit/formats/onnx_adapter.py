@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..adapter import Adapter, Foreign, canonical
+from ..core.adapter import Adapter, Foreign, canonical
 from ..errors import AdapterkitError, UsageError, storage_error
+from ..io.atomic import write_bytes
+from ..io.inputs import read_input
+from ..io.lazy import as_lazy
+from ..io.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ..methods import METHODS
-from ..tensors.atomic import write_bytes
-from ..tensors.inputs import read_input
-from ..tensors.lazy import as_lazy
-from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from .adapterkit import MAX_RECORD, ForeignRecord, decode_record, encode_record
 from .olive import has_olives_names
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Leaf
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
 
 FORMAT = "onnx_adapter"
 

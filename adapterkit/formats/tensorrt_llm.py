@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..adapter import Adapter, Foreign, Step, Target
-from ..errors import (
+from ..core.adapter import Adapter, Foreign, Step, Target
+from ..errors import (  # fmt: skip
     AdapterkitError,
     Malformed,
     ShapeMismatch,
@@ -21,16 +21,16 @@ from ..errors import (
     Unrepresentable,
     Unsupported,
     UsageError,
-)  # fmt: skip
+)
+from ..io.arrange import joined, padded, part, run, same_type
+from ..io.dtypes import DTYPES
+from ..io.lazy import Lazy, as_lazy
+from ..io.magic_bytes import is_npy
+from ..io.numpy_files import read_npy, write_npy
 from ..methods.lora import LoRA
 from ..naming.megatron import OWN
 from ..naming.tables import modules_of
 from ..naming.tensorrt_llm import FUSED, modules, numbers
-from ..tensors.arrange import joined, padded, part, run, same_type
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy, as_lazy
-from ..tensors.marks import is_npy
-from ..tensors.numpy_files import read_npy, write_npy
 from ._folders import folder_of, make_folder
 from ._format import Format
 from ._leftovers import Leftovers, remembered
@@ -38,7 +38,7 @@ from ._one_number import of_no_number
 from ._pairs import DAMAGED, Pairs, expressible, rank_of, unfit
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "tensorrt_llm"

@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ..io.atomic import write_bytes
+from ..io.lazy import Lazy, as_lazy, as_torch
+from ..io.torch_file import is_torch_file, read_torch_value
 from ..methods.textual_inversion import TextualInversion
 from ..naming.image import rooted
-from ..tensors.atomic import write_bytes
-from ..tensors.lazy import Lazy, as_lazy, as_torch
-from ..tensors.torch_file import is_torch_file, read_torch_value
 from ._format import CHANGED, Format
 from ._image import container
 from ._image.container import TORCH, Metadata
 from ._image.dialect import folder_file
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 EMBEDDING = "text_model.embeddings.token_embedding"
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..io import safetensors
+from ..io.arrange import item, stacked
+from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.experts import Experts
 from ..naming.tables import Names, Table, modules_of, without_prefix
 from ..naming.tinker import EXPERTS, HEAD, is_tinker
-from ..tensors import safetensors
-from ..tensors.arrange import item, stacked
-from ..tensors.lazy import Lazy, as_lazy
 from ._folders import folder_of
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -26,7 +26,7 @@ from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unf
 from .peft.container import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair, Slots
 
 FORMAT = "tinker"

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Foreign, Step, Target
+from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unsupported, UsageError
+from ..io.checkpoint import read_json
+from ..io.lazy import Lazy, as_lazy
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.heads import heads_of, rope_pairs, undone
 from ..naming.tables import Names, modules_of
 from ..naming.torchtune import meta_order, table, turned
-from ..tensors.checkpoint import read_json
-from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import one_alpha
@@ -25,7 +25,7 @@ from ._pairs import check_factors, expressible, finite, grouped, in_row_order, p
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._pairs import Pair
 
 FORMAT = "torchtune"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ..errors import ShapeMismatch
 from ..naming.image import rooted
 from ._image import container
@@ -21,8 +21,8 @@ from ._image.file import AGAIN, Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
 
 _PLACES = {
     "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj", "qkv_lora2": "txt_attn.qkv",

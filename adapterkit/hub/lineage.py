@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnknownFormat, UsageError
+from ..io.locations import source_of
 from ..merging.companions import CARD, REPORT
-from ..tensors.locations import source_of
 from .card import Model
 from .digests import digests
 from .uris import parse
@@ -29,7 +29,7 @@ def model_at(path: Path) -> Model:
     Raises:
         UnknownFormat: there is no model.
     """
-    from ..tensors.checkpoint import open_checkpoint
+    from ..io.checkpoint import open_checkpoint
 
     try:
         found = open_checkpoint(path)
@@ -44,7 +44,7 @@ def model_at(path: Path) -> Model:
 
 def record_at(folder: Path) -> Mapping[str, Any]:
     """Return the report that a merge wrote into a folder; empty if there is none."""
-    from ..tensors.checkpoint import read_json
+    from ..io.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+from ..core.licences import Licence, licence_at
 from ..errors import StorageError, storage_error
-from ..licences import Licence, licence_at
-from ..tensors.locations import located
+from ..io.locations import located
 from .folders import cache_folder
 from .hubs import remote_at
 from .pushing import push

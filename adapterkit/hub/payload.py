@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.licences import MAX_CARD, Licence
 from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
-from ..licences import MAX_CARD, Licence
+from ..io.atomic import write_bytes
+from ..io.locations import located
 from ..merging.companions import CARD, REPORT
-from ..tensors.atomic import write_bytes
-from ..tensors.locations import located
 from .card import adapter_card, model_card
 from .digests import digests_of
 from .folders import scratch
@@ -138,10 +138,10 @@ def _converted(
 
 def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     """Return a model's files with its weights split into shards of at most `shard_size` bytes, and a new index."""
+    from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
     from ..merging.options import Options
     from ..merging.planning import index_of, make_plan
     from ..merging.report import carry_out, local
-    from ..tensors.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
-from ..tensors.atomic import write_bytes
-from ..tensors.locations import NOTE, Source, path_text, source_of
-from ..tensors.staging import Staging, check_free, clear, take_over
+from ..io.atomic import write_bytes
+from ..io.locations import NOTE, Source, path_text, source_of
+from ..io.staging import Staging, check_free, clear, take_over
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
 from .transfer import ASKED, fetch

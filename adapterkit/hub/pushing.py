@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.licences import Licence, licence_at, licence_called, licence_of
 from ..errors import StorageError
-from ..licences import Licence, licence_at, licence_called, licence_of
-from ..tensors.locations import located
+from ..io.locations import located
 from .card import is_generated
 from .digests import check_listed
 from .hubs import remote_at

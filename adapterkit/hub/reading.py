@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from ..errors import Malformed, NetworkError, storage_error
-from ..tensors.lazy import ELSEWHERE, Span
-from ..tensors.locations import NOTE
-from ..tensors.safetensors import MAX_HEADER
+from ..io.lazy import ELSEWHERE, Span
+from ..io.locations import NOTE
+from ..io.safetensors import MAX_HEADER
 from .folders import cache_folder, scratch
 from .hubs import remote_at
 from .pulling import bring, choose, source_at

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, StorageError, Unsupported, UsageError, storage_error
-from ..tensors.lazy import ELSEWHERE
+from ..io.lazy import ELSEWHERE
 from .folders import locked
 from .pulling import source_at
 from .reading import needed, outline, remote_of
@@ -112,7 +112,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
         Unsupported: the base is not made of safetensors files.
         AdapterkitError: as for `pull`.
     """
-    from ..tensors.locations import is_remote
+    from ..io.locations import is_remote
 
     if not is_remote(name):
         raise UsageError("only a base on a hub can be streamed", path=name, cure="Leave --stream out")

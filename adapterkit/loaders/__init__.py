@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..core.updates import Additive
 from ..errors import AdapterkitError, Malformed, Unrepresentable
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
@@ -23,10 +24,9 @@ from ..formats._promotion import Promotion
 from ..methods.lora import LoRA
 from ..naming import architectures
 from ..naming.image import component_of, encoders, families
-from ..updates import Additive
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from ..naming.image import Family
 
 FORMAT = 1

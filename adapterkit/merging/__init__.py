@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, shown, storage_error
+from ..io.checkpoint import Checkpoint, opened
+from ..io.locations import is_address, local, located, outgoing, path_text, streamed
+from ..io.staging import Staging, check_free, is_within
 from ..naming.renames import rule_texts
-from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, local, located, outgoing, path_text, streamed
-from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from .companions import Companions
     from .execute import Progress
     from .planned import Plan
@@ -182,7 +182,7 @@ def merge(
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        from ..tensors.fingerprint import fingerprint
+        from ..io.fingerprint import fingerprint
 
         # A streamed base is not here yet; of one that is quantized, the weights that are merged into count.
         taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
@@ -248,7 +248,7 @@ def verify(
         if adapters or sample is not None:
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
         return check_written(merged, progress)
-    from ..binding.bases import check_base
+    from ..naming.binding.bases import check_base
     from .quantized import as_read
     from .verification import compare, compare_bases
 
@@ -285,7 +285,7 @@ def _supplied(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint,
 def _named(
     adapters: Source | Sequence[Source], weights: Sequence[float] | None, checkpoint: Checkpoint
 ) -> list[tuple[str, Adapter, float]]:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from ..formats import read
 
     several = _several(adapters)
@@ -304,8 +304,8 @@ def _named(
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
     """The folder of each adapter, where it is one on this disk; of one that was read already, where its tensors lie."""
-    from ..adapter import Adapter
-    from ..tensors.lazy import Lazy
+    from ..core.adapter import Adapter
+    from ..io.lazy import Lazy
 
     found = []
     for each in _several(adapters):
@@ -325,8 +325,8 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
-    from ..binding.bases import check_bases
     from ..formats import warnings_of
+    from ..naming.binding.bases import check_bases
     from .companions import companions
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]
@@ -348,7 +348,7 @@ def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
 
 
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
     single = isinstance(adapters, (str, PathLike, Adapter))
     if not single and not isinstance(adapters, Iterable):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
-from ..tensors.dtypes import DType
-from ..tensors.finite import first_in
-from ..tensors.lazy import as_array, as_lazy, for_formulas
+from ..io.dtypes import DType
+from ..io.finite import first_in
+from ..io.lazy import as_array, as_lazy, for_formulas
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Leaf
+    from ..io.lazy import Leaf
 
 
 CAST_AT_A_TIME = 1024

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..tensors.products import ROWS
+from ..linalg.products import ROWS
 from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
-    from ..updates import Update
+    from ..core.updates import Update
     from .fold import Fold
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import Malformed, UsageError, storage_error
-from ..tensors.checkpoint import Checkpoint
-from ..tensors.copying import CHUNK, read_all
+from ..io.checkpoint import Checkpoint
+from ..io.copying import CHUNK, read_all
 from .companions import REPORT
 from .memory import most_workers
 from .verification import Difference, Verification

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
-from ..tensors.checkpoint import Checkpoint, opened
+from ..io.checkpoint import Checkpoint, opened
 from .options import Options
 from .planned import Plan
 from .planning import make_plan
@@ -21,7 +21,7 @@ from .report import Engine
 from .stage import Norms, Stage
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from .execute import Progress
 
 RETRIES = 16
@@ -46,7 +46,7 @@ class Recipe:
     def plan(self) -> Plan:
         """The plan, made anew from what is on disk."""
         from ..formats import read
-        from ..tensors.checkpoint import open_checkpoint
+        from ..io.checkpoint import open_checkpoint
         from .quantized import as_merged
 
         checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options.dtype)
@@ -62,7 +62,7 @@ def recipe_of(
     base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Options, device: str
 ) -> Recipe:
     """What tells every node the same: absolute paths, which they all see."""
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
     paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
     beside = None if onto is None else str(opened(onto).root.resolve())

@@ -13,15 +13,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.metadata import REPORT as REPORT
 from ..errors import Malformed, UsageError, storage_error
-from ..metadata import REPORT as REPORT
+from ..io.checkpoint import INDEX, TORCH_INDEX
+from ..io.locations import NOTE, exists
 from ..naming.ties import is_embedding
 from ..quant import SIDE_FILES, Dequantized
-from ..tensors.checkpoint import INDEX, TORCH_INDEX
-from ..tensors.locations import NOTE, exists
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 CARD = "README.md"
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive, Update
 from ..errors import Malformed
-from ..updates import Additive, Update
 from .blocks import Block, cut_to, part_of, view_of
 from .factors import Term, additive, is_thin, load_all, norm_of, side_by_side
 from .planned import Output

@@ -16,7 +16,7 @@ from hashlib import sha256
 from threadpoolctl import threadpool_limits
 
 from ..errors import storage_error
-from ..tensors.lazy import files_kept_open
+from ..io.lazy import files_kept_open
 from .arrays import Arrays
 from .hands import Hands, Made
 from .jobs import Job, OpenFile, create, jobs_of, norms_of

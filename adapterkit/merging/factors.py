@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Unsupported
-from ..tensors.lazy import Lazy, as_lazy
-from ..updates import Additive, Update
+from ..io.lazy import Lazy, as_lazy
 from .blocks import logical
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Leaf
+    from ..io.lazy import Leaf
     from .arrays import Arrays, Workspace
     from .fold import Fold
 

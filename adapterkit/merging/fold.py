@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..updates import Additive, Update
+from ..core.updates import Additive, Update
 
 if TYPE_CHECKING:
-    from ..adapter import Target
-    from ..tensors.lazy import Lazy
+    from ..core.adapter import Target
+    from ..io.lazy import Lazy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

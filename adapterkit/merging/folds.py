@@ -7,23 +7,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..binding import Site, bind
 from ..errors import NotMergeable
 from ..formats._trained import sites_as_trained
+from ..io.locations import is_repo
+from ..naming.binding import Site, bind
 from ..naming.renames import parse_renames
 from ..naming.resolver import Rule
 from ..naming.ties import find_tie
 from ..quant import Dequantized
-from ..tensors.locations import is_repo
 from .fold import Fold
 from .ties import parse_tied, settle_tie
 from .vocabulary import Vocabulary, parse_vocab
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Lazy
-    from ..updates import Update
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
-from ..tables import html_table
-from ..tensors.checkpoint import Checkpoint
-from ..tensors.direct import HELD
-from ..tensors.dtypes import DType
-from ..tensors.lazy import Lazy, Shape
+from ..core.tables import html_table
+from ..io.checkpoint import Checkpoint
+from ..io.direct import HELD
+from ..io.dtypes import DType
+from ..io.lazy import Lazy, Shape
 from .companions import Companions
 from .fold import Fold
 from .folds import Source
@@ -103,7 +103,7 @@ class Plan:
         checksums: whether sums are taken of what is written.
         warnings: what the caller should look at, one sentence each.
         companions: the files beside the weights.
-        fingerprint: of the base's weights, see `tensors/fingerprint.py`; None where it was not taken.
+        fingerprint: of the base's weights, see `io/fingerprint.py`; None where it was not taken.
         vocabulary: what became of the vocabulary, plain data; None where it is the base's.
     """
 

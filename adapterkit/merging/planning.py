@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import Unsupported, UsageError
+from ..io.checkpoint import INDEX, SINGLE, Checkpoint
+from ..io.dtypes import BY_TORCH, DTYPES, DType
+from ..io.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
+from ..io.locations import source_of
+from ..io.safetensors import encode_header
 from ..quant import Dequantized, config_file
-from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
-from ..tensors.dtypes import BY_TORCH, DTYPES, DType
-from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
-from ..tensors.locations import source_of
-from ..tensors.safetensors import encode_header
 from .fold import Fold
 from .folds import folds_by_tensor
 from .memory import allowed

@@ -8,11 +8,11 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from ..io.checkpoint import Checkpoint, opened
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
-from ..tensors.checkpoint import Checkpoint, opened
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Lazy
+    from ..io.lazy import Lazy
 
     Onto = Checkpoint | str | PathLike[str]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
+from ..io.atomic import write_bytes
+from ..io.checkpoint import INDEX
+from ..io.records import digest_of, listed
+from ..io.staging import check_free
 from ..quant import config_file
-from ..tables import html_table
-from ..tensors.atomic import write_bytes
-from ..tensors.checkpoint import INDEX
-from ..tensors.records import digest_of, listed
-from ..tensors.staging import check_free
 from .arrays import devices_for
 from .checksums import KEY, record_of
 from .companions import CARD, REPORT

@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ShapeMismatch, Unsupported
+from ..io.dtypes import DTYPES
+from ..io.lazy import Lazy
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, steps
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy
 from .blocks import Block, blocks
 from .compute import Folder
 from .planned import Output

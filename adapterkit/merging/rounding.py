@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from ..tensors.namespace import namespace
-from ..tensors.philox import WORD, philox
+from ..linalg.namespace import namespace
+from ..linalg.philox import WORD, philox
 
 if TYPE_CHECKING:
-    from ..tensors.dtypes import DType
+    from ..io.dtypes import DType
 
 Key = tuple[int, int]
 

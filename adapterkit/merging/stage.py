@@ -1,7 +1,7 @@
 """The stage of a merge: a hidden folder beside the output where a merge is built and resumed.
 
 A finished file lies under `out/`, its norms and checksums under `norms/`; whatever else is there is unfinished and
-written again. How the output gets into place is told in `tensors/staging.py`.
+written again. How the output gets into place is told in `io/staging.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError
-from ..tensors.atomic import sync_folder, write_bytes
-from ..tensors.records import record_of
-from ..tensors.staging import Move, Staging, clear, files_below
+from ..io.atomic import sync_folder, write_bytes
+from ..io.records import record_of
+from ..io.staging import Move, Staging, clear, files_below
 
 Norms = dict[str, list[float]]
 

@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Target
+from ..core.adapter import Target
+from ..core.updates import Additive, Update
 from ..errors import UsageError
+from ..io.lazy import as_lazy
 from ..naming.ties import Tie, kept_tied, untied, untied_scale
-from ..tensors.lazy import as_lazy
-from ..updates import Additive, Update
 from .fold import Fold
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..tensors.lazy import Leaf
+    from ..core.adapter import Adapter
+    from ..io.lazy import Leaf
 
 Folds = dict[str, list[Fold]]
 """Name of a layer's weight -> what is folded into it."""
@@ -265,8 +265,8 @@ def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float, rows: int) -
         return head
     import numpy as np
 
+    from ..io.lazy import from_numpy
     from ..methods.ia3 import IA3
-    from ..tensors.lazy import from_numpy
 
     shape = (rows, *next(fold.shape for folds in own.values() for fold in folds)[1:])
     factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from ..binding.bases import merge_record
+from ..core.metadata import fingerprints_of
 from ..errors import UsageError
-from ..metadata import fingerprints_of
+from ..io.dtypes import DType
+from ..io.fingerprint import PREFIX, fingerprint
+from ..io.lazy import Lazy
+from ..naming.binding.bases import merge_record
 from ..naming.ties import find_tie, is_embedding
-from ..tensors.dtypes import DType
-from ..tensors.fingerprint import PREFIX, fingerprint
-from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
 from .companions import REPORT
 from .options import Options
@@ -28,8 +28,8 @@ from .ties import parse_tied
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
+    from ..core.adapter import Adapter
+    from ..io.checkpoint import Checkpoint
     from .execute import Progress
 
 PIECE = 4 << 20

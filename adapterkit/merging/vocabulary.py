@@ -12,18 +12,18 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError
+from ..io.lazy import Lazy, as_array, as_lazy, bytes_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.ties import is_embedding, is_head
 from ..quant import Dequantized
-from ..tensors.lazy import Lazy, as_array, as_lazy, bytes_of
 
 if TYPE_CHECKING:
-    from ..binding import Site
-    from ..binding.fitting import Shapes
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Buffer, Leaf
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Buffer, Leaf
+    from ..naming.binding import Site
+    from ..naming.binding.fitting import Shapes
 
 GROW, KEEP = "grow", "keep"
 

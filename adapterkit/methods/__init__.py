@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..registry import Registry
-from ..updates import Update
+from ..core.registry import Registry
+from ..core.updates import Update
 
 METHODS: Registry[type[Update]] = Registry("method", __name__, "adapterkit.methods", Update)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..tensors.activations import ACTIVATIONS, layer_norm
-from ..updates import attribute, tensor
+from ..core.updates import attribute, tensor
+from ..linalg.activations import ACTIVATIONS, layer_norm
 from ._gates import row_shares
 from ._sublayer import Sublayer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.positions import random_positions
-from ..updates import Additive, Rule, attribute, tensor
+from ..core.updates import Additive, Rule, attribute, tensor
+from ..linalg.positions import random_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 SEED = 777
 """Seed of a fresh update's positions: PEFT's own, so that its files can express them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..tensors.namespace import namespace
+from ..linalg.namespace import namespace
 
 Law = Callable[[Any], Any]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..tensors.activations import sigmoid
+from ..linalg.activations import sigmoid
 
 
 def row_shares(logits: Any, channel: int = -1) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from ..core.updates import OutputUpdate, Rule, tensor
 from ..errors import ShapeMismatch, UsageError
-from ..updates import OutputUpdate, Rule, tensor
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class AcrossGroups(OutputUpdate):

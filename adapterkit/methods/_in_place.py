@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch
-from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive, of_pair
 from ..errors import NotMergeable
-from ..tensors.namespace import namespace
-from ..tensors.products import product
-from ..updates import Additive, of_pair
+from ..linalg.namespace import namespace
+from ..linalg.products import product
 
 if TYPE_CHECKING:
     from torch import Tensor

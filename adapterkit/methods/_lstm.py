@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..tensors.activations import sigmoid
-from ..tensors.namespace import namespace
+from ..linalg.activations import sigmoid
+from ..linalg.namespace import namespace
 
 
 def both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from ..tensors.activations import softmax
-from ..tensors.namespace import namespace
-from ..updates import OutputUpdate
+from ..core.updates import OutputUpdate
+from ..linalg.activations import softmax
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor

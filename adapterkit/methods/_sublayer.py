@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.updates import OutputUpdate, attribute
 from ..errors import ShapeMismatch
-from ..updates import OutputUpdate, attribute
 
 
 class Sublayer(OutputUpdate):

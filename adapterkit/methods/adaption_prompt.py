@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import namespace
-from ..updates import ContextUpdate, tensor
+from ..core.updates import ContextUpdate, tensor
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class AdaptionPrompt(ContextUpdate):

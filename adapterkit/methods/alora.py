@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import Rule, tensor
 from ..errors import ShapeMismatch, UsageError
-from ..tensors.namespace import namespace
-from ..updates import Rule, tensor
+from ..linalg.namespace import namespace
 from ._routed import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class ALoRA(Routed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..updates import Rule, attribute, tensor
+from ..core.updates import Rule, attribute, tensor
 from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import tensor
 from ..errors import ShapeMismatch
-from ..updates import tensor
 from ._low_rank import LowRank, block_diagonal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class BDLoRA(LowRank):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.rotations import cayley, turn_columns
-from ..updates import Rule, WeightUpdate, tensor
+from ..core.updates import Rule, WeightUpdate, tensor
+from ..linalg.rotations import cayley, turn_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class BOFT(WeightUpdate):

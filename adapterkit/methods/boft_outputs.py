@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.rotations import cayley, shortened, turn_rows
-from ..updates import Rule, WeightUpdate, attribute, tensor
+from ..core.updates import Rule, WeightUpdate, attribute, tensor
+from ..linalg.rotations import cayley, shortened, turn_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class BOFTOutputs(WeightUpdate):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.computed import times
-from ..tensors.positions import counting
-from ..updates import Additive, tensor
+from ..core.updates import Additive, tensor
+from ..io.computed import times
+from ..linalg.positions import counting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class C3A(Additive):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.activations import ACTIVATIONS
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.activations import ACTIVATIONS
 from ._bottleneck import Narrow, biased
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Compacter(Narrow):

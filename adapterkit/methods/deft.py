@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch
-from ..tensors.namespace import namespace
-from ..updates import WeightUpdate, tensor
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class DEFT(WeightUpdate):

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.computed import times
-from ..tensors.namespace import namespace
-from ..updates import tensor
+from ..core.updates import tensor
+from ..io.computed import times
+from ..linalg.namespace import namespace
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 SMALLEST = 1e-4
 """Lower bound of a norm."""

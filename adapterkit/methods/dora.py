@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import constant
-from ..updates import WeightUpdate, tensor
+from ..core.updates import WeightUpdate, tensor
+from ..linalg.namespace import constant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class DoRA(WeightUpdate):

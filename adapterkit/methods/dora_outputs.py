@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
-from ..updates import WeightUpdate, tensor
 from .dora import DoRA
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random, Update
+    from ..core.updates import Random, Update
 
 
 class DoRAOutputs(WeightUpdate):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..tensors.namespace import namespace
-from ..tensors.positions import scattered
+from ..linalg.namespace import namespace
+from ..linalg.positions import scattered
 from ._coefficients import Coefficients
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import namespace
-from ..updates import WeightUpdate, tensor
+from ..core.updates import WeightUpdate, tensor
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class FRoD(WeightUpdate):

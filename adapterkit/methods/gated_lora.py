@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..updates import OutputUpdate, tensor
+from ..core.updates import OutputUpdate, tensor
 from ._gates import row_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GatedLoRA(OutputUpdate):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import ContextUpdate, Rule, tensor
+from ..core.updates import ContextUpdate, Rule, tensor
 from ._gates import gated
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GatedPrefix(ContextUpdate):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import Rule, tensor
+from ..core.updates import Rule, tensor
 from ._gates import gated
 from .prefix_mlp import PrefixMLP
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GatedPrefixMLP(PrefixMLP):

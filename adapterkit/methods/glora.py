@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
-from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GLoRA(WeightUpdate):

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.namespace import constant, namespace
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.namespace import constant, namespace
 from ._grouped import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GroupedDoRA(AcrossGroups):

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import attribute, tensor
+from ..core.updates import attribute, tensor
 from ._grouped import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class GroupedLoRA(AcrossGroups):

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import Unsupported
-from ..tensors.namespace import namespace
-from ..tensors.rotations import in_float32
-from ..updates import WeightUpdate, tensor
+from ..linalg.namespace import namespace
+from ..linalg.rotations import in_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class HRA(WeightUpdate):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from ..updates import WeightUpdate, tensor
+from ..core.updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class IA3(WeightUpdate):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import WeightUpdate, attribute, tensor
+from ..core.updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class IA3Weights(WeightUpdate):

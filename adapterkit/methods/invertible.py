@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from ..core.updates import OutputUpdate, attribute, tensor
 from ..errors import ShapeMismatch
-from ..tensors.activations import ACTIVATIONS
-from ..tensors.namespace import namespace
-from ..updates import OutputUpdate, attribute, tensor
+from ..linalg.activations import ACTIVATIONS
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Invertible(OutputUpdate):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.decompositions import svd
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.decompositions import svd
 from ._in_place import InPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class KaSA(InPlace):

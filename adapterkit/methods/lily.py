@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.activations import softmax
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.activations import softmax
 from ._routed import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Lily(Routed):

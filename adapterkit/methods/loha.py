@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.products import contracted
-from ..updates import Additive, tensor
+from ..core.updates import Additive, tensor
+from ..linalg.products import contracted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class LoHa(Additive):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from ..tensors.products import contracted, even_split, kron, sides, tucker
-from ..updates import Additive, Rule, attribute, tensor
+from ..core.updates import Additive, Rule, attribute, tensor
+from ..linalg.products import contracted, even_split, kron, sides, tucker
 from .dense import Dense
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class LoKr(Additive):

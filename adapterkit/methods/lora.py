@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.products import product
-from ..updates import Additive, of_pair, tensor
+from ..core.updates import Additive, of_pair, tensor
+from ..linalg.products import product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class LoRA(Additive):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.namespace import namespace
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.namespace import namespace
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class LoRAXS(LowRank):

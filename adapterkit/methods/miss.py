@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from ..core.updates import Additive, tensor
 from ..errors import ShapeMismatch
-from ..tensors.computed import times
-from ..tensors.namespace import namespace
-from ..updates import Additive, tensor
+from ..io.computed import times
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class MiSS(Additive):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch
-from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class MiSSBat(WeightUpdate):

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.namespace import namespace
-from ..updates import attribute, tensor
+from ..core.updates import attribute, tensor
+from ..linalg.namespace import namespace
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 SHARPEST = 1e-6

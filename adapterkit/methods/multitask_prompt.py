@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import ContextUpdate, Rule, tensor
+from ..core.updates import ContextUpdate, Rule, tensor
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class MultitaskPrompt(ContextUpdate):

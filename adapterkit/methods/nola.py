@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.philox import combine
-from ..updates import tensor
+from ..core.updates import tensor
+from ..linalg.philox import combine
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class NOLA(LowRank):

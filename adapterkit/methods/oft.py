@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..errors import ShapeMismatch
-from ..tensors.rotations import block_size, shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
-from ..updates import Rule, WeightUpdate, attribute, tensor
+from ..linalg.rotations import block_size, shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class OFT(WeightUpdate):

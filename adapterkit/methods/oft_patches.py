@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import ShapeMismatch
-from ..tensors.namespace import namespace
-from ..tensors.rotations import block_size, shortened_blocks, skew, turned
-from ..updates import OutputUpdate, Rule, attribute, tensor
+from ..linalg.namespace import namespace
+from ..linalg.rotations import block_size, shortened_blocks, skew, turned
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.decompositions import qr
+from ..linalg.decompositions import qr
 from ._in_place import InPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class OLoRA(InPlace):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.rotations import singular
-from ..updates import WeightUpdate, tensor
+from ..core.updates import WeightUpdate, tensor
+from ..linalg.rotations import singular
 from ._in_place import check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class OSF(WeightUpdate):

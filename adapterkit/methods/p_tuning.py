@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import namespace
-from ..updates import ContextUpdate, tensor
+from ..core.updates import ContextUpdate, tensor
+from ..linalg.namespace import namespace
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class PTuning(ContextUpdate):

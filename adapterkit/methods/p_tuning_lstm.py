@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.namespace import namespace
-from ..updates import ContextUpdate, tensor
+from ..core.updates import ContextUpdate, tensor
+from ..linalg.namespace import namespace
 from ._lstm import both_ways
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class PTuningLSTM(ContextUpdate):

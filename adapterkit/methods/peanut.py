@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.activations import ACTIVATIONS
-from ..updates import WeightUpdate, attribute, tensor
+from ..core.updates import WeightUpdate, attribute, tensor
+from ..linalg.activations import ACTIVATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class PEANuT(WeightUpdate):

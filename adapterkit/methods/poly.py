@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import tensor
 from ..errors import ShapeMismatch
-from ..tensors.activations import sigmoid
-from ..updates import tensor
+from ..linalg.activations import sigmoid
 from ._routed import Routed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Poly(Routed):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..updates import ContextUpdate, attribute, tensor
+from ..core.updates import ContextUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Prefix(ContextUpdate):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
-from ..updates import Rule, WeightUpdate, attribute, tensor
+from ..core.updates import Rule, WeightUpdate, attribute, tensor
+from ..linalg.rotations import block_size, cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
 from ._in_place import check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class PSOFT(WeightUpdate):

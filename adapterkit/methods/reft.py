@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..errors import ShapeMismatch
-from ..tensors.activations import ACTIVATIONS
-from ..tensors.rotations import orthonormal_rows
-from ..updates import OutputUpdate, Rule, attribute, tensor
+from ..linalg.activations import ACTIVATIONS
+from ..linalg.rotations import orthonormal_rows
 from ._ends import changed_at_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class ReFT(OutputUpdate):

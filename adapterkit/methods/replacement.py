@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
-from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Replacement(WeightUpdate):

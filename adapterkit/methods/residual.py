@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..updates import Additive, of_pair, tensor
+from ..core.updates import Additive, of_pair, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

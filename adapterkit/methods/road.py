@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import Rule, WeightUpdate, attribute, tensor
 from ..errors import ShapeMismatch
-from ..tensors.namespace import namespace
-from ..updates import Rule, WeightUpdate, attribute, tensor
+from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class RoAd(WeightUpdate):

@@ -10,15 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch, UsageError
-from ..tensors.namespace import namespace
-from ..tensors.positions import outside
-from ..updates import WeightUpdate, tensor
+from ..linalg.namespace import namespace
+from ..linalg.positions import outside
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class Rows(WeightUpdate):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import OutputUpdate, attribute, tensor
 from ..errors import Malformed, ShapeMismatch
-from ..tensors.activations import ACTIVATIONS, sigmoid
-from ..updates import OutputUpdate, attribute, tensor
+from ..linalg.activations import ACTIVATIONS, sigmoid
 
 if TYPE_CHECKING:
     from torch import Tensor

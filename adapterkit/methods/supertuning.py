@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.computed import times
-from ..tensors.positions import add_at, scattered
-from ..tensors.products import product
-from ..updates import Additive, tensor
+from ..core.updates import Additive, tensor
+from ..io.computed import times
+from ..linalg.positions import add_at, scattered
+from ..linalg.products import product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class SuperTuning(Additive):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..updates import ContextUpdate, tensor
+from ..core.updates import ContextUpdate, tensor
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class TextualInversion(ContextUpdate):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import namespace
-from ..updates import attribute, tensor
+from ..core.updates import attribute, tensor
+from ..linalg.namespace import namespace
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class VBLoRA(LowRank):

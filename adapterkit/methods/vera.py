@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import tensor
 from ..errors import ShapeMismatch
-from ..tensors.computed import times
-from ..updates import tensor
+from ..io.computed import times
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class VeRA(LowRank):

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..tensors.namespace import namespace
-from ..tensors.positions import counting, scattered
-from ..updates import Rule, tensor
+from ..core.updates import Rule, tensor
+from ..linalg.namespace import namespace
+from ..linalg.positions import counting, scattered
 from ._coefficients import Coefficients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..core.updates import Random
 
 
 class WaveFT(Coefficients):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..tensors.activations import relu, softmax
-from ..updates import Rule, attribute, tensor
+from ..core.updates import Rule, attribute, tensor
+from ..linalg.activations import relu, softmax
 from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:

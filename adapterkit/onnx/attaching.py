@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..chain import Composed
+from ..core.composed_layer import Composed
+from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate
 from ..errors import AdapterkitError, Unsupported
+from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
-from ..tensors.lazy import as_array
-from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
 from .calls import Words
 from .fused import Attention, taken_apart

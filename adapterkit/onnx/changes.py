@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..io.dtypes import DTYPES, DType
+from ..io.lazy import Lazy, Span
 from ..merging.arrays import NumpyArrays, Workspace
 from ..merging.blocks import blocks
 from ..merging.compute import Folder
 from ..merging.fold import Fold
 from ..merging.planned import Output
-from ..tensors.dtypes import DTYPES, DType
-from ..tensors.lazy import Lazy, Span
 from .building import Array, Building, kind_of
 from .operands import attribute, numbers, shape_of
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
-from ..tensors.lazy import as_array
-from ..tensors.ort_adapter import read_ort_adapter
+from ..io.lazy import as_array
+from ..io.ort_adapter import read_ort_adapter
 from .attaching import attach
 from .building import Building
 from .model_file import Source, inline, opened
@@ -33,7 +33,7 @@ from .slots import slots_of
 from .trial_inputs import SIZES, made_up
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from .reading import Base, Model
     from .tying import Tying
 
@@ -133,7 +133,7 @@ def checked_merge(
     """
     if len(adapters) > 1 or factors[0] != 1:
         return Outcome(None, "several adapters, or one by a part, are not injected")
-    from ..tensors.checkpoint import opened as opened_base
+    from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
     if (why := _too_large(source)) is not None:

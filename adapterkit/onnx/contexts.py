@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
-from ..tensors.lazy import as_array
-from ..updates import ContextUpdate
+from ..io.lazy import as_array
 from .attentions import with_prefixes
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..errors import Malformed
-from ..tensors.checkpoint import contained
+from ..io.checkpoint import contained
 
 
 def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:

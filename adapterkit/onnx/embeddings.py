@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather

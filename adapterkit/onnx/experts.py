@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import Unsupported
-from ..tensors.lazy import as_lazy
+from ..io.lazy import as_lazy
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:

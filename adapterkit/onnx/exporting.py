@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..adapter import Adapter
-from ..binding import renamed
+from ..core.adapter import Adapter
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
-from ..tensors.checkpoint import opened as opened_base
-from ..tensors.locations import path_text
+from ..io.checkpoint import opened as opened_base
+from ..io.locations import path_text
+from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building

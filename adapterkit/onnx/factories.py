@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
-from ..tensors.checkpoint import opened as opened_base
-from ..tensors.lazy import as_torch
-from ..tensors.locations import path_text
+from ..io.checkpoint import opened as opened_base
+from ..io.lazy import as_torch
+from ..io.locations import path_text
 from .exporting import export, files_of_adapters
 from .folders import check_folder, moved, published
 from .injecting import Report

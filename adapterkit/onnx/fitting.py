@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapter import Adapter, Target
-from ..binding import find_sites, renamed
+from ..core.adapter import Adapter, Target
+from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
-from ..tensors.lazy import as_array, from_numpy
-from ..tensors.ort_adapter import OrtAdapter, write_ort_adapter
-from ..updates import Update
+from ..io.lazy import as_array, from_numpy
+from ..io.ort_adapter import OrtAdapter, write_ort_adapter
+from ..naming.binding import find_sites, renamed
 from .building import Array
 from .model_file import opened
 from .reading import loaded

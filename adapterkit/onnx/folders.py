@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import StorageError
-from ..tensors.staging import staged
+from ..io.staging import staged
 from .injecting import Report
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")

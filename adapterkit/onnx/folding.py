@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..core.updates import Update
 from ..errors import Malformed, NotMergeable, Unsupported
+from ..io.lazy import as_array
 from ..merging.fold import Fold as Folded
-from ..tensors.lazy import as_array
-from ..updates import Update
 from .building import Array, Branch, Building, kind_of
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, stored_behind
 from .layers import Layer

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
+from ..io.dtypes import DTYPES
 from ..quant._grouped import Grouped
 from ..quant._scheme import joined
-from ..tensors.dtypes import DTYPES
 from .building import Array
 from .packed import unpacked
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..adapter import Adapter
-from ..binding import renamed
+from ..core.adapter import Adapter
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
-from ..tensors.atomic import write_bytes
-from ..tensors.locations import path_text
+from ..io.atomic import write_bytes
+from ..io.locations import path_text
+from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
 from .calls import Words

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 
 if TYPE_CHECKING:
     from torch import nn

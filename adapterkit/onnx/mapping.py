@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TargetNotFound, places_errors
-from ..tensors.checkpoint import opened as opened_base
-from ..tensors.lazy import as_array
+from ..io.checkpoint import opened as opened_base
+from ..io.lazy import as_array
 from .matching import distance, nearest
 from .model_file import opened
 from .norms import NEAR
@@ -17,7 +17,7 @@ from .resolving import METHODS, Known, Spot, by_name, spots_of
 from .scopes import same_end
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from .reading import Base, Model
 
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapter import Adapter
-from ..binding import find_sites
+from ..core.adapter import Adapter
 from ..errors import TargetNotFound
-from ..tensors.lazy import as_array
+from ..io.lazy import as_array
+from ..naming.binding import find_sites
 from .norms import APART, NEAR, refuse_folded, with_norms
 from .resolving import Found, Known, Spot
 from .scopes import same_end
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

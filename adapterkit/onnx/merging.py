@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Adapter
-from ..binding import renamed
+from ..core.adapter import Adapter
 from ..errors import NotMergeable, UsageError, places_errors
-from ..tensors.checkpoint import opened as opened_base
-from ..tensors.locations import path_text
+from ..io.checkpoint import opened as opened_base
+from ..io.locations import path_text
+from ..naming.binding import renamed
 from .building import Building
 from .changes import settle
 from .checking import Outcome, checked_merge

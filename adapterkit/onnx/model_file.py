@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
-from ..tensors.atomic import replacing, write_bytes
-from ..tensors.inputs import open_input
-from ..tensors.locations import located
-from ..tensors.staging import Staging, check_free, check_inputs, clear, files_below, staged
+from ..io.atomic import replacing, write_bytes
+from ..io.inputs import open_input
+from ..io.locations import located
+from ..io.staging import Staging, check_free, check_inputs, clear, files_below, staged
 from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
@@ -233,7 +233,7 @@ def placing(
         stays: more files in the folder of `out` that the model refers to.
         inputs: other files that are read; none of them is replaced.
         overwrite: replace an existing model.
-        made_from: a digest of everything that decides the output; see `adapterkit.tensors.records`.
+        made_from: a digest of everything that decides the output; see `adapterkit.io.records`.
 
     Raises:
         UsageError: `out` is a folder, the model itself, or another input.

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import TargetNotFound, Unsupported
-from ..tensors.lazy import as_array
+from ..io.lazy import as_array
 from .building import Array
 from .convolutions import Conv, ConvTranspose
 from .layers import Gemm, MatMul, bias_after, dequantized, only_reader
@@ -24,7 +24,7 @@ from .operands import attribute, is_constant, numbers, sources
 from .scopes import CLASSES, SCOPES, listed, same_end
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from .resolving import Found, Spot
 
 NEAR = 0.15

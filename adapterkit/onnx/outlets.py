@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..adapter import Target
+from ..core.adapter import Target
 from ..errors import Unsupported
 from .building import Branch
 from .copies import Copies, between, copied

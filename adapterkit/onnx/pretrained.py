@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..binding.bases import check_base
 from ..errors import (
     AdapterkitError,
     Malformed,
@@ -27,8 +26,9 @@ from ..errors import (
     nearest,
     storage_error,
 )
-from ..tensors.inputs import read_input
-from ..tensors.locations import located, path_text
+from ..io.inputs import read_input
+from ..io.locations import located, path_text
+from ..naming.binding.bases import check_base
 from .calling import INSIDE, words_of
 from .exporting import export, files_of_adapters, read_adapters
 from .folders import CARRIED, check_folder, moved, published

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Target
+from ..core.adapter import Target
+from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
-from ..tensors.lazy import as_array
-from ..updates import ContextUpdate
+from ..io.lazy import as_array
 from .attentions import Attention, attention_at, without_factors
 from .building import Branch, Building, element_type
 from .inserting import before, behind, readers_of

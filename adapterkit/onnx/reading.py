@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from ..adapter import Adapter
-from ..tensors.checkpoint import opened as opened_base
+from ..core.adapter import Adapter
+from ..io.checkpoint import opened as opened_base
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
     Model = ir.Model | str | PathLike[str]
     Base = Checkpoint | str | PathLike[str]
@@ -52,6 +52,6 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     """
     if base is None:
         return ()
-    from ..binding.bases import check_base
+    from ..naming.binding.bases import check_base
 
     return check_base(adapters, base, strict)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..adapter import Adapter, Target
-from ..binding import Site, check_site, find_sites, fits
+from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
+from ..naming.binding import Site, check_site, find_sites, fits
 from .kinds import kinds_of
 from .layers import Layer
 from .norms import FoldedNorm, is_norm, refuse_folded
@@ -27,7 +27,7 @@ from .recurrent import Recurrent
 from .scopes import SCOPES, listed, same_end
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from .tying import Tying
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, first_line, nearest
-from ..tensors.lazy import as_array
-from ..tensors.locations import located
-from ..tensors.ort_adapter import is_ort_adapter, read_ort_adapter
+from ..io.lazy import as_array
+from ..io.locations import located
+from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from .building import Array
 from .feeds import check_slot, check_together, kind_of
 from .fitting import fit

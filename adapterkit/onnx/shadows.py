@@ -16,20 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_line
-from ..tensors.checkpoint import Checkpoint, read_json
+from ..io.checkpoint import Checkpoint, read_json
 from .building import Branch, element_type
 from .copies import Copies, between, copied
-from .every_token import (
-    CALL,
-    EMBEDS,
-    MASK,
-    POSITIONS,
-    TOKENS,
-    every_position,
-    every_token,
-    of_call,
-    whole_numbers,
-)
+from .every_token import CALL, EMBEDS, MASK, POSITIONS, TOKENS, every_position, every_token, of_call, whole_numbers
 from .modules import module_at, modules_of
 from .operands import input_behind
 from .past import past_inputs

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import UsageError
-from ..tensors.checkpoint import opened as opened_base
-from ..tensors.lazy import Lazy, as_array
+from ..io.checkpoint import opened as opened_base
+from ..io.lazy import Lazy, as_array
 from .building import Building
 from .model_file import INLINE, STAYS
 from .scopes import same_end

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..adapter import Target
+from ..core.adapter import Target
+from ..core.shapes import Axes
+from ..core.updates import OutputUpdate, Update
 from ..errors import Malformed, TargetNotFound, Unsupported, first_line
-from ..shapes import Axes
-from ..tensors.lazy import as_array, from_numpy
-from ..updates import OutputUpdate, Update
+from ..io.lazy import as_array, from_numpy
 from .building import Array, Building
 from .convolutions import Conv
 from .layers import Layer, LeftMatMul

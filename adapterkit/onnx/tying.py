@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import UsageError
 from ..merging.fold import Fold
 from ..merging.ties import acting, parse_tied
@@ -25,7 +25,7 @@ from .shadows import config_of
 from .unpacking import is_packed
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

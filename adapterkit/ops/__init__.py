@@ -6,10 +6,10 @@ Every operation takes adapters (or their paths) and gives an adapter; none chang
 from __future__ import annotations
 
 from .algebra import add, average, negate, scale, stack, subtract
+from .combiners import COMBINERS
 from .combining import combine
 from .comparison import Comparison, Likeness, compare
 from .extraction import extract
-from .methods import COMBINERS
 from .resizing import Cut, promote, resize
 
 __all__ = [

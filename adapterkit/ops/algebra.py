@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
-from ..tensors.computed import held, wide
-from ..updates import Additive, Update
+from ..io.computed import held, wide
 from .at_base import additive, check_kind
 from .building import of_several
 from .lowering import loaded
@@ -176,7 +176,7 @@ def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Seque
 
 
 def _stored(values: Any, kind: Any) -> Any:
-    from ..tensors.lazy import from_numpy
+    from ..io.lazy import from_numpy
 
     return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)
 

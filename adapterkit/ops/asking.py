@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .methods import COMBINERS
-from .methods._method import Method, made
+from .combiners import COMBINERS
+from .combiners._method import Method, made
 from .settings import Depths, at_target, check_globs, plain
 
 if TYPE_CHECKING:
-    from ..adapter import Target
+    from ..core.adapter import Target
     from .places import Place
 
 

@@ -11,10 +11,10 @@ from ..errors import UsageError
 from .census import Census
 
 if TYPE_CHECKING:
-    from ..adapter import Target
-    from ..tensors.computed import Array
-    from ..tensors.lazy import Shape
-    from .methods._method import Method
+    from ..core.adapter import Target
+    from ..io.computed import Array
+    from ..io.lazy import Shape
+    from .combiners._method import Method
 
 PER_COUNT = 8
 """Words of 32 bits that Philox4x64 makes of one value of its counter."""

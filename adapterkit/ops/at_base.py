@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Target
-from ..binding import bind
-from ..binding.fitting import viewed
+from ..core.adapter import Adapter, Target
+from ..core.updates import Additive, Update
 from ..errors import NotMergeable, UsageError
+from ..io.checkpoint import opened
+from ..io.computed import computed, load
+from ..io.dtypes import DTYPES
 from ..methods.dense import Dense
+from ..naming.binding import bind
+from ..naming.binding.fitting import viewed
 from ..naming.ties import aliases
-from ..tensors.checkpoint import opened
-from ..tensors.computed import computed, load
-from ..tensors.dtypes import DTYPES
-from ..updates import Additive, Update
 from .lowering import loaded, part
 
 if TYPE_CHECKING:
-    from ..binding import Site
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.computed import Array
-    from ..tensors.lazy import Lazy, Shape
+    from ..io.checkpoint import Checkpoint
+    from ..io.computed import Array
+    from ..io.lazy import Lazy, Shape
+    from ..naming.binding import Site
     from .lowering import Base
 
 

@@ -15,7 +15,7 @@ from .selection import SHARE, WHOLE, Selected, Selection, settle
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..tensors.computed import Array
+    from ..io.computed import Array
 
 ENTRIES = 1 << 18
 """Entries of all changes in a block: 2 MB in float64, so that the arrays that a formula makes of it stay in caches."""

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Step
+from ..core.adapter import Adapter, Step
+from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..errors import Unsupported
-from ..metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
+from ..io.computed import held
+from ..io.dtypes import BY_TORCH, DTYPES
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from ..tensors.computed import held
-from ..tensors.dtypes import BY_TORCH, DTYPES
 
 if TYPE_CHECKING:
-    from ..adapter import Target
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
-    from ..tensors.lazy import Shape
-    from ..updates import Update
+    from ..core.adapter import Target
+    from ..core.updates import Update
+    from ..io.computed import Array
+    from ..io.dtypes import DType
+    from ..io.lazy import Shape
 
 
 def low_rank(
@@ -65,7 +65,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
     Raises:
         Unsupported: no floating type is called that.
     """
-    from ..tensors.lazy import dtype_of
+    from ..io.lazy import dtype_of
 
     if dtype is None:
         names = {dtype_of(leaf).name for a in adapters for _, update in a for leaf in update.tensors.values()}

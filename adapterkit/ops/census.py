@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .selection import Selection, settle
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
     from .blocks import Blocks
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import UsageError
-from ..tensors.checkpoint import opened
+from ..io.checkpoint import opened
 from .asking import Asked, one_of
 from .at_base import Weights
 from .building import of_several, result_type
+from .combiners import COMBINERS
+from .combiners._method import made
 from .evaluating import FIT, Evaluation
-from .methods import COMBINERS
-from .methods._method import made
 from .peers import peft_result, resolved
 from .places import places, source_adapter
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ..core.tables import html_table
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
-from ..tables import html_table
-from ..tensors.computed import wide
-from ..tensors.lazy import as_lazy, files_kept_open
-from ..updates import Additive, Update
+from ..io.computed import wide
+from ..io.lazy import as_lazy, files_kept_open
 from .ahead import one_blas_thread
 from .at_base import additive
 from .lowering import Delta, loaded
@@ -23,8 +23,8 @@ from .places import Place, places, side_by_side
 from .thin import cores
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..tensors.computed import Array
+    from ..core.adapter import Adapter
+    from ..io.computed import Array
     from .lowering import Base
     from .places import Source
 
@@ -189,7 +189,7 @@ def lowered(place: Place) -> Place:
     """
     if all(isinstance(update, Additive) for update in place.all_updates):
         return place
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
     both = [Adapter({place.target: found}) if found else None for found in place.updates]
     made = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
 
 SCOPES = ("target", "all")
 NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch
-from ..tensors.finite import check_finite
-from ..tensors.lazy import Lazy, Span, read_span
+from ..io.finite import check_finite
+from ..io.lazy import Lazy, Span, read_span
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
 
 PIECE = 64 << 20
 """Bytes of a table that are compared at a time."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import AdapterkitError, UsageError
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
@@ -19,24 +19,24 @@ from .at import At
 from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
+from .combiners._entrywise import Entrywise
+from .combiners._learned import Learned, Trial, inner
 from .differences import too_large
 from .lowering import Delta
-from .methods._entrywise import Entrywise
-from .methods._learned import Learned, Trial, inner
 from .outline import outlined, unknown
 from .places import side_by_side
 from .resizing import Cut
 from .sketching import SMALL, approximated, streamed
 
 if TYPE_CHECKING:
-    from ..adapter import Target
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
-    from ..updates import Update
+    from ..core.adapter import Target
+    from ..core.updates import Update
+    from ..io.computed import Array
+    from ..io.dtypes import DType
     from .asking import Asked
     from .at_base import Weights
+    from .combiners._method import Method
     from .lowering import Change
-    from .methods._method import Method
     from .places import Place
     from .sketching import Decomposition
 
@@ -224,7 +224,7 @@ class Evaluation:
 
     def _lazily(self, place: Place, changes: Sequence[Change | None]) -> Update:
         """A dense difference that is computed when it is read: all of them together would be a whole model."""
-        from ..tensors.computed import computed, held
+        from ..io.computed import computed, held
 
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
@@ -258,7 +258,7 @@ class Evaluation:
         """The combined change of a weight."""
         import numpy as np
 
-        from .methods._changes import whole
+        from .combiners._changes import whole
 
         weights = self._present(place, at)
         if len(place.shape) == 1:

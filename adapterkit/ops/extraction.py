@@ -14,24 +14,24 @@ from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
-from ..binding.bases import check_tuned
-from ..binding.fitting import paths_of
+from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
+from ..core.metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
-from ..metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
+from ..io.checkpoint import opened
+from ..io.computed import held, load
+from ..io.dtypes import DTYPES
+from ..io.fingerprint import fingerprint
+from ..io.lazy import Lazy, from_numpy
 from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
+from ..naming.binding.bases import check_tuned
+from ..naming.binding.fitting import paths_of
 from ..naming.layouts import stored_in_out
 from ..naming.renames import parse_renames
 from ..naming.resolver import Names, resolve
 from ..naming.ties import aliases, find_tie, is_embedding
-from ..tensors.checkpoint import opened
-from ..tensors.computed import held, load
-from ..tensors.dtypes import DTYPES
-from ..tensors.fingerprint import fingerprint
-from ..tensors.lazy import Lazy, from_numpy
 from .ahead import ahead, most_workers, one_blas_thread
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
@@ -45,10 +45,10 @@ from .sketching import dominant
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.computed import Array
+    from ..io.dtypes import DType
     from .resizing import Report
 
     Progress = Callable[[int, int], Any]

@@ -6,21 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..io.computed import held
+from ..io.dtypes import DTYPES
+from ..io.lazy import from_numpy
+from ..linalg.products import even_split
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
 from ..methods.shira import SHiRA
-from ..tensors.computed import held
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import from_numpy
-from ..tensors.products import even_split
 from .building import balanced
 from .criteria import Criterion
 from .sketching import dominant
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
-    from ..updates import Additive
+    from ..core.updates import Additive
+    from ..io.computed import Array
+    from ..io.dtypes import DType
 
     Form = Callable[[Array, Criterion, int, DType], Additive]
 

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive
 from ..errors import AdapterkitError, Malformed, ShapeMismatch
-from ..tensors.computed import load
-from ..updates import Additive
+from ..io.computed import load
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from ..adapter import Target
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.computed import Array
-    from ..tensors.lazy import Shape
+    from ..core.adapter import Target
+    from ..io.checkpoint import Checkpoint
+    from ..io.computed import Array
+    from ..io.lazy import Shape
 
     Base = Checkpoint | str | PathLike[str]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unrepresentable
-from ..tensors.lazy import Lazy, as_lazy
+from ..io.lazy import Lazy, as_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..adapter import Target
-    from ..tensors.dtypes import DType
-    from ..tensors.lazy import Leaf
-    from ..updates import Update
+    from ..core.adapter import Target
+    from ..core.updates import Update
+    from ..io.dtypes import DType
+    from ..io.lazy import Leaf
 
 
 class _NotYet(Exception):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Unsupported, UsageError, nearest
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
 Known = Mapping[str, tuple[str, Mapping[str, Any]]]
 
@@ -66,7 +66,7 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     Raises:
         Unsupported: no method, or no peer, of that name.
     """
-    from .methods import COMBINERS
+    from .combiners import COMBINERS
 
     if compat is not None:
         return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
@@ -77,7 +77,7 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
 
 
 def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
-    from .methods import COMBINERS
+    from .combiners import COMBINERS
 
     if compat not in PEERS:
         raise Unsupported(f"no way of {compat!r} is known", cure=f"Known: {', '.join(PEERS)}")

@@ -9,19 +9,19 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from ..adapter import Adapter, Target
-from ..binding import renamed, weight_shape
-from ..binding.bases import check_base
-from ..binding.by_expert import by_expert, by_rows
+from ..core.adapter import Adapter, Target
+from ..core.updates import Additive
 from ..errors import ShapeMismatch, UsageError, nearest
-from ..tensors.checkpoint import opened
-from ..updates import Additive
+from ..io.checkpoint import opened
+from ..naming.binding import renamed, weight_shape
+from ..naming.binding.bases import check_base
+from ..naming.binding.by_expert import by_expert, by_rows
 from .at_base import additive, bound
 from .lowering import Change, Delta
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Shape
-    from ..updates import Update
+    from ..core.updates import Update
+    from ..io.lazy import Shape
     from .lowering import Base
 
     Source = Adapter | str | PathLike[str]

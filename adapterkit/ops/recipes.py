@@ -85,8 +85,8 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
         Malformed: it is no YAML, or no recipe.
         UsageError: an unknown key, method or parameter.
     """
-    from ..tensors.inputs import read_input
-    from ..tensors.strict_yaml import MAX_BYTES, load_yaml
+    from ..io.inputs import read_input
+    from ..io.strict_yaml import MAX_BYTES, load_yaml
 
     try:
         data = read_input(path, MAX_BYTES)
@@ -170,7 +170,7 @@ def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
         name -> whether it means something. A recipe of mergekit's may set `normalize` and `rescale` for any method, and
         those that do not know them ignore them.
     """
-    from .methods import COMBINERS
+    from .combiners import COMBINERS
     from .peers import resolved
 
     name, values = resolved(str(method), compat)

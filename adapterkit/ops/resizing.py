@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..methods.lora import LoRA
-from ..updates import Additive, Update
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .lowering import Change, Delta
@@ -21,9 +21,9 @@ from .sketching import dominant, first
 from .thin import distance, svd
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
-    from ..tensors.computed import Array
-    from ..tensors.dtypes import DType
+    from ..core.adapter import Adapter, Target
+    from ..io.computed import Array
+    from ..io.dtypes import DType
     from .lowering import Base
     from .places import Source
     from .sketching import Decomposition

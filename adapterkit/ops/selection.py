@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .differences import too_large
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
 
 HELD = 1 << 19
 """Numbers of one series that are kept to be sorted."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..adapter import Target
+    from ..core.adapter import Target
 
     Setting = Any
 

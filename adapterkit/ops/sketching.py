@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .differences import frobenius, left, too_large
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
     from .criteria import Criterion
 
     Decomposition = tuple[Array, Array, Array]

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..core.updates import Additive, Update
+from ..io.computed import computed, joined, total, wide
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from ..tensors.computed import computed, joined, total, wide
-from ..updates import Additive, Update
 from .building import balanced, low_rank
 from .lowering import Change
 from .thin import svd
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
     from .places import Place
 
     Term = tuple[Additive, float]

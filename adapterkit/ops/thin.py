@@ -15,7 +15,7 @@ from .differences import too_large
 from .lowering import Delta
 
 if TYPE_CHECKING:
-    from ..tensors.computed import Array
+    from ..io.computed import Array
 
 
 TALL = 4

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..core.registry import Registry
 from ..errors import Malformed, Unsupported
-from ..registry import Registry
-from ..tensors.checkpoint import Checkpoint
+from ..io.checkpoint import Checkpoint
 from ._scheme import Packed, Scheme
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Lazy
+    from ..io.lazy import Lazy
 
 __all__ = [
     "SCHEMES",

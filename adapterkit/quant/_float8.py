@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ShapeMismatch
-from ..tensors.lazy import Lazy, Shape
+from ..io.lazy import Lazy, Shape
 from ._scheme import DAMAGED, STEP, Packed, divided, finite, joined, numbers, rows_of, sixteen_bits
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
 DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")

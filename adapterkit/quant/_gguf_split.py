@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ..tensors.dtypes import DTYPES
-from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
-from ..tensors.gguf import raw_size
+from ..io.dtypes import DTYPES
+from ..io.ggml_blocks import BLOCKS, decoded, encoded
+from ..io.gguf import raw_size
 from ._scheme import Packed, numbers, steps
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.lazy import Lazy
+    from ..io.lazy import Lazy
     from ._scheme import Array, Merged
 
 

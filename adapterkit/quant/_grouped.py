@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..errors import ShapeMismatch
-from ..tensors.lazy import Lazy
+from ..io.lazy import Lazy
 from ._scheme import DAMAGED, Packed, divided, numbers, steps
 
 if TYPE_CHECKING:

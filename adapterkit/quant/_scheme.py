@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
-from ..tensors.dtypes import BY_TORCH, DTYPES, DType
-from ..tensors.lazy import Lazy, Shape
+from ..io.dtypes import BY_TORCH, DTYPES, DType
+from ..io.lazy import Lazy, Shape
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Buffer
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Buffer
 
     Array = np.ndarray[Any, Any]
     Merged = Callable[[int, int], Array]

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from ..tensors.lazy import Lazy
+from ..io.lazy import Lazy
 from ._grouped import Grouped, unpacked, whole, words
 from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]

@@ -17,28 +17,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Malformed, ShapeMismatch
-from ..tensors.dtypes import BY_TORCH
-from ..tensors.lazy import Lazy
-from ..tensors.strict_json import load_json
-from ._scheme import (
-    DAMAGED,
-    Packed,
-    Scheme,
-    divided,
-    expect,
-    finite,
-    halves,
-    joined,
-    nibbles,
-    numbers,
-    part_of,
-    steps,
-)
+from ..io.dtypes import BY_TORCH
+from ..io.lazy import Lazy
+from ..io.strict_json import load_json
+from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
 STATE = ".quant_state.bitsandbytes__"

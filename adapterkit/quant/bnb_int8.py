@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported
-from ..tensors.lazy import Lazy
+from ..io.lazy import Lazy
 from ._scheme import (
     DAMAGED,
     Packed,
@@ -26,7 +26,7 @@ from ._scheme import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
 ONE_127TH = 7.874015718698502e-3

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
-from ..tensors.lazy import Lazy, Shape
+from ..io.lazy import Lazy, Shape
 from ._float4 import float4
 from ._float8 import DTYPES, SCALES, scaled
 from ._grouped import BITS, Grouped, unpacked, whole, words
@@ -32,7 +32,7 @@ from ._scheme import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")

@@ -13,7 +13,7 @@ from ._float8 import DTYPES, scaled
 from ._scheme import DAMAGED, Packed, Scheme, settings
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub")
 """Scales of a layer's inputs, which only fp8 arithmetic uses."""

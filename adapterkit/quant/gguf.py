@@ -12,21 +12,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
+from ..io.dtypes import DTYPES
+from ..io.ggml_blocks import BLOCKS, encoded
+from ..io.gguf import PLAIN, Model, raw_size, read_model
+from ..io.lazy import Lazy
+from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill
 from ..naming.gguf import ARCHITECTURE, column_order, family_of, heads_in, is_projector, place_of, row_order, rows_apart
-from ..tensors.dtypes import DTYPES
-from ..tensors.ggml_blocks import BLOCKS, encoded
-from ..tensors.gguf import PLAIN, Model, raw_size, read_model
-from ..tensors.lazy import Lazy
-from ..tensors.marks import is_gguf
 from ._gguf_split import Piece, Split, read_rows
 from ._scheme import Packed, Scheme, steps
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.lazy import Buffer
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Buffer
     from . import Dequantized
     from ._scheme import Array, Merged
 

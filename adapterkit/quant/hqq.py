@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported
-from ..tensors.dtypes import BY_TORCH
-from ..tensors.lazy import Lazy
+from ..io.dtypes import BY_TORCH
+from ..io.lazy import Lazy
 from ._grouped import whole
 from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Malformed
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy
+from ..io.dtypes import DTYPES
+from ..io.lazy import Lazy
 from ._scheme import (
     DAMAGED,
     E2M1,
@@ -31,7 +31,7 @@ from ._scheme import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
 GROUP = 32

@@ -12,7 +12,7 @@ from ._float4 import float4
 from ._scheme import Packed, Scheme
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 PARTS = ("weight", "weight_scale", "weight_scale_2")
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
-from ..tensors.dtypes import BY_TORCH
-from ..tensors.lazy import Lazy
-from ..tensors.strict_json import load_json
+from ..io.dtypes import BY_TORCH
+from ..io.lazy import Lazy
+from ..io.strict_json import load_json
 from ._float8 import DTYPES, scaled
 from ._grouped import Grouped
 from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
@@ -22,7 +22,7 @@ from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
     from ._scheme import Array
 
 KNOWN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")

@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..metadata import metadata_of, trigger_words
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import dtype_of
-from ..updates import Additive
+from ..core.metadata import metadata_of, trigger_words
+from ..core.updates import Additive
+from ..io.dtypes import DTYPES
+from ..io.lazy import dtype_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
 WAYS = {
     "native": "holds it in its own words",
@@ -81,7 +81,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         name: what to call it.
         path: where it was read from; a model card there tells the licence.
     """
-    from ..licences import licence_at
+    from ..core.licences import licence_at
 
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     sizes = [(math.prod(leaf.shape), dtype_of(leaf).name) for leaf in leaves.values()]

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError
+from ..io.lazy import files_kept_open
 from ..ops.comparison import effective_rank, lowered
 from ..ops.places import Place, places, side_by_side
 from ..ops.sketching import exact
 from ..ops.thin import core
-from ..tensors.lazy import files_kept_open
 from .grid import Cell, cells
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.computed import Array
     from ..ops.at_base import Weights
     from ..ops.lowering import Change, Delta
-    from ..tensors.checkpoint import Checkpoint
-    from ..tensors.computed import Array
-    from ..updates import Update
 
 SIDE = 160
 """Rows and columns of the block of elements that is formed."""
@@ -271,7 +271,7 @@ def measure(
     Raises:
         AdapterkitError: the adapters are of different models; see `adapterkit.ops.compare`.
     """
-    from ..binding.bases import check_base
+    from ..naming.binding.bases import check_base
 
     base_why: str | None = None
     bases: tuple[str, ...] = ()

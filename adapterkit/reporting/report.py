@@ -17,8 +17,8 @@ from .verdicts import Verdict, verdicts
 if TYPE_CHECKING:
     from os import PathLike
 
-    from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
+    from ..core.adapter import Adapter
+    from ..io.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +70,13 @@ class Report:
         Args:
             out: the file.
             overwrite: replace what is there.
-            made_from: a digest of what decides the page, kept with it for a later run; see `tensors.records`.
+            made_from: a digest of what decides the page, kept with it for a later run; see `io.records`.
 
         Raises:
             StorageError: something is there, or it cannot be written.
             Unsupported: the package that draws charts is not installed.
         """
-        from ..tensors.staging import check_free, staged
+        from ..io.staging import check_free, staged
 
         path = Path(out)
         if path.is_dir():
@@ -94,7 +94,7 @@ class Report:
             StorageError: the folder cannot be written.
             Unsupported: the package that draws charts is not installed.
         """
-        from ..tensors.atomic import write_bytes
+        from ..io.atomic import write_bytes
 
         place = Path(folder)
         try:
@@ -163,7 +163,7 @@ def _weights(merged: Checkpoint | None, count: int) -> list[float] | None:
     """The weights with which adapters were merged, as the merge's own record tells them."""
     if merged is None:
         return None
-    from ..binding.bases import merge_record
+    from ..naming.binding.bases import merge_record
 
     told = merge_record(merged).get("adapters")
     if not isinstance(told, list) or len(told) != count:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, shown
-from ..tensors.inputs import read_input
-from ..tensors.torch_values import KNOWN
+from ..io.inputs import read_input
+from ..io.torch_values import KNOWN
 from .findings import Finding
 
 CODE = frozenset({
@@ -273,8 +273,8 @@ def _template(name: str, where: str, text: str) -> Iterator[Finding]:
 
 def _twice(folder: Path, files: list[Path]) -> Iterator[Finding]:
     """Pairs of weight files of one name of which two tools load one each."""
-    from ..tensors import safetensors
-    from ..tensors.torch_file import read_torch_file
+    from ..io import safetensors
+    from ..io.torch_file import read_torch_file
 
     by_name = {file.relative_to(folder).as_posix(): file for file in files}
     for name, file in by_name.items():

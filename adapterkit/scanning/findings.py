@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tables import html_table
+from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
 """From the least to the worst. `medium` and above fail a scan unless the caller says otherwise."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, StorageError, public
 from ..formats import read, recognised
-from ..tensors.checkpoint import opened
-from ..tensors.locations import exists, located, path_text
+from ..io.checkpoint import opened
+from ..io.locations import exists, located, path_text
 from .files import in_folder
 from .findings import Finding, Scan, ordered
 from .values import in_adapter
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..io.checkpoint import Checkpoint
 
 MOST_FILES = 10_000
 

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError
+from ..io.finite import check_finite
+from ..io.lazy import as_lazy
 from ..naming.ties import is_embedding
-from ..tensors.finite import check_finite
-from ..tensors.lazy import as_lazy
 from .findings import Finding
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter, Target
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
     from ..ops.lowering import Delta
-    from ..tensors.checkpoint import Checkpoint
-    from ..updates import Update
 
 FEW_EXPERTS = 0.1
 """Share of a layer's experts below which an adapter that trains experts trains few of them."""

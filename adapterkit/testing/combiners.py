@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import Unsupported, UsageError
 from ..formats import read, write
 from ..ops import COMBINERS, combine

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import Unsupported
 from ..methods import METHODS
 
 if TYPE_CHECKING:
-    from ..updates import Update
+    from ..core.updates import Update
 
 
 def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:

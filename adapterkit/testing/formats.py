@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Unrepresentable, UsageError
 from ..formats import FORMATS, detect, read, recognised, write
 from ..methods import METHODS
@@ -55,8 +55,8 @@ class FormatTests:
         """Write a base with weights of all targets into `folder`; a Llama, unless a subclass writes another."""
         import numpy as np
 
-        from ..tensors import safetensors
-        from ..tensors.lazy import from_numpy
+        from ..io import safetensors
+        from ..io.lazy import from_numpy
 
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(5)

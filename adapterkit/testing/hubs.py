@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Unsupported
 from ..formats import read, write
 from ..hub import pull, push

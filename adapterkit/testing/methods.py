@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import Update
 from ..errors import AdapterkitError, Unsupported
 from ..formats import read, write
 from ..methods import METHODS
-from ..updates import Update
 from .examples import example
 
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Unsupported
+from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..merging import merge
 from ..quant import SCHEMES
-from ..tensors.checkpoint import Checkpoint, open_checkpoint
 from .examples import example
 
 

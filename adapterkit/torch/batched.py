@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from ..updates import Additive
 from .layers import Layer
 from .lean import may_overwrite
 from .outputs import Switch

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
+from ..core.updates import OutputUpdate, Update, tensor
 from ..errors import ShapeMismatch, Unsupported
+from ..linalg.activations import softmax
+from ..linalg.namespace import namespace
 from ..methods._bottleneck import Narrow
-from ..tensors.activations import softmax
-from ..tensors.namespace import namespace
-from ..updates import OutputUpdate, Update, tensor
 
 Child = Update | None
 """An adapter's update at the target; None where it has none, so that the layer stays as it is."""
@@ -128,7 +128,7 @@ class Chain(Block):
     """One after the other: each sees the layer as those before it leave it."""
 
     def joined(self, x: Any, layer: Any) -> Any:
-        from ..chain import Composed
+        from ..core.composed_layer import Composed
 
         *before, last = self.present
         for child in before:

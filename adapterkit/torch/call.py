@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
-from ..updates import ContextUpdate
 from .sizes import embedding_of, is_encoder_decoder
 
 Words = dict[str, Any]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..formats import FORMATS
 from ..formats.adapterhub.fusion import read_fusion
 from ..formats.adapterhub.setup import Setup, read_setup
-from ..tensors.checkpoint import Checkpoint, open_checkpoint
-from ..updates import Update
+from ..io.checkpoint import Checkpoint, open_checkpoint
 from .blocks import Average, Block, Chain, Fuse, Split
 from .routing import route
 

@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Target
+from ..core.adapter import Target
+from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
-from ..updates import ContextUpdate
 from .attention import heads_of
 from .call import Call, Words, encoder_words, extended, present
 from .leaves import LiveUpdates

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import LAYOUTS, Adapter, Target
-from ..binding import view
+from ..core.adapter import LAYOUTS, Adapter, Target
+from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
+from ..naming.binding import view
 from ..naming.layouts import stored_in_out
-from ..updates import ContextUpdate, Update
 from .create_context import create_context
 from .dropout import check_dropout
 from .layers import Conv1D, stored_layout, stored_shape
@@ -31,7 +31,7 @@ from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from ..updates import Random
+    from ..core.updates import Random
 
 Choice = str | re.Pattern[str] | type[nn.Module]
 """What names targets: a glob, "re:" and a regular expression or a compiled one, a class of modules, "all-linear"."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import ContextUpdate
 from ..errors import TargetNotFound, Unsupported, UsageError
-from ..updates import ContextUpdate
 from .attention import heads_of
 from .prefixes import is_attention
 from .sharding import whole

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..adapter import Adapter
-from ..chain import Composed
+from ..core.adapter import Adapter
+from ..core.composed_layer import Composed
+from ..core.updates import Additive, Update
 from ..errors import Unsupported, UsageError
 from ..formats.peft.compose import DROPOUTS
-from ..updates import Additive, Update
 from .layers import Difference, Layer
 
 

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..core.updates import Update
 from ..errors import ShapeMismatch, Unsupported
-from ..updates import Update
 from .context import CACHES
 from .outputs import Switch
 from .scopes import Scope, switched

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from ..io.lazy import as_torch
 from ..methods.arrow import Arrow
 from ..methods.lora import LoRA
 from ..methods.xlora import XLoRA
-from ..tensors.lazy import as_torch
-from ..updates import Update
 
 Pairs = Mapping[str, LoRA]
 """Path -> the LoRA there, of one expert, its tensors loaded."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Target
+from ..core.adapter import Adapter, Target
+from ..core.updates import Update
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
-from ..tensors.lazy import as_torch
-from ..updates import Update
+from ..io.lazy import as_torch
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .in_place import fits, fold_in_place
 from .layers import Quantized

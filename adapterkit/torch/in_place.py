@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..io.lazy import as_lazy, dtype_of
 from ..merging.arrays import TorchArrays, Workspace
 from ..merging.blocks import blocks
 from ..merging.compute import Folder
 from ..merging.fold import Fold
 from ..merging.planned import Output
-from ..tensors.lazy import as_lazy, dtype_of
 from .sharding import is_sharded
 
 if TYPE_CHECKING:

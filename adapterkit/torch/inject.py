@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..adapter import Adapter, Target, check_adapter
-from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
+from ..core.adapter import Adapter, Target, check_adapter
+from ..core.updates import Update
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
 from ..merging.fold import Fold
 from ..merging.ties import UNTIE, acting, parse_tied, same
+from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
-from ..updates import Update
 from .context import ContextPart, parts_of
 from .dropout import check_dropout, dropout_of
 from .ears import Ear, words_of

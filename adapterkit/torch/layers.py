@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..core.updates import Update
 from ..errors import ShapeMismatch
-from ..updates import Update
 from .packed import dequantized, device_of, is_packed
 
 Forward = Callable[..., Any]

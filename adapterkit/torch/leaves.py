@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..updates import Update
+from ..core.updates import Update
 
 PREFIX = "adapterkit:"
 """What the names of registered tensors start with. No attribute in Python source can be called so."""
@@ -204,7 +204,7 @@ def home_of(model: nn.Module, holder: nn.Module) -> nn.Module:
 
 def owned(value: Any, like: Tensor, trained: bool) -> Tensor:
     """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came."""
-    from ..tensors.lazy import as_torch
+    from ..io.lazy import as_torch
 
     tensor = as_torch(value, like.device).detach()
     if tensor.is_floating_point():

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapter import Target
-from ..chain import Composed
+from ..core.adapter import Target
+from ..core.composed_layer import Composed
+from ..core.updates import Update
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
-from ..updates import Update
 from .layers import Layer, moved
 from .scopes import SETTINGS, Scope
 
@@ -186,7 +186,7 @@ class Words(dict[str, Any]):
 
 
 class Call:
-    """One call of a module; see `adapterkit.updates.OutputUpdate` for the words. Runs the module when it must."""
+    """One call of a module; see `adapterkit.core.updates.OutputUpdate` for the words. Runs the module when it must."""
 
     def __init__(
         self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, outlet: Outlet,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..updates import Update
+from ..core.updates import Update
 from .layers import Layer
 from .lean import low_rank_linear, short_linear
 from .scopes import Scope

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
-from ..updates import ContextUpdate
 from .layers import moved
 
 NAME = "adapterkit_prefix"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.updates import Update
 from ..errors import Unsupported
-from ..updates import Update
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Target
-from ..chain import Composed
+from ..core.adapter import Target
+from ..core.composed_layer import Composed
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
-from ..updates import Additive, Update
 from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_of
 from .context import ContextPart, surround
 from .dropout import dropped_change

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from ..formats import write
 from .handle import Handle
 

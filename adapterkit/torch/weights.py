@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Target
-from ..binding import fold, view
-from ..tensors.lazy import for_formulas
-from ..updates import Update
+from ..core.adapter import Target
+from ..core.updates import Update
+from ..io.lazy import for_formulas
+from ..naming.binding import fold, view
 
 Change = tuple[float, Target, Sequence[Update]]
 """(weight of the adapter, target, updates in order)."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 
 _ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes that only wrappers of torch have."""

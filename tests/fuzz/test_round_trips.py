@@ -12,10 +12,10 @@ from test_format_vectors import EVERY, base, source
 
 import adapterkit as ak
 from adapterkit import ops
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.formats import FORMATS
+from adapterkit.io.lazy import Lazy, as_array, as_lazy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import Lazy, as_array, as_lazy
 
 ADDITIVE = sorted(name for name, cls in METHODS.items() if cls.kind == "additive")
 SHAPE = (8, 16)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Malformed, Unrepresentable
 from adapterkit.formats._format import Format
+from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 MARK = "acme-1"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from adapterkit.shapes import tensor
-from adapterkit.updates import WeightUpdate
+from adapterkit.core.shapes import tensor
+from adapterkit.core.updates import WeightUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,9 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.tensors.lazy import from_numpy
 
 Array = np.ndarray[Any, Any]
 TARGET = Target("layers.0.q")

@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 from rig.digits import TASKS, Digits  # noqa: E402 - the checkout's own
 
 import adapterkit as ak  # noqa: E402
+from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.ops import COMBINERS  # noqa: E402
-from adapterkit.tensors.lazy import from_numpy  # noqa: E402
 
 ALONE = [name for name in COMBINERS if COMBINERS[name].plug is None and COMBINERS[name].takes[1] != 1]
 METHODS = [name for name in ALONE if COMBINERS[name].data is None] + [

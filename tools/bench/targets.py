@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START = "import adapterkit"
 READ = "import adapterkit, sys; adapterkit.read(sys.argv[1])"
 BIND = (
-    "import adapterkit, sys; from adapterkit.binding import bind; from adapterkit.tensors.checkpoint import opened; "
+    "import adapterkit, sys; from adapterkit.naming.binding import bind; from adapterkit.io.checkpoint import opened; "
     "base = opened(sys.argv[1]); adapter = adapterkit.read(sys.argv[2], base=base); bind(adapter, base)"
 )
 

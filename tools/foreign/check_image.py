@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.tensors.lazy import as_torch
+from adapterkit.io.lazy import as_torch
 
 TOLERANCE = 1e-5
 

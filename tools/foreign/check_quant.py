@@ -23,9 +23,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
 
 import adapterkit as ak
+from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import dequantized
-from adapterkit.tensors.checkpoint import open_checkpoint
 
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors" / "quant"
 Tensors = dict[str, torch.Tensor]

@@ -27,13 +27,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from loader_tables import exceptions, quoted  # noqa: E402
 
-from adapterkit.adapter import Adapter, Target  # noqa: E402 - the checkout's own, installed or not
+from adapterkit.core.adapter import Adapter, Target  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.formats._image.deciding import Origin  # noqa: E402
 from adapterkit.formats._image.translate import in_diffusers  # noqa: E402
+from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.methods.lora import LoRA  # noqa: E402
 from adapterkit.naming.architectures import fill  # noqa: E402
 from adapterkit.naming.image import Family, families  # noqa: E402
-from adapterkit.tensors.lazy import from_numpy  # noqa: E402
 
 OUT = ROOT / "spec" / "loaders" / "diffusers.toml"
 

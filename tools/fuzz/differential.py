@@ -115,7 +115,7 @@ def _compared(path: Path, base: Path, merged: dict[str, Any]) -> tuple[int, str]
 
     import adapterkit as ak
     from adapterkit.errors import AdapterkitError
-    from adapterkit.tensors.lazy import as_array
+    from adapterkit.io.lazy import as_array
 
     adapter = ak.read(path, format="adapterkit")
     updates = {

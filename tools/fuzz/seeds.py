@@ -12,7 +12,7 @@ from containers import pack
 from sandbox import REPOSITORY
 
 if TYPE_CHECKING:
-    from adapterkit.adapter import Adapter
+    from adapterkit.core.adapter import Adapter
 
 VECTORS = REPOSITORY / "spec" / "vectors"
 LARGEST = 400_000
@@ -151,9 +151,9 @@ def _lora(targets: dict[str, tuple[int, ...]], rank: int = 2) -> bytes:
 def _adapter(targets: dict[str, tuple[int, ...]], rank: int = 2) -> Adapter:
     import numpy as np
 
-    from adapterkit.adapter import Adapter, Target
+    from adapterkit.core.adapter import Adapter, Target
+    from adapterkit.io.lazy import from_numpy
     from adapterkit.methods.lora import LoRA
-    from adapterkit.tensors.lazy import from_numpy
 
     def numbers(*shape: int) -> Any:
         return from_numpy(np.full(shape, 0.25, np.float32))
@@ -294,9 +294,9 @@ def _stored(target: Any, update: Any) -> list[int] | None:
 
 def _adapter_for(source: Path, folder: Path) -> Path | None:
     import adapterkit as ak
+    from adapterkit.io.checkpoint import open_checkpoint
     from adapterkit.merging.quantized import as_merged
     from adapterkit.quant import is_quantized
-    from adapterkit.tensors.checkpoint import open_checkpoint
 
     base = open_checkpoint(source)
     seen = as_merged(base, "dequantize") if is_quantized(base) else base

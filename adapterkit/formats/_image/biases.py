@@ -11,8 +11,8 @@ from ...methods.lora import LoRA
 from .file import AGAIN, Module
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...updates import Update
+    from ...core.adapter import Target, Updates
+    from ...core.updates import Update
 
 
 def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -> None:

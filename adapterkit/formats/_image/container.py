@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import AdapterkitError, Malformed, UsageError
-from ...tensors import safetensors
-from ...tensors.atomic import write_bytes
-from ...tensors.lazy import Lazy, as_torch
-from ...tensors.torch_file import is_torch_file, read_torch_file
+from ...io import safetensors
+from ...io.atomic import write_bytes
+from ...io.lazy import Lazy, as_torch
+from ...io.torch_file import is_torch_file, read_torch_file
 
 TORCH = {".bin", ".ckpt", ".pt", ".pth"}
 """Endings of torch files."""

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...metadata import metadata_of
+from ...core.metadata import metadata_of
 from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, rooted
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target, Updates
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter, Target, Updates
+    from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
 """Key of metadata with the names of the families that an adapter can be of, where the writer knew more than names."""

@@ -13,10 +13,10 @@ from . import container
 from .file import AGAIN, Key, Module, Rules
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target, Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.adapter import Adapter, Target, Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
     from .container import Metadata
     from .deciding import Origin
     from .file import Found

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ...core.updates import Update
+from ...io.lazy import Lazy, as_lazy, from_numpy
 from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
@@ -17,8 +19,6 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...methods.weight_norm import WeightNorm
-from ...tensors.lazy import Lazy, as_lazy, from_numpy
-from ...updates import Update
 from .file import Rules, Stored
 from .laws import EPSILON, drawn, number
 
@@ -104,7 +104,7 @@ def _unscaled(update: Update, rules: Rules) -> str:
 
 def times(leaf: Any, scaling: float) -> Lazy:
     """A tensor times a number, rounded once to its own type."""
-    from ...tensors.lazy import as_array
+    from ...io.lazy import as_array
 
     tensor = as_lazy(leaf)
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ...core.updates import Update
 from ...errors import Malformed
-from ...tensors.lazy import Lazy
-from ...tensors.scalars import value_of
-from ...updates import Update
+from ...io.lazy import Lazy
+from ...io.scalars import value_of
 from .._format import FORMULA
 from .arguments import Arguments, arguments_in
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Leaf
+    from ...io.lazy import Leaf
 
 AGAIN = "Write the file again with the tool that made it"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...adapter import Target, Updates
-from ...updates import Update
+from ...core.adapter import Target, Updates
+from ...core.updates import Update
 from .encode import folded, why_not
 from .file import Rules
 

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
+from ...core.updates import Update
+from ...io.dtypes import DTYPES
+from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...naming.pieces import Run
-from ...tensors.dtypes import DTYPES
-from ...tensors.lazy import Lazy, as_array, as_lazy
-from ...updates import Update
 from .encode import times
 from .hints import fingerprint
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Leaf
+    from ...io.lazy import Leaf
 
 
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:

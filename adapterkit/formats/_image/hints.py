@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from ...adapter import Adapter
-from ...tensors.lazy import as_lazy
+from ...core.adapter import Adapter
+from ...io.lazy import as_lazy
 from .._leftovers import leftovers
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Leaf
+    from ...io.lazy import Leaf
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
 

@@ -11,7 +11,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from ...core.updates import Update
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...io.dtypes import DTYPES
+from ...io.lazy import Lazy, as_array
+from ...io.scalars import number_of
 from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
@@ -23,10 +27,6 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...methods.weight_norm import WeightNorm
-from ...tensors.dtypes import DTYPES
-from ...tensors.lazy import Lazy, as_array
-from ...tensors.scalars import number_of
-from ...updates import Update
 from .file import AGAIN, Found, Module, Rules, rules_at
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")

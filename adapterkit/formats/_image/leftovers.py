@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from ...adapter import Target
-from ...tensors.lazy import Lazy
-from ...updates import Update
+from ...core.adapter import Target
+from ...core.updates import Update
+from ...io.lazy import Lazy
 from .container import Metadata
 from .encode import encode
 from .file import Found, Module, Rules, Stored, rules_at

@@ -14,9 +14,9 @@ from .translate import in_diffusers
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from ...adapter import Target, Updates
+    from ...core.adapter import Target, Updates
+    from ...core.updates import Update
     from ...naming.image import Family
-    from ...updates import Update
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:

@@ -8,7 +8,7 @@ from .._format import Departure
 from .._padding import lora_among_zeros, refused
 
 if TYPE_CHECKING:
-    from ...updates import Update
+    from ...core.updates import Update
     from .._format import LayerFacts
 
 

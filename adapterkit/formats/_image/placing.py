@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...adapter import Target, Updates
+from ...core.adapter import Target, Updates
+from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
 from ...naming.image import ROOTS, rooted
-from ...updates import Update
 from .deciding import Origin, families_in
 from .translate import in_naming
 from .underscores import modules_of
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
 
 
 _DENOISERS = ("unet", "transformer")

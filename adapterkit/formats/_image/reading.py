@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...adapter import Adapter, Foreign, Step, Target
+from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
+from ...io.scalars import at_once
 from ...naming.image import families, rooted
-from ...tensors.scalars import at_once
 from .biases import check_biases
 from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
@@ -17,9 +17,9 @@ from .leftovers import Leftovers
 from .placing import placed
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
     from .container import Metadata
     from .dialect import ImageFormat
     from .file import Found

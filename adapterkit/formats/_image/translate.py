@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from ...adapter import Target, Updates
+from ...core.adapter import Target, Updates
+from ...core.updates import Update
 from ...methods.lokr import LoKr
 from ...methods.oft import OFT
 from ...naming.image import FUSED, Family, families_of, rooted
 from ...naming.pieces import Piece, Run
-from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import Part, joined, outputs_of, parted
 

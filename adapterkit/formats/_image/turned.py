@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ...adapter import Target, Updates
+from ...core.adapter import Target, Updates
 from ...errors import Malformed, ShapeMismatch
 from ...methods.oft import OFT
 from ...naming.image import component_of, families_of, rooted

@@ -18,7 +18,7 @@ from ...naming.pieces import Piece
 from .deciding import complete, families_in, narrowed, said
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
 
 STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|lora_te[1234]?|lycoris)_(.+)")
 

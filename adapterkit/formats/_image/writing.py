@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from ...core.metadata import with_metadata
 from ...errors import Unrepresentable
-from ...metadata import with_metadata
+from ...io.lazy import Lazy, as_lazy
 from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
-from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import encode, why_not
@@ -25,9 +25,9 @@ from .placing import kernel_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ...adapter import Adapter, Target, Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.adapter import Adapter, Target, Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
     from .container import Metadata
     from .deciding import Origin
     from .dialect import ImageFormat

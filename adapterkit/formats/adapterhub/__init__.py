@@ -17,8 +17,8 @@ from .readings import DEPARTURES, REFT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 
 def _methods() -> frozenset[str]:

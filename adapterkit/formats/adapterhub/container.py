@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
-from ...tensors import safetensors
-from ...tensors.atomic import write_bytes
-from ...tensors.checkpoint import read_json
-from ...tensors.inputs import open_input
-from ...tensors.lazy import Lazy, as_torch
-from ...tensors.strict_json import load_json
+from ...io import safetensors
+from ...io.atomic import write_bytes
+from ...io.checkpoint import read_json
+from ...io.inputs import open_input
+from ...io.lazy import Lazy, as_torch
+from ...io.strict_json import load_json
 from .._folders import folder_of, make_folder, read_tensors
 
 CONFIG = "adapter_config.json"

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed
+from ...io.lazy import Lazy
 from ...methods import METHODS
 from ...naming.layouts import stored_in_out
-from ...tensors.lazy import Lazy
 from .._format import FORMULA
 
 if TYPE_CHECKING:
-    from ...adapter import Target
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Leaf
-    from ...updates import Update
+    from ...core.adapter import Target
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Leaf
     from .config import Settings
     from .keys import Key
 

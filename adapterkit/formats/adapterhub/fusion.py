@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
-from ...tensors.checkpoint import read_json
+from ...io.checkpoint import read_json
 from .._folders import read_tensors
 from .sublayers import standing
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    from ...io.lazy import Lazy
 
 CONFIG = "adapter_fusion_config.json"
 WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from ...adapter import Adapter
+from ...core.adapter import Adapter
 from .._leftovers import leftovers
 
 FORMAT = "adapterhub"

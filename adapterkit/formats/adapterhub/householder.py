@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...tensors.lazy import Lazy, as_array
+from ...io.lazy import Lazy, as_array
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import Malformed
-from ...tensors.lazy import Lazy
+from ...io.lazy import Lazy
 
 KINDS = {
     "adapters": "adapters",

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...binding.fitting import biasless
+from ...naming.binding.fitting import biasless
 from ..peft.alphas import exact_alpha
 from .file import make
 from .places import family_of_base, model_type_of, role
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Target, Updates
+    from ...io.checkpoint import Checkpoint
 
 
 QKV = ("q", "k", "v")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
 
 Roles = Mapping[str, tuple[str, ...]]
 

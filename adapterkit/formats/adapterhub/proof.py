@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError
-from ...tensors.lazy import as_lazy
+from ...io.lazy import as_lazy
 from .container import Content
 from .families import FAMILIES
 from .reader import assemble
 
 if TYPE_CHECKING:
-    from ...adapter import Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.adapter import Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
+from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
 from ...errors import Malformed
 from .config import Settings, parse, parts
 from .container import Content
@@ -21,9 +21,9 @@ from .naming import Naming
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
     from .families._family import Family
 
 

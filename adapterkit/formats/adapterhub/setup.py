@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ...adapter import Foreign
+from ...core.adapter import Foreign
 from ...errors import Malformed, StorageError, UsageError, storage_error
-from ...tensors.atomic import write_bytes
-from ...tensors.checkpoint import read_json
+from ...io.atomic import write_bytes
+from ...io.checkpoint import read_json
 from .config import RELEASE
 from .container import save
 from .hints import FORMAT, Hints, hints_of
 from .writer import encode
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 CONFIG = "adapter_setup.json"
 

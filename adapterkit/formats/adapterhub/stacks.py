@@ -16,8 +16,8 @@ from .slots import words_of
 from .sublayers import EMBEDDINGS, MODELS, Rule, hanging
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Target, Updates
+    from ...io.checkpoint import Checkpoint
 
 
 FRESH = {

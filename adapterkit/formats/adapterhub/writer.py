@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Unrepresentable
-from ...tensors.lazy import as_lazy
+from ...io.lazy import as_lazy
 from .._losses import Loss, expressible
 from .config import RELEASE
 from .container import SAFETENSORS, Content
@@ -23,10 +23,10 @@ from .proof import says
 from .reader import by_family, spell
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target, Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.adapter import Adapter, Target, Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
 
 NAME = "adapter"
 """What an adapter is called that never was AdapterHub's."""

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from ...tensors.marks import is_ggla, is_gguf
+from ...io.magic_bytes import is_ggla, is_gguf
 from .._format import Format
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 
 class GgufAdapter(Format):
@@ -31,7 +31,7 @@ class GgufAdapter(Format):
         return is_ggla(path) or (is_gguf(path) and _is_adapter(path))
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        from ...tensors.gguf import read_gguf
+        from ...io.gguf import read_gguf
         from .legacy import read_legacy
         from .reader import decode
 
@@ -51,7 +51,7 @@ class GgufAdapter(Format):
 
 
 def _is_adapter(path: Path) -> bool:
-    from ...tensors.gguf import Value, read_gguf
+    from ...io.gguf import Value, read_gguf
     from .reader import TYPE
 
     try:

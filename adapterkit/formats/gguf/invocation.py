@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Target
+from ...core.adapter import Target
 from ...errors import Malformed, Unsupported
+from ...io.gguf import Gguf, Value
+from ...io.lazy import Lazy, as_lazy, from_numpy
 from ...methods.alora import ALoRA
-from ...tensors.gguf import Gguf, Value
-from ...tensors.lazy import Lazy, as_lazy, from_numpy
 from .._pairs import DAMAGED
 
 if TYPE_CHECKING:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Step, Target
-from ...binding import bind
-from ...binding.translating import moves_of, translated
+from ...core.adapter import Adapter, Step, Target
 from ...errors import ShapeMismatch, TargetNotFound, UsageError
+from ...io.arrange import turned
+from ...io.ggla import read_ggla
 from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT
+from ...naming.binding import bind
+from ...naming.binding.translating import moves_of, translated
 from ...naming.gguf import family_of
 from ...naming.heads import undone
-from ...tensors.arrange import turned
-from ...tensors.ggla import read_ggla
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order
 from .place import Place
 from .reader import FORMAT
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
     from .._pairs import Pair
 
 

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Target
-from ...binding.translating import moves_of, translated
+from ...core.adapter import Target
 from ...errors import Unrepresentable
+from ...io.arrange import reordered, turned
+from ...io.lazy import Lazy, as_lazy
 from ...methods.alora import ALoRA
 from ...naming.architectures import Architecture, expert_count
+from ...naming.binding.translating import moves_of, translated
 from ...naming.gguf import NAMING, column_order, name_for, place_of, row_order
 from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of
-from ...tensors.arrange import reordered, turned
-from ...tensors.lazy import Lazy, as_lazy
 from .._pairs import Pairs, in_row_order, unfit
 
 if TYPE_CHECKING:
+    from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Place as Where
     from ...naming.resolver import Move
-    from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
 SLOTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}

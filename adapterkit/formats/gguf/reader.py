@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Foreign, Step, Target
-from ...binding import bind
-from ...binding.translating import moves_of, translated
+from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
+from ...io.arrange import reordered, turned
+from ...io.gguf import Gguf, Value
+from ...io.lazy import as_lazy
 from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT
+from ...naming.binding import bind
+from ...naming.binding.translating import moves_of, translated
 from ...naming.gguf import family_of
 from ...naming.heads import undone
 from ...naming.layouts import stored_in_out
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import aliases, is_embedding
-from ...tensors.arrange import reordered, turned
-from ...tensors.gguf import Gguf, Value
-from ...tensors.lazy import as_lazy
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
 from .invocation import activated, invocation_of
 from .place import EMBEDDING, SLOTS, Place
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
     from .._pairs import Pair, Slots
 
 FORMAT = "gguf"

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Target
+from ...core.adapter import Adapter, Target
+from ...io.ggml_blocks import BLOCKS, decoded, encoded
+from ...io.gguf import Value, write_gguf
+from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
 from ...naming.architectures import of_gguf
 from ...naming.gguf import NAMING, family_of, name_for
 from ...naming.resolver import translate
-from ...tensors.ggml_blocks import BLOCKS, decoded, encoded
-from ...tensors.gguf import Value, write_gguf
-from ...tensors.lazy import Lazy, as_array, as_lazy
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible
@@ -23,9 +23,9 @@ from .place import Place
 from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE
 
 if TYPE_CHECKING:
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
     from ...naming.architectures import Architecture
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
     from .._pairs import Pair
 
 METHODS = (LoRA, ALoRA)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from ...tensors.checkpoint import read_json
-from ...tensors.inputs import read_input
+from ...io.checkpoint import read_json
+from ...io.inputs import read_input
 from .._folders import folder_of
 from .._format import Format
 from .container import CONFIG, TENSORS, save, sniff, tensors_of
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 
 class Mlx(Format):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError, StorageError
-from ...tensors import safetensors
-from ...tensors.atomic import write_bytes
-from ...tensors.checkpoint import read_json
+from ...io import safetensors
+from ...io.atomic import write_bytes
+from ...io.checkpoint import read_json
 from .._folders import folder_of, make_folder
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    from ...io.lazy import Lazy
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapters.safetensors"

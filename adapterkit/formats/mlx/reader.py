@@ -6,23 +6,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Foreign, Step, Target
-from ...binding import bind
+from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
+from ...io import safetensors
+from ...io.arrange import item, turned
+from ...io.lazy import Lazy
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
+from ...naming.binding import bind
 from ...naming.mlx import from_mlx
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import EMBEDDINGS
-from ...tensors import safetensors
-from ...tensors.arrange import item, turned
-from ...tensors.lazy import Lazy
 from .._pairs import DAMAGED, check_factors, finite, grouped, pair
 from .container import CONFIG
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
     from .._pairs import Pair, Slots
 
 FORMAT = "mlx"

@@ -7,26 +7,26 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Target
-from ...binding.translating import translated
+from ...core.adapter import Adapter, Target
+from ...core.metadata import with_metadata
 from ...errors import Malformed, Unrepresentable
-from ...metadata import with_metadata
+from ...io.arrange import turned
+from ...io.lazy import Lazy, as_lazy
+from ...io.strict_json import load_json
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...naming.architectures import expert_count
+from ...naming.binding.translating import translated
 from ...naming.mlx import to_mlx
-from ...tensors.arrange import turned
-from ...tensors.lazy import Lazy, as_lazy
-from ...tensors.strict_json import load_json
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import Pairs, expressible, rank_of, unfit
 from .reader import FORMAT
 
 if TYPE_CHECKING:
+    from ...io.checkpoint import Checkpoint
     from ...naming.resolver import Move
-    from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
 METADATA = {"format": "mlx"}

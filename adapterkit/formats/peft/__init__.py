@@ -9,16 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...core.metadata import read_with, with_metadata
 from ...errors import AdapterkitError
-from ...metadata import read_with, with_metadata
 from .._format import FORMULA, Departure, Format, derived
 from .container import CONFIG, METADATA, SAFETENSORS, SHARDED, TORCH, check_stated, header_of, load, save, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 
 def _methods() -> frozenset[str]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
-from ...tensors import safetensors
-from ...tensors.inputs import open_input, read_input
-from ...tensors.lazy import Lazy
-from ...tensors.torch_file import is_torch_file, read_torch_file, read_torch_value
+from ...io import safetensors
+from ...io.inputs import open_input, read_input
+from ...io.lazy import Lazy
+from ...io.torch_file import is_torch_file, read_torch_file, read_torch_value
 from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
 from .keys import PREFIX, Key, parse_key

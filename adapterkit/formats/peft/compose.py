@@ -14,8 +14,8 @@ from .pairs import PAIRS, law_fields
 from .spelling import is_embedding, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Updates
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter, Updates
+    from ...io.checkpoint import Checkpoint
 
 FRESH: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},

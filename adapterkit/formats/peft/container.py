@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterkitError, StorageError, UsageError
+from ...io import safetensors
+from ...io.atomic import write_bytes
+from ...io.checkpoint import INDEX, read_json, read_shards
+from ...io.inputs import open_input
+from ...io.lazy import Lazy
 from ...naming.shared_outer import is_shared_outer
 from ...naming.tinker import is_tinker
-from ...tensors import safetensors
-from ...tensors.atomic import write_bytes
-from ...tensors.checkpoint import INDEX, read_json, read_shards
-from ...tensors.inputs import open_input
-from ...tensors.lazy import Lazy
 from .._folders import folder_of, make_folder, read_tensors
 
 CONFIG = "adapter_config.json"

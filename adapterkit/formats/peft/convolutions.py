@@ -19,7 +19,7 @@ from ...methods.replacement import Replacement
 from .._padding import lora_among_zeros, refused
 
 if TYPE_CHECKING:
-    from ...updates import Update
+    from ...core.updates import Update
     from .._format import LayerFacts
 
 UNPADDED = (IA3, OFTPatches, Replacement)

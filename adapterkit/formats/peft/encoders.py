@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...tensors.lazy import Lazy, as_array, as_lazy
-from ...updates import ContextUpdate
+from ...core.updates import ContextUpdate
+from ...io.lazy import Lazy, as_array, as_lazy
 from .families import family_of
 from .file import make
 
 if TYPE_CHECKING:
-    from ...adapter import Target
-    from ...updates import Update
+    from ...core.adapter import Target
+    from ...core.updates import Update
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
 """Place of a context -> the method that holds it as it is."""

@@ -20,8 +20,8 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ...io.lazy import Lazy, as_lazy, bytes_of
 from ...naming.layouts import stored_in_out
-from ...tensors.lazy import Lazy, as_lazy, bytes_of
 from .config import names_module, parse_version, written_by_unsloth
 from .factors import Factors, adapt, check_rank
 from .file import File, Findings, Found
@@ -29,9 +29,9 @@ from .file import File, Findings, Found
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...adapter import Target
-    from ...tensors.lazy import Buffer, Shape
-    from ...updates import Update
+    from ...core.adapter import Target
+    from ...core.updates import Update
+    from ...io.lazy import Buffer, Shape
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 

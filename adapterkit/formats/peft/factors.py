@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
-from ...tensors.lazy import from_numpy
+from ...io.lazy import from_numpy
 from .file import make
 from .keys import LATENT
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.updates import Update
+    from ...io.lazy import Lazy
     from .config import Settings
     from .file import File
     from .keys import Key

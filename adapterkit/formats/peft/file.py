@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from ...binding.fitting import live_shape
+from ...core.updates import Update
 from ...methods import METHODS
-from ...updates import Update
+from ...naming.binding.fitting import live_shape
 from .._format import FORMULA
 from .keys import Key
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy, Leaf, Shape
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy, Leaf, Shape
     from .config import Settings
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...adapter import Adapter, Target
+from ...core.adapter import Adapter, Target
 from .._leftovers import leftovers
 from .keys import PREFIX
 

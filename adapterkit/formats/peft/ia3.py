@@ -10,7 +10,7 @@ from .file import File, Findings, Found, make
 from .patterns import matches
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Shape
+    from ...io.lazy import Shape
     from .keys import Key
 
 PART = "ia3_l"

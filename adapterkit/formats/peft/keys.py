@@ -14,7 +14,7 @@ from sys import intern
 from typing import NamedTuple
 
 from ...errors import Malformed
-from ...tensors.lazy import Lazy
+from ...io.lazy import Lazy
 from .families import FAMILIES, Family, family_of_type
 
 PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ from .file import File, Findings, Found, Kept
 from .pairs import OUTPUT_TIMES
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    from ...io.lazy import Lazy
 
 DEPARTURES = {
     "attention_output_twice": Departure(

@@ -19,9 +19,9 @@ from .pairs import BESIDE, BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, w
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.adapter import Target, Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:

@@ -15,7 +15,7 @@ from .factors import Factors
 from .file import Found, make
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    from ...io.lazy import Lazy
     from .config import Settings
 
 

@@ -6,16 +6,16 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...io.lazy import as_lazy
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
-from ...tensors.lazy import as_lazy
 from .patterns import matches
 from .spelling import config_name, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Target, Updates
+    from ...io.checkpoint import Checkpoint
     from .families import Family
 
 NO_MODULE = "dummy-target-modules"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...io.lazy import Lazy, as_lazy
 from ...methods.alora import ALoRA
 from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
@@ -18,11 +19,10 @@ from ...methods.olora import OLoRA
 from ...methods.pissa import PiSSA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
-from ...tensors.lazy import Lazy, as_lazy
 
 if TYPE_CHECKING:
-    from ...adapter import Target
-    from ...updates import Update
+    from ...core.adapter import Target
+    from ...core.updates import Update
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
 """The methods."""

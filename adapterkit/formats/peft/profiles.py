@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...adapter import Foreign, Updates
-from ...binding.translating import moves_of, translated
+from ...core.adapter import Foreign, Updates
 from ...naming.architectures import WEIGHT, architecture_of
+from ...naming.binding.translating import moves_of, translated
 from .._one_number import one_alpha, whole_number
 from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
@@ -21,9 +21,9 @@ from .experts import GROUPED, PEFT_0_18
 from .hints import FORMAT, Hints, fingerprint, hints_of
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target
+    from ...core.adapter import Adapter, Target
+    from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Architecture
-    from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
 _LAYER = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})

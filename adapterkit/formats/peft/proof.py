@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError
+from ...io.lazy import Lazy, as_lazy
 from ...methods.replacement import Replacement
-from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
 from .families import family_of, family_of_type
 from .file import File
@@ -17,9 +17,9 @@ from .reader import Places, assemble
 from .spelling import Spelled, stored
 
 if TYPE_CHECKING:
-    from ...adapter import Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.adapter import Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
 
 
 def says(

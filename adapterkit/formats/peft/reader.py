@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ...adapter import Adapter, BaseRef, Foreign, Step, Target
+from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from ...errors import Malformed
+from ...io.lazy import as_lazy
 from ...methods.replacement import Replacement
-from ...tensors.lazy import as_lazy
 from .._format import UNKNOWN
 from . import config as fields
 from . import ia3, ln_tuning, lora, replacement, rows
@@ -22,9 +22,9 @@ from .keys import Key, parse_keys, prefix_of
 from .spelling import spell_updates, stored
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
 
 BUILT_IN = {
     "IA3": (replacement.decode, ia3.decode),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...errors import Malformed, ShapeMismatch
-from ...tensors.dtypes import DTYPES
-from ...tensors.lazy import Lazy
+from ...io.dtypes import DTYPES
+from ...io.lazy import Lazy
 from .config import Settings
 from .file import File, Findings, Found, Kept, make
 

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import Unrepresentable
+from ...io.lazy import as_torch
 from ...methods.olora import OLoRA
-from ...tensors.lazy import as_torch
 from .._format import FORMULA
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
@@ -21,9 +21,9 @@ from .pairs import OUTPUT_TIMES, PAIRS, rank_of
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target, Updates
-    from ...tensors.lazy import Leaf
-    from ...updates import Update
+    from ...core.adapter import Target, Updates
+    from ...core.updates import Update
+    from ...io.lazy import Leaf
     from .hints import Hints
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from ...io.lazy import Lazy, as_lazy
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...naming.layouts import IN_OUT
-from ...tensors.lazy import Lazy, as_lazy
 from . import ln_tuning
 from .experts import depths, told_apart, unstack
 from .families import Family, Parts, family_of
@@ -19,9 +19,9 @@ from .keys import PREFIX
 from .pairs import PAIRS, from_blocks
 
 if TYPE_CHECKING:
-    from ...adapter import Target
-    from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
+    from ...core.adapter import Target
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
 """Globs of paths that are embeddings, among those stored the other way round."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...errors import Unrepresentable
+from ...io.lazy import as_lazy
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
-from ...tensors.lazy import as_lazy
 from .._format import FORMULA
 from .._joining import with_joined_rows, with_one_lora
 from .._losses import Loss, expressible
@@ -35,10 +35,10 @@ from .scalings import number_fields
 from .spelling import Spelled, is_parameter, lora_paths, spell, stored
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target, Updates
-    from ...tensors.checkpoint import Checkpoint
-    from ...tensors.lazy import Lazy
-    from ...updates import Update
+    from ...core.adapter import Adapter, Target, Updates
+    from ...core.updates import Update
+    from ...io.checkpoint import Checkpoint
+    from ...io.lazy import Lazy
 
 
 def encode(

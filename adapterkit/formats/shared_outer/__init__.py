@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
+from ...io import safetensors
 from ...naming.shared_outer import is_shared_outer
-from ...tensors import safetensors
 from .._folders import folder_of
 from .._format import Format
 from ..peft.container import CONFIG, SAFETENSORS
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter
-    from ...tensors.checkpoint import Checkpoint
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
 
 
 class SharedOuter(Format):

@@ -6,21 +6,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, BaseRef, Foreign, Step, Target
-from ...binding import bind
+from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError
+from ...io import arrange
+from ...io.lazy import Lazy
 from ...methods.lora import LoRA
 from ...naming.architectures import expert_count
+from ...naming.binding import bind
 from ...naming.shared_outer import EXPERT, STACK
 from ...naming.tables import modules_of
 from ...naming.ties import is_embedding
-from ...tensors import arrange
-from ...tensors.lazy import Lazy
 from .._pairs import DAMAGED, check_factors, finite, whole_rank
 from ..peft.container import CONFIG, load
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
     from .._pairs import Slots
 
 FORMAT = "shared_outer"

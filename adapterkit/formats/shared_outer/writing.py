@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter, Target
-from ...binding.translating import moves_of, translated
+from ...core.adapter import Adapter, Target
 from ...errors import Unrepresentable, UsageError
+from ...io import arrange
+from ...io.lazy import Lazy, as_lazy
 from ...naming.architectures import WEIGHT, architecture_of, expert_count
+from ...naming.binding.translating import moves_of, translated
 from ...naming.shared_outer import EXPERT, OUTER
-from ...tensors import arrange
-from ...tensors.lazy import Lazy, as_lazy
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import of_one_alpha, whole_number
 from .._pairs import Pairs, rank_of, unfit
@@ -20,7 +20,7 @@ from ..peft.container import save
 from .reading import FORMAT, PREFIX, SLOTS
 
 if TYPE_CHECKING:
-    from ...tensors.checkpoint import Checkpoint
+    from ...io.checkpoint import Checkpoint
     from .._pairs import Pair
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ...core.registry import Registry
 from ...errors import UsageError, nearest
-from ...registry import Registry
 from ..remote import Remote
 from ..uris import Uri
 from ._filesystems import filesystem

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from ...errors import NetworkError
-from ...tensors.strict_json import load_json
+from ...io.strict_json import load_json
 from ..web import Refused, answered, body_of
 
 MAX_ANSWER = 1 << 20

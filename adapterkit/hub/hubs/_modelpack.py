@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import Malformed, Unsupported
-from ...tensors.strict_json import load_json
+from ...io.strict_json import load_json
 from ..digests import digests_of
 from ..remote import Digests, RemoteFile
 

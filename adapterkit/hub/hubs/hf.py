@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
-from ...tensors.strict_json import load_json
+from ...io.strict_json import load_json
 from ..names import check_name
 from ..remote import Content, Digests, Remote, RemoteFile
 from ..retries import PASSING, Passing, retry_after
 from ..uris import Uri
-from ..web import (
+from ..web import (  # fmt: skip
     CHUNK,
     answered,
     begins_at,
@@ -33,7 +33,7 @@ from ..web import (
     range_header,
     redacted,
     said_in,
-)  # fmt: skip
+)
 from . import _committing
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ...errors import (
+from ...errors import (  # fmt: skip
     AccessDenied,
     AdapterkitError,
     Corrupt,
@@ -22,13 +22,13 @@ from ...errors import (
     RemoteNotFound,
     StorageError,
     UsageError,
-)  # fmt: skip
-from ...tensors.strict_json import load_json
+)
+from ...io.strict_json import load_json
 from ..digests import digests_of
 from ..remote import Content, Digests, Remote, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Uri
-from ..web import (
+from ..web import (  # fmt: skip
     CHUNK,
     Refused,
     answered,
@@ -41,7 +41,7 @@ from ..web import (
     range_header,
     redacted,
     said_in,
-)  # fmt: skip
+)
 from . import _modelpack, _uploads
 from ._admission import DOCKER_HUB, Admission, is_near
 

@@ -21,7 +21,7 @@ from itertools import chain
 from typing import Any
 
 from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, UsageError
-from ...tensors.strict_json import load_json
+from ...io.strict_json import load_json
 from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address

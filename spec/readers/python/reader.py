@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 import adapterkit as ak
-from adapterkit.adapter import canonical
+from adapterkit.core.adapter import canonical
 from adapterkit.errors import AdapterkitError
-from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.strict_json import load_json
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.strict_json import load_json
 
 
 def check(path: str) -> dict[str, Any]:

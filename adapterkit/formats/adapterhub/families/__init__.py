@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ....registry import Registry
+from ....core.registry import Registry
 from ._family import Family
 
 if TYPE_CHECKING:
-    from ....updates import Update
+    from ....core.updates import Update
 
 FAMILIES: Registry[type[Family]] = Registry("AdapterHub family", __name__, "adapterkit.adapterhub_families", Family)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
+    from ....core.adapter import Target
+    from ....io.checkpoint import Checkpoint
 
 ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 if TYPE_CHECKING:
-    from ....adapter import Target, Updates
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
+    from ....core.adapter import Target, Updates
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..config import Settings
     from ..file import Findings, Part
     from ..naming import Naming

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import Malformed, Unsupported
-from ....tensors.activations import ACTIVATIONS
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
+from ....linalg.activations import ACTIVATIONS
 from .. import stacks
 from ..file import Found, check_same, make, take
 from ..slots import COUPLING, own_slots, shared_slots, words_of
@@ -21,7 +21,7 @@ from ..sublayers import EMBEDDINGS, MODELS, hanging, standing
 from ._family import Family, Fields, Number
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
+    from ....io.checkpoint import Checkpoint
     from ..config import Settings
     from ..file import Findings, Part
     from ..keys import Key

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
 from .. import layers
 from ..file import AGAIN, Found, Kept, joined, make, sliced, take
 from ..layers import QKV
@@ -20,8 +20,8 @@ from ..places import FUSED
 from ._family import Family, Fields, Number, Size
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings, Part
     from ..keys import Key
     from ..naming import Naming

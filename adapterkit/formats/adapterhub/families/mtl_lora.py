@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
 from ..file import Found, make, take
 from ..layers import QKV, base_family
@@ -16,7 +16,7 @@ from ._family import Family, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings, Part
     from ..naming import Naming
 

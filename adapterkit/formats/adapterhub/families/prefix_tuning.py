@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
 from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
 from ..places import model_type_of
 from ._attentions import ENCODER_DECODER, LAYERS, group_of, lacking, layer_of, unlike, why_not
 from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings, Part
     from ..keys import Key
     from ..naming import Naming

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
 from ..file import Found, make, take
 from ..sublayers import EMBEDDINGS
 from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings, Part
     from ..naming import Naming
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target, Updates
+from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
-from ....tensors.activations import ACTIVATIONS
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_lazy
+from ....linalg.activations import ACTIVATIONS
 from .. import householder
 from ..file import AGAIN, Found, Kept, make, take
 from ..readings import REFT
 from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
-    from ....tensors.checkpoint import Checkpoint
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings, Part
     from ..keys import Key
     from ..naming import Naming

@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ....registry import Registry
+from ....core.registry import Registry
 from ..pairs import BESIDE
 from ._family import Family, Parts
 
 if TYPE_CHECKING:
-    from ....updates import Update
+    from ....core.updates import Update
 
 __all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_method", "family_of_type"]
 

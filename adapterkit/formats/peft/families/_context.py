@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
-from ....tensors.lazy import as_lazy
+from ....io.lazy import as_lazy
 from ..file import File, Findings, Found, make
 from ._family import Family, Own, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ....methods.prefix import Prefix
     from ....methods.prompt import Prompt
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
     from ..keys import Key
 
 EMBEDDINGS = "prompt_embeddings"

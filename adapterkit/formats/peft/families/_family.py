@@ -14,10 +14,10 @@ from ..alphas import number_fields
 from ..patterns import first_match
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..._format import Departure
     from ..config import Settings
     from ..file import File, Findings, Found

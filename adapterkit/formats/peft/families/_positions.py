@@ -8,12 +8,12 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ....errors import Malformed, ShapeMismatch
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy
+from ....io.dtypes import DTYPES
+from ....io.lazy import Lazy
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 
@@ -44,7 +44,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
     def fetch() -> bytes:
         import numpy as np
 
-        from ....tensors.positions import random_positions
+        from ....linalg.positions import random_positions
 
         flat = random_positions(seed, out * in_, count).numpy()
         return np.stack(np.divmod(flat, in_)).astype("<i8").tobytes()

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import Malformed, ShapeMismatch, UsageError
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy, as_lazy
+from ....io.dtypes import DTYPES
+from ....io.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]

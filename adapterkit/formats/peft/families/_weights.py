@@ -13,9 +13,9 @@ from ..patterns import matches
 from ..spelling import is_embedding
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
+    from ....core.adapter import Target
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..file import File
     from ..keys import Key
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed
+from ....io.lazy import Lazy, as_lazy
 from ....methods.adalora import AdaLoRA
-from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Rank, check_parts, check_rank, minority
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
+from ....io.lazy import Lazy, as_array, as_lazy, from_numpy
+from ....linalg.clusters import k_means
+from ....linalg.rotations import singular_by_sketch
 from ....methods.adamss import AdaMSS
-from ....tensors.clusters import k_means
-from ....tensors.lazy import Lazy, as_array, as_lazy, from_numpy
-from ....tensors.rotations import singular_by_sketch
 from ..file import File, Found
 from ..keys import Key
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
 """What PEFT gives to scikit-learn's KMeans, `max_iter` and `random_state`, and to `torch.svd_lowrank`, `niter`."""

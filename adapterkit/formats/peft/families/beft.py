@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
 from ....methods.dense import Dense
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PART = "beft_bias"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods.c3a import C3A
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts
 from ._weights import check_size, side, size_at, size_fields
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 PART = "c3a_kernel"

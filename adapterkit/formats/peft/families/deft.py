@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ....io.lazy import as_lazy
 from ....methods.deft import DEFT
-from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, check_parts, check_rank
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PARTS = {"deft_P": "P", "deft_R": "R"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods.delora import DeLoRA
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Parts, check_parts, check_rank, scaled_numbers
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 FIELDS = {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": "w_norm"}

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods._coefficients import SEED
 from ....methods.fourierft import FourierFT
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
 from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 PART = "fourierft_spectrum"

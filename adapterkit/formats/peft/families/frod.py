@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....io.lazy import Lazy, as_lazy, from_numpy
 from ....methods.frod import FRoD
-from ....tensors.lazy import Lazy, as_lazy, from_numpy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}

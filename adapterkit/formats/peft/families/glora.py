@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import Malformed, ShapeMismatch
+from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
-from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Findings, Found, Kept, make
 from ._family import Family, Own, check_rank
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
 from ....methods.hira import HiRA
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Parts, check_parts, check_rank
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PLAIN = {"A": "hira_A", "B": "hira_B"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods.hra import HRA
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_rank
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 PART = "hra_u"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods.loha import LoHa
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}

@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import Lazy, as_lazy
+from ....linalg.products import even_split
 from ....methods.lokr import LoKr
-from ....tensors.lazy import Lazy, as_lazy
-from ....tensors.products import even_split
 from ..._format import Departure
 from ..file import File, Found, make
 from ._family import Family, Own, Scaled, check_parts, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 FIRST = {"lokr_w1": "w1"}, {"lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b"}

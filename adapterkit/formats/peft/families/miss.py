@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
 from ....methods.miss import MiSS
 from ....methods.miss_bat import MiSSBat
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, check_rank, minority
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PART = "miss_block"

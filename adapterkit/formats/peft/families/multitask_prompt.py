@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.lazy import as_lazy
 from ....methods.multitask_prompt import MultitaskPrompt
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._context import EMBEDDINGS, SIZES, ContextFamily, Sizes, check_sizes, rows, stacks
 from ._family import Own
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}

@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
+from ....io.lazy import as_lazy
+from ....linalg.rotations import block_size
 from ....methods.oft import OFT
 from ....methods.oft_patches import OFTPatches
-from ....tensors.lazy import as_lazy
-from ....tensors.rotations import block_size
 from ..._format import Departure
 from ..convolutions import on_patches, turns_patches
 from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"

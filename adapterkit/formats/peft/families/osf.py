@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
 from ....methods.osf import OSF
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ..patterns import exactly, finds
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}

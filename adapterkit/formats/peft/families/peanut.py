@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
+from ....io.lazy import Lazy, as_lazy
 from ....methods.peanut import PEANuT
-from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, check_parts, check_rank
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch, Unsupported
+from ....io.lazy import as_lazy
 from ....methods.poly import Poly
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Rank, check_parts, minority
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}

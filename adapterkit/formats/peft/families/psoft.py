@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import msgspec
 
 from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
+from ....linalg.rotations import block_size
 from ....methods.psoft import PSOFT
-from ....tensors.lazy import as_lazy
-from ....tensors.rotations import block_size
 from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.lazy import Lazy
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
     from ..keys import Key
 
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"

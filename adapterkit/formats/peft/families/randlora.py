@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, Unsupported
+from ....io.lazy import Lazy, as_lazy
 from ....methods.randlora import RandLoRA
-from ....tensors.lazy import Lazy, as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Rank, check_parts, check_rank, minority, stored_inputs
 from ._weights import not_embedded
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ....io.lazy import as_lazy
 from ....methods.road import RoAd
-from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 FIELDS = {"road_theta": "theta", "road_alpha": "alpha"}

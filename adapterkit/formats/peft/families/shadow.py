@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....io.lazy import Lazy, as_lazy
 from ....methods.shadow import Shadow
-from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, Kept, make
 from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..file import Findings
     from ..keys import Key
 

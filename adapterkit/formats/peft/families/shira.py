@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....io.dtypes import DTYPES
+from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Parts, check_parts
 from ._weights import check_size, side, weight_in
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Unrepresentable, Unsupported
+from ....io.lazy import as_lazy
 from ....methods.supertuning import SuperTuning
-from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, side, unlike, weight_in
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}

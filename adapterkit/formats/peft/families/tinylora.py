@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....io.dtypes import DTYPES
+from ....io.lazy import Lazy, as_lazy
 from ....methods.tinylora import TinyLoRA
 from ....naming.orders import declared_by, in_order
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, side
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
     from ..keys import Key
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....io.dtypes import DTYPES
+from ....io.lazy import Lazy, as_lazy
 from ....methods.unilora import UniLoRA
 from ....naming.orders import declared_by, in_order
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy, as_lazy
 from ..config import names_module
 from ..file import File, Findings, Found, make
 from ..keys import Key
@@ -25,8 +25,8 @@ from ._weights import check_size, layout, not_linear, side, weight_shape
 if TYPE_CHECKING:
     import torch
 
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}

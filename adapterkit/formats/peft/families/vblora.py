@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed
+from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.vblora import VBLoRA
-from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, not_linear, side
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 BANK = "vblora_vector_bank"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Unsupported
+from ....io.lazy import Lazy, as_lazy
 from ....methods._coefficients import SEED
 from ....methods.waveft import WaveFT
-from ....tensors.lazy import Lazy, as_lazy
 from ..._format import Departure
 from ..file import File, Found, make
 from ..patterns import exactly, first_match
@@ -18,8 +18,8 @@ from ._wavelets import FILTERS, filter_of, name_of
 from ._weights import check_size, layout, not_linear, side, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..keys import Key
 
 PART = "waveft_spectrum"

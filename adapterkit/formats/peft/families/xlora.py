@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....io.lazy import Lazy, as_lazy
 from ....methods.xlora import XLoRA
-from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Rank, check_parts
 
 if TYPE_CHECKING:
-    from ....adapter import Target
-    from ....updates import Update
+    from ....core.adapter import Target
+    from ....core.updates import Update
     from ..file import Findings
     from ..keys import Key
 

@@ -1,0 +1,468 @@
+"""`Adapter`: the one type that every format is read into, and that all other functions take."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..errors import (
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    UsageError,
+    first_line,
+    nearest,
+    public,
+    shown,
+)
+from ..io.lazy import as_lazy, as_torch, files_kept_open
+from .tables import counts, html_table
+from .updates import Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
+
+LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
+"""Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """One place in a base.
+
+    Attributes:
+        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
+            the whole model, which takes context updates only.
+        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`.
+            A leading `e` means one such weight per expert; each tensor of an update then has a leading `e` too.
+        rows: start and stop on the `out` axis, if the update applies to a slice of a fused weight.
+    """
+
+    path: str
+    layout: str = "out *in"
+    rows: tuple[int, int] | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return self.layout.startswith("e ")
+
+    def __repr__(self) -> str:
+        layout = "" if self.layout == "out *in" else f", layout={self.layout!r}"
+        return f"Target({str(self)!r}{layout})"
+
+    def __str__(self) -> str:
+        path = self.path or "(model)"
+        return path if self.rows is None else f"{path}[{self.rows[0]}:{self.rows[1]}]"
+
+
+Updates = Mapping[Target, tuple[Update, ...]]
+"""Target -> its updates in order of application."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRef:
+    """The base that an adapter was made for.
+
+    Attributes:
+        id: a hub id or a path, as the source format names it.
+        revision: branch, tag or commit, if known.
+        config_hash: sha256 of the canonical JSON of the base's config, if known.
+    """
+
+    id: str | None = None
+    revision: str | None = None
+    config_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of an adapter's lineage: an operation and its plain arguments.
+
+    Lineage is stored in files, so secrets are removed from urls in the arguments.
+    """
+
+    op: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", _public(self.args))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, Mapping):
+        return {key: _public(entry) for key, entry in value.items()}
+    return [_public(entry) for entry in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """Content of a source format that `Adapter` has no field for, kept so that writing the format again is lossless."""
+
+    format: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Leaf] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Typed updates by target.
+
+    Attributes:
+        updates: target -> updates in order of application.
+        base: the base it belongs to, as far as known.
+        recipe: its lineage, oldest step first.
+        foreign: further content of the format it was read from.
+        extensions: optional fields of a newer minor version of the spec, kept unchanged.
+    """
+
+    updates: Updates
+    base: BaseRef | None = None
+    recipe: tuple[Step, ...] = ()
+    foreign: Foreign | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
+        methods = counts(update.method for _, update in self)
+        noun = "target" if len(self.updates) == 1 else "targets"
+        return f"Adapter({len(self.updates):,} {noun}: {methods}{base})"
+
+    def _repr_html_(self) -> str:
+        rows = [[target, *_row(update, target.stacked)] for target, update in self]
+        return html_table(repr(self), ("target", "method", "shapes", "rank", "scaling"), rows)
+
+    def __iter__(self) -> Iterator[tuple[Target, Update]]:
+        """Iterate over all (target, update) pairs, in order."""
+        return ((target, update) for target, updates in self.updates.items() for update in updates)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of its updates' methods, sorted."""
+        return tuple(sorted({update.method for _, update in self}))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of its updates, sorted; updates without a rank do not count."""
+        found = {update.dims(target.stacked).get("r") for target, update in self}
+        return tuple(sorted(rank for rank in found if isinstance(rank, int)))
+
+    def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
+        """Return the adapter with each leaf replaced by f(leaf). A shared leaf is changed once and stays shared."""
+        seen: dict[int, Leaf] = {}
+        kept: list[Leaf] = []
+
+        def once(leaf: Leaf) -> Leaf:
+            if id(leaf) not in seen:
+                seen[id(leaf)] = f(leaf)
+                kept.append(leaf)
+            return seen[id(leaf)]
+
+        return self.replace(
+            updates={target: tuple(u.map(once) for u in updates) for target, updates in self.updates.items()}
+        )
+
+    def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """Return the adapter with all leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
+        return self.map(lambda leaf: as_torch(leaf, device, dtype))
+
+    def replace(self, **changes: Any) -> Adapter:
+        """Return the same adapter with other field values."""
+        return dataclasses.replace(self, **changes)
+
+    def step(self, op: str, **args: Any) -> Adapter:
+        """Return the same adapter with one more step in its lineage."""
+        return self.replace(recipe=(*self.recipe, Step(op, args)))
+
+    def validate(self) -> None:
+        """Check every update against its shape strings and its method's rules, and updates of one target together.
+
+        It also checks that lineage, base and foreign content are plain JSON, so that every adapter can be written in
+        the native format and has a digest.
+
+        Raises:
+            AdapterkitError: at the first fault; names the target or the field.
+        """
+        if not self.updates:
+            raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
+        passed = set[Hashable]()
+        for target, updates in self.updates.items():
+            form = _form(target, updates)
+            if form is not None and form in passed:
+                continue
+            _check_target(target, updates)
+            together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
+            for update in updates:
+                _check_update(target, update, together)
+            passed.add(form)
+        self._check_records()
+
+    def _check_records(self) -> None:
+        base, foreign = self.base, self.foreign
+        if base is not None:
+            check_json([base.id, base.revision, base.config_hash], "base")
+        for number, step in enumerate(self.recipe):
+            check_json([step.op, step.args], f"recipe[{number}]")
+        if foreign is not None:
+            check_json([foreign.format, foreign.data, *foreign.tensors], "foreign")
+        check_json(self.extensions, "extensions")
+        check_json([target.path for target in self.updates], "targets")
+
+    def check_values(self) -> None:
+        """Read every tensor, one at a time, and check what shapes do not show: NaN, infinities, indices.
+
+        Raises:
+            Malformed: at the first fault; names target, field and position.
+        """
+        with files_kept_open():
+            for target, update in self:
+                try:
+                    update.check_values()
+                except AdapterkitError as error:
+                    raise _placed(error, target, update).at(path=update.file) from None
+
+    def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
+        """Return the entries at a dotted path.
+
+        Raises:
+            TargetNotFound: there are none; names the nearest.
+        """
+        found = {target: updates for target, updates in self.updates.items() if target.path == path}
+        if not found:
+            cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
+            raise TargetNotFound(f"no update at {path!r}", where=path, cure=cure)
+        return found
+
+    def digest(self) -> str:
+        """Return the sha256 of targets, methods, values and tensor bytes: equal digests mean the same function."""
+        digest = hashlib.sha256()
+        with files_kept_open():
+            for target, update in sorted(self, key=lambda pair: str(pair[0])):
+                version = update.stated_version
+                values = update.attributes_of(version)
+                head = [target.path, target.layout, target.rows, update.method, version, values]
+                digest.update(canonical(head).encode())
+                for name, leaf in update.tensors.items():
+                    tensor = as_lazy(leaf)
+                    digest.update(_tensor_head(name, tensor.dtype.name, tensor.shape))
+                    digest.update(tensor.fetch())
+        return digest.hexdigest()
+
+    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
+        """Translate the targets into the names and layouts of `base`, and check every shape against it.
+
+        Updates are split and joined if the base stores weights in other parts. For example, an adapter of a live model
+        of transformers 5 becomes one of the base as stored on a hub, or the reverse. The lineage records the rules that
+        changed names.
+
+        Args:
+            base: an open checkpoint or the path of one.
+            rename: rules for names, each `FROM=TO` or `@FILE`; the first one that matches a target's name is used.
+
+        Raises:
+            TargetNotFound: a target has no place in the base, or two.
+            ShapeMismatch: a shape does not fit.
+            NotMergeable, Unsupported: an update cannot be split or joined.
+        """
+        from ..naming.binding import bind
+
+        bound = bind(self, base, rename=rename)
+        rules = [str(rule) for rule in bound.rules if rule.kind != "exact"]
+        return bound.adapter.step("bind", rules=rules) if rules else bound.adapter
+
+    def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
+        """Return W' - W at a target.
+
+        Args:
+            path: the target's dotted path.
+            base: the source of W, for formulas that need it.
+
+        Returns:
+            float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
+
+        Raises:
+            TargetNotFound: no update applies there.
+            NotMergeable: the update does not change weights only.
+            UsageError: the formula needs W and no base was given.
+        """
+        from ..naming.binding import delta
+
+        return delta(self, path, base)
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+@lru_cache(maxsize=1 << 10)
+def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the part of a digest that precedes the bytes of a tensor."""
+    return canonical([name, dtype, shape]).encode()
+
+
+def canonical(value: Any) -> str:
+    """Return canonical JSON: sorted keys, no spaces, no escapes beyond JSON's own, no NaN or infinity.
+
+    Raises:
+        Malformed: JSON cannot express the value: a number that is not finite, keys of several types, half of a
+            surrogate pair, or a Python object.
+    """
+    try:
+        text = _ENCODER.encode(value)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        why = f"a value that JSON cannot say ({first_line(error)})"
+        raise Malformed(why, where="lineage, or what its source format holds beside the updates", cure=_PLAIN) from None
+    return text
+
+
+def config_hash(config: Mapping[str, Any]) -> str | None:
+    """Return the sha256 of the canonical JSON of a base's config; None if it contains NaN or an infinity."""
+    try:
+        return hashlib.sha256(canonical(config).encode()).hexdigest()
+    except Malformed:
+        return None
+
+
+DEEPEST = 100
+"""Deepest nesting of lineage and foreign content; Python's JSON encoder fails at about 1000 levels."""
+
+MOST_VALUES = 1 << 22
+"""Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes become billions."""
+
+TOO_LARGE = 10**4300
+"""The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
+
+
+def check_json(value: Any, where: str) -> None:
+    """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
+
+    Raises:
+        Malformed: it is not; names the place inside it.
+    """
+    left = [MOST_VALUES]
+    _check_json(value, where, 0, left)
+
+
+def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
+    left[0] -= 1
+    if depth > DEEPEST or left[0] < 0:
+        why = f"nested more than {DEEPEST} levels deep" if depth > DEEPEST else f"more than {MOST_VALUES} values"
+        raise Malformed(why, where=where, cure=_CORRECT)
+    if isinstance(value, str):
+        if not value.isascii() and not _encodes(value):
+            raise Malformed(f"text with half of a surrogate pair: {value!a}", where=where, cure=_CORRECT)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str) or not (key.isascii() or _encodes(key)):
+                raise Malformed(f"the key {shown(key)} is not text", where=where, cure=_CORRECT)
+            _check_json(inner, f"{where}.{key}", depth + 1, left)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _check_json(inner, where if isinstance(inner, str) else f"{where}[{number}]", depth + 1, left)
+    elif not _plain_number(value):
+        raise Malformed(f"{shown(value)} has no form in JSON", where=where, cure=_CORRECT)
+
+
+def _plain_number(value: Any) -> bool:
+    """Whether a value is null, true, false or a number that JSON can express."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) < TOO_LARGE)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _form(target: Target, updates: tuple[Update, ...]) -> Hashable:
+    """Return everything that a target's checks depend on, except its path; None if it is not hashable (damaged)."""
+    form = bool(target.path), target.layout, target.rows, tuple([update.form for update in updates])
+    try:
+        hash(form)
+    except TypeError:
+        return None
+    return form
+
+
+def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
+    context = [update.kind == "context" for update in updates]
+    whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
+    if not target.path and not all(whole):
+        raise Malformed("a target without a path", where="path", cure=_REWRITE)
+    if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
+        raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+    kinds = [update.kind for update in updates]
+    if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
+        why = "an update of the weight after one of the output"
+        raise Malformed(
+            why, where=str(target), cure="Put updates of the weight first: the output is computed with them"
+        )
+    if target.layout not in LAYOUTS:
+        known = f"Known: {', '.join(LAYOUTS)}"
+        raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
+    if target.rows is not None and not 0 <= target.rows[0] < target.rows[1]:
+        raise Malformed("rows are not a start before a stop", where=f"{target}: rows", cure=_REWRITE)
+
+
+def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
+    try:
+        update.check()
+        dims = update.dims(target.stacked)
+        for axis, size in _shared(dims).items():
+            if together.setdefault(axis, size) != size:
+                why = f"{axis}={size} here, {axis}={together[axis]} in its target's rows or the update before it"
+                raise ShapeMismatch(why, cure=_REWRITE)
+    except AdapterkitError as error:
+        raise _placed(error, target, update) from None
+
+
+def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in` of others."""
+    inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
+    return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
+
+
+def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
+    error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
+    return error
+
+
+def check_adapter(value: object) -> None:
+    """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if not isinstance(value, Adapter):
+        cure = "Pass what adapterkit.read returns; is the order of the arguments right?"
+        raise UsageError(f"{shown(value)} of type {type(value).__name__} where an adapter belongs", cure=cure)
+
+
+def _row(update: Update, stacked: bool) -> tuple[object, ...]:
+    """Return the method, shapes, rank and scaling of an update, for a table."""
+    shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
+    return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
+
+
+_CORRECT = "Correct it in the file, or write the file again with the tool that made it"
+_REWRITE = "Write the adapter again with the tool that made it"
+_PLAIN = "Correct the file that it was read from: text, finite numbers, and keys that are text"

@@ -1,0 +1,126 @@
+"""The registry: an entry is a module and has its name. Listing imports nothing; getting imports that one module.
+
+Third parties add entries by entry points of the registry's group, named after the entry's module. They cannot replace a
+built-in entry.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from importlib import import_module
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from ..errors import Unsupported, nearest, shown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Name -> entry. An entry is the one class in its module that derives from `root`.
+
+    Args:
+        noun: the word for an entry in messages.
+        package: the package whose modules are the built-in entries; names with a leading underscore are private.
+        group: the entry point group for third parties.
+        root: the class that entries derive from.
+    """
+
+    def __init__(self, noun: str, package: str, group: str, root: type) -> None:
+        self.noun, self.package, self.group, self.root = noun, package, group, root
+        self._loaded: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        """Return the entry.
+
+        Raises:
+            Unsupported: there is none of that name.
+        """
+        if not isinstance(name, str):
+            raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._builtin, *self._third_party}))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._third_party
+
+    @cached_property
+    def _builtin(self) -> frozenset[str]:
+        path = import_module(self.package).__path__
+        return frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+    @cached_property
+    def _third_party(self) -> Mapping[str, EntryPoint]:
+        announced = _announcements(tuple(sys.path))
+        if announced is not None and f"[{self.group}]".encode() not in announced:
+            return {}
+        from importlib.metadata import entry_points
+
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._builtin}
+
+    def _load(self, name: str) -> T:
+        if name in self._builtin:
+            return self._entry(import_module(f"{self.package}.{name}"))
+        if name in self._third_party:
+            return self._foreign(name, self._third_party[name].load())
+        cure = nearest(name, self) or f"Known: {', '.join(self)}"
+        raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
+
+    def _foreign(self, name: str, entry: Any) -> T:
+        """Check a third party's entry: its name must be that of its module, because files store the module's name."""
+        fits = inspect.isclass(entry) and issubclass(entry, self.root)
+        if not fits or entry.__module__.rpartition(".")[2] != name:
+            raise TypeError(f"{self.group}: {name} must be a {self.root.__name__} in a module so called, not {entry}")
+        return cast(T, entry)
+
+    def _entry(self, module: Any) -> T:
+        found = [
+            value for value in vars(module).values()
+            if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, has {len(found)}")
+        return cast(T, found[0])
+
+
+@lru_cache
+def _announcements(places: tuple[str, ...]) -> bytes | None:
+    """Return the entry points of all installed packages, unparsed; None if only the import system can tell.
+
+    `importlib.metadata` parses all metadata of the packages, which takes as long as a short command.
+    """
+    if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
+        return None
+    try:
+        return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
+    except OSError:  # An archive instead of a folder.
+        return None
+
+
+def _announced_in(place: str) -> bytes:
+    with os.scandir(place) as entries:
+        packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+    return b"\n".join(filter(None, map(_entry_points_of, packages)))
+
+
+def _entry_points_of(package: str) -> bytes:
+    try:
+        with open(f"{package}{os.sep}entry_points.txt", "rb", buffering=0) as file:
+            return file.readall()
+    except (FileNotFoundError, NotADirectoryError):  # It has no entry points. An old .egg-info may also be a file.
+        return b""

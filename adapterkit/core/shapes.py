@@ -1,0 +1,155 @@
+"""Shape strings: `"r in *k"` on a field is its validation, its documentation and its test example.
+
+A shape string is a list of axes separated by spaces. An axis is an integer, a name, a product or quotient of those
+(`out/b`, `r*n`), or, at most once, `*name` for any number of axes. Binding shapes to their strings solves for the
+names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..errors import ShapeMismatch
+
+Dims = dict[str, int | tuple[int, ...]]
+"""Axis name -> size; a starred name -> the sizes it stands for."""
+
+_AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """A parsed shape string."""
+
+    text: str
+    axes: tuple[str, ...]
+    star: int | None
+    """Position of the starred axis, if there is one."""
+
+    @staticmethod
+    def parse(text: str) -> Axes:
+        return _parse(text)
+
+    @property
+    def plain(self) -> bool:
+        """Whether no axis is a product or a quotient."""
+        return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
+
+    def index(self, axis: str) -> int | None:
+        """Return the position of a plain axis, counted from the front, or from the back (negative) after a star."""
+        if axis not in self.axes:
+            return None
+        position = self.axes.index(axis)
+        return position - len(self.axes) if self.star is not None and position > self.star else position
+
+    def bind(self, shape: tuple[int, ...], dims: Dims, what: str) -> None:
+        """Add what `shape` tells about the axes to `dims`.
+
+        Raises:
+            ShapeMismatch: the shape does not match this string, given the sizes in `dims`.
+        """
+        star = self.star
+        fixed = len(self.axes) - (star is not None)
+        if len(shape) < fixed or (star is None and len(shape) != fixed):
+            raise _mismatch(self, shape, dims, what)
+        extra = len(shape) - fixed
+        at = 0
+        for axis in self.axes:
+            if axis.startswith("*"):
+                ok = dims.setdefault(axis[1:], shape[at : at + extra]) == shape[at : at + extra]
+                at += extra
+            else:
+                ok = _bind_axis(axis, shape[at], dims)
+                at += 1
+            if not ok:
+                raise _mismatch(self, shape, dims, what)
+
+    def sizes(self, dims: Mapping[str, int | tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape for given sizes of the names."""
+        shape: list[int] = []
+        for axis in self.axes:
+            if axis.startswith("*"):
+                rest = dims.get(axis[1:], ())
+                shape.extend(rest if isinstance(rest, tuple) else (rest,))
+            else:
+                shape.append(_evaluate(axis, dims))
+        return tuple(shape)
+
+
+@cache
+def _parse(text: str) -> Axes:
+    axes = tuple(text.split())
+    bad = next((axis for axis in axes if not _AXIS.fullmatch(axis)), None)
+    if bad is not None or sum(axis.startswith("*") for axis in axes) > 1:
+        raise ValueError(f"bad shape string {text!r}")
+    return Axes(text, axes, next((i for i, axis in enumerate(axes) if axis.startswith("*")), None))
+
+
+def tensor(
+    shape: str, *, optional: bool = False, integer: bool = False, below: str = "", distinct: bool = False
+) -> Any:
+    """Declare a dataclass field for a tensor with the given shape string.
+
+    Args:
+        shape: the shape string.
+        optional: the tensor may be missing (None).
+        integer: the tensor holds indices instead of real numbers.
+        below: the axis, or product of axes, that those index; two axes for the two rows of a list of pairs.
+        distinct: no position may repeat.
+    """
+    indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
+    metadata = {"axes": Axes.parse(shape), "optional": optional, **indices}
+    return dataclasses.field(default=None, metadata=metadata) if optional else dataclasses.field(metadata=metadata)
+
+
+def _bind_axis(axis: str, size: int, dims: Dims) -> bool:
+    if axis.isidentifier():
+        return dims.setdefault(axis, size) == size
+    unknown = [name for name in re.findall(r"[a-z_]\w*", axis) if name not in dims]
+    if len(unknown) == 1:
+        return _solve(axis, unknown[0], size, dims)
+    return bool(unknown) or _evaluate(axis, dims) == size
+
+
+def _solve(axis: str, name: str, size: int, dims: Dims) -> bool:
+    for trial in _candidates(axis, name, size, dims):
+        if trial > 0 and _evaluate(axis, {**dims, name: trial}) == size:
+            dims[name] = trial
+            return True
+    return False
+
+
+def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
+    with_one = {**dims, name: 1}
+    numerator = math.prod(_value(part, with_one) for op, part in _factors(axis) if op == "*")
+    denominator = math.prod(_value(part, with_one) for op, part in _factors(axis) if op == "/")
+    return size * denominator // max(numerator, 1), numerator // max(size * denominator, 1)
+
+
+def _factors(axis: str) -> list[tuple[str, str]]:
+    return re.findall(r"([*/])(\w+)", "*" + axis)
+
+
+def _value(part: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
+    size = int(part) if part.isdigit() else dims[part]
+    if not isinstance(size, int):
+        raise ValueError(f"{part} stands for several axes")
+    return size
+
+
+def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
+    numerator = math.prod(_value(part, dims) for op, part in _factors(axis) if op == "*")
+    denominator = math.prod(_value(part, dims) for op, part in _factors(axis) if op == "/")
+    return numerator // denominator if denominator and numerator % denominator == 0 else -1
+
+
+def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:
+    known = ", ".join(f"{name}={size}" for name, size in dims.items())
+    why = f"shape {list(shape)} is not [{axes.text}]" + (f" with {known}" if known else "")
+    return ShapeMismatch(why, where=what, cure="Its partner tensors or the file's rank disagree with it")

@@ -1,0 +1,372 @@
+"""The base class of updates: fields with shape strings, checks, blocks, and what a kind derives from its formula."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
+
+from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from ...io.dtypes import DTYPES, DType
+from ...io.finite import check_finite
+from ...io.lazy import as_lazy, dtype_of
+from ..shapes import Axes, Dims, tensor
+from .attributes import DAMAGED, attribute, check_attribute, plain
+from .positions import misplaced, repeated
+from .rules import Rule, apply_rules
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...io.lazy import Leaf
+
+    Random = Callable[[tuple[int, ...]], torch.Tensor]
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
+class Update:
+    """The change of one method at one target. Subclasses automatically become frozen, keyword-only dataclasses.
+
+    Class attributes:
+        kind: the name of the kind, set by the four kinds.
+        since: for each version of the method, oldest first, the version of the spec that introduced it; empty for a
+            version that is no longer read.
+        version: the newest version of the method; see `stated_version` for that of one update.
+        blocks: axes along which the formula can be split into blocks that are computed separately.
+        needs_bias: True if a change to the bias would be lost at a layer without one, so such a layer is refused.
+        linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
+        acts_on: what the update changes, for messages.
+        rules: conditions on its axes, attributes and tensors beyond shape strings, in order.
+        forms: groups of optional tensors of which exactly one set must be present; `()` stands for none of the group.
+        frozen: names of tensors that are given, not trained, such as random projections and masks; integer tensors are
+            never trained.
+        bias_sees_weight: True if the change to the bias needs the weight, so that `settled` must precede `new_bias`.
+        sizes: default sizes of a fresh update's own axes.
+        starts_at_base: True if a fresh update changes nothing; some methods are defined to start elsewhere.
+        shared_as: the choice of `tied` that decides whether the update changes all layers that share a tensor: `rows`,
+            `replacement`, or `layer` for none of them.
+        dropout: what dropout drops in training, as in PEFT: numbers of the change's `input`; `rows` of the change, or
+            `scaled rows` if the others grow accordingly; `blocks` along the axis `n` of a tensor (of one of its factors
+            if it has an axis `m`).
+        bound_to: the library and function that an update without some of its tensors depends on, so that no other
+            reader can compute it; empty for all others.
+        paper: the source of the formula.
+        by_form: True if `check_against` depends on `form` only, not on numbers in the tensors; derived from the fields.
+    """
+
+    kind: ClassVar[str] = ""
+    since: ClassVar[tuple[str, ...]] = ("1.0",)
+    version: ClassVar[int] = 1
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    blocks: ClassVar[frozenset[str]] = frozenset()
+    needs_bias: ClassVar[bool] = True
+    linear_only: ClassVar[bool] = False
+    acts_on: ClassVar[str] = "the layer"
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    bias_sees_weight: ClassVar[bool] = False
+    sizes: ClassVar[Mapping[str, int]] = {}
+    starts_at_base: ClassVar[bool] = True
+    shared_as: ClassVar[str] = "layer"
+    dropout: ClassVar[str] = "input"
+    bound_to: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    # torch.compile can read class attributes, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
+    _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _attributes: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _axes: ClassVar[dict[str, tuple[Axes, bool]]] = {}
+    by_form: ClassVar[bool] = True
+    _positions: ClassVar[bool] = False
+    _rounds: ClassVar[int] = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "version" in cls.__dict__ and "since" not in cls.__dict__:
+            # A method that sets `version` by hand supports only that version.
+            cls.since = ("",) * (cls.version - 1) + ("1.0",)
+        cls.version = len(cls.since)
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
+        fields = dataclasses.fields(cast(Any, cls))
+        cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
+        cls._attributes = {f.name: f for f in fields if "axes" not in f.metadata}
+        cls._names = tuple(cls._tensors)
+        cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
+        cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
+        cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
+        # A product or quotient may use a name that only a later tensor defines, so those need a second round.
+        cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
+
+    def __repr__(self) -> str:
+        tensors = [f"{name}={list(leaf.shape)}" for name, leaf in self.tensors.items()]
+        values = [f"{name}={value!r}" for name, value in self.attributes.items()]
+        return f"{type(self).__name__}({', '.join([*tensors, *values])})"
+
+    @property
+    def method(self) -> str:
+        """The method's name, which is the name of its module."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @classmethod
+    def tensor_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Return the tensor fields in order; `metadata["axes"]` is the parsed shape string."""
+        return cls._tensors
+
+    @classmethod
+    def attribute_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Return the fields with plain values, in order."""
+        return cls._attributes
+
+    @property
+    def tensors(self) -> dict[str, Leaf]:
+        """The tensors that are present, by field."""
+        found: dict[str, Leaf] = {}
+        for name in self._names:
+            leaf = getattr(self, name)
+            if leaf is not None:
+                found[name] = leaf
+        return found
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The plain values by field; an integer in a float field becomes a float."""
+        return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
+
+    def attributes_of(self, version: int) -> dict[str, Any]:
+        """Return the plain values that a version of the method has, by field."""
+        fields = self.attribute_fields()
+        return {
+            name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
+        }
+
+    @property
+    def stated_version(self) -> int:
+        """The oldest version of the method that can express this update; newer attributes count only if used."""
+        oldest = next(number for number, since in enumerate(self.since, 1) if since)
+        newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
+        return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
+
+    def map(self, f: Callable[[Leaf], Leaf]) -> Self:
+        """Return the same update with each leaf replaced by f(leaf)."""
+        return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same update with other field values."""
+        return cast(Self, dataclasses.replace(cast(Any, self), **changes))
+
+    @property
+    def form(self) -> Hashable:
+        """Everything about the update except the numbers in its tensors: class, plain values, shapes and dtypes.
+
+        Updates of equal form have equal `dims` and pass the same `check`. A model's tens of thousands of targets have a
+        few dozen forms, so they need not be checked one by one.
+        """
+        values = [getattr(self, name) for name in self._attributes]
+        # 1, 1.0 and True are equal in Python but not to `check`, so the types are included.
+        return type(self), self._held(), *values, *map(type, values)
+
+    def _held(self) -> Held:
+        """Return name, element type and shape of each tensor that is present."""
+        held = []
+        for name, leaf in self.tensors.items():
+            held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+        return tuple(held)
+
+    def dims(self, stack: bool = False) -> Dims:
+        """Return the sizes of all named axes, solved from the tensors.
+
+        Args:
+            stack: True if every tensor has a leading axis `e`, one slice per expert.
+
+        Raises:
+            Malformed: tensors that belong together are incomplete, so that axes have no size.
+            ShapeMismatch: the tensors contradict their shape strings or each other, or have the wrong dtype.
+        """
+        if self.forms:
+            self._check_forms()
+        dims = dict(_solved(cast(Any, type(self)), stack, self._held()))
+        if self.rules:
+            apply_rules(self, dims, stack)
+        return dims
+
+    def check(self) -> None:
+        """Check the plain values, and which tensors are present; methods with further rules extend it.
+
+        Raises:
+            Malformed: a value has the wrong type, is not finite or is out of range, or tensors do not go together.
+            Unsupported: a word is unknown to the method.
+        """
+        for name, field in self.attribute_fields().items():
+            check_attribute(name, getattr(self, name), field)
+        self._check_forms()
+        if not self.tensors:
+            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
+
+    def _check_forms(self) -> None:
+        """Check that the present tensors make up exactly one set of each group in `forms`."""
+        for group in self.forms:
+            present = {name for names in group for name in names if getattr(self, name) is not None}
+            if present not in [set(names) for names in group]:
+                choices = " or ".join(" and ".join(names) or "none" for names in group)
+                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
+
+    @property
+    def file(self) -> str | None:
+        """The file that the tensors will be read from; None if they are loaded, or nothing tells."""
+        files = (as_lazy(leaf).file for leaf in self.tensors.values())
+        return next((file for file in files if file is not None), None)
+
+    def check_values(self) -> None:
+        """Read every tensor and check its values; methods with further rules extend it.
+
+        Raises:
+            Malformed: a NaN or an infinity, with field and first position; or a position in the weight that is out of
+                range or repeated.
+        """
+        for name, leaf in self.tensors.items():
+            check_finite(leaf, name)
+        if not self._positions:
+            return
+        for name, why in misplaced(self, {}):
+            raise Malformed(why, where=name, cure=DAMAGED)
+        if name := repeated(self):
+            raise Malformed("the same position twice", where=name, cure=DAMAGED)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        """Check the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are in range.
+
+        Raises:
+            ShapeMismatch: it does not fit.
+            Malformed: a position is repeated.
+        """
+        self.check_axes(shape)
+        if not self._positions:
+            return
+        for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
+            raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
+        if name := repeated(self):
+            raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
+
+    def largest_shape(self) -> tuple[int, ...] | None:
+        """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several.
+
+        Methods whose tensors are shared by weights of several sizes override it. None means that the tensors do not
+        tell.
+        """
+        return None
+
+    @classmethod
+    def check_axes(cls, shape: tuple[int, ...]) -> None:
+        """Check that the formula applies to weights with this number of axes.
+
+        Raises:
+            ShapeMismatch: it does not.
+        """
+        if cls.linear_only and len(shape) != 2:
+            why = f"{cls.__name__} changes weights [out, in] only; this one is seen as {list(shape)}"
+            raise ShapeMismatch(why, cure="Take this target out")
+
+    def cuts(self, axis: str) -> bool:
+        """Whether this update can be split along an axis: one of `blocks`, unless a method overrides this."""
+        return axis in self.blocks
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        """Return the update restricted to positions `start` to `stop` of a named axis of the weight."""
+        changes = {}
+        for name, leaf in self.tensors.items():
+            position = self.tensor_fields()[name].metadata["axes"].index(axis)
+            if position is not None:
+                changes[name] = _narrow(leaf, position, start, stop)
+        return self.replace(**changes)
+
+    def expert(self, index: int) -> Self:
+        """Return one expert's update from a stacked one: slice `index` of every tensor's leading axis."""
+        return self.map(lambda leaf: cast(Any, leaf)[index])
+
+    @classmethod
+    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """Return a fresh update of a weight, before any training; it changes nothing if `starts_at_base`.
+
+        Args:
+            W: the weight `[out, in, *k]`.
+            b: its bias `[out]`, if it has one.
+            rank: the inner size, for methods that have one.
+            random: shape -> numbers drawn uniformly from -1 to 1, in W's dtype.
+            attributes: the method's own plain values.
+
+        Raises:
+            Unsupported: the method defines no initial value.
+        """
+        raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
+        """Return tensors that fresh updates of these weights share, by field; `initial` gets them as attributes."""
+        return {}
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether there is a change to fold into the weight."""
+        return False
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether there is a change to fold into the bias."""
+        return False
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        """Return W' `[out, in, *k]`, or a block of it for a block of W.
+
+        Raises:
+            NotMergeable: this update does not change weights only.
+        """
+        raise NotMergeable(
+            f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
+        )
+
+    def settled(self, W: torch.Tensor) -> Self:
+        """Return the same update with the parts of its bias change that depend on W `[out, in, *k]` computed."""
+        return self
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        """Return b' `[out]`."""
+        return b
+
+    def without_bias(self) -> Update:
+        """Return the same function for a layer without a bias, in a method that more formats support, if any."""
+        return self
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        """Return y' for the input `x` of a layer, a backend's view of the target, over real or symbolic values."""
+        raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
+
+
+Held = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""(field, element type, shape) of each tensor of an update."""
+
+
+@lru_cache(maxsize=1 << 10)
+def _solved(method: Any, stack: bool, held: Held) -> Dims:
+    """Return the sizes of all named axes; cached, because thousands of updates have the same few shapes."""
+    for name, dtype, _ in held:
+        _check_dtype(name, DTYPES[dtype], method._axes[name][1])
+    dims: Dims = {}
+    for name, _, shape in held * method._rounds:
+        axes = method._axes[name][0]
+        (Axes.parse(f"e {axes.text}") if stack else axes).bind(shape, dims, name)
+    return dims
+
+
+def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
+    """Return positions `start` to `stop` of an axis, counted from the front or, if negative, from the back."""
+    whole = slice(None)
+    here = slice(start, stop)
+    return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
+
+
+def _check_dtype(name: str, dtype: DType, integer: bool) -> None:
+    fits = not dtype.floating and dtype.name != "BOOL" if integer else dtype.floating and dtype.name != "C64"
+    if not fits:
+        expected = "whole numbers" if integer else "real numbers"
+        raise ShapeMismatch(f"{dtype} where {expected} belong", where=name, cure=DAMAGED)

@@ -1,0 +1,253 @@
+"""Open a base's weights, in one file or many, as one mapping of lazy tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import Malformed, StorageError, UsageError, shown
+from . import safetensors
+from .dtypes import DTYPES
+from .inputs import read_input
+from .lazy import Lazy, Span
+from .locations import exists, located
+from .magic_bytes import is_gguf
+from .strict_json import check_size, load_json
+from .torch_file import is_torch_file, read_torch_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+LONGEST_NAME = 255
+"""Longest file name in bytes on common file systems. For a longer one, `stat` fails instead of finding nothing."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Checkpoint:
+    """The weights of a base on disk.
+
+    Attributes:
+        root: the folder, or the single file.
+        tensors: name -> lazy tensor, in file order within each file.
+        files: the weight files, in order; `home` maps each tensor to one of them.
+        home: tensor name -> weight file.
+        metadata: weight file -> its safetensors metadata; empty for torch files.
+        config: the model's `config.json`, if there is one beside the weights.
+        index: the parsed index file of a sharded checkpoint, else None.
+    """
+
+    root: Path
+    tensors: Mapping[str, Lazy]
+    files: tuple[Path, ...]
+    home: Mapping[str, Path]
+    metadata: Mapping[Path, Mapping[str, str]]
+    config: Mapping[str, Any] | None
+    index: Mapping[str, Any] | None
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.root)!r}: {len(self.tensors):,} tensors in {len(self.files):,} files)"
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the model's other files."""
+        return self.root if self.root.is_dir() else self.root.parent
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a folder of safetensors shards, a safetensors file, or a torch `.bin`/`.pt` file, reading headers only.
+
+    Raises:
+        StorageError: there is nothing, or it cannot be read.
+        Malformed: the files disagree with each other or with their index.
+        UsageError: the folder holds no weights, or more than one set of them.
+    """
+    root = located(path)
+    if not exists(root):
+        raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
+    files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
+    tensors, home, metadata = _read_files(files)
+    if index is not None:
+        _check_index(index[0], index[1], home)
+    folder = root if root.is_dir() else root.parent
+    config = folder / "config.json"
+    return Checkpoint(
+        root, tensors, tuple(files), home, metadata, read_json(config) if config.exists() else None,
+        None if index is None else index[1],
+    )  # fmt: skip
+
+
+def read_shards(index: Path) -> dict[str, Lazy]:
+    """Return the tensors of all files that an index names, reading headers only.
+
+    Raises:
+        Malformed: the index is damaged, or a file that it names is missing or lacks a tensor.
+    """
+    files, (_, content) = _indexed_files(index)
+    tensors, home, _ = _read_files(files)
+    _check_index(index, content, home)
+    return tensors
+
+
+def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """Return a checkpoint as it is, or open it from its path; see `open_checkpoint`."""
+    return base if isinstance(base, Checkpoint) else open_checkpoint(base)
+
+
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: the file.
+        strict: refuse repeated keys and non-finite numbers. Off for configs of bases, some of which contain `Infinity`.
+
+    Raises:
+        Malformed: the file is not a JSON object, or is unreasonably large.
+        StorageError: the file cannot be read.
+    """
+    data = read_input(path)
+    try:
+        check_size(data)
+        value = (load_json if strict else json.loads)(data.decode("utf-8"))
+        if path.name == "config.json" and b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # Lone surrogates raise here: they cannot be written again.
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
+    if not isinstance(value, dict):
+        raise Malformed("not a JSON object", path=path, cure="Write or fetch the file again")
+    return value
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Return `folder / name` for a name from an untrusted file.
+
+    Raises:
+        Malformed: the name is absolute, leaves the folder, is longer than file systems allow, or is not a plain
+            relative path.
+    """
+    pure = PurePosixPath(name)
+    strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
+    if strange or not all(map(_is_file_name, pure.parts)):
+        raise Malformed(
+            f"{shown(name)} is not the plain name of a file inside the folder",
+            path=folder,
+            where=name,
+            cure="Do not use this file: repack the model",
+        )
+    return folder / pure
+
+
+def _is_file_name(part: str) -> bool:
+    """Whether a file system accepts the name; names from JSON can be of any length and contain lone surrogates."""
+    try:
+        return len(part.encode()) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
+
+
+def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]] | None]:
+    for index_name, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
+        index, whole = folder / index_name, folder / single
+        if index.exists() and whole.exists():
+            raise UsageError(f"holds both {single} and {index_name}", path=folder, cure="Remove the stale one")
+        if index.exists():
+            return _indexed_files(index)
+        if whole.exists():
+            return (whole,), None
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
+        raise UsageError("no weights in this folder", path=folder, cure=cure)
+    if len(found) > 1:
+        raise UsageError(
+            f"{len(found)} safetensors files and no {INDEX}", path=folder, cure="Name one file, or restore the index"
+        )
+    return (found[0],), None
+
+
+def _splits(file: Path) -> tuple[Path, ...]:
+    """Return the file, or all files of the split GGUF model that it belongs to."""
+    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if found is None:
+        return (file,)
+    files = tuple(file.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1))
+    lost = next((other for other in files if not other.exists()), None)
+    if lost is not None:
+        raise StorageError(f"{lost.name} of the same model is not there", path=file, cure="Fetch all of its files")
+    return files
+
+
+def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
+    index = read_json(path, strict=True)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        why = "no weight_map of tensor names to file names"
+        raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
+    if not isinstance(index.get("metadata"), dict | None):
+        why = f"metadata is {shown(index['metadata'])}, not an object"
+        raise Malformed(why, path=path, where="metadata", cure="Fetch the index again")
+    names = sorted(set(weight_map.values()))
+    files = tuple(contained(path.parent, name) for name in names)
+    for file in files:
+        if not exists(file) or file.is_dir():
+            why = f"names {file.name}, which is not there"
+            raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
+    return files, (path, index)
+
+
+def _read_files(
+    files: Sequence[Path],
+) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
+    """Read several files: tensors by name, the file of each tensor, and the metadata of each file.
+
+    Raises:
+        Malformed: two files hold a tensor of the same name.
+    """
+    tensors: dict[str, Lazy] = {}
+    home: dict[str, Path] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
+    for file in files:
+        part, metadata[file] = _read_file(file)
+        twice = next((name for name in part if name in tensors), None)
+        if twice:
+            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
+        tensors |= part
+        home |= dict.fromkeys(part, file)
+    return tensors, home, metadata
+
+
+def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
+    if file.is_dir():
+        raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
+    if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
+        return read_torch_file(file), {}
+    if is_gguf(file):
+        from .gguf import read_model
+
+        return {name: raw(span) for name, span in read_model(file).spans.items()}, {}
+    header = safetensors.read_header(file)
+    return safetensors.handles(header), header.metadata
+
+
+def raw(span: Span) -> Lazy:
+    """Return a run of a file as a tensor of bytes, for data whose dtype is handled elsewhere."""
+    return Lazy((span.nbytes,), DTYPES["U8"], None, span)
+
+
+def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
+    weight_map = index["weight_map"]
+    for name, file in weight_map.items():
+        if name not in home or home[name] != contained(path.parent, file):
+            raise Malformed(
+                f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
+            )
+    extra = next((name for name in home if name not in weight_map), None)
+    if extra:
+        raise Malformed(
+            f"{home[extra].name} holds it, the index does not", path=path, where=extra, cure="Rebuild the index"
+        )

@@ -1,0 +1,167 @@
+"""Read and write `.npy` and `.npz` files, headers first. Nothing is unpickled, and every size is checked.
+
+Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from ..errors import Malformed, Unsupported, shown, storage_error
+from .atomic import replacing
+from .dtypes import DTYPES, DType
+from .inputs import open_input
+from .lazy import Lazy, Span
+from .magic_bytes import NPY
+
+MAX_HEADER = 1 << 16
+MAX_MEMBERS = 1 << 17
+MAX_MEMBER = 8 << 30
+UNPACKED = 64 << 20
+EXPANDED = 64
+"""An archive may expand to `UNPACKED` bytes, or to this many times its size: 1 MB could inflate to 1 GB."""
+
+BY_NUMPY: dict[str, DType] = {}
+for _dtype in DTYPES.values():
+    if _dtype.numpy[1] != "u" or not _dtype.floating:
+        BY_NUMPY.setdefault(_dtype.numpy, _dtype)
+BY_NUMPY["|V2"] = DTYPES["BF16"]
+"""numpy's descr of an element type -> type. TensorRT-LLM saves bfloat16 as `|V2`, two bytes of no type."""
+
+_DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
+
+
+def read_npy(path: Path) -> Lazy:
+    """Return the array in a file.
+
+    Raises:
+        Malformed: the file is not an array, or its length does not match its header.
+        Unsupported: objects, records, big-endian numbers or Fortran order.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open_input(path) as file:
+            shape, dtype, start = _header(file, str(path))
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise storage_error(error, path) from error
+    span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
+    if start + span.nbytes != size:
+        raise _damaged(str(path), f"{size - start} bytes for {list(shape)} of {dtype}")
+    return Lazy(shape, dtype, None, span)
+
+
+def write_npy(path: Path, tensor: Lazy) -> None:
+    """Write an array atomically, with the same bytes as numpy."""
+    with replacing(path) as file:
+        file.write(_head(tensor))
+        file.write(tensor.fetch())
+
+
+def read_npz(path: Path) -> dict[str, Lazy]:
+    """Return the arrays in an archive by name; each is read when it is fetched.
+
+    Raises:
+        Malformed, Unsupported, StorageError: as for `read_npy`; also for entries that are not arrays.
+    """
+    tensors: dict[str, Lazy] = {}
+    try:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            most = max(UNPACKED, EXPANDED * os.fstat(file.fileno()).st_size)
+            total = sum(info.file_size for info in archive.infolist())
+            if total > most:
+                raise _damaged(str(path), f"arrays of {total:,} bytes, more than {most:,}", "directory")
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
+                    raise _damaged(str(path), "no array, or one of that name before", info.filename)
+                tensors[name] = _member(archive, info, path)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
+        raise _damaged(str(path), f"no archive of arrays ({str(error)[:80]})") from None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return tensors
+
+
+def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write an archive atomically, like `numpy.savez`, with one array in memory at a time."""
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            # A fixed date: the same arrays give the same bytes.
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            with archive.open(entry, "w", force_zip64=True) as member:
+                member.write(_head(tensor))
+                member.write(tensor.fetch())
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy:
+    if info.file_size > MAX_MEMBER:
+        raise _damaged(str(path), f"an array of {info.file_size} bytes", info.filename)
+    try:
+        with archive.open(info) as file:
+            shape, dtype, start = _header(file, str(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _damaged(str(path), str(error)[:80], info.filename) from None
+    size = math.prod(shape) * dtype.itemsize
+    if start + size != info.file_size:
+        raise _damaged(str(path), f"{info.file_size - start} bytes for {list(shape)} of {dtype}", info.filename)
+
+    def fetch() -> bytes:
+        try:
+            # Open the archive for each array, so that no file stays open between fetches.
+            with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
+                file.read(start)
+                return file.read(size)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise _damaged(str(path), str(error)[:80], info.filename) from None
+
+    return Lazy(shape, dtype, fetch)
+
+
+def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DType, int]:
+    head = file.read(8)
+    if len(head) < 8 or head[:6] != NPY or head[6] not in (1, 2, 3):
+        raise _damaged(path, "not an array of numpy's")
+    wide = head[6] > 1
+    length = file.read(4 if wide else 2)
+    count = struct.unpack("<I" if wide else "<H", length)[0] if len(length) == (4 if wide else 2) else MAX_HEADER + 1
+    if count > MAX_HEADER:
+        raise _damaged(path, f"a header of {count} bytes")
+    try:
+        # By the format, the header is a Python literal. Its length is limited above, and literal_eval runs no code.
+        fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
+        shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+        raise _damaged(path, "an invalid header") from None
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
+    ):
+        raise _damaged(path, f"the shape {shown(shape)}")
+    if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
+        why, cure = f"an array of {shown(descr)}{' in Fortran order' if fortran else ''}", "Save plain numbers"
+        raise Unsupported(why, path=path, where="header", cure=cure)
+    return shape, BY_NUMPY[descr], len(head) + len(length) + count
+
+
+def _head(tensor: Lazy) -> bytes:
+    descr = _DESCR.get(tensor.dtype.name)
+    if descr is None:
+        raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
+    # numpy pads the header so that data starts at a multiple of 64 bytes, for aligned memory maps.
+    room = -(len(text) + 11) % 64
+    return NPY + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
+
+
+def _damaged(path: str, why: str, where: str = "header") -> Malformed:
+    return Malformed(why, path=path, where=where, cure="Fetch or write the file again")

@@ -1,0 +1,1 @@
+"""Numerics that formulas share: products of factors, decompositions, rotations and reproducible random numbers."""

@@ -1,0 +1,174 @@
+"""Binding: where each target of an adapter lies in a base, and whether its shapes fit there.
+
+`names.resolver` maps the names; `moving` cuts and joins updates where the base stores weights in other parts. Storage
+layouts are proven by shapes, then by the family's table, then by the adapter's own word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from ...core.adapter import Adapter, Target
+from ...core.updates import Update
+from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
+from ...io.checkpoint import opened
+from ..renames import Rename, parse_renames
+from ..resolver import Rule
+from .deltas import delta, fold, view, view_shape, weight_shape
+from .fitting import Shapes, fits, viewed
+from .layouts import with_layouts
+from .renaming import renamed
+from .sites import Bound, Site, apart, find_parts, find_sites
+
+if TYPE_CHECKING:
+    from ...io.checkpoint import Checkpoint
+
+__all__ = [
+    "Binding",
+    "Bound",
+    "Site",
+    "apart",
+    "bind",
+    "check_site",
+    "delta",
+    "find_parts",
+    "find_sites",
+    "fits",
+    "fold",
+    "renamed",
+    "view",
+    "view_shape",
+    "weight_shape",
+    "with_layouts",
+]
+
+
+Resize = Callable[[Sequence[Site], Shapes], tuple[list[Site], dict[str, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """An adapter bound to a base.
+
+    Attributes:
+        adapter: with targets in the base's names and layouts.
+        sites: one an entry, in the adapter's order; context updates have none.
+        missing: targets without a place, when partial binding was allowed.
+        renamed: the prefix that was (taken off, added), if any.
+        rules: the rules by which the adapter's names became the base's.
+        origins: for each site, the target of the adapter as it was given.
+    """
+
+    adapter: Adapter
+    sites: tuple[Site, ...]
+    missing: tuple[Target, ...]
+    renamed: tuple[str, str] | None
+    rules: tuple[Rule, ...] = ()
+    origins: tuple[Target, ...] = ()
+
+
+def bind(
+    adapter: Adapter,
+    base: Checkpoint | str | PathLike[str],
+    *,
+    partial: bool = False,
+    aliases: Mapping[str, str] = {},
+    rename: str | Sequence[str | Rename] = (),
+    resize: Resize | None = None,
+) -> Binding:
+    """Binds an adapter to a base.
+
+    Args:
+        adapter: the adapter.
+        base: an open checkpoint or the path of one.
+        partial: leave targets without a place out instead of refusing; at least one must have a place.
+        aliases: further names of stored tensors (a tied head), alias -> stored name.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
+
+    Raises:
+        TargetNotFound: targets without a place; names the nearest.
+        ShapeMismatch: a shape does not fit, or a square weight's layout cannot be told.
+    """
+    base = opened(base)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+    rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates])
+    weights, context = apart(adapter)
+    found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
+    given: Sequence[Site] = found.sites
+    if resize is not None:
+        given, shapes = resize(given, shapes)
+    sites = with_layouts(list(given), shapes, base.config)
+    passed = set[Hashable]()
+    for site in sites:
+        form = site.form(shapes)
+        if form not in passed:
+            check_site(site, shapes)
+            if all(update.by_form for update in site.updates):
+                passed.add(form)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for site in sites:
+        there = updates.get(site.target)
+        updates[site.target] = site.updates if there is None else (*there, *site.updates)
+    updates |= find_parts(context, shapes, found.renamed, rules)
+    return Binding(
+        adapter.replace(updates=updates), tuple(sites), tuple(found.missing), found.renamed, found.rules,
+        tuple(found.origins),
+    )  # fmt: skip
+
+
+def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:
+    """Checks a site's updates against the stored shapes there.
+
+    Args:
+        site: where the target lies.
+        shapes: of the stored tensors.
+        biasless: a change to a bias that the base lacks is no fault, as in a live layer, which adds it to its output.
+
+    Raises:
+        TargetNotFound: the base has a bias there only.
+        ShapeMismatch: a shape does not fit.
+        NotMergeable: there is no bias to change.
+    """
+    for update in site.updates:
+        try:
+            _check_update(update, site, shapes, biasless)
+        except AdapterkitError as error:
+            raise error.at(where=f"{site.target}: {update.method}") from None
+
+
+def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) -> None:
+    if update.changes_weight and site.weight is None:
+        raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
+    if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
+        dims = update.dims(site.target.stacked)
+        made_for = ", ".join(
+            f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
+        )
+        raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
+    if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
+        raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+    if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
+        out = update.dims(site.target.stacked).get("out")
+        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
+    seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
+    if seen is not None:
+        out, *rest = seen[int(site.target.stacked) :]
+        rows = site.target.rows
+        update.check_against((out if rows is None else rows[1] - rows[0], *rest))
+
+
+def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:
+    """Whether a bias is `[out]`, or `[e, out]` of stacked experts, with room for the target's rows."""
+    dims = update.dims(target.stacked)
+    lead = (dims["e"],) if target.stacked else ()
+    if target.rows is not None:
+        return shape[:-1] == lead and len(shape) > 0 and target.rows[1] <= shape[-1]
+    return len(shape) > 0 and shape == (*lead, dims.get("out", shape[-1]))
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"

@@ -1,0 +1,148 @@
+"""Whether a base is the one that an adapter was made for: by its name, its config and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...core.adapter import config_hash
+from ...core.metadata import REPORT, fingerprints_of
+from ...errors import AdapterkitError, CheckFailed, UsageError
+from ...io.fingerprint import PREFIX
+from ...io.locations import is_repo, source_of
+from ..architectures import STORED_AS
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
+
+_CACHED = re.compile(r"models--(.+)")
+"""How the cache of huggingface_hub calls the folder of a repository: `models--org--name`."""
+
+
+def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
+    """Return the adapter's statements about its base that this base contradicts, a sentence each.
+
+    Args:
+        name: of the adapter, for the sentences.
+        adapter: the adapter.
+        base: the base.
+        fingerprint: of the base's weights; None where it was not taken.
+    """
+    found = []
+    known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
+    if fingerprint is not None and known and fingerprint not in known:
+        found.append(
+            f"{name} was made at a base with the fingerprint {', '.join(known)}; this one has {fingerprint}"
+        )  # fmt: skip
+    wanted = adapter.base
+    if wanted is None:
+        return found
+    proven = fingerprint is not None and fingerprint in known
+    names = names_of(base)
+    if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
+        found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
+    # The config of a GGUF file is made of its key-values, and has no hash that another tool could state.
+    if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
+        given = config_hash(base.config)
+        if given != wanted.config_hash:
+            found.append(
+                f"{name} was made for a base whose config has the hash {wanted.config_hash}; here it is {given}"
+            )
+    return found
+
+
+def check_bases(
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
+) -> tuple[str, ...]:
+    """Return the warnings of `mismatches` for all adapters.
+
+    Args:
+        adapters: (name, adapter) of each.
+        base: the base.
+        fingerprint: of the base's weights; None where it was not taken.
+        strict: refuse instead.
+
+    Raises:
+        CheckFailed: there are some, and `strict`.
+    """
+    found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
+    if found and strict:
+        cure = "Give the base that the adapter was made for, or leave out --strict-base (strict_base=True)"
+        raise CheckFailed("; ".join(found), path=base.root, cure=cure)
+    return tuple(dict.fromkeys(found))
+
+
+def check_base(
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
+) -> tuple[str, ...]:
+    """`check_bases` with the fingerprint of the base, which is taken where an adapter has one to compare it with.
+
+    This is the one place where an adapter meets a base that it may not be made for: `formats.read` with a base, and
+    everything that takes adapters that were read already, call it. Without a base there is nothing to compare.
+
+    Raises:
+        CheckFailed: see `check_bases`.
+        UsageError: `strict` without a base.
+    """
+    from ...io.checkpoint import opened
+    from ...io.fingerprint import fingerprint
+
+    if base is None:
+        if strict:
+            cure = "Give the base by --base (base=), or leave --strict-base (strict_base=True) out"
+            raise UsageError("no base to compare with what the adapters name", cure=cure)
+        return ()
+    checkpoint = opened(base)
+    taken = fingerprint(checkpoint) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
+    return check_bases(adapters, checkpoint, taken, strict)
+
+
+def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
+    """Return a warning where a merge's own record says that the tuned weights were made from another base.
+
+    Raises:
+        CheckFailed: it does, and `strict`.
+    """
+    from ...io.fingerprint import fingerprint
+
+    recorded = merge_record(tuned).get("base_fingerprint")
+    if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):
+        return ()
+    why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this one has {given}"
+    if strict:
+        cure = "Give the base that it was merged from, or leave out --strict-base (strict_base=True)"
+        raise CheckFailed(why, path=base.root, cure=cure)
+    return (why,)
+
+
+def merge_record(merged: Checkpoint) -> dict[str, Any]:
+    """Return the record that a merge by this library wrote; empty for other tools' output."""
+    from ...io.checkpoint import read_json
+
+    try:
+        return read_json(merged.folder / REPORT)
+    except AdapterkitError:
+        return {}
+
+
+def names_of(base: Checkpoint) -> tuple[str, ...]:
+    """The repositories that a base says it is: by the note of a pull, the cache it lies in, or its config."""
+    names = []
+    source = source_of(base.folder)
+    if source is not None:
+        names.append(source.repo)
+    for part in base.folder.absolute().parts:
+        cached = _CACHED.fullmatch(part)
+        if cached is not None:
+            names.append(cached[1].replace("--", "/"))
+    if not names and base.config is not None and is_repo(_text(base.config.get("_name_or_path"))):
+        names.append(str(base.config["_name_or_path"]))
+    return tuple(dict.fromkeys(names))
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,139 @@
+"""Deltas: what an adapter adds to one weight, formed whole; for looking and checking, not for merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ...core.adapter import Adapter, Target
+from ...core.updates import Additive, Update
+from ...errors import NotMergeable, UsageError
+from ...io.checkpoint import opened
+from ...io.lazy import as_torch, for_formulas
+from ..ties import aliases
+from .fitting import viewed
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...io.checkpoint import Checkpoint
+
+
+def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
+    """W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
+    import torch
+
+    _refuse_other_laws(path, adapter.find(path))
+    if base is None:
+        found = adapter.find(path)
+        _one_view(path, found)
+        return _free_delta(found).float()
+    from . import bind
+
+    part = adapter.replace(updates=adapter.find(path))
+    checkpoint = opened(base)
+    sites = bind(part, checkpoint).sites
+    _one_view(path, [site.target for site in sites])
+    weight = sites[0].weight
+    if weight is None:
+        raise NotMergeable("changes a bias only", where=path, cure="There is no weight difference to return")
+    W = view(as_torch(checkpoint.tensors[weight], dtype=torch.float64), sites[0].target)
+    return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
+
+
+def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) -> None:
+    other = next((u for updates in found.values() for u in updates if u.kind not in ("additive", "weight")), None)
+    if other is not None:
+        why = f"{other.method} changes {other.acts_on}, not weights"
+        raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
+
+
+def view(W: torch.Tensor, target: Target) -> torch.Tensor:
+    """A stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
+    if target.layout == "in out *k":
+        W = W.swapaxes(0, 1)
+    elif target.layout == "e in out *k":
+        W = W.swapaxes(1, 2)
+    return W if target.rows is None else W.narrow(int(target.stacked), target.rows[0], target.rows[1] - target.rows[0])
+
+
+def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
+    """Loads the updates in the dtype of W and applies them in order to a weight in the target's view."""
+    import torch
+
+    device, dtype = W.device, W.dtype
+    for update in updates:
+        loaded = update.map(lambda leaf: for_formulas(leaf, device, dtype))
+        if not loaded.changes_weight:
+            continue
+        if stacked:
+            W = torch.stack([loaded.expert(e).new_weight(W[e]) for e in range(W.shape[0])])
+        else:
+            W = loaded.new_weight(W)
+    return W
+
+
+def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
+    """The shape of the weight in the target's view, as far as the updates alone tell it.
+
+    Raises:
+        UsageError: they do not tell all of it.
+    """
+    dims: dict[str, Any] = {}
+    for update in updates:
+        dims |= update.dims(target.stacked)
+    if "rest" in dims:
+        return (*((dims["e"],) if target.stacked else ()), dims["out"], *dims["rest"])
+    if "out" in dims and "in" not in dims and "columns" in dims:
+        return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["columns"])
+    if "out" not in dims or "in" not in dims:
+        raise UsageError(
+            "the shape of its weight is known to the base only", where=str(target), cure="Pass base=/--base"
+        )
+    return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
+
+
+def weight_shape(
+    target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
+) -> tuple[int, ...] | None:
+    """Return the shape of one weight at a target, of the base if there is one, else as far as the updates tell it.
+
+    Returns:
+        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if nothing tells it.
+    """
+    if base is not None:
+        checkpoint = opened(base)
+        names = aliases(checkpoint)
+        keys = (names.get(key, key) for key in (f"{target.path}.weight", target.path))
+        stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
+        seen = None if stored is None else viewed(stored.shape, target)
+        if seen is not None:
+            rows = target.rows
+            shape = seen[int(target.stacked) :]
+            return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+    if not any(update.changes_weight for update in updates):
+        # Updates of outputs and contexts have no axis `out`.
+        out = updates[0].dims(target.stacked).get("out")
+        return None if out is None else (int(out),)  # type: ignore[arg-type]
+    try:
+        return view_shape(target, [update for update in updates if update.changes_weight])[int(target.stacked) :]
+    except UsageError:
+        return None
+
+
+def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
+    import torch
+
+    (target, updates), *_ = found.items()
+    needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
+    if needy is not None:
+        raise UsageError(f"the law of {needy.method} needs the weight", where=target.path, cure="Pass base=/--base")
+    zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
+    return fold([u for us in found.values() for u in us], zero, target.stacked)
+
+
+def _one_view(path: str, targets: Iterable[Target]) -> None:
+    views = {(target.layout, target.rows) for target in targets}
+    if len(views) > 1:
+        raise UsageError("updates here see the weight in different layouts", where=path, cure="Merge them instead")

@@ -1,0 +1,108 @@
+"""Fitting: whether a stored shape is one that updates were made for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ...core.adapter import Target
+from ...core.updates import Update
+from ..architectures import architecture_of
+from ..resolver import Names, resolve
+
+if TYPE_CHECKING:
+    from ...io.checkpoint import Checkpoint
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names of stored tensors -> their shapes."""
+
+
+def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored weight of `shape` is one that the updates were made for, in the target's layout."""
+    seen = viewed(shape, target)
+    if seen is None:
+        return False
+    offset = int(target.stacked)
+    for update in updates:
+        dims = update.dims(target.stacked)
+        if target.stacked and dims.get("e") != seen[0]:
+            return False
+        out, rest = seen[offset], seen[offset + 1 :]
+        if target.rows is not None:
+            out = target.rows[1] - target.rows[0] if target.rows[1] <= out else -1
+        if dims.get("out", out) != out or not _rest_fits(dims, rest):
+            return False
+    return True
+
+
+def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
+    """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
+    if target.layout.startswith("out"):
+        return shape or None
+    if target.layout == "in out *k":
+        return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else None
+    if len(shape) < 3:
+        return None
+    return shape if target.layout == "e out *in" else (shape[0], shape[2], shape[1], *shape[3:])
+
+
+def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
+    if "rest" in dims:
+        return bool(dims["rest"] == rest)
+    if dims.get("columns", math.prod(rest)) != math.prod(rest):
+        return False
+    if "in" not in dims:
+        return True
+    if not rest or dims["in"] != rest[0]:
+        return False
+    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
+
+
+def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's sizes up to the last that is not 1: tools write a kernel of one axis as one of two."""
+    while kernel and kernel[-1] == 1:
+        kernel = kernel[:-1]
+    return kernel
+
+
+def paths_of(names: Iterable[str]) -> set[str]:
+    """Paths that a target may have: modules with a weight or a bias, and tensors."""
+    paths = set(names)
+    paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
+    return paths
+
+
+def biasless(base: Checkpoint, path: str) -> bool:
+    """Whether a base has the weight of a module and no bias beside it; False where its weight is not found by name."""
+    weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
+    return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
+
+
+def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """The shape of a live model's tensor that a base stores in parts, or as a part; None where its family has none."""
+    architecture = architecture_of(base.config)
+    if architecture is None:
+        return None
+    paths = _names_of(base)
+    path = name.removesuffix(".weight")
+    moves = resolve([path], paths, architecture=architecture, partial=True).moves.get(path)
+    if not moves:
+        return None
+    first = moves[0]
+    shape = next(base.tensors[n].shape for n in (f"{first.path}.weight", first.path) if n in base.tensors)
+    if first.slot is not None:
+        shape = shape[1:]
+    lead = int(first.expert is None and len(shape) > 2)
+    if (first.take and first.take.heads) or (first.into and first.into.heads):
+        return None  # Parts of unequal sizes: the heads tell them, and nothing needs them yet.
+    scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
+    out = shape[lead] * scale[0] // scale[1]
+    experts = () if first.expert is None else (len({move.expert for move in moves}),)
+    return (*experts, *shape[:lead], out, *shape[lead + 1 :])
+
+
+@lru_cache(maxsize=2)
+def _names_of(base: Checkpoint) -> Names:
+    return Names(paths_of(base.tensors))

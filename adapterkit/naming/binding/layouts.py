@@ -1,0 +1,82 @@
+"""Layouts: how a base stores each weight: proven by shapes, then by the family's table, then by the adapter's word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...core.adapter import LAYOUTS
+from ...errors import ShapeMismatch
+from ..architectures import STORED_AS
+from ..layouts import stored_in_out
+from ..ties import is_embedding
+from .fitting import Shapes, fits
+from .sites import Site
+
+
+def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None) -> list[Site]:
+    """The sites with the layout in which the base stores each weight.
+
+    Raises:
+        ShapeMismatch: a square weight's layout cannot be told.
+    """
+    # What fits depends on forms and shapes alone: tens of thousands of targets have a few dozen.
+    known: dict[Any, list[str]] = {}
+    fitting = []
+    for site in sites:
+        form = site.form(shapes)
+        if form not in known:
+            known[form] = _fitting_layouts(site, shapes)
+        fitting.append(known[form])
+    proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
+    return [_stored(site, _choose(site, fits, proven, config)) for site, fits in zip(sites, fitting, strict=True)]
+
+
+def _stored(site: Site, layout: str) -> Site:
+    return site if layout == site.target.layout else replace(site, target=replace(site.target, layout=layout))
+
+
+def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
+    if site.weight is None:
+        return [site.target.layout]
+    stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
+    if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
+        stacked = [site.target.layout]  # A product of axes is no proof that a kernel's weight is stored [in, out].
+    return [
+        layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
+    ]
+
+
+def _product_alone(site: Site) -> bool:
+    """Whether all that the updates say of the weight's inputs is how many there are, the kernel's axes included."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
+
+
+def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, Any] | None) -> str:
+    declared = site.target.layout
+    if len(fits) < 2:
+        return fits[0] if fits else declared
+    if declared in fits and _whole_only(site):
+        return declared
+    # GGUF files hold all weights as [out, in], whatever the family's own files do.
+    gguf = (config or {}).get(STORED_AS) == "gguf"
+    in_out = not gguf and stored_in_out(site.target.path, config)
+    if in_out:
+        return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
+    if gguf and not is_embedding(f"{site.target.path}.weight"):
+        return next(layout for layout in fits if layout in ("out *in", "e out *in"))
+    if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
+        raise ShapeMismatch(
+            "a square weight, stored [out, in] or [in, out], and the adapter's word is wrong for other weights",
+            where=str(site.target),
+            cure="Add the model_type of a known family to the base's config",
+        )
+    return declared
+
+
+def _whole_only(site: Site) -> bool:
+    """Whether the updates hold whole weights only: the declared layout is then the order of their own axes."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("rest" in each for each in dims) and not any("in" in each for each in dims)

@@ -1,0 +1,333 @@
+"""Moves of updates: parts of a fused weight, and experts into or out of a stack. Factors are sliced, never multiplied.
+
+An update that goes to several places is cut into one update a place: rows of its outputs, or one expert's slice.
+Updates of one expert each that go to one stack become one update of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...core.adapter import Target
+from ...core.updates import Update
+from ...errors import NotMergeable, ShapeMismatch, Unsupported
+from ...io import arrange
+from ...io.lazy import Lazy, as_lazy
+from ..architectures import Place
+from ..gguf import row_order
+from ..heads import Heads, by_group, heads_of, undone
+from ..resolver import Move, Part
+
+if TYPE_CHECKING:
+    from .fitting import Shapes
+
+Config = Mapping[str, Any] | None
+
+Placed = tuple[Target, Target, tuple[Update, ...]]
+"""(the adapter's target, the base's target, the updates there)."""
+
+_LAYOUT_OF_ONE = {"e out *in": "out *in", "e in out *k": "in out *k"}
+_LAYOUT_OF_STACK = {"out *in": "e out *in", "in out *k": "e in out *k"}
+
+
+def moved(
+    updates: Mapping[Target, tuple[Update, ...]],
+    moves: Mapping[str, tuple[Move, ...]],
+    shapes: Shapes,
+    config: Mapping[str, Any] | None = None,
+) -> list[Placed]:
+    """Apply moves to an adapter's updates.
+
+    Args:
+        updates: target -> updates.
+        moves: path of a target -> where its parts go; targets without moves are left out.
+        shapes: of the base's tensors.
+        config: of the base, for its heads: they decide on orders of rows, and on how a fused projection is divided.
+
+    Raises:
+        UsageError: the heads are needed, and the config does not tell them.
+        NotMergeable: the formula of an update cannot be cut into rows.
+        ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
+        Unsupported: updates of single experts cannot be put into one stack.
+    """
+    placed: list[Placed | tuple[str, Part | None]] = []
+    stacks: dict[tuple[str, Part | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
+    for target, given in updates.items():
+        cut, own = _of_rows(target, moves.get(target.path, ()), config)
+        for move in own:
+            if move.plain:
+                placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
+                continue
+            there, part = _taken(cut, given, move, config)
+            if move.slot is None:
+                placed.append((target, *_into(there, part, move, shapes, config)))
+                continue
+            key = move.path, move.into
+            if key not in stacks:
+                stacks[key] = {}
+                placed.append(key)
+            if move.slot in stacks[key]:
+                raise Unsupported("two targets are the same expert", where=str(target), cure="Take one of them out")
+            stacks[key][move.slot] = there, part
+    return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
+
+
+def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
+    """A target of some rows that are one part of its weight, as a target of all rows of that part, with its move.
+
+    Raises:
+        Unsupported: the rows are none of the parts.
+    """
+    if target.rows is None or all(move.take is None for move in moves):
+        return target, moves
+    start, stop = target.rows
+    found, parts = [], set()
+    for move in moves:
+        if move.take is not None and not move.take.interleaved and not move.take.groups:
+            shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
+            before, own = sum(shares[: move.take.number]), shares[move.take.number]
+            if start * own == before * (stop - start):
+                found.append(replace(move, take=None))
+                parts.add(move.take.number)
+    if len(parts) != 1:  # A stack's part goes to one place an expert.
+        raise Unsupported(
+            "updates of some rows of a weight that the base stores in parts", where=str(target),
+            cure="Target the parts by their own names",
+        )  # fmt: skip
+    return replace(target, rows=None), tuple(found)
+
+
+def _taken(
+    target: Target, updates: tuple[Update, ...], move: Move, config: Config
+) -> tuple[Target, tuple[Update, ...]]:
+    """The part of a target that one move takes, with the layout that is left of the target's."""
+    layout, stack = target.layout, target.stacked
+    if move.expert is not None:
+        count = updates[0].dims(stack).get("e") if stack else 0
+        if not isinstance(count, int) or move.expert >= count:
+            why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
+            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+        updates = tuple(update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates)
+        layout, stack = _LAYOUT_OF_ONE[layout], False
+    if move.take is not None:
+        updates = tuple(_rows(update, move.take, stack, target, config) for update in updates)
+    if move.turn is not None:
+        updates = tuple(_turned(update, move.turn, stack, target, config) for update in updates)
+    return replace(target, path=move.path, layout=layout), updates
+
+
+def _slice(leaf: Any, index: int) -> Any:
+    return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
+
+
+def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
+    """An update with its outputs in another order of rows."""
+    rows = _outputs(update, stack, target)
+    heads = heads_of(config, str(target))
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is not None:
+            changes[name] = arrange.reordered(as_lazy(leaf), lambda: _order(turn, rows, heads, str(target)), at)
+    return update.replace(**changes)
+
+
+def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Any:
+    """Row i of the base's tensor is row `order[i]` of the adapter's."""
+    import numpy as np
+
+    plain = np.arange(rows)
+    ours, theirs = (row_order(place, rows, heads, where) for place in turn)
+    # Both are told against the family's own order: first out of the adapter's, then into the base's.
+    own = plain if ours is None else undone(ours)
+    return own[plain if theirs is None else theirs]
+
+
+def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
+    """One of several parts of an update's outputs."""
+    size = _outputs(update, stack, target)
+    if part.groups:
+        update = _ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
+    return cut_rows(update, *_steps(size, part, target, config), stack)
+
+
+def _ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
+    """The same update with its outputs in another order: all queries, then all keys, then all values."""
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is not None:
+            changes[name] = arrange.reordered(as_lazy(leaf), order, at)
+    return update.replace(**changes)
+
+
+def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
+    """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is None:
+            continue
+        if isinstance(leaf, Lazy):
+            changes[name] = arrange.part(leaf, start, stop, at, step)
+        else:
+            changes[name] = leaf[(slice(None),) * at + (slice(start, stop, step),)]
+    return update.replace(**changes)
+
+
+def _outputs(update: Update, stack: bool, target: Target) -> int:
+    """How many outputs an update has, if its formula can be cut along them."""
+    out = update.dims(stack).get("out")
+    if not isinstance(out, int) or not update.cuts("out"):
+        why = f"{update.method} changes all outputs of a weight together, and the base stores it in parts"
+        raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+    return out
+
+
+def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | None:
+    """The axis of a tensor's outputs; None where it has none."""
+    axis = update.tensor_fields()[name].metadata["axes"].index("out")
+    if axis is None:
+        return None
+    return int(axis + stack if axis >= 0 else len(leaf.shape) + axis)
+
+
+def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, int, int]:
+    """The rows of a part as (start, stop, step)."""
+    if part.heads:
+        shares = _shares(config, target)
+        if size % sum(shares):
+            why = f"{size} outputs are not those of {shares[0]} query and {shares[1]} key and value heads"
+            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+        unit = size // sum(shares)
+        return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
+    if size % part.of:
+        raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
+    if part.interleaved:
+        return part.number, size, part.of
+    return part.number * size // part.of, (part.number + 1) * size // part.of, 1
+
+
+def _out_of_groups(size: int, config: Config, target: Target) -> Any:
+    """The order that puts queries, keys and values, which stand group by group, one after the other."""
+    heads = heads_of(config, str(target))
+    return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
+
+
+def _shares(config: Config, target: Target) -> tuple[int, int, int]:
+    """How the rows of a fused projection are shared by queries, keys and values."""
+    heads = heads_of(config, str(target))
+    return heads.query, heads.kv, heads.kv
+
+
+def _into(
+    there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes, config: Config
+) -> tuple[Target, tuple[Update, ...]]:
+    """The target with the rows of the base's weight that it is, and its updates.
+
+    A target has one run of rows. Where a part has every second row, updates of the whole weight say it, with zeros in
+    the rows of the other parts: exact for an additive formula of factors.
+    """
+    if move.into is None:
+        return there, updates
+    if move.into.groups:
+        why = "a part of a projection whose queries, keys and values stand group by group"
+        raise Unsupported(why, where=str(there), cure="Convert the base to the names and layout of transformers first")
+    outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
+    shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
+    whole, own = move.into.of, 1
+    if move.into.heads:
+        shares = _shares(config, there)
+        whole, own = sum(shares), shares[move.into.number]
+    sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
+    if len(sizes) != 1 or not sizes <= set(shape):
+        kind = "parts by heads" if move.into.heads else "equal parts"
+        why = f"made for {sorted(outs)} outputs, one of {move.into.of} {kind}; the base has {list(shape)}"
+        raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
+    size = sizes.pop()
+    start, stop, step = _steps(size, move.into, there, config)
+    if step == 1:
+        return replace(there, rows=(start, stop)), updates
+    return there, tuple(_spread(update, size, start, step, there) for update in updates)
+
+
+def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
+    """An update of every `step`-th row as one of all rows of the weight."""
+    if update.method != "lora":
+        why = f"{update.method} on every {step}th row of a weight: the base stores gate and up interleaved"
+        raise NotMergeable(why, where=str(target), cure="Train it on the weight as the base stores it, or use LoRA")
+    changes = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, target.stacked)
+        if at is not None:
+            changes[name] = arrange.spread(as_lazy(leaf), size, start, step, at)
+    return update.replace(**changes)
+
+
+def _stacked(
+    key: tuple[str, Part | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
+) -> Placed:
+    """Updates of single experts as updates of the stack they belong to."""
+    path, into = key
+    shape = next(shapes[name] for name in (path, f"{path}.weight") if name in shapes)
+    first, *_ = slots.values()
+    if len(shape) < 3 or max(slots) >= shape[0]:
+        why = f"updates of {max(slots) + 1} experts; the base has {list(shape)}"
+        raise ShapeMismatch(why, where=str(first[0]), cure=_WRONG_BASE)
+    counts = {len(updates) for _, updates in slots.values()}
+    if len(counts) > 1:
+        raise Unsupported("experts with different numbers of updates", where=str(first[0]), cure=_ALIKE)
+    columns = [[slots[e][1][n] if e in slots else None for e in range(shape[0])] for n in range(counts.pop())]
+    layout = _LAYOUT_OF_STACK[first[0].layout]
+    updates = tuple(_one(column, first[0]) for column in columns)
+    there, updates = _into(Target(path, layout), updates, Move(path, into=into), shapes, None)
+    return first[0], there, updates
+
+
+def _one(updates: list[Update | None], target: Target) -> Update:
+    """One update of a stack from one of each expert; an expert without one gets a change of zero."""
+    given = [update for update in updates if update is not None]
+    first = given[0]
+    kinds = {type(update) for update in given}
+    scalings = {update.attributes.get("scaling") for update in given}
+    others = [{k: v for k, v in update.attributes.items() if k != "scaling"} for update in given]
+    if len(kinds) > 1 or any(other != others[0] for other in others):
+        raise Unsupported("experts with updates of different methods or settings", where=str(target), cure=_ALIKE)
+    if first.method == "lora":
+        return _one_lora(updates, first, scalings)
+    shapes = {tuple((name, leaf.shape) for name, leaf in update.tensors.items()) for update in given}
+    if len(given) < len(updates) or len(shapes) > 1 or len(scalings) > 1:
+        why = f"{first.method} of {len(given)} of {len(updates)} experts, of {len(shapes)} shapes"
+        raise Unsupported(why, where=str(target), cure=_ALIKE)
+    return first.replace(
+        **{name: arrange.stacked([as_lazy(update.tensors[name]) for update in given]) for name in first.tensors}
+    )
+
+
+def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any]) -> Update:
+    """A stack of pairs of factors. Ranks are filled up with zeros, and unequal scalings go into B."""
+    given = [update for update in updates if update is not None]
+    rank = max(int(update.tensors["A"].shape[0]) for update in given)
+    scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
+    held: dict[str, list[Lazy]] = {name: [] for update in given for name in update.tensors}
+    for update in updates:
+        for name, leaves in held.items():
+            leaf = None if update is None else update.tensors.get(name)
+            like = next(each.tensors[name] for each in given if name in each.tensors)
+            tensor = arrange.zeros(tuple(like.shape), as_lazy(like).dtype) if leaf is None else as_lazy(leaf)
+            if name == "A":
+                tensor = arrange.padded(tensor, rank, 0)
+            elif name == "B":
+                tensor = arrange.padded(tensor, rank, 1)
+            if name != "A" and update is not None and update.attributes["scaling"] != scaling:
+                # Two scalings in one stack: what differs goes into the factor, in float32 at least.
+                wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
+                tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
+            leaves.append(tensor)
+    return first.replace(scaling=scaling, **{name: arrange.stacked(leaves) for name, leaves in held.items()})
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
+_ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"

@@ -1,0 +1,49 @@
+"""Renaming: an adapter under other names, by the user's rules, where no base decides.
+
+Verbs that bind an adapter to a base pass the rules to the resolver, which reports them beside its own. All others
+rename the adapter itself, by the same rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...core.adapter import Adapter, Target
+from ...core.updates import Update
+from ...errors import UsageError
+from ..renames import Rename, parse_renames, renamed_by
+
+
+def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -> list[Adapter]:
+    """Rename the targets of adapters.
+
+    Args:
+        adapters: the adapters; a rule need match a target of one of them only.
+        rename: one rule or several, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+
+    Returns:
+        the adapters in the same order; the lineage of each names the rules that changed it.
+
+    Raises:
+        UsageError: a rule that cannot be read, or two targets of an adapter that become one.
+        TargetNotFound: a rule matches no target.
+        StorageError, Malformed: a rules file cannot be read.
+    """
+    rules = parse_renames(rename, [target.path for adapter in adapters for target in adapter.updates])
+    return [_renamed(adapter, rules) for adapter in adapters] if rules else list(adapters)
+
+
+def _renamed(adapter: Adapter, rules: Sequence[Rename]) -> Adapter:
+    updates: dict[Target, tuple[Update, ...]] = {}
+    used: dict[str, None] = {}
+    for target, given in adapter.updates.items():
+        path, rule = renamed_by(target.path, rules)
+        new = replace(target, path=path)
+        if new in updates:
+            cure = "Correct --rename (rename=) so that every target keeps a name of its own"
+            raise UsageError(f"two targets become {path}", where=str(target), cure=cure)
+        updates[new] = given
+        if rule is not None:
+            used[rule.text] = None
+    return adapter.replace(updates=updates).step("rename", rules=list(used)) if used else adapter

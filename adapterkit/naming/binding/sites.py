@@ -1,0 +1,194 @@
+"""Sites: the stored tensors of each target of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...core.adapter import LAYOUTS, Adapter, Target
+from ...core.updates import Update
+from ...errors import TargetNotFound, nearest
+from ..architectures import architecture_of
+from ..renames import Rename, parse_renames, renamed_by
+from ..resolver import Names, Rule, resolve
+from .families import check_family
+from .fitting import Shapes, fits, paths_of
+from .moving import moved
+
+Prefix = tuple[str, str]
+"""What is taken off the front of each path, and what is put there."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A target in a base: `weight` and `bias` name stored tensors, None where the base has none."""
+
+    target: Target
+    updates: tuple[Update, ...]
+    weight: str | None
+    bias: str | None
+
+    def form(self, shapes: Shapes) -> Hashable:
+        """All that decides whether the updates fit here but the numbers in their tensors; see `Update.form`."""
+        weight = None if self.weight is None else shapes[self.weight]
+        bias = None if self.bias is None else shapes[self.bias]
+        return self.target.layout, self.target.rows, weight, bias, tuple([update.form for update in self.updates])
+
+
+def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """The updates of weights and outputs, which lie at stored tensors, and those of context, which do not."""
+    context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
+    others = {t: us for t, us in adapter.updates.items() if t not in context}
+    return adapter.replace(updates=others), adapter.replace(updates=context)
+
+
+def find_parts(
+    adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
+) -> dict[Target, tuple[Update, ...]]:
+    """Context updates under the base's own names for the parts that they speak to; the model itself has none.
+
+    Args:
+        adapter: the context updates.
+        shapes: the base's stored tensors.
+        renamed: the change of prefixes that placed the other updates, if any.
+        rules: the user's rules.
+
+    Raises:
+        TargetNotFound: the base has no such part; names the nearest.
+    """
+    found: dict[Target, tuple[Update, ...]] = {}
+    if not adapter.updates:
+        return found
+    modules = {name[:stop] for name in shapes for stop in range(len(name)) if name[stop] == "."}
+    for target, updates in adapter.updates.items():
+        path = renamed_by(target.path, rules)[0] if target.path else ""
+        if path and path not in modules:
+            path = _rename(path, *(renamed or _part_change(path, modules)))
+        if path and path not in modules:
+            cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
+            raise TargetNotFound("no such part in the base", where=str(target), cure=cure)
+        found[replace(target, path=path)] = updates
+    return found
+
+
+def _part_change(path: str, modules: set[str]) -> Prefix:
+    """The one prefix change that gives a part a place; none where there is none, or more than one."""
+    parts = path.split(".")
+    off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
+    on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
+    changes = [(prefix, "") for prefix in off] + [("", prefix) for prefix in on]
+    return changes[0] if len(changes) == 1 else ("", "")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """The result of resolving an adapter's names against a base.
+
+    Attributes:
+        sites: one or more a target, in the adapter's order.
+        origins: for each site, the target of the adapter that it comes from; of a stack, the first one.
+        missing: targets without a place.
+        rules: the rules that were used.
+        renamed: the first change of prefixes among them, as (taken off, put on).
+    """
+
+    sites: list[Site]
+    origins: list[Target]
+    missing: list[Target]
+    rules: tuple[Rule, ...] = ()
+    renamed: Prefix | None = None
+
+
+def find_sites(
+    adapter: Adapter,
+    shapes: Shapes,
+    *,
+    partial: bool,
+    modules: Iterable[str] = (),
+    config: Mapping[str, Any] | None = None,
+    rename: str | Sequence[str | Rename] = (),
+) -> Bound:
+    """Find the stored tensors of every target; see `names.resolver` for the order in which rules are tried.
+
+    A target whose updates are all of outputs may be any module: one that stored tensors lie below, or one of `modules`.
+
+    Args:
+        adapter: the adapter.
+        shapes: the base's stored tensors.
+        partial: leave out targets that have no place.
+        modules: further modules of the base.
+        config: the base's config, for its `model_type`.
+        rename: the user's rules, each `FROM=TO` or `@FILE`.
+
+    Raises:
+        TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit;
+            the base is of another family than the adapter names, and there are no rules.
+        ShapeMismatch, NotMergeable, Unsupported: a target cannot be cut or joined as the base stores it.
+    """
+    if not adapter.updates:
+        return Bound([], [], [])
+    if not rename:
+        check_family(adapter, config)
+    outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
+    below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
+    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer))
+    by_path: dict[str, Target] = {}
+    for target in adapter.updates:
+        by_path.setdefault(target.path, target)
+
+    def fitting(path: str, place: str) -> bool:
+        target = by_path[path]
+        name = f"{place}.weight" if f"{place}.weight" in shapes else place
+        return name not in shapes or any(
+            fits(replace(target, layout=layout), adapter.updates[target], shapes[name])
+            for layout in LAYOUTS
+            if layout.startswith("e ") == target.stacked
+        )
+
+    found = resolve(
+        list(by_path), names, architecture=architecture_of(config), renames=parse_renames(rename), partial=partial,
+        fits=fitting,
+    )  # fmt: skip
+    lost = set(found.missing)
+    missing = [target for target in adapter.updates if target.path in lost]
+    if missing and (not partial or len(missing) == len(adapter.updates)):
+        raise _not_found(missing, adapter, names)
+    sites, origins = [], []
+    for origin, target, updates in moved(adapter.updates, found.moves, shapes, config):
+        keys = _keys(target.path, shapes) if target.path in names.paths else (None, None)
+        if origin.path in outer:
+            weight, bias = f"{target.path}.weight", f"{target.path}.bias"
+            keys = weight if weight in shapes else None, bias if bias in shapes else None
+        sites.append(Site(target, updates, *(keys or (None, None))))
+        origins.append(origin)
+    return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None)
+
+
+def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
+    """(weight, bias) names of a module or parameter; None where the base has neither."""
+    weight, bias = f"{path}.weight", f"{path}.bias"
+    if weight in shapes or bias in shapes:
+        return weight if weight in shapes else None, bias if bias in shapes else None
+    if path not in shapes:
+        return None
+    stem, found, tail = path.rpartition("weight")
+    bias = f"{stem}bias{tail}"
+    return path, bias if found and bias in shapes else None
+
+
+def _rename(path: str, off: str, on: str) -> str:
+    return on + path.removeprefix(off) if path.startswith(off) else on + path
+
+
+def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
+    stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in names.paths)
+    modules = {*stored, *(names.outer if names.anywhere else ())}
+    count = f"{len(missing)} of {len(adapter.updates)} targets" if len(adapter.updates) > 1 else "the target"
+    shown = ", ".join(str(target) for target in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    partly = "" if len(missing) == len(adapter.updates) else _PARTLY
+    near = nearest(missing[0].path, modules) or "Nothing in the base has a similar name: is it the right base?"
+    return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
+
+
+_PARTLY = "; allow a partial match to leave them out: --allow-partial (allow_partial=True)"

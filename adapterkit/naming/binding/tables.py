@@ -1,0 +1,86 @@
+"""The map from an adapter's names to a base's as a table, for people and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ...io.checkpoint import opened
+from ..architectures import architecture_of, shape_of
+from ..ties import aliases
+
+if TYPE_CHECKING:
+    from ...core.adapter import Adapter
+    from ...io.checkpoint import Checkpoint
+
+
+def name_map(
+    base: Checkpoint | str | PathLike[str],
+    adapter: Adapter | None = None,
+    *,
+    rename: str | Sequence[str] = (),
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Say where an adapter's targets lie in a base, and by which rules.
+
+    Args:
+        base: an open checkpoint or the path of one.
+        adapter: the adapter; without one, the base's own names are listed with what other tools call them.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
+        partial: list targets that have no place instead of refusing.
+
+    Returns:
+        `model_type`; `family`, the architecture file that is for the base, or None; and either `targets`, `rules` and
+        `missing`, or `weights`: one record for each stored name, numbers left out, with its name in each naming.
+
+    Raises:
+        TargetNotFound: a target has no place, or two.
+        ShapeMismatch: a target has a place whose shape does not fit.
+    """
+    base = opened(base)
+    architecture = architecture_of(base.config)
+    record: dict[str, Any] = {
+        "base": str(base.root), "model_type": (base.config or {}).get("model_type"),
+        "family": architecture.family if architecture else None,
+    }  # fmt: skip
+    if adapter is None:
+        return record | {"weights": _weights(base)}
+    from . import bind
+
+    bound = bind(adapter, base, partial=partial, aliases=aliases(base), rename=rename)
+    targets = [
+        {
+            "target": str(origin), "path": site.target.path, "rows": site.target.rows, "layout": site.target.layout,
+            "tensor": site.weight or site.bias,
+        }
+        for origin, site in zip(bound.origins, bound.sites, strict=True)
+    ]  # fmt: skip
+    rules = [{"rule": str(rule), "targets": rule.targets} for rule in bound.rules]
+    return record | {"targets": targets, "rules": rules, "missing": [str(target) for target in bound.missing]}
+
+
+def _weights(base: Checkpoint) -> list[dict[str, Any]]:
+    """The base's modules with numbers left out, each with its name in every naming of the family's file."""
+    architecture = architecture_of(base.config)
+    paths = dict.fromkeys(
+        name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors
+    )
+    counts: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for path in paths:
+        template = shape_of(path)
+        counts[template] = counts.get(template, 0) + 1
+        examples.setdefault(template, path)
+    found = []
+    for template, count in counts.items():
+        names: dict[str, str] = {}
+        for naming in architecture.namings if architecture else ():
+            weights = architecture.find(examples[template], naming) if architecture else []
+            for weight, _, _ in weights:
+                for other in architecture.namings if architecture else ():
+                    place = architecture.place(weight, other) if architecture else None
+                    if place is not None:
+                        names[other] = place.name
+        found.append({"name": template, "tensors": count, "names": names})
+    return found

@@ -1,0 +1,73 @@
+"""What formulas of combining do with the changes of one weight: inner products, sums of factors, small cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import UsageError
+from ..lowering import Delta
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+
+TINY = 1e-12
+"""A sum of weights below this part of their magnitudes is none."""
+
+NOISE = 1e-13
+"""Singular values below this part of the largest are rounding."""
+
+
+def shares(weights: Array) -> Array:
+    """Weights over their sum.
+
+    Raises:
+        UsageError: they have none.
+    """
+    whole = weights.sum()
+    if abs(whole) < TINY * abs(weights).sum() or whole == 0:
+        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights with a sum")
+    result: Array = weights / whole
+    return result
+
+
+def gram(deltas: Sequence[Delta]) -> Array:
+    """<D_s, D_t> for all pairs, `[T, T]`: of factors, where all have them, without forming a product of them."""
+    import numpy as np
+
+    if any(delta.rest is not None for delta in deltas):
+        flat = np.stack([delta.dense().ravel() for delta in deltas])
+        product: Array = flat @ flat.T
+        return product
+    found = np.empty((len(deltas), len(deltas)))
+    for s, one in enumerate(deltas):
+        for t, other in enumerate(deltas[: s + 1]):
+            found[s, t] = found[t, s] = float(((one.B.T @ other.B) * (one.A @ other.A.T)).sum())
+    return found
+
+
+def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
+    """sum_t coefficients[t] * D_t, factors beside one another."""
+    import numpy as np
+
+    scaled = [delta.scaled(float(c)) for delta, c in zip(deltas, coefficients, strict=True)]
+    rests = [delta.rest for delta in scaled if delta.rest is not None]
+    B, A = np.hstack([delta.B for delta in scaled]), np.vstack([delta.A for delta in scaled])
+    return Delta(B, A, sum(rests) if rests else None)  # type: ignore[arg-type]
+
+
+def whole(D: Array) -> Delta:
+    """A change without thin factors, `[out, in * k]`."""
+    import numpy as np
+
+    return Delta(np.zeros((len(D), 0)), np.zeros((0, D.shape[1])), D)
+
+
+def between(left: Array, core: Array, right: Array) -> Delta:
+    """left @ core @ right as a pair of thin factors, singular values evenly shared, noise left out."""
+    import numpy as np
+
+    U, S, Vh = np.linalg.svd(core, full_matrices=False)
+    kept = max(int((NOISE * S[:1].max(initial=0) < S).sum()), 1)
+    root = np.sqrt(S[:kept])
+    return Delta(left @ (U[:, :kept] * root), (root[:, None] * Vh[:kept]) @ right)

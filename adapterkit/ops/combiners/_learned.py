@@ -1,0 +1,167 @@
+"""Methods that learn how much of each adapter to take, from a loss that the caller computes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import UsageError
+from ._changes import mixed
+from ._method import Method
+
+if TYPE_CHECKING:
+    from ...core.adapter import Adapter, Target
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Change, Delta
+
+    Coefficients = Mapping[Target, Array]
+
+SCORE = "a callable: score(adapter) -> loss"
+SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """What a learning method may try.
+
+    Attributes:
+        targets: all of them, in order.
+        count: adapters.
+        seed: of random steps.
+        combined: coefficients `[T]` a target -> the adapter that they make.
+        score: what the caller says of it.
+        products: a target and a gradient `[out, in, *k]` -> its inner products with the adapters' changes there, `[T]`.
+    """
+
+    targets: Sequence[Target]
+    count: int
+    seed: int
+    combined: Callable[[Coefficients], Adapter]
+    score: Callable[[Adapter], Any]
+    products: Callable[[Target, Any], Array]
+
+    def everywhere(self, coefficients: Array) -> dict[Target, Array]:
+        return dict.fromkeys(self.targets, coefficients)
+
+    def loss(self, coefficients: Coefficients) -> float:
+        said = self.score(self.combined(coefficients))
+        return _number(said[0] if isinstance(said, tuple) else said)
+
+    def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
+        """The loss, and its gradient by the coefficients, `[T]` a target; zero where the caller gave none.
+
+        Raises:
+            UsageError: the caller gives no gradients, or at places that are no targets.
+        """
+        import numpy as np
+
+        said = self.score(self.combined(coefficients))
+        if not isinstance(said, tuple) or len(said) != 2 or not isinstance(said[1], Mapping):
+            raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {SLOPE}; or per=task")
+        unknown = set(said[1]) - {str(target) for target in self.targets}
+        if unknown:
+            raise UsageError("a gradient at what is no target", where=sorted(unknown)[0], cure="Use the targets' paths")
+        slopes = {
+            target: self.products(target, said[1][str(target)]) if str(target) in said[1] else np.zeros(self.count)
+            for target in self.targets
+        }
+        return _number(said[0]), slopes
+
+    def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
+        """The loss and its gradient by coefficients that hold everywhere, by central differences."""
+        import numpy as np
+
+        ends = [
+            [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
+            for unit in np.eye(self.count)
+        ]
+        slope = np.array([(up - down) / (2 * step) for up, down in ends])
+        return self.loss(self.everywhere(coefficients)), slope
+
+
+class Learned(Method):
+    """A method that looks for coefficients of a sum before anything is computed."""
+
+    data: ClassVar[str | None] = SCORE
+
+    @abstractmethod
+    def learn(self, trial: Trial) -> dict[Target, Array]:
+        """The coefficients of each target, `[T]`."""
+
+    def sums(self, weights: Sequence[float]) -> list[float] | None:
+        return list(weights)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        return mixed(deltas, weights)
+
+    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+        return weights @ changes
+
+
+class Adam:
+    """Adam over one array.  Kingma and Ba 2014, https://arxiv.org/abs/1412.6980"""
+
+    def __init__(self, rate: float, decay: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.rate, self.decay, self.steps = rate, decay, 0
+        self.mean: Any = 0.0
+        self.square: Any = 0.0
+
+    def step(self, values: Array, slope: Array) -> Array:
+        import numpy as np
+
+        self.steps += 1
+        one, two = self.decay
+        self.mean = one * self.mean + (1 - one) * slope
+        self.square = two * self.square + (1 - two) * slope * slope
+        mean, square = self.mean / (1 - one**self.steps), self.square / (1 - two**self.steps)
+        moved: Array = values - self.rate * mean / (np.sqrt(square) + 1e-8)
+        return moved
+
+
+def descend(
+    trial: Trial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
+) -> Array:
+    """Free numbers `[targets, T]` after so many steps; `shape` makes coefficients of them, and their Jacobian's action.
+
+    The best that was met counts, not the last.
+    """
+    import numpy as np
+
+    values, adam = start, Adam(rate)
+    best, least = values, np.inf
+    for _ in range(steps + 1):
+        coefficients, jacobian = shape(values)
+        if per == "task":
+            loss, one = trial.differences(coefficients[0])
+            slope = np.tile(one, (len(values), 1))
+        else:
+            loss, found = trial.slope(dict(zip(trial.targets, coefficients, strict=True)))
+            slope = np.stack([found[target] for target in trial.targets])
+        if loss < least:
+            best, least = values, loss
+        values = adam.step(values, np.einsum("lij,lj->li", jacobian, slope))
+    return shape(best)[0]
+
+
+def inner(change: Change | None, G: Array) -> float:
+    """<D, G> with G `[out, in * k]`, `[e, ...]` where experts are stacked; factors stay apart."""
+    if change is None or not change.changes_weight:
+        return 0.0
+    total = 0.0
+    for expert, delta in enumerate(change.deltas()):
+        g = (G[expert] if change.experts is not None else G).reshape(delta.shape)
+        total += float(((delta.B.T @ g) * delta.A).sum())
+        total += 0.0 if delta.rest is None else float((delta.rest * g).sum())
+    return total
+
+
+def _number(said: Any) -> float:
+    import math
+
+    loss = float(said)
+    if not math.isfinite(loss):
+        raise UsageError("the score is not a finite number", where="data", cure="Look at what the score computes")
+    return loss

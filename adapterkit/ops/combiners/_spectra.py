@@ -1,0 +1,39 @@
+"""Small pieces of methods of singular values: polar factors, leading directions, numerical rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+
+    Decomposition = tuple[Array, Array, Array]
+
+
+def leading(M: Array, count: int | None = None) -> Decomposition:
+    """The first singular values and vectors of a core: U `[p, k]`, S `[k]`, Vh `[k, q]`, without noise."""
+    import numpy as np
+
+    from ._changes import NOISE
+
+    U, S, Vh = np.linalg.svd(M, full_matrices=False)
+    rank = int((NOISE * S[:1].max(initial=0) < S).sum())
+    kept = rank if count is None else min(rank, count)
+    return U[:, :kept], S[:kept], Vh[:kept]
+
+
+def polar(X: Array) -> Array:
+    """The matrix with orthonormal columns (or rows) that is nearest to X."""
+    import numpy as np
+
+    U, _, Vh = np.linalg.svd(X, full_matrices=False)
+    nearest: Array = U @ Vh
+    return nearest
+
+
+def joined(parts: list[Decomposition]) -> Decomposition:
+    """Decompositions beside one another, their vectors made orthonormal together."""
+    import numpy as np
+
+    U, S, Vh = zip(*parts, strict=True)
+    return polar(np.hstack(U)), np.concatenate(S), polar(np.vstack(Vh))

@@ -1,0 +1,44 @@
+"""AdaMerging: coefficients of a sum that make a loss small: entropy on unlabelled samples.
+
+Yang et al. 2023, https://arxiv.org/abs/2310.02575
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._learned import SLOPE, Learned, descend
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...core.adapter import Target
+    from ...io.computed import Array
+    from ._learned import Trial
+
+PER = "a coefficient for each target and task (layer; needs gradients), or for each task (task)"
+
+
+class AdaMerging(Learned):
+    """sum_t c_t D_t with learned c, from `start` by Adam."""
+
+    title = "AdaMerging coefficients"
+    paper = "https://arxiv.org/abs/2310.02575"
+    data: ClassVar[str | None] = SLOPE
+
+    per: str = parameter("layer", PER, among=("layer", "task"))
+    start: float = parameter(0.3, "coefficients to begin with")
+    steps: int = parameter(500, "steps of Adam", least=1)
+    rate: float = parameter(1e-3, "size of a step", least=0)
+
+    def learn(self, trial: Trial) -> dict[Target, Array]:
+        import numpy as np
+
+        start = np.full((len(trial.targets), trial.count), self.start)
+        found = descend(trial, start, self.steps, self.rate, self.per, _as_they_are)
+        return dict(zip(trial.targets, found, strict=True))
+
+
+def _as_they_are(values: Array) -> tuple[Array, Array]:
+    import numpy as np
+
+    return values, np.broadcast_to(np.eye(values.shape[1]), (*values.shape, values.shape[1]))

@@ -1,0 +1,77 @@
+"""Arcee Fusion: of one change only the entries that stand out, by their size and how much their row's softmax moves.
+
+I = |D| KL(softmax(W + D) || softmax(W)), the divergence being that of a row; D is kept where I is at least the median
+plus 1.5 interquartile ranges of its tensor. It looks at whole weights, so it is possible at a given base only.
+https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md; mergekit takes the quartiles of a million entries
+drawn at random where there are more, here they are those of all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+
+class ArceeFusion(Entrywise):
+    """lambda * D [I >= median + 1.5 (q3 - q1)]."""
+
+    title = "Arcee Fusion"
+    paper = "https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md"
+    takes = (1, 1)
+    based: ClassVar[bool] = True
+    compat: ClassVar = {"mergekit": {}}
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        W = at.base().reshape(blocks.shape)
+
+        def importance(changes: Array, rows: slice) -> tuple[Array, Array]:
+            D = weights[0] * changes[0]
+            return D, np.abs(D) * _divergence(W[rows] + D, W[rows])
+
+        least = _threshold(np.concatenate([importance(each, rows)[1].reshape(-1) for rows, each in blocks]))
+
+        def formula(changes: Array, rows: slice) -> Array:
+            D, sizes = importance(changes, rows)
+            result: Array = self.scale * D * (sizes >= least)
+            return result
+
+        return formula
+
+
+def _divergence(one: Array, other: Array) -> Array:
+    """KL of the softmax of each row, `[..., 1]`."""
+    import numpy as np
+
+    p, q = _softmax(one) + LEAST, _softmax(other) + LEAST
+    result: Array = (p * np.log(p / q)).sum(-1, keepdims=True)
+    return result
+
+
+def _softmax(X: Array) -> Array:
+    import numpy as np
+
+    powers = np.exp(X - X.max(-1, keepdims=True))
+    shares: Array = powers / powers.sum(-1, keepdims=True)
+    return shares
+
+
+def _threshold(importance: Array) -> float:
+    """The median and 1.5 interquartile ranges, quartiles being entries, the lower one where one lies between two."""
+    import numpy as np
+
+    places = [int(quartile * (len(importance) - 1)) for quartile in (0.25, 0.5, 0.75)]
+    first, median, third = np.partition(importance, places)[places]
+    return float(median + 1.5 * (third - first))
+
+
+LEAST = 1e-8
+"""What is added to each probability."""

@@ -1,0 +1,102 @@
+"""Model Breadcrumbs: each change loses its largest and its smallest entries; then task arithmetic, or an election.
+
+Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: what lies between the quantiles 0.85 and 0.993 of a layer
+stays. The authors' code, https://github.com/rezazzr/breadcrumbs, takes them of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import DENSITY, RESCALE, Sparse, ranks
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+SCOPE = "what the shares are of: each tensor, as in the paper, or each of its rows, as in its authors' code"
+
+
+class Breadcrumbs(Sparse):
+    """lambda * sum_t w_t m_t D_t: of the magnitudes in a tensor the gamma n largest go, then the smallest."""
+
+    title = "Model Breadcrumbs"
+    paper = "https://arxiv.org/abs/2312.06795"
+    single = frozenset({"density", "gamma"})
+    compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
+
+    density: float = parameter(0.143, DENSITY, least=0, most=1)
+    gamma: float = parameter(0.007, "share of the entries, the largest, that is dropped", least=0, most=1)
+    scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
+    rescale: str = parameter("none", RESCALE, among=("none", "norm"))
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        settings = list(zip(at.each(self, "density"), at.each(self, "gamma"), strict=True))
+        if min(density for density, _ in settings) >= 1:
+            return lambda *_: (None, 1.0)
+        spans = [_places(*each, blocks.size if self.scope == "tensor" else blocks.shape[1]) for each in settings]
+        if self.scope == "row":
+            first, last = (np.reshape(ends, (-1, 1, 1)) for ends in zip(*spans, strict=True))
+
+            def of_rows(changes: Array, _: slice) -> tuple[Array, float]:
+                place = np.stack([ranks(each) for each in np.abs(changes)])
+                return (place >= first) & (place < last), 1.0
+
+            return of_rows
+        between = _Between(blocks, spans)
+        return lambda changes, rows: (between(np.abs(changes), rows), 1.0)
+
+
+def _places(density: float, gamma: float, count: int) -> tuple[int, int]:
+    """The first and last place, from the smallest, of what is kept of so many entries."""
+    if density >= 1:
+        return 0, count
+    kept = int(density * count)
+    first = max(count - kept - int(gamma * count), 0)
+    return first, first + kept
+
+
+class _Between:
+    """Which entries have their place between two; where entries are equal, the one before has the lower place."""
+
+    def __init__(self, blocks: Blocks, spans: Sequence[tuple[int, int]]) -> None:
+        import numpy as np
+
+        size = blocks.size
+        # The place from the smallest, as the k-th largest; of an empty span, the largest of all.
+        wanted = [
+            lambda total, _, place=place: total - place
+            for first, last in spans
+            for place in (min(first, size - 1), max(last - 1, 0))
+        ]
+        found = blocks.select(np.abs, wanted, each=2)
+        self.spans = list(spans)
+        self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
+        self.seen = [[0, 0] for _ in spans]
+
+    def __call__(self, sizes: Array, rows: slice) -> Array:
+        import numpy as np
+
+        kept = np.empty(sizes.shape, bool)
+        for t, ((first, last), (low, high)) in enumerate(zip(self.spans, self.ends, strict=True)):
+            if rows.start == 0:
+                self.seen[t] = [0, 0]
+            if last <= first:
+                kept[t] = False
+                continue
+            kept[t] = (sizes[t] > low.value) & (sizes[t] < high.value)
+            for number, end in enumerate((low, high) if low.value < high.value else (low,)):
+                equal = (sizes[t] == end.value).reshape(-1)
+                if equal.any():
+                    smaller = end.total - end.above - end.equal
+                    place = smaller + self.seen[t][number] + equal.cumsum() - 1
+                    self.seen[t][number] += int(np.count_nonzero(equal))
+                    kept[t] |= (equal & (place >= first) & (place < last)).reshape(kept[t].shape)
+        return kept

@@ -1,0 +1,44 @@
+"""CAT (LoRA Soups): adapters put beside one another, with a softmax of learned numbers at each target as weights.
+
+Prabhakar et al. 2024, https://arxiv.org/abs/2410.13025
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._learned import SLOPE, Learned, descend
+from ._method import parameter
+from .adamerging import PER
+
+if TYPE_CHECKING:
+    from ...core.adapter import Target
+    from ...io.computed import Array
+    from ._learned import Trial
+
+
+class CAT(Learned):
+    """sum_t softmax(z)_t D_t with learned z, equal to begin with."""
+
+    title = "Learned concatenation (CAT, LoRA Soups)"
+    paper = "https://arxiv.org/abs/2410.13025"
+    data: ClassVar[str | None] = SLOPE
+
+    per: str = parameter("layer", PER, among=("layer", "task"))
+    steps: int = parameter(100, "steps of Adam", least=1)
+    rate: float = parameter(1e-2, "size of a step", least=0)
+
+    def learn(self, trial: Trial) -> dict[Target, Array]:
+        import numpy as np
+
+        start = np.zeros((len(trial.targets), trial.count))
+        found = descend(trial, start, self.steps, self.rate, self.per, _softmax)
+        return dict(zip(trial.targets, found, strict=True))
+
+
+def _softmax(values: Array) -> tuple[Array, Array]:
+    import numpy as np
+
+    powers = np.exp(values - values.max(1, keepdims=True))
+    shares = powers / powers.sum(1, keepdims=True)
+    return shares, shares[:, :, None] * np.eye(shares.shape[1]) - shares[:, :, None] * shares[:, None, :]

@@ -1,0 +1,53 @@
+"""Core Space: another method on small cores, D_t = U M_t V^T with one U and one V for all tasks.
+
+U holds the left singular vectors of [B_1 .. B_T], V the right ones of [A_1; ..; A_T]. Linear methods give what they
+give on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786; TIES trims each core apart, as in
+https://github.com/apanariello4/core-space-merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._changes import between, whole
+from ._method import PlugIn, parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+BASIS = "whose singular vectors: of the factors, as they were trained, or of their products, whatever the factors"
+
+
+class CoreSpace(PlugIn):
+    """U then(M_1 .. M_T) V^T."""
+
+    title = "Core Space, with another method in it"
+    paper = "https://arxiv.org/abs/2509.17786"
+    within: ClassVar = {"scope": "tensor"}
+
+    basis: str = parameter("factors", BASIS, among=("factors", "products"))
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        left, cores, right = coordinates(deltas, self.basis)
+        merged = self.inner.matrix([whole(M) for M in cores], weights, at)
+        return between(left, merged.dense(), right)
+
+
+def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array], Array]:
+    """U `[out, p]`, M_t `[p, q]` and V^T `[q, in * k]`, in singular vectors of stacked factors or products."""
+    import numpy as np
+
+    from ..thin import whole_core
+
+    common = whole_core(deltas)
+    if basis == "factors" and all(delta.rest is None for delta in deltas):
+        rows = common.left.T @ np.hstack([delta.B for delta in deltas])
+        columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
+    else:
+        rows, columns = np.hstack(common.cores), np.vstack(common.cores)
+    U = np.linalg.svd(rows, full_matrices=False)[0]
+    Vh = np.linalg.svd(columns, full_matrices=False)[2]
+    return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

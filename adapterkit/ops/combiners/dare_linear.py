@@ -1,0 +1,53 @@
+"""DARE: entries are dropped at random and the rest scaled up, so that the mean stays; then task arithmetic.
+
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. Alone a model keeps its abilities with 0.1 of the entries; for
+merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, and that is the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import RESCALE, RESCALES, Sparse
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+class Dare(Sparse):
+    """lambda * sum_t w_t m_t D_t / p, every entry of m_t being 1 with probability p."""
+
+    title = "DARE, then task arithmetic"
+    paper = "https://arxiv.org/abs/2311.03099"
+    depends: ClassVar = frozenset({"order", "seed"})
+    single = frozenset({"density"})
+    compat: ClassVar = {"mergekit": {"density": 1.0, "rescale": "norm"}, "peft": {}}
+
+    density: float = parameter(0.8, "probability p that an entry is kept", least=0, most=1)
+    rescale: str = parameter("inverse", RESCALE, among=RESCALES)
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        return drawn(at.each(self, "density"), at)
+
+
+def drawn(densities: Sequence[float], at: At) -> Mask:
+    """Which entries chance keeps, by each adapter's density."""
+    import numpy as np
+
+    if min(densities) >= 1:
+        return lambda *_: (None, 1.0)
+    chance = np.minimum(np.reshape(densities, (-1, 1, 1)), 1.0)
+
+    def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
+        shape, first = changes.shape[1:], rows.start * changes.shape[2]
+        kept = np.empty(changes.shape, bool)
+        for t, density in enumerate(densities):
+            kept[t] = True if density >= 1 else at.uniform(t, shape, first) < density
+        return kept, chance
+
+    return mask

@@ -1,0 +1,83 @@
+"""DARE and TIES: entries are dropped at random and the rest scaled up; then signs are elected and what agrees averaged.
+
+Yu et al. 2023, https://arxiv.org/abs/2311.03099. Alone a model keeps its abilities with 0.1 of the entries; for
+merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, and that is the default.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ..selection import Selection, settle
+from ._entrywise import (
+    DENOMINATOR,
+    DENOMINATORS,
+    RESCALE,
+    RESCALES,
+    SIGN,
+    SIGNS,
+    ZERO_SIGN,
+    ZERO_SIGNS,
+    Sparse,
+    count_of,
+)
+from ._method import parameter
+from .dare_linear import drawn
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+TRIM = "share of the entries, the largest of what chance left of a tensor, that are kept; MergeLM keeps 0.2"
+
+
+class DareTIES(Sparse):
+    """lambda * mean of the entries of m_t D_t / p that have the elected sign."""
+
+    title = "DARE, then TIES"
+    paper = "https://arxiv.org/abs/2311.03099"
+    depends: ClassVar = frozenset({"order", "seed"})
+    single = frozenset({"density"})
+    compat: ClassVar = {
+        "mergekit": {
+            "density": 1.0, "rescale": "norm", "weighted_vote": True, "zero_sign": "+", "denominator": "none",
+        },
+        "peft": {"zero_sign": "+"},
+    }  # fmt: skip
+
+    trim: float = parameter(1.0, TRIM, least=0, most=1)
+    density: float = parameter(0.8, "probability p that an entry is kept", least=0, most=1)
+    rescale: str = parameter("inverse", RESCALE, among=RESCALES)
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        chance = drawn(at.each(self, "density"), at)
+        if self.trim >= 1:
+            return chance
+        # The mask of a block is a function of its place, so that rows have to be gone over, not a sample.
+        selections = [Selection(lambda total, _: count_of(self.trim, total, "reference")) for _ in at.present]
+
+        def once() -> None:
+            for rows, changes in blocks:
+                kept, _ = chance(changes, rows)
+                changes *= 1.0 if kept is None else kept
+                for selection, D in zip(selections, np.abs(changes), strict=True):
+                    if selection.found is None:
+                        selection.feed(D.reshape(-1))
+
+        settle(selections, once)
+        least = np.reshape([each.found.value for each in selections if each.found], (-1, 1, 1))
+
+        def mask(changes: Array, rows: slice) -> tuple[Array, Array | float]:
+            kept, probability = chance(changes, rows)
+            largest = np.abs(changes) >= least
+            return largest if kept is None else kept & largest, probability
+
+        return mask

@@ -1,0 +1,62 @@
+"""DC-Merge: every task's singular values evened out, one pair of bases that covers all tasks, TIES between them.
+
+Task t's first r directions get singular values of the same sum, all equal (average) or falling on a line. The bases are
+the polar factors of [U_1 .. U_T] and [V_1 .. V_T]; in them each task keeps its largest entries, signs are elected, what
+agrees is averaged, and what lies between the directions of two different tasks is left out. Zhang et al. 2026,
+https://arxiv.org/abs/2603.06242, https://github.com/Tobeginwith/DC-Merge. The share that is kept, 0.001, is the
+authors' for vision models and for LLaVA, where r is 16, the rank of their LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._entrywise import DENSITY, SCALE, largest
+from ._method import Spectral, parameter
+from ._spectra import leading, polar
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+
+SMOOTHING = "the singular values of a task: all equal (average), or on a line (linear)"
+
+
+class DCMerge(Spectral):
+    """U (M o [same task]) V^T, M the elected mean of U^T U_t diag(e_t) V_t^T V."""
+
+    title = "Directional consistency (DC-Merge)"
+    paper = "https://arxiv.org/abs/2603.06242"
+
+    directions: int | None = parameter(
+        None, "directions that a task keeps; all of its rank if not given", least=1, kind=int
+    )
+    smoothing: str = parameter("average", SMOOTHING, among=("average", "linear"))
+    rho: float = parameter(5.0, "largest over smallest singular value of a line, at most", least=1)
+    density: float = parameter(0.001, DENSITY, least=0, most=1)
+    scale: float = parameter(1.0, SCALE)
+
+    def core(self, cores: Array, weights: Array, at: At) -> Array:
+        import numpy as np
+
+        parts = [leading(w * M, self.directions) for M, w in zip(cores, weights, strict=True)]
+        U, V = polar(np.hstack([part[0] for part in parts])), polar(np.vstack([part[2] for part in parts]))
+        found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
+        for M in found:
+            M *= largest(M, max(int(self.density * M.size), 1))
+        total = found.sum(0)
+        agree = np.sign(found) == np.sign(total)
+        merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)
+        owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
+        own = owner[: U.shape[1], None] == owner[: V.shape[0]]
+        return np.asarray(self.scale * U @ (merged * own) @ V)
+
+    def _even(self, S: Array) -> Array:
+        """Singular values of the same sum that differ less."""
+        import numpy as np
+
+        if not len(S):
+            return S
+        ratio = 1.0 if self.smoothing == "average" else min(self.rho, float(S[0] / S[-1]))
+        line = np.linspace(ratio, 1.0, len(S))
+        return np.asarray(S.sum() * line / line.sum())

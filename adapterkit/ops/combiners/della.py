@@ -1,0 +1,64 @@
+"""DELLA: small entries are dropped more often than large ones, by their rank in a row; then an election, then the mean.
+
+Deep et al. 2024, https://arxiv.org/abs/2406.11617. Defaults are those of https://github.com/declare-lab/della: its
+README drops 0.3 with a window of 0.14, which its code halves (`epsilon = window_size / 2`); there the vote and the mean
+are of weighted changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ...errors import UsageError
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Sparse, ranks
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+class Della(Sparse):
+    """As DARE and TIES, with p from density - epsilon for a row's smallest to density + epsilon for its largest."""
+
+    title = "DELLA"
+    paper = "https://arxiv.org/abs/2406.11617"
+    depends: ClassVar = frozenset({"order", "seed"})
+    single = frozenset({"density", "epsilon"})
+    compat: ClassVar = {
+        "mergekit": {
+            "density": 1.0, "epsilon": 0.15, "rescale": "norm", "weighted_vote": True, "zero_sign": "+",
+            "denominator": "weights",
+        },
+    }  # fmt: skip
+
+    density: float = parameter(0.7, "mean probability that an entry is kept", least=0, most=1)
+    epsilon: float = parameter(0.07, "how far the probabilities are from their mean at most", least=0, most=1)
+    rescale: str = parameter("inverse", RESCALE, among=RESCALES)
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
+    denominator: str = parameter("weights", DENOMINATOR, among=DENOMINATORS)
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        settings = list(zip(at.each(self, "density"), at.each(self, "epsilon"), strict=True))
+        for density, epsilon in settings:
+            if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+                why = f"density {density} and epsilon {epsilon} give probabilities outside of 0 to 1"
+                raise UsageError(why, where="epsilon", cure="Choose a smaller epsilon")
+
+        def mask(changes: Array, rows: slice) -> tuple[Array, Array]:
+            _, count, columns = changes.shape
+            kept, chance = np.ones(changes.shape, bool), np.ones(changes.shape)
+            for t, (density, epsilon) in enumerate(settings):
+                if density < 1:
+                    chance[t] = ranks(np.abs(changes[t]))
+                    chance[t] *= 2 * epsilon / max(columns - 1, 1)
+                    chance[t] += density - epsilon
+                    kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
+            return kept, chance
+
+        return mask

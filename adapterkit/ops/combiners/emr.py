@@ -1,0 +1,83 @@
+"""EMR: one change elected of all, and for a given task its mask and its scale: what that task uses of it.
+
+The sign of an entry is that of the sum, its size the largest magnitude of that sign. Task t takes the entries that have
+its own sign, times lambda_t, the sum over tensors of its mean magnitude over that of what the mask leaves. Huang et al.
+2024, https://arxiv.org/abs/2405.17461, https://github.com/harveyhuang18/EMR_Merging. Without a task the elected change
+itself is the result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ...errors import UsageError
+from ._entrywise import Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+
+class EMR(Entrywise):
+    """lambda_t [D D_t > 0] D, with D = sign(sum w D_t) max_t |w D_t| over those of that sign."""
+
+    title = "Elect, mask and rescale (EMR)"
+    paper = "https://arxiv.org/abs/2405.17461"
+    stages: ClassVar[int] = 0
+
+    task: int | None = parameter(
+        None, "the adapter, counted from 0, whose mask and scale are applied; none if not given", least=0, kind=int
+    )
+
+    @property
+    def counts(self) -> bool:
+        return self.task is not None
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        if self.task is None:
+            return lambda changes, _: self.scale * _elected(changes * weights[:, None, None])
+        if self.task not in at.present:
+            return lambda changes, _: np.zeros(changes.shape[1:])
+        place = at.present.index(self.task)
+        below = at.census.sum_of("masked")
+        factor = self.scale * (at.census.sum_of("own") / below if below else 0.0)
+
+        def formula(changes: Array, _: slice) -> Array:
+            changes *= weights[:, None, None]
+            unified = _elected(changes)
+            result: Array = factor * unified * (unified * changes[place] > 0)
+            return result
+
+        return formula
+
+    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+        import numpy as np
+
+        if self.task is None or self.task not in at.present:
+            return
+        place, own, masked = at.present.index(self.task), 0.0, 0.0
+        for _, changes in blocks:
+            changes *= weights[:, None, None]
+            unified = _elected(changes)
+            own += float(np.abs(changes[place]).sum())
+            masked += float(np.abs(unified[unified * changes[place] > 0]).sum())
+        at.census.add("own", own / blocks.size)
+        at.census.add("masked", masked / blocks.size)
+
+    def check(self) -> None:
+        if self.task is not None and self.task < 0:
+            raise UsageError(f"task {self.task} is none", where="task", cure="Count from 0")
+
+
+def _elected(changes: Array) -> Array:
+    """The largest magnitude that has the sign of the sum, with that sign."""
+    import numpy as np
+
+    sign = np.where(changes.sum(0) > 0, 1.0, -1.0)
+    unified: Array = np.maximum(changes * sign, 0.0).max(0) * sign
+    return unified

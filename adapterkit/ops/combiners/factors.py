@@ -1,0 +1,44 @@
+"""A and B apart: another method on the A of all tasks, and on their B; the product has terms B_s A_t that are nobody's.
+
+What PEFT does for `linear`, `ties`, `dare_*` and `magnitude_prune`: https://huggingface.co/docs/peft/developer_guides/model_merging.
+With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B sqrt|c|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from ._changes import whole
+from ._method import PlugIn
+from ._pairs import checked_pairs
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+class Factors(PlugIn):
+    """then(B_1 .. B_T) @ then(A_1 .. A_T)."""
+
+    title = "A and B apart, by another method"
+    paper = "https://huggingface.co/docs/peft/developer_guides/model_merging"
+    depends: ClassVar = frozenset({"factors"})
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        import numpy as np
+
+        from ..lowering import Delta
+
+        checked_pairs(deltas, at)
+        s = np.array([scaling or 1.0 for scaling in at.scalings])
+        c = weights * s
+        each = [
+            [whole(delta.B / factor) for delta, factor in zip(deltas, s, strict=True)],
+            [whole(d.A) for d in deltas],
+        ]
+        B = self.inner.matrix(each[0], np.sqrt(np.abs(c)), replace(at, part=f"{at.part} B")).dense()
+        A = self.inner.matrix(each[1], np.sign(c) * np.sqrt(np.abs(c)), replace(at, part=f"{at.part} A")).dense()
+        return Delta(B, A)

@@ -1,0 +1,40 @@
+"""Iso-C: the sum of the changes with all singular values made equal to their mean.
+
+Marczak et al. 2025, https://arxiv.org/abs/2502.04959; in the space that the adapters span: https://arxiv.org/abs/2509.17786
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._entrywise import SCALE
+from ._method import Spectral, parameter
+from ._spectra import leading
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+
+OVER = "what the mean is taken over: directions that the adapters span (core), or all of the weight (weight)"
+
+
+class IsoC(Spectral):
+    """scale * mean(S) * U V^T of the sum."""
+
+    title = "Isotropic merging in the common space (Iso-C)"
+    paper = "https://arxiv.org/abs/2502.04959"
+
+    over: str = parameter("core", OVER, among=("core", "weight"))
+    scale: float = parameter(1.0, SCALE)
+
+    def core(self, cores: Array, weights: Array, at: At) -> Array:
+        import numpy as np
+
+        U, S, Vh = leading(np.tensordot(weights, cores, 1))
+        result: Array = self.scale * S.sum() / max(self._count(len(S), at), 1) * (U @ Vh)
+        return result
+
+    def _count(self, rank: int, at: At) -> int:
+        import math
+
+        return rank if self.over == "core" else min(at.shape[0], math.prod(at.shape[1:]))

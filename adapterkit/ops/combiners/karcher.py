@@ -1,0 +1,57 @@
+"""Karcher mean: the point of the sphere whose squared angles to the changes are least, by fixed-point steps.
+
+Karcher 1977, https://doi.org/10.1002/cpa.3160300502; for models: https://arxiv.org/abs/2603.04972
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._changes import shares
+from ._method import Mixture, parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+
+
+class Karcher(Mixture):
+    """The intrinsic mean of the directions, times the weighted mean of the lengths."""
+
+    title = "Karcher mean"
+    paper = "https://arxiv.org/abs/2603.04972"
+    compat: ClassVar = {"mergekit": {"iterations": 10}}
+
+    iterations: int = parameter(100, "steps at most", least=1)
+    tolerance: float = parameter(1e-5, "length of a step that ends the search", least=0)
+
+    def coefficients(self, gram: Array, weights: Array) -> Array:
+        """Everything in the coordinates of the unit vectors, whose inner products are the cosines."""
+        import numpy as np
+
+        sizes = np.sqrt(gram.diagonal())
+        valid = sizes > self.tolerance
+        inverse = np.where(valid, 1 / np.where(valid, sizes, 1.0), 0.0)
+        cosines = gram * np.outer(inverse, inverse)
+        w = shares(weights)
+        parts = valid * w / ((valid * w).sum() or 1.0)
+        mean = _unit(parts, cosines, self.tolerance)
+        if mean is None:
+            mean = np.eye(len(w))[int(valid.argmax())]
+        for _ in range(self.iterations):
+            dots = np.clip(cosines @ mean, -1.0, 1.0)
+            angles = np.arccos(dots)
+            apart = valid & (angles >= self.tolerance)
+            pull = np.where(apart, parts * angles / np.where(apart, np.sin(angles), 1.0), 0.0)
+            tangent = pull - float(pull @ dots) * mean
+            size = float(np.sqrt(max(tangent @ cosines @ tangent, 0.0)))
+            if size < self.tolerance:
+                break
+            moved = np.cos(size) * mean + np.sin(size) / size * tangent
+            unit = _unit(moved, cosines, self.tolerance)
+            mean = moved if unit is None else unit
+        return mean * inverse * float(w @ sizes)
+
+
+def _unit(vector: Array, cosines: Array, tolerance: float) -> Array | None:
+    size = max(float(vector @ cosines @ vector), 0.0) ** 0.5
+    return None if size < tolerance else vector / size

@@ -1,0 +1,120 @@
+"""LoRA-LEGO: pairs of a row of A and a column of B are clustered over all tasks; the centres are the result's ranks.
+
+Centres are brought to the mean largest entry of their members, and the result is scaled by sqrt(pairs / ranks).
+Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the rank of a task are as
+in a comparison by the authors of CtM, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from ...errors import UsageError
+from ._method import parameter
+from ._pairs import Pairwise
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+
+
+class Lego(Pairwise):
+    """Minimal semantic units, put together again by k-means."""
+
+    title = "LoRA-LEGO"
+    paper = "https://arxiv.org/abs/2409.16167"
+    depends: ClassVar = frozenset({"factors", "order", "size", "seed"})
+
+    rank: int | None = parameter(None, "ranks of the result; the largest of a task if not given", least=1, kind=int)
+    starts: int = parameter(10, "how often k-means starts again; the best one counts", least=1)
+
+    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+        import numpy as np
+
+        A, B = np.vstack(As), np.hstack(Bs)
+        rank = self.rank or max(len(each) for each in As)
+        if rank > len(A):
+            raise UsageError(
+                f"{len(A)} pairs are not enough for rank {rank}", where="rank", cure="Choose a smaller one"
+            )
+        units = np.hstack([A, B.T])
+        owner = clusters(units @ units.T, rank, at.uniform(0, (self.starts, rank)))
+        centres = np.stack([_centre(units[owner == c]) for c in range(rank)])
+        scale = math.sqrt(len(units) / rank)
+        return scale * centres[:, A.shape[1] :].T, centres[:, : A.shape[1]]
+
+
+def _centre(members: Array) -> Array:
+    import numpy as np
+
+    mean = members.mean(0)
+    size = np.abs(mean).max()
+    centre: Array = mean * (np.abs(members).max(1).mean() / size) if size else mean
+    return centre
+
+
+def clusters(gram: Array, count: int, chances: Array) -> Array:
+    """k-means of points known by their inner products `[n, n]`: the cluster of each, `[n]`, none of them empty.
+
+    Args:
+        gram: inner products.
+        count: clusters.
+        chances: numbers in [0, 1) `[starts, count]` that the first centres are drawn with (k-means++).
+    """
+    import numpy as np
+
+    best, least = np.zeros(len(gram), int), np.inf
+    for start in chances:
+        owner, cost = _descend(gram, _distances_to(gram, _seeds(gram, start)).argmin(1), count)
+        if cost < least:
+            best, least = owner, cost
+    return best
+
+
+def _seeds(gram: Array, chances: Array) -> Array:
+    """Points far from one another, each drawn by its squared distance to those drawn before it."""
+    import numpy as np
+
+    chosen = [int(chances[0] * len(gram))]
+    while len(chosen) < len(chances):
+        nearest = np.maximum(_distances_to(gram, np.array(chosen)).min(1), 0.0)
+        nearest[chosen] = 0.0
+        sums = nearest.cumsum()
+        free = [i for i in range(len(gram)) if i not in chosen]
+        drawn = int(np.searchsorted(sums, chances[len(chosen)] * sums[-1], side="right")) if sums[-1] else free[0]
+        chosen.append(drawn if drawn < len(gram) and drawn not in chosen else free[0])
+    return np.array(chosen)
+
+
+def _distances_to(gram: Array, points: Array) -> Array:
+    sizes = gram.diagonal()
+    found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
+    return found
+
+
+def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
+    """Lloyd's steps until nothing moves; a cluster that loses its last point gets the one farthest from its centre."""
+    import numpy as np
+
+    for _ in range(300):
+        shares = np.eye(count)[owner]
+        for empty in np.flatnonzero(shares.sum(0) == 0):
+            lone = shares.sum(0)[owner] == 1
+            own = np.where(
+                lone, -1.0, _to_centres(gram, shares / np.maximum(shares.sum(0), 1))[np.arange(len(owner)), owner]
+            )
+            owner = owner.copy()
+            owner[own.argmax()] = empty
+            shares = np.eye(count)[owner]
+        distances = _to_centres(gram, shares / shares.sum(0))
+        moved = distances.argmin(1)
+        if (moved == owner).all() or (np.eye(count)[moved].sum(0) == 0).any():
+            break
+        owner = moved
+    return owner, float(distances[np.arange(len(owner)), owner].sum())
+
+
+def _to_centres(gram: Array, means: Array) -> Array:
+    found: Array = gram.diagonal()[:, None] - 2 * gram @ means + ((gram @ means) * means).sum(0)
+    return found

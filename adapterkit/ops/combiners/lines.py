@@ -1,0 +1,47 @@
+"""LiNeS: another method's result, scaled from alpha in the first layer to alpha + beta in the last.
+
+Wang et al. 2024, https://arxiv.org/abs/2410.17146, https://github.com/wang-kee/LiNeS: shallow layers are general, and
+change less. Targets in no numbered layer are scaled by alpha. For several tasks the authors take alpha = 1 / T
+times the norm of the sum of the changes over that of the merged change, which is 1 / T behind task arithmetic, and
+choose beta by validation, up to 1; for a single task beta = 1 - alpha, the default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._method import PlugIn, parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+class LiNeS(PlugIn):
+    """(alpha + beta * depth) * then(D_1 .. D_T), depth from 0 to 1."""
+
+    title = "LiNeS: another method's result, scaled by depth"
+    paper = "https://arxiv.org/abs/2410.17146"
+
+    alpha: float | None = parameter(
+        None, "factor of the first layer, and of targets in none; one over the tasks if not given", least=0, kind=float
+    )
+    beta: float | None = parameter(
+        None, "what the factor gains up to the last layer; 1 - alpha if not given", kind=float
+    )
+
+    @property
+    def dense(self) -> bool:
+        return self.inner.dense
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        return self.inner.matrix(deltas, weights, at).scaled(self._factor(len(deltas), at))
+
+    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+        return self._factor(len(changes), at) * self.inner.vector(changes, weights, at)
+
+    def _factor(self, count: int, at: At) -> float:
+        alpha = 1 / count if self.alpha is None else self.alpha
+        return alpha + (1 - alpha if self.beta is None else self.beta) * (at.depth or 0.0)

@@ -1,0 +1,67 @@
+"""LoraHub: one weight an adapter, found without gradients on a few examples; A and B summed apart, as its authors do.
+
+min over w in [-bound, bound] of loss(w) + penalty * mean|w|, by an evolution strategy of one parent and one child,
+whose step grows with success.  Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are those of
+https://github.com/sail-sg/lorahub, which searches by nevergrad instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._changes import mixed
+from ._learned import Learned
+from ._method import parameter
+from ._pairs import checked_pairs
+
+if TYPE_CHECKING:
+    from ...core.adapter import Target
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+    from ._learned import Trial
+
+
+class LoraHub(Learned):
+    """(sum_t w_t B_t)(sum_t w_t A_t), or exactly sum_t w_t B_t A_t."""
+
+    title = "LoraHub"
+    paper = "https://arxiv.org/abs/2307.13269"
+
+    apart: bool = parameter(True, "sum A and B apart, which adds products of different adapters' factors")
+    steps: int = parameter(40, "scores to ask for", least=1)
+    bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
+    penalty: float = parameter(0.05, "of the mean magnitude of weights", least=0)
+
+    def learn(self, trial: Trial) -> dict[Target, Array]:
+        import numpy as np
+
+        random, step = np.random.default_rng(trial.seed), 0.5
+        best = np.zeros(trial.count)
+        least = self._cost(trial, best)
+        for _ in range(self.steps - 1):
+            tried = np.clip(best + step * random.standard_normal(trial.count), -self.bound, self.bound)
+            cost = self._cost(trial, tried)
+            step *= 1.5 if cost < least else 1.5**-0.25
+            if cost < least:
+                best, least = tried, cost
+        return trial.everywhere(best)
+
+    def _cost(self, trial: Trial, weights: Array) -> float:
+        import numpy as np
+
+        return trial.loss(trial.everywhere(weights)) + self.penalty * float(np.abs(weights).mean())
+
+    def sums(self, weights: Sequence[float]) -> list[float] | None:
+        return None if self.apart else list(weights)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        from ..lowering import Delta
+
+        if not self.apart:
+            return mixed(deltas, weights)
+        checked_pairs(deltas, at)
+        B = sum(w * delta.B for delta, w in zip(deltas, weights, strict=True))
+        A = sum(w * delta.A for delta, w in zip(deltas, weights, strict=True))
+        return Delta(B, A)

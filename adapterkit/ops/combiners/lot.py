@@ -1,0 +1,41 @@
+"""LOT: the change whose outputs drift least from each task's on that task's inputs, by a pseudoinverse.
+
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^+ with G_t = X_t^T X_t.  Sun et al. 2025, https://arxiv.org/abs/2505.23859,
+equation 9, https://github.com/SunWenJu123/model-merging. It is RegMean without its factor of off-diagonal entries, and
+directions that no input has get no change, where RegMean takes the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._method import Method, parameter
+from .regmean import INPUTS, gram_of
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+class LOT(Method):
+    """Least squares over the inputs that there are; factors stay thin."""
+
+    title = "Layer-wise optimal task vectors (LOT)"
+    paper = "https://arxiv.org/abs/2505.23859"
+    data: ClassVar[str | None] = INPUTS
+
+    tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        import numpy as np
+
+        from ..lowering import Delta
+
+        grams = [w * gram_of(at, t, delta.shape[1]) for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))]
+        below = np.linalg.pinv(sum(grams), self.tolerance, hermitian=True)
+        maps = [G @ below for G in grams]
+        A = np.vstack([delta.A @ through for delta, through in zip(deltas, maps, strict=True)])
+        rests = [d.rest @ through for d, through in zip(deltas, maps, strict=True) if d.rest is not None]
+        return Delta(np.hstack([delta.B for delta in deltas]), A, sum(rests) if rests else None)

@@ -1,0 +1,37 @@
+"""Model Stock: D = t * mean_t D_t with t = N c / (1 + (N - 1) c), c the mean cosine between changes.
+
+Jang et al. 2024, https://arxiv.org/abs/2403.19522
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._method import Mixture, parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+
+
+class ModelStock(Mixture):
+    """The point on the way from base to mean that is nearest to the centre of fine-tuned weights."""
+
+    title = "Model Stock"
+    paper = "https://arxiv.org/abs/2403.19522"
+    compat: ClassVar = {"mergekit": {"clamp": False}}
+
+    clamp: bool = parameter(True, "take a negative mean cosine for 0, rather than go beyond the base")
+
+    def coefficients(self, gram: Array, weights: Array) -> Array:
+        import numpy as np
+
+        count = len(gram)
+        if count == 1:
+            return weights
+        sizes = np.sqrt(gram.diagonal())
+        cosines = gram / np.where(np.outer(sizes, sizes) > 0, np.outer(sizes, sizes), 1.0)
+        c = float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+        c = max(c, 0.0) if self.clamp else c
+        below = 1 + (count - 1) * c
+        t = count * c / below if abs(below) > 1e-8 else 0.0
+        return weights * t / count

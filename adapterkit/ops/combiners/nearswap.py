@@ -1,0 +1,43 @@
+"""NearSwap: each entry of one change as far as a given distance, so that near weights are swapped and far ones moved.
+
+D' = D * min(1, t / |D|): what is not larger than t stays.  alchemonaut 2024, whose model of t = 0.0001 is
+https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001. From adapter A towards B it is A and the change of B - A.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+LEAST = 1e-6
+"""Changes below it count as large as it, as in mergekit."""
+
+
+class NearSwap(Entrywise):
+    """lambda * D min(1, t / |D|)."""
+
+    title = "NearSwap"
+    paper = "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
+    depends: ClassVar = frozenset({"size"})
+    takes = (1, 1)
+    compat: ClassVar = {"mergekit": {}}
+
+    t: float = parameter(1e-4, "how far an entry may go from the base", least=0)
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        def formula(changes: Array, _: slice) -> Array:
+            D = weights[0] * changes[0]
+            result: Array = self.scale * D * np.minimum(self.t / np.maximum(np.abs(D), LEAST), 1.0)
+            return result
+
+        return formula

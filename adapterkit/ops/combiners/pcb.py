@@ -1,0 +1,135 @@
+"""PCB: entries compete within their task and between tasks; the best of each task are averaged by their scores.
+
+With x clamped to the quantiles 0.0001 and 0.9999 of its magnitudes, and scaled to [0, 1] as m_t, an entry's score is
+exp(T m_t^2) tanh(x_t sum x); scores below the quantile 1 - ratio count nothing, those above from 0 to 1; the result is
+the mean of the clamped entries by their scores.  Du et al. 2024, https://arxiv.org/abs/2410.02396. Quantiles are those
+of a whole adapter, as in https://github.com/duguodong7/pcb-merging, where ratio is 0.1 by default and 0.05 in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+    Wanted = Callable[[int, int], int]
+
+OUTSIDE = 1e-4
+"""The share of the smallest, and of the largest, magnitudes that are clamped."""
+
+
+class PCB(Entrywise):
+    """lambda * sum_t s_t x_t / sum_t s_t."""
+
+    title = "Parameter competition balancing (PCB)"
+    paper = "https://arxiv.org/abs/2410.02396"
+    depends: ClassVar = frozenset({"size"})
+    stages: ClassVar[int] = 2
+
+    ratio: float = parameter(0.1, "share of the entries of a task that count", least=0, most=1)
+    scope: str = parameter(
+        "model", "what quantiles are of: the whole adapter or each tensor", among=("model", "tensor")
+    )
+
+    @property
+    def counts(self) -> bool:
+        return self.scope == "model"
+
+    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+        names = [(end, t) for end in ("least", "most") for t in at.present]
+        ends = _ends(blocks.count)
+        if not at.census.knows(names[0]):
+            at.census.count(names, blocks, ends, lambda changes: _twice(changes, weights))
+            return
+        bounds = self._known(("least", "most"), at)
+        scores = [(end, t) for end in ("positive", "negative", "best") for t in at.present]
+        wanted = self._scores(blocks.count)
+        at.census.count(scores, blocks, wanted, lambda changes: _signed(_scored(changes, weights, bounds)))
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        if self.scope == "model":
+            bounds, (positive, negative, best) = (
+                self._known(("least", "most"), at),
+                self._known(("positive", "negative", "best"), at),
+            )
+        else:
+            found = blocks.select(lambda changes: _twice(changes, weights), _ends(blocks.count))
+            bounds = np.reshape([each.value for each in found], (2, -1, 1, 1))
+            found = blocks.select(
+                lambda changes: _signed(_scored(changes, weights, bounds)), self._scores(blocks.count)
+            )
+            positive, negative, best = np.reshape([each.value for each in found], (3, -1, 1, 1))
+        # The quantile is among the positive scores, or else it is so much below zero.
+        least = np.where(positive > 0, positive, -negative)
+        span = np.where(best > least, best - least, 1.0)
+
+        def formula(changes: Array, _: slice) -> Array:
+            parts = np.clip((_scored(changes, weights, bounds) - least) / span, 0.0, 1.0)
+            each = weights[:, None, None] * changes
+            each = np.sign(each) * np.clip(np.abs(each), bounds[0], bounds[1])
+            result: Array = self.scale * (parts * each).sum(0) / np.maximum(parts.sum(0), 1e-12)
+            return result
+
+        return formula
+
+    def _scores(self, count: int) -> list[Wanted]:
+        """The quantile 1 - ratio among positive scores, among negative ones, and the best score."""
+
+        def place(total: int) -> int:
+            return total - min(int(total * (1 - self.ratio)), total - 1)
+
+        return [
+            *[lambda total, _: place(total)] * count,
+            *[lambda total, _: total - place(total) + 1] * count,
+            *[lambda *_: 1] * count,
+        ]
+
+    def _known(self, names: Sequence[str], at: At) -> Array:
+        import numpy as np
+
+        found = [at.census.threshold((name, t)) for name in names for t in at.present]
+        return np.reshape(found, (len(names), -1, 1, 1))
+
+
+def _ends(count: int) -> list[Wanted]:
+    """The places of the quantiles of magnitudes, from the largest."""
+    low: Wanted = lambda total, _: total - int(total * OUTSIDE)  # noqa: E731
+    high: Wanted = lambda total, _: total - max(int(total * (1 - OUTSIDE) - 1), 0)  # noqa: E731
+    return [*[low] * count, *[high] * count]
+
+
+def _twice(changes: Array, weights: Array) -> Array:
+    import numpy as np
+
+    sizes = np.abs(weights.reshape(-1, *[1] * (changes.ndim - 1)) * changes)
+    return np.concatenate([sizes, sizes])
+
+
+def _scored(changes: Array, weights: Array, bounds: Array) -> Array:
+    """The score of each entry."""
+    import numpy as np
+
+    shape = (-1, *[1] * (changes.ndim - 1))
+    each, (least, most) = weights.reshape(shape) * changes, (end.reshape(shape) for end in bounds)
+    own = (np.clip(np.abs(each), least, most) - least) / np.where(most > least, most - least, 1.0)
+    return np.asarray(np.exp(len(changes) * own * own) * np.tanh(each * each.sum(0)))
+
+
+def _signed(scores: Array) -> Array:
+    """Positive and negative parts of scores, and the positive ones again."""
+    import numpy as np
+
+    positive = np.maximum(scores, 0.0)
+    return np.concatenate([positive, np.maximum(-scores, 0.0), positive])

@@ -1,0 +1,81 @@
+"""Pico: directions of B that many tasks share are damped before another method sees the changes; then the norm is set.
+
+[B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
+brought to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
+its authors' https://github.com/yixuantt/Pico does that with a merged change; the command there, which merges nothing,
+brings each change to the norm that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._method import PlugIn, parameter
+from .core import BASIS
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+RESCALE = "what is rescaled: the merged change, to the mean norm, each damped change, to the norm it had, or nothing"
+
+
+class Pico(PlugIn):
+    """A plug-in before any method of sums or singular values."""
+
+    title = "Pico: shared output directions damped before another method"
+    paper = "https://arxiv.org/abs/2604.16826"
+
+    basis: str = parameter("factors", BASIS, among=("factors", "products"))
+    rescale: str = parameter("merged", RESCALE, among=("none", "merged", "each"))
+
+    @property
+    def dense(self) -> bool:
+        return self.inner.dense
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        import numpy as np
+
+        from ..thin import norm
+
+        U, S = self._directions(deltas)
+        damped = 1 / (1 + (len(deltas) - 1) * S**2 / ((S**2).sum() or 1.0)) - 1
+        calibrated, norms = [_damped(delta, U, damped) for delta in deltas], [norm(delta) for delta in deltas]
+        if self.rescale == "each":
+            calibrated = [_brought(delta, size) for delta, size in zip(calibrated, norms, strict=True)]
+        merged = self.inner.matrix(calibrated, weights, at)
+        return _brought(merged, float(np.mean(norms))) if self.rescale == "merged" else merged
+
+    def _directions(self, deltas: Sequence[Delta]) -> tuple[Array, Array]:
+        import numpy as np
+
+        from ..thin import whole_core
+
+        if self.basis == "factors" and all(delta.rest is None for delta in deltas):
+            left, R = np.linalg.qr(np.hstack([delta.B for delta in deltas]))
+        else:
+            common = whole_core(deltas)
+            left, R = common.left, np.hstack(common.cores)
+        U, S, _ = np.linalg.svd(R, full_matrices=False)
+        return left @ U, S
+
+
+def _brought(delta: Delta, size: float) -> Delta:
+    """The change with another Frobenius norm; none stays none."""
+    from ..thin import norm
+
+    now = norm(delta)
+    return delta.scaled(size / now) if now else delta
+
+
+def _damped(delta: Delta, U: Array, factors: Array) -> Delta:
+    from ..lowering import Delta
+
+    def through(X: Array) -> Array:
+        result: Array = X + U @ (factors[:, None] * (U.T @ X))
+        return result
+
+    return Delta(through(delta.B), delta.A, None if delta.rest is None else through(delta.rest))

@@ -1,0 +1,42 @@
+"""Reinforced agent merging: entries that one task alone changed are kept whole, those that several changed averaged.
+
+An entry counts as changed above epsilon: reinforcement learning changes few, products of thin factors nearly all.
+Yuan et al. 2026, https://arxiv.org/abs/2601.13572; epsilon is `threshold` of https://github.com/xiangchi-yuan/mrl.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+EPSILON = "magnitude up to which an entry counts as unchanged"
+
+
+class RAM(Entrywise):
+    """lambda * sum_t w_t m_t D_t / sum_t m_t with m_t = [|D_t| > epsilon]."""
+
+    title = "Reinforced agent merging (RAM)"
+    paper = "https://arxiv.org/abs/2601.13572"
+    depends: ClassVar = frozenset({"size"})
+    compat: ClassVar = {"mergekit": {}}
+
+    epsilon: float = parameter(1e-5, EPSILON, least=0)
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        def formula(changes: Array, _: slice) -> Array:
+            changed = np.abs(changes) > self.epsilon
+            total = np.tensordot(weights, changes * changed, 1)
+            result: Array = self.scale * total / np.maximum(changed.sum(0), 1)
+            return result
+
+        return formula

@@ -1,0 +1,62 @@
+"""Reinforced agent merging plus, tensor by tensor: what one task alone changed is also scaled up, by what it shares.
+
+Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha), rho_t being how many of the entries that it changed
+others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. r and alpha
+are those of https://github.com/xiangchi-yuan/mrl, which counts over the model; here, as in mergekit, whose r and alpha
+are 0.1 and 0.2, rho is that of a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+from ._method import parameter
+from .ram import EPSILON
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+
+class RAMPlus(Entrywise):
+    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n where n > 1 tasks changed an entry, else task t's factor."""
+
+    title = "Reinforced agent merging plus (RAM+), tensor by tensor"
+    paper = "https://arxiv.org/abs/2601.13572"
+    depends: ClassVar = frozenset({"size"})
+    compat: ClassVar = {"mergekit": {"r": 0.1, "alpha": 0.2}}
+
+    r: float = parameter(0.05, "how much a share of shared entries scales a task's own", least=0)
+    alpha: float = parameter(1.0, "the most that counts of shared over own entries", least=0)
+    epsilon: float = parameter(1e-5, EPSILON, least=0)
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        own = self._factors(blocks)[:, None, None]
+
+        def formula(changes: Array, _: slice) -> Array:
+            changed = np.abs(changes) > self.epsilon
+            tasks = changed.sum(0)
+            changes *= changed
+            changes *= np.where(tasks > 1, 1 / np.maximum(tasks, 1), own)
+            result: Array = self.scale * np.tensordot(weights, changes, 1)
+            return result
+
+        return formula
+
+    def _factors(self, blocks: Blocks) -> Array:
+        """Of each task's own entries, `[T]`."""
+        import numpy as np
+
+        shared, own = np.zeros(blocks.count, int), np.zeros(blocks.count, int)
+        for _, changes in blocks:
+            changed = np.abs(changes) > self.epsilon
+            tasks = changed.sum(0)
+            shared += (changed & (tasks > 1)).sum((1, 2))
+            own += (changed & (tasks == 1)).sum((1, 2))
+        factors: Array = 1 + self.r * np.clip(shared / np.maximum(own, 1), 0, self.alpha)
+        return factors

@@ -1,0 +1,84 @@
+"""RegMean: the change whose outputs are nearest to each task's on that task's inputs, in closed form.
+
+D = (sum_t w_t D_t G_t) (sum_t w_t G_t)^-1 with G_t = X_t^T X_t, off-diagonal entries times alpha.
+Jin et al. 2022, https://arxiv.org/abs/2212.09849
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import UsageError
+from ._method import Method, parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], what the target sees there"
+ALPHA = "factor of the off-diagonal entries of inner products"
+
+
+class RegMean(Method):
+    """Least squares over all tasks; factors stay thin, B_t (A_t G_t)."""
+
+    title = "Regression mean (RegMean)"
+    paper = "https://arxiv.org/abs/2212.09849"
+    data: ClassVar[str | None] = INPUTS
+
+    alpha: float = parameter(0.9, ALPHA, least=0, most=1)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        return regressed(deltas, weights, self.alpha, at)
+
+
+def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: At) -> Delta:
+    """RegMean of one weight."""
+    import numpy as np
+
+    from ..lowering import Delta
+
+    grams = [
+        w * _damped(gram_of(at, t, delta.shape[1]), alpha)
+        for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
+    ]
+    total = sum(grams)
+    # Inputs that no task ever sees say nothing: there the mean is what is left.
+    unseen = np.diag(np.where(total.diagonal() == 0, 1.0, 0.0))
+    grams = [G + unseen for G in grams]
+    below = np.linalg.pinv(sum(grams), 1e-12, hermitian=True)
+    A = np.vstack([delta.A @ (G @ below) for delta, G in zip(deltas, grams, strict=True)])
+    rests = [delta.rest @ (G @ below) for delta, G in zip(deltas, grams, strict=True) if delta.rest is not None]
+    return Delta(np.hstack([delta.B for delta in deltas]), A, sum(rests) if rests else None)
+
+
+def _damped(G: Array, alpha: float) -> Array:
+    """G with its off-diagonal entries times alpha."""
+    import numpy as np
+
+    result: Array = alpha * G + (1 - alpha) * np.diag(G.diagonal())
+    return result
+
+
+def gram_of(at: At, t: int, columns: int) -> Array:
+    """G_t `[in * k, in * k]`.
+
+    Raises:
+        UsageError: inputs that do not fit the weight.
+    """
+    import numpy as np
+
+    assert at.asks is not None
+    where = str(at.target)
+    if at.part not in ("weight", "bias"):
+        raise UsageError("inputs of stacked experts", where=where, cure="Choose a method without data")
+    said: Any = at.asks(at.present[t], where)
+    X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
+    if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
+        why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"
+        raise UsageError(why, where=where, cure=f"data= must be {INPUTS}")
+    X = X.reshape(-1, columns)
+    G: Array = X.T @ X
+    return G

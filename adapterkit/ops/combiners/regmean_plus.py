@@ -1,0 +1,33 @@
+"""RegMean++: RegMean with inputs taken from the model whose earlier targets are merged already.
+
+Nguyen et al. 2025, https://arxiv.org/abs/2508.03121
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ._method import Method, parameter
+from .regmean import ALPHA, regressed
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+class RegMeanPlus(Method):
+    """Least squares over all tasks, target after target."""
+
+    title = "Regression mean over merged layers (RegMean++)"
+    paper = "https://arxiv.org/abs/2508.03121"
+    data: ClassVar[str | None] = (
+        "a callable: inputs(position of the adapter, target's path, adapter of the targets merged so far or None) -> X"
+    )
+    sequential: ClassVar[bool] = True
+
+    alpha: float = parameter(0.9, ALPHA, least=0, most=1)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        return regressed(deltas, weights, self.alpha, at)

@@ -1,0 +1,57 @@
+"""RobustMerge: small entries of A and B are dropped, rows of the rank scaled by what A lost, factors summed apart.
+
+A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), s_t the part of task t in |A_t|_1 / |A_t'|_1, row by row, of which those
+below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. Defaults are those
+of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in llava/model/builder.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ...errors import UsageError
+from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
+from ._method import parameter
+from ._pairs import Pairwise
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+
+
+REFERENCE = KEPT.replace("int(p n) + 1 (reference)", "n - int((1 - p) n) + 1 (reference)")
+
+
+class RobustMerge(Pairwise):
+    """Complementary parameter adaptation, with cross-task normalisation."""
+
+    title = "RobustMerge"
+    paper = "https://arxiv.org/abs/2502.17159"
+    depends: ClassVar = frozenset({"factors"})
+    single = frozenset({"density"})
+
+    density: float = parameter(0.2, DENSITY, least=0, most=1)
+    kept: str = parameter("reference", REFERENCE, among=COUNTS)
+    quantile: float = parameter(0.8, "of a task's scales; smaller ones are raised to it", least=0, most=1)
+    scale: float = parameter(2.0, "c, the factor of A and of B")
+
+    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+        import numpy as np
+
+        if len({len(A) for A in As}) > 1:
+            raise UsageError("the ranks differ", where=str(at.target), cure="Resize the adapters to one rank")
+        A, B = (np.stack([self._pruned(X, t, at) for t, X in enumerate(each)]) for each in (As, Bs))
+        after = np.abs(A).sum(2)
+        scales = np.where(after > 0, np.abs(np.stack(As)).sum(2) / np.where(after > 0, after, 1.0), 0.0)
+        ordered = np.sort(scales, 1)
+        scales = np.maximum(scales, ordered[:, [min(int(self.quantile * ordered.shape[1]), ordered.shape[1] - 1)]])
+        below = scales.sum(0)
+        parts = scales / np.where(below > 0, below, 1.0)
+        return self.scale * (B * parts[:, None, :]).sum(0), self.scale * A.sum(0)
+
+    def _pruned(self, X: Array, t: int, at: At) -> Array:
+        density = at.each(self, "density")[t]
+        if self.kept == "reference" and density < 1:
+            # The authors take the int((1 - p) n)-th smallest for the least that is kept: one more than ceil(p n).
+            return X * largest(X, min(X.size - int(X.size * (1 - density)) + 1, X.size))
+        return X * largest(X, count_of(density, X.size, self.kept))

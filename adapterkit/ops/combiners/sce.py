@@ -1,0 +1,79 @@
+"""SCE: entries that vary most between changes are selected, weights calculated from their squares, minorities erased.
+
+Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990. The paper merges selected entries alone, as mergekit does;
+in the authors' code (https://github.com/fanqiwan/FuseAI, sce_merging.py) what is selected decides on the weights, and
+all entries are merged with them. The share of 0.1 is that of its fusechat-sce.yml.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import SIGN, Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
+
+
+UNSELECTED = "entries that were not selected are left out, or merged by the same weights"
+
+
+class SCE(Entrywise):
+    """sum_t w_t M_t D_t / sum_t w_t M_t over the selected entries, w_t the part of D_t in the mean squares there."""
+
+    title = "SCE"
+    paper = "https://arxiv.org/abs/2408.07990"
+    compat: ClassVar = {"mergekit": {"select": 1.0}}
+
+    select: float = parameter(
+        0.1, "share of the entries that vary at all to select, those that vary most", least=0, most=1
+    )
+    unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
+    sign: str = parameter("total", SIGN, among=("total", "frequency"))
+
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+        import numpy as np
+
+        least = self._least(blocks)
+
+        def selected(changes: Array) -> Array | float:
+            return 1.0 if least is None else _spread(changes)[0] >= least
+
+        squares = np.zeros(blocks.count)
+        for _, changes in blocks:
+            changes *= selected(changes)
+            squares += np.einsum("tij,tij->t", changes, changes)
+        squares *= weights
+        total = squares.sum()
+        w = squares / total if total else np.full(blocks.count, 1 / blocks.count)
+
+        def formula(changes: Array, _: slice) -> Array:
+            if self.unselected == "drop":
+                changes *= selected(changes)
+            votes = changes.sum(0) if self.sign == "total" else (changes > 0).sum(0) - (changes < 0).sum(0)
+            elected = np.where(votes >= 0, 1.0, -1.0)
+            along = changes * elected
+            below = np.tensordot(w, along > 0, 1)
+            result: Array = self.scale * elected * np.tensordot(w, np.maximum(along, 0.0), 1)
+            return result / np.where(below == 0, 1.0, below)
+
+        return formula
+
+    def _least(self, blocks: Blocks) -> float | None:
+        """The smallest spread that is selected; None where all entries are."""
+        if self.select >= 1 or blocks.count == 1:
+            return None
+        return blocks.select(_spread, [lambda _, varying: int(self.select * varying)])[0].value
+
+
+def _spread(changes: Array) -> Array:
+    """The variance of each entry between changes, `[1, ...]`."""
+    import numpy as np
+
+    apart = changes - changes.mean(0)
+    spread: Array = np.einsum("t...,t...->...", apart, apart)[None] / (len(changes) - 1)
+    return spread

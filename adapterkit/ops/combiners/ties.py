@@ -1,0 +1,81 @@
+"""TIES: small entries are trimmed, each entry's sign is elected, and what agrees with it is averaged.
+
+Yadav et al. 2023, https://arxiv.org/abs/2306.01708
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import (
+    COUNTS,
+    DENOMINATOR,
+    DENOMINATORS,
+    DENSITY,
+    KEPT,
+    RESCALE,
+    SIGN,
+    SIGNS,
+    ZERO_SIGN,
+    ZERO_SIGNS,
+    Sparse,
+    count_of,
+    thresholds,
+)
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
+
+
+class TIES(Sparse):
+    """lambda * mean of the entries, among the largest of their change, that have the elected sign."""
+
+    title = "TIES"
+    paper = "https://arxiv.org/abs/2306.01708"
+    single = frozenset({"density"})
+    compat: ClassVar = {
+        "mergekit": {
+            "density": 1.0, "scope": "tensor", "kept": "at_least_one", "weighted_vote": True, "zero_sign": "+",
+            "denominator": "weights",
+        },
+        "peft": {"scope": "tensor", "kept": "floor", "zero_sign": "+"},
+    }  # fmt: skip
+
+    density: float = parameter(0.2, DENSITY, least=0, most=1)
+    scope: str = parameter(
+        "model", "what the largest are sought in: the whole adapter or each tensor", among=("model", "tensor")
+    )
+    kept: str = parameter("reference", KEPT, among=COUNTS)
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
+
+    rescale: str = parameter("none", RESCALE, among=("none", "norm"))
+
+    @property
+    def counts(self) -> bool:
+        return self.scope == "model" and self.density < 1
+
+    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+        super().count(blocks, weights, at)
+        densities = at.each(self, "density")
+        if not at.census.voting:
+            wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
+            at.census.count(at.present, blocks, wanted)
+
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        import numpy as np
+
+        densities = at.each(self, "density")
+        if min(densities) >= 1:
+            return lambda *_: (None, 1.0)
+        if self.scope == "tensor":
+            least = thresholds(blocks, densities, self.kept)
+        else:
+            least = np.array([at.census.threshold(adapter) for adapter in at.present])[:, None, None]
+        least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
+        return lambda changes, _: (np.abs(changes) >= least, 1.0)

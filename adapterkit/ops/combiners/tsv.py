@@ -1,0 +1,38 @@
+"""TSV-M: singular directions of all tasks beside one another, made orthonormal, with their own singular values.
+
+U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), D = scale * U diag(S_1 .. S_T) V^T.
+Gargiulo et al. 2024, https://arxiv.org/abs/2412.00081; of a weight of m x n each of T tasks keeps int(min(m, n) / T)
+directions, as in https://github.com/AntoAndGar/task_singular_vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ._entrywise import SCALE
+from ._method import Spectral, parameter
+from ._spectra import joined, leading
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..at import At
+
+
+KEPT = "directions that a task keeps; the smaller side of the weight over the number of tasks if not given"
+
+
+class TSV(Spectral):
+    """Task singular vectors, whitened by polar factors; low-rank adapters mostly keep all that they have."""
+
+    title = "Task singular vectors (TSV-M)"
+    paper = "https://arxiv.org/abs/2412.00081"
+
+    directions: int | None = parameter(None, KEPT, least=1, kind=int)
+    scale: float = parameter(1.0, SCALE)
+
+    def core(self, cores: Array, weights: Array, at: At) -> Array:
+        directions = self.directions or max(min(at.shape[0], math.prod(at.shape[1:])) // len(cores), 1)
+        parts = [leading(w * M, directions) for M, w in zip(cores, weights, strict=True)]
+        U, S, Vh = joined(parts)
+        return self.scale * (U * S) @ Vh
