@@ -60,11 +60,16 @@ INVALID = {
         "attribute_below", "attribute_above", "attribute_zero", "attribute_true", "attribute_fraction",
         "attribute_beyond_binary64",
     ],
-    "R-7.6": ["path_empty", "path_empty_beside_context", "rows_of_the_model", "context_with_layout", "context_with_rows"],
+    "R-7.6": [
+        "path_empty", "path_empty_beside_context", "rows_of_the_model", "context_with_layout", "context_with_rows",
+    ],
     "R-7.7": ["layout_unknown"],
     "R-7.8": ["rows_none", "rows_reversed"],
     "R-7.9": ["output_before_weight"],
-    "R-8.1": ["quotient_of_none", "solved_at_last", "factor_one_axis", "factor_three_axes", "factors_disagree", "index_two_axes"],
+    "R-8.1": [
+        "quotient_of_none", "solved_at_last", "factor_one_axis", "factor_three_axes", "factors_disagree",
+        "index_two_axes",
+    ],
     "R-8.2": ["rows_not_as_many_as_outputs", "updates_disagree", "updates_disagree_in_inputs"],
     "R-8.3": ["factor_bool", "factor_complex", "factor_integer", "index_bool", "index_float"],
     "R-8.4": ["experts_disagree", "layout_stacked_without_experts"],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from container import Stored, layout, native, numbers, pack, stored
 from invalid.case import LORA, RECORD, TENSORS
+from sublayers import normed
 
 A, B = TENSORS["q.A"], TENSORS["q.B"]
 DELTA = 0.5 * (numbers("invalid.B", 3, 2) @ numbers("invalid.A", 2, 4))
@@ -108,19 +109,19 @@ def _names() -> Iterator[Meeting]:
 def _numbers() -> Iterator[Meeting]:
     """What is rounded, dropped, or fits although it looks otherwise."""
     wide = _values("W", 3, 4, 1, 1)
-    yield Meeting(
-        "kernel_of_ones", PLAIN, {"q.weight": stored(wide, "F32")}, {"q.weight": stored(wide + DELTA[..., None, None], "F32")},
-        ("R-8.5",),
-    )  # fmt: skip
+    changed = {"q.weight": stored(wide + DELTA[..., None, None], "F32")}
+    yield Meeting("kernel_of_ones", PLAIN, {"q.weight": stored(wide, "F32")}, changed, ("R-8.5",))
     yield Meeting(
         "bias_dropped", _one("ia3", l=_real("l", 3)), {"q.weight": stored(W, "F32")},
         {"q.weight": stored(W * _values("l", 3)[:, None], "F32")}, ("R-10.6",),
     )  # fmt: skip
     zero, one = np.zeros((1, 1)), stored(np.ones((1, 1)), "F32")
-    for name, dtype, change, nearest in (("rounds_to_the_largest_f16", "F16", 65519.0, b"\xff\x7b"), ("rounds_to_the_largest_f8", "F8_E4M3", 464.0, b"\x7e")):  # fmt: skip
+    largest = ("f16", "F16", 65519.0, b"\xff\x7b"), ("f8", "F8_E4M3", 464.0, b"\x7e")
+    for name, dtype, change, nearest in largest:
         base = {"q.weight": Stored(dtype, (1, 1), bytes(len(nearest)))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
-        yield Meeting(name, file, base, {"q.weight": Stored(dtype, (1, 1), nearest)}, ("R-10.4",))
+        merged = {"q.weight": Stored(dtype, (1, 1), nearest)}
+        yield Meeting(f"rounds_to_the_largest_{name}", file, base, merged, ("R-10.4",))
     for name, dtype, size, change in (("beyond_f16", "F16", 2, 65520.0), ("beyond_f8", "F8_E4M3", 1, 465.0)):
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
@@ -227,23 +228,29 @@ def computed() -> Iterator[Computed]:
     lora = _update() | {"attributes": {"scaling": 0.5}}
     again = _update("bottleneck") | {"tensors": {"down": "down2", "up": "up2"}}
 
-    def case(name: str, y: np.ndarray, *updates: Any) -> Computed:
+    def case(name: str, y: np.ndarray, *updates: Any, **beside: Stored) -> Computed:
         used = {tensor for update in updates for tensor in update["tensors"].values()}
         file = _file(*updates, **{key: tensor for key, tensor in (parts | two).items() if key in used})
-        return Computed(name, file, held | {"q.y": stored(y, "F64")}, ("R-10.9",))
+        return Computed(name, file, held | beside | {"q.y": stored(y, "F64")}, ("R-10.9",))
 
     h = x @ w.T + bias
     changed = x @ (w + DELTA).T + bias
     yield case("output_of_a_changed_weight", neck(changed, *first), lora, _update("bottleneck"))
     yield case("output_of_an_output", neck(neck(h, *first), *second), _update("bottleneck"), again)
+    r, gain, shift = _values("cr", 2, 3), _values("gain", 3), _values("shift", 3)
+    closed = {name: stored(value, "F64") for name, value in (("added", r), ("norm_weight", gain), ("norm_bias", shift))}
+    reads = _update("bottleneck", attributes={"original_ln_before": True})
+    inner = np.maximum(normed(h + r, gain, shift) @ first[0].T, 0) @ first[1].T + h
+    ended = normed(neck(inner, *second) + r, gain, shift)
+    yield case("residual_comes_once", ended, reads, again, **{f"q.{name}": value for name, value in closed.items()})
     behind = lora | {"target": {"path": "q", "rows": [0, 3]}}
     yield case("weight_of_another_target", neck(changed, *first), _update("bottleneck"), behind)
     router = _one("arrow", idle_A=_real("iA", 2, 4), idle_B=_real("iB", 3, 2))
     base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
-    yield Computed("router_without_experts", router, base, ("R-10.12",), "Unsupported", "q")
+    yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")
     tokens = {"A": A, "B": B, "invocation": stored(np.array([1, 2]), "I64")}
     three = base | {"q.x": _real("c3", 1, 2, 4)}
-    yield Computed("call_without_tokens", _one("alora", **tokens), three, ("R-10.11",), "Unsupported", "q")
+    yield Computed("call_without_tokens", _one("alora", **tokens), three, ("R-10.11",), "UsageError", "q")
 
 
 def computed_files() -> Iterator[tuple[str, bytes]]:

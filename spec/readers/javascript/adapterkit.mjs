@@ -1123,8 +1123,9 @@ export const ACTIVATIONS = {
 
 // Bottleneck adapters. `inside`: the residual, and the weight and bias of the norm after it, where there are any.
 // Channels are the last axis of h, or axis 1 of an image; rows of a batch are axis 0.
-function bottleneck(x, layer, t, a, { added, norm_weight, norm_bias }) {
-  const hidden = layer(x);
+// `inside`: what comes before them, which is what another update behind this one reads.
+function bottleneck(x, layer, t, a, { added, norm_weight, norm_bias }, inside) {
+  const hidden = (layer.inside ?? layer)(x);
   const channels = t.down.shape[1];
   const inner = hidden.shape.length > 3 ? product(hidden.shape.slice(2)) : 1;
   const channelOf = (i) => Math.floor(i / inner) % channels;
@@ -1177,7 +1178,7 @@ function bottleneck(x, layer, t, a, { added, norm_weight, norm_bias }) {
     const skip = { true: hidden, false: read, post_add: a.original_ln_before ? total(hidden) : hidden }[a.residual_before_ln];
     new_ = a.adapter_residual_before_ln ? after(add(adapted(read), skip)) : add(after(adapted(read)), skip);
   }
-  return a.original_ln_after ? closed(new_) : new_;
+  return a.original_ln_after && !inside ? closed(new_) : new_;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ function outputsAt(path, entries, base) {
   const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((name) => [name, at(name)]));
   const layer = outputs.reduce((before, update) => {
     const { t, a } = fieldsOf(update);
-    return (x) => FORMULAS[update.method.name].output(x, before, t, a, beside);
+    const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, beside, inside);
+    return Object.assign(through(false), { inside: through(true) });
   }, plain);
   return { y: layer(x) };
 }

@@ -84,9 +84,7 @@ def _records() -> Iterator[Invalid]:
     repeated = {"version": "1.9", "extensions": {"colour": "blue"}, "colour": "red"}
     yield Invalid("extensions_repeated_newer", _record(lambda r: r.update(repeated)), where="extensions")
     unknown = {"version": "1.9", "updates": [LORA | {"colour": "red"}]}
-    yield Invalid(
-        "unknown_field_newer", _record(lambda r: r.update(unknown)), where="metadata adapterkit.updates[0]"
-    )
+    yield Invalid("unknown_field_newer", _record(lambda r: r.update(unknown)), where="metadata adapterkit.updates[0]")
     yield Invalid("base_text", _record(lambda r: r.update(base="org/model")), where="base")
     yield Invalid("base_unknown_field", _record(lambda r: r.update(base={"url": "x"})), where="base")
     yield Invalid("recipe_step_without_op", _record(lambda r: r.update(recipe=[{"args": {}}])), where="recipe")
