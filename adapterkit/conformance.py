@@ -22,9 +22,8 @@ from .errors import Corrupt, UsageError
 BATCH = 100
 """Paths that a program gets at once."""
 
-OUTPUTS = (
-    "merged.weight", "merged.bias", "y", "embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary",
-)  # fmt: skip
+CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
+OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
 """What `compute` prints of a path; all else in a base is an input."""
 
 SECONDS = 300

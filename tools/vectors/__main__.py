@@ -22,6 +22,7 @@ import numpy as np
 from extra import canonical, digests, folders, merges, valid
 from index import index
 from meeting import computed_files, merge_files
+from migrations import migrations
 from safetensors.numpy import load
 from vector import vectors
 
@@ -81,6 +82,7 @@ def extra_files() -> Iterator[tuple[str, bytes]]:
     yield from ((f"vectors/merges/{name}.safetensors", data) for name, data in merges().items())
     yield from ((f"vectors/merges/{name}", data) for name, data in merge_files())
     yield from ((f"vectors/computed/{name}", data) for name, data in computed_files())
+    yield from ((f"vectors/migrations/{name}", data) for name, data in migrations().items())
 
 
 def index_files(root: Path) -> Iterator[tuple[str, bytes]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from container import Stored, layout, native, numbers, pack, stored, text
 from invalid.case import LORA, RECORD, TENSORS
+from migrations import migrations
 
 METHODS = Path(__file__).parents[2] / "spec" / "methods"
 
@@ -42,6 +43,10 @@ def digests(spec: Path) -> Iterator[tuple[str, str]]:
         yield file.name.removesuffix(".adapter.safetensors"), _digest(file.read_bytes(), entries)
     for name, data in valid().items():
         yield name, _digest(data, entries)
+    # A digest counts a method's oldest version, which the file of the older specification states.
+    for name, data in migrations().items():
+        if name.endswith(".1.0.safetensors"):
+            yield f"migrations/{name.removesuffix('.1.0.safetensors')}", _digest(data, entries)
 
 
 def _digest(data: bytes, entries: dict[str, Any]) -> str:

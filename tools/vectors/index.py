@@ -107,6 +107,7 @@ def index(spec: Path, version: str) -> bytes:
         *_canonical(spec),
         *_merges(spec),
         *_computed(spec),
+        *_migrations(spec),
         *_valid(spec),
         *_folders(spec),
     ]
@@ -193,6 +194,13 @@ def _computed(spec: Path) -> Iterator[dict[str, Any]]:
         expected = {"error": each.error, "where": each.where} if each.error else {"tolerance": 1e-12}
         rules = [*each.rules, *(EVERY_ERROR if each.error else ())]
         yield _case(spec, f"computed/{each.name}", "runtime", "compute", rules, parts, expected)
+
+
+def _migrations(spec: Path) -> Iterator[dict[str, Any]]:
+    for file in sorted((spec / "vectors" / "migrations").glob("*.safetensors")):
+        name = file.name.removesuffix(".safetensors")
+        expected = {"digest": _digest(spec, f"migrations/{name.rpartition('.1.')[0]}")}
+        yield _case(spec, f"migrations/{name}", "reader", "check", ["R-14.1", "R-11.1"], [file], expected)
 
 
 def _valid(spec: Path) -> Iterator[dict[str, Any]]:
