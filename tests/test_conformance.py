@@ -45,6 +45,13 @@ def test_every_requirement_has_a_vector_and_every_vector_one():
     assert all(case["requirements"] for case in INDEX["cases"])
 
 
+def test_every_must_of_the_text_is_a_numbered_requirement():
+    """The introduction names the key words; all other sentences with MUST stand in a requirement with vectors."""
+    text = (SPEC / "README.md").read_text("utf-8").partition("## 1. Terms")[2]
+    parts = re.split(r"\n(?=\* |\n|\d+\. |#)", text)
+    assert [part for part in parts if "MUST" in part and not re.search(r"\*\*R-\d+\.\d+\*\*", part)] == []
+
+
 def test_the_index_lists_all_vectors_of_the_container():
     listed = {name for case in INDEX["cases"] for name in case["inputs"]}
     held = {

@@ -14,7 +14,7 @@ SPEC = Path(__file__).parents[1] / "spec"
 SCRIPT = SPEC / "readers" / "python" / "migrate.py"
 GOLDEN = SPEC / "vectors" / "migrations"
 ENTRIES = json.loads((SPEC / "1.1" / "methods.json").read_text("utf-8"))
-NAMES = sorted({path.name.rpartition(".1.")[0] for path in GOLDEN.iterdir()})
+NAMES = sorted(path.name.removesuffix(".1.0.safetensors") for path in GOLDEN.glob("*.1.0.safetensors"))
 
 
 @pytest.fixture(scope="module")
