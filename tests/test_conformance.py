@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -280,6 +281,7 @@ def test_the_smallest_reader_merges_lora(tmp_path):
     assert len((SPEC / "readers/minimal.py").read_text("utf-8").splitlines()) < 60
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_smallest_reader_merges_what_peft_wrote_into_bfloat16(tmp_path):
     """Within half a unit in the last place, and the rounding to 32 bits, of what PEFT merges in 64 bits."""
     torch.manual_seed(0)
@@ -301,8 +303,33 @@ def test_the_smallest_reader_merges_what_peft_wrote_into_bfloat16(tmp_path):
     changed = [name for name in got if not torch.equal(got[name], before[name])]
     assert len(changed) == 14
     for name in changed:
-        unit = torch.ldexp(torch.tensor(1.0).double(), torch.frexp(wanted[name])[1] - 8)
+        unit = torch.exp2((torch.frexp(wanted[name])[1] - 8).double())
         assert float(((got[name].double() - wanted[name]).abs() / unit).max()) < 0.501
+
+
+def test_a_tool_that_knows_lora_alone_conforms(tmp_path):
+    """Its reader refuses all other methods by R-7.1; what is broken otherwise it still has to name."""
+    readers = shutil.copytree(SPEC / "readers", tmp_path / "spec" / "readers")
+    (tmp_path / "spec" / "1.1").mkdir()
+    entries = json.loads((SPEC / "1.1" / "methods.json").read_text("utf-8"))
+    (tmp_path / "spec" / "1.1" / "methods.json").write_text(json.dumps({"lora": entries["lora"]}))
+    outcomes = conformance([NODE, str(readers / "javascript" / "cli.mjs")])
+    assert [(each.case, each.why) for each in outcomes if each.passed is False] == []
+    passed = {each.case for each in outcomes if each.passed}
+    assert {"methods/lora", "digest/lora", "merges/lora", "invalid/factor_one_axis", "invalid/method_unknown"} <= passed
+    assert {each.case for each in outcomes if each.passed is None} >= {"methods/dora", "digest/dora"}
+    assert len(passed) > 250
+
+
+def test_a_tool_may_not_refuse_a_method_that_it_reads_elsewhere(tmp_path):
+    """Counted apart are cases of unknown methods alone."""
+    cases = [case for case in INDEX["cases"] if case["case"] in ("digest/lora", "invalid/factor_one_axis")]
+    lines = {"lora.adapter.safetensors": {"ok": True, "digest": cases[0]["expected"]["digest"]}}
+    refusal = {"ok": False, "error": "Unsupported", "where": "updates[0]"}
+    outcomes = conformance(
+        lambda _verb, paths: [lines.get(path.name, refusal) for path in paths], suite_of(cases, tmp_path)
+    )
+    assert {each.case: each.passed for each in outcomes} == {"digest/lora": True, "invalid/factor_one_axis": False}
 
 
 def answering(line):

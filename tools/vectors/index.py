@@ -240,5 +240,14 @@ def _case(
     version = oldest["version"] if hashes.keys() <= oldest["vectors"].keys() else "1.1"
     return {
         "case": name, "class": conformance_class, "version": version, "verb": verb, "requirements": requirements,
-        "inputs": hashes, "expected": expected, "provenance": PROVENANCE,
+        "methods": _methods_of(inputs), "inputs": hashes, "expected": expected, "provenance": PROVENANCE,
     }  # fmt: skip
+
+
+def _methods_of(inputs: list[Path]) -> list[str]:
+    """The methods of an adapter, as far as its record can be read; a program that lacks one may refuse the case."""
+    try:
+        updates = _record(inputs[0])["updates"]
+        return sorted({update["method"] for update in updates if isinstance(update["method"], str)})
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError, MemoryError):
+        return []
