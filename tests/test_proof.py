@@ -24,8 +24,7 @@ from adapterkit.formats._image.dialect import ImageFormat
 from adapterkit.formats._image.naming import in_parts
 from adapterkit.io import safetensors
 from adapterkit.io.arrange import turned
-from adapterkit.io.dtypes import DTYPES
-from adapterkit.io.lazy import as_lazy, from_numpy
+from adapterkit.io.lazy import DTYPES, as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement

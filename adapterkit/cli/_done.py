@@ -30,7 +30,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
 
     from .. import __version__
     from ..errors import storage_error
-    from ..io.records import digest_of, listed
+    from ..io.staging import digest_of, listed
 
     ctx = click.get_current_context()
     words = {name: value for name, value in ctx.params.items() if name not in PLACES} | stated()

@@ -523,7 +523,7 @@ def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Numbers and bytes of the tensors that `_counted` counts."""
     import math
 
-    from ..io.dtypes import DTYPES
+    from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
     from ..ops.lowering import Delta
     from ._format import Format
 

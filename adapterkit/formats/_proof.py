@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
 from ..io.arrange import runs
-from ..io.dtypes import DTYPES
 from ..io.inputs import inputs_kept
-from ..io.lazy import Lazy, as_lazy, files_kept_open
+from ..io.lazy import DTYPES, Lazy, as_lazy, files_kept_open
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:

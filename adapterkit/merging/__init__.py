@@ -182,7 +182,7 @@ def merge(
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        from ..io.fingerprint import fingerprint
+        from ..io.checkpoint import fingerprint
 
         # A streamed base is not here yet; of one that is quantized, the weights that are merged into count.
         taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)

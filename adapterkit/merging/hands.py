@@ -10,8 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
-from ..io.copying import OpenFiles, read_all
-from ..io.direct import Writer
+from ..io.direct import OpenFiles, Writer, read_all
 from .arrays import Arrays, Workspace
 from .blocks import Block
 from .checksums import Run, digest_of

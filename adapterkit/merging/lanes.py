@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from ..io.dtypes import DType
+from ..io.lazy import DType
 from .arrays import Arrays, TorchArrays
 from .blocks import Block
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..io.checkpoint import INDEX, SINGLE, Checkpoint
-from ..io.dtypes import BY_TORCH, DTYPES, DType
-from ..io.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
+from ..io.lazy import BY_TORCH, DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, read_span
 from ..io.locations import source_of
 from ..io.safetensors import encode_header
 from ..quant import Dequantized, config_file

@@ -16,8 +16,7 @@ from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import INDEX
-from ..io.records import digest_of, listed
-from ..io.staging import check_free
+from ..io.staging import check_free, digest_of, listed
 from ..quant import config_file
 from .arrays import devices_for
 from .checksums import KEY, record_of

@@ -13,8 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ShapeMismatch, Unsupported
-from ..io.dtypes import DTYPES
-from ..io.lazy import Lazy
+from ..io.lazy import DTYPES, Lazy
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, steps
 from .blocks import Block, blocks

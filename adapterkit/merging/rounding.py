@@ -13,7 +13,7 @@ from ..linalg.namespace import namespace
 from ..linalg.philox import WORD, philox
 
 if TYPE_CHECKING:
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
 
 Key = tuple[int, int]
 

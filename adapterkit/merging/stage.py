@@ -17,8 +17,7 @@ from typing import Any
 
 from ..errors import AdapterkitError
 from ..io.atomic import sync_folder, write_bytes
-from ..io.records import record_of
-from ..io.staging import Move, Staging, clear, files_below
+from ..io.staging import Move, Staging, clear, files_below, record_of
 
 Norms = dict[str, list[float]]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Supply(Protocol):
-    """Who brings the base's files: `adapterkit.hub.streaming.Shards`."""
+    """Who brings the base's files: `adapterkit.hub.reading.Shards`."""
 
     def bring(self, paths: Iterable[str]) -> None: ...
 

@@ -13,9 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ..core.metadata import fingerprints_of
 from ..errors import UsageError
-from ..io.dtypes import DType
-from ..io.fingerprint import PREFIX, fingerprint
-from ..io.lazy import Lazy
+from ..io.checkpoint import PREFIX, fingerprint
+from ..io.lazy import DType, Lazy
 from ..naming.binding.bases import merge_record
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace

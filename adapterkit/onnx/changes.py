@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..io.dtypes import DTYPES, DType
-from ..io.lazy import Lazy, Span
+from ..io.lazy import DTYPES, DType, Lazy, Span
 from ..merging.arrays import NumpyArrays, Workspace
 from ..merging.blocks import blocks
 from ..merging.compute import Folder

@@ -20,9 +20,9 @@ from ..merging.ties import acting, parse_tied
 from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
 from .norms import NEAR
+from .packed import is_packed
 from .resolving import METHODS, Found, Spot
 from .shadows import config_of
-from .unpacking import is_packed
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

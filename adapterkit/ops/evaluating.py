@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
     from .asking import Asked
     from .at_base import Weights
     from .combiners._method import Method

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..io.computed import held
-from ..io.dtypes import DTYPES
-from ..io.lazy import from_numpy
+from ..io.lazy import DTYPES, from_numpy
 from ..linalg.products import even_split
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
@@ -20,7 +19,7 @@ from .sketching import dominant
 if TYPE_CHECKING:
     from ..core.updates import Additive
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
 
     Form = Callable[[Array, Criterion, int, DType], Additive]
 

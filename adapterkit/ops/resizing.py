@@ -23,7 +23,7 @@ from .thin import distance, svd
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
     from .lowering import Base
     from .places import Source
     from .sketching import Decomposition

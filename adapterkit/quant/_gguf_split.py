@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ..io.dtypes import DTYPES
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
-from ..io.gguf import raw_size
+from ..io.gguf_file import raw_size
+from ..io.lazy import DTYPES
 from ._scheme import Packed, numbers, steps
 
 if TYPE_CHECKING:

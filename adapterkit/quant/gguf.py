@@ -12,10 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
-from ..io.dtypes import DTYPES
 from ..io.ggml_blocks import BLOCKS, encoded
-from ..io.gguf import PLAIN, Model, raw_size, read_model
-from ..io.lazy import Lazy
+from ..io.gguf_file import PLAIN, Model, raw_size, read_model
+from ..io.lazy import DTYPES, Lazy
 from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill
 from ..naming.gguf import ARCHITECTURE, column_order, family_of, heads_in, is_projector, place_of, row_order, rows_apart

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError
-from ..io.finite import check_finite
-from ..io.lazy import as_lazy
+from ..io.lazy import as_lazy, check_finite
 from ..naming.ties import is_embedding
 from .findings import Finding
 

@@ -8,9 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
-from ...io.dtypes import DTYPES, DType
-from ...io.finite import check_finite
-from ...io.lazy import as_lazy, dtype_of
+from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ..shapes import Axes, Dims, tensor
 from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated

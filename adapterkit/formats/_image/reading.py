@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
-from ...io.scalars import at_once
+from ...io.lazy import at_once
 from ...naming.image import families, rooted
 from .biases import check_biases
 from .deciding import FAMILY, denoiser_targets

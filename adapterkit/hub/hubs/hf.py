@@ -16,10 +16,9 @@ from urllib.parse import quote, urljoin
 
 from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
 from ...io.strict_json import load_json
-from ..names import check_name
 from ..remote import Content, Digests, Remote, RemoteFile
 from ..retries import PASSING, Passing, retry_after
-from ..uris import Uri
+from ..uris import Uri, check_name
 from ..web import (  # fmt: skip
     CHUNK,
     answered,

@@ -1,10 +1,12 @@
-"""All tokens of a sequence: those of the past, given by an extra input, followed by those of the call.
+"""The tokens of a sequence: the inputs that hold them, those of the past, and nodes that compute the same for all.
 
-Nodes that read all of them compute the same for the call's tokens as without a past.
+Nodes that read all tokens compute the same for the call's tokens as without a past.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +14,26 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Branch
-from .past import past_inputs
-from .symbols import SYMBOLS
-from .values import Value, plain
+from .values import SYMBOLS, Value, plain
 
 if TYPE_CHECKING:
     from .calls import Words
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Inputs that models are called with."""
+
+_PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
+
+
+def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
+    """Return (layer, `key` or `value`) -> input."""
+    found: dict[tuple[int, str], ir.Value] = {}
+    for value in graph.inputs:
+        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
+        if told is not None:
+            found[int(told[1]), told[2]] = value
+    return found
+
 
 EARLIER = "past_input_ids"
 """Name of the input with the tokens of the past, for formulas that read all tokens."""
