@@ -74,6 +74,19 @@ def test_the_manifest_lists_every_vector():
     assert manifest.keys() == {path.relative_to(VECTORS).as_posix() for path in files}
 
 
+def test_every_vector_has_a_provenance():
+    """Each file is of one entry, the one with the longest path; each entry has files, and a script that is here."""
+    entries = tomllib.loads((VECTORS / "provenance.toml").read_text("utf-8"))
+    paths = {path: name for name, entry in entries.items() for path in entry["paths"]}
+    assert len(paths) == sum(len(entry["paths"]) for entry in entries.values())
+    used = set()
+    for file in (path.relative_to(VECTORS).as_posix() for path in VECTORS.rglob("*") if path.is_file()):
+        if file != "index.json":
+            used.add(max((path for path in paths if file.startswith(path)), key=len, default=file))
+    assert used == paths.keys()
+    assert all((SPEC.parent / entry["by"]).exists() and entry["how"] for entry in entries.values())
+
+
 def test_names_in_rules_mean_one_thing():
     """An expression sees axes and attributes by one name, and computes with whole numbers."""
     for entry in json.loads((SPEC / "1.1" / "methods.json").read_text("utf-8")).values():
