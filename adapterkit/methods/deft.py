@@ -41,7 +41,7 @@ class DEFT(WeightUpdate):
         super().check_against(shape)
         if self.P.shape[-1] > shape[0]:
             why = f"rank {self.P.shape[-1]} of {shape[0]} outputs"
-            raise ShapeMismatch(why, where="P", cure="A subspace has no more dimensions than there are outputs")
+            raise ShapeMismatch(why, cure="A subspace has no more dimensions than there are outputs")
 
     def new_weight(self, W: Tensor) -> Tensor:
         Q, right = self._projection()

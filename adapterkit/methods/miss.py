@@ -37,7 +37,7 @@ class MiSS(Additive):
         super().check_against(shape)
         if self.mini is not None and shape[0] % self.mini.shape[-1]:
             why = f"{shape[0]} outputs are no multiple of {self.mini.shape[-1]}"
-            raise ShapeMismatch(why, where="mini", cure="The adapter is not of this base")
+            raise ShapeMismatch(why, cure="The adapter is not of this base")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         plane: Tensor = _repeated(self._any, 0, shape[1], 0, shape[0])

@@ -36,7 +36,7 @@ class MiSSBat(WeightUpdate):
         size = self.B.shape[-1]
         if shape[0] % size or shape[1] % size:
             why = f"blocks of {size} x {size} do not make up a weight of {list(shape)}"
-            raise ShapeMismatch(why, where="B", cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def new_weight(self, W: Tensor) -> Tensor:
         n, r, _ = self.B.shape

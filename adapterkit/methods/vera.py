@@ -50,8 +50,8 @@ class VeRA(LowRank):
         super().check_against(shape)
         for name, have, need in (("A", self.A.shape[-1], shape[1]), ("B", self.B.shape[-2], shape[0])):
             if have < need:
-                why = f"made for weights of at most {have}; this one has {need}"
-                raise ShapeMismatch(why, where=name, cure="The adapter is not of this base")
+                why = f"{name} is made for weights of at most {have}; this one has {need}"
+                raise ShapeMismatch(why, cure="The adapter is not of this base")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.B[: shape[0]], self.d[:, None] * self.A[:, : shape[1]]

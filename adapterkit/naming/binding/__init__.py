@@ -138,7 +138,9 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:
         try:
             _check_update(update, site, shapes, biasless)
         except AdapterkitError as error:
-            raise error.at(where=f"{site.target}: {update.method}") from None
+            # One place for all that does not fit, as the specification has it; the message names the tensor.
+            error.where = f"{site.target}: {update.method}"
+            raise error from None
 
 
 def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) -> None:
