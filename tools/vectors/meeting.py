@@ -104,7 +104,8 @@ def _names() -> Iterator[Meeting]:
     )
     inside = BIASED | {"target": {"path": "reweighted.weights"}}
     yield Meeting(
-        "parameter_with_the_word_twice", _file(inside, **BIAS), {"reweighted.weights": weight, "reweighted.biass": bias},
+        "parameter_with_the_word_twice", _file(inside, **BIAS),
+        {"reweighted.weights": weight, "reweighted.biass": bias},
         {"reweighted.weights": CHANGED, "reweighted.biass": CHANGED_BIAS}, ("R-10.7",),
     )  # fmt: skip
     held = {"weight": weight, "bias": bias}
@@ -123,7 +124,7 @@ def _numbers() -> Iterator[Meeting]:
         "bias_dropped", _one("ia3", l=_real("l", 3)), {"q.weight": stored(W, "F32")},
         {"q.weight": stored(W * _values("l", 3)[:, None], "F32")}, ("R-10.6",),
     )  # fmt: skip
-    norm, scales = _values("norm", 3), _one("ia3", l=_real("l", 3))
+    norm = _values("norm", 3)
     turned = _one("ia3", target={"path": "q", "layout": "in out *k"}, l=_real("l", 3))
     scaled = {"q.weight": stored(norm * _values("l", 3), "F32")}
     yield Meeting("one_axis_in_any_layout", turned, {"q.weight": stored(norm, "F32")}, scaled, ("R-8.5",))
@@ -131,7 +132,10 @@ def _numbers() -> Iterator[Meeting]:
         each = _one("ia3", target={"path": "q", "layout": layout_}, l=_real("le", 2, 3))
         done = stored(_values("norms", 2, 3) * _values("le", 2, 3), "F32")
         yield Meeting(name, each, {"q.weight": _real("norms", 2, 3)}, {"q.weight": done}, ("R-8.5",))
-    yield from _biases(scales)
+    yield from _biases()
+    minus = {"q.weight": stored(np.full((3, 4), -0.0), "F32")}
+    idle = _file(_update(), A=stored(np.zeros((1, 4)), "F32"), B=_real("idle", 3, 1))
+    yield Meeting("zero_of_either_sign", idle, minus, minus, ("R-10.4",))
     zero, one = np.zeros((1, 1)), stored(np.ones((1, 1)), "F32")
     largest = ("f16", "F16", 65519.0, b"\xff\x7b"), ("f8", "F8_E4M3", 464.0, b"\x7e")
     for name, dtype, change, nearest in largest:
@@ -145,16 +149,17 @@ def _numbers() -> Iterator[Meeting]:
         yield Meeting(name, file, base, None, ("R-10.4",), "Malformed", "q.weight")
 
 
-def _biases(scales: bytes) -> Iterator[Meeting]:
+def _biases() -> Iterator[Meeting]:
     """Which bias an update changes, and which size it must have."""
     weight, short = {"q.weight": stored(W, "F32")}, stored(_values("b", 3), "F32")
     yield Meeting("other_bias_unchanged", PLAIN, weight | {"q.bias": _real("b", 5)}, {"q.weight": CHANGED}, ("R-8.6",))
     rows = _one("ia3", target={"path": "q", "rows": [0, 2]}, l=_real("l", 2))
-    l, tall = _values("l", 2), _values("W", 4, 4)
-    changed = np.concatenate([tall[:2] * l[:, None], tall[2:]])
+    scale, tall = _values("l", 2), _values("W", 4, 4)
+    changed = np.concatenate([tall[:2] * scale[:, None], tall[2:]])
     yield Meeting(
         "rows_of_a_shorter_bias", rows, {"q.weight": stored(tall, "F32"), "q.bias": short},
-        {"q.weight": stored(changed, "F32"), "q.bias": stored(np.concatenate([b[:2] * l, b[2:]]), "F32")}, ("R-8.6",),
+        {"q.weight": stored(changed, "F32"), "q.bias": stored(np.concatenate([b[:2] * scale, b[2:]]), "F32")},
+        ("R-8.6",),
     )  # fmt: skip
     alone = _one("dense", d=_real("bias", 3))
     whole = {"q.weight": stored(np.ones((3, 4)), "I32"), "q.bias": short}
@@ -336,8 +341,9 @@ def computed() -> Iterator[Computed]:
     yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")
     tokens = {"A": A, "B": B, "invocation": stored(np.array([1, 2]), "I64")}
     three = base | {"q.x": _real("c3", 1, 2, 4)}
-    yield Computed("bias_alone_and_no_weight", _file(lora, A=A, B=B), {"q.bias": stored(bias, "F64"), "q.x": stored(x, "F64")},
-                   ("R-10.7",), "TargetNotFound", "q: lora")  # fmt: skip
+    beside = {"q.bias": stored(bias, "F64"), "q.x": stored(x, "F64")}
+    file = _file(lora, A=A, B=B)
+    yield Computed("bias_alone_and_no_weight", file, beside, ("R-10.7",), "TargetNotFound", "q: lora")
     yield Computed(
         "nothing_at_the_path", _file(lora, A=A, B=B), {"q.x": stored(x, "F64")}, ("R-10.7",), "TargetNotFound", "q"
     )
