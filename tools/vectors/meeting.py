@@ -122,10 +122,47 @@ def _numbers() -> Iterator[Meeting]:
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         merged = {"q.weight": Stored(dtype, (1, 1), nearest)}
         yield Meeting(f"rounds_to_the_largest_{name}", file, base, merged, ("R-10.4",))
+    yield _small_floats()
     for name, dtype, size, change in (("beyond_f16", "F16", 2, 65520.0), ("beyond_f8", "F8_E4M3", 1, 465.0)):
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         yield Meeting(name, file, base, None, ("R-10.4",), "Malformed", "q.weight")
+
+
+SMALL = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}
+"""Bits of the exponent and of the significand, and the bias (README, section 5)."""
+
+
+def _small(dtype: str) -> np.ndarray:
+    """The numbers of the codes 0 to 111 of a type, all of which are finite and not negative."""
+    _, significand, bias = SMALL[dtype]
+    codes = np.arange(112)
+    exponent, rest = codes >> significand, codes & ((1 << significand) - 1)
+    whole = rest + (np.where(exponent > 0, 1, 0) << significand)
+    return np.ldexp(whole.astype("f8"), np.maximum(exponent, 1) - bias - significand)
+
+
+def _nearest(dtype: str, values: np.ndarray) -> bytes:
+    """The codes of numbers, to nearest, ties to even: of two numbers that are as near, the one with the even code."""
+    known = _small(dtype)
+    distance = np.abs(np.abs(values)[..., None] - known)
+    near = distance == distance.min(-1, keepdims=True)
+    codes = np.where(near.sum(-1) > 1, (near & (np.arange(len(known)) % 2 == 0)).argmax(-1), near.argmax(-1))
+    negative = (values < 0) & ~((codes == 0) & dtype.endswith("FNUZ"))  # FNUZ has no negative zero
+    return (codes + 128 * negative).astype("u1").tobytes()
+
+
+def _small_floats() -> Meeting:
+    """A LoRA of small factors into each of the types of 8 bits: ties, numbers below the normal ones, and zeros."""
+    scale, base, merged = 2.0**-9, {}, {}
+    for dtype in SMALL:
+        held = _small(dtype)[np.arange(12) * 5 % 60].reshape(3, 4)
+        weight = held * np.where(np.arange(12).reshape(3, 4) % 3 == 1, -1, 1)
+        base[f"{dtype}.weight"] = Stored(dtype, (3, 4), _nearest(dtype, weight))
+        kept = np.where((weight == 0) & dtype.endswith("FNUZ"), 0.0, weight)
+        merged[f"{dtype}.weight"] = Stored(dtype, (3, 4), _nearest(dtype, kept + scale * DELTA))
+    updates = [LORA | {"target": {"path": dtype}, "attributes": {"scaling": 0.5 * scale}} for dtype in SMALL]
+    return Meeting("small_floats", _file(*updates, **TENSORS), base, merged, ("R-10.4",))
 
 
 def _refused() -> Iterator[Meeting]:
