@@ -99,6 +99,13 @@ def _names() -> Iterator[Meeting]:
     yield Meeting(
         "module_before_parameter", PLAIN, {"q": weight, "q.weight": weight}, {"q.weight": CHANGED}, ("R-10.7",)
     )
+    part = BIASED | {"target": {"path": "q", "rows": [0, 3]}}
+    fused = {"q.weight": _real("fused", 5, 4), "q.bias": _real("b", 4)}
+    whole, vector = _values("fused", 5, 4), _values("b", 4)
+    whole[:3] += DELTA
+    vector[:3] += 0.5 * _values("bias", 3)
+    changed = {"q.weight": stored(whole, "F32"), "q.bias": stored(vector, "F32")}
+    yield Meeting("bias_shorter_than_the_weight", _file(part, **BIAS), fused, changed, ("R-8.5",))
     held = {"weight": weight, "bias": bias}
     alone = _one("replacement", bias=_real("bias", 3))
     yield Meeting(
@@ -179,6 +186,10 @@ def _refused() -> Iterator[Meeting]:
     yield shape("rows_beyond_the_weight", beyond, {"q.weight": _real("W", 4, 4)}, "q[2:5]: lora")
     experts = _one("lora", target={"path": "q", "layout": "e out *in"}, A=_real("A", 2, 1, 4), B=_real("B", 2, 3, 1))
     yield shape("other_experts", experts, {"q.weight": _real("W", 3, 3, 4)}, "q: lora")
+    plain = _one("ia3", target={"path": "q", "layout": "e out *in"}, l=_real("l", 2, 3))
+    yield shape("experts_without_inputs", plain, {"q.weight": _real("W", 2, 3)}, "q: ia3")
+    alone = _one("dense", d=_real("bias", 3))
+    yield shape("weight_that_stays", alone, {"q.weight": _real("W", 5, 4), "q.bias": bias}, "q: dense")
     yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora")
     columns = _one("boft", R=_real("R", 1, 1, 3, 3), s=_real("s", 3))
     yield shape("other_columns", columns, weight, "q: boft")
@@ -205,6 +216,8 @@ def _refused() -> Iterator[Meeting]:
     yield Meeting("no_weight", PLAIN, {"q.bias": bias}, None, ("R-10.7",), "TargetNotFound", "q: lora")
     whole = {"q.weight": stored(np.ones((3, 4)), "I32")}
     yield Meeting("whole_weight", PLAIN, whole, None, ("R-10.4",), "Unsupported", "q.weight")
+    nothing = _one("lora", A=Stored("F32", (0, 4), b""), B=Stored("F32", (3, 0), b""))
+    yield Meeting("rank_of_none", nothing, whole, None, ("R-10.4", "R-10.6"), "Unsupported", "q.weight")
     scale = {"q.weight": Stored("F8_E8M0", (3, 4), b"\x7f" * 12)}
     yield Meeting("weight_without_sign", PLAIN, scale, None, ("R-10.4",), "Unsupported", "q.weight")
 

@@ -1032,7 +1032,7 @@ export function checkFit({ target, updates }, weight, bias) {
       const sizes = { ...(lead && axes && { e: axes[0] }), out, in: rest[0] ?? -1, columns: product(rest), rest, ...kernel };
       const trimmed = (axis, size) => (axis === "k" ? withoutOnes(size) : big(size));
       const other = ([axis, size]) => dims.has(axis) && !same(trimmed(axis, dims.get(axis)), trimmed(axis, size));
-      unfit(weight && (axes.length <= lead || stop > axes[lead] || Object.entries(sizes).some(other)), "not made for the base's weight");
+      unfit(weight && (axes.length < 1 + 2 * lead || stop > axes[lead] || Object.entries(sizes).some(other)), "not made for the base's weight");
       if (changesBias && !bias && method.needs_bias) throw new AdapterError("NotMergeable", "", "the base has no bias");
       const [last, ...before] = bias ? big(bias.shape).toReversed() : [];
       const room = target.rows ? last >= stop : last === (dims.get("out") ?? last);

@@ -117,8 +117,9 @@ def _live(adapter: Adapter, held: Mapping[str, Tensor]) -> Tensor:
 
 def merge(adapter: str, base: str) -> dict[str, Any]:
     """Merge an adapter into a base of one file."""
+    read = ak.read(adapter, format="adapterkit")  # Its faults are named before the base's.
     with tempfile.TemporaryDirectory() as folder:
-        ak.merge(base, adapter, Path(folder, "out.safetensors"))
+        ak.merge(base, read, Path(folder, "out.safetensors"))
         tensors = open_checkpoint(Path(folder, "out.safetensors")).tensors
         found = {name: [leaf.dtype.name, list(leaf.shape), bytes(leaf.fetch()).hex()] for name, leaf in tensors.items()}
     return {"ok": True, "tensors": found}
