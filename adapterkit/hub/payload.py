@@ -17,10 +17,9 @@ from ..io.atomic import write_bytes
 from ..io.locations import located, source_of
 from ..merging.companions import CARD, REPORT
 from .card import Model, adapter_card, model_card
-from .digests import digests, digests_of
 from .folders import scratch
 from .remote import Content, Digests, Remote, RemoteFile
-from .transfer import read_range
+from .transfer import digests, digests_of, read_range
 from .uris import Uri, check_names, parse
 
 
@@ -198,7 +197,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
     from ..merging.options import Options
     from ..merging.planning import index_of, make_plan
-    from ..merging.report import carry_out, local
+    from ..merging.report import local, run_plan
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
@@ -207,7 +206,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
     out = folder / "model"
-    carry_out(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
+    run_plan(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
     made, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
     if index is not None:
         made[INDEX] = out / INDEX

@@ -16,11 +16,11 @@ from ..core.licences import Licence, licence_at, licence_called, licence_of
 from ..errors import StorageError, storage_error
 from ..io.locations import located
 from .card import is_generated
-from .digests import check_listed
 from .folders import cache_folder
 from .hubs import remote_at
 from .payload import Payload, card_there, payload_of, prepared
 from .remote import Remote, RemoteFile
+from .transfer import check_listed
 from .uris import Uri, parse
 
 

@@ -1,4 +1,18 @@
-"""Output that appears by rename, with a record of what it was made from."""
+"""Output that appears by rename, with a record of what it was made from.
+
+Records of how an output was made, so that running the same command again finds the work done.
+
+A record holds one digest of everything that decided the output (inputs, options, versions) and a fingerprint of every
+file written. It is stored as an extended attribute of the output, `user.adapterkit`. So it adds no file to a folder
+that other tools read, is not uploaded with it, and moves into place with the output in the same rename. On file systems
+without extended attributes (NFS before 4.2, FAT, Windows) it is a hidden file beside the output. If a record gets lost,
+for example by a copy, the output is just not recognised.
+
+The fingerprint of a file of up to 16 MiB is a hash of its content. For a larger file it consists of the size, the
+modification time and a hash of the first MiB, where formats have their headers. Reading a model of 100 GB again would
+take minutes, and a file with the same header, size and nanosecond time was not written since. The inode number is left
+out: network and overlay file systems change it at a mount, and a restarted container must still find its work done.
+"""
 
 from __future__ import annotations
 

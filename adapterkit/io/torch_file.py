@@ -1,4 +1,9 @@
-"""Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them."""
+"""Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
+
+The two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
+
+`torch_pickle` interprets their pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values."""
+"""A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
+
+The values that a state dict's pickle may contain, all inert, and the few calls that create them, all defined here.
+
+Format: torch/_utils.py (`_rebuild_*`).
+"""
 
 from __future__ import annotations
 

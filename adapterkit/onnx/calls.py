@@ -1,4 +1,9 @@
-"""The inputs of the model's call that formulas ask for, the tokens of the past, and the output without the adapter."""
+"""The inputs of the model's call that formulas ask for, the tokens of the past, and the output without the adapter.
+
+All tokens of a sequence: those of the past, given by an extra input, followed by those of the call.
+
+Nodes that read all of them compute the same for the call's tokens as without a past.
+"""
 
 from __future__ import annotations
 

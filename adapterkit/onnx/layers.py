@@ -1,4 +1,8 @@
-"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py`."""
+"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py`.
+
+Weights are `[out, in, *k]`, however the node stores them. A layer's input and output are graph values, and the result
+of a formula takes over the output.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Slots: an adapter's tensors as optional graph inputs, so that adapters can be swapped at run time."""
+"""Slots: an adapter's tensors as optional graph inputs, so that adapters can be swapped at run time.
+
+A slot's default changes nothing: inner sizes such as the rank are 0 in it (1 for convolutions), and open at run time.
+Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built. Each open
+size is then represented by a number that no real size has.
+"""
 
 from __future__ import annotations
 

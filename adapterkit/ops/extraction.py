@@ -30,13 +30,13 @@ from ..naming.layouts import stored_in_out
 from ..naming.renames import parse_renames
 from ..naming.resolver import Names, resolve
 from ..naming.ties import aliases, find_tie, is_embedding
-from .ahead import ahead, most_workers, one_blas_thread
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
-from .forms import FORMS
+from .factorizations import FORMS
 from .lowering import Change
+from .prefetch import ahead, most_workers, one_blas_thread
 from .resizing import Cut, seed_of
 from .sketching import dominant
 

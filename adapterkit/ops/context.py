@@ -1,4 +1,4 @@
-"""Where a formula runs: which weight of which target, what is drawn at random there, what was counted over all."""
+"""Where a formula runs: which weight of which target, what is drawn at random there, and what is computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..io.computed import Array
     from ..io.lazy import Shape
-    from .combiners._method import Method
+    from .combiners._combiner import Combiner
+
 
 PER_COUNT = 8
 """Words of 32 bits that Philox4x64 makes of one value of its counter."""
@@ -25,7 +26,7 @@ def _no_base() -> Array:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class At:
+class FormulaContext:
     """One weight, or one bias, of one target.
 
     Attributes:
@@ -54,7 +55,7 @@ class At:
     depth: float | None = None
     base: Callable[[], Array] = _no_base
 
-    def each(self, method: Method, name: str) -> list[Any]:
+    def each(self, method: Combiner, name: str) -> list[Any]:
         """A parameter, one value for each present adapter."""
         own = [self.overrides[t] if self.overrides else {} for t in self.present]
         return [values.get(name, getattr(method, name)) for values in own]

@@ -1,4 +1,4 @@
-"""What a method of combining is: parameters with types and defaults, and one formula over the changes of one weight."""
+"""What a way to combine is: a formula over the changes of one weight, and its parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._changes import between, gram, mixed
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
     Value = bool | int | float | str | None
@@ -54,7 +54,7 @@ DEPENDENCES = {
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
-class Method(ABC):
+class Combiner(ABC):
     """A way to make one change of several. Subclasses are frozen dataclasses of parameters.
 
     Attributes:
@@ -142,7 +142,7 @@ class Method(ABC):
         """Checks parameters together; raises UsageError."""
 
     @abstractmethod
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         """The combined change of a weight.
 
         Args:
@@ -151,42 +151,42 @@ class Method(ABC):
             at: where this is, with what is drawn or counted there.
         """
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         """The combined change of a bias, `[T, out]` to `[out]`: a weighted mean, where a formula is one of matrices."""
         return weights @ changes / len(changes)
 
 
-class Mixture(Method):
+class Mixture(Combiner):
     """Methods whose result is sum_t c_t * D_t, with c from inner products: exact on factors, whose ranks add up."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """c `[T]` from the inner products of the changes, `[T, T]`, and the weights given, `[T]`."""
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return mixed(deltas, self.coefficients(gram(deltas), weights))
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         return self.coefficients(changes @ changes.T, weights) @ changes
 
 
-class Spectral(Method):
+class Spectral(Combiner):
     """Methods of singular values and spaces: the formula sees small cores, `[T, p, q]`, of one pair of bases."""
 
     @abstractmethod
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         """The combined core, `[p, q]`."""
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
-        from ..thin import whole_core
+        from ..lowrank import whole_core
 
         common = whole_core(deltas)
         return between(common.left, self.core(np.stack(common.cores), weights, at), common.right)
 
 
-class PlugIn(Method):
+class PlugIn(Combiner):
     """Methods that change what another method, `then`, sees; parameters that are not their own are the other's.
 
     Attributes:
@@ -199,7 +199,7 @@ class PlugIn(Method):
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
-    def inner(self) -> Method:
+    def inner(self) -> Combiner:
         from . import COMBINERS
 
         other = COMBINERS[self.then]
@@ -213,11 +213,11 @@ class PlugIn(Method):
     def values(self) -> dict[str, Value]:
         return super().values() | {"then": self.then} | self.inner.values()
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         return self.inner.vector(changes, weights, at)
 
 
-def made(cls: type[Method], values: Mapping[str, Any]) -> Method:
+def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
     """A method with checked parameters.
 
     Raises:

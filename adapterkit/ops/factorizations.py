@@ -1,4 +1,4 @@
-"""Forms other than a LoRA that the difference of a matrix may be extracted into: the nearest of each, by method."""
+"""Forms other than a LoRA for the difference of a matrix: the nearest of each, with its error."""
 
 from __future__ import annotations
 

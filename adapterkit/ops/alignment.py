@@ -1,4 +1,4 @@
-"""Places: the targets of several adapters side by side, and what each of them has there."""
+"""The targets of several adapters side by side, and what each of them has there."""
 
 from __future__ import annotations
 

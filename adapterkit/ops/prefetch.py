@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
