@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
 from adapterkit.cli import adapterkit
-from adapterkit.conformance import conformance
+from adapterkit.conformance import _same, conformance
 from adapterkit.core.adapter import canonical
 from adapterkit.errors import Corrupt, UsageError
 from adapterkit.io import safetensors
@@ -145,7 +145,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 4  # and layers with several updates
+    assert len(computed) == len(FORMULAS) + 8  # and layers with several updates
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -191,7 +191,7 @@ def test_this_library_computes_every_vector(first, reader, tmp_path):
     cases = COMPUTED[first::8]
 
     def ask(verb, paths):
-        return [json.loads(json.dumps(reader._told(reader.VERBS[verb], *map(str, paths))))]
+        return [json.loads(json.dumps(reader._told(reader.VERBS[verb], *map(str, paths))))] if paths else []
 
     outcomes = conformance(ask, suite_of(cases, tmp_path))
     assert [(each.case, each.why) for each in outcomes if not each.passed] == []
@@ -360,6 +360,18 @@ def test_a_program_is_judged_by_its_refusals(tmp_path):
         for path in tmp_path.iterdir():
             path.unlink()
     assert len(cases) > 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "got", "wanted", "same"),
+    [
+        ("F32", "00000080", "00000000", True), ("F32", "00000081", "00000000", False), ("F16", "0080", "0000", True),
+        ("F8_E4M3", "80", "00", True), ("F8_E4M3FNUZ", "80", "00", False), ("I8", "80", "00", False),
+        ("F32", "0000008000", "00000000", False), ("F32", "", "00000000", False),
+    ],
+)  # fmt: skip
+def test_the_sign_of_a_zero_is_free_where_the_type_has_one(dtype, got, wanted, same):
+    assert _same([dtype, [1], got], [dtype, [1], wanted]) is same
 
 
 def test_a_context_vector_is_judged_by_its_numbers(tmp_path):

@@ -282,7 +282,10 @@ def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callabl
     from ._image.naming import in_components, in_parts
 
     names = families_of_all(target.path for target in (*asked, *got))
-    ways: list[Callable[[Updates], Updates]] = [dict, in_components, lambda updates: in_parts(updates, names)]
+    ways: list[Callable[[Updates], Updates]] = [
+        dict, in_components, lambda updates: in_parts(updates, names),
+        lambda updates: in_parts(updates, names, fuse=False),
+    ]  # fmt: skip
     return ways if base is None else [*ways, lambda updates: _bound(updates, base)]
 
 

@@ -108,6 +108,13 @@ def _names() -> Iterator[Meeting]:
         {"reweighted.weights": weight, "reweighted.biass": bias},
         {"reweighted.weights": CHANGED, "reweighted.biass": CHANGED_BIAS}, ("R-10.7",),
     )  # fmt: skip
+    part = BIASED | {"target": {"path": "q", "rows": [0, 3]}}
+    fused = {"q.weight": _real("fused", 5, 4), "q.bias": _real("b", 4)}
+    whole, vector = _values("fused", 5, 4), _values("b", 4)
+    whole[:3] += DELTA
+    vector[:3] += 0.5 * _values("bias", 3)
+    changed = {"q.weight": stored(whole, "F32"), "q.bias": stored(vector, "F32")}
+    yield Meeting("bias_shorter_than_the_weight", _file(part, **BIAS), fused, changed, ("R-8.5",))
     held = {"weight": weight, "bias": bias}
     alone = _one("replacement", bias=_real("bias", 3))
     yield Meeting(
@@ -143,6 +150,7 @@ def _numbers() -> Iterator[Meeting]:
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         merged = {"q.weight": Stored(dtype, (1, 1), nearest)}
         yield Meeting(f"rounds_to_the_largest_{name}", file, base, merged, ("R-10.4",))
+    yield _small_floats()
     for name, dtype, size, change in (("beyond_f16", "F16", 2, 65520.0), ("beyond_f8", "F8_E4M3", 1, 465.0)):
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
@@ -168,6 +176,42 @@ def _biases() -> Iterator[Meeting]:
     )
 
 
+SMALL = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}
+"""Bits of the exponent and of the significand, and the bias (README, section 5)."""
+
+
+def _small(dtype: str) -> np.ndarray:
+    """The numbers of the codes 0 to 111 of a type, all of which are finite and not negative."""
+    _, significand, bias = SMALL[dtype]
+    codes = np.arange(112)
+    exponent, rest = codes >> significand, codes & ((1 << significand) - 1)
+    whole = rest + (np.where(exponent > 0, 1, 0) << significand)
+    return np.ldexp(whole.astype("f8"), np.maximum(exponent, 1) - bias - significand)
+
+
+def _nearest(dtype: str, values: np.ndarray) -> bytes:
+    """The codes of numbers, to nearest, ties to even: of two numbers that are as near, the one with the even code."""
+    known = _small(dtype)
+    distance = np.abs(np.abs(values)[..., None] - known)
+    near = distance == distance.min(-1, keepdims=True)
+    codes = np.where(near.sum(-1) > 1, (near & (np.arange(len(known)) % 2 == 0)).argmax(-1), near.argmax(-1))
+    negative = (values < 0) & ~((codes == 0) & dtype.endswith("FNUZ"))  # FNUZ has no negative zero
+    return (codes + 128 * negative).astype("u1").tobytes()
+
+
+def _small_floats() -> Meeting:
+    """A LoRA of small factors into each of the types of 8 bits: ties, numbers below the normal ones, and zeros."""
+    scale, base, merged = 2.0**-9, {}, {}
+    for dtype in SMALL:
+        held = _small(dtype)[np.arange(12) * 5 % 60].reshape(3, 4)
+        weight = held * np.where(np.arange(12).reshape(3, 4) % 3 == 1, -1, 1)
+        base[f"{dtype}.weight"] = Stored(dtype, (3, 4), _nearest(dtype, weight))
+        kept = np.where((weight == 0) & dtype.endswith("FNUZ"), 0.0, weight)
+        merged[f"{dtype}.weight"] = Stored(dtype, (3, 4), _nearest(dtype, kept + scale * DELTA))
+    updates = [LORA | {"target": {"path": dtype}, "attributes": {"scaling": 0.5 * scale}} for dtype in SMALL]
+    return Meeting("small_floats", _file(*updates, **TENSORS), base, merged, ("R-10.4",))
+
+
 def _refused() -> Iterator[Meeting]:
     weight, bias = {"q.weight": stored(W, "F32")}, stored(b, "F32")
 
@@ -186,6 +230,8 @@ def _refused() -> Iterator[Meeting]:
     yield shape("rows_beyond_the_weight", beyond, {"q.weight": _real("W", 4, 4)}, "q[2:5]: lora")
     experts = _one("lora", target={"path": "q", "layout": "e out *in"}, A=_real("A", 2, 1, 4), B=_real("B", 2, 3, 1))
     yield shape("other_experts", experts, {"q.weight": _real("W", 3, 3, 4)}, "q: lora")
+    alone = _one("dense", d=_real("bias", 3))
+    yield shape("weight_that_stays", alone, {"q.weight": _real("W", 5, 4), "q.bias": bias}, "q: dense")
     yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora", "R-8.6")
     columns = _one("boft", R=_real("R", 1, 1, 3, 3), s=_real("s", 3))
     yield shape("other_columns", columns, weight, "q: boft")
@@ -228,6 +274,8 @@ def _refused() -> Iterator[Meeting]:
     yield Meeting("whole_weight", PLAIN, whole, None, ("R-10.4",), "Unsupported", "q.weight")
     none = _file(_update(), A=_real("none", 0, 4), B=_real("none", 3, 0))
     yield Meeting("whole_weight_rank_zero", none, whole, None, ("R-10.4", "R-10.6"), "Unsupported", "q.weight")
+    nothing = _one("lora", A=Stored("F32", (0, 4), b""), B=Stored("F32", (3, 0), b""))
+    yield Meeting("rank_of_none", nothing, whole, None, ("R-10.4", "R-10.6"), "Unsupported", "q.weight")
     scale = {"q.weight": Stored("F8_E8M0", (3, 4), b"\x7f" * 12)}
     yield Meeting("weight_without_sign", PLAIN, scale, None, ("R-10.4",), "Unsupported", "q.weight")
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ..shapes import Axes, Dims, tensor
-from .attributes import DAMAGED, attribute, check_attribute, plain
-from .positions import misplaced, repeated
-from .rules import Rule, apply_rules, check_fits
+from .rules import DAMAGED, Rule, apply_rules, attribute, check_attribute, check_fits, misplaced, plain, repeated
 
 if TYPE_CHECKING:
     import torch

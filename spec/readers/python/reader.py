@@ -99,7 +99,8 @@ def _live(adapter: Adapter, held: Mapping[str, Tensor]) -> Tensor:
     from vector_layers import layer_and_path
 
     first = next(iter(adapter.updates))
-    residual = next((str(update.residual) for _, update in adapter if getattr(update, "residual", "")), "")
+    residuals = (getattr(update, "residual", "") for _, update in adapter)
+    residual = next((str(path) for path in residuals if path), "")
     model, path = layer_and_path(first.layout, held, residual)
     placed = adapter.replace(updates={replace(target, path=path): own for target, own in adapter.updates.items()})
     call = {name.removeprefix("call."): value for name, value in held.items() if name.startswith("call.")}
@@ -117,7 +118,7 @@ def _live(adapter: Adapter, held: Mapping[str, Tensor]) -> Tensor:
 
 def merge(adapter: str, base: str) -> dict[str, Any]:
     """Merge an adapter into a base of one file."""
-    read = ak.read(adapter, format="adapterkit")  # before the base: of two broken files the adapter is named
+    read = ak.read(adapter, format="adapterkit")  # Its faults are named before the base's.
     with tempfile.TemporaryDirectory() as folder:
         ak.merge(base, read, Path(folder, "out.safetensors"))
         tensors = open_checkpoint(Path(folder, "out.safetensors")).tensors
@@ -138,7 +139,13 @@ def _told(run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
         return {"ok": False, "error": type(error).__name__, "where": error.where or ""}
 
 
-VERBS = {"check": check, "base": base, "compute": compute, "merge": merge, "canonical": canonical_texts}
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "check": check,
+    "base": base,
+    "compute": compute,
+    "merge": merge,
+    "canonical": canonical_texts,
+}
 
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]

@@ -83,11 +83,12 @@ def plain_layer(layout: str, held: Arrays) -> nn.Module:
     W, b, x = held["weight"], held.get("bias"), held["x"]
     made: nn.Module
     if not x.is_floating_point() and b is None and layout == "in out *k":
-        return nn.Embedding(*W.shape, _weight=W)
+        return nn.Embedding(W.shape[0], W.shape[1], _weight=W)
     if layout == "in out *k" and W.ndim == 2:
-        from transformers.pytorch_utils import Conv1D
+        from transformers import pytorch_utils
 
-        made = Conv1D(W.shape[1], W.shape[0]).double()
+        turned: Any = pytorch_utils.Conv1D
+        made = turned(W.shape[1], W.shape[0]).double()
         made.load_state_dict({"weight": W, "bias": W.new_zeros(W.shape[1]) if b is None else b})
         return made
     if layout != "out *in" or W.ndim < 2:
@@ -95,8 +96,9 @@ def plain_layer(layout: str, held: Arrays) -> nn.Module:
     if W.ndim == 2:
         made = nn.Linear(W.shape[1], W.shape[0], bias=b is not None)
     else:
-        kind, inputs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[W.ndim - 3], x.shape[1]
-        made = kind(inputs, W.shape[0], W.shape[2:], groups=inputs // W.shape[1], bias=b is not None)
+        kinds: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        groups = x.shape[1] // W.shape[1]
+        made = kinds[W.ndim - 3](x.shape[1], W.shape[0], W.shape[2:], groups=groups, bias=b is not None)
     made.double().load_state_dict({"weight": W} if b is None else {"weight": W, "bias": b})
     return made
 

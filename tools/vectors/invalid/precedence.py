@@ -184,12 +184,19 @@ def _bases() -> Iterator[tuple[str, dict[str, bytes], str]]:
     yield "containers_in_order", folder(names, z__safetensors=b"", y__safetensors=two[:9] + b"!" + two[10:]), "header"
     names = {"a.weight": "z.safetensors", "b.weight": "z.safetensors", "c.weight": "y.safetensors"}
     yield "twice_before_misplaced", folder(names, z__safetensors=one, y__safetensors=one), "a.weight"
-    turned = pack(*layout({f"{n}.weight": stored(numbers(f"base.{n}", 2, 2), "F32") for n in "ba"}))
+    tensors = {name: stored(numbers("base.a", 2, 2), "F32") for name in ("b.weight", "a.weight")}
+    entries, data = layout(tensors)
+    turned = pack(json.dumps(dict(reversed(entries.items()))), data)
     names = {"a.weight": "y.safetensors", "b.weight": "y.safetensors", "c.weight": "z.safetensors"}
-    yield "twice_in_order_of_data", folder(names, y__safetensors=turned, z__safetensors=turned), "b.weight"
+    yield (
+        "twice_in_order_of_data",
+        folder(names, y__safetensors=pack(*layout(tensors)), z__safetensors=turned),
+        "b.weight",
+    )
     names = {"c.weight": "z.safetensors"}
-    turned = pack(*layout({f"{n}.weight": stored(numbers(f"base.{n}", 2, 2), "F32") for n in "bac"}))
-    yield "unlisted_in_order_of_data", folder(names, z__safetensors=turned), "b.weight"
+    yield "unlisted_in_order_of_data", folder(names, z__safetensors=pack(json.dumps({
+        **dict(reversed(entries.items())), "c.weight": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]},
+    }), data + bytes(4))), "b.weight"  # fmt: skip
     names = {"b.weight": "z.safetensors", "c.weight": "z.safetensors"}
     yield "misplaced_before_unlisted", folder(names, z__safetensors=one), "b.weight"
     names = {"a.weight": "z.safetensors", "b.weight": "z.safetensors"}

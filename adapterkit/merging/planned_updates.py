@@ -1,4 +1,4 @@
-"""Folds: what each adapter does to each stored tensor of a base."""
+"""What each adapter does to each stored tensor of a base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import Rule
 from ..naming.ties import find_tie
 from ..quant import Dequantized
-from .fold import Fold
+from .planned_update import PlannedUpdate
 from .ties import parse_tied, settle_tie
 from .vocabulary import Vocabulary, parse_vocab
 
@@ -92,7 +92,7 @@ class Bindings:
 
     base: Checkpoint
     sources: tuple[Source, ...]
-    folds: dict[str, tuple[Fold, ...]]
+    folds: dict[str, tuple[PlannedUpdate, ...]]
     names: dict[str, str]
     config_changes: dict[str, Any]
     warnings: list[str]
@@ -131,7 +131,7 @@ def folds_by_tensor(
     # A rule need match one of the adapters only.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
     rules = parse_renames(rename, None if allow_partial else paths)
-    sources, folds = [], dict[str, list[Fold]]()
+    sources, folds = [], dict[str, list[PlannedUpdate]]()
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_laws(adapter)
         resize = partial(vocabulary.settle, position, name)
@@ -169,7 +169,7 @@ def _refuse_other_laws(updates: Iterable[tuple[Target, Update]]) -> None:
 
 def _folds(
     site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
-) -> list[tuple[str, Fold]]:
+) -> list[tuple[str, PlannedUpdate]]:
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:
@@ -178,7 +178,7 @@ def _folds(
         if updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
             seen = _seen(site, base, aliases) if bias else None
-            found.append((stored, Fold(site.target, updates, weight, position, bias, shape, seen)))
+            found.append((stored, PlannedUpdate(site.target, updates, weight, position, bias, shape, seen)))
     return found
 
 

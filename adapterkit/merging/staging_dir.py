@@ -24,7 +24,7 @@ Norms = dict[str, list[float]]
 SUFFIX = "merging"
 
 
-class Stage(Staging):
+class StagingDir(Staging):
     """The stage of one output path.
 
     Args:
@@ -77,9 +77,9 @@ class Stage(Staging):
         found: dict[str, Any] = json.loads((self._norms / f"{name}.json").read_text())
         return found
 
-    def apart(self) -> Stage:
+    def apart(self) -> StagingDir:
         """The same stage, with unfinished files in a folder of their own: for one of several processes."""
-        stage = Stage(self.target, self.digest, self.files, single=self.single)
+        stage = StagingDir(self.target, self.digest, self.files, single=self.single)
         stage.parts = self.parts / secrets.token_hex(8)
         stage.parts.mkdir()
         return stage

@@ -1,4 +1,4 @@
-"""A fold: what one adapter does to one stored tensor of a base."""
+"""What one adapter does to one stored tensor of a base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fold:
+class PlannedUpdate:
     """What one adapter does to one stored tensor.
 
     Attributes:
