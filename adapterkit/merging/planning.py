@@ -204,7 +204,8 @@ def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoin
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    if not tensor.dtype.floating:
+    # F8_E8M0 holds scales: it has neither a sign nor 0, so that a sum rounded to it is another number.
+    if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
             cure="Merge into the floating-point weights that it was made from",
