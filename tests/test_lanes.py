@@ -14,7 +14,7 @@ from adapterkit.errors import UsageError
 from adapterkit.io.lazy import DTYPES
 from adapterkit.merging.arrays import NumpyArrays, TorchArrays
 from adapterkit.merging.blocks import Block
-from adapterkit.merging.lanes import DEPTH, lane_for
+from adapterkit.merging.workers import DEPTH, lane_for
 
 WEIGHTS = "model*.safetensors"
 

@@ -197,7 +197,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
     from ..merging.options import Options
     from ..merging.planning import index_of, make_plan
-    from ..merging.report import carry_out, local
+    from ..merging.report import local, run_plan
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
@@ -206,7 +206,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
     out = folder / "model"
-    carry_out(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
+    run_plan(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
     made, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
     if index is not None:
         made[INDEX] = out / INDEX

@@ -16,9 +16,9 @@ from ..io.checkpoint import Checkpoint
 from ..io.direct import HELD
 from ..io.lazy import DType, Lazy, Shape
 from .companions import Companions
-from .fold import Fold
-from .folds import Source
-from .memory import workers_within
+from .options import workers_within
+from .planned_update import PlannedUpdate
+from .planned_updates import Source
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Output:
     shape: Shape
     offset: int
     source: Lazy
-    folds: tuple[Fold, ...]
+    folds: tuple[PlannedUpdate, ...]
     part: Repacked | Stack | None = None
     seed: int | None = None
 

@@ -234,9 +234,9 @@ def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
 
 def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
     from .blocks import blocks
-    from .compute import Folder
+    from .compute import BlockMerger
 
-    folder = Folder(output, Workspace(arrays))
+    folder = BlockMerger(output, Workspace(arrays))
     elements, largest = 0, 0.0
     for block in blocks(output):
         expected = bytearray(block.elements * output.dtype.itemsize)

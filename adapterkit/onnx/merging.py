@@ -18,7 +18,7 @@ from ..errors import Malformed, NotMergeable, Unsupported, UsageError, places_er
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
 from ..io.locations import path_text
-from ..merging.fold import Fold as Folded
+from ..merging.planned_update import PlannedUpdate as Folded
 from ..naming.binding import renamed
 from .building import Array, Branch, Building, kind_of
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
@@ -35,7 +35,7 @@ from .resolving import Found, Spot, resolve
 from .saturation import clipping
 from .tying import Tying
 
-Fold = tuple[Found, float]
+PlannedUpdate = tuple[Found, float]
 """A target of one adapter, and that adapter's weight in the merge."""
 
 
@@ -51,7 +51,7 @@ class Folding:
     """
 
     spot: Spot
-    at: list[Fold]
+    at: list[PlannedUpdate]
     building: Building
     fresh: dict[tuple[Any, ...], ir.Value]
 
@@ -138,7 +138,7 @@ def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tupl
     return Folded(target, updates, factor, 0, False, shape)
 
 
-def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value) -> Array:
+def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: ir.Value) -> Array:
     """Return the changed bias as the node takes it, in float64."""
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
@@ -158,7 +158,7 @@ def _or_zeros(array: Array | None, like: Array) -> Array:
     return np.zeros_like(like) if array is None else array
 
 
-def _behind_norm(spot: Spot, at: list[Fold], held: Callable[[], Array]) -> Array:
+def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array]) -> Array:
     """Return the changed weight of a layer with a folded norm, as the node takes it, in float64.
 
     The updates apply to the base's weight. Their change is then multiplied by the norm's scale, as the graph's is.
@@ -173,7 +173,7 @@ def _behind_norm(spot: Spot, at: list[Fold], held: Callable[[], Array]) -> Array
     return _seen(V, spot)
 
 
-def _added(at: list[Fold], W: Array) -> Array:
+def _added(at: list[PlannedUpdate], W: Array) -> Array:
     """Return the changed weight, computed as a whole, in float64."""
     after = W.copy()
     for place, factor in at:
@@ -338,13 +338,13 @@ def _resolved(
     tying: Tying,
     strict_base: bool,
     rename: str | Sequence[str],
-) -> tuple[list[Adapter], list[float], list[Fold], tuple[str, ...]]:
+) -> tuple[list[Adapter], list[float], list[PlannedUpdate], tuple[str, ...]]:
     """Return the adapters, their factors, the targets to fold into, and warnings about the base."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one number an adapter")
-    folds: list[Fold] = []
+    folds: list[PlannedUpdate] = []
     read: list[Adapter] = []
     named, base = [], None
     for adapter in several:
@@ -359,7 +359,7 @@ def _resolved(
 
 
 def fold(
-    folds: Sequence[Fold], building: Building, quantized: str | None = None,
+    folds: Sequence[PlannedUpdate], building: Building, quantized: str | None = None,
     damage: dict[str, Mapping[str, float]] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
     """Give every named layer its own changed weight and bias; return the new values, whose numbers are lazy.
@@ -375,7 +375,7 @@ def fold(
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
     # All targets of a node are folded together, because its weight is rounded only once.
-    by_spot: dict[Any, list[Fold]] = {}
+    by_spot: dict[Any, list[PlannedUpdate]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
             by_spot.setdefault(spot, []).append((place, factor))

@@ -25,9 +25,9 @@ from ..io.locations import located
 from ..io.staging import Staging, check_free, check_inputs, clear, files_below, staged
 from ..merging.arrays import NumpyArrays
 from ..merging.execute import execute
-from ..merging.memory import most_workers
+from ..merging.options import most_workers
 from ..merging.planned import Output, OutputFile
-from ..merging.stage import Stage
+from ..merging.staging_dir import StagingDir
 from .building import OPSET
 from .changes import Changed, bytes_of
 from .validating import check_model
@@ -110,7 +110,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
         raise StorageError("already there", path=file, cure="Remove it, or write to another name")
     planned = OutputFile(file.name, b"", tuple(_outputs(values)))
     # A later run cannot continue half a data file, so the stage's random name is never reused.
-    stage = Stage(file, secrets.token_hex(16), [file.name], single=True)
+    stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
             execute([planned], stage, [NumpyArrays()], None, most_workers(), checksums=False)

@@ -15,7 +15,7 @@ from ..core.adapter import Adapter, Target, check_adapter
 from ..core.updates import Update
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
-from ..merging.fold import Fold
+from ..merging.planned_update import PlannedUpdate
 from ..merging.ties import UNTIE, acting, parse_tied, same
 from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..naming.renames import Rename, parse_renames
@@ -223,7 +223,12 @@ def _met(model: nn.Module, target: Target) -> Tensor:
 def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     """The config of a live model of transformers as plain data; None for other models."""
     config = getattr(model, "config", None)
-    return config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    words: dict[str, Any] = config.to_dict()
+    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig that says `exaone`; its dict says `llama`.
+    said = getattr(config, "model_type", None)
+    return words | ({"model_type": said} if isinstance(said, str) and said else {})
 
 
 def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[Site]:
@@ -278,7 +283,7 @@ def _tied(
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue
-        own: dict[str, list[Fold]] = {}
+        own: dict[str, list[PlannedUpdate]] = {}
         for site in sites:
             if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
                 own.setdefault(site.weight or "", []).append(fold)
@@ -296,9 +301,9 @@ def _tied(
     return added
 
 
-def _fold(site: Site, shape: tuple[int, ...]) -> Fold | None:
+def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
     updates = tuple(update for update in site.updates if update.kind != "output" and update.changes_weight)
-    return Fold(site.target, updates, 1.0, 0, False, shape) if updates else None
+    return PlannedUpdate(site.target, updates, 1.0, 0, False, shape) if updates else None
 
 
 def _lineage_tells(adapter: Adapter) -> bool:
