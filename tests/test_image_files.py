@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 import adapterkit as ak
-from adapterkit.errors import Malformed, TargetNotFound, Unrepresentable, UsageError
+from adapterkit.errors import Malformed, TargetNotFound, Unrepresentable, Unsupported, UsageError
 
 RNG = np.random.default_rng(0)
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -197,3 +197,10 @@ def test_a_scaling_that_diffusers_has_no_slot_for_is_refused_with_the_flag_that_
     with pytest.raises(Unrepresentable, match="--on-loss fold"):
         ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
     ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="fold")
+
+
+def test_embeddings_that_onetrainer_bundles_are_named(tmp_path):
+    held = lora(UNET, alpha=1) | {"bundle_emb.token.clip_l": normal(2, 8)}
+    with pytest.raises(Unsupported, match="OneTrainer") as raised:
+        ak.read(saved(tmp_path, held))
+    assert raised.value.where == "bundle_emb.token.clip_l"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ...errors import AdapterkitError, Malformed, UsageError
+from ...errors import AdapterkitError, Malformed, Unsupported, UsageError
 from .._format import Departure, Format
 from . import container
 from .file import AGAIN, Key, Module, Rules
@@ -130,10 +130,17 @@ class ImageFormat(Format, ABC):
 
         Raises:
             Malformed: a key is of another dialect, or comes twice.
+            Unsupported: a key is of an embedding that belongs to another file.
         """
         grouped: dict[str, dict[str, Key]] = {}
         for text in tensors:
             key = self.parse(text)
+            if key is None and text.startswith("bundle_emb."):
+                why = "an embedding of a token, which OneTrainer has put into the file of the LoRA"
+                cure = (
+                    "Save the LoRA without its embeddings, or take the keys bundle_emb.* out into a file of their own"
+                )
+                raise Unsupported(why, where=text, cure=cure)
             if key is None:
                 cure = f"Take it out, or convert the file that it comes from; {self.name()} has no such keys"
                 raise Malformed("a key of no known slot", where=text, cure=cure)
