@@ -301,6 +301,8 @@ class _Known:
         """Every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         for own in _variants(name):
+            if self._loses_a_part(name, own):
+                continue
             for ours in self.architecture.namings_with(own):
                 weights = self.architecture.find(own, ours)
                 for theirs in self.architecture.namings if weights else ():
@@ -310,6 +312,23 @@ class _Known:
             if found:
                 break
         return found
+
+    def _loses_a_part(self, name: str, own: str) -> bool:
+        """Whether a name without its prefix lost the one word that says which part of a model it is in.
+
+        `model.vision_tower.blocks.0` of an ERNIE is not the `blocks.0` that Cosmos files have: that family calls the
+        part `visual`.
+        """
+        if not name.endswith(own):
+            return False
+        off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
+        return any(_modalities(word) - {"text"} - _modalities(own) for word in off)
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The words of the family's names, in all namings."""
+        every = (self.architecture.templates(naming) for naming in self.architecture.namings)
+        return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
@@ -650,6 +669,11 @@ _KINDS: dict[str, dict[str, str]] = {
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
 }
+
+
+def _modalities(name: str) -> set[str]:
+    """Which of vision, text and audio a name mentions."""
+    return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == "modality"}
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
