@@ -1,7 +1,7 @@
 """A registry that holds uploads as the Distribution specification says: whoever asks is told where they stand.
 
 Docker's 2.8 refuses uploads of which it has more than its last answer said. Uploads and blobs alone: enough for
-`adapterkit.hub.hubs._uploads`.
+`adapterkit.hub.hubs.oci`.
 """
 
 import hashlib

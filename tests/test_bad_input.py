@@ -15,7 +15,7 @@ from test_format_vectors import BESIDE, EVERY, ROOT, base, source
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.formats import FORMATS
-from adapterkit.io.gguf import read_gguf, write_gguf
+from adapterkit.io.gguf_file import read_gguf, write_gguf
 from adapterkit.io.lazy import from_numpy
 from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 

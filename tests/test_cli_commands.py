@@ -19,7 +19,7 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.cli import _checks
+from adapterkit.cli import doctor as _checks
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods.lora import LoRA
 from adapterkit.onnx import providers

@@ -16,13 +16,13 @@ from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.ops import COMBINERS, selection
-from adapterkit.ops.ahead import MEMORY, ahead, one_blas_thread
-from adapterkit.ops.at import At
 from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
+from adapterkit.ops.combiners._combiner import DEPENDENCES
 from adapterkit.ops.combiners._entrywise import Entrywise
-from adapterkit.ops.combiners._method import DEPENDENCES
 from adapterkit.ops.combiners.lego import clusters
+from adapterkit.ops.context import FormulaContext
+from adapterkit.ops.prefetch import MEMORY, ahead, one_blas_thread
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")
@@ -173,7 +173,7 @@ def test_an_adapter_alone_is_what_it_was(name, drawn):
 def test_dare_ties_can_trim_what_chance_left():
     """As MergeLM does: drop, rescale, then TIES with its own trimming."""
     given_ = adapters(targets=[Q])
-    masks = [At(Q, (OUT, IN), (0, 1, 2)).uniform(t, (OUT, IN)) < 0.6 for t in range(3)]
+    masks = [FormulaContext(Q, (OUT, IN), (0, 1, 2)).uniform(t, (OUT, IN)) < 0.6 for t in range(3)]
     dropped = [exact(a) * mask / 0.6 for a, mask in zip(given_, masks, strict=True)]
     kept = [trimmed([D], 0.2)[0] for D in dropped]
     close(exact(ak.ops.combine(given_, "dare_ties", density=0.6, trim=0.2)), elected_mean(np.stack(kept)))

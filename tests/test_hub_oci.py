@@ -21,9 +21,10 @@ from oci_registry import Proxy, distribution, registry  # noqa: F401 - a fixture
 import adapterkit as ak
 from adapterkit.errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, StorageError
 from adapterkit.hub import parse
-from adapterkit.hub.digests import digests_of
-from adapterkit.hub.hubs import _modelpack, _uploads, remote_at
-from adapterkit.hub.transfer import fetch
+from adapterkit.hub.hubs import oci as _modelpack
+from adapterkit.hub.hubs import oci as _uploads
+from adapterkit.hub.hubs import remote_at
+from adapterkit.hub.transfer import digests_of, fetch
 
 SECRET = "openSesame"
 HTPASSWD = "somebody:$2y$04$c4WoMPo3SXsafkva.HHa6uqciox36n1AyjcpZbymt8Vcaodm0eDhe"

@@ -155,7 +155,7 @@ def test_a_list_comes_in_pages_and_is_waited_for(
 ) -> None:
     import obstore
 
-    monkeypatch.setattr("adapterkit.hub.hubs._bucket_lists.PAGE", 2)
+    monkeypatch.setattr("adapterkit.hub.hubs.s3.PAGE", 2)
     files = {"a b+c%20.txt": b"1", "d/é&x=1.txt": b"2", "e.txt": b"3", "f.txt": b"4", "g.txt": b""}
     store = remote_at(parse(f"s3://{bucket}")).bucket.store
     for name, data in (files | {"other/x": b"no"}).items():
@@ -182,7 +182,7 @@ def test_addresses_of_lists_are_signed_as_aws_signs(bucket: str, monkeypatch: py
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
 
-    from adapterkit.hub.hubs import _bucket
+    from adapterkit.hub.hubs import s3 as _bucket
 
     asked = []
 

@@ -19,8 +19,8 @@ import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, NetworkError, StorageError, UsageError
 from adapterkit.hub import parse, retries
 from adapterkit.hub.hubs import remote_at
-from adapterkit.hub.names import check_names
 from adapterkit.hub.transfer import CHUNK, fetch
+from adapterkit.hub.uris import check_names
 from adapterkit.io.locations import is_remote
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -211,7 +211,7 @@ def test_a_tag_that_is_on_something_else_stays_there(hub: HubServer, lora: Path,
 def test_somebody_who_pushed_meanwhile_is_not_overwritten(
     hub: HubServer, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapterkit.hub.hubs import _committing
+    from adapterkit.hub.hubs import hf as _committing
 
     hub.add("org/lora", {"theirs": b"1"})
     real = _committing.head_of

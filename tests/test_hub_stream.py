@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 import adapterkit as ak
 from adapterkit.errors import NetworkError
-from adapterkit.hub import streaming
+from adapterkit.hub import reading as streaming
 
 
 def sharded(rows: int = 300) -> dict[str, bytes]:

@@ -12,9 +12,10 @@ from hub_server import Fault, HubServer
 from oci_imitation import Registry
 
 from adapterkit.hub import parse
-from adapterkit.hub.digests import digests_of
-from adapterkit.hub.hubs import _uploads, remote_at
+from adapterkit.hub.hubs import oci as _uploads
+from adapterkit.hub.hubs import remote_at
 from adapterkit.hub.hubs.oci import Distribution
+from adapterkit.hub.transfer import digests_of
 
 CHUNK = 1 << 20
 BLOB = np.random.default_rng(2).bytes(5 * CHUNK + 77)

@@ -455,9 +455,12 @@ def test_a_lora_without_config_of_an_unknown_model_is_asked_for_its_alpha(tmp_pa
         "new.0.q.lora_B.default.weight": np.ones((8, 2), "f4"),
     }
     save_file(held, tmp_path / "a.safetensors")
-    code, why = shown(tmp_path / "a.safetensors")
-    assert code == 2
-    assert "--alpha 2 (alpha=2)" in why
+    with pytest.raises(UsageError, match=r"--alpha 2 \(alpha=2\)"):
+        ak.read(tmp_path / "a.safetensors")
+    code, record = shown(tmp_path / "a.safetensors")
+    assert code == 0
+    assert list(record["modules"]) == ["new.0.q"]
+    assert "--alpha 2 (alpha=2)" in record["why"]
     assert shown(tmp_path / "a.safetensors", "--alpha", "2")[1]["updates"][0]["attributes"]["scaling"] == 1
 
 

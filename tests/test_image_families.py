@@ -33,7 +33,6 @@ def modules(prefix, *names):
 REFUSED = {
     "Wan with a module of its own": modules("diffusion_model.", "blocks.0.self_attn.q", "blocks.0.audio_cross_attn.q"),
     "HunyuanVideo with another name": modules("diffusion_model.", "double_blocks.0.img_attn_qkv", "x.0"),
-    "Anima's language model": modules("diffusion_model.", "blocks.0.self_attn.q_proj", "llm_adapter.blocks.0.x"),
     "OmniGen 2": modules("diffusion_model.", "layers.0.attn.to_q", "ref_image_refiner.0.attn.to_q", "layers.0.x.1"),
     "FLUX of other words": modules("diffusion_model.", "double_blocks.0.img_attn.to_q", "double_blocks.0.img_mlp.gate"),
 }  # fmt: skip

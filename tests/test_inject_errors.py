@@ -19,8 +19,7 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
-from adapterkit.io.dtypes import DTYPES
-from adapterkit.io.lazy import Lazy, from_numpy
+from adapterkit.io.lazy import DTYPES, Lazy, from_numpy
 from adapterkit.methods import METHODS
 
 

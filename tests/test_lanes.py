@@ -11,10 +11,10 @@ from test_merge import CASES, big_base, rand, save_base
 
 import adapterkit as ak
 from adapterkit.errors import UsageError
-from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import DTYPES
 from adapterkit.merging.arrays import NumpyArrays, TorchArrays
 from adapterkit.merging.blocks import Block
-from adapterkit.merging.lanes import DEPTH, lane_for
+from adapterkit.merging.workers import DEPTH, lane_for
 
 WEIGHTS = "model*.safetensors"
 

@@ -27,7 +27,7 @@ from adapterkit.errors import (  # fmt: skip
 )
 from adapterkit.formats import FORMATS
 from adapterkit.io.ggml_blocks import encoded
-from adapterkit.io.gguf import Value, read_gguf, write_gguf
+from adapterkit.io.gguf_file import Value, read_gguf, write_gguf
 from adapterkit.io.lazy import from_numpy
 from adapterkit.io.numpy_files import read_npy, read_npz
 from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter

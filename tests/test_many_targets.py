@@ -23,8 +23,7 @@ from adapterkit.core.updates import Update
 from adapterkit.errors import Corrupt, Malformed
 from adapterkit.formats.peft import patterns
 from adapterkit.io import inputs, lazy, safetensors
-from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.io.fingerprint import fingerprint
+from adapterkit.io.checkpoint import fingerprint, open_checkpoint
 from adapterkit.merging import plan
 from adapterkit.methods.lora import LoRA
 from adapterkit.naming import binding, resolver

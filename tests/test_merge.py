@@ -442,10 +442,10 @@ def test_a_write_that_fails_leaves_nothing(
 
 
 def test_two_merges_to_one_place(tmp_path: Path) -> None:
-    from adapterkit.merging.stage import Stage
+    from adapterkit.merging.staging_dir import StagingDir
 
     base, adapter = big_base(tmp_path / "base")
-    with Stage(tmp_path / "out", "other", []).locked(), pytest.raises(ak.AdapterkitError, match="another merge"):
+    with StagingDir(tmp_path / "out", "other", []).locked(), pytest.raises(ak.AdapterkitError, match="another merge"):
         ak.merge(base, adapter, tmp_path / "out")
     ak.merge(base, adapter, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]

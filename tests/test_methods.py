@@ -18,8 +18,7 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.core.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
-from adapterkit.io.dtypes import DTYPES
-from adapterkit.io.lazy import Lazy, as_lazy, as_torch, from_numpy
+from adapterkit.io.lazy import DTYPES, Lazy, as_lazy, as_torch, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.naming.binding import view
 

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 import adapterkit as ak
 from adapterkit.errors import CheckFailed, Malformed, TargetNotFound, Unsupported, UsageError
-from adapterkit.onnx import checking, model_file, oracle, rounding
+from adapterkit.onnx import against_torch as oracle
+from adapterkit.onnx import checking, model_file
+from adapterkit.onnx import checking as rounding
 
 X = np.random.default_rng(0).normal(size=(2, 20)).astype("f4")
 W, V = (np.random.default_rng(n).normal(size=(20, 20)).astype("f4") for n in (1, 2))

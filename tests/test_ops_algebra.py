@@ -19,8 +19,7 @@ from adapterkit.core.adapter import Adapter, BaseRef, Target
 from adapterkit.core.updates import Additive, ContextUpdate, OutputUpdate, tensor
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, StorageError, TargetNotFound, UsageError
 from adapterkit.io.computed import load, times
-from adapterkit.io.dtypes import DTYPES
-from adapterkit.io.lazy import Lazy, as_array, from_numpy
+from adapterkit.io.lazy import DTYPES, Lazy, as_array, from_numpy
 from adapterkit.methods import METHODS
 
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]

@@ -203,7 +203,7 @@ def test_a_change_of_nothing():
 
 @pytest.mark.parametrize("kind", ["well", "dependent", "zero", "tiny", "graded"])
 def test_the_qr_of_tall_factors_is_numpys_to_rounding(kind: str) -> None:
-    from adapterkit.ops.thin import orthonormal
+    from adapterkit.ops.lowrank import orthonormal
 
     rng = np.random.default_rng(0)
     tall = rng.standard_normal((200, 6))

@@ -12,8 +12,7 @@ from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Unsupported
-from adapterkit.formats.peft.automaton import Automaton, TooSlow, fits
-from adapterkit.formats.peft.patterns import finds, first_match, matches
+from adapterkit.formats.peft.patterns import Automaton, TooSlow, finds, first_match, fits, matches
 
 NAMES = [
     "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "q_proj", "", "a.b\n", "x\ny", "lm_head",

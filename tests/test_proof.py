@@ -24,8 +24,7 @@ from adapterkit.formats._image.dialect import ImageFormat
 from adapterkit.formats._image.naming import in_parts
 from adapterkit.io import safetensors
 from adapterkit.io.arrange import turned
-from adapterkit.io.dtypes import DTYPES
-from adapterkit.io.lazy import as_lazy, from_numpy
+from adapterkit.io.lazy import DTYPES, as_lazy, from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement
@@ -344,7 +343,7 @@ def test_a_scaling_in_b_alone_is_compared_without_products(tmp_path, monkeypatch
 @pytest.mark.parametrize("fault", [None, "value", "token"])
 def test_a_network_is_compared_with_the_tokens_that_it_computes(fault, tmp_path, monkeypatch):
     """PEFT's files hold the tokens and not the network; other tokens, or fewer, are refused."""
-    from adapterkit.formats.peft import encoders
+    from adapterkit.formats.peft import losses as encoders
 
     rng = np.random.default_rng(3)
     E, D = (from_numpy(rng.normal(size=(3, 4)).astype("f4")) for _ in range(2))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file as save_torch
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.io.dtypes import DTYPES
+from adapterkit.io.lazy import DTYPES
 from adapterkit.merging import plan
 from adapterkit.methods.dora import DoRA
 from adapterkit.methods.lora import LoRA

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.cli import adapterkit
 from adapterkit.errors import CheckFailed, UsageError
-from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.io.fingerprint import BLOCKS, fingerprint
+from adapterkit.io.checkpoint import BLOCKS, fingerprint, open_checkpoint
 
 OPTIONS = {
     name: {option for param in command.params for option in param.opts}

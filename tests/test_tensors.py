@@ -15,9 +15,7 @@ from adapterkit.errors import Corrupt, Malformed, StorageError, UsageError
 from adapterkit.io import safetensors as ours
 from adapterkit.io.atomic import replacing, write_bytes
 from adapterkit.io.checkpoint import contained, open_checkpoint, read_json
-from adapterkit.io.dtypes import BY_TORCH, DTYPES
-from adapterkit.io.finite import first_not_finite
-from adapterkit.io.lazy import Lazy, as_lazy, as_torch, dtype_of, from_numpy
+from adapterkit.io.lazy import BY_TORCH, DTYPES, Lazy, as_lazy, as_torch, dtype_of, first_not_finite, from_numpy
 from adapterkit.io.strict_json import load_json
 
 

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, StorageError, Unsupported
-from adapterkit.io import torch_containers, torch_pickle
-from adapterkit.io.dtypes import DTYPES
+from adapterkit.io import torch_file as torch_containers
+from adapterkit.io import torch_pickle
+from adapterkit.io.lazy import DTYPES
 from adapterkit.io.torch_file import is_torch_file, read_torch_file
 
 ROOT = Path(adapterkit.__file__).parents[1]

@@ -29,7 +29,7 @@ from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
 from adapterkit.ops.combiners import COMBINERS  # noqa: E402
-from adapterkit.ops.combiners._method import DEPENDENCES  # noqa: E402
+from adapterkit.ops.combiners._combiner import DEPENDENCES  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What `merge` does where the base is an ONNX graph."""
+"""The command `merge` for a base that is an ONNX graph, and lines about the error of requantizing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ from typing import Any
 
 import click
 
-from ._damage import damage_lines
-from ._done import is_done, made_from
 from ._options import Settings
 from ._render import Table, View, counted, show
-from ._writing import refuse_place
+from ._writing import is_done, made_from, refuse_place
+
+MOST_SHOWN = 8
+"""Targets whose damage is printed; all are in the record."""
+
+
+def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """What quantizing again did, target by target, the worst first."""
+    worst = sorted(damage, key=lambda name: damage[name]["kept"])
+    for name in worst[:MOST_SHOWN]:
+        yield f"{name}: error {damage[name]['error']:.3%}, {damage[name]['kept']:.1%} of the change left"
+    if worst[MOST_SHOWN:]:
+        kept = damage[worst[len(worst) // 2]]["kept"]
+        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
+
+
+# What `merge` does where the base is an ONNX graph.
+
 
 ONLY_FOLDERS = {
     "method": "Combine the adapters first (adapterkit combine), and merge the result",

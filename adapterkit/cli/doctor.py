@@ -1,26 +1,224 @@
-"""Check this installation and this machine.
-
-Each fault comes with what to do about it; the exit code is 3 where something needed does not work.
-"""
+"""Check this installation and this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import click
 
+from .. import __version__
 from . import _options
-from ._render import Table, View, show
+from ._render import Table, View, show, size
+
+NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
+"""What the commands import; without one of them something does not work."""
+
+LOW_SPACE = 10 * 10**9
+LOW_MEMORY = 2 * 10**9
+FICLONE = 0x40049409
+"""Linux's ioctl that lets one file share another's blocks (reflink); see ioctl_ficlone(2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: `status` is `ok`, `warn` (works, but) or `broken` (something needed does not work)."""
+
+    name: str
+    status: str
+    found: str
+    cure: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def all_checks() -> Iterator[Check]:
+    """Every check, most basic first."""
+    yield Check("python", "ok", sys.version.split()[0])
+    yield Check("adapterkit", "ok", __version__)
+    for package in NEEDED:
+        yield imported(package, "broken")
+    yield imported("onnx", "warn")
+    yield providers()
+    yield devices()
+    for name, folder in (("space here", Path.cwd()), ("space for temporary files", Path(tempfile.gettempdir()))):
+        yield space(name, folder)
+    yield Check("cores", "ok", str(_cores()))
+    yield memory()
+    yield from copies(Path.cwd())
+
+
+def imported(package: str, otherwise: str) -> Check:
+    """Whether a package can be imported, which an installed one need not be."""
+    try:
+        module = import_module(package)
+    except Exception as error:
+        cure = f"pip install --force-reinstall {package}"
+        return Check(package, otherwise, f"cannot be imported: {type(error).__name__}: {error}", cure)
+    return Check(package, "ok", _version(package) or str(getattr(module, "__version__", "version unknown")))
+
+
+def providers() -> Check:
+    """onnxruntime, and what it can run on; two of its packages overwrite each other's files."""
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    check = imported("onnxruntime", "warn")
+    if len(both) > 1:
+        cure = "pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
+        return Check("onnxruntime", "warn", "two packages that overwrite each other are installed", cure)
+    if check.status != "ok":
+        return check
+    own = _version(both[0]) if both else check.found
+    try:
+        runs_on: Callable[[str], bool] = import_module("adapterkit.onnx.providers").runs_on
+    except Exception as error:  # Of what is imported with it, told by a check of its own.
+        return Check("onnxruntime", "warn", f"{own}, not tried: {type(error).__name__}", "Repair onnx first")
+    built = import_module("onnxruntime").get_available_providers()
+    running = [name for name in built if runs_on(name)]
+    idle = [name for name in built if name not in running]
+    found = f"{own} (runs on {_plainly(running)}"
+    found += f"; built for {_plainly(idle)} too, on which no session starts)" if idle else ")"
+    return Check("onnxruntime", "ok" if running else "warn", found, None if running else "pip install onnxruntime")
+
+
+def _plainly(names: Sequence[str]) -> str:
+    """Providers by their short names."""
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in names) or "nothing"
+
+
+def devices() -> Check:
+    """The CUDA devices that torch can use; none is a fault only where a driver is there."""
+    try:
+        import torch
+
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:
+        return Check("CUDA devices", "warn", f"{type(error).__name__}: {error}", "Repair torch first")
+    if found:
+        return Check("CUDA devices", "ok", ", ".join(f"{d.name} ({size(d.total_memory)})" for d in found))
+    if Path("/proc/driver/nvidia/version").exists():
+        why = "this torch has no CUDA" if torch.version.cuda is None else "torch cannot use the driver"
+        return Check("CUDA devices", "warn", f"none: {why}", "Install a torch built for the CUDA of your driver")
+    return Check("CUDA devices", "ok", "none; merges run on the CPU")
+
+
+def space(name: str, folder: Path) -> Check:
+    """Free space on the file system of a folder."""
+    import shutil
+
+    free = shutil.disk_usage(folder).free
+    found = f"{size(free)} free in {folder}"
+    if free < LOW_SPACE:
+        return Check(name, "warn", found, "Free some space; a merge needs as much as the base takes")
+    return Check(name, "ok", found)
+
+
+def memory() -> Check:
+    """Memory that a new program could take, as far as the system tells."""
+    free, total = _memory()
+    if total is None:
+        return Check("memory", "ok", "the system does not tell")
+    found = size(total) if free is None else f"{size(free)} available of {size(total)}"
+    if free is not None and free < LOW_MEMORY:
+        return Check("memory", "warn", found, "Close other programs")
+    return Check("memory", "ok", found)
+
+
+def copies(folder: Path) -> Iterator[Check]:
+    """Whether untouched weights can be copied inside the kernel or shared, and others written past the page cache."""
+    cure = "Run in a folder that you may write to, on a local file system"
+    kernel = _try_in(folder, _copy_range)
+    if kernel is None:
+        yield Check("copy_file_range", "ok", "works here")
+    else:
+        yield Check("copy_file_range", "warn", f"{kernel}; copies take longer", cure)
+    shared = _try_in(folder, _reflink)
+    # Most file systems cannot share blocks and nothing is wrong with them, so this is never a warning.
+    yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
+    direct = _try_in(folder, _direct_write)
+    found = "works here" if direct is None else f"not here ({direct}); files are written by way of the page cache"
+    yield Check("direct writes", "ok", found)
+
+
+def _copy_range(source: int, target: int) -> None:
+    if os.copy_file_range(source, target, 4096) != 4096:
+        raise OSError("copied too little")
+
+
+def _reflink(source: int, target: int) -> None:
+    import fcntl
+
+    fcntl.ioctl(target, FICLONE, source)
+
+
+def _direct_write(_: int, target: int) -> None:
+    import fcntl
+    import mmap
+
+    fcntl.fcntl(target, fcntl.F_SETFL, fcntl.fcntl(target, fcntl.F_GETFL) | os.O_DIRECT)
+    os.write(target, mmap.mmap(-1, mmap.PAGESIZE))
+
+
+def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
+    """Why an act on two temporary files of a folder fails; None where it works."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
+            source.write(bytes(4096))
+            source.flush()
+            source.seek(0)
+            act(source.fileno(), target.fileno())
+    except (OSError, AttributeError, ImportError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return None
+
+
+def _cores() -> int:
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """(available, total) bytes; a container's limit counts where it is lower."""
+    lines = _text("/proc/meminfo").splitlines()
+    told = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest}
+    free, total = told.get("MemAvailable"), told.get("MemTotal")
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if free is not None and total is not None and limit.isdigit() and used.isdigit():
+        free, total = min(free, max(int(limit) - int(used), 0)), min(total, int(limit))
+    return free, total
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# Check this installation and this machine.
+#
+# Each fault comes with what to do about it; the exit code is 3 where something needed does not work.
 
 
 @click.command(help=__doc__)
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Runs every check of `adapterkit.cli._checks`."""
-    from ._checks import all_checks
-
+    """Runs every check of `adapterkit.cli.doctor`."""
     checks = [check.record() for check in all_checks()]
     ok = all(check["status"] != "broken" for check in checks)
     show(ctx.obj, {"ok": ok, "checks": checks}, _view)

@@ -13,10 +13,9 @@ from typing import Any
 import click
 
 from . import _options
-from ._done import is_done, made_from
 from ._graphs import checked, refuse
 from ._render import View, counted, show
-from ._writing import refuse_place
+from ._writing import is_done, made_from, refuse_place
 
 ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 

@@ -12,10 +12,9 @@ from typing import Any
 import click
 
 from . import _options
-from ._done import is_done
 from ._graphs import checked, decided_by, free, targets_table, warn
 from ._render import View, show
-from ._writing import refuse_place
+from ._writing import is_done, refuse_place
 
 
 @click.command(help=__doc__)

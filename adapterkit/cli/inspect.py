@@ -48,7 +48,7 @@ def command(
     if rename and base is None:
         raise click.UsageError("--rename requires --base")
     from .. import detect, read
-    from ..errors import TargetNotFound, UnknownFormat
+    from ..errors import TargetNotFound, UnknownFormat, UsageError
     from ..formats._endings import adapter_modules
     from ..io.inputs import inputs_kept
     from ..io.locations import headers_of
@@ -61,8 +61,9 @@ def command(
         try:
             name = source_format or detect(path)
             adapter = read(path, name, base, compat=compat, **_options.stated())
-        except (TargetNotFound, UnknownFormat) as error:
-            if not modules:
+        except (TargetNotFound, UnknownFormat, UsageError) as error:
+            # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
+            if not modules or (isinstance(error, UsageError) and _options.stated()):
                 raise
             show(settings, _unresolved_record(modules, src, error), _unresolved_view)
             return
@@ -184,6 +185,8 @@ def _families(adapter: Adapter) -> list[str]:
 def _without_alpha(adapter: Adapter) -> int:
     """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
     foreign = adapter.foreign
+    if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
+        return len(adapter.updates)
     if foreign is None or foreign.format not in ("kohya", "lycoris", "comfyui"):
         return 0
     listed = foreign.data.get("without_alpha", ())
@@ -523,7 +526,7 @@ def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Numbers and bytes of the tensors that `_counted` counts."""
     import math
 
-    from ..io.dtypes import DTYPES
+    from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}

@@ -14,8 +14,7 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings
-from ._damage import damage_lines
-from ._graphs import is_graph, merge_graph, refuse_graph_options
+from ._graphs import damage_lines, is_graph, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from . import _options
-from ._done import is_done, made_from
 from ._render import View, counted, show, size
+from ._writing import is_done, made_from
 
 
 @click.command(help=__doc__)

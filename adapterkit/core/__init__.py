@@ -1,1 +1,1 @@
-"""What everything else is made of: `Adapter` and its targets, the kinds of update, shapes, and the registry."""
+"""The data model: `Adapter` and its targets, the kinds of update, shapes, and the registry."""

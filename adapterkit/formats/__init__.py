@@ -174,7 +174,7 @@ def write(
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
         overwrite: replace what is at `path`; False refuses where something is there.
-        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.io.records`.
+        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.io.staging`.
 
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
     from ..ops.lowering import Delta
     from ._format import Format
 
@@ -171,8 +171,8 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
     """What all updates add to the weight, whole."""
+    from ..ops.alignment import places
     from ..ops.building import dense
-    from ..ops.places import places
 
     _, (place,) = places([alone], base=base, lower="promoted")
     change, kind = place.changes()[0], _type(place.target, place.all_updates)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
 from ..io.arrange import runs
-from ..io.dtypes import DTYPES
 from ..io.inputs import inputs_kept
-from ..io.lazy import Lazy, as_lazy, files_kept_open
+from ..io.lazy import DTYPES, Lazy, as_lazy, files_kept_open
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:
@@ -283,7 +282,10 @@ def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callabl
     from ._image.naming import in_components, in_parts
 
     names = families_of_all(target.path for target in (*asked, *got))
-    ways: list[Callable[[Updates], Updates]] = [dict, in_components, lambda updates: in_parts(updates, names)]
+    ways: list[Callable[[Updates], Updates]] = [
+        dict, in_components, lambda updates: in_parts(updates, names),
+        lambda updates: in_parts(updates, names, fuse=False),
+    ]  # fmt: skip
     return ways if base is None else [*ways, lambda updates: _bound(updates, base)]
 
 

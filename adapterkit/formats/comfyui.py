@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Target, Updates
-from ..errors import TargetNotFound
-from ..naming.image import COMFYUI, LLM_PREFIXES, ROOTS, component_of, denoiser_of, encoder_kind, families, rooted
+from ..errors import Malformed, TargetNotFound
+from ..naming.image import (
+    COMFYUI,
+    LLM_PREFIXES,
+    ROOTS,
+    beside,
+    component_of,
+    denoiser_of,
+    encoder_kind,
+    families,
+    in_other_words,
+    rooted,
+)
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
 from ._image.dialect import ImageFormat
-from ._image.file import Key, Module, Rules
+from ._image.file import AGAIN, Key, Module, Rules
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
     from ..naming.image import Family
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
@@ -86,14 +99,21 @@ class Comfyui(ImageFormat):
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS.get(slot, slot)}"
 
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+        modules = super().modules(tensors)
+        return _stacked(modules) if any(key.endswith(".default.weight") for key in tensors) else modules
+
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.")]
-        part = denoiser_of(rests)
+        others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
+        rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
+        # Names that a U-Net has too, such as time_embedding.linear_1, do not make a transformer one.
+        parts = {each.component for each in fitting if not each.facts.generic}
+        part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
         fitting = narrowed(fitting, lambda family: said(family, metadata))
-        return {stem: Target(_path(stem, part, fitting)) for stem in modules}
+        return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """In ComfyUI's naming; the families that fit, by all that is known, tell the words for text encoders."""
@@ -107,6 +127,8 @@ class Comfyui(ImageFormat):
             return None
         if component in ("unet", "transformer"):
             return f"diffusion_model.{rest}"
+        if other := in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()}):
+            return other
         word, name = _encoder(component, rest, frozenset(paths), self._fitting)
         return f"text_encoders.{word}.transformer.{name}" if word else None
 
@@ -114,6 +136,46 @@ class Comfyui(ImageFormat):
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), False
+
+
+def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
+    """The modules with all queries first, then all keys, then all values, where DiffSynth has them head by head.
+
+    DiffSynth trains MiniMax-H3 with the rows of the authors' shards; all other tools reorder these when they load them.
+    Shapes are the same, so that only PEFT's adapter name in the keys tells its files. The keys lose that name here: it
+    would tell the file that is written to be DiffSynth's.
+
+    Raises:
+        Malformed: rows are not those of whole heads.
+    """
+    names = {_rest(stem) for stem in modules}
+    fitting = [family for family in families() if not family.facts.generic and all(name in family for name in names)]
+    if not fitting or not all(family.facts.diffsynth_head for family in fitting):
+        return modules
+    family = fitting[0]
+    found = {}
+    for stem, module in modules.items():
+        keys = {slot: key.replace(".default.weight", ".weight") for slot, key in module.keys.items()}
+        rest, up = _rest(stem), module.tensors.get("up")
+        pieces = family.moves(rest, "native", "diffusers") if rest in family.names("native") else ()
+        if up is not None and len({piece.path for piece in pieces}) == 3:
+            size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
+            if rows % (3 * size):
+                why = f"{rows} rows are no queries, keys and values of heads of {size}"
+                raise Malformed(why, where=module.keys["up"], cure=AGAIN)
+            module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
+        found[stem] = replace(module, keys=keys)
+    return found
+
+
+def _by_part(leaf: Lazy, size: int) -> Lazy:
+    """Rows that stand head by head, in the order of all queries, all keys and all values."""
+
+    def ordered(array: Any) -> Any:
+        parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(array.shape)
+
+    return leaf.map(ordered, leaf.shape)
 
 
 _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")

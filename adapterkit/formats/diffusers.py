@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CONFIG = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
-_PART = r"(?:unet|transformer(?:_2)?|text_encoder(?:_[234])?)"
+_PART = r"(?:unet|transformer(?:_2)?|text_encoder(?:_[234])?|text_conditioner|connectors)"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
     r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?)"

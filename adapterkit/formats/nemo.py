@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
-from ..io.copying import copy_by_kernel
-from ..io.dtypes import DTYPES
+from ..io.direct import copy_by_kernel
 from ..io.inputs import open_input
-from ..io.lazy import Lazy
+from ..io.lazy import DTYPES, Lazy
 from ..io.staging import staged
 from ..io.torch_file import read_torch_file
 from ..naming.heads import Heads, heads_of

@@ -19,8 +19,7 @@ import msgspec
 from ..core.adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from ..io.checkpoint import read_json
-from ..io.dtypes import DTYPES
-from ..io.lazy import Lazy, as_lazy
+from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.torch_file import is_torch_file, read_torch_file
 from ..methods.nola import NOLA
 from ._format import Format

@@ -23,8 +23,7 @@ from ..errors import (  # fmt: skip
     UsageError,
 )
 from ..io.arrange import joined, padded, part, run, same_type
-from ..io.dtypes import DTYPES
-from ..io.lazy import Lazy, as_lazy
+from ..io.lazy import DTYPES, Lazy, as_lazy
 from ..io.magic_bytes import is_npy
 from ..io.numpy_files import read_npy, write_npy
 from ..methods.lora import LoRA

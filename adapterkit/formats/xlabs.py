@@ -30,7 +30,9 @@ _PLACES = {
 }  # fmt: skip
 
 _STEMS = {place: word for word, place in _PLACES.items()}
-_KEY = re.compile(r"((double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora([12]?))\.(down|up)\.weight")
+_KEY = re.compile(
+    r"(?:diffusion_model\.)?((double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora([12]?))\.(down|up)\.weight"
+)
 _PATH = re.compile(r"((?:double|single)_blocks\.\d+)\.(.+)")
 
 

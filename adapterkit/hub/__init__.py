@@ -5,12 +5,10 @@ Importing this package does not import huggingface_hub; that happens at the firs
 
 from __future__ import annotations
 
-from .outgoing import outgoing
 from .pulling import Pulled, pull
-from .pushing import Pushed, push
-from .reading import fetched, headers
+from .pushing import Pushed, outgoing, push
+from .reading import fetched, headers, streamed
 from .remote import Remote, RemoteFile
-from .streaming import streamed
 from .uris import Uri, parse
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Collect the files of a push: an adapter or model, converted or resharded on request, and a model card."""
+"""Collect the files of a push, and find out where a local model came from."""
 
 from __future__ import annotations
 
@@ -9,20 +9,76 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core.licences import MAX_CARD, Licence
 from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
 from ..io.atomic import write_bytes
-from ..io.locations import located
+from ..io.locations import located, source_of
 from ..merging.companions import CARD, REPORT
-from .card import adapter_card, model_card
-from .digests import digests_of
+from .card import Model, adapter_card, model_card
 from .folders import scratch
-from .lineage import is_of_the_base, model_at, record_at
-from .names import check_names
 from .remote import Content, Digests, Remote, RemoteFile
-from .transfer import read_range
-from .uris import Uri
+from .transfer import digests, digests_of, read_range
+from .uris import Uri, check_names, parse
+
+
+def is_of_the_base(folder: Path) -> bool:
+    """Whether the card in a folder is the base's, copied by a merge and not edited since."""
+    card = folder / CARD
+    if not card.is_file():
+        return False
+    told = record_at(folder).get("base_card")
+    return told is not None and told == digests(card)[1]
+
+
+def model_at(path: Path) -> Model:
+    """Return the known facts about the model at a path.
+
+    Raises:
+        UnknownFormat: there is no model.
+    """
+    from ..io.checkpoint import open_checkpoint
+
+    try:
+        found = open_checkpoint(path)
+    except UsageError as error:
+        cure = "Name an adapter, or a folder of weights"
+        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
+    record = record_at(found.folder)
+    adapters = _adapters(record)
+    base, revision = _base_of(record, found.folder, adapters)
+    return Model(base, revision, adapters, found.config or {})
+
+
+def record_at(folder: Path) -> Mapping[str, Any]:
+    """Return the report that a merge wrote into a folder; empty if there is none."""
+    from ..io.checkpoint import read_json
+
+    return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+
+
+def _adapters(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    told = record.get("adapters")
+    return tuple(a for a in told if isinstance(a, dict)) if isinstance(told, list) else ()
+
+
+def _base_of(
+    record: Mapping[str, Any], folder: Path, adapters: tuple[Mapping[str, Any], ...]
+) -> tuple[str | None, str | None]:
+    """Return the base's name and commit: its download source, else the base that all adapters name."""
+    told = record.get("base_uri")
+    if isinstance(told, str):
+        uri = parse(told)
+        return uri.name, uri.revision
+    if not adapters:
+        origin = source_of(folder)
+        return (origin.repo, origin.commit) if origin else (None, None)
+    made_for = {str(adapter.get("base")) for adapter in adapters if adapter.get("base")}
+    return (made_for.pop() if len(made_for) == 1 else None), None
+
+
+# Collect the files of a push: an adapter or model, converted or resharded on request, and a model card.
 
 
 @dataclass(slots=True)
@@ -141,7 +197,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
     from ..merging.options import Options
     from ..merging.planning import index_of, make_plan
-    from ..merging.report import carry_out, local
+    from ..merging.report import local, run_plan
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
@@ -150,7 +206,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
     out = folder / "model"
-    carry_out(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
+    run_plan(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
     made, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
     if index is not None:
         made[INDEX] = out / INDEX

@@ -254,7 +254,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
 
 def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
     """Whether an earlier pull of the same commit is at the target, with every file unchanged."""
-    from .digests import same
+    from .transfer import same
 
     if not target.is_dir() or source_of(target) != source:
         return False

@@ -1,21 +1,26 @@
-"""Push an adapter or a model to a hub in one commit, on top of the commit that was checked first."""
+"""Push an adapter or a model to a hub in one commit; build outputs for a hub in a local folder first."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..core.licences import Licence, licence_at, licence_called, licence_of
-from ..errors import StorageError
+from ..errors import StorageError, storage_error
 from ..io.locations import located
 from .card import is_generated
-from .digests import check_listed
+from .folders import cache_folder
 from .hubs import remote_at
 from .payload import Payload, card_there, payload_of, prepared
 from .remote import Remote, RemoteFile
+from .transfer import check_listed
 from .uris import Uri, parse
 
 
@@ -161,3 +166,57 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
         names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
         cure = "Push to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
         raise StorageError(f"there already, with other content: {names}", path=pushed.uri, cure=cure)
+
+
+# Write to a hub: build the output in a local folder, push it when it is complete, then delete the folder.
+
+
+@contextmanager
+def outgoing(
+    name: str,
+    overwrite: bool = False,
+    sources: Sequence[str | PathLike[str]] = (),
+    unchanged: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
+    """Yield a local path to write to; push its content when the block ends without an error.
+
+    After an error the folder stays, and the same command continues with it.
+
+    Args:
+        name: the uri to push to.
+        overwrite: replace existing files.
+        sources: the inputs of the output; a licence that all their cards name is passed on.
+        unchanged: called if the hub already had everything, so that nothing was pushed.
+
+    Raises:
+        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
+    """
+    uri = parse(name)
+    remote = remote_at(uri)
+    remote.check_writable()
+    # Look at the target now: a refusal should come before the work, not after hours of it.
+    _ = remote.there()
+    # Derived from the uri, so that the same command finds what an interrupted one left.
+    folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    out = folder / "out"
+    yield out
+    try:
+        pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
+    except StorageError as error:
+        if error.path == str(uri):
+            # The hub holds other content. Continuing from this folder would only meet the same error.
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    if not (pushed.added or pushed.replaced or pushed.removed):
+        unchanged()
+
+
+def _licence(sources: Sequence[Path]) -> Licence:
+    """Return the licence of all sources; empty if one has none or they differ, because a person must choose then."""
+    found = [licence_at(source) for source in sources]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}

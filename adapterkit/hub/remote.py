@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from ..errors import AdapterkitError, Malformed, NetworkError, RemoteNotFound, Unsupported, nearest
-from .names import check_names
 from .retries import Passing, retrying
-from .uris import Uri
+from .uris import Uri, check_names
 
 T = TypeVar("T")
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
-from .dtypes import DTYPES, DType
-from .finite import first_in, first_not_finite
-from .lazy import Lazy, Span, as_array, bytes_of
+from .lazy import DTYPES, DType, Lazy, Span, as_array, bytes_of, first_in, first_not_finite
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
-from .dtypes import DTYPES, DType
-from .finite import check_finite
-from .lazy import Buffer, Lazy, as_lazy
+from .lazy import DTYPES, Buffer, DType, Lazy, as_lazy, check_finite
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ..errors import Malformed, Unsupported, storage_error
-from .dtypes import DTYPES
 from .inputs import open_input
-from .lazy import Lazy, Span
+from .lazy import DTYPES, Lazy, Span
 from .magic_bytes import GGLA
 
 TYPES = {0: "F32", 1: "F16"}

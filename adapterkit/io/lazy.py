@@ -1,26 +1,93 @@
-"""Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
-
-A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on `Lazy`
-and does not import torch.
-"""
+"""Lazy tensors: shape and dtype now, bytes when asked for; element types, single numbers, and checks for NaN."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..errors import Corrupt, Unsupported, storage_error
-from .dtypes import BY_TORCH, DTYPES, DType
+from ..errors import Corrupt, Malformed, Unsupported, storage_error
 from .inputs import open_input
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type.
+
+    Attributes:
+        name: the safetensors name, e.g. `BF16`.
+        itemsize: bytes per element.
+        numpy: the little-endian numpy dtype that stores the bits; an unsigned integer if numpy lacks the type.
+        torch: the name of the dtype in `torch`.
+        floating: True for real and complex numbers, for which arithmetic and casts make sense.
+    """
+
+    name: str
+    itemsize: int
+    numpy: str
+    torch: str
+    floating: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def array(self) -> np.dtype[Any]:
+        """The numpy dtype for arithmetic; ml_dtypes provides those that numpy lacks."""
+        import numpy as np
+
+        if self.floating and self.numpy[1] == "u":
+            import ml_dtypes
+
+            return np.dtype(getattr(ml_dtypes, self.torch))  # type: ignore[no-any-return]
+        return np.dtype(self.numpy)
+
+
+DTYPES = {
+    d.name: d
+    for d in (
+        DType("BOOL", 1, "|b1", "bool", False),
+        DType("U8", 1, "|u1", "uint8", False),
+        DType("I8", 1, "|i1", "int8", False),
+        DType("F8_E5M2", 1, "|u1", "float8_e5m2", True),
+        DType("F8_E4M3", 1, "|u1", "float8_e4m3fn", True),
+        DType("F8_E8M0", 1, "|u1", "float8_e8m0fnu", True),
+        DType("F8_E4M3FNUZ", 1, "|u1", "float8_e4m3fnuz", True),
+        DType("F8_E5M2FNUZ", 1, "|u1", "float8_e5m2fnuz", True),
+        DType("I16", 2, "<i2", "int16", False),
+        DType("U16", 2, "<u2", "uint16", False),
+        DType("F16", 2, "<f2", "float16", True),
+        DType("BF16", 2, "<u2", "bfloat16", True),
+        DType("I32", 4, "<i4", "int32", False),
+        DType("U32", 4, "<u4", "uint32", False),
+        DType("F32", 4, "<f4", "float32", True),
+        DType("C64", 8, "<c8", "complex64", True),
+        DType("F64", 8, "<f8", "float64", True),
+        DType("I64", 8, "<i8", "int64", False),
+        DType("U64", 8, "<u8", "uint64", False),
+    )
+}
+"""safetensors name -> `DType`, in the order in which the safetensors library sorts a file (largest last)."""
+
+BY_TORCH = {d.torch: d for d in DTYPES.values()}
+"""torch dtype name (`bfloat16`) -> `DType`."""
+
+
+# Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
+#
+# A leaf of an adapter is a `Lazy` or a `torch.Tensor`. Code that needs only shapes, or only moves bytes, works on
+# `Lazy` and does not import torch.
+
 
 Buffer = bytes | bytearray | memoryview
 Shape = tuple[int, ...]
@@ -272,3 +339,136 @@ def from_numpy(array: np.ndarray[Any, Any], dtype: str | None = None) -> Lazy:
 
 def _little(array: np.ndarray[Any, Any]) -> str:
     return str(array.dtype.newbyteorder("<").str)
+
+
+# Read and create one-number tensors without numpy: adapter files hold thousands of them.
+
+
+_CODES = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U64": "<Q", "U32": "<I",
+    "U16": "<H", "U8": "<B", "BOOL": "<?",
+}  # fmt: skip
+
+
+def value_of(leaf: Lazy) -> float:
+    """Return the first number of a tensor, which should hold one."""
+    data, name = bytes(leaf.fetch()), leaf.dtype.name
+    if name == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if name in _CODES:
+        return float(struct.unpack(_CODES[name], data)[0])
+    return float(as_array(leaf).reshape(-1)[0])
+
+
+@lru_cache(maxsize=1 << 10)
+def number_of(text: str) -> Lazy:
+    """Return the number that `float.hex` wrote, as float32 if that is exact, else as float64."""
+    value = float.fromhex(text)
+    code = "F32" if _single(value) else "F64"
+    data = struct.pack(_CODES[code], value)
+    return Lazy((), DTYPES[code], lambda: data)
+
+
+def _single(value: float) -> bool:
+    try:
+        return bool(struct.unpack("<f", struct.pack("<f", value))[0] == value)
+    except OverflowError:
+        return False
+
+
+def at_once(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Return the tensors with one-number tensors already read, adjacent ones in a single read."""
+    single = [leaf for leaf in tensors.values() if leaf.nbytes == leaf.dtype.itemsize]
+    spans = sorted((leaf.span for leaf in single if leaf.span), key=lambda span: (span.path, span.offset))
+    held = {span: data for run in _runs(spans) for span, data in _read(run)}
+    return {name: _holding(leaf, held) for name, leaf in tensors.items()}
+
+
+def _holding(leaf: Lazy, held: Mapping[Span, bytes]) -> Lazy:
+    data = held.get(leaf.span) if leaf.span and leaf.nbytes == leaf.dtype.itemsize else None
+    return leaf if data is None else Lazy(leaf.shape, leaf.dtype, lambda: data, leaf.span)
+
+
+def _runs(spans: list[Span]) -> list[list[Span]]:
+    runs: list[list[Span]] = []
+    for span in spans:
+        last = runs[-1][-1] if runs else None
+        if last is not None and (last.path, last.offset + last.nbytes) == (span.path, span.offset):
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return runs
+
+
+def _read(run: list[Span]) -> list[tuple[Span, bytes]]:
+    first, last = run[0], run[-1]
+    if len(run) < 2 or first.path in ELSEWHERE:
+        return []
+    data = bytes(read_span(Span(first.path, first.offset, last.offset + last.nbytes - first.offset)))
+    return [(span, data[span.offset - first.offset :][: span.nbytes]) for span in run]
+
+
+# Find NaNs and infinities by their bits, for any element type and without torch.
+
+
+_BITS = {
+    "BF16": (0x7F80, 0x7F80),
+    "F8_E5M2": (0x7C, 0x7C),
+    "F8_E4M3": (0x7F, 0x7F),
+    "F8_E8M0": (0xFF, 0xFF),
+    "F8_E4M3FNUZ": (0xFF, 0x80),
+    "F8_E5M2FNUZ": (0xFF, 0x80),
+}
+"""Types that numpy lacks -> (mask, value of the masked bits for a non-finite number).
+
+F8_E4M3, F8_E8M0 and the FNUZ types have no infinity and one or two NaNs: https://arxiv.org/abs/2209.05433,
+https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+"""
+
+
+def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, Any] | None = None) -> None:
+    """Refuse a tensor that holds a NaN or an infinity.
+
+    Args:
+        leaf: the tensor; integer tensors pass.
+        where: its name, for the message.
+        values: its numbers in the storage dtype, if they are already read.
+
+    Raises:
+        Malformed: names the first position, and the file if the tensor is read from one.
+    """
+    tensor = as_lazy(leaf)
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    if not tensor.dtype.floating or not tensor.nbytes:
+        return
+    position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
+    if position is not None:
+        why = f"a NaN or an infinity at {list(position)}"
+        cure = "The training diverged, or the file is damaged; use an earlier checkpoint"
+        raise Malformed(why, path=tensor.file, where=where, cure=cure)
+
+
+def first_not_finite(leaf: Leaf) -> Shape | None:
+    """Return the position of the first NaN or infinity in C order; None if all values are finite."""
+    tensor = as_lazy(leaf)
+    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
+
+
+def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:
+    """Like `first_not_finite`, for numbers that are already read, in the storage type of `dtype`."""
+    bad = _not_finite(values, dtype)
+    if not bad.any():
+        return None
+    import numpy as np
+
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), values.shape))
+
+
+def _not_finite(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    if dtype.name not in _BITS:
+        return np.asarray(~np.isfinite(values))
+    mask, bits = _BITS[dtype.name]
+    return np.asarray((values & mask) == bits)

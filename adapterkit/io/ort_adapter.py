@@ -16,9 +16,8 @@ from typing import Any
 from ..errors import Malformed, Unsupported, storage_error
 from .arrange import is_moved
 from .atomic import replacing
-from .dtypes import DTYPES
 from .inputs import open_input
-from .lazy import Lazy, Span
+from .lazy import DTYPES, Lazy, Span
 from .magic_bytes import has_mark
 from .written import remember, source_of
 

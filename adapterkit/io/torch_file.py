@@ -1,21 +1,321 @@
 """Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
 
-`torch_containers` has the two containers of `torch.save`, and `torch_state_dict` turns their values into tensors. Both
-are imported only for actual torch files.
+The two containers of `torch.save`: the zip archive (torch >= 1.6) and the older sequence of pickles.
+
+`torch_pickle` interprets their pickles. Format: torch/serialization.py (`_save`, `_legacy_save`).
 """
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import AdapterkitError, Path, storage_error
+from ..errors import AdapterkitError, Malformed, Path, storage_error
 from .inputs import kept, open_input
+from .lazy import Lazy, Span, read_span
+from .torch_pickle import ALONE, Machine, Storage, View, damaged, kind_of, refused, short
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from .lazy import Lazy
+
+
+LIMIT = 32 << 20
+"""Largest pickle or archive directory in bytes; enough for some 100,000 tensors."""
+
+
+MAX_ENTRIES = 1 << 17
+"""Most entries of an archive, one per tensor; the largest models have some 100,000."""
+
+_ENTRY = 128
+"""Assumed bytes per directory entry, mostly its name; torch's entries have 60 to 80."""
+
+_TAIL = (1 << 16) + 22 + 20 + 56
+"""Bytes at the end of an archive that locate its directory, including a comment of up to 64 KiB."""
+
+
+class Capped(io.BufferedReader):
+    """A file that refuses huge reads: `zipfile` reads as many bytes as an archive claims to have."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LIMIT:
+            raise refused(f"a directory or pickle of {size} bytes; at most {LIMIT} are read")
+        return super().read(size)
+
+    def at(self, offset: int, size: int) -> bytes:
+        self.seek(offset)
+        data = self.read(size)
+        if len(data) != size:
+            raise damaged("the file ends too early", f"byte {offset + len(data)}")
+        return data
+
+
+Contents = tuple[object, dict[str, int]]
+"""The unpickled value, and storage key -> offset of its bytes in the file."""
+
+
+def is_archive(file: Capped) -> bool:
+    """Whether a zip archive has the entries that `torch.save` writes.
+
+    Raises:
+        Malformed: the file is not a zip archive.
+    """
+    return bool(_roots(info.filename for info in _entries(file)))
+
+
+def read_zip(file: Capped, size: int) -> Contents:
+    """Return the content of an archive of torch 1.6 or later.
+
+    Raises:
+        Malformed: the archive breaks the rules of the container.
+        Unsupported: compressed or big-endian data, or a pickle that uses more than a state dict needs.
+    """
+    entries = _distinct(_entries(file))
+    roots = _roots(entries)
+    if len(roots) != 1:
+        raise damaged(f"{len(roots)} entries named */data.pkl in the archive, not one", "directory")
+    root = roots[0]
+    _check_byteorder(file, entries.get(f"{root}/byteorder"), size)
+    value, storages = _read_pickle(file, entries[f"{root}/data.pkl"], size)
+    return value, {
+        key: _storage_offset(file, entries.get(f"{root}/data/{key}"), storage, size)
+        for key, storage in storages.items()
+    }
+
+
+def _read_pickle(file: Capped, info: zipfile.ZipInfo, size: int) -> tuple[object, dict[str, Storage]]:
+    stream = io.BytesIO(file.at(_data_offset(file, info, size), info.file_size))
+    machine = Machine(short(info.filename))
+    value = machine.load(stream)
+    if stream.read(1):
+        raise damaged("bytes after the end of the pickle", machine.place)
+    return value, machine.storages
+
+
+def _entries(file: Capped) -> list[zipfile.ZipInfo]:
+    _check_directory(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error) as error:
+        raise damaged(f"a broken zip archive: {short(str(error))}", "directory") from error
+
+
+def _check_directory(file: Capped) -> None:
+    """Check how many entries an archive claims, because `zipfile` first creates a 600-byte object for each.
+
+    Raises:
+        Malformed: there is no directory at the end.
+        Unsupported: there are too many entries.
+    """
+    size = file.seek(0, io.SEEK_END)
+    start = max(0, size - _TAIL)
+    tail = file.at(start, size - start)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < 22:
+        raise damaged("a broken zip archive: no directory at the end", "directory")
+    count, length = struct.unpack_from("<HI", tail, at + 10)
+    wide = tail.rfind(b"PK\6\6", 0, at)
+    if wide >= 0 and len(tail) - wide >= 56:
+        count, length = struct.unpack_from("<QQ", tail, wide + 32)
+    # The count can be forged, the length cannot: each entry takes at least 46 bytes of it.
+    if max(count, length // _ENTRY) > MAX_ENTRIES:
+        raise refused(f"an archive of {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
+
+
+def _distinct(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """Return entries by name; refuse duplicate names and names that leave the archive."""
+    for name in (info.orig_filename for info in infos):
+        if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+            raise damaged(f"an entry named {short(name)} leaves the archive", "directory")
+    entries = {info.filename: info for info in infos}
+    if len(entries) != len(infos):
+        raise damaged("two entries of one name", "directory")
+    return entries
+
+
+def _roots(names: Iterable[str]) -> list[str]:
+    return [name[: -len("/data.pkl")] for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+
+
+def _check_byteorder(file: Capped, info: zipfile.ZipInfo | None, size: int) -> None:
+    if info is None:
+        return
+    order = file.at(_data_offset(file, info, size), min(info.file_size, 16))
+    if order != b"little":
+        raise refused(f"byte order {short(order.decode('latin-1'))}", "byteorder")
+
+
+def _data_offset(file: Capped, info: zipfile.ZipInfo, size: int) -> int:
+    """Return the offset of an entry's bytes. Only the local header knows its own length."""
+    where = short(info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise refused("a compressed or encrypted entry; torch stores tensors as they are", where)
+    if not 0 <= info.header_offset < size:
+        raise damaged("a header outside the file", where)
+    signature, name, extra = struct.unpack("<4s22xHH", file.at(info.header_offset, 30))
+    offset = int(info.header_offset + 30 + name + extra)
+    if signature != b"PK\3\4" or info.compress_size != info.file_size or offset + info.file_size > size:
+        raise damaged("headers that disagree, or data beyond the end of the file", where)
+    return offset
+
+
+def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage, size: int) -> int:
+    if info is None:
+        raise damaged("no entry holds this storage", storage.where)
+    if info.file_size // storage.dtype.itemsize != storage.numel:
+        why = f"{storage.numel} elements claimed, {info.file_size} bytes there"
+        raise damaged(why, storage.where)
+    return _data_offset(file, info, size)
+
+
+def read_legacy(file: Capped, size: int) -> Contents:
+    """Return the content of the older container, a sequence of pickles; raises the same as `read_zip`."""
+    # The pickles come first and have no length field, so read as much as they may take.
+    stream = io.BytesIO(file.at(0, min(size, LIMIT)))
+    machine = Machine("pickles")
+    magic, version, system, value, keys = (machine.load(stream) for _ in range(5))
+    if magic != MAGIC or version != 1001 or type(system) is not dict:
+        raise damaged("not the header that torch.save writes", "pickles")
+    if system.get("little_endian") is not True:
+        raise refused("not marked as little-endian", "pickles")
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
+        raise damaged("the list of storages is not one of distinct keys", "pickles")
+    if set(keys) != set(machine.storages):
+        raise damaged("the storages listed are not those used", "pickles")
+    return value, _walk(file, [machine.storages[key] for key in keys], stream.tell(), size)
+
+
+def _walk(file: Capped, storages: list[Storage], offset: int, size: int) -> dict[str, int]:
+    """Return the offsets of consecutive storages, each preceded by an int64 count of elements."""
+    places = {}
+    for storage in storages:
+        count = int.from_bytes(file.at(offset, 8), "little")
+        places[storage.key] = offset + 8
+        offset += 8 + storage.nbytes
+        if count != storage.numel or offset > size:
+            why = f"{storage.numel} elements claimed, {count} counted, {size} bytes in the file"
+            raise damaged(why, storage.where)
+    if offset != size:
+        raise damaged(f"{size - offset} bytes after the last storage", f"byte {offset}")
+    return places
+
+
+# Turn the unpickled values of a torch file into lazy tensors: a checked state dict, or nested dicts and values.
+
+
+Places = Mapping[str, int]
+"""Storage key -> offset of its bytes in the file."""
+
+_DEEPEST = 8
+"""Most levels of nested dicts and lists."""
+_VALUES = 1 << 20
+"""Most values: ten for each tensor of the largest files, whose pickles hold about 100,000."""
+_EXPANDED = 256 << 20
+"""Most bytes that all tensors with overlapping elements may take together after expansion."""
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
+    """Return the tensors of a state dict by name.
+
+    Raises:
+        Malformed: the value is not a state dict, or a view leaves its storage.
+    """
+    return _lazies(path, _checked(value), places)
+
+
+def nested(path: str, value: Any, places: Places) -> Any:
+    """Return dicts and plain values unchanged, with lazy tensors in place of views.
+
+    Raises:
+        Malformed: there are too many values or levels. A pickle can refer to a value again by its number, so a few
+            hundred bytes can describe billions of values. Each reference counts.
+    """
+    left = [_VALUES]
+
+    def made(value: Any, depth: int) -> Any:
+        left[0] -= 1
+        if depth > _DEEPEST or left[0] < 0:
+            raise damaged(f"more than {_DEEPEST} values inside each other, or more than {_VALUES:,}", "top level")
+        if type(value) is View:
+            return _lazies(path, {"tensor": value}, places)["tensor"]
+        if type(value) is dict:
+            return {name: made(inner, depth + 1) for name, inner in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(made(inner, depth + 1) for inner in value)
+        return value
+
+    return made(value, 0)
+
+
+def _checked(value: object) -> dict[str, View]:
+    if type(value) is dict:
+        value = _unwrapped(value)
+    if type(value) is not dict:
+        raise Malformed(
+            f"the file holds a value of type {kind_of(value)}, not a dict of tensors", where="top level", cure=ALONE
+        )
+    for name, view in value.items():
+        if type(name) is not str or not name.isprintable():
+            raise Malformed("a name that is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
+        if type(view) is not View:
+            raise Malformed(f"is of type {kind_of(view)}, not a tensor", where=f"entry {short(name)}", cure=ALONE)
+    return value
+
+
+def _unwrapped(value: dict[Any, Any]) -> object:
+    wrapper = next((name for name in _WRAPPERS if type(value.get(name)) is dict), None)
+    if wrapper is None:
+        return value
+    if len(value) > 1:
+        beside = next(name for name in value if name != wrapper)
+        raise Malformed(f"stands beside the dict {wrapper!r}", where=f"entry {short(str(beside))}", cure=ALONE)
+    return value[wrapper]
+
+
+def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
+    lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
+    # An expanded tensor has a stride of 0, so a few stored bytes can stand for gigabytes.
+    expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
+    if sum(expanded.values()) > _EXPANDED:
+        largest = max(expanded, key=lambda name: expanded[name])
+        why = f"tensors whose elements overlap would take {sum(expanded.values())} bytes, more than {_EXPANDED}"
+        raise Malformed(
+            why, where=f"entry {short(largest)}", cure="Save them with `.clone()`, or before expanding them"
+        )
+    return lazies
+
+
+def _lazy(path: str, view: View, place: int) -> Lazy:
+    itemsize = view.dtype.itemsize
+    first = place + (view.offset * itemsize if view.extent else 0)
+    span = Span(path, first, view.extent * itemsize)
+    if view.contiguous:
+        return Lazy(view.shape, view.dtype, None, span)
+    return Lazy(view.shape, view.dtype, partial(_gather, span, view))
+
+
+def _gather(span: Span, view: View) -> bytes:
+    import numpy as np
+
+    data = np.frombuffer(read_span(span), dtype=view.dtype.numpy)
+    steps = tuple(step * view.dtype.itemsize for step in view.stride)
+    return np.lib.stride_tricks.as_strided(data, view.shape, steps, writeable=False).tobytes()
+
+
+# Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
+#
+# `torch_containers` has the two containers of `torch.save`, and `torch_state_dict` turns their values into tensors.
+# Both are imported only for actual torch files.
+
 
 T = TypeVar("T")
 
@@ -59,7 +359,6 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
             big-endian.
         StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` if the file has shrunk.
     """
-    from .torch_state_dict import state_dict
 
     def read() -> dict[str, Lazy]:
         return _opened(path, lambda value, places: state_dict(os.fspath(path), value, places))
@@ -75,14 +374,11 @@ def read_torch_value(path: Path) -> Any:
         Unsupported: likewise.
         StorageError: likewise.
     """
-    from .torch_state_dict import nested
-
     return _opened(path, lambda value, places: nested(os.fspath(path), value, places))
 
 
 def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
-    from .torch_containers import Capped, read_legacy, read_zip
-    from .torch_values import damaged
+    from .torch_pickle import damaged
 
     try:
         # `Capped` does its own buffering, so it needs the unbuffered file.
@@ -104,7 +400,6 @@ def _is_legacy(head: bytes) -> bool:
 
 
 def _is_archive(path: Path) -> bool:
-    from .torch_containers import Capped, is_archive
 
     with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
         return is_archive(file)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .dtypes import DType
-    from .lazy import Lazy
+    from .lazy import DType, Lazy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

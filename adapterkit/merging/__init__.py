@@ -17,7 +17,7 @@ from ..io.locations import is_address, local, located, outgoing, path_text, stre
 from ..io.staging import Staging, check_free, is_within
 from ..naming.renames import rule_texts
 from .options import Options
-from .stage import SUFFIX
+from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -177,12 +177,12 @@ def merge(
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
         from .quantized import Original, as_merged
-        from .report import carry_out, local
+        from .report import local, run_plan
 
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        from ..io.fingerprint import fingerprint
+        from ..io.checkpoint import fingerprint
 
         # A streamed base is not here yet; of one that is quantized, the weights that are merged into count.
         taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
@@ -199,7 +199,7 @@ def merge(
             chosen = supplied(device, supply)
         else:
             chosen = local(device)
-        return carry_out(planned, target, chosen, progress, started, overwrite)
+        return run_plan(planned, target, chosen, progress, started, overwrite)
 
 
 @places_errors

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
-from ..io.dtypes import DType
-from ..io.finite import first_in
-from ..io.lazy import as_array, as_lazy, for_formulas
+from ..io.lazy import DType, as_array, as_lazy, first_in, for_formulas
 
 if TYPE_CHECKING:
     from ..io.lazy import Leaf

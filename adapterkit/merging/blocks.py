@@ -12,7 +12,7 @@ from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .fold import Fold
+    from .planned_update import PlannedUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
         yield run
 
 
-def logical(fold: Fold) -> tuple[int, ...]:
+def logical(fold: PlannedUpdate) -> tuple[int, ...]:
     """The shape of one weight as the updates see it."""
     first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
     shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
     return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
 
 
-def part_of(fold: Fold, block: Block) -> tuple[int, int] | None:
+def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
     """The stored rows of the block that the fold touches; None where it touches none."""
     if fold.target.rows is None or fold.axis == "in":
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
@@ -90,7 +90,7 @@ def part_of(fold: Fold, block: Block) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def view_of(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
+def view_of(work: Any, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Any:
     """The touched part of a block as the updates see it: `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
@@ -101,7 +101,7 @@ def view_of(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
     return view if fold.target.rows is None else view[fold.target.rows[0] : fold.target.rows[1]]
 
 
-def cut_to(update: Update, fold: Fold, block: Block, part: tuple[int, int]) -> Update:
+def cut_to(update: Update, fold: PlannedUpdate, block: Block, part: tuple[int, int]) -> Update:
     """The update for the touched part of a block."""
     if block.expert is not None:
         update = update.expert(block.expert)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import Malformed, UsageError, storage_error
 from ..io.checkpoint import Checkpoint
-from ..io.copying import CHUNK, read_all
+from ..io.direct import CHUNK, read_all
 from .companions import REPORT
-from .memory import most_workers
+from .options import most_workers
 from .verification import Difference, Verification
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from .options import Options
 from .planned import Plan
 from .planning import make_plan
 from .report import Engine
-from .stage import Norms, Stage
+from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -81,7 +81,7 @@ def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address:
     except ImportError:
         raise Unsupported("Ray is not installed", cure="pip install 'adapterkit[ray]'") from None
 
-    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+    def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         told = replace(
             recipe, adapters=_on_disk(recipe, named, stage), names=tuple((name, weight) for name, _, weight in named)
         )
@@ -105,7 +105,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
     if plan.digest != digest:
         why = "base or adapters are not what the driver planned with"
         raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
-    stage = Stage(Path(target), digest, [file.name for file in plan.files])
+    stage = StagingDir(Path(target), digest, [file.name for file in plan.files])
     if not stage.finished(name):
         position = next(at for at, file in enumerate(plan.files) if file.name == name)
         devices = recipe.device.split(",")
@@ -114,7 +114,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
     return name
 
 
-def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: Stage) -> tuple[str, ...]:
+def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
     """Paths of the adapters; one that is only in memory is written into the stage."""
     from ..formats import write
 
@@ -145,7 +145,7 @@ def _connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _run(plan: Plan, stage: Stage, recipe: Recipe, progress: Progress | None) -> None:
+def _run(plan: Plan, stage: StagingDir, recipe: Recipe, progress: Progress | None) -> None:
     """Starts a task for every file that is not finished, and waits for all."""
     import ray
 

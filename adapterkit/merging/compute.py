@@ -7,27 +7,200 @@ the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go b
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..core.updates import Additive, Update
-from ..errors import Malformed
-from .blocks import Block, cut_to, part_of, view_of
-from .factors import Term, additive, is_thin, load_all, norm_of, side_by_side
+from ..errors import AdapterkitError, Malformed, Unsupported
+from ..io.lazy import Lazy, as_lazy
+from ..linalg.namespace import namespace
+from ..linalg.philox import WORD, philox
+from .blocks import Block, cut_to, logical, part_of, view_of
 from .planned import Output
-from .rounding import key_of, stochastic
 
 if TYPE_CHECKING:
-    from .arrays import Workspace
-    from .fold import Fold
+    from ..io.lazy import DType, Leaf
+    from .arrays import Arrays, Workspace
+    from .planned_update import PlannedUpdate
+
+
+Key = tuple[int, int]
+
+
+def key_of(seed: int, name: str) -> Key:
+    """The Philox key of a tensor: the first two little-endian words of the sha256 of `seed:name`."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
+    """float64 values that `dtype` holds exactly, each one of the two nearest below and above; flat.
+
+    Args:
+        values: flat float64 array; what is exact in the dtype, or not finite, stays as it is.
+        first: the number of the first element in its tensor.
+        key: of the tensor.
+        dtype: narrower than float64.
+    """
+    xp, unit = namespace(values), _unit(values, dtype)
+    rounded = xp.floor(values / unit + draws(values, first, key)) * unit
+    return xp.where(xp.isfinite(values), rounded, values)
+
+
+def draws(like: Any, first: int, key: Key) -> Any:
+    """A number in [0, 1) for each element: word i mod 4 of Philox for the counter i div 4, over 2^32."""
+    from array_api_compat import device
+
+    xp, start = namespace(like), first // 4
+    places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
+    none = places * 0
+    words = philox((places & WORD, places >> 32, none, none), key)
+    flat = xp.reshape(xp.stack(list(words), axis=-1), (-1,))
+    return xp.astype(flat[first - 4 * start : first - 4 * start + len(like)], xp.float64) * 2.0**-32
+
+
+def _unit(values: Any, dtype: DType) -> Any:
+    """The distance of two neighbours in `dtype` where each value lies: exact powers of two."""
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
+    xp = namespace(values)
+    mantissa = _frexp(values)
+    smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
+    safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
+    power = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest, values / safe * 0.5)
+    return xp.where(power < smallest, smallest, power) * 2.0 ** -int(info.nmant)
+
+
+def _frexp(values: Any) -> Any:
+    """The mantissas, in [0.5, 1) or negative; frexp is not of the array standard, but of numpy and torch."""
+    if hasattr(values, "frexp"):
+        return values.frexp()[0]
+    import numpy as np
+
+    return np.frexp(values)[0]
+
+
+# What a fold's updates hold, loaded and checked; and factors so thin that those of several are put side by side.
+
+
+Term = tuple["PlannedUpdate", list[Update], float]
+
+LARGEST = 2.0**500
+"""The largest number that is computed with."""
+
+THIN = 256
+"""Ranks up to which factors are put side by side with those of other adapters."""
+
+
+def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
+    """The fold's updates in memory, in float64.
+
+    Raises:
+        Malformed: a factor holds a NaN or an infinity.
+    """
+    updates = [_load(update, fold, arrays) for update in fold.updates]
+    if fold.seen is None:
+        return updates
+    W = _whole_view(arrays.load(fold.seen), fold)
+    return [update.settled(W) for update in updates]
+
+
+def _whole_view(W: Any, fold: PlannedUpdate) -> Any:
+    """A stored weight as the updates see it; of stacked experts, all of them."""
+    axis = int(fold.target.stacked)
+    W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
+    return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
+
+
+def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
+    read = update.map(_read)
+    try:
+        read.check_values()
+        _check_size(read)
+    except AdapterkitError as error:
+        # `read` is in memory and does not know its file any more.
+        error.at(path=update.file)
+        error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
+        raise
+    return read.map(arrays.load)
+
+
+def _check_size(update: Update) -> None:
+    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm, and write zeros."""
+    for name, leaf in update.tensors.items():
+        tensor = as_lazy(leaf)
+        # The other types have no number above 2^128.
+        if tensor.dtype.name == "F64" and abs(tensor.numpy()).max(initial=0) > LARGEST:
+            why = f"a number above {LARGEST:.0e}, whose square float64 cannot hold"
+            raise Unsupported(why, where=name, cure="The training diverged; use an earlier checkpoint")
+
+
+def _read(leaf: Leaf) -> Leaf:
+    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
+    if not isinstance(leaf, Lazy):
+        return leaf
+    data = leaf.fetch()
+    return Lazy(leaf.shape, leaf.dtype, lambda: data)
+
+
+def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
+    """The Frobenius norm of what additive updates add."""
+    shape = logical(fold)
+    experts = range(fold.shape[0]) if fold.target.stacked else (None,)
+    norms = []
+    for expert in experts:
+        parts = [u if expert is None else u.expert(expert) for u in updates]
+        if len(parts) == 1 and isinstance(parts[0], Additive):
+            norms.append(parts[0].delta_norm(shape))
+        else:
+            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            norms.append(math.sqrt(float((total * total).sum())))
+    # The square of a norm above 1e154 is no float any more; hypot scales first.
+    return math.hypot(*norms)
+
+
+def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
+    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
+    if len(fold.shape) != 2 or fold.target.stacked:
+        return False
+    pairs = [update.pair(logical(fold)) for update in updates if isinstance(update, Additive)]
+    return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
+
+
+def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
+    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same.
+
+    Its factors lie in the workspace, until the next ones do.
+    """
+    from ..methods.lora import LoRA
+
+    pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
+    factors = [(w, *pair) for w, pair in pairs if pair is not None]
+    rank, rows, width = sum(len(A) for _, _, A in factors), len(factors[0][1]), factors[0][2].shape[1]
+    A = workspace.take(rank * width, "A").reshape(rank, width)
+    B = workspace.take(rows * rank, "B").reshape(rows, rank)
+    at = 0
+    for weight, b, a in factors:
+        here = slice(at, at := at + len(a))
+        A[here], B[:, here] = a, weight * b
+    return LoRA(A=A, B=B, bias=None, scaling=1.0)
+
+
+def additive(updates: Iterable[Update]) -> list[Additive]:
+    """Those of them that are additive."""
+    return [update for update in updates if isinstance(update, Additive)]
+
 
 LARGE = 1e30
 """Norm of a change from which on results are checked, also where the output has float32's range."""
 
 
-class Folder:
+class BlockMerger:
     """Folds ready to be applied to the blocks of one output tensor: their factors loaded once, in float64.
 
     Raises:
@@ -44,7 +217,7 @@ class Folder:
         narrow = self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16"
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
-    def _is_small(self, fold: Fold, updates: list[Update]) -> bool:
+    def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
         """Whether a sum is far from the largest float32, as far as that is cheap to tell.
 
         The norm of a product of thin factors bounds each of its elements; an alpha of 1e308 is a finite number, too.

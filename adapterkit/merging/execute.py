@@ -18,17 +18,16 @@ from threadpoolctl import threadpool_limits
 from ..errors import storage_error
 from ..io.lazy import files_kept_open
 from .arrays import Arrays
-from .hands import Hands, Made
-from .jobs import Job, OpenFile, create, jobs_of, norms_of
 from .planned import OutputFile
-from .stage import Norms, Stage
+from .staging_dir import Norms, StagingDir
+from .workers import Job, Made, OpenFile, Worker, create, jobs_of, norms_of
 
 Progress = Callable[[int, int], None]
 
 
 def execute(
-    files: Sequence[OutputFile], stage: Stage, devices: Sequence[Arrays], progress: Progress | None, threads: int, *,
-    link: bool = False, checksums: bool = False,
+    files: Sequence[OutputFile], stage: StagingDir, devices: Sequence[Arrays], progress: Progress | None, threads: int,
+    *, link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
@@ -47,17 +46,17 @@ def execute(
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
-    crew = _Crew(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
+    crew = _Scheduler(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
 
 
-class _Crew:
+class _Scheduler:
     """Workers on a queue of jobs for each device, and one finisher that makes whole files durable."""
 
     def __init__(
-        self, stage: Stage, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
+        self, stage: StagingDir, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
         checksums: bool,
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
@@ -144,7 +143,7 @@ class _Crew:
 
     def _work(self, number: int) -> None:
         device = number % len(self.devices)
-        hands = Hands(self.devices[device], self._moved)
+        hands = Worker(self.devices[device], self._moved)
         try:
             with hands.arrays.quiet(), files_kept_open():
                 self._take_jobs(hands, self.jobs[device])
@@ -153,7 +152,7 @@ class _Crew:
         finally:
             hands.close()
 
-    def _take_jobs(self, hands: Hands, jobs: queue.Queue[Job | None]) -> None:
+    def _take_jobs(self, hands: Worker, jobs: queue.Queue[Job | None]) -> None:
         while self.failure is None:
             try:
                 job = jobs.get(timeout=0.1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import StorageError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +23,63 @@ class Options:
     checksums: bool = False
     rename: tuple[str, ...] = ()
     vocab: str | None = None
+
+
+# How much memory a merge may hold, and how many of its workers go into that.
+
+
+def allowed(memory: int | None) -> int:
+    """The bytes a merge may hold: what was asked for, or half of what the machine, or its container, has left.
+
+    Raises:
+        UsageError: not a positive number.
+    """
+    if memory is None:
+        return max(_available() // 2, 1)
+    if memory <= 0:
+        raise UsageError(f"a memory of {memory} bytes", cure="Give a positive size, e.g. 2GB")
+    return memory
+
+
+def most_workers() -> int:
+    """How many threads compute at a time, memory aside."""
+    return max(2, min(os.cpu_count() or 2, 16))
+
+
+def workers_within(memory: int, each: int, tensor: str) -> int:
+    """How many workers of `each` bytes fit, `most_workers()` at most.
+
+    Raises:
+        StorageError: not even one does.
+    """
+    if each > memory:
+        raise StorageError(
+            f"needs {each:,} bytes at a time, {memory:,} are allowed", path=None, where=tensor,
+            cure="Allow more with memory=/--memory, or merge on a machine with more",
+        )  # fmt: skip
+    return max(1, min(most_workers(), memory // max(each, 1)))
+
+
+def _available() -> int:
+    return min(_of_machine(), _of_container())
+
+
+def _of_machine() -> int:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30
+
+
+def _of_container() -> int:
+    """The limit of the control group less what is in use, where there is one."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{word}").read_text().strip() for word in ("max", "current"))
+        return max(int(limit) - int(used), 0)
+    except (OSError, ValueError):
+        return 1 << 62

@@ -14,12 +14,11 @@ from .. import __version__
 from ..core.tables import html_table
 from ..io.checkpoint import Checkpoint
 from ..io.direct import HELD
-from ..io.dtypes import DType
-from ..io.lazy import Lazy, Shape
+from ..io.lazy import DType, Lazy, Shape
 from .companions import Companions
-from .fold import Fold
-from .folds import Source
-from .memory import workers_within
+from .options import workers_within
+from .planned_update import PlannedUpdate
+from .planned_updates import Source
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Output:
     shape: Shape
     offset: int
     source: Lazy
-    folds: tuple[Fold, ...]
+    folds: tuple[PlannedUpdate, ...]
     part: Repacked | Stack | None = None
     seed: int | None = None
 
@@ -103,7 +102,7 @@ class Plan:
         checksums: whether sums are taken of what is written.
         warnings: what the caller should look at, one sentence each.
         companions: the files beside the weights.
-        fingerprint: of the base's weights, see `io/fingerprint.py`; None where it was not taken.
+        fingerprint: of the base's weights, see `io/checkpoint.py`; None where it was not taken.
         vocabulary: what became of the vocabulary, plain data; None where it is the base's.
     """
 

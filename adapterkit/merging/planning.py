@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..io.checkpoint import INDEX, SINGLE, Checkpoint
-from ..io.dtypes import BY_TORCH, DTYPES, DType
-from ..io.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
+from ..io.lazy import BY_TORCH, DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, read_span
 from ..io.locations import source_of
 from ..io.safetensors import encode_header
 from ..quant import Dequantized, config_file
-from .fold import Fold
-from .folds import folds_by_tensor
-from .memory import allowed
-from .options import Options
+from .options import Options, allowed
 from .planned import Output, OutputFile, Plan
+from .planned_update import PlannedUpdate
+from .planned_updates import folds_by_tensor
 from .quantized import config_changes
 
 if TYPE_CHECKING:
@@ -90,8 +88,8 @@ def index_of(plan: Plan) -> bytes | None:
 
 
 def _files(
-    base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None, parts: Mapping[str, Repacked | Stack], seed: int | None,
+    base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[PlannedUpdate, ...]],
+    kinds: Mapping[str, DType], shard_size: int | None, parts: Mapping[str, Repacked | Stack], seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
@@ -206,7 +204,8 @@ def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoin
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    if not tensor.dtype.floating:
+    # F8_E8M0 holds scales: it has neither a sign nor 0, so that a sum rounded to it is another number.
+    if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
             cure="Merge into the floating-point weights that it was made from",

@@ -16,8 +16,7 @@ from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import INDEX
-from ..io.records import digest_of, listed
-from ..io.staging import check_free
+from ..io.staging import check_free, digest_of, listed
 from ..quant import config_file
 from .arrays import devices_for
 from .checksums import KEY, record_of
@@ -25,7 +24,7 @@ from .companions import CARD, REPORT
 from .planned import Plan
 from .planning import index_of
 from .requantize import damage_of
-from .stage import Norms, Stage
+from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
     from .execute import Progress
@@ -79,14 +78,14 @@ class Report:
         }  # fmt: skip
 
 
-Engine = Callable[[Plan, Stage, "Progress | None"], dict[str, Norms]]
+Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
 """Writes the weight files of a plan that are not finished yet into a stage; returns the norms by file."""
 
 
 def local(device: str) -> Engine:
     """The engine of this process: threads of its own."""
 
-    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+    def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
 
         return execute(
@@ -96,13 +95,13 @@ def local(device: str) -> Engine:
     return run
 
 
-def carry_out(
+def run_plan(
     plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
 ) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
-    stage = Stage(out, plan.digest, names, single=one)
+    stage = StagingDir(out, plan.digest, names, single=one)
     with stage.locked():
         try:
             decided = _decided(plan)
@@ -130,7 +129,7 @@ def _decided(plan: Plan) -> str:
     return digest_of([plan.digest, plan.lineage(), plan.checksums, beside])
 
 
-def _completed(plan: Plan, stage: Stage, started: float) -> Report:
+def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
     """The report of an earlier run, whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
@@ -149,7 +148,7 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
 
 
 def _write(
-    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
+    plan: Plan, stage: StagingDir, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
     decided: str,
 ) -> Report:  # fmt: skip
     found = engine(plan, stage, progress)
@@ -199,7 +198,7 @@ def _copy(file: Path, to: Path) -> None:
         os.fsync(copied.fileno())
 
 
-def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
+def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
     out = stage.out
     before = config_file(plan.base)
     if plan.config_changes and before is not None:

@@ -13,17 +13,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ShapeMismatch, Unsupported
-from ..io.dtypes import DTYPES
-from ..io.lazy import Lazy
+from ..io.lazy import DTYPES, Lazy
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, steps
 from .blocks import Block, blocks
-from .compute import Folder
+from .compute import BlockMerger
 from .planned import Output
 
 if TYPE_CHECKING:
     from .arrays import Workspace
-    from .fold import Fold
+    from .planned_update import PlannedUpdate
 
 HELD = 1 << 24
 """Numbers of one merged weight that are kept; of larger weights blocks are merged each time that they are needed."""
@@ -44,7 +43,7 @@ class Repacked:
 
     base: Dequantized
     packed: Packed
-    folds: tuple[Fold, ...]
+    folds: tuple[PlannedUpdate, ...]
 
     @property
     def held(self) -> int:
@@ -115,7 +114,7 @@ class Stack:
         return replace(first, name=first.members[0])
 
     @property
-    def folds(self) -> tuple[Fold, ...]:
+    def folds(self) -> tuple[PlannedUpdate, ...]:
         return tuple(fold for weight in self.weights for fold in weight.folds)
 
     @property
@@ -143,11 +142,11 @@ class Stack:
 class _Merged:
     """Rows of a merged weight in float32, in whatever runs they are asked for."""
 
-    def __init__(self, packed: Packed, folds: tuple[Fold, ...], workspace: Workspace) -> None:
+    def __init__(self, packed: Packed, folds: tuple[PlannedUpdate, ...], workspace: Workspace) -> None:
         source = packed.lazy()
         self.output = Output(packed.name, DTYPES[packed.merged], packed.shape, 0, source, folds)
         self.workspace, self.arrays = workspace, workspace.arrays
-        self.folder = Folder(self.output, workspace)
+        self.folder = BlockMerger(self.output, workspace)
         self.norms = self.folder.norms()
         self._seen: set[int] = set()
         self._last: tuple[Block, Any] | None = None
@@ -202,8 +201,8 @@ class _Merged:
 
 
 def repacked(
-    base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[Fold, ...]]
-) -> tuple[dict[str, Lazy], dict[str, tuple[Fold, ...]], dict[str, Repacked | Stack], frozenset[str]]:
+    base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
+) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | Stack], frozenset[str]]:
     """What a plan holds, with the stored tensors in place of packed weights.
 
     Returns:
@@ -220,7 +219,7 @@ def repacked(
         raise Unsupported(why, where=twice, cure=cure)
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
-    moved: dict[str, tuple[Fold, ...]] = {}
+    moved: dict[str, tuple[PlannedUpdate, ...]] = {}
     parts: dict[str, Repacked | Stack] = {}
     stacks: dict[str, list[Repacked]] = {}
     for shared in (weight for weight in base.packed.values() if weight.share is not None):

@@ -10,7 +10,7 @@ from .arrays import devices_for
 from .execute import execute
 from .planned import OutputFile, Plan
 from .report import Engine
-from .stage import Norms, Stage
+from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
     from .arrays import Arrays
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Supply(Protocol):
-    """Who brings the base's files: `adapterkit.hub.streaming.Shards`."""
+    """Who brings the base's files: `adapterkit.hub.reading.Shards`."""
 
     def bring(self, paths: Iterable[str]) -> None: ...
 
@@ -33,7 +33,7 @@ def supplied(device: str, supply: Supply) -> Engine:
         AdapterkitError: as `execute`, and what bringing a file raises.
     """
 
-    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+    def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         devices = devices_for(device)
         pending = [file for file in plan.files if not stage.finished(file.name)]
         uses = [_sources(file) for file in pending]

@@ -15,13 +15,13 @@ from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..io.lazy import as_lazy
 from ..naming.ties import Tie, kept_tied, untied, untied_scale
-from .fold import Fold
+from .planned_update import PlannedUpdate
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.lazy import Leaf
 
-Folds = dict[str, list[Fold]]
+Folds = dict[str, list[PlannedUpdate]]
 """Name of a layer's weight -> what is folded into it."""
 
 KINDS = ("rows", "embedding", "head", "replacement")
@@ -62,7 +62,7 @@ def settle_tie(
         tie: the base's tie.
         folds: by the names of the layers that the adapters name; in place, by the names of the output's tensors.
         names: output name -> stored name; the head is added where the output has a tensor of its own for it.
-        adapters: those of the merge, in order, as `Fold.source` counts them.
+        adapters: those of the merge, in order, as `PlannedUpdate.source` counts them.
         tied: the canonical text of the choice, see `parse_tied`.
         config: the base's config.
         warnings: gets a sentence for what is left out.
@@ -176,7 +176,7 @@ class _Choice:
             return UNTIE
         return self._by_file(kind, name)
 
-    def is_idle(self, folds: list[Fold]) -> bool:
+    def is_idle(self, folds: list[PlannedUpdate]) -> bool:
         """Whether updates at a module that no layer calls, the `shared` of T5 and BART, did nothing in training.
 
         PEFT puts its layer in the place of `shared`; the encoder and the decoder keep embeddings of their own. Token
@@ -237,13 +237,13 @@ def _tools(recipe: Iterable[Any]) -> set[str]:
     return found
 
 
-def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
+def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
     """One adapter's folds of one layer, the same change once.
 
     Raises:
         UsageError: they are not sums, so that the order in which they are applied would decide.
     """
-    kept: list[Fold] = []
+    kept: list[PlannedUpdate] = []
     for fold in folds:
         if any(same(fold, other) for other in kept):
             continue
@@ -259,7 +259,7 @@ def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
     return kept
 
 
-def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float, rows: int) -> list[Fold]:
+def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, rows: int) -> list[PlannedUpdate]:
     """The folds of an untied head, with the factor that the model applies only while the head is tied."""
     if scale == 1:
         return head
@@ -270,16 +270,16 @@ def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float, rows: int) -
 
     shape = (rows, *next(fold.shape for folds in own.values() for fold in folds)[1:])
     factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]
-    scaled = Fold(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
+    scaled = PlannedUpdate(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
     return [*(replace(fold, weight=fold.weight * scale) for fold in head), scaled]
 
 
-def _equal(one: Sequence[Fold], other: Sequence[Fold]) -> bool:
+def _equal(one: Sequence[PlannedUpdate], other: Sequence[PlannedUpdate]) -> bool:
     """Whether two layers go through the same changes."""
     return one is other or (len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True)))
 
 
-def same(one: Fold, other: Fold) -> bool:
+def same(one: PlannedUpdate, other: PlannedUpdate) -> bool:
     """Whether two folds change a stored tensor in the same way."""
     if (one.source, one.weight, len(one.updates)) != (other.source, other.weight, len(other.updates)):
         return False
@@ -287,7 +287,7 @@ def same(one: Fold, other: Fold) -> bool:
     return all((a is b and one.axis == other.axis) or _same_update(a, one, b, other) for a, b in pairs)
 
 
-def _same_update(a: Update, one: Fold, b: Update, other: Fold) -> bool:
+def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate) -> bool:
     """Whether two updates, each in the view of its fold, change a stored tensor in the same way."""
     import numpy as np
 
@@ -303,7 +303,7 @@ def _same_update(a: Update, one: Fold, b: Update, other: Fold) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(*factors, strict=True))
 
 
-def _factors(update: Update, fold: Fold) -> tuple[Any, Any] | None:
+def _factors(update: Update, fold: PlannedUpdate) -> tuple[Any, Any] | None:
     """Left and right with W + left @ right as stored, the scaling left out; None where the law has no such factors."""
     from .arrays import NumpyArrays
     from .blocks import logical
@@ -330,13 +330,13 @@ def _bits(leaf: Leaf) -> Any:
     return np.frombuffer(lazy.fetch(), f"<u{lazy.dtype.itemsize}").reshape(lazy.shape)
 
 
-def _starts_alike(fold: Fold, first: Fold) -> bool:
+def _starts_alike(fold: PlannedUpdate, first: PlannedUpdate) -> bool:
     """Whether both begin with the same replacement and go on from it."""
     alike = len(fold.updates) > 1 and fold.updates[0].shared_as == first.updates[0].shared_as == "replacement"
     return alike and _same_update(fold.updates[0], fold, first.updates[0], first)
 
 
-def _without_start(fold: Fold) -> Fold:
+def _without_start(fold: PlannedUpdate) -> PlannedUpdate:
     is_replaced = len(fold.updates) > 1 and fold.updates[0].shared_as == "replacement"
     return replace(fold, updates=fold.updates[1:]) if is_replaced else fold
 

@@ -13,9 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ..core.metadata import fingerprints_of
 from ..errors import UsageError
-from ..io.dtypes import DType
-from ..io.fingerprint import PREFIX, fingerprint
-from ..io.lazy import Lazy
+from ..io.checkpoint import PREFIX, fingerprint
+from ..io.lazy import DType, Lazy
 from ..naming.binding.bases import merge_record
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
@@ -235,9 +234,9 @@ def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
 
 def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
     from .blocks import blocks
-    from .compute import Folder
+    from .compute import BlockMerger
 
-    folder = Folder(output, Workspace(arrays))
+    folder = BlockMerger(output, Workspace(arrays))
     elements, largest = 0, 0.0
     for block in blocks(output):
         expected = bytearray(block.elements * output.dtype.itemsize)

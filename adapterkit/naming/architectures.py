@@ -117,6 +117,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
+        beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
+        diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
+        header_alpha: an alpha in the header of a file without alphas counts for every module.
     """
 
     component: str = "transformer"
@@ -131,6 +134,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
     encoders: dict[str, Encoder] = {}
+    beside: dict[str, str] = {}
+    diffsynth_head: int = 0
+    header_alpha: bool = False
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -339,6 +345,13 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
                 yield msgspec.toml.decode(text.partition(b"\n[weights]\n")[0], type=Head), text.decode()
             except (ValueError, msgspec.MsgspecError) as error:
                 raise Malformed(f"not an architecture file ({error})", path=file, cure="Correct the file") from error
+
+
+@cache
+def texts_of_models() -> tuple[str, ...]:
+    """The files of all other families: language models, and what else transformers has."""
+    texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
+    return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
 
 @cache

@@ -7,7 +7,7 @@ authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property, lru_cache
 
 from . import architectures
@@ -41,7 +41,7 @@ class Family:
         self.facts = head.pipeline
         self.component = self.facts.component
         self.title = self.facts.title or self.name
-        self._text = text
+        self.text = text
         self._names: dict[str, Names] = {}
 
     @cached_property
@@ -59,7 +59,7 @@ class Family:
 
     def may_have(self, name: str) -> bool:
         """Whether the words of a name, dotted or flattened, are in the file at all; this spares parsing most files."""
-        return all(word in self._text for word in _WORD.findall(name))
+        return all(word in self.text for word in _WORD.findall(name))
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Family:
 
     def wanted(self, naming: str) -> str:
         """The naming itself, or the one that `kohya` or `comfyui` stands for."""
-        if naming == COMFYUI and (f"{COMFYUI} = " not in self._text or COMFYUI not in self.namings):
+        if naming == COMFYUI and (f"{COMFYUI} = " not in self.text or COMFYUI not in self.namings):
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
 
@@ -133,6 +133,18 @@ def families() -> tuple[Family, ...]:
     return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
+def looks_of_pipeline(paths: Iterable[str]) -> bool:
+    """Whether modules are called as those of image, video and audio models are, more than as those of other models.
+
+    For models that have no file here: the last two words of each name, such as `attn.to_q`, are counted in the files of
+    pipelines and in all others. `to_q` stands in the audio tower of a language model, too.
+    """
+    ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
+    texts = [family.text for family in families()], architectures.texts_of_models()
+    here, others = (sum(end in text for end in ends for text in each) for each in texts)
+    return here > others
+
+
 @cache
 def encoders() -> dict[str, Names]:
     """The names of the text encoders, which are called the same everywhere."""
@@ -191,6 +203,8 @@ ROOTS = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
     "text_encoder_4": "text_encoder_4",
+    "text_conditioner": "text_conditioner",
+    "connectors": "connectors",
     "cond_stage_model.transformer": "text_encoder",
     "conditioner.embedders.0.transformer": "text_encoder",
     "text_encoders.clip_l.transformer": "text_encoder",
@@ -202,6 +216,18 @@ ROOTS = {
     },
 }
 """What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
+
+
+@cache
+def beside() -> dict[str, str]:
+    """What ComfyUI calls modules, or the beginnings of their names, outside the denoiser -> the same in diffusers."""
+    return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
+
+
+def in_other_words(path: str, words: Mapping[str, str]) -> str:
+    """A path whose beginning is exchanged; empty where it has none of these beginnings."""
+    found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
+    return words[found] + path[len(found) :] if found else ""
 
 
 def rooted(path: str) -> tuple[str, str]:

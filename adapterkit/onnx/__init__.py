@@ -9,13 +9,12 @@ This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx lib
 from __future__ import annotations
 
 from .exporting import export
-from .factories import export_factory
-from .fitting import fit, write_adapter
 from .injecting import Report, eject, inject
 from .mapping import Place, layers
 from .merging import merge, plan
-from .pretrained import export_pretrained
+from .pretrained import export_factory, export_pretrained
 from .session import Session
+from .slots import fit, write_adapter
 
 __all__ = [
     "Place",

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckFailed
-from .oracle import told_by_reference
-from .rounding import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
+from .checking import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles, told_by_reference
 from .tracing import quiet
 
 if TYPE_CHECKING:

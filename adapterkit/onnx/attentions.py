@@ -17,12 +17,10 @@ from ..core.adapter import Target
 from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import as_array
-from .building import Branch, Building, element_type
-from .inserting import before
+from .building import Branch, Building, before, element_type
 from .modules import Module, module_at
 from .operands import is_constant, shape_of
-from .symbols import SYMBOLS
-from .values import Value
+from .values import SYMBOLS, Value
 
 _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")

@@ -1,4 +1,4 @@
-"""Collect what an injection adds to a graph: nodes in order, each tensor once, unique names."""
+"""Collect what an injection adds to a graph: nodes in order, each tensor once, unique names; insert and copy nodes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Malformed
-from .sizes import FREE
+from ..errors import Malformed, Unsupported
 
 Array = np.ndarray[Any, Any]
 
 OPSET = 13
 """The oldest opset whose operator forms are written; older models are converted to it first."""
+
+FREE = 1 << 40
+"""Numbers from here on represent sizes that are open until an adapter is loaded; see slots.py."""
 
 
 class Building:
@@ -198,3 +200,124 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
+
+
+# Insert a branch's nodes into a graph, after the value that they change or before the nodes that read it.
+
+
+def behind(old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    """Insert the nodes of `new` after the node of `old`, and make all readers of `old` read `new`."""
+    if new is old:
+        return
+    last = old.producer()
+    assert last is not None
+    _graph(last).insert_after(last, branch.waiting([new]))
+    takes_over(old, new, branch)
+    branch.building.moved[old] = new
+
+
+def before(readers: Iterable[ir.Node], old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    """Insert the nodes of `new` before the first of some readers of `old`, and make these read `new`."""
+    among = set(readers)
+    uses = [use for use in old.uses() if use.node in among]
+    graph, reading = _graph(uses[0].node), {use.node for use in uses}
+    graph.insert_before(next(node for node in graph if node in reading), branch.waiting([new]))
+    for use in uses:
+        use.node.replace_input_with(use.idx, new)
+
+
+def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    """Replace all uses of `old` with `new`, except in the branch itself; a graph output keeps its name."""
+    own = set(branch.nodes)
+    for use in old.uses():
+        if use.node not in own:
+            use.node.replace_input_with(use.idx, new)
+    # Callers know a graph's outputs by name, so the new value takes over the old one's.
+    if old.is_graph_output():
+        made_by = new.producer()
+        assert made_by is not None
+        _rename_output(_graph(made_by), old, new, branch)
+    new.shape = new.shape or old.shape
+
+
+def readers_of(value: ir.Value, branch: Branch) -> list[ir.Node]:
+    """Return the nodes that read a value, except for the branch's own."""
+    own = set(branch.nodes)
+    return [use.node for use in value.uses() if use.node not in own]
+
+
+def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    for position, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[position] = new
+    name, old.name = old.name, branch.building.name(f"{branch.name}/base")
+    new.name, new.shape, new.type = name, old.shape, old.type
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
+
+
+# Copy nodes, so that they compute the same on other values.
+
+
+Copies = dict[ir.Value, ir.Value]
+"""Original value -> its counterpart among the copies."""
+
+
+def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str]) -> list[ir.Node]:
+    """Copy nodes.
+
+    Args:
+        nodes: in the order in which they run.
+        copies: replacements for what they read; gets their new outputs.
+        name: returns a unique name.
+
+    Raises:
+        Unsupported: a node has a subgraph.
+    """
+    return [_copied(node, copies, name) for node in nodes]
+
+
+def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
+    # A subgraph may read outer values, which would have to be replaced inside of it, too.
+    if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
+        cure = "Attach it to the torch model, and export that"
+        raise Unsupported(f"a copy of a {node.op_type}", where=node.name, cure=cure)
+    copy = ir.Node(
+        node.domain, node.op_type, [None if one is None else copies.get(one, one) for one in node.inputs],
+        list(node.attributes.values()), num_outputs=len(node.outputs), overload=node.overload,
+        name=name(node.name or node.op_type),
+    )  # fmt: skip
+    for own, other in zip(node.outputs, copy.outputs, strict=True):
+        other.name = name(own.name or "output")
+        # Drop the names of open sizes. Runtimes share memory between values of equal names, and the copy's sizes may
+        # differ.
+        fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
+        other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type
+        copies[own] = other
+    return copy
+
+
+def between(start: ir.Value | None, end: ir.Value, among: Sequence[ir.Node]) -> list[ir.Node]:
+    """Return the nodes on the way from one value to another, in order.
+
+    Args:
+        start: the first value; None for all nodes that contribute to `end`.
+        end: the last value.
+        among: the nodes to consider, in order.
+    """
+    after = set[ir.Value]() if start is None else {start}
+    reached = []
+    for node in among:
+        if start is None or any(one in after for one in node.inputs if one is not None):
+            after.update(node.outputs)
+            reached.append(node)
+    wanted, needed = {end}, []
+    for node in reversed(reached):
+        if any(out in wanted for out in node.outputs):
+            wanted.update(one for one in node.inputs if one is not None)
+            needed.append(node)
+    return needed[::-1]

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..io.dtypes import DTYPES, DType
-from ..io.lazy import Lazy, Span
+from ..io.lazy import DTYPES, DType, Lazy, Span
 from ..merging.arrays import NumpyArrays, Workspace
 from ..merging.blocks import blocks
-from ..merging.compute import Folder
-from ..merging.fold import Fold
+from ..merging.compute import BlockMerger
 from ..merging.planned import Output
+from ..merging.planned_update import PlannedUpdate
 from .building import Array, Building, kind_of
 from .operands import attribute, numbers, shape_of
 
@@ -86,7 +85,7 @@ class Change:
 
     where: str
     source: Lazy
-    folds: tuple[Fold, ...]
+    folds: tuple[PlannedUpdate, ...]
 
     def output(self, offset: int) -> Output:
         """Return the tensor as planned output at an offset of a file."""
@@ -98,7 +97,7 @@ class Change:
         out = np.empty(self.source.shape, dtype=self.source.dtype.array)
         flat, arrays = out.reshape(-1), NumpyArrays()
         with arrays.quiet():
-            folder = Folder(output, Workspace(arrays))
+            folder = BlockMerger(output, Workspace(arrays))
             for block in blocks(output):
                 raw = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
                 folder.compute(raw, flat[block.first : block.first + block.elements], block)

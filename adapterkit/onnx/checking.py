@@ -1,12 +1,9 @@
-"""Check written graphs: run them in onnxruntime on trial inputs, and compare with the same change made another way.
-
-An injection is compared with merged weights, and a merge with an injection. One runs the formulas over graph values,
-the other over numbers in float64.
-"""
+"""Check written graphs: run them in onnxruntime on trial inputs, and compare with the same formulas in numpy."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +20,167 @@ from .attaching import attach
 from .building import Building
 from .model_file import Source, inline, opened
 from .operands import attribute
-from .oracle import told_by_reference
 from .providers import session_of
 from .resolving import resolve
-from .rounding import MOST_NOISE, NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import slots_of
-from .trial_inputs import SIZES, made_up
+
+SMALL = 1 << 25
+"""Largest model to run, in bytes, data files included."""
+
+FEW = 1 << 16
+"""Most input numbers to run on."""
+
+ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
+"""Operators that round inputs: different orders of summation may differ by a whole step there."""
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
+    """Return the reference implementation's outputs; None if it cannot run the model, or would take too long."""
+    from onnx.reference import ReferenceEvaluator
+
+    if sum(math.prod(np.shape(array)) for array in feeds.values()) > FEW:
+        return None
+    try:
+        proto = _proto(model)
+        if proto is None:
+            return None
+        nodes = {(node.domain, node.op_type) for node in proto.graph.node}
+        if any(domain not in ("", "ai.onnx") or op in ROUGH for domain, op in nodes):
+            return None
+        defaults = {value.name for value in proto.graph.initializer}
+        taken = {value.name for value in proto.graph.input}
+        given = {name: array for name, array in feeds.items() if name in taken | defaults}
+        with np.errstate(all="ignore"):
+            told: Any = ReferenceEvaluator(proto).run(None, given)
+    except Exception:  # Its operators raise any type of error.
+        return None
+    return [np.asarray(array) for array in told]
+
+
+def _proto(model: Path | bytes) -> Any:
+    """Return the whole model, or None if it has too many bytes."""
+    import onnx
+
+    if isinstance(model, bytes):
+        return onnx.ModelProto.FromString(model) if len(model) <= SMALL else None
+    proto = onnx.load(model, load_external_data=False)
+    places = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
+    outside = sum(int(entry.value) for entry in places if entry.key == "length")
+    return onnx.load(model) if model.stat().st_size + outside <= SMALL else None
+
+
+SIZES = ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
+"""Values for open sizes by axis, tried one after the other."""
+
+_TYPES = {
+    "bool": np.bool_,
+    "float": np.float32,
+    "float16": np.float16,
+    "double": np.float64,
+    "int64": np.int64,
+    "int32": np.int32,
+}
+
+
+def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
+    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch."""
+    rng, known = np.random.default_rng(0), dict[str, int]()
+    feeds: dict[str, Any] = {}
+    entries = session.get_inputs()
+    shapes = {entry.name: [_size(axis, n, known, sizes) for n, axis in enumerate(entry.shape)] for entry in entries}
+    _count_past(shapes)
+    for entry in entries:
+        shape = shapes[entry.name]
+        name = entry.type.removeprefix("tensor(").removesuffix(")")
+        if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
+            feeds[entry.name] = _mask(shape).astype(_TYPES[name])
+        elif name in ("int64", "int32"):
+            # 0 and 1 are valid as tokens, token types and masks of any model.
+            feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
+        else:
+            feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
+    return feeds
+
+
+def _count_past(shapes: dict[str, list[int]]) -> None:
+    """Extend the mask of a causal language model to cover its past."""
+    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
+    mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
+    if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
+        mask[1] = past + tokens[1]
+
+
+def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
+    mask = np.ones(shape, dtype=bool)
+    if mask.ndim and mask.shape[-1] > 1:
+        mask[..., -1] = False
+    return mask
+
+
+def _size(axis: Any, position: int, known: dict[str, int], sizes: Sequence[int]) -> int:
+    if isinstance(axis, int):
+        return axis
+    return known.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])
+
+
+# Measure differences of outputs, and bound those that rounding alone can cause.
+
+
+TOLERANCE = {"f": 1e-5, "V": 3e-2}
+"""Largest allowed difference relative to the largest output: for float32 and float64 ("f"), and for 16 bits ("V")."""
+
+NOISE, MOST_NOISE = 10.0, 1e-4
+"""Deep graphs round more. A difference may be this many times the graph's difference from itself without
+optimizations, but never more than the second number."""
+
+
+def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """Return the largest difference, relative to the largest number of its output."""
+    worst = 0.0
+    for one, other in zip(got, wanted, strict=True):
+        a, b = (np.asarray(array) for array in (one, other))
+        # numpy gives bfloat16 and float8 of ml_dtypes the kind V.
+        if a.dtype.kind not in "fV":
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        there = np.isfinite(b)
+        # NaNs and infinities must be in the same places; otherwise no number measures the difference.
+        if a.shape != b.shape or not np.array_equal(np.isfinite(a), there):
+            return float("inf")
+        if not np.array_equal(a[~there], b[~there], equal_nan=True):
+            return float("inf")
+        if there.any():
+            worst = max(worst, float(abs(a[there] - b[there]).max() / max(abs(b[there]).max(), 1e-30)))
+    return worst
+
+
+def is_narrow(outputs: Sequence[Any]) -> bool:
+    """Whether some outputs have 16 bits or fewer."""
+    arrays = map(np.asarray, outputs)
+    return any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in arrays)
+
+
+def most_of_oracles(outputs: Sequence[Any]) -> float:
+    """Return the largest difference between onnxruntime and the reference implementation that rounding explains."""
+    return TOLERANCE["V"] if is_narrow(outputs) else MOST_NOISE
+
+
+# Check written graphs: run them in onnxruntime on trial inputs, and compare with the same change made another way.
+#
+# An injection is compared with merged weights, and a merge with an injection. One runs the formulas over graph values,
+# the other over numbers in float64.
+
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from .reading import Base, Model
     from .tying import Tying
 
-    Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 LARGE = 1 << 29
 """Models with this many bytes of numbers are not loaded a second time just for a check."""

@@ -1,14 +1,9 @@
-"""Context in graphs: soft prompts and new tokens at the embedding, prefixes as the initial past.
-
-A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. An input that
-begins with these numbers, with a mask and positions that count them, starts with the prompt. If a module adds positions
-itself, those do not count the prompt. A prefix becomes the default of the graph's inputs of past keys and values, for a
-batch of one; the mask must count it.
-"""
+"""Context in graphs: soft prompts and new tokens at the embedding, prefixes and adaption prompts in attentions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +13,216 @@ from ..core.adapter import Adapter, Target
 from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
-from .attentions import with_prefixes
-from .building import Array, Branch, Building, element_type
-from .convolutions import Gather
-from .embeddings import new_tokens, read_by, with_tokens_behind
-from .inserting import before, behind
-from .modules import modules_of
-from .past import past_inputs
-from .prompts import with_prompts
+from .attentions import Attention, attention_at, with_prefixes, without_factors
+from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
+from .layers import Gather, Layer
+from .modules import Module, module_at, modules_of, same_end
+from .operands import input_behind
 from .resolving import Spot, spots_of
-from .scopes import same_end
+from .tokens import past_inputs
+from .values import SYMBOLS, Value, plain
+
+# New tokens at a graph's embeddings: numbers after the vocabulary, with vectors from a second table.
+#
+# They replace looked-up rows, or are inserted after a module that adds positions and token types. There, the positions
+# of later tokens do not count them.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewTokens:
+    """Nodes that separate new tokens from those of the vocabulary.
+
+    Attributes:
+        ids: the token numbers.
+        new: True where a token is new.
+        known: the token numbers, 0 where a token is new.
+        vectors: the vectors of new tokens.
+        said: which numbers the new tokens have, in words.
+    """
+
+    ids: ir.Value
+    new: ir.Value
+    known: ir.Value
+    vectors: ir.Value
+    said: str
+
+    def instead_of(self, embedded: ir.Value, branch: Branch) -> ir.Value:
+        """Return the embedded tokens, with the new tokens' vectors in place."""
+        wide = branch.node("Unsqueeze", [self.new, branch.building.literal(np.array([-1]))], None, bool, None)
+        return branch.node("Where", [wide, self.vectors, embedded], None, element_type(self.vectors), None)
+
+
+def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTokens:
+    """Add the nodes that separate an embedding's tokens from new ones with the vectors `more`.
+
+    Raises:
+        ShapeMismatch: the vectors have another size.
+    """
+    # Layers see weights as [out, in]: for an embedding, `in` counts the tokens.
+    (dim, count), building = spot.shape[:2], branch.building
+    if more.shape[-1] != dim:
+        raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))
+    layer = Gather(spot.node, branch)
+    ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
+    made = ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
+    table = building.tensor(*made)
+    first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
+    new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
+    # Gather reads both tables for every token, so numbers that are out of range in one are set to 0 first.
+    known = branch.node("Where", [new, zero, ids], None, kind, None)
+    shifted = branch.node("Sub", [ids, first], None, kind, None)
+    row = branch.node("Where", [new, shifted, zero], None, kind, None)
+    vectors = branch.node("Gather", [table, row], {"axis": 0}, layer.dtype, None)
+    return NewTokens(ids, new, known, vectors, f"tokens {count} to {count + len(more) - 1} are the new ones")
+
+
+def read_by(node: ir.Node) -> str | None:
+    """Return the name of the graph input that an embedding looks up, or None."""
+    found = input_behind(node.inputs[1])
+    return None if found is None else found.name
+
+
+def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
+    """Put new tokens after a module of several embeddings; positions of other tokens do not count them.
+
+    Raises:
+        TargetNotFound: the module does not embed tokens, or has no single output of that width.
+        ShapeMismatch: the vectors have another size.
+        Unsupported: the graph does not show how positions are counted, or it has a past, which would count the tokens.
+    """
+    where = str(target)
+    module = module_at(building.model, target.path, where)
+    spots = [spot for spot in spots_of(building.model) if spot.kind is Gather and spot.node in module.nodes]
+    tokens = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
+    if len(tokens) != 1:
+        why = f"{len(tokens)} embeddings of the graph's tokens in the module {module.path}, which has one"
+        raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+    branch = Branch(building, f"adapterkit/{target}")
+    new = new_tokens(tokens[0], more, target, branch)
+    counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
+    if past_inputs(building.model.graph):
+        why = "tokens behind the embeddings of a decoder, whose past goes on without them"
+        raise Unsupported(why, where=where, cure="Export the model without past keys and values")
+    if not counted:
+        why = "a module whose positions are no row of a table that the graph counts itself"
+        raise Unsupported(why, where=where, cure="Attach it to the torch model")
+    end = module.given(more.shape[-1], where)
+    before([tokens[0].node], new.ids, new.known, branch)
+    for node in counted:
+        _uncounted(node, new, end, module, branch)
+    behind(end, new.instead_of(end, branch), branch)
+    branch.close()
+    return f"{new.said}, which positions of the others do not count"
+
+
+def _uncounted(node: ir.Node, new: NewTokens, end: ir.Value, module: Module, branch: Branch) -> None:
+    """Shift position ids by the number of new tokens before each position."""
+    at = node.inputs[1]
+    assert at is not None
+    passed = plain(new.new, branch).cast(np.int64).cumsum(1)
+    fewer: Any = SYMBOLS.clip(plain(at, branch).cast(np.int64) - passed, 0, None)
+    before([node], at, fewer.value, branch)
+    # One row of positions used to serve all rows of the batch. Now each row has its own.
+    for one in (node, *between(node.outputs[0], end, module.nodes)):
+        for out in one.outputs:
+            sizes = None if out.shape is None else list(out.shape)
+            out.shape = ir.Shape([None, *sizes[1:]]) if sizes and sizes[0] == 1 else out.shape
+
+
+# Adaption prompts in a graph: the attention of the queries to a prompt is added to the heads' outputs.
+#
+# The prompt's keys and values are the attention's own projections of it, computed when it is attached.
+
+
+SEPARATE, FUSED = ("k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
+"""Names of the projections in attentions like Llama's, and like GPT-2's."""
+
+
+def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
+    """Add the attention to prompts to an attention's output.
+
+    Raises:
+        TargetNotFound: there is no such module.
+        Unsupported: it is not an attention like Llama's or GPT-2's.
+        ShapeMismatch: a prompt has another width.
+    """
+    at = attention_at(building.model, target)
+    branch = Branch(building, f"adapterkit/{target}")
+    layers = _projections(at, branch, building.model, target)
+    for update in updates:
+        added = _added(update, at, layers, branch, target)
+        if update.attributes["projected"]:
+            mixes = layers[SEPARATE[2] if SEPARATE[2] in layers else FUSED[1]]
+            before(readers_of(mixes.given, branch), mixes.given, _sum(mixes.given, added, branch), branch)
+        else:
+            given = building.now(at.module.given(added.shape[-1], str(target)))
+            behind(given, _sum(given, added, branch), branch)
+        branch.close()
+
+
+def _sum(value: ir.Value, added: Value, branch: Branch) -> ir.Value:
+    return branch.node("Add", [value, added.value], None, added.dtype, None)
+
+
+def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, Layer]:
+    own = set(at.module.nodes)
+    found: dict[str, Layer] = {}
+    for spot in (spot for spot in spots_of(model) if spot.node in own):
+        names = {name.split(".")[-2] for said in spot.names.values() for name in said if name.count(".") > 0}
+        for name in names & {*SEPARATE, *FUSED}:
+            found[name] = spot.kind(spot.node, branch)
+    if not ({*SEPARATE} <= {*found} or {*FUSED} <= {*found}):
+        why = f"the module {at.module.path} is no attention of Llama's kind or GPT-2's"
+        raise Unsupported(why, where=str(target), cure="Choose the attentions of such a model")
+    return found
+
+
+def _added(update: ContextUpdate, at: Attention, layers: Mapping[str, Layer], branch: Branch, target: Target) -> Value:
+    """Return the values to add to the heads' outputs, `[rows, positions, heads * d]`."""
+    queries = without_factors(at.scores.inputs[0])
+    kind, d = element_type(at.mixed.outputs[0]), at.width
+
+    def value(array: Any) -> Value:
+        return Value(branch, array.shape, kind, None, lambda: array)
+
+    P = as_array(update.tensors["P"]).astype(np.float64)
+    k, v = (value(_of_heads(array, at.heads, d)) for array in _keys_values(P, layers, target))
+    held: Any = update.map(lambda leaf: value(as_array(leaf).astype(np.float64)))  # type: ignore[arg-type, return-value]
+    heads = held.attention(Value(branch, (None, at.heads, None, d), kind, queries), k, v).swapaxes(1, 2)
+    out: Value = heads.reshape(*heads.shape[:2], at.heads * d)
+    return out
+
+
+def _keys_values(P: Any, layers: Mapping[str, Layer], target: Target) -> tuple[Any, Any]:
+    if "c_attn" in layers:
+        _, k, v = np.split(_projected(P, layers["c_attn"], target), 3, -1)
+        return k, v
+    return _projected(P, layers["k_proj"], target), _projected(P, layers["v_proj"], target)
+
+
+def _projected(P: Any, layer: Layer, target: Target) -> Any:
+    W = layer.weight.numbers().astype(np.float64)
+    if P.shape[1] != W.shape[1]:
+        why = f"made for {P.shape[1]} channels; the attention reads {W.shape[1]}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+    y = P @ W.T
+    return y if layer.bias is None else y + layer.bias.numbers()
+
+
+def _of_heads(array: Any, heads: int, d: int) -> Any:
+    """Reshape `[n, groups * d]` to `[heads, n, d]`, repeating the groups of grouped queries."""
+    split = array.reshape(len(array), -1, d).swapaxes(0, 1)
+    # In grouped-query attention, several query heads share a key head.
+    return np.repeat(split, heads // len(split), 0)
+
+
+# Context in graphs: soft prompts and new tokens at the embedding, prefixes as the initial past.
+#
+# A soft prompt becomes new token numbers after the vocabulary, like the tokens of textual inversion. An input that
+# begins with these numbers, with a mask and positions that count them, starts with the prompt. If a module adds
+# positions itself, those do not count the prompt. A prefix becomes the default of the graph's inputs of past keys and
+# values, for a batch of one; the mask must count it.
+
 
 PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
 """Places of context updates that a graph can provide."""

@@ -1,41 +1,241 @@
-"""Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
-
-onnxruntime runs the written graph on the example inputs. The result is compared with the torch model with the adapters
-injected: merged weights, nodes and slots are each another way to the same numbers.
-"""
+"""Export a torch model as a graph, with adapters merged, attached or as slots, and check it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
 from ..io.checkpoint import opened as opened_base
+from ..io.lazy import Lazy, as_array
 from ..io.locations import path_text
+from ..io.staging import staged
 from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building
 from .checking import Outcome
-from .fitting import write_adapter
 from .injecting import Report
-from .live import attached, injected
-from .model_file import placing, save_fresh
+from .model_file import INLINE, STAYS, placing, save_fresh
+from .modules import same_end
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded
 from .resolving import Found, resolve
-from .sharing import share_weights
-from .slots import Slots
+from .slots import Slots, write_adapter
 from .tracing import traced
 from .tying import Tying
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+"""Suffixes of weight files that an export does not write, apart from `model.onnx`."""
+
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+"""Config and tokenizer files that are copied along."""
+
+OWNS = frozenset({"model.onnx", "model.onnx.data", "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
+"""Files of an export; those of an older export are removed."""
+
+
+def check_folder(target: Path, overwrite: bool) -> None:
+    """Refuse an existing folder, unless an export wrote it, it has no other weights, and it may be replaced.
+
+    Raises:
+        StorageError: it exists, or its parent folder does not.
+    """
+    if not target.absolute().parent.is_dir():
+        raise StorageError("no such folder", path=target.absolute().parent, cure="Make the folder first")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        cure = "Write to another path, or pass --overwrite (in Python overwrite=True)"
+        raise StorageError("already there", path=target, cure=cure)
+    cure = "Remove it yourself, or write beside"
+    if not (target / "model.onnx").is_file():
+        raise StorageError("not a folder that an export wrote", path=target, cure=cure)
+    # A folder with other weights is a model of its own, which an export must not replace.
+    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name != "model.onnx")
+    if held:
+        raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)
+
+
+@contextmanager
+def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
+    """Yield a folder to write an export to; at the end it replaces `target`.
+
+    Files in `target` that no export writes stay. The inputs are never replaced.
+    """
+    with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+def moved(report: Report, target: Path, carried: Sequence[Path] = ()) -> Report:
+    """Return the report of an export in a scratch folder, with the paths that the files have in `target`."""
+    files = tuple(target / file.name for file in (*report.files, *carried))
+    return replace(report, out=target / "model.onnx", files=files)
+
+
+# Put adapters on live torch models while they are traced or run; the models are unchanged afterwards.
+
+
+def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[Any]:
+    """Return a context in which the live model is in the form to trace."""
+    if mode == "merged":
+        return _merged(model, adapters)
+    return injected(model, adapters if mode == "attached" else {})
+
+
+@contextmanager
+def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
+    """Inject adapters into the live model for the block."""
+    from ..torch import inject
+
+    handles: list[Any] = []
+    try:
+        for name, adapter in adapters.items():
+            handles.append(inject(model, adapter, name=f"export {name}"))
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    """Merge adapters into the live model's parameters for the block; the original tensors are put back unchanged."""
+    from ..torch.handle import changes
+
+    with injected(model, adapters) as handles:
+        changed = changes(handles) if handles else []
+    # Swap `data` and keep the parameters themselves, so that ties between them survive.
+    before = [parameter.data for parameter, _ in changed]
+    try:
+        for parameter, value in changed:
+            parameter.data = value.to(parameter.dtype)
+        yield
+    finally:
+        for (parameter, _), own in zip(changed, before, strict=True):
+            parameter.data = own
+
+
+# Share weights with the base's safetensors files: the graph refers to their bytes, without a second copy.
+#
+# Runtimes read no files outside of a model's folder, so these files must be in it. If a file stores 16 bits and the
+# graph computes in 32, a Cast node is added, which runtimes evaluate when they load the model.
+
+
+def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
+    """Replace stored tensors by references to equal tensors in safetensors files.
+
+    Args:
+        graph: an export, whose tensors have the base's names.
+        weights: a safetensors file, or a folder of them.
+        out: the graph's destination: in the files' folder, or above it.
+
+    Returns:
+        Names of the shared tensors.
+
+    Raises:
+        UsageError: the files are elsewhere, or none of their tensors equals one of the graph's.
+    """
+    held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
+    _check_place(held, out)
+    building, shared = Building(graph), list[str]()
+    for name, value in list(graph.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= INLINE:
+            continue
+        alike = _alike(name, tuple(tensor.shape.numpy()), held)
+        leaf = next((leaf for leaf in alike if _same(tensor, leaf)), None)
+        if leaf is not None:
+            _placed(value, leaf, out, building)
+            shared.append(name)
+    if not shared:
+        cure = "Name the safetensors files that the model was loaded from"
+        raise UsageError("no weight of the graph is one of the files'", path=weights, cure=cure)
+    return shared
+
+
+def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
+    home = out.parent.resolve()
+    for leaf in held.values():
+        assert leaf.span is not None
+        file = Path(leaf.span.path)
+        if file.suffix != ".safetensors":
+            cure = "Save the model by save_pretrained, which writes safetensors files"
+            raise UsageError("weights that are in no safetensors file cannot be shared", path=file, cure=cure)
+        if file.is_symlink() or not file.resolve().is_relative_to(home):
+            why = "weights outside of the graph's folder cannot be shared: runtimes read none there"
+            raise UsageError(why, path=file, cure=f"Write the graph into {file.parent}; no link will do")
+
+
+def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
+    """Return tensors of the files that may equal one of the graph's: those of its name, else of its shape (ties)."""
+    sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
+    named = [leaf for other, leaf in sized.items() if same_end(name, other)]
+    return named or list(sized.values())
+
+
+def _same(tensor: Any, leaf: Lazy) -> bool:
+    """Whether the numbers are equal bit for bit; 16-bit numbers are first converted to the graph's float32."""
+    theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
+    if theirs.dtype != ours.dtype:
+        if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
+            return False
+        theirs = theirs.astype(np.float32)
+    return bool(np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)) if ours.ndim else ours == theirs)
+
+
+def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
+    assert leaf.span is not None
+    assert value.const_value is not None
+    file, own = Path(leaf.span.path).resolve(), value.const_value
+    kind = ir.DataType.from_numpy(leaf.dtype.array)
+    place = ir.ExternalTensor(
+        file.relative_to(out.parent.resolve()).as_posix(), leaf.span.offset, leaf.span.nbytes, kind,
+        shape=ir.Shape(leaf.shape), name=value.name or "", base_dir=out.parent.resolve(),
+    )  # fmt: skip
+    place.meta[STAYS] = True
+    if kind == own.dtype:
+        value.const_value = place
+        return
+    uses = list(value.uses())
+    cast = ir.node("Cast", [value], {"to": own.dtype}, name=building.name(f"{value.name}/Cast"))
+    cast.outputs[0].name = building.name(f"{value.name}/Cast_output")
+    cast.outputs[0].shape, cast.outputs[0].type = ir.Shape(leaf.shape), ir.TensorType(own.dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, cast.outputs[0])
+    graph = value.graph
+    assert isinstance(graph, ir.Graph)
+    # At the front, before all nodes that may read it.
+    graph.insert_before(graph[0], cast)
+    value.const_value, value.type = place, ir.TensorType(kind)
+
+
+# Export a torch model as a graph, with adapters merged, attached or as slots, and check it against torch.
+#
+# onnxruntime runs the written graph on the example inputs. The result is compared with the torch model with the
+# adapters injected: merged weights, nodes and slots are each another way to the same numbers.
+
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,4 +1,4 @@
-"""Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay unchanged."""
+"""Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay as they are."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..io.atomic import write_bytes
+from ..io.lazy import as_lazy
 from ..io.locations import path_text
 from ..naming.binding import renamed
 from .attaching import attach
@@ -25,17 +26,40 @@ from .building import Building
 from .calls import Words
 from .checking import Outcome, checked_injection
 from .contexts import of_attention, parted, place
-from .experts import with_experts
-from .fitting import write_adapter
 from .model_file import Source, opened, placing, save
 from .reading import base_warnings, inputs_of, loaded, name_of
 from .resolving import Found, resolve
 from .saturation import Saturation, clipping
 from .shadows import config_of
+from .slots import write_adapter
 from .tying import Tying
 
 if TYPE_CHECKING:
     from .reading import Base, Model
+
+
+def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
+    """Return the adapter with its experts; unchanged if it lacks none.
+
+    Raises:
+        Unsupported: the assignment of its logits depends on the order of the torch model's modules.
+        And what `adapterkit/torch/experts.py` raises.
+    """
+    if not experts and not any(getattr(update, "lacks_experts", False) for _, update in adapter):
+        return adapter
+    from ..torch.experts import with_experts as stacked
+
+    return stacked(_no_order, adapter, experts).map(as_lazy)
+
+
+def _no_order() -> NoReturn:
+    why = "a classifier with logits for each layer, whose order is that of the torch model's modules"
+    cure = "Inject it into the torch model, and write the adapter with its experts"
+    raise Unsupported(why, where="(model): xlora", cure=cure)
+
+
+# Inject an adapter into a graph: nodes beside the layers that it adapts; the model's own numbers stay unchanged.
+
 
 ORIGINAL = "adapterkit.original"
 """Metadata key under which a rewritten model stores what is needed to restore the original."""

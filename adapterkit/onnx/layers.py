@@ -1,4 +1,4 @@
-"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py` for each method.
+"""Layers of a graph with the interface that formulas use; see `adapterkit/torch/layers.py`.
 
 Weights are `[out, in, *k]`, however the node stores them. A layer's input and output are graph values, and the result
 of a formula takes over the output.
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
-from .building import Array, Branch, element_type, kind_of
+from .building import Array, Branch, Building, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
@@ -354,3 +354,284 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.
     # Only a vector of the outputs is a bias; another constant may be a mask or a table of positions.
     on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None
+
+
+# Layers other than matrix products: convolutions along any number of axes, and embeddings.
+
+
+class Conv(Layer):
+    """A convolution along any number of axes, grouped or not."""
+
+    op_type = "Conv"
+    axes = range(3, 9)
+
+    @property
+    def channel(self) -> int:
+        return 1 - len(self.shape)
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        return self.node.inputs[2] if len(self.node.inputs) > 2 and is_constant(self.node.inputs[2]) else None
+
+    @property
+    def direct(self) -> bool:
+        return bool(attribute(self.node, "group", 1) == 1)
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    def op(self, x: Value, w: Value) -> Value:
+        w = self._of(x, w)
+        # The new weight may have another kernel, whose shape ONNX infers without the attribute.
+        kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
+        # The weight spans the channels of all groups: convolve without groups.
+        if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
+            return self._convolved(x, w, w.shape[0], kept | {"group": 1})
+        whole = w.reshape(w.shape[0], *self.shape[1:])
+        return self._convolved(x, self.seen(whole), w.shape[0], kept)
+
+    def mix(self, h: Value, w: Value) -> Value:
+        w = self._of(h, w)
+        # A mix of channels is a convolution with a kernel of size 1.
+        point = w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2))
+        return self._node("Conv", h, point, w.shape[0], {})
+
+    def per_channel(self, v: Any) -> Any:
+        return v.reshape(-1, *[1] * (len(self.shape) - 2))
+
+    def _convolved(self, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+        return self._node(self.op_type, x, w, out, attributes)
+
+    def _node(self, op: str, x: Value, w: Value, out: int, attributes: dict[str, Any]) -> Value:
+        sizes = (None, out, *[None] * (len(self.shape) - 2))
+        node = self.branch.node(op, [x.value, w.value], attributes, x.dtype, None)
+        return Value(self.branch, sizes, x.dtype, node)
+
+
+class ConvTranspose(Conv):
+    """A transposed convolution; its weight is stored as `[in, out / groups, *k]`."""
+
+    op_type = "ConvTranspose"
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return True
+
+
+class Gather(Layer):
+    """An embedding: rows of a table `[in, out]`, where a token is an index along `in`."""
+
+    op_type = "Gather"
+    position = 0
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        plain = super().takes(node) and attribute(node, "axis", 0) == 0 and not is_constant(node.inputs[1])
+        return plain and element_type(node.inputs[0]).kind not in "iub"
+
+    @property
+    def read(self) -> ir.Value:
+        found = self.node.inputs[1]
+        assert found is not None
+        return found
+
+    def op(self, x: Value, w: Value) -> Value:
+        table = self._of(self.y, w).swapaxes(0, 1)
+        sizes = None if x.sizes is None else (*x.sizes, table.shape[1])
+        node = self.branch.node("Gather", [table.value, x.value], {"axis": 0}, table.dtype, None)
+        return Value(self.branch, sizes, table.dtype, node)
+
+
+# onnxruntime's fused attention: one weight `[in, q | k | v]` in a node that computes the whole attention.
+#
+# A merge changes that weight in place. For a branch, the node is split into a MatMul, an Add of its bias and a
+# MultiHeadAttention.
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
+
+
+KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
+"""Attributes that both operators have."""
+
+
+class Attention(Layer):
+    """The projections to queries, keys and values, which are rows of one weight."""
+
+    op_type = "Attention"
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
+        return known and is_constant(node.inputs[1])
+
+    @property
+    def own_bias(self) -> ir.Value | None:
+        held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
+        return held if is_constant(held) else None
+
+
+class FusedGemm(Gemm):
+    """A Gemm with a fused activation, as in saved optimized sessions."""
+
+    # A branch would have to be added before the activation, which is inside of the node. A merge changes W only.
+
+    op_type = "FusedGemm"
+    merge_only = True
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return _is_fused(node, cls)
+
+
+class FusedConv(Conv):
+    """A Conv with a fused sum and activation."""
+
+    op_type = "FusedConv"
+    merge_only = True
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return _is_fused(node, cls)
+
+
+def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
+    known = node.op_type == kind.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
+    return known and is_constant(node.inputs[1]) and len(shape_of(node.inputs[1])) in kind.axes  # type: ignore[arg-type]
+
+
+def taken_apart(node: ir.Node, building: Building) -> ir.Node:
+    """Replace the node by several; return the MatMul among them.
+
+    Raises:
+        Unsupported: it has a past or a position bias, or applies rotary embeddings.
+    """
+    more = [one for one in (*node.inputs[4:], *[o for o in node.outputs[1:] if o.uses()]) if one is not None]
+    if more or attribute(node, "do_rotary", 0):
+        why = "an Attention node with a past or positions of its own"
+        raise Unsupported(why, where=node.name, cure="Merge it instead, or inject before the graph is optimised")
+    x, W, bias, mask = (*node.inputs, None, None)[:4]
+    assert x is not None
+    assert W is not None
+    third = shape_of(W)[1] // 3
+    # Without the attribute, queries, keys and values have equal sizes.
+    ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
+    branch, kind = Branch(building, node.name or "attention"), element_type(W)
+    y = branch.node("MatMul", [x, W], None, kind, None)
+    y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
+    parts = [_cut(branch, y, start, stop, kind) for start, stop in zip((0, *ends[:2]), ends, strict=True)]
+    out = ir.Value(name=building.name(f"{branch.name}/output"), type=node.outputs[0].type)
+    words = {name: node.attributes[name].value for name in KEPT if name in node.attributes}
+    whole = ir.node("MultiHeadAttention", [*parts, None, mask], words, outputs=[out], domain="com.microsoft")
+    whole.name = building.name(f"{branch.name}/MultiHeadAttention")
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, [*branch.nodes, whole])
+    branch.nodes[0].metadata_props.update(node.metadata_props)
+    takes_over(node.outputs[0], out, branch)
+    graph.remove(node, safe=True)
+    return branch.nodes[0]
+
+
+def _cut(branch: Branch, y: ir.Value, start: int, stop: int, kind: object) -> ir.Value:
+    limits = [branch.building.literal(np.array([number], dtype=np.int64)) for number in (start, stop, -1)]
+    return branch.node("Slice", [y, *limits], None, kind, None)
+
+
+# Recurrent layers: one tensor has the weights of all gates and directions. Merges can change it, branches cannot.
+#
+# The order of gates differs: torch has r z n for GRU and i f g o for LSTM, ONNX has z r h and i o f c. Weights are
+# shown in torch's order. https://onnx.ai/onnx/operators/onnx__LSTM.html
+# https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+
+
+GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
+"""Operator -> for each of ONNX's gates, its position in torch's order."""
+
+_CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
+
+
+class Recurrent(Layer):
+    """One direction's weight `[gates * hidden, in]`, for the inputs or the hidden state.
+
+    Class attributes:
+        direction: which of the stacked directions.
+        part: torch's name of the weight.
+    """
+
+    merge_only = True
+    direction: ClassVar[int] = 0
+    part: ClassVar[str] = "ih"
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
+        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
+        # A unidirectional layer stacks only one direction.
+        return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        return super().held_shape(node)[1:]
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        # argsort inverts the permutation: from ONNX's order back to torch's.
+        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
+        return lambda: _reordered(numbers(copy)[cls.direction], order)
+
+    @classmethod
+    def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
+        """Return a function that computes the stacked tensor, with this direction's weight changed by `f`."""
+        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
+
+        def make() -> Array:
+            stacked: Array = numbers(copy).astype(np.float64)
+            W = _reordered(stacked[cls.direction], np.argsort(order))
+            stacked[cls.direction] = _reordered(f(W), order)
+            return stacked
+
+        return make
+
+    @classmethod
+    def name(cls, node: ir.Node) -> str | None:
+        """Return torch's name of the weight, from the node's path."""
+        found = _CALL.search(node.name or "")
+        if found is None or not (node.name or "").startswith("/"):
+            return None
+        module = _CALL.sub("", node.name or "").strip("/").replace("/", ".")
+        back = "_reverse" if cls.direction else ""
+        return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
+
+
+def _reordered(W: Any, order: Any) -> Array:
+    gates: Array = W.reshape(len(order), -1, W.shape[-1])[order]
+    return gates.reshape(W.shape)
+
+
+class InputsBack(Recurrent):
+    """The weight of the inputs, backward direction."""
+
+    direction = 1
+
+
+class Hidden(Recurrent):
+    """The weight of the hidden state."""
+
+    part, position = "hh", 2
+
+
+class HiddenBack(Hidden):
+    """The weight of the hidden state, backward direction."""
+
+    direction = 1
+
+
+RECURRENT: tuple[type[Recurrent], ...] = (Recurrent, InputsBack, Hidden, HiddenBack)

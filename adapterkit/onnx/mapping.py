@@ -12,9 +12,9 @@ from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
 from .matching import distance, nearest
 from .model_file import opened
+from .modules import same_end
 from .norms import NEAR
 from .resolving import METHODS, Known, Spot, by_name, spots_of
-from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

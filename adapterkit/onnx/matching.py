@@ -16,9 +16,9 @@ from ..core.adapter import Adapter
 from ..errors import TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
+from .modules import same_end
 from .norms import APART, NEAR, refuse_folded, with_norms
 from .resolving import Found, Known, Spot
-from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

@@ -1,33 +1,172 @@
-"""Model files: opened without their numbers, checked, and written completely or not at all.
-
-External data of a model is shared: the rewritten model refers to the same bytes, and new tensors go into a small file
-of their own.
-"""
+"""Model files: opened without their numbers, checked, and written completely or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
 from ..io.atomic import replacing, write_bytes
+from ..io.checkpoint import contained
 from ..io.inputs import open_input
 from ..io.locations import located
 from ..io.staging import Staging, check_free, check_inputs, clear, files_below, staged
+from ..merging.arrays import NumpyArrays
+from ..merging.execute import execute
+from ..merging.options import most_workers
+from ..merging.planned import Output, OutputFile
+from ..merging.staging_dir import StagingDir
 from .building import OPSET
-from .changes import Changed
-from .data_files import checked_data, external
-from .streaming import alignment, placed, streamed, worked_out
+from .changes import Changed, bytes_of
 from .validating import check_model
+
+
+def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """Return the files that hold the model's numbers, after checking each of them.
+
+    Raises:
+        Malformed: a file is missing, too short, outside of the folder, or linked from elsewhere.
+    """
+    files: dict[Path, int] = {}
+    for tensor in external(model):
+        where = tensor.name or "a tensor"
+        file = contained(path.parent, str(tensor.location))
+        real = _inside(file, path, where)
+        offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        # The length may be left out of a reference; then it follows from shape and dtype.
+        need = offset + length
+        if offset < 0 or length < tensor.nbytes:
+            raise Malformed("its offset or length in the data file is invalid", path=path, where=where, cure=_AGAIN)
+        files[file] = max(files.get(file, 0), need)
+        if real.stat().st_size < need:
+            why = f"{real.stat().st_size} bytes where {need} are needed"
+            raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
+        # A hub's cache stores files as links. Runtimes refuse links out of the folder, so read the real file.
+        tensor._base_dir, tensor._location = str(real.parent), real.name
+        tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
+    return tuple(files)
+
+
+def _inside(file: Path, model: Path, where: str) -> Path:
+    """Return the real file behind links; they may lead to the folder of the model's own real file, nowhere else."""
+    try:
+        real, home = file.resolve(strict=True), model.resolve(strict=True).parent
+    except (OSError, RuntimeError) as error:  # RuntimeError: circular links, before Python 3.13.
+        why = f"its data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
+        raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
+    if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
+        why = f"its data file {file.name} is a link out of the model's folder"
+        raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
+    # An archive may contain a hard link to any file of the user who unpacks it. onnx refuses hard links, too.
+    if real.stat().st_nlink > 1:
+        why = f"its data file {file.name} is a hard link, possibly to another user's file"
+        raise Malformed(why, path=model, where=where, cure="Copy the file in its own place, if you trust it")
+    return real
+
+
+def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield the tensors with data outside of the model file, including those of node attributes and subgraphs."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for held in node.attributes.values():
+                several = held.value if held.type == ir.AttributeType.TENSORS else [held.value]
+                yield from (one for one in several if isinstance(one, ir.ExternalTensor))
+
+
+_AGAIN = "Export the model again"
+
+
+# Write the numbers of a merged model: computed and copied into one data file by the workers of the merge engine.
+
+
+PAGE = 4096
+"""Alignment of large tensors in bytes, so that runtimes can memory-map them."""
+
+
+def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
+    """Write tensors into a new data file beside `out`, atomically; the tensors then refer to it.
+
+    Raises:
+        StorageError: the file exists, or cannot be written.
+        Malformed: a result does not fit its dtype.
+    """
+    file = out.with_name(f"{out.name}.data")
+    if file.exists():
+        raise StorageError("already there", path=file, cure="Remove it, or write to another name")
+    planned = OutputFile(file.name, b"", tuple(_outputs(values)))
+    # A later run cannot continue half a data file, so the stage's random name is never reused.
+    stage = StagingDir(file, secrets.token_hex(16), [file.name], single=True)
+    with stage.locked():
+        try:
+            execute([planned], stage, [NumpyArrays()], None, most_workers(), checksums=False)
+            stage.publish_all()
+        except BaseException:
+            stage.discard()
+            raise
+    for value, output in zip(values, planned.outputs, strict=True):
+        value.const_value = placed(value.const_value, file, output.offset)
+    return [file]
+
+
+def _outputs(values: Iterable[ir.Value]) -> Iterable[Output]:
+    end = 0
+    for value in values:
+        tensor = value.const_value
+        assert tensor is not None
+        offset = end + -end % alignment(tensor.nbytes)
+        end = offset + tensor.nbytes
+        if isinstance(tensor, Changed):
+            yield tensor.change.output(offset)
+        else:
+            source = bytes_of(tensor)
+            yield Output(value.name or "", source.dtype, source.shape, offset, source, ())
+
+
+def worked_out(values: Iterable[ir.Value]) -> None:
+    """Compute tensors that stay in the model's own file."""
+
+    def compute(value: ir.Value) -> None:
+        tensor = value.const_value
+        assert isinstance(tensor, Changed)
+        value.const_value = ir.Tensor(tensor.change.array(), dtype=tensor.dtype, name=value.name)
+
+    # One BLAS thread per worker, because the workers together already use all cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(most_workers()) as pool:
+        list(pool.map(compute, values))
+
+
+def alignment(nbytes: int) -> int:
+    """Return the alignment of a tensor in a data file, in bytes."""
+    return PAGE if nbytes > 1 << 20 else 64
+
+
+def placed(tensor: Any, file: Path, offset: int) -> ir.ExternalTensor:
+    """Return a tensor that refers to a run of bytes in a file."""
+    return ir.ExternalTensor(
+        file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
+    )
+
+
+# Model files: opened without their numbers, checked, and written completely or not at all.
+#
+# External data of a model is shared: the rewritten model refers to the same bytes, and new tensors go into a small
+# file of their own.
+
 
 INLINE = 1024
 """New tensors of up to this many bytes are stored in the model's own file."""
@@ -233,7 +372,7 @@ def placing(
         stays: more files in the folder of `out` that the model refers to.
         inputs: other files that are read; none of them is replaced.
         overwrite: replace an existing model.
-        made_from: a digest of everything that decides the output; see `adapterkit.io.records`.
+        made_from: a digest of everything that decides the output; see `adapterkit.io.staging`.
 
     Raises:
         UsageError: `out` is a folder, the model itself, or another input.

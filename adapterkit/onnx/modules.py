@@ -1,11 +1,8 @@
-"""Modules of the exported model: their nodes, inputs and outputs, found by the names that exporters leave.
-
-Bottlenecks, ReFT and invertible adapters attach to modules that are no single layer. torch's exporters record which
-modules each node is in: the newer one in the node's metadata, the older one in its name.
-"""
+"""Modules of the exported model: their names in a graph, their nodes, inputs and outputs."""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +13,38 @@ import onnx_ir as ir
 from ..errors import TargetNotFound, nearest
 from .building import element_type
 from .operands import is_constant
-from .scopes import SCOPES, listed, same_end
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key of a node that lists the modules that it is in."""
+
+CLASSES = "pkg.torch.onnx.class_hierarchy"
+"""Metadata key of a node that lists the classes of these modules."""
+
+_LIST = 1 << 16
+"""Longest list in characters; an untrusted file may have any length."""
+
+
+def listed(text: str | None) -> list[str]:
+    """Parse a list of words from a graph's metadata; return an empty list if it is invalid."""
+    if not text or len(text) > _LIST:
+        return []
+    try:
+        # torch writes the list as Python's repr, which is not JSON.
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
+
+
+def same_end(one: str, other: str) -> bool:
+    """Whether two dotted paths are equal except for a prefix that a wrapper adds."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
+# Modules of the exported model: their nodes, inputs and outputs, found by the names that exporters leave.
+#
+# Bottlenecks, ReFT and invertible adapters attach to modules that are no single layer. torch's exporters record which
+# modules each node is in: the newer one in the node's metadata, the older one in its name.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

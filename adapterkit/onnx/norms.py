@@ -18,10 +18,9 @@ import onnx_ir as ir
 from ..errors import TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Array
-from .convolutions import Conv, ConvTranspose
-from .layers import Gemm, MatMul, bias_after, dequantized, only_reader
+from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader
+from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
-from .scopes import CLASSES, SCOPES, listed, same_end
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

@@ -15,12 +15,10 @@ import onnx_ir as ir
 
 from ..core.adapter import Target
 from ..errors import Unsupported
-from .building import Branch
-from .copies import Copies, between, copied
+from .building import Branch, Copies, between, copied
 from .modules import Module, module_at
 from .operands import attribute, is_constant
-from .sizes import Unsayable
-from .values import Value, plain
+from .values import Unsayable, Value, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,21 +1,164 @@
-"""Layers as onnxruntime's tools write them: fused ones, and those that compute with packed weights.
-
-Packed numbers stay unchanged. A branch computes in floating point beside them, on the input before it is quantized.
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
-"""
+"""Layers with packed integer weights: read them, convert them to floating point, and pack changed weights again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
-from .building import Array, element_type
-from .layers import Layer, MatMul, only_reader
+from ..errors import Unsupported
+from ..io.lazy import DTYPES
+from ..merging.quantized import WHY
+from ..merging.requantize import damage_of
+from ..quant._grouped import Grouped
+from ..quant._scheme import joined
+from .building import Array, Branch, Building, element_type, takes_over
+from .changes import Change, Stored, exchange, lazily, settled_from, unturned
+from .layers import Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
+
+if TYPE_CHECKING:
+    from .resolving import Spot
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers(Grouped):
+    """A weight as `[rows, columns]`, in groups of columns."""
+
+    q: Array
+    zero: Array | int
+    scale: Array
+    limits: tuple[int, int]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.limits
+
+    def whole(self, start: int, stop: int) -> Array:
+        return self.q[start:stop].astype(np.int32)
+
+    def zeros(self, start: int, stop: int) -> Array | int:
+        return self.zero if isinstance(self.zero, int) else self.zero[start:stop].astype(np.int32)
+
+    def scales(self, start: int, stop: int) -> Array:
+        return self.scale[start:stop].astype(np.float32)
+
+    def _fixed_zero(self) -> int | None:
+        middle = (sum(self.limits) + 1) // 2
+        return self.zero if isinstance(self.zero, int) else middle if (self.zero == middle).all() else None
+
+    def kept(self, scales: Array) -> Array:
+        kept: Array = scales.astype(self.scale.dtype).astype(np.float32)
+        return kept
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        return q, zeros, scales
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        return dict(zip(("q", "zero", "scale"), joined(pieces, (0, 0, 0)), strict=True))
+
+    def with_numbers(self, found: Mapping[str, Array]) -> Numbers:
+        zero = self.zero if isinstance(self.zero, int) else found["zero"]
+        return replace(self, q=found["q"], zero=zero, scale=found["scale"].astype(self.scale.dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """How an integer tensor maps to rows, in which each run of columns has one scale.
+
+    Attributes:
+        shape: the tensor's shape.
+        scale: the stored scales: one, one per channel, or one per block.
+        axis: the axis along which scales differ.
+        block: how many numbers along the axis share a scale; 0 for channels.
+    """
+
+    shape: tuple[int, ...]
+    scale: Array
+    axis: int
+    block: int
+
+    def rows(self, W: Array) -> Array:
+        if self.block:
+            return np.moveaxis(W, self.axis, -1).reshape(-1, W.shape[self.axis])
+        return W.reshape(1, -1) if self.scale.size == 1 else np.moveaxis(W, self.axis, 0).reshape(self.scale.size, -1)
+
+    def back(self, rows: Array) -> Array:
+        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
+        if self.block:
+            return np.moveaxis(rows.reshape(*rest, self.shape[self.axis]), -1, self.axis)
+        if self.scale.size == 1:
+            return rows.reshape(self.shape)
+        return np.moveaxis(rows.reshape(self.shape[self.axis], *rest), 0, self.axis)
+
+    def wide(self, small: Array) -> Array:
+        """Convert stored scales or zero points to `[rows, groups]`."""
+        if self.block:
+            return np.moveaxis(small, self.axis, -1).reshape(-1, small.shape[self.axis])
+        return np.broadcast_to(small.reshape(-1, 1), (self.scale.size, 1))
+
+    def small(self, wide: Array | int, like: Array) -> Array:
+        """Convert `[rows, groups]` back to the stored form of `like`."""
+        if isinstance(wide, int):
+            return like
+        if not self.block:
+            return wide.reshape(-1)[: like.size].reshape(like.shape).astype(like.dtype)
+        rest = [size for axis, size in enumerate(like.shape) if axis != self.axis]
+        return np.moveaxis(wide.reshape(*rest, like.shape[self.axis]), -1, self.axis).astype(like.dtype)
+
+    def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> Numbers:
+        limits = import_module("ml_dtypes").iinfo(q.dtype)
+        # The rows have no padding for a last, shorter block.
+        uneven = self.block and self.shape[self.axis] % self.block
+        if uneven or (zero is not None and zero.size not in (1, self.scale.size)) or (zero is None and limits.min == 0):
+            raise unknown(node)
+        zeros: Any = 0 if zero is None else self.wide(zero.astype(np.int32))
+        one_for_all = zero is not None and zero.size == 1 < self.scale.size
+        if one_for_all:
+            zeros = int(zero.reshape(-1)[0])  # type: ignore[union-attr]
+        bits = int(limits.max - limits.min).bit_length()
+        span = (int(limits.min), int(limits.max))
+        return numbers_in(node, self.rows(q.astype(np.int32)), zeros, self.wide(self.scale), span, bits)
+
+
+def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> Numbers:
+    """Return integers `[rows, columns]` with zero points and scales `[rows, groups]` and the stored type's limits."""
+    return Numbers(
+        node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
+    )  # fmt: skip
+
+
+def unknown(node: ir.Node) -> Unsupported:
+    """Return the error for an unknown packing scheme."""
+    why = "a weight in an unknown packing scheme"
+    return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
+
+
+def split(rows: Array, bits: int) -> Array:
+    """Unpack numbers of a few bits from bytes, `[rows, columns]`, int32."""
+    return unpacked(rows, bits).astype(np.int32)
+
+
+def joined_bits(rows: Array, bits: int) -> Array:
+    """Pack numbers of a few bits into bytes, lowest bits first; rows are padded with zeros."""
+    per = 8 // bits
+    full = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per))).astype(np.uint8)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    packed: Array = np.bitwise_or.reduce(full.reshape(len(full), -1, per) << shifts, axis=-1)
+    return packed
+
+
+# Layers as onnxruntime's tools write them: fused ones, and those that compute with packed weights.
+#
+# Packed numbers stay unchanged. A branch computes in floating point beside them, on the input before it is quantized.
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 
 
 class FusedMatMul(MatMul):
@@ -180,3 +323,295 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     if len(of_weight) != 1 or of_weight[0] is None or not is_constant(of_weight[0]):
         return None
     return mul.outputs[0], of_weight[0]
+
+
+# Convert packed layers to floating point, so that a merge can change them; and the choices for packed weights.
+
+
+CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
+"""Choices of a merge for a packed weight -> their meaning."""
+
+EXPLAINED = (
+    "Inject instead of merging, which leaves the weight as it is; or choose: (1) quantized='dequantize' "
+    "(--quantized dequantize): fold into the dequantized weight and write a layer of floating point; (2) "
+    "quantized='requantize' (--quantized requantize): quantize the result again in the same scheme, which rounds the "
+    "change as coarsely as the weight and says how much of it is left"
+)
+
+PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
+"""Suffixes that quantizers append to the name of a weight."""
+
+
+def is_packed(spot: Spot) -> bool:
+    """Whether a layer's weight is stored as integers."""
+    kinds = [(one.const_value or one, one) for one in spot.sources]
+    return any(
+        held.dtype is not None and not held.dtype.is_floating_point() and len(shape_of(one)) > 1 for held, one in kinds
+    )
+
+
+def as_float(spot: Spot, building: Building, made: dict[Any, ir.Value]) -> Spot:
+    """Convert a packed layer to floating point, including its input and output; return the new layer."""
+    layer = spot.kind(spot.node, Branch(building, "dequantize"))
+    whole = isinstance(layer, MatMulNBits | MatMulInteger)
+    value = _unpacked(spot, layer, whole, building, made)
+    node = _plain_node(layer, value) if whole else _plain_operands(spot, layer, value)
+    kind: type[Layer] = MatMul if whole else spot.kind
+    first, second, *rest = shape_of(value)
+    shape = (second, first, *rest) if kind.turns(node) else (first, second, *rest)
+    return replace(spot, node=node, kind=kind, sources=(value,), shape=shape)
+
+
+def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
+    """Return the node with its weight, input and output no longer quantized and dequantized."""
+    node, other = spot.node, 1 - spot.kind.position
+    before = [one.producer() for one in node.inputs[:2] if one is not None]
+    node.replace_input_with(other, layer.read)
+    node.replace_input_with(spot.kind.position, value)
+    for one in before:
+        drop(one)
+    ends = [layer.result] if layer.after is None else [layer.result, layer.after[0].outputs[0]]
+    for out in ends:
+        _replaced(dequantized(out), out, layer.branch)
+    return node
+
+
+def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
+    """Return the dequantized weight, one initializer per packed one; computed when it is written."""
+    operand = layer.operand
+    key = (id(operand), *(id(one) for one in spot.node.inputs[2:4])) if whole else id(operand)
+    if key not in made:
+        make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
+        shape, turn = spot.kind.held_shape(spot.node), whole and not spot.kind.turns(spot.node)
+        name = building.name(PACKED.sub("", spot.sources[0].name or "weight"))
+        sizes = ir.Shape(shape[::-1] if turn else shape)
+
+        def worked_out() -> ir.TensorProtocol:
+            W = np.asarray(make()).astype(kind.numpy(), copy=False)
+            return ir.Tensor(np.ascontiguousarray(W.T if turn else W), dtype=kind, name=name)
+
+        tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
+        made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
+        building.model.graph.register_initializer(made[key])
+        # Keep the operand alive, so that no other object gets its id.
+        building.keep(operand)
+    return made[key]
+
+
+def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
+    """Replace a node that computes with packed weights by a MatMul, and an Add if it had a bias."""
+    branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
+    assert graph is not None
+    assert last is not None
+    y = branch.node("MatMul", [layer.read, value], None, layer.dtype, None)
+    node = branch.nodes[0]
+    if layer.own_bias is not None:
+        y = branch.node("Add", [y, layer.own_bias], None, layer.dtype, None)
+    graph.insert_after(last, branch.nodes)
+    node.metadata_props.update(layer.node.metadata_props)
+    _replaced(layer.result, y, branch)
+    node.name = layer.node.name
+    return node
+
+
+def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    """Replace all uses of `old` with `new`, and remove the nodes that are left unused."""
+    if old is new:
+        return
+    takes_over(old, new, branch)
+    drop(old.producer())
+
+
+def drop(node: ir.Node | None) -> None:
+    """Remove a node that nothing reads, and the nodes before it that served only that one."""
+    if node is None or node.graph is None or any(out.uses() or out.is_graph_output() for out in node.outputs):
+        return
+    before = [value.producer() for value in node.inputs if value is not None]
+    node.graph.remove(node, safe=True)
+    for one in before:
+        drop(one)
+
+
+# Pack changed weights again, in their original scheme.
+#
+# Scales and zero points are chosen by the same code that requantizes any base; see `adapterkit/quant/_grouped.py`.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """How a layer's weight is packed.
+
+    Attributes:
+        stored: the tensor, and whether the layer sees it transposed.
+        shape: the stored weight's shape.
+        numbers: its integers, zero points and scales, as rows.
+        rows: converts a weight in stored order to rows.
+        put: gives the layer other integers, zero points and scales.
+    """
+
+    stored: Stored
+    shape: tuple[int, ...]
+    numbers: Numbers
+    rows: Callable[[Array], Array]
+    put: Callable[[Numbers], None]
+
+    def again(self, change: Change) -> dict[str, float]:
+        """Pack a changed weight and give it to the layer; return the error, see `damage_of`."""
+        merged = self.rows(change.array()).astype(np.float32)
+        found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
+        self.put(found)
+        count = len(merged)
+        M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), found.rows(0, count)))
+        return damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
+
+    def source(self, spot: Spot) -> Any:
+        """Return the dequantized numbers in stored order, float32."""
+        make = spot.kind.detached(spot.node) if spot.kind in (MatMulNBits, MatMulInteger) else None
+        value = self.stored.value
+        made = make or (lambda: numbers(value))
+        return lazily(lambda: np.asarray(made()).astype(np.float32), self.shape, ir.DataType.FLOAT)
+
+
+def packing_of(spot: Spot, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+    """Return how a layer's weight is packed.
+
+    Raises:
+        Unsupported: the scheme is unknown.
+    """
+    if spot.kind is MatMulNBits:
+        return _in_bits(spot.node, building, fresh)
+    if spot.kind is MatMulInteger:
+        return _in_integers(spot.node, building, fresh)
+    stored = unturned(spot.node.inputs[spot.kind.position])  # type: ignore[arg-type]
+    node = stored.value.producer()
+    if node is not None and node.op_type == "DequantizeLinear":
+        return _in_linear(spot, node, stored, building, fresh)
+    if node is not None and node.op_type == "Mul":
+        return _in_product(spot, node, stored, building, fresh)
+    raise unknown(spot.node)
+
+
+def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+    (N, K), bits, size = MatMulNBits.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
+    blocks, given = -(-K // size), [*node.inputs[1:4], None][:3]
+    packed, scale = numbers(given[0]), numbers(given[1])  # type: ignore[arg-type]
+    zero: Any = 1 << (bits - 1)
+    if given[2] is not None:
+        stored = numbers(given[2])
+        if stored.dtype != np.uint8:
+            raise unknown(node)
+        zero = split(stored.reshape(N, -1), bits)[:, :blocks]
+    q = split(packed.reshape(N, -1), bits)
+    found = numbers_in(node, q, zero, scale.reshape(N, blocks), (0, (1 << bits) - 1), bits)
+
+    def put(new: Numbers) -> None:
+        arrays = [joined_bits(new.q, bits).reshape(packed.shape), new.scale.reshape(scale.shape)]
+        if not isinstance(new.zero, int):
+            arrays.append(joined_bits(new.zero, bits).reshape(stored.shape))
+        for at, array in enumerate(arrays, 1):
+            node.replace_input_with(at, _value(building, fresh, node.inputs[at], array))
+
+    def rows(W: Array) -> Array:
+        return np.pad(W, ((0, 0), (0, blocks * size - K)))
+
+    return Packing(Stored(given[0], False, ()), (N, K), found, rows, put)  # type: ignore[arg-type]
+
+
+def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> Packing:
+    held, scale, mul = node.inputs[1], *product_behind(node)
+    zero = node.inputs[3] if len(node.inputs) > 3 else None
+    assert held is not None
+    seen = Seen(shape_of(held), numbers(scale), len(shape_of(held)) - 1, 0)
+
+    def put(new: Numbers) -> None:
+        node.replace_input_with(1, _value(building, fresh, held, seen.back(new.q)))
+        if zero is not None:
+            node.replace_input_with(3, _value(building, fresh, zero, seen.small(new.zero, numbers(zero))))
+        fresh_scale = _value(building, fresh, scale, seen.small(new.scale, numbers(scale)))
+        product = next(v.producer() for v in mul.inputs if v is not None and v.producer().op_type == "Mul")  # type: ignore[union-attr]
+        assert product is not None
+        inputs = [fresh_scale if one is scale else one for one in product.inputs]
+        copy = ir.node("Mul", inputs, name=building.name(f"{product.name}.merged"))
+        mul.graph.insert_before(mul, copy)  # type: ignore[union-attr]
+        mul.replace_input_with(list(mul.inputs).index(product.outputs[0]), copy.outputs[0])
+        copy.outputs[0].name = building.name(f"{copy.name}_output")
+        drop(product)
+
+    found = seen.numbers_of(node, numbers(held), None if zero is None else numbers(zero))
+    return Packing(Stored(held, False, ()), shape_of(held), found, seen.rows, put)
+
+
+def _in_linear(
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+) -> Packing:  # fmt: skip
+    given = [*node.inputs, None][:3]
+    held, scale, zero = (None if one is None else numbers(one) for one in given)
+    assert held is not None
+    assert scale is not None
+    seen = Seen(held.shape, scale, attribute(node, "axis", 1) % held.ndim, attribute(node, "block_size", 0))
+
+    def put(new: Numbers) -> None:
+        arrays = [seen.back(new.q), seen.small(new.scale, scale)]
+        arrays += [] if zero is None else [seen.small(new.zero, zero)]
+        values = [_value(building, fresh, one, array) for one, array in zip(given, arrays, strict=False)]
+        _copied(spot, node, stored, values, building)
+
+    return Packing(stored, held.shape, seen.numbers_of(spot.node, held, zero), seen.rows, put)
+
+
+def _in_product(
+    spot: Spot, node: ir.Node, stored: Stored, building: Building, fresh: dict[Any, ir.Value]
+) -> Packing:  # fmt: skip
+    """`Cast(q) * scale`: 8-bit weights stored without quantization operators."""
+    cast = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
+    made_by = None if cast is None else cast.producer()
+    scale = next((v for v in node.inputs if v is not None and v is not cast and v.const_value is not None), None)
+    held = made_by.inputs[0] if made_by is not None and made_by.op_type == "Cast" else None
+    if made_by is None or scale is None or held is None or held.const_value is None:
+        raise unknown(spot.node)
+    q, factors = numbers(held), numbers(scale)
+    sizes = (1,) * (q.ndim - factors.ndim) + factors.shape
+    axes = [axis for axis, size in enumerate(sizes) if size != 1]
+    if len(axes) > 1 or q.dtype.kind not in "iu":
+        raise unknown(spot.node)
+    seen = Seen(q.shape, factors, axes[0] if axes else 0, 0)
+
+    def put(new: Numbers) -> None:
+        out = ir.Value(name=building.name(f"{held.name}.merged/Cast_output"), type=cast.type)  # type: ignore[union-attr]
+        words = {name: one.value for name, one in made_by.attributes.items()}
+        again = ir.node("Cast", [_value(building, fresh, held, seen.back(new.q))], words, outputs=[out])
+        again.name = building.name(f"{made_by.name}.merged")
+        node.graph.insert_before(node, again)  # type: ignore[union-attr]
+        factor = _value(building, fresh, scale, seen.small(new.scale, factors))
+        inputs = [out if one is cast else factor for one in node.inputs]
+        _copied(spot, node, stored, inputs, building)
+
+    return Packing(stored, q.shape, seen.numbers_of(spot.node, q, None), seen.rows, put)
+
+
+def _copied(spot: Spot, node: ir.Node, stored: Stored, inputs: list[ir.Value], building: Building) -> None:
+    """Connect a layer to a copy of its dequantizing node, because others may read the original."""
+    out = ir.Value(name=building.name(f"{node.outputs[0].name}.merged"), type=node.outputs[0].type)
+    out.shape = node.outputs[0].shape
+    words = {name: one.value for name, one in node.attributes.items()}
+    copy = ir.node(node.op_type, inputs, words, outputs=[out], name=building.name(f"{node.name}.merged"))
+    copy.metadata_props.update(node.metadata_props)
+    node.graph.insert_before(node, copy)  # type: ignore[union-attr]
+    exchange(spot.node, spot.kind.position, stored, out, building)
+    drop(node)
+
+
+def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None, array: Array) -> ir.Value:
+    """Return a new tensor in place of an old one and in its dtype; nodes with equal numbers share it."""
+    assert old is not None
+    assert old.const_value is not None
+    kind = old.const_value.dtype
+    held = np.ascontiguousarray(array.astype(kind.numpy()))
+    # By content, so that layers which share a tensor and get equal numbers share the new one, too.
+    key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
+    if key not in fresh:
+        name = building.name(f"{old.name}.merged")
+        tensor = ir.Tensor(held, dtype=kind, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=tensor)
+        settled_from(building, fresh, value, old, key)
+    return fresh[key]

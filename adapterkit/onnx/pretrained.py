@@ -1,15 +1,15 @@
-"""Export a transformers folder: its model as a graph, with its config and tokenizer beside it.
-
-A causal language model gets its past keys and values as inputs and outputs, named like Optimum and onnxruntime-genai
-name them. An encoder or classifier gets tokens and an attention mask. Sizes of batch and sequence are open.
-"""
+"""Export a transformers folder or a module of the user's own: the graph, with config and tokenizer beside it."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import (
     AdapterkitError,
     Malformed,
+    ShapeMismatch,
     StorageError,
     Unsupported,
     UsageError,
@@ -26,17 +27,258 @@ from ..errors import (
     nearest,
     storage_error,
 )
+from ..io.checkpoint import opened as opened_base
 from ..io.inputs import read_input
+from ..io.lazy import as_torch
 from ..io.locations import located, path_text
 from ..naming.binding.bases import check_base
-from .calling import INSIDE, words_of
-from .exporting import export, files_of_adapters, read_adapters
-from .folders import CARRIED, check_folder, moved, published
+from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
 from .injecting import Report
 from .tracing import quiet
 
 if TYPE_CHECKING:
     from .exporting import Adapters
+
+
+INSIDE = "model"
+"""Name of the attribute that holds the model inside the wrapper modules of this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A model's call.
+
+    Attributes:
+        module: a wrapper that takes positional tensors and returns tensors.
+        examples: example arguments of several sizes; the first one is traced.
+        inputs: names of the inputs, flattened.
+        outputs: names of the outputs.
+        shapes: names of the open sizes, in the structure of the arguments.
+    """
+
+    module: Any
+    examples: tuple[tuple[Any, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[Any, ...]
+
+
+def words_of(model: Any, source: Path) -> Words:
+    """Return how a model is called, judging by its class and its forward's signature.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        source: its folder, for errors.
+
+    Raises:
+        Unsupported: an unknown kind of model.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        cure = "Export its encoder and decoder by adapterkit.onnx.export"
+        raise Unsupported("a model of encoder and decoder", path=source, cure=cure)
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        cure = "Export the torch model by adapterkit.onnx.export"
+        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
+    names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
+    return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
+
+
+def _encoder(model: Any) -> Words:
+    import torch
+    from torch import nn
+
+    asked = inspect.signature(model.forward).parameters
+    kinds = getattr(model.config, "type_vocab_size", None) or 0
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in asked and kinds > 1 else [])]
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *given: Any) -> Any:
+            told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
+            return [told[name] for name in outputs]
+
+    def example(batch: int, length: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        # Hide a position, so that the check covers padding.
+        mask[0, length - 1 :] = 0 if batch > 1 else 1
+        kind = torch.zeros_like(mask)
+        kind[:, length // 2 :] = 1
+        return (_tokens(model, batch, length), mask, kind)[: len(inputs)]
+
+    with torch.no_grad(), quiet():
+        told = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
+    outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+               if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
+    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
+    examples = (example(2, 5), example(1, 3))
+    return Words(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
+
+
+def _causal(model: Any, source: Path) -> Words:
+    import torch
+    from torch import nn
+
+    transformers = import_module("transformers")
+    asked = inspect.signature(model.forward).parameters
+    word = "past_key_values" if "cache" not in asked else "cache"
+    told = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Any, mask: Any, *rest: Any) -> Any:
+            cache = transformers.DynamicCache(rest[-1])
+            given = dict(zip(told, (tokens, mask, *rest[:-1]), strict=True))
+            logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
+            return logits, _pairs(cache)
+
+    sizes = _past_sizes(model, word, source)
+    kind = next(model.parameters()).dtype
+    rng = torch.Generator().manual_seed(0)
+
+    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        # Hide a position of the past, so that the check covers left padding.
+        mask[0, : int(batch > 1 and past > 0)] = 0
+        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        # The past is random instead of zero, so that outputs depend on it.
+        held = [
+            tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
+            for pair in sizes
+        ]
+        return (_tokens(model, batch, length), mask, *([positions] if "position_ids" in told else []), held)
+
+    axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
+    layers = [f"{at}.{part}" for at in range(len(sizes)) for part in ("key", "value")]
+    past_shapes = [({0: "batch", 2: "past"},) * 2 for _ in sizes]
+    return Words(
+        Decoder().eval(),
+        (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
+        (*told, *(f"past_key_values.{layer}" for layer in layers)),
+        ("logits", *(f"present.{layer}" for layer in layers)),
+        (*({0: "batch", 1: axes[name]} for name in told[:2]),
+         (*({0: "batch", 1: axes[name]} for name in told[2:]), past_shapes)),
+    )  # fmt: skip
+
+
+def _tokens(model: Any, batch: int, length: int) -> Any:
+    import torch
+
+    most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def _pairs(cache: Any) -> list[tuple[Any, Any]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return heads and head size of each layer's keys and values, by running the model once."""
+    # Configs name these sizes differently per architecture, so they are read off a real cache.
+    import torch
+
+    cache = import_module("transformers").DynamicCache()
+    try:
+        with torch.no_grad(), quiet():
+            model(input_ids=_tokens(model, 1, 2), **{word: cache}, use_cache=True)
+        pairs = _pairs(cache)
+        sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
+    if not sizes:
+        why = f"a {type(model).__name__} that keeps no keys and values"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
+    return sizes
+
+
+# Export a torch module that a user's function returns, together with example inputs.
+
+
+OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
+"""Arguments of `export` that the function may return with its module; the caller's `opset` takes precedence."""
+
+
+def export_factory(
+    factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """Write a folder with `model.onnx` and adapter files for its slots, from the module that a function returns.
+
+    Args:
+        factory: `module:function`, imported as Python does, with the working folder first. The function takes no
+            arguments. It returns `(torch module, example arguments)`, and optionally a dictionary of further arguments
+            of `export` (those in `OWN`, which say how the module is called).
+        out: the folder to write; it appears complete, by a rename.
+        weights: a file or folder of weights to load into the module; it must have all parameters and buffers.
+        overwrite: replace a folder that an export wrote.
+        options: further arguments of `export`; those that are None are left to the function.
+
+    Raises:
+        UsageError: there is no such function, or it returns something else.
+        ShapeMismatch: the weights do not fit the module.
+        And what `export` raises; `out` is left unchanged.
+    """
+    target = Path(path_text(out))
+    check_folder(target, overwrite)
+    module, args, more = _made(factory)
+    if weights is not None:
+        _load(module, weights)
+    told = {name: value for name, value in options.items() if value is not None}
+    with published(target, files_of_adapters(options.get("adapter"))) as scratch:
+        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **told})
+    return moved(report, target)
+
+
+def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    from torch import nn
+
+    module, colon, name = factory.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
+    # For a console command, Python puts the command's folder on the path, not the working folder.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(import_module(module), name)()
+    except AdapterkitError:
+        raise
+    except Exception as error:  # The user's code may raise anything.
+        why = f"{factory} cannot be called ({type(error).__name__}: {error})"
+        raise UsageError(why, where="model", cure="Name a function that takes no arguments") from error
+    found = made if isinstance(made, tuple) else (made,)
+    if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
+        cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
+        raise UsageError(f"{factory} returns something else", where="model", cure=cure)
+    more = dict(found[2]) if len(found) == 3 else {}
+    if foreign := sorted(more.keys() - OWN, key=str):
+        cure = f"Leave it out; a function may return: {', '.join(sorted(OWN))}"
+        raise UsageError(
+            f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
+        )
+    return found[0], tuple(found[1]), more
+
+
+def _load(module: Any, weights: str | PathLike[str]) -> None:
+    held = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
+    try:
+        module.load_state_dict(held, strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise ShapeMismatch(first[:300], path=weights, cure="Name weights of this very module") from None
+
+
+# Export a transformers folder: its model as a graph, with its config and tokenizer beside it.
+#
+# A causal language model gets its past keys and values as inputs and outputs, named like Optimum and onnxruntime-genai
+# name them. An encoder or classifier gets tokens and an attention mask. Sizes of batch and sequence are open.
+
 
 DTYPES = ("float32", "float16", "bfloat16")
 

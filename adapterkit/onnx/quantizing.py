@@ -23,10 +23,10 @@ from ..errors import Unsupported, first_line
 from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
+from .modules import SCOPES, listed
 from .operands import attribute, nodes_of
+from .packed import PACKED, as_float, drop, is_packed
 from .resolving import spots_of
-from .scopes import SCOPES, listed
-from .unpacking import PACKED, as_float, drop, is_packed
 
 SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
 """Scheme -> bits of a weight, and the accuracy of kernels: level 4 lets them compute in 8-bit integers."""

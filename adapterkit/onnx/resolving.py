@@ -1,8 +1,4 @@
-"""Resolve an adapter's targets to nodes of a graph.
-
-Exporters leave names in different places, which are searched in the order of `METHODS`. Layers without a name are found
-by the numbers of their weights, if the base is available. Nothing is guessed.
-"""
+"""Resolve an adapter's targets to nodes of a graph."""
 
 from __future__ import annotations
 
@@ -18,17 +14,50 @@ from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..naming.binding import Site, check_site, find_sites, fits
-from .kinds import kinds_of
-from .layers import Layer
+from .layers import (
+    RECURRENT,
+    Attention,
+    Conv,
+    ConvTranspose,
+    Einsum,
+    FusedConv,
+    FusedGemm,
+    Gather,
+    Gemm,
+    Layer,
+    LeftMatMul,
+    MatMul,
+    Recurrent,
+)
+from .modules import SCOPES, listed, same_end
 from .norms import FoldedNorm, is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import Outlet, outlet
-from .recurrent import Recurrent
-from .scopes import SCOPES, listed, same_end
+from .packed import FusedMatMul, MatMulInteger, MatMulNBits
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from .tying import Tying
+
+
+KINDS: tuple[type[Layer], ...] = (
+    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
+    FusedGemm, FusedConv,
+)  # fmt: skip
+"""Kinds of layers; a node has at most one of them."""
+
+
+def kinds_of(node: ir.Node) -> list[type[Layer]]:
+    """Return the kinds of layers of a node: at most one, except that a recurrent node has one per weight."""
+    kind = next((kind for kind in KINDS if kind.takes(node)), None)
+    return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
+
+
+# Resolve an adapter's targets to nodes of a graph.
+#
+# Exporters leave names in different places, which are searched in the order of `METHODS`. Layers without a name are
+# found by the numbers of their weights, if the base is available. Nothing is guessed.
+
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
 """How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the

@@ -1,9 +1,4 @@
-"""Run a model with slots: load it once, and swap its adapters between runs.
-
-Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four reasons.
-A run that outlives it reads freed memory. Bindings ignore it. If two adapters set the same slot, the first one silently
-wins. And from Python, it stays in CPU memory.
-"""
+"""Run a model with slots: load it once, and swap its adapters between runs."""
 
 from __future__ import annotations
 
@@ -16,15 +11,84 @@ from typing import Any
 import numpy as np
 
 from ..core.adapter import Adapter
-from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, first_line, nearest
+from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest
 from ..io.lazy import as_array
 from ..io.locations import located
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from .building import Array
-from .feeds import check_slot, check_together, kind_of
-from .fitting import fit
 from .model_file import opened
 from .providers import CPU, CUDA, best_provider, quiet_options
+from .slots import fit
+
+_KINDS = {
+    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
+    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}  # fmt: skip
+"""onnxruntime's name of an element type -> numpy's."""
+
+
+def check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
+    """Check one tensor against its slot.
+
+    Raises:
+        TargetNotFound: there is no such slot; names the nearest.
+        ShapeMismatch: the tensor has another dtype or shape.
+    """
+    if name not in slots:
+        cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
+        raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
+    declared, kind = slots[name].shape, kind_of(slots[name])
+    if array.dtype != kind:
+        raise ShapeMismatch(f"{array.dtype} for a slot of {kind}", path=path, where=name, cure=_MADE)
+    sizes = zip(declared, array.shape, strict=False)
+    if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
+        raise ShapeMismatch(f"{list(array.shape)} for a slot of {declared}", path=path, where=name, cure=_MADE)
+
+
+def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
+    """Check that the slots of one update agree on open sizes such as the rank; a missing slot counts as size 0.
+
+    Raises:
+        ShapeMismatch: they disagree.
+    """
+    stems = {name.rpartition(".")[0] for name in feeds}
+    open_sizes: dict[tuple[str, str], int] = {}
+    for name, entry in slots.items():
+        stem = name.rpartition(".")[0]
+        for axis, size in enumerate(entry.shape):
+            if stem not in stems or not isinstance(size, str) or not size.startswith(f"{name}."):
+                continue
+            own = feeds[name].shape[axis] if name in feeds else 0
+            word = size.removeprefix(f"{name}.")
+            if open_sizes.setdefault((stem, word), own) != own:
+                why = f"{word} is {own} here and {open_sizes[stem, word]} in the tensor beside it"
+                raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
+
+
+def kind_of(entry: Any) -> np.dtype[Any]:
+    """Return the numpy dtype of a session's input or slot.
+
+    Raises:
+        Unsupported: arrays have no such type.
+    """
+    name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
+    if name is None:
+        raise Unsupported(f"an input of {entry.type}", where=entry.name, cure="Run the model with onnxruntime itself")
+    if name == "bfloat16":
+        kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        return kind
+    return np.dtype(name)
+
+
+_MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
+
+
+# Run a model with slots: load it once, and swap its adapters between runs.
+#
+# Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used, for four
+# reasons. A run that outlives it reads freed memory. Bindings ignore it. If two adapters set the same slot, the first
+# one silently wins. And from Python, it stays in CPU memory.
+
 
 Choice = str | Mapping[str, float] | None
 """The adapters of a run: one by name, several with a weight each, or None."""

@@ -17,15 +17,23 @@ import onnx_ir as ir
 
 from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_line
 from ..io.checkpoint import Checkpoint, read_json
-from .building import Branch, element_type
-from .copies import Copies, between, copied
-from .every_token import CALL, EMBEDS, MASK, POSITIONS, TOKENS, every_position, every_token, of_call, whole_numbers
+from .building import Branch, Copies, between, copied, element_type
 from .modules import module_at, modules_of
 from .operands import input_behind
-from .past import past_inputs
 from .resolving import spots_of
-from .sizes import Sizes
-from .values import Value, plain
+from .tokens import (
+    CALL,
+    EMBEDS,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    every_position,
+    every_token,
+    of_call,
+    past_inputs,
+    whole_numbers,
+)
+from .values import Sizes, Value, plain
 
 if TYPE_CHECKING:
     from .calls import Heard, Words

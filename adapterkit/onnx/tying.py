@@ -15,14 +15,14 @@ import numpy as np
 
 from ..core.adapter import Adapter
 from ..errors import UsageError
-from ..merging.fold import Fold
+from ..merging.planned_update import PlannedUpdate
 from ..merging.ties import acting, parse_tied
 from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
 from .norms import NEAR
+from .packed import is_packed
 from .resolving import METHODS, Found, Spot
 from .shadows import config_of
-from .unpacking import is_packed
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: 
     layers = {**inputs, head: [*heads, *(spot for _, more in others for spot in more)]}
     stored = next((_name(place) for place in named if _is_lookup(place.spots[0])), next(iter(inputs)))
     tie = tie_of(stored, tuple(inputs), head)
-    own: dict[str, list[Fold]] = {}
+    own: dict[str, list[PlannedUpdate]] = {}
     for place in named:
         own.setdefault(_name(place), []).append(_fold(place))
     changed = acting(tie, own, adapter, tying.tied, tying.warnings)
@@ -180,15 +180,15 @@ def _name(place: Found) -> str:
     return f"{place.target.path}.weight"
 
 
-def _fold(place: Found) -> Fold:
+def _fold(place: Found) -> PlannedUpdate:
     """Return a place's updates at the table, whose rows are tokens."""
     updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
     turned = _is_lookup(place.spots[0]) != place.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
-    return Fold(target, updates, 1.0, 0, False, _size(place.spots[0]))
+    return PlannedUpdate(target, updates, 1.0, 0, False, _size(place.spots[0]))
 
 
-def _added(layer: str, spots: list[Spot], folds: Sequence[Fold], named: Sequence[Found]) -> list[Found]:
+def _added(layer: str, spots: list[Spot], folds: Sequence[PlannedUpdate], named: Sequence[Found]) -> list[Found]:
     """Return places at a layer for the folds that come from another layer."""
     added = []
     for fold in folds:

@@ -1,20 +1,477 @@
-"""Graph values with the operators that formulas share with numpy and torch; each operator appends a node.
-
-A value may also be known: its numbers can then be computed by the same operators in numpy, for operations without a
-node. `namespace()` finds the functions of `symbols.py` through `__array_namespace__`.
-"""
+"""Graph values with the operators and array-API functions that formulas use; each becomes nodes of the graph."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from .building import Array, Branch, element_type
-from .sizes import Sizes, Unsayable, broadcast, filled, multiplied, reduced, spelled
+from .building import FREE, Array, Branch, element_type
+
+Sizes = tuple[int | None, ...]
+"""The sizes of a value's axes; None for an open size."""
+
+
+class Unsayable(AttributeError, TypeError):
+    """A formula needs something that no node expresses; it may still be computed if all numbers are known."""
+
+
+def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """Return the sizes of two operands' sum."""
+    if one is None or two is None:
+        return None
+    pad = max(len(one), len(two))
+    pairs = zip((1,) * (pad - len(one)) + one, (1,) * (pad - len(two)) + two, strict=True)
+    return tuple(_wider(a, b) for a, b in pairs)
+
+
+def _wider(a: int | None, b: int | None) -> int | None:
+    if a == b or b == 1:
+        return a
+    if a == 1 or a is None:
+        return b
+    return a
+
+
+def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """Return the sizes of two matrices' product.
+
+    Raises:
+        Unsayable: the sizes do not match.
+    """
+    if one is None or two is None or len(one) < 2 or len(two) < 2:
+        return None
+    columns, rows = one[-1], two[-2]
+    if columns is not None and rows is not None and columns != rows and max(columns, rows) < FREE:
+        raise Unsayable(f"a product of {columns} columns and {rows} rows")
+    lead = broadcast(one[:-2], two[:-2])
+    assert lead is not None
+    return (*lead, one[-2], two[-1])
+
+
+def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
+    """Return a wanted shape with its -1 resolved, or None in its place if that is impossible.
+
+    An open size in it refers to the same axis, which keeps its size.
+    """
+    if -1 not in wanted:
+        return tuple(wanted)
+    stays = _staying(sizes, wanted)
+    left = None if sizes is None else [size for place, size in enumerate(sizes) if place not in stays]
+    if left is None or None in left:
+        return tuple(None if size == -1 else size for size in wanted)
+    known = math.prod(size for place, size in enumerate(wanted) if size and size > 0 and place not in stays)
+    total = math.prod(left)  # type: ignore[arg-type]
+    return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
+
+
+def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
+    """Return a shape in the node's notation: 0 for an open size that stays, -1 for the remaining one.
+
+    Args:
+        sizes: the current sizes.
+        wanted: the requested shape.
+        worked_out: the result of `filled`.
+    """
+    out: list[int] = []
+    stays = _staying(sizes, wanted)
+    for position, size in enumerate(worked_out):
+        if size is not None and 0 < size < FREE:
+            out.append(size)
+        elif position in stays:
+            out.append(0)
+        elif size == 0 or -1 in out:
+            raise Unsayable("more than one size is open")
+        else:
+            out.append(-1)
+    if -1 in out and 0 in out:
+        raise Unsayable("a size that is left over where another may be 0")
+    return out
+
+
+def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
+    """Return the axes that have an open size and keep it."""
+    pairs = enumerate(zip(sizes or (), wanted, strict=False))
+    return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
+
+
+def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
+    """Return the sizes of a value reduced along some axes, or all."""
+    if sizes is None:
+        return None
+    gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
+    kept = ((1 if n in gone else size) for n, size in enumerate(sizes) if keepdims or n not in gone)
+    return tuple(kept)
+
+
+# Indexing of graph values: slices, integers, new axes, and one list of positions, as nodes.
+
+
+_END = np.iinfo(np.int64).max
+
+
+def taken(value: Value, key: Any) -> Value:
+    """Return `value[key]`.
+
+    Raises:
+        Unsayable: the key has several lists, or a mask.
+    """
+    parts = _spread(value, key if isinstance(key, tuple) else (key,))
+    out = _sliced(value, [(axis, part) for axis, part in parts if isinstance(part, slice | int) and axis is not None])
+    lists = [(axis, part) for axis, part in parts if axis is not None and not isinstance(part, slice | int)]
+    if len(lists) > 1:
+        raise Unsayable("several lists of positions")
+    wide = _gathered(out, *lists[0]) if lists else out
+    return _shaped(wide, parts, lists)
+
+
+def written(value: Value, key: Any, values: Value) -> Value:
+    """Return `value` after `value[:, positions] = values` or `value[positions] = values`.
+
+    Raises:
+        Unsayable: the key has another form.
+    """
+    parts = key if isinstance(key, tuple) else (key,)
+    *before, last = parts
+    if any(part != slice(None) for part in before) or len(before) > 1 or not isinstance(last, list):
+        raise Unsayable("no node writes there")
+    turn = bool(before)
+    index = np.array(last, dtype=np.int64)[:, None]
+    # ScatterND indexes the leading axis, so the axis of the positions is moved there.
+    rows, new = (value.swapaxes(0, 1), values.swapaxes(0, 1)) if turn else (value, values)
+
+    def numbers(a: Any, b: Any) -> Any:
+        out = a.copy()
+        out[index[:, 0]] = b
+        return out
+
+    places = value.branch.building.literal(index)
+    node = rows.branch.node("ScatterND", [rows.value, places, new.value], None, rows.dtype, rows.sizes)
+    known = (lambda: numbers(rows.numbers(), new.numbers())) if rows.known and new.known else None
+    scattered = Value(rows.branch, rows.sizes, rows.dtype, node, known)
+    return scattered.swapaxes(0, 1) if turn else scattered
+
+
+def _spread(value: Value, key: tuple[Any, ...]) -> list[tuple[int | None, Any]]:
+    """Return (axis, part of the key) pairs with `...` expanded; axes after it are negative if the rank is unknown."""
+    if not any(part is Ellipsis for part in key):
+        return _numbered(key, 0)
+    at = next(n for n, part in enumerate(key) if part is Ellipsis)
+    before, behind = key[:at], key[at + 1 :]
+    count = sum(part is not None for part in behind)
+    if value.sizes is None:
+        if any(part is None or isinstance(part, int) for part in key):
+            raise Unsayable("the graph does not say how many axes it has")
+        return [*_numbered(before, 0), *_numbered(behind, -count)]
+    middle = [(axis, slice(None)) for axis in range(sum(p is not None for p in before), value.ndim - count)]
+    return [*_numbered(before, 0), *middle, *_numbered(behind, value.ndim - count)]
+
+
+def _numbered(parts: tuple[Any, ...], axis: int) -> list[tuple[int | None, Any]]:
+    out: list[tuple[int | None, Any]] = []
+    for part in parts:
+        out.append((None, None) if part is None else (axis, part))
+        axis += part is not None
+    return out
+
+
+def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
+    """Apply slices, and integers as slices of length one."""
+    cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
+    if not cuts:
+        return value
+    axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
+    # Open sizes are represented by numbers from FREE on. A limit near such a number was computed from an open size.
+    if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):
+        raise Unsayable("a slice of an open size")
+    # A formula that loops over all positions of an open axis would never end.
+    if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
+        raise Unsayable("a part of an axis of an open size")
+    literal = value.branch.building.literal
+    more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
+
+    def numbers(a: Any) -> Any:
+        whole = [slice(None)] * a.ndim
+        for axis, cut in cuts:
+            whole[axis] = cut
+        return a[tuple(whole)]
+
+    return value.apply("Slice", [value], numbers, _cut_sizes(value.sizes, cuts), more=more)
+
+
+def _cut(part: Any) -> slice:
+    if isinstance(part, int):
+        # For -1, the end would be 0, which is before the start.
+        return slice(part, part + 1 if part != -1 else _END, 1)
+    step = 1 if part.step is None else part.step
+    if step < 1:
+        raise Unsayable("a slice backwards")
+    return slice(part.start or 0, _END if part.stop is None else part.stop, step)
+
+
+def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | None:
+    if sizes is None:
+        return None
+    out = list(sizes)
+    for axis, cut in cuts:
+        size = out[axis]
+        out[axis] = None if size is None or size >= FREE else len(range(size)[cut])
+    return tuple(out)
+
+
+def _gathered(value: Value, axis: int, positions: Any) -> Value:
+    if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
+        raise Unsayable("positions on an axis of an open size")
+    if isinstance(positions, Value):
+        index, shape = positions, positions.shape
+    else:
+        array = np.asarray(positions)
+        if array.dtype.kind not in "iu":
+            raise Unsayable("a mask")
+        shape, index = array.shape, value.like(0)
+        literal = value.branch.building.literal(array.astype(np.int64))
+        index = Value(value.branch, array.shape, np.int64, literal, lambda: array)
+    sizes = None if value.sizes is None or axis < 0 else (*value.sizes[:axis], *shape, *value.sizes[axis + 1 :])
+    node = value.branch.node("Gather", [value.value, index.value], {"axis": axis}, value.dtype, sizes)
+    known = (lambda: np.take(value.numbers(), index.numbers(), axis)) if value.known and index.known else None
+    return Value(value.branch, sizes, value.dtype, node, known)
+
+
+def _shaped(value: Value, parts: list[tuple[int | None, Any]], lists: list[tuple[int, Any]]) -> Value:
+    """Remove the axes of integers, and insert new axes."""
+    wider = 0
+    if lists:
+        wider = (lists[0][1].ndim if isinstance(lists[0][1], Value) else np.ndim(lists[0][1])) - 1
+        if wider and (any(part is None or isinstance(part, int) for _, part in parts)):
+            raise Unsayable("a list of lists beside new axes")
+    gone = [axis for axis, part in parts if axis is not None and isinstance(part, int)]
+    out = _without(value, gone) if gone else value
+    kept = [part is None for _, part in parts if part is None or not isinstance(part, int)]
+    new = [position for position, fresh in enumerate(kept) if fresh]
+    return _with(out, new) if new else out
+
+
+def _without(value: Value, axes: list[int]) -> Value:
+    sizes = None if value.sizes is None else tuple(s for n, s in enumerate(value.sizes) if n not in axes)
+    literal = value.branch.building.literal(np.array(axes, dtype=np.int64))
+    return value.apply("Squeeze", [value], lambda a: np.squeeze(a, tuple(axes)), sizes, more=[literal])
+
+
+def _with(value: Value, axes: list[int]) -> Value:
+    sizes = None
+    if value.sizes is not None:
+        left = list(value.sizes)
+        for axis in axes:
+            left.insert(axis, 1)
+        sizes = tuple(left)
+    literal = value.branch.building.literal(np.array(axes, dtype=np.int64))
+    return value.apply("Unsqueeze", [value], lambda a: np.expand_dims(a, tuple(axes)), sizes, more=[literal])
+
+
+# The array-API functions over graph values: what `namespace(value)` gives a formula.
+#
+# Operands may also be numpy arrays; without any graph value, numpy computes the result. Linear algebra has no nodes,
+# so it is computed if the numbers are known. https://data-apis.org/array-api/latest/
+
+
+arrays: Any = import_module("array_api_compat.numpy")
+
+
+class _Linalg:
+    """Decompositions and solvers, computed in float64."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        f = getattr(np.linalg, name)
+
+        def worked_out(*operands: Any, **options: Any) -> Any:
+            first = next((one for one in operands if isinstance(one, Value)), None)
+            if first is None:
+                return f(*operands, **options)
+            known = [one.numbers() if isinstance(one, Value) else one for one in operands]
+            results = f(*(np.asarray(array, dtype=np.float64) for array in known), **options)
+            if isinstance(results, tuple):
+                return tuple(_constant(first, array) for array in results)
+            return _constant(first, results)
+
+        return worked_out
+
+
+class Symbols:
+    """The namespace; functions that it lacks raise `Unsayable`."""
+
+    __name__ = __name__  # array_api_compat identifies namespaces by their names.
+    float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
+    linalg = _Linalg()
+
+    def arange(self, *limits: Any, **kind: Any) -> Any:
+        return arrays.arange(*_closed(limits), **kind)
+
+    def eye(self, *sizes: Any, **kind: Any) -> Any:
+        return arrays.eye(*_closed(sizes), **kind)
+
+    def zeros(self, shape: Any, **kind: Any) -> Any:
+        return arrays.zeros(_closed(shape), **kind)
+
+    def ones(self, shape: Any, **kind: Any) -> Any:
+        return arrays.ones(_closed(shape), **kind)
+
+    def finfo(self, dtype: Any) -> Any:
+        return import_module("ml_dtypes").finfo(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unsayable(f"no node says {name}")
+
+    def astype(self, x: Any, dtype: Any) -> Any:
+        return x.cast(dtype) if isinstance(x, Value) else np.asarray(x).astype(dtype)
+
+    def where(self, condition: Any, one: Any, two: Any) -> Any:
+        like = next((v for v in (one, two, condition) if isinstance(v, Value)), None)
+        if like is None:
+            return np.where(condition, one, two)
+        first, second = like.like(one), like.like(two)
+        choice = like.like(condition)
+        shape = broadcast(broadcast(choice.sizes, first.sizes), second.sizes)
+        return first.apply("Where", [choice, first, second], np.where, shape)
+
+    def clip(self, x: Any, low: Any, high: Any) -> Any:
+        if low is not None:
+            x = x.apply("Max", [x, low], np.maximum, x.sizes)
+        return x if high is None else x.apply("Min", [x, high], np.minimum, x.sizes)
+
+    def exp(self, x: Any) -> Any:
+        return _each("Exp", np.exp, x)
+
+    def log1p(self, x: Any) -> Any:
+        # ONNX has no Log1p.
+        return _each("Log", np.log, 1 + x)
+
+    def expm1(self, x: Any) -> Any:
+        # ONNX has no Expm1.
+        return self.exp(x) - 1
+
+    def tanh(self, x: Any) -> Any:
+        return _each("Tanh", np.tanh, x)
+
+    def cos(self, x: Any) -> Any:
+        return _each("Cos", np.cos, x)
+
+    def sin(self, x: Any) -> Any:
+        return _each("Sin", np.sin, x)
+
+    def abs(self, x: Any) -> Any:
+        return _each("Abs", np.abs, x)
+
+    def sqrt(self, x: Any) -> Any:
+        return _each("Sqrt", np.sqrt, x)
+
+    def erf(self, x: Any) -> Any:
+        return _each("Erf", np.vectorize(math.erf), x)
+
+    def sum(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        return x.sum(axis, keepdims)
+
+    def mean(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        return x.mean(axis, keepdims)
+
+    def max(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        return x.max(axis, keepdims)
+
+    def cumulative_sum(self, x: Any, axis: int) -> Any:
+        return x.cumsum(axis)
+
+    def argsort(self, x: Any, axis: int = -1) -> Any:
+        """Return the positions in ascending order; equal entries keep their order."""
+        if x.shape[axis] is None or x.shape[axis] >= FREE:
+            raise Unsayable("an order of an open number of entries")
+        count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
+        words = {"axis": axis, "largest": 0}
+        # ONNX has no ArgSort. TopK of all entries sorts them, and puts the lower index first for ties.
+        node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
+        known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
+        return Value(x.branch, x.sizes, np.int64, node, known)
+
+    def take_along_axis(self, x: Any, indices: Any, axis: int) -> Any:
+        return x.apply(
+            "GatherElements", [x, indices], lambda a, at: np.take_along_axis(a, at, axis), indices.sizes,
+            attributes={"axis": axis},
+        )  # fmt: skip
+
+    def reshape(self, x: Any, shape: Any) -> Any:
+        return x.reshape(shape)
+
+    def moveaxis(self, x: Any, source: int, destination: int) -> Any:
+        if source == destination:
+            return x
+        order = [axis for axis in range(x.ndim) if axis != source % x.ndim]
+        order.insert(destination % x.ndim, source % x.ndim)
+        return x.transposed(order)
+
+    def permute_dims(self, x: Any, order: Any) -> Any:
+        return x.transposed(order)
+
+    def concat(self, parts: Any, axis: int = 0) -> Any:
+        like = next((one for one in parts if isinstance(one, Value)), None)
+        if like is None:
+            return np.concatenate(parts, axis)
+        values = [like.like(one) for one in parts]
+        shape = None
+        if all(value.sizes is not None for value in values):
+            lengths = [value.shape[axis] for value in values]
+            sizes = list(values[0].shape)
+            sizes[axis] = None if None in lengths else sum(lengths)
+            shape = tuple(sizes)
+        return like.apply(
+            "Concat", values, lambda *known: np.concatenate(known, axis), shape, attributes={"axis": axis}
+        )
+
+    def stack(self, parts: Any, axis: int = 0) -> Any:
+        if not any(isinstance(one, Value) for one in parts):
+            return np.stack(parts, axis)
+        place = axis if axis >= 0 else axis + 1 + parts[0].ndim
+        return self.concat([one[(*[slice(None)] * place, None)] for one in parts], axis=place)
+
+    def zeros_like(self, x: Any) -> Any:
+        return self.full_like(x, 0)
+
+    def ones_like(self, x: Any) -> Any:
+        return self.full_like(x, 1)
+
+    def full_like(self, x: Any, number: Any) -> Any:
+        """Return an array filled with one number, which a product `x * 0` would not do for NaN and infinity."""
+        size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
+        value = ir.tensor(np.array([number], dtype=x.dtype))
+        return x.apply(
+            "ConstantOfShape", [size], lambda a: np.full(a, number, x.dtype), x.sizes, attributes={"value": value}
+        )
+
+
+def _closed(sizes: Any) -> Any:
+    """Return the sizes after checking that none is open."""
+    if any(size is None or size >= FREE for size in sizes):
+        raise Unsayable("a constant of an open size")
+    return sizes
+
+
+def _each(op: str, f: Callable[..., Any], x: Any) -> Any:
+    return x.apply(op, [x], f, x.sizes) if isinstance(x, Value) else f(x)
+
+
+def _constant(like: Value, array: Any) -> Value:
+    return Value(like.branch, array.shape, like.dtype, None, lambda: array)
+
+
+SYMBOLS = Symbols()
+
+
+# Graph values with the operators that formulas share with numpy and torch; each operator appends a node.
+#
+# A value may also be known: its numbers can then be computed by the same operators in numpy, for operations without a
+# node. `namespace()` finds the functions of `symbols.py` through `__array_namespace__`.
 
 
 class Value:
@@ -42,7 +499,6 @@ class Value:
         self._numbers: Array | None = None
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
-        from .symbols import SYMBOLS
 
         return SYMBOLS
 
@@ -258,12 +714,10 @@ class Value:
         )
 
     def __getitem__(self, key: Any) -> Value:
-        from .indexing import taken
 
         return taken(self, key)
 
     def __setitem__(self, key: Any, values: Any) -> None:
-        from .indexing import written
 
         # Graph values cannot change. The assignment makes this object stand for the new value instead.
         new = written(self, key, self.like(values))

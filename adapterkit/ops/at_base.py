@@ -14,7 +14,7 @@ from ..core.updates import Additive, Update
 from ..errors import NotMergeable, UsageError
 from ..io.checkpoint import opened
 from ..io.computed import computed, load
-from ..io.dtypes import DTYPES
+from ..io.lazy import DTYPES
 from ..methods.dense import Dense
 from ..naming.binding import bind
 from ..naming.binding.fitting import viewed

@@ -9,7 +9,7 @@ from ..core.adapter import Adapter, Step
 from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..errors import Unsupported
 from ..io.computed import held
-from ..io.dtypes import BY_TORCH, DTYPES
+from ..io.lazy import BY_TORCH, DTYPES
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.dtypes import DType
-    from ..io.lazy import Shape
+    from ..io.lazy import DType, Shape
 
 
 def low_rank(

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter
 from ..errors import UsageError
 from ..io.checkpoint import opened
-from .asking import Asked, one_of
+from .alignment import places, source_adapter
 from .at_base import Weights
 from .building import of_several, result_type
 from .combiners import COMBINERS
-from .combiners._method import made
+from .combiners._combiner import made
 from .evaluating import FIT, Evaluation
-from .peers import peft_result, resolved
-from .places import places, source_adapter
+from .parameters import Asked, one_of, peft_result, resolved
 
 if TYPE_CHECKING:
+    from .alignment import Place, Source
     from .lowering import Base
-    from .places import Place, Source
     from .resizing import Report
 
 

@@ -16,17 +16,17 @@ from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
 from ..io.computed import wide
 from ..io.lazy import as_lazy, files_kept_open
-from .ahead import one_blas_thread
+from .alignment import Place, places, side_by_side
 from .at_base import additive
 from .lowering import Delta, loaded
-from .places import Place, places, side_by_side
-from .thin import cores
+from .lowrank import cores
+from .prefetch import one_blas_thread
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.computed import Array
+    from .alignment import Source
     from .lowering import Base
-    from .places import Source
 
 PIECE = 1 << 15
 """Elements of two changes that are looked at one by one at a time: few enough to stay in a core's cache."""

@@ -6,8 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch
-from ..io.finite import check_finite
-from ..io.lazy import Lazy, Span, read_span
+from ..io.lazy import Lazy, Span, check_finite, read_span
 
 if TYPE_CHECKING:
     from ..io.computed import Array

@@ -13,18 +13,18 @@ from ..core.adapter import Adapter
 from ..errors import AdapterkitError, UsageError
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from .ahead import MEMORY, ahead, most_workers, one_blas_thread
 from .algebra import summed_at
-from .at import At
+from .alignment import side_by_side
 from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
 from .combiners._entrywise import Entrywise
 from .combiners._learned import Learned, Trial, inner
+from .context import FormulaContext
 from .differences import too_large
 from .lowering import Delta
 from .outline import outlined, unknown
-from .places import side_by_side
+from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
 from .resizing import Cut
 from .sketching import SMALL, approximated, streamed
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.dtypes import DType
-    from .asking import Asked
+    from ..io.lazy import DType
+    from .alignment import Place
     from .at_base import Weights
-    from .combiners._method import Method
+    from .combiners._combiner import Combiner
     from .lowering import Change
-    from .places import Place
+    from .parameters import Asked
     from .sketching import Decomposition
 
 FIT = "fit"
@@ -112,7 +112,7 @@ class Evaluation:
         fields["B"] = unknown((*lead, place.shape[0], rank), self.dtype)
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
-    def _summed(self, place: Place, method: Method) -> list[float] | None:
+    def _summed(self, place: Place, method: Combiner) -> list[float] | None:
         """The weights of a plain sum, where that is all there is to do."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
@@ -246,7 +246,7 @@ class Evaluation:
 
     def _standings(
         self, place: Place, changes: Sequence[Change | None], census: Census | None = None
-    ) -> Iterator[tuple[Method, At, list[Delta]]]:
+    ) -> Iterator[tuple[Combiner, FormulaContext, list[Delta]]]:
         """The method, where it stands, and the changes, for each weight: one, or each expert's."""
         method = self.asked.method(place.target)
         for number, row in enumerate(side_by_side(changes)):
@@ -254,7 +254,7 @@ class Evaluation:
             at = self._standing(place, present, number if place.target.stacked else None, census)
             yield method, at, [delta for delta in row if delta is not None]
 
-    def _matrix(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Delta:
+    def _matrix(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Delta:
         """The combined change of a weight."""
         import numpy as np
 
@@ -268,7 +268,7 @@ class Evaluation:
             return deltas[0]
         return method.matrix(deltas, weights, at)
 
-    def _into(self, D: Array, method: Method, place: Place, at: At, deltas: list[Delta]) -> None:
+    def _into(self, D: Array, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> None:
         """The combined change of a weight, written to D `[out, in * k]`."""
         if not isinstance(method, Entrywise) or len(place.shape) == 1:
             D[...] = self._matrix(method, place, at, deltas).dense()
@@ -276,15 +276,17 @@ class Evaluation:
         for rows, made in method.rows(Blocks(deltas), self._present(place, at), at):
             D[rows] = made
 
-    def _present(self, place: Place, at: At) -> Array:
+    def _present(self, place: Place, at: FormulaContext) -> Array:
         import numpy as np
 
         weights = self._weights(place.target)
         return np.array([weights[t] for t in at.present])
 
-    def _cut(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> tuple[Delta, float, float]:
+    def _cut(
+        self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]
+    ) -> tuple[Delta, float, float]:
         """The result at the rank that was asked for, its norm, and the norm of what that lost."""
-        from .thin import svd
+        from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
         if uncut or not isinstance(method, Entrywise):
@@ -305,7 +307,7 @@ class Evaluation:
             D = held
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
-    def _held(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Array | None:
+    def _held(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Array | None:
         """The result of one weight in memory; None where that is too large for it."""
         import numpy as np
 
@@ -357,11 +359,13 @@ class Evaluation:
     def _standing(
         self, place: Place, present: tuple[int, ...], expert: int | None, census: Census | None = None,
         bias: bool = False,
-    ) -> At:  # fmt: skip
+    ) -> FormulaContext:  # fmt: skip
         part = ("bias" if bias else "weight") + ("" if expert is None else f" {expert}")
         scalings = tuple(_scaling(place.updates[t]) for t in present)
         counted = self.census if census is None else census
-        at = At(place.target, place.shape, present, part, self.seed, self.asked.each, scalings, counted, self.asks)
+        at = FormulaContext(
+            place.target, place.shape, present, part, self.seed, self.asked.each, scalings, counted, self.asks
+        )
         at = replace(at, depth=self.asked.depths.known(place.target))
         base = self.base
         return at if base is None else replace(at, base=lambda: base.at(place.target, expert, bias))
@@ -388,7 +392,7 @@ class Evaluation:
         assert self.data is not None
         return Trial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
 
-    def _asking(self, method: Method, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
+    def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
         if self.data is None or not method.sequential:
             return self.data
         # A view that grows with what is done, so that nothing is copied for each target.
@@ -439,7 +443,7 @@ def _approximation(found: Decomposition, norm: float, lost: float) -> tuple[Delt
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
     """B and A, at the rank of the weight where there are more."""
-    from .thin import svd
+    from .lowrank import svd
 
     return (delta.B, delta.A) if delta.rank <= min(delta.shape) else balanced(*svd(delta))
 

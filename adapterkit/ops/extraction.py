@@ -17,11 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..core.metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
-from ..io.checkpoint import opened
+from ..io.checkpoint import fingerprint, opened
 from ..io.computed import held, load
-from ..io.dtypes import DTYPES
-from ..io.fingerprint import fingerprint
-from ..io.lazy import Lazy, from_numpy
+from ..io.lazy import DTYPES, Lazy, from_numpy
 from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
@@ -32,13 +30,13 @@ from ..naming.layouts import stored_in_out
 from ..naming.renames import parse_renames
 from ..naming.resolver import Names, resolve
 from ..naming.ties import aliases, find_tie, is_embedding
-from .ahead import ahead, most_workers, one_blas_thread
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, floats_of, frobenius, left
-from .forms import FORMS
+from .factorizations import FORMS
 from .lowering import Change
+from .prefetch import ahead, most_workers, one_blas_thread
 from .resizing import Cut, seed_of
 from .sketching import dominant
 
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
     from .resizing import Report
 
     Progress = Callable[[int, int], Any]

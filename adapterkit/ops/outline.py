@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Target
     from ..core.updates import Update
-    from ..io.dtypes import DType
-    from ..io.lazy import Leaf
+    from ..io.lazy import DType, Leaf
 
 
 class _NotYet(Exception):

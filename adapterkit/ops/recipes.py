@@ -171,7 +171,7 @@ def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
         those that do not know them ignore them.
     """
     from .combiners import COMBINERS
-    from .peers import resolved
+    from .parameters import resolved
 
     name, values = resolved(str(method), compat)
     classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]

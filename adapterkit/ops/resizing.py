@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..methods.lora import LoRA
+from .alignment import Place, places
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .lowering import Change, Delta
-from .places import Place, places
+from .lowrank import distance, svd
 from .sketching import dominant, first
-from .thin import distance, svd
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..io.computed import Array
-    from ..io.dtypes import DType
+    from ..io.lazy import DType
+    from .alignment import Source
     from .lowering import Base
-    from .places import Source
     from .sketching import Decomposition
 
     Report = Callable[["Cut"], Any]

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
-from ..io.dtypes import BY_TORCH, DTYPES, DType
-from ..io.lazy import Lazy, Shape
+from ..io.lazy import BY_TORCH, DTYPES, DType, Lazy, Shape
 
 if TYPE_CHECKING:
     import numpy as np

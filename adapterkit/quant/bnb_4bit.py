@@ -17,8 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Malformed, ShapeMismatch
-from ..io.dtypes import BY_TORCH
-from ..io.lazy import Lazy
+from ..io.lazy import BY_TORCH, Lazy
 from ..io.strict_json import load_json
 from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
 

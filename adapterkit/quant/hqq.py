@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported
-from ..io.dtypes import BY_TORCH
-from ..io.lazy import Lazy
+from ..io.lazy import BY_TORCH, Lazy
 from ._grouped import whole
 from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Malformed
-from ..io.dtypes import DTYPES
-from ..io.lazy import Lazy
+from ..io.lazy import DTYPES, Lazy
 from ._scheme import (
     DAMAGED,
     E2M1,

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unsupported
-from ..io.dtypes import BY_TORCH
-from ..io.lazy import Lazy
+from ..io.lazy import BY_TORCH, Lazy
 from ..io.strict_json import load_json
 from ._float8 import DTYPES, scaled
 from ._grouped import Grouped

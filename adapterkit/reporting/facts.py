@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.metadata import metadata_of, trigger_words
 from ..core.updates import Additive
-from ..io.dtypes import DTYPES
-from ..io.lazy import dtype_of
+from ..io.lazy import DTYPES, dtype_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,10 +19,10 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError
 from ..io.lazy import files_kept_open
+from ..ops.alignment import Place, places, side_by_side
 from ..ops.comparison import effective_rank, lowered
-from ..ops.places import Place, places, side_by_side
+from ..ops.lowrank import core
 from ..ops.sketching import exact
-from ..ops.thin import core
 from .grid import Cell, cells
 
 if TYPE_CHECKING:

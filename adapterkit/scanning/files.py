@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import AdapterkitError, shown
 from ..io.inputs import read_input
-from ..io.torch_values import KNOWN
+from ..io.torch_pickle import KNOWN
 from .findings import Finding
 
 CODE = frozenset({

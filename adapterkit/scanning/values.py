@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError
-from ..io.finite import check_finite
-from ..io.lazy import as_lazy
+from ..io.lazy import as_lazy, check_finite
 from ..naming.ties import is_embedding
 from .findings import Finding
 
@@ -102,8 +101,8 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
 
 def _changes(adapter: Adapter, file: str, base: Checkpoint | None, unread: list[str]) -> Iterator[Finding]:
     """Spectra and norms of changes that need no base; others are said to be unread."""
-    from ..ops.places import places
-    from ..ops.thin import svd
+    from ..ops.alignment import places
+    from ..ops.lowrank import svd
 
     norms: dict[str, float] = {}
     firsts: dict[str, float] = {}

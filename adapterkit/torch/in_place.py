@@ -10,9 +10,9 @@ from torch import Tensor
 from ..io.lazy import as_lazy, dtype_of
 from ..merging.arrays import TorchArrays, Workspace
 from ..merging.blocks import blocks
-from ..merging.compute import Folder
-from ..merging.fold import Fold
+from ..merging.compute import BlockMerger
 from ..merging.planned import Output
+from ..merging.planned_update import PlannedUpdate
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
     """Adds the parts' changes to a weight as stored; no dense change is formed, but for laws that need a whole one."""
     shape = tuple(parameter.shape)
     folds = tuple(
-        Fold(part.target, part.updates, part.switch.weight, position, bias=False, shape=shape)
+        PlannedUpdate(part.target, part.updates, part.switch.weight, position, bias=False, shape=shape)
         for position, part in enumerate(parts)
     )
     output = Output(name, dtype_of(parameter), shape, 0, as_lazy(parameter), folds)
-    folder = Folder(output, Workspace(TorchArrays(str(parameter.device))))
+    folder = BlockMerger(output, Workspace(TorchArrays(str(parameter.device))))
     flat = parameter.detach().view(-1)
     for block in blocks(output):
         piece = flat[block.first : block.first + block.elements]

@@ -15,7 +15,7 @@ from ..core.adapter import Adapter, Target, check_adapter
 from ..core.updates import Update
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
-from ..merging.fold import Fold
+from ..merging.planned_update import PlannedUpdate
 from ..merging.ties import UNTIE, acting, parse_tied, same
 from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..naming.renames import Rename, parse_renames
@@ -283,7 +283,7 @@ def _tied(
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue
-        own: dict[str, list[Fold]] = {}
+        own: dict[str, list[PlannedUpdate]] = {}
         for site in sites:
             if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
                 own.setdefault(site.weight or "", []).append(fold)
@@ -301,9 +301,9 @@ def _tied(
     return added
 
 
-def _fold(site: Site, shape: tuple[int, ...]) -> Fold | None:
+def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:
     updates = tuple(update for update in site.updates if update.kind != "output" and update.changes_weight)
-    return Fold(site.target, updates, 1.0, 0, False, shape) if updates else None
+    return PlannedUpdate(site.target, updates, 1.0, 0, False, shape) if updates else None
 
 
 def _lineage_tells(adapter: Adapter) -> bool:

@@ -1,71 +1,59 @@
-"""Merge the LoRA updates of an adapterkit file into a safetensors base, with numpy alone: a reader to start from.
+"""Merge the LoRA updates of an adapterkit file into a safetensors base with numpy: python minimal.py ADAPTER BASE OUT
 
-    python minimal.py ADAPTER BASE OUT
-
-It knows the method `lora` on weights of all layouts, and refuses everything else. It holds the whole base in memory,
-takes F32 and F64 alone, and trusts its input; readers of untrusted files check what spec/README.md asks for.
-"""
+It knows the method `lora` at modules, in all layouts, and refuses the rest. It trusts its input; see README.md."""
 
 import json
-import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 
-TYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def load(path):
-    """Return the metadata of a safetensors file, and its tensors by name."""
-    with open(path, "rb") as file:
-        data = file.read()
-    start = 8 + struct.unpack("<Q", data[:8])[0]
+    """Return the bytes of a safetensors file, its metadata, and name -> (dtype, shape, where its bytes are)."""
+    data = Path(path).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    metadata, tensors = header.pop("__metadata__", None) or {}, {}
-    for name, entry in header.items():
-        a, b = entry["data_offsets"]
-        numbers = np.frombuffer(data[start + a : start + b], TYPES[entry["dtype"]])
-        tensors[name] = numbers.reshape(entry["shape"]).copy()
-    return metadata, tensors
+    metadata = header.pop("__metadata__", None) or {}
+    spans = {name: slice(*(start + at for at in entry["data_offsets"])) for name, entry in header.items()}
+    return data, metadata, {name: (entry["dtype"], entry["shape"], spans[name]) for name, entry in header.items()}
 
 
-def save(path, tensors):
-    """Write tensors as a safetensors file."""
-    header, end = {}, 0
-    for name, array in tensors.items():
-        dtype = next(name for name, kind in TYPES.items() if kind == array.dtype)
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.writelines(array.tobytes() for array in tensors.values())
+def numbers(data, dtype, shape, span):
+    """Return the numbers of a tensor in 64 bits; BF16 is the upper half of F32."""
+    values = np.frombuffer(data[span], TYPES[dtype])
+    return ((values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values).astype("f8").reshape(shape)
 
 
-def merge(adapter, base):
-    """Add scaling * B @ A to each target's weight, and scaling * bias to its bias, in float64; rounded once."""
-    metadata, factors = load(adapter)
-    record = json.loads(metadata["adapterkit"])
-    exact = {}
-    for update in record["updates"]:
-        if update["method"] != "lora" or record["version"].split(".")[0] != "1" or record.get("requires"):
-            raise SystemExit(f"Unsupported: {update['method']} in version {record['version']}")
-        target, scaling = update["target"], update["attributes"].get("scaling", 1.0)
-        A, B, bias = (factors[n].astype("f8") if n else None for n in map(update["tensors"].get, ("A", "B", "bias")))
-        layout, rows = target.get("layout", "out *in"), slice(*(target.get("rows") or (None,)))
-        stacked = layout.startswith("e ")
-        name = f"{target['path']}.weight"
-        W = exact.setdefault(name, base[name].astype("f8"))
-        view = W.swapaxes(stacked, stacked + 1) if "in out" in layout else W  # [out, in, *k], or [e, out, in, *k]
-        view = view[:, rows] if stacked else view[rows]  # a view: what is added to it is added to W
-        flat = A.reshape(*A.shape[: stacked + 1], -1)
-        view += scaling * (B @ flat).reshape(view.shape)
-        if bias is not None and f"{target['path']}.bias" in base:
-            b = exact.setdefault(f"{target['path']}.bias", base[f"{target['path']}.bias"].astype("f8"))
-            b[..., rows] += scaling * bias
-    return {name: exact.get(name, array).astype(array.dtype) for name, array in base.items()}
+def rounded(values, dtype):
+    """Return the bytes of 64-bit numbers in a type, to nearest, ties to even."""
+    if dtype != "BF16":
+        return values.astype(TYPES[dtype]).tobytes()
+    bits = values.astype("<f4").view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
 
 
-if __name__ == "__main__":
-    save(sys.argv[3], merge(sys.argv[1], load(sys.argv[2])[1]))
+adapter, metadata, factors = load(sys.argv[1])
+base, _, stored = load(sys.argv[2])
+record, exact, merged = json.loads(metadata["adapterkit"]), {}, bytearray(base)
+for update in record["updates"]:
+    if record["version"][:2] != "1." or record.get("requires") or (update["method"], update["version"]) != ("lora", 1):
+        sys.exit(f"Unsupported: {update['method']} {update['version']} in version {record['version']}")
+    fields = {field: numbers(adapter, *factors[name]) for field, name in update["tensors"].items()}
+    target, layout = update["target"], update["target"].get("layout", "out *in")
+    experts, scaling = int(layout.startswith("e ")), update["attributes"].get("scaling", 1.0)
+    flat = fields["A"].reshape(*fields["A"].shape[: experts + 1], -1)
+    for leaf, change in (("weight", fields["B"] @ flat), ("bias", fields.get("bias")))[: 1 + ("bias" in fields)]:
+        name = f"{target['path']}.{leaf}"
+        whole = exact.setdefault(name, numbers(base, *stored[name]))
+        view = whole.swapaxes(experts, experts + 1) if leaf == "weight" and "in out" in layout else whole
+        view = view[(slice(None),) * experts + (slice(*(target.get("rows") or [None])),)]
+        view += scaling * change.reshape(view.shape)  # the numbers are those of `whole`
+for name, values in exact.items():
+    dtype, shape, span = stored[name]
+    merged[span] = rounded(values, dtype)
+    if not np.isfinite(numbers(merged[span], dtype, shape, slice(None))).all():
+        sys.exit(f"Malformed: {name} has no number of {dtype}")
+Path(sys.argv[3]).write_bytes(merged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterkit.ops.combiners._method import Mixture
+from adapterkit.ops.combiners._combiner import Mixture
 
 
 class Halves(Mixture):

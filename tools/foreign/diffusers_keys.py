@@ -44,6 +44,7 @@ LOADERS = {
     "ltx": "LTXVideo", "ltx2": "LTX2", "mochi": "Mochi1", "cogvideox": "CogVideoX", "cogview4": "CogView4",
     "kandinsky5": "Kandinsky", "krea2": "Krea2", "ideogram4": "Ideogram4", "minimax_h3": "MiniMaxH3",
     "cosmos": "Anima", "ace_step": "AceStep", "sana": "Sana",
+    "ernie_image": "ErnieImage",
 }  # fmt: skip
 """Family -> what the class that loads its files is called before `LoraLoaderMixin`."""
 

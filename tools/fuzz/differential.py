@@ -128,8 +128,8 @@ def _compared(path: Path, base: Path, merged: dict[str, Any]) -> tuple[int, str]
         out = Path(folder, "out.safetensors")
         try:
             ak.merge(base, adapter.replace(updates=updates), out, dtype="F64")
-        except AdapterkitError:
-            return 0, ""  # a target no longer fits the base, or its numbers are beyond all types
+        except AdapterkitError as error:
+            return 0, f"the library refuses what the reader in JavaScript merges: {type(error).__name__}: {error}"
         tensors = load_file(out)
     count = 0
     for target in updates:

@@ -21,6 +21,8 @@ import methods
 import numpy as np
 from extra import canonical, digests, folders, merges, valid
 from index import index
+from meeting import computed_files, merge_files
+from migrations import migrations
 from safetensors.numpy import load
 from vector import vectors
 
@@ -78,6 +80,9 @@ def extra_files() -> Iterator[tuple[str, bytes]]:
     for folder, files in folders().items():
         yield from ((f"vectors/folders/{folder}/{name}", data) for name, data in files.items())
     yield from ((f"vectors/merges/{name}.safetensors", data) for name, data in merges().items())
+    yield from ((f"vectors/merges/{name}", data) for name, data in merge_files())
+    yield from ((f"vectors/computed/{name}", data) for name, data in computed_files())
+    yield from ((f"vectors/migrations/{name}", data) for name, data in migrations().items())
 
 
 def index_files(root: Path) -> Iterator[tuple[str, bytes]]:

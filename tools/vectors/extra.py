@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from container import Stored, layout, native, numbers, pack, stored, text
 from invalid.case import LORA, RECORD, TENSORS
+from migrations import migrations
 
 METHODS = Path(__file__).parents[2] / "spec" / "methods"
 
@@ -42,6 +43,10 @@ def digests(spec: Path) -> Iterator[tuple[str, str]]:
         yield file.name.removesuffix(".adapter.safetensors"), _digest(file.read_bytes(), entries)
     for name, data in valid().items():
         yield name, _digest(data, entries)
+    # A digest counts a method's oldest version, which the file of the older specification states.
+    for name, data in migrations().items():
+        if name.endswith(".1.0.safetensors"):
+            yield f"migrations/{name.removesuffix('.1.0.safetensors')}", _digest(data, entries)
 
 
 def _digest(data: bytes, entries: dict[str, Any]) -> str:
@@ -79,6 +84,13 @@ def valid() -> dict[str, bytes]:
         deep = {"inside": deep}
     return {
         "newer_minor": native(RECORD | {"version": "1.9999", "colour": {"hue": [1, 2.5]}}, TENSORS),
+        "older_version": native({"version": "1.0", "updates": [LORA | {"method": "residual"}]}, TENSORS),
+        "addresses": native(RECORD | _ADDRESSES, TENSORS),
+        "given_numbers": native(text(RECORD).replace('"scaling":0.5', '"scaling":1E0'), TENSORS),
+        "targets_of_one_path": native(
+            RECORD | {"updates": [_NECK, _at(path="q", rows=[0, 3]), _at(path="q", layout="in out *k")]},
+            TENSORS | {f"q.{name}": stored(numbers(f"valid.{name}", *shape), "F32") for name, shape in _WIDTHS.items()},
+        ),
         "oldest_version": native({"version": "1.0", "updates": [LORA]}, TENSORS),
         "foreign_tensor": native(kept, TENSORS | {"x.rest": stored(numbers("valid.rest", 2), "F32")}),
         "deep": native(RECORD | {"recipe": [{"op": "x", "args": deep}]}, TENSORS),
@@ -107,6 +119,16 @@ def valid() -> dict[str, bytes]:
         ),
         "white_space": pack(f" \n{text(_header(' ' + text(RECORD) + chr(10)))}\t\r ", layout(TENSORS)[1]),
     }
+
+
+_NECK = LORA | {"method": "bottleneck", "tensors": {"down": "q.down", "up": "q.up"}, "attributes": {}}
+_WIDTHS = {"down": (2, 3), "up": (3, 2)}
+_ADDRESSES: dict[str, Any] = {
+    "base": {"id": "https://example.org/model", "revision": "../../etc", "config_hash": None},
+    "recipe": [{"op": "run", "args": {"command": "rm -r /", "file": "/etc/passwd"}}],
+    "foreign": {"format": "x", "data": {"path": "file:///etc/passwd"}, "tensors": {}},
+}
+"""Names of files and addresses, which a reader looks at as text alone."""
 
 
 def _at(**target: Any) -> dict[str, Any]:
@@ -146,6 +168,8 @@ def folders() -> dict[str, dict[str, bytes]]:
             f"part/{first}": one,
             f"part/{second}": two,
         },
+        "folder_for_an_index": {"model.safetensors.index.json/x": b"{}", "model.safetensors": one},
+        "folder_for_a_config": {"model.safetensors": one, "config.json/x": b"{}"},
         "config_with_nan": {"model.safetensors": one, "config.json": b'{"limit": NaN, "most": Infinity}'},
     }
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..shapes import tensor
-from .attributes import attribute
 from .context import ContextUpdate
 from .outputs import OutputUpdate
-from .rules import Rule
+from .rules import Rule, attribute
 from .update import Update
 from .weights import Additive, WeightUpdate, of_pair
 

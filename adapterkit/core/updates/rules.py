@@ -1,26 +1,143 @@
-"""Rules of a method beyond its shape strings, as data: the spec prints them, and every reader can evaluate them.
-
-A rule is an expression over integers, words and truth values: `r % share == 0`. Names are axes and attributes of the
-method. `has(x)` says whether the tensor x is present, `axes(x)` is its number of axes (without that of experts), and
-`block(p)` is the b for which b * (b - 1) / 2 is p, or 0. The grammar is in spec/README.md.
-"""
+"""Rules of a method beyond its shape strings: plain values, positions, and conditions, as data."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import math
 import operator
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ... import errors
-from ...errors import ShapeMismatch
+from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...io.lazy import as_lazy
+from ...linalg.positions import outside
 from ...linalg.rotations import block_size
+from ..shapes import Axes
 
 if TYPE_CHECKING:
+    from ...io.lazy import Shape
     from ..shapes import Dims
     from .update import Update
+
+
+DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+
+
+def attribute(
+    default: Any = dataclasses.MISSING, *, among: Collection[Any] = (), least: float | None = None,
+    most: float | None = None,
+    positive: bool = False, since: int = 1,
+) -> Any:  # fmt: skip
+    """Declare a field for a plain value with rules beyond its type.
+
+    Args:
+        default: the value if none is given; without a default, the attribute is required.
+        among: the allowed words or numbers.
+        least: the smallest allowed number.
+        most: the largest allowed number.
+        positive: require a number above 0.
+        since: the version of the method that introduced the attribute.
+    """
+    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive, "since": since}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def check_attribute(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Check a value against the type and the rules of its field.
+
+    Raises:
+        Malformed: it has another type, is not finite, or is out of range.
+        Unsupported: it is a word that the method does not know.
+    """
+    _check_type(name, value, _type_name(field.type))
+    _check_range(name, value, field.metadata)
+
+
+def plain(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return a value as plain data; an integer in a float field becomes a float."""
+    return float(value) if type(value) is int and _type_name(field.type) == "float" else value
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    allowed = _TYPES.get(annotation)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
+        raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
+    # Compare instead of converting: an integer may be too large for a float.
+    if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise Malformed(f"{value} is not a finite number", where=name, cure=DAMAGED)
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=DAMAGED)
+    if rules.get("positive") and not value > 0:
+        raise Malformed(f"{value} is not above 0", where=name, cure=DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=DAMAGED)
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
+
+
+# Check integer fields that hold positions: each must be on its axis, and none may repeat.
+
+
+def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the fields with a position that is not on its axis, and what is wrong.
+
+    Args:
+        update: its fields declare in `below` the axes, or products of axes, of their positions.
+        sizes: sizes of axes that the tensors do not show.
+    """
+    fields = update.tensor_fields()
+    placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
+    stack = any(len(leaf.shape) > len(fields[name].metadata["axes"].axes) for name, leaf in placed.items())
+    known = {**update.dims(stack), **sizes} if placed else {}
+    for name, leaf in placed.items():
+        axes = fields[name].metadata["below"]
+        bounds = tuple(_size(axis, known) for axis in axes)
+        worst = outside(leaf, bounds)
+        if worst is not None:
+            said = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
+            yield name, f"position {worst} is not on {' and '.join(said)}"
+
+
+def repeated(update: Update) -> str:
+    """Return the first field with a repeated position or pair of positions that its field forbids; "" if none."""
+    import numpy as np
+
+    fields = update.tensor_fields()
+    for name in (name for name in update.tensors if fields[name].metadata["distinct"]):
+        tensor = as_lazy(update.tensors[name])
+        if not tensor.nbytes:
+            continue
+        index = tensor.numpy()
+        # Pairs are compared as pairs: one number made of both overflows where positions are large.
+        rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
+        order = np.lexsort(rows, axis=-1)
+        sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
+        if np.logical_and.reduce([row[..., 1:] == row[..., :-1] for row in sorted_rows]).any():
+            return name
+    return ""
+
+
+def _size(axis: str, sizes: Mapping[str, Any]) -> int | None:
+    """Return the size of an axis or product, or None if it is unknown."""
+    try:
+        return Axes.parse(axis).sizes(sizes)[0]
+    except KeyError:
+        return None
+
 
 MOST_EXPONENT = 63
 """Largest exponent. No size needs more; a larger one makes the rule false instead of using up memory."""
@@ -76,6 +193,26 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
             raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
 
 
+def check_fits(update: Update, shape: Shape) -> None:
+    """Check an update's `fits` against the shape `[out, in, *k]` of a weight.
+
+    Raises:
+        ShapeMismatch: one does not hold.
+    """
+    if not update.fits:
+        return
+    fields = update.tensor_fields()
+    held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
+    # An axis more than the shape string says is that of experts; a star stands for any number of axes.
+    stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
+    seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
+    names = _Names(update, {**update.dims(stack), **seen}, stack)
+    for rule in update.fits:
+        if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
+            why = f"{rule.meaning} ({rule.require} does not hold for a weight of {list(shape)})"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+
 class _NoSize(Exception):
     """An axis whose size no tensor shows."""
 
@@ -87,6 +224,7 @@ class _Names:
         self.update, self.dims, self.stack = update, dims, stack
 
     def value(self, name: str) -> Any:
+        name = name.removesuffix("_")
         if name in self.dims:
             return self.dims[name]
         if name not in self.update.attributes:
@@ -102,7 +240,7 @@ class _Names:
 
 def names_in(expression: str) -> list[str]:
     """Return the axes and attributes that an expression reads, in order."""
-    tree = ast.parse(expression, mode="eval")
+    tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     asked = {
         id(node.args[0])
@@ -110,7 +248,12 @@ def names_in(expression: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != "block"
     }
     names = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | asked)
-    return list(dict.fromkeys(name.id for name in names))
+    return list(dict.fromkeys(name.id.removesuffix("_") for name in names))
+
+
+def _without_keywords(expression: str) -> str:
+    """The expression with `in_` for the axis `in`, which is a keyword of Python."""
+    return re.sub(r"\bin\b(?!')", "in_", expression)
 
 
 Evaluate = Callable[[_Names], Any]
@@ -124,7 +267,7 @@ _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
 
 @cache
 def _compiled(expression: str) -> Evaluate:
-    evaluate = _evaluator(ast.parse(expression, mode="eval").body)
+    evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
     def guarded(names: _Names) -> Any:
         try:

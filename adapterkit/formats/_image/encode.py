@@ -55,8 +55,11 @@ def why_not(update: Update, rules: Rules) -> str:
             return "magnitudes that are not DoRA's"
         return "" if update.eps == EPSILON else f"norms without an epsilon of {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
-        return f"{update.method} with a scaling, for which it has no slot"
+        return f"{update.method} {NO_SLOT_FOR_SCALING}"
     return ""
+
+
+NO_SLOT_FOR_SCALING = "with a scaling, for which it has no slot"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...core.updates import Update
 from ...errors import Malformed
-from ...io.lazy import Lazy
-from ...io.scalars import value_of
+from ...io.lazy import Lazy, value_of
 from .._format import FORMULA
 from .arguments import Arguments, arguments_in
 

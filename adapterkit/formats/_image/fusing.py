@@ -12,8 +12,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from ...core.updates import Update
-from ...io.dtypes import DTYPES
-from ...io.lazy import Lazy, as_array, as_lazy
+from ...io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr

@@ -13,9 +13,7 @@ from typing import Any
 
 from ...core.updates import Update
 from ...errors import Malformed, ShapeMismatch, Unsupported
-from ...io.dtypes import DTYPES
-from ...io.lazy import Lazy, as_array
-from ...io.scalars import number_of
+from ...io.lazy import DTYPES, Lazy, as_array, number_of
 from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
 from ...methods.dora import DoRA

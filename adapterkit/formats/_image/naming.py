@@ -29,14 +29,17 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
     return found
 
 
-def in_parts(updates: Updates, families: tuple[str, ...] = ()) -> dict[Target, tuple[Update, ...]]:
+def in_parts(
+    updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
+) -> dict[Target, tuple[Update, ...]]:
     """Targets in diffusers' naming, behind the name of their part; updates of fused weights are parted.
 
     Args:
         updates: the updates.
         families: what they can be of, where more than their own names tells that.
+        fuse: see `in_naming`.
     """
-    return in_diffusers(in_components(updates), (), Origin(families=families))[0]
+    return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
 
 
 def parts_of(path: str) -> list[str]:

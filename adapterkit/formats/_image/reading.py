@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
-from ...io.scalars import at_once
+from ...io.lazy import at_once
 from ...naming.image import families, rooted
 from .biases import check_biases
 from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
+from .header_alpha import with_alphas
 from .laws import decode
 from .leftovers import Leftovers
 from .placing import placed
@@ -33,10 +34,11 @@ def decoded(
     Raises:
         Malformed: a key is of another dialect, or two of them mean the same.
     """
-    tensors = at_once(tensors)
+    tensors, metadata = with_alphas(dialect, at_once(tensors), metadata)
     modules = dialect.modules(tensors)
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
+    _check_apart(targets)
     check_biases(modules, dialect.switch)
     rules = rules_for(dialect.rules, compat, dict(metadata))
     updates, hints = dict[Target, tuple["Update", ...]](), Leftovers()
@@ -89,6 +91,29 @@ def _check_shapes(stem: str, found: list[Found]) -> None:
         except AdapterkitError as error:
             error.where = f"{stem}: {error.where}"
             raise
+
+
+def _check_apart(targets: Mapping[str, Target]) -> None:
+    """Check that no file changes a fused weight and its parts, too.
+
+    Some trainers of Z-Image write the fused queries, keys and values beside the parts; diffusers then leaves the fused
+    one out, and other tools add both.
+
+    Raises:
+        Malformed: a module is in the file twice.
+    """
+    inside = {stem: rooted(t.path)[1] for stem, t in targets.items() if t.path.startswith("transformer.")}
+    names = list(dict.fromkeys(inside.values()))
+    fitting = [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
+    if not fitting or any(family.naming_of(names) for family in fitting):
+        return
+    seen: dict[str, str] = {}
+    for stem, rest in inside.items():
+        family = fitting[0]
+        for piece in family.moves(rest, family.naming_of([rest]), "diffusers"):
+            if seen.setdefault(piece.path, stem) != stem:
+                why = f"it changes {piece.path}, as does {seen[piece.path]}"
+                raise Malformed(why, where=stem, cure="Take one of the two out of the file: they say the same twice")
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

@@ -18,15 +18,18 @@ Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
 
 
-def in_diffusers(updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN) -> tuple[Changed, Losses]:
+def in_diffusers(
+    updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fuse: bool = True
+) -> tuple[Changed, Losses]:
     """See `in_naming`; a norm's scale is the weight of a module in diffusers."""
     updates = {_module(target, kept): found for target, found in updates.items()}
-    return in_naming(updates, "diffusers", kept, origin)
+    return in_naming(updates, "diffusers", kept, origin, fuse=fuse)
 
 
 def in_naming(
-    updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False
-) -> tuple[Changed, Losses]:
+    updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
+    fuse: bool = True,
+) -> tuple[Changed, Losses]:  # fmt: skip
     """Move updates at modules of a U-Net or a transformer to the modules of another naming.
 
     Args:
@@ -35,6 +38,7 @@ def in_naming(
         kept: targets, as text, that stay as they are.
         origin: what is known of where their names come from.
         fold: scalings of parts that differ may go into B.
+        fuse: a LoKr of a fused weight goes to the module that diffusers fuses for it, instead of being cut.
 
     Returns:
         the updates, and those that cannot be moved, with the reason; these stay where they were.
@@ -43,7 +47,7 @@ def in_naming(
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
     if family is None:
         return dict(updates), [(target, why) for target in updates if target in targets and why]
-    into = _Into(family, family.wanted(naming), fold)
+    into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
         # Names that both namings have mean the wanted one, unless the file said which it has.
@@ -80,6 +84,7 @@ class _Into:
     family: Family
     naming: str
     fold: bool
+    fuse: bool
     changed: Changed = field(default_factory=dict)
     losses: Losses = field(default_factory=list)
     groups: dict[str, list[_Member]] = field(default_factory=dict)
@@ -131,7 +136,12 @@ class _Into:
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
         """The module that diffusers fuses for a LoKr: it loads no Kronecker factors but those that were trained."""
-        if self.naming != "diffusers" or target.rows is not None or not all(isinstance(u, LoKr) for u in found):
+        if (
+            not self.fuse
+            or self.naming != "diffusers"
+            or target.rows is not None
+            or not all(isinstance(u, LoKr) for u in found)
+        ):
             return None
         rest = rooted(target.path)[1]
         pieces = self.family.moves(rest, source, FUSED) if FUSED in self.family.namings else ()

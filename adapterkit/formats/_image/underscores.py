@@ -53,19 +53,26 @@ def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint 
             found[stem] = here
     rest = {stem: words[stem] for stem in known if stem not in found}
     of_base = () if base is None else families_in(base)
-    found |= _together(rest, metadata, None if base is None else of_base)
+    found |= _together(rest, words, metadata, None if base is None else of_base)
     return {stem: found.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
 
 
 def _together(
-    words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str], of_base: Collection[str] | None
-) -> dict[str, str]:
+    rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
+    of_base: Collection[str] | None,
+) -> dict[str, str]:  # fmt: skip
     """Stem -> path of the denoiser's stems, where one family has all of them; nothing where none has.
+
+    Args:
+        rest: the stems that are not resolved yet.
+        words: all stems; their text encoders tell families apart.
+        metadata: of the file.
+        of_base: the families of a base, if there is one.
 
     Raises:
         TargetNotFound: several families have them under different names, and nothing tells which it is.
     """
-    inside = {stem: flat for stem, (tag, flat) in words.items() if tag in _DENOISER}
+    inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER}
     if not inside:
         return {}
     component = {part for stem in inside for part in _PARTS[words[stem][0]]}
@@ -78,6 +85,8 @@ def _together(
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
     fitting = narrowed(fitting, lambda family: said(family, metadata))
+    kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
+    fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
     # A base's names take the place of these, so that only what they are in diffusers matters.
@@ -91,6 +100,15 @@ def _together(
 
 
 _DECIDE = "Name the family by --family (family=), or give the base by --base (base=): its names decide"
+
+
+def _kind(flat: str) -> str:
+    """`clip`, `t5` or `llm`, whose module a flattened name is."""
+    return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
+
+
+def _kinds(family: Family) -> set[str]:
+    return {encoder.kind for encoder in family.facts.encoders.values()}
 
 
 def _in_diffusers(family: Family, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:

@@ -15,9 +15,9 @@ from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
 from .biases import mixed_biases
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
-from .encode import encode, why_not
+from .encode import NO_SLOT_FOR_SCALING, encode, why_not
 from .file import rules_at, rules_for
-from .folding import rewritten
+from .folding import rewritten, without_effect
 from .hints import Hints, fingerprint, hints_of
 from .leftovers import still
 from .placing import kernel_of
@@ -130,7 +130,9 @@ def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
     """What a file can say, and a line for each thing that was left out or rewritten."""
+    updates, idle = without_effect(updates, rules)
     updates, lines = rewritten(updates, rules, on_loss)
+    lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
@@ -146,6 +148,8 @@ def _expressible(
             if named
             else _keeping(origin)
         )
+        if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
+            cure = f"Let it go into a factor, rounded once, with on_loss='fold'/--on-loss fold. Or: {cure}"
         why = f"{dialect.name()} has no words for these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}

@@ -1,8 +1,9 @@
-"""What the families share: the part of a file that is theirs, and what they find in it."""
+"""A file's keys, the part that belongs to a family, and the names that a writer knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,110 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Leaf
     from .config import Settings
-    from .keys import Key
+
+
+KINDS = {
+    "adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "attention_text_task_adapters": "adapters",
+    "invertible_adapters": "invertible_adapters",
+    "invertible_lang_adapters": "invertible_adapters",
+    "layer_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "loras": "loras",
+    "prefix_gates": "prefix_gates",
+    "prefix_tunings": "prefix_tunings",
+    "prompt_tunings": "prompt_tunings",
+    "refts": "refts",
+    "shared_parameters": "shared_parameters",
+}
+"""Word in a key -> the word that the library writes since adapter-transformers 2."""
+
+_KEY = re.compile(
+    rf"(?:(?P<path>.+)\.)?(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})\.(?P<name>[^.]+)\.(?P<slot>.+)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a file of tensors.
+
+    Attributes:
+        text: the key itself.
+        path: the module's path, empty for the model itself.
+        kind: one of the values of `KINDS`.
+        slot: what follows the adapter's name.
+    """
+
+    text: str
+    path: str
+    kind: str
+    slot: str
+
+
+def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[Key, Lazy]:
+    """The parsed keys, in file order.
+
+    Raises:
+        Malformed: a key is not one of an adapter of this name.
+    """
+    return {parse_key(text, name): tensor for text, tensor in tensors.items()}
+
+
+def parse_key(text: str, name: str) -> Key:
+    """One key, taken apart.
+
+    Raises:
+        Malformed: it is not of an adapter of this name.
+    """
+    found = _KEY.fullmatch(text)
+    if found is None:
+        why, cure = f"not a key of the adapter {name!r}", "Take the tensor out, or save the adapter again"
+        raise Malformed(why, where=text, cure=cure)
+    if found["name"] != name:
+        why = f"of an adapter {found['name']!r}, where the config is of {name!r}"
+        raise Malformed(why, where=text, cure="Save one adapter a folder")
+    return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
+
+
+# What a writer knows of the names in keys beside the targets themselves.
+
+
+INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
+"""How paths begin in a bare model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How one file names what it holds.
+
+    Attributes:
+        name: the adapter's.
+        model_type: the family of the base, if known.
+        root: the path of the base model inside the model that was saved, empty for a bare one.
+    """
+
+    name: str
+    model_type: str | None = None
+    root: str = ""
+
+    def key(self, path: str, kind: str, slot: str) -> str:
+        """The key of a slot at a module."""
+        return ".".join(part for part in (path, kind, self.name, slot) if part)
+
+    def at_root(self, name: str = "") -> str:
+        """The path of something that the whole model shares."""
+        return ".".join(part for part in (self.root, name) if part)
+
+
+def root_of(paths: Iterable[str]) -> str:
+    """The path of the base model, by how the targets' paths begin."""
+    first = {path.partition(".")[0] for path in paths if path}
+    return first.pop() if len(first) == 1 and not first & {*INNER} else ""
+
+
+# What the families share: the part of a file that is theirs, and what they find in it.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

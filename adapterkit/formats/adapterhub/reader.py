@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
 from ...errors import Malformed
+from .._leftovers import leftovers
 from .config import Settings, parse, parts
 from .container import Content
 from .families import family_of
-from .file import AGAIN, Found, Kept, Part
-from .hints import FORMAT, HEAD, Hints
-from .keys import Key, parse_keys
-from .naming import Naming
+from .file import AGAIN, Found, Kept, Key, Naming, Part, parse_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +23,47 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
     from .families._family import Family
+
+
+FORMAT = "adapterhub"
+HEAD = "head/"
+"""What the names of a prediction head's tensors begin with among the leftovers."""
+
+
+class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The leftovers.
+
+    Attributes:
+        config: the whole config as it was read.
+        file: name of the file of tensors.
+        root: the path of the base model in its keys, where something tells.
+        keys: key that the writer would choose -> key that the file had.
+        compat: the reading that was asked for.
+        interface: the plugin interface beside it.
+        head: config of its prediction head.
+        head_file: name of that head's file of tensors.
+    """
+
+    config: dict[str, Any] = {}
+    file: str = ""
+    root: str = ""
+    keys: dict[str, str] = {}
+    compat: str | None = None
+    interface: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+    head_file: str | None = None
+
+
+def hints_of(adapter: Adapter) -> Hints:
+    """The leftovers of an adapter that was read from such a folder; empty ones for any other.
+
+    Raises:
+        Malformed: they are damaged.
+    """
+    return leftovers(adapter, FORMAT, Hints)
+
+
+# A config and tensors in, an `Adapter` out; every tensor is accounted for.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:

@@ -19,7 +19,7 @@ from ...io.atomic import write_bytes
 from ...io.checkpoint import read_json
 from .config import RELEASE
 from .container import save
-from .hints import FORMAT, Hints, hints_of
+from .reader import FORMAT, Hints, hints_of
 from .writer import encode
 
 if TYPE_CHECKING:

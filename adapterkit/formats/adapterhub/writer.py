@@ -15,12 +15,10 @@ from .._losses import Loss, expressible
 from .config import RELEASE
 from .container import SAFETENSORS, Content
 from .families import family_of
-from .hints import FORMAT, HEAD, Hints, hints_of
-from .layers import on_outputs
-from .naming import Naming, root_of
-from .places import family_of_base, model_type_of
+from .file import Naming, root_of
+from .layers import family_of_base, model_type_of, on_outputs
 from .proof import says
-from .reader import by_family, spell
+from .reader import FORMAT, HEAD, Hints, by_family, hints_of, spell
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates

@@ -31,7 +31,7 @@ class GgufAdapter(Format):
         return is_ggla(path) or (is_gguf(path) and _is_adapter(path))
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        from ...io.gguf import read_gguf
+        from ...io.gguf_file import read_gguf
         from .legacy import read_legacy
         from .reader import decode
 
@@ -51,7 +51,7 @@ class GgufAdapter(Format):
 
 
 def _is_adapter(path: Path) -> bool:
-    from ...io.gguf import Value, read_gguf
+    from ...io.gguf_file import Value, read_gguf
     from .reader import TYPE
 
     try:

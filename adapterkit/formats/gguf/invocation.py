@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Target
 from ...errors import Malformed, Unsupported
-from ...io.gguf import Gguf, Value
+from ...io.gguf_file import Gguf, Value
 from ...io.lazy import Lazy, as_lazy, from_numpy
 from ...methods.alora import ALoRA
 from .._pairs import DAMAGED

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...io.arrange import reordered, turned
-from ...io.gguf import Gguf, Value
+from ...io.gguf_file import Gguf, Value
 from ...io.lazy import as_lazy
 from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT

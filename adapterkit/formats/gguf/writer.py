@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Adapter, Target
 from ...io.ggml_blocks import BLOCKS, decoded, encoded
-from ...io.gguf import Value, write_gguf
+from ...io.gguf_file import Value, write_gguf
 from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA

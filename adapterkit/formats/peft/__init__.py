@@ -90,6 +90,7 @@ class Peft(Format):
         alone = bare.is_bare(path) and (path.is_dir() or bare.sniff(path))
         if alone:
             config, tensors, header = bare.load(path, alpha, rank)
+            assumed = bool(config.pop(bare.ASSUMED, False))
         else:
             config, tensors = load(path)
             header = header_of(path)
@@ -100,7 +101,7 @@ class Peft(Format):
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if alone:
-            adapter = without_config(adapter, config)
+            adapter = without_config(adapter, config, assumed=assumed)
         further = {key: value for key, value in header.items() if METADATA.get(key) != value}
         return read_with(adapter, further)
 

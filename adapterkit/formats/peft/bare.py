@@ -1,7 +1,8 @@
 """State dicts of PEFT models without adapter_config.json: bare files of tensors, and checkpoints of DeepSpeed and FSDP.
 
 The keys and shapes tell the method and the ranks, so a config is made from them. They do not tell alpha: it comes from
-the file's metadata, from tensors `<module>.alpha`, or from the caller.
+the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write
+such files too, and every loader of these takes a missing alpha for the rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...io import safetensors
 from ...io.inputs import open_input, read_input
 from ...io.lazy import Lazy
 from ...io.torch_file import is_torch_file, read_torch_file, read_torch_value
+from ...naming.image import looks_of_pipeline
 from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
 from .keys import PREFIX, Key, parse_key
@@ -35,6 +37,9 @@ _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
 """In the header of diffusers' files: PEFT's config as JSON, each field behind the name of the model's part."""
+ASSUMED = "alpha_assumed"
+"""Field of a config that was made here: nothing told alpha, and the names are those of an image model."""
+
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
 _MAX_SCAN = 64 << 20
@@ -120,14 +125,21 @@ def _config(
     parts = {key.part for key in keys}
     config["use_dora"] = "lora_magnitude_vector" in parts
     config["lora_bias"] = any(key.part == "lora_B" and key.leaf == "bias" for key in keys)
-    return config | _scaling(alphas, prefix, header, alpha, usual)
+    return config | _scaling(alphas, prefix, header, alpha, usual, ranks)
 
 
 def _scaling(
-    alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int
-) -> dict[str, Any]:
+    alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
+    ranks: Mapping[str, int],
+) -> dict[str, Any]:  # fmt: skip
     """`lora_alpha`, and what goes with it, from the file or from the caller; they must not disagree."""
     told = _told(header)
+    if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
+        return {
+            "lora_alpha": rank,
+            "alpha_pattern": {f"^{re.escape(name)}$": size for name, size in ranks.items() if size != rank},
+            ASSUMED: True,
+        }
     if alphas:
         own = {
             parse_key(key.removesuffix(_ALPHA), prefix).path: float(leaf.numpy().ravel()[0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from ...core.updates import ContextUpdate
+from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods._grouped import AcrossGroups
 from ...methods.dora import DoRA
 from ...methods.grouped_dora import GroupedDoRA
@@ -13,8 +15,8 @@ from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.rows import Rows
 from .._losses import Loss
-from .encoders import has_encoder
 from .families import FAMILIES, family_of, family_of_method
+from .file import make
 from .pairs import BESIDE, BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
@@ -22,6 +24,39 @@ if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+
+
+PLAIN = {"embeddings": "prompt", "past": "prefix"}
+"""Place of a context -> the method that holds it as it is."""
+
+
+def has_encoder(update: Update) -> bool:
+    """Whether an update is context that PEFT's files hold only as what its network computes."""
+    return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
+
+
+def without_encoders(
+    updates: Mapping[Target, tuple[Update, ...]],
+) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
+    """The same function of a base without networks, and a line for each that was left behind."""
+    lines = [
+        f"{t}: wrote what {u.method} computes, not its network"
+        for t, us in updates.items()
+        for u in us
+        if has_encoder(u)
+    ]
+    changed = {t: tuple(_computed(u) if has_encoder(u) else u for u in us) for t, us in updates.items()}
+    return changed, lines
+
+
+def _computed(update: Any) -> Update:
+    import numpy as np
+
+    dtype = as_lazy(next(iter(update.tensors.values()))).dtype
+    wide = update.map(lambda leaf: as_array(leaf).astype(np.float64))
+    values = np.ascontiguousarray(getattr(wide, update.place)()).astype(dtype.array)
+    P = Lazy(values.shape, dtype, lambda: values.tobytes())
+    return make(PLAIN[update.place], {"P": P})
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:

@@ -73,14 +73,19 @@ def decode(
     return Adapter(updates, base_ref, (step,), foreign)
 
 
-def without_config(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+def without_config(adapter: Adapter, config: Mapping[str, Any], *, assumed: bool) -> Adapter:
     """The same adapter, read with a config that was made up: its lineage says so, and it is not written back.
+
+    Args:
+        adapter: what was read.
+        config: what was made up.
+        assumed: nothing told alpha, so that it is each module's rank.
 
     PEFT loads only configs that list the modules, so the writer composes one as for an adapter of any other format.
     """
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
-    told = {"alpha": config["lora_alpha"], "config": None}
+    told = {"alpha": "rank" if assumed else config["lora_alpha"], "config": None}
     kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(Hints(compat=compat)))
     return adapter.replace(recipe=(Step("read", {**step.args, **told}),), foreign=kept)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ...errors import Malformed, ShapeMismatch
-from ...io.dtypes import DTYPES
-from ...io.lazy import Lazy
+from ...io.lazy import DTYPES, Lazy
 from .config import Settings
 from .file import File, Findings, Found, Kept, make
 

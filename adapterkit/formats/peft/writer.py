@@ -1,36 +1,34 @@
-"""An `Adapter` in, a config and tensors out; nothing is written that does not read back as the same adapter.
-
-A config that was read is written again as it was wherever it still says what the adapter says: first all of it, then
-all but ranks and alphas, then all but those and the lists of modules.
-"""
+"""An `Adapter` in, a config and tensors out; nothing is written that does not read back as the same updates."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ...errors import Unrepresentable
-from ...io.lazy import as_lazy
+from ...errors import AdapterkitError, Unrepresentable
+from ...io.lazy import Lazy, as_lazy
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from .._format import FORMULA
 from .._joining import with_joined_rows, with_one_lora
 from .._losses import Loss, expressible
+from . import config as fields
 from .compose import configs
-from .encoders import without_encoders
 from .experts import factor_in, in_order_of
-from .families import FAMILIES, family_of_type
+from .families import FAMILIES, family_of, family_of_type
+from .file import File
 from .hints import FORMAT, Hints, fingerprint, hints_of
-from .keys import parse_key, prefix_of
-from .losses import acting_method, find_losses
+from .keys import parse_key, parse_keys, prefix_of
+from .losses import acting_method, find_losses, without_encoders
 from .modules import token_numbers
 from .pairs import BESIDE, PAIRS
-from .proof import says
+from .reader import Places, assemble
 from .scalings import number_fields
 from .spelling import Spelled, is_parameter, lora_paths, spell, stored
 
@@ -39,6 +37,76 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+
+
+def says(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Lazy],
+    spelled: Iterable[Spelled],
+    updates: Updates,
+    base: Checkpoint | None,
+    omitted: Collection[str] = (),
+    compat: str | None = None,
+) -> bool:
+    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted.
+
+    The tensors of the keys `omitted` are not in the file; `compat` is the reading.
+    """
+    written = json.loads(json.dumps(config, sort_keys=True))
+    try:
+        held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+        prefix, keys = parse_keys(held, prefix_of(config["peft_type"]))
+        stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
+        known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
+        out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
+        file = File(fields.parse(written), keys, base, compat, parameters=stems, omitted=out, known=known)
+        read, places, _ = assemble(file)
+    except AdapterkitError:
+        return False
+    own = _own(places, file)
+    return _content(read, own) == _content(updates, own)
+
+
+def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
+    """(path, position) -> the fields that come from keys of their own, or from the only one for all modules."""
+    family = family_of_type(file.settings.peft_type)
+    several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
+    own: dict[tuple[str, int], set[str]] = {}
+    for target, held in places.items():
+        for position, keys in enumerate(held):
+            fields = {field for field, key in keys.items() if key.text not in several}
+            if fields:
+                own.setdefault((target.path, position), set()).update(fields)
+    return own
+
+
+def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
+    """All that a config can get wrong: places, methods, values, shapes, numbers of tokens.
+
+    Of real numbers under keys of their own nothing but the type is: others, which a reader makes, or chooses among
+    several shared tensors, are compared.
+    """
+    return {
+        (target.path, target.rows, target.stacked): [
+            _outline(update, target.layout, own.get((target.path, position), ()))
+            for position, update in enumerate(found)
+        ]
+        for target, found in updates.items()
+    }
+
+
+def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[Any, ...]:
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    if isinstance(update, Replacement) and "weight" in leaves:
+        leaves["weight"] = stored(leaves["weight"], layout)
+    shapes = {name: (leaf.shape, _values(leaf, name in own)) for name, leaf in leaves.items()}
+    return update.method, update.attributes, shapes
+
+
+def _values(leaf: Lazy, own: bool) -> Any:
+    if not leaf.dtype.floating:
+        return leaf.numpy().tolist()
+    return leaf.dtype.name if own else (leaf.dtype.name, bytes(leaf.fetch()))
 
 
 def encode(

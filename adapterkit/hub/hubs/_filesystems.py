@@ -1,17 +1,45 @@
-"""Read from any place that fsspec knows. Such places list no digests, so only sizes are checked; writing is refused."""
+"""Read from any place that fsspec knows, and identify the states of places without commits."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any
 
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
-from ..remote import RemoteFile
+from ..remote import Remote, RemoteFile
 from ..retries import Passing
-from ..uris import Uri, address
-from ._listings import Listing, unknown
+from ..uris import Address, Uri, address
+
+
+class Listing(Remote):
+    """A place whose commit is the digest of its listing."""
+
+    cards_below = True
+
+    @cached_property
+    def commit(self) -> str:
+        told = sorted((file.path, file.size, file.digest) for file in self.files)
+        if not told:
+            raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
+        found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
+            cure = "Leave out the # and the digest to read the current files"
+            raise RemoteNotFound("the files have changed since this digest was taken", path=str(self.uri), cure=cure)
+        return found
+
+
+def unknown(path: str, size: int, *signs: object) -> RemoteFile:
+    """Return a file whose digest the hub does not list; `signs` are values that change with the content."""
+    text = json.dumps([path, size, *map(str, signs)])
+    return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")
+
+
+# Read from any place that fsspec knows. Such places list no digests, so only sizes are checked; writing is refused.
+
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}

@@ -19,7 +19,7 @@ from ..remote import RemoteFile
 from ..retries import PASSING, Passing
 from ..uris import Uri
 from ..web import CHUNK, MAX_TOLD, begins_at, range_header
-from ._listings import Listing, unknown
+from ._filesystems import Listing, unknown
 from .hf import HuggingFace
 
 

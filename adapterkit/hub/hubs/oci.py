@@ -1,34 +1,44 @@
 """Registries of the OCI distribution specification: `oci://registry/name:tag`.
 
-A push writes a ModelPack artifact (github.com/modelpack/model-spec): one raw layer per file, content-addressed, and the
-tag last. A pull reads any artifact whose layers name their files, such as those of `oras push`. Urls inside a manifest
-are never followed: they could point to any server.
+Write and read the manifest of a ModelPack artifact.
+
+Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
+https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
 
-from ...errors import (  # fmt: skip
+from ...errors import (
     AccessDenied,
     AdapterkitError,
     Corrupt,
+    Malformed,
     NetworkError,
     RemoteNotFound,
     StorageError,
+    Unsupported,
     UsageError,
+    storage_error,
 )
 from ...io.strict_json import load_json
-from ..digests import digests_of
+from ..folders import cache_folder
 from ..remote import Content, Digests, Remote, RemoteFile, unreachable
-from ..retries import Passing
+from ..retries import ATTEMPTS, Passing, pause, retrying
+from ..transfer import digests_of
 from ..uris import Uri
-from ..web import (  # fmt: skip
+from ..web import (
     CHUNK,
     Refused,
     answered,
@@ -42,11 +52,128 @@ from ..web import (  # fmt: skip
     redacted,
     said_in,
 )
-from . import _modelpack, _uploads
 from ._admission import DOCKER_HUB, Admission, is_near
 
 if TYPE_CHECKING:
     import httpx2
+
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+ACCEPTED = ", ".join((MANIFEST, "application/vnd.docker.distribution.manifest.v2+json", *INDEXES))
+ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
+CONFIG = "application/vnd.cncf.model.config.v1+json"
+WEIGHT = "application/vnd.cncf.model.weight.v1.raw"
+WEIGHT_CONFIG = "application/vnd.cncf.model.weight.config.v1.raw"
+DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
+
+FILE_PATH = "org.cncf.model.filepath"
+NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
+"""Annotations that name a layer's file; oras writes and reads the last one."""
+
+FOLDER = "io.deis.oras.content.unpack"
+"""oras's annotation for a layer that is an archived folder."""
+
+CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
+DOCUMENTS = (".md",)
+
+
+def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
+    """Return a config and a manifest for files by path. The same files and tag always give the same bytes."""
+    names = sorted(found)
+    described = {
+        "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
+        "config": {"format": _format(names)},
+        "modelfs": {"type": "layers", "diffIds": [found[name][1] for name in names]},
+    }
+    config = _json(described)
+    manifest = {
+        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": ARTIFACT,
+        "config": {"mediaType": CONFIG, "digest": digests_of(config)[1], "size": len(config)},
+        "layers": [_layer(name, found[name]) for name in names],
+        "annotations": {"org.opencontainers.image.description": message},
+    }  # fmt: skip
+    return config, _json(manifest)
+
+
+def parsed(body: bytes, place: str) -> Mapping[str, Any]:
+    """Return a manifest's content.
+
+    Raises:
+        Malformed: the bytes are not a manifest.
+        Unsupported: they are an index of several manifests, and nothing says which one is meant.
+    """
+    try:
+        told = load_json(body.decode())
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"the manifest is not valid JSON ({error})", path=place, cure=_ANOTHER) from None
+    if isinstance(told, dict) and ("manifests" in told or told.get("mediaType") in INDEXES):
+        raise Unsupported("a list of artifacts, not one", path=place, cure="Name one of them by its digest")
+    if not isinstance(told, dict) or not isinstance(told.get("layers"), list):
+        raise Malformed("the manifest has no layers", path=place, cure=_ANOTHER)
+    return told
+
+
+def files_of(manifest: Mapping[str, Any], place: str) -> list[RemoteFile]:
+    """Return the files of a manifest's layers.
+
+    Raises:
+        Malformed: a layer has no size or no digest.
+        Unsupported: a layer is an archive, or has no file name.
+    """
+    return [_file(layer, f"layer {at}", place) for at, layer in enumerate(manifest["layers"])]
+
+
+def _file(layer: Any, where: str, place: str) -> RemoteFile:
+    layer = layer if isinstance(layer, dict) else {}
+    digest, size, kind = layer.get("digest"), layer.get("size"), str(layer.get("mediaType"))
+    notes = layer.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    name = next((notes[key] for key in NAMES if isinstance(notes.get(key), str)), None)
+    if not isinstance(digest, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+        raise Malformed("no sha256 digest", path=place, where=where, cure=_ANOTHER)
+    if type(size) is not int or size < 0:
+        raise Malformed("no size", path=place, where=where, cure=_ANOTHER)
+    if notes.get(FOLDER) == "true" or (kind.startswith("application/vnd.cncf.model.") and ".tar" in kind):
+        cure = "Fetch and unpack it with the tool that pushed it"
+        raise Unsupported("an archive of files, which is not unpacked", path=place, where=name or where, cure=cure)
+    if name is None:
+        cure = "This is an image, or was pushed by a tool that names no files"
+        raise Unsupported("a layer without the name of a file", path=place, where=where, cure=cure)
+    return RemoteFile(name, size, digest)
+
+
+def _layer(name: str, digests: Digests) -> dict[str, Any]:
+    size, digest, _ = digests
+    # ModelPack tools read the first annotation, and oras the second.
+    notes = {FILE_PATH: name, NAMES[-1]: name}
+    return {"mediaType": _kind(name), "digest": digest, "size": size, "annotations": notes}
+
+
+def _kind(name: str) -> str:
+    if name.endswith(DOCUMENTS) or name.upper().startswith("LICENSE"):
+        return DOCUMENT
+    return WEIGHT_CONFIG if name.endswith(CONFIGS) else WEIGHT
+
+
+def _format(names: list[str]) -> str:
+    found = sorted({name.rpartition(".")[2] for name in names if _kind(name) == WEIGHT and "." in name})
+    return "safetensors" if "safetensors" in found or not found else found[0]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+_ANOTHER = "Tell the artifact's owner, or use another tag"
+
+
+# Registries of the OCI distribution specification: `oci://registry/name:tag`.
+#
+# A push writes a ModelPack artifact (github.com/modelpack/model-spec): one raw layer per file, content-addressed, and
+# the tag last. A pull reads any artifact whose layers name their files, such as those of `oras push`. Urls inside a
+# manifest are never followed: they could point to any server.
+
 
 _NAME = re.compile(
     r"(?P<repo>(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(?::\d{1,5})?"
@@ -105,13 +232,13 @@ class Distribution(Remote):
             body, promised = self.call(self._manifest)
             digest = digests_of(body)[1]
             if promised in ("", digest):
-                return digest, _modelpack.parsed(body, str(self.uri))
+                return digest, parsed(body, str(self.uri))
         why = f"the manifest does not have the digest {promised} that is promised"
         raise Corrupt(why, path=str(self.uri), cure="The registry or something on the way damages it")
 
     def _manifest(self) -> tuple[bytes, str]:
         revision = self.uri.revision or LATEST
-        with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": _modelpack.ACCEPTED}) as response:
+        with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": ACCEPTED}) as response:
             body = body_of(response, str(self.uri), MAX_MANIFEST)
             told = response.headers.get("Docker-Content-Digest", "")
         # The header is optional and may use another algorithm; then there is nothing to compare with.
@@ -119,7 +246,7 @@ class Distribution(Remote):
         return body, promised if promised.startswith("sha256:") else ""
 
     def listed(self) -> list[RemoteFile]:
-        return _modelpack.files_of(self.manifest[1], str(self.uri))
+        return files_of(self.manifest[1], str(self.uri))
 
     @contextmanager
     def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -203,9 +330,9 @@ class Distribution(Remote):
         # A registry has no conditional PUT for tags. Comparing before and after the upload leaves a short race.
         before = self._now()
         for name, content in files.items():
-            _uploads.upload(self, content, found[name][0], found[name][1])
-        config, manifest = _modelpack.made(self.uri.repo, self.uri.revision or LATEST, found, message)
-        _uploads.upload(self, config, len(config), digests_of(config)[1])
+            upload(self, content, found[name][0], found[name][1])
+        config, manifest = made(self.uri.repo, self.uri.revision or LATEST, found, message)
+        upload(self, config, len(config), digests_of(config)[1])
         if self._now() != before:
             cure = "Look at what is there now, and run the same command again"
             raise NetworkError("somebody else pushed meanwhile", path=str(self.uri), cure=cure)
@@ -219,7 +346,7 @@ class Distribution(Remote):
 
     def _set(self, tag: str, manifest: bytes) -> str:
         def act() -> None:
-            with self.asked("PUT", f"{self.url}/manifests/{tag}", {"Content-Type": _modelpack.MANIFEST}, manifest):
+            with self.asked("PUT", f"{self.url}/manifests/{tag}", {"Content-Type": MANIFEST}, manifest):
                 pass
 
         self.call(act)
@@ -235,3 +362,214 @@ class Distribution(Remote):
             raise StorageError("the tag is there, on something else", path=str(uri), cure="Choose another tag")
         body, _ = self.call(Distribution(self.uri.at(commit), self.token)._manifest)
         there._set(tag, body)
+
+
+# Upload blobs to a registry in chunks, skipping blobs that it already has. A lost chunk is sent again, not the blob.
+#
+# Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
+#
+# The upload's url is saved to disk, so that another process can continue it. The registry is then asked how many bytes
+# it has, which may end within a chunk. Docker's registry 2.8 puts a signed byte count into its upload urls. It refuses
+# an upload of which it received more than that count (half a chunk, or a chunk whose reply was lost). Then the blob is
+# sent again from its start.
+
+
+UPLOAD_CHUNK = 16 << 20
+LONGEST = 256 << 20
+"""Largest chunk that is held in memory for a registry that requires long chunks."""
+
+ANEW = 6
+"""How often a blob is started again after the registry has lost or damaged it."""
+
+
+def upload(remote: Distribution, content: Content, size: int, digest: str) -> None:
+    """Send a blob unless the registry already has it.
+
+    Raises:
+        Corrupt: the received bytes do not have the digest, however often they are sent.
+        NetworkError: the registry cannot be reached or refuses.
+    """
+    if _has(remote, digest):
+        return
+    sending = _Upload(remote, content, size, digest)
+    for attempt in range(ANEW):
+        try:
+            sending.run()
+        except Refused as error:
+            sending.forget()
+            if error.status not in (400, 404, 416) or attempt + 1 == ANEW:
+                raise _said(remote, error, digest) from None
+        else:
+            return
+
+
+class _Upload:
+    """The upload of one blob.
+
+    Attributes:
+        location: the upload's current url; None if it has not been started.
+        at: how many bytes the registry has; None if the registry must be asked first.
+    """
+
+    def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
+        self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, UPLOAD_CHUNK
+        # One note for each repository and blob, so that any process pushing the same blob finds it.
+        self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
+        self.location = _noted(self.note, remote)
+        self.at: int | None = None
+
+    def run(self) -> None:
+        """Send the missing bytes.
+
+        Raises:
+            Refused: the registry does not continue this upload.
+        """
+        if self.location is None:
+            self._begin()
+        attempt = 0
+        while self.at is None or self.at < self.size:
+            try:
+                self._step()
+                attempt = 0
+            except Exception as error:
+                attempt, self.at = attempt + 1, None
+                self._overcome(error, attempt)
+        _finish(self.remote, str(self.location), self.digest)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the saved url, so that no process continues this upload."""
+        self.location = self.at = None
+        self.note.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        self.location, least = self.remote.call(lambda: _begun(self.remote))
+        self.at, self.chunk = 0, min(max(UPLOAD_CHUNK, least), LONGEST)
+
+    def _step(self) -> None:
+        """Send one chunk, starting at the byte where the registry stands."""
+        location, at = str(self.location), self.at
+        if at is None:
+            location, at = _asked(self.remote, location)
+        chunk = _read(self.content, at, min(self.chunk, self.size - at))
+        if chunk:
+            location = _patch(self.remote, location, at, chunk)
+        self.location, self.at = location, at + len(chunk)
+        # A blob of a single chunk has no state worth saving.
+        if self.size > self.chunk:
+            _keep(self.note, location)
+
+    def _overcome(self, error: Exception, attempt: int) -> None:
+        """Wait if another attempt may help; otherwise raise."""
+        met = self.remote.passing(error)
+        if met is None:
+            raise _failed(self.remote, error) from None
+        if attempt >= ATTEMPTS or not pause(attempt, met.wait):
+            raise self.remote.failure(met) or error from None
+
+
+def _failed(remote: Distribution, error: Exception) -> Exception:
+    return error if isinstance(error, Refused) else remote.failure(error) or error
+
+
+def _has(remote: Distribution, digest: str) -> bool:
+    def act() -> bool:
+        try:
+            with remote.asked("HEAD", f"{remote.url}/blobs/{digest}"):
+                return True
+        except Refused as error:
+            if error.status == 404:
+                return False
+            raise
+
+    return remote.call(act)
+
+
+def _begun(remote: Distribution) -> tuple[str, int]:
+    """Start an upload; return its url and the registry's minimum size of all chunks but the last."""
+    with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
+        least = response.headers.get("OCI-Chunk-Min-Length", "")
+        return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
+
+
+def _asked(remote: Distribution, location: str) -> tuple[str, int]:
+    """Return an upload's current url, and how many bytes the registry has."""
+    with remote.asked("GET", location) as response:
+        match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+        # The range's end is inclusive. Registries answer "0-0" for an empty upload, so 0 means no bytes, not one.
+        held = int(match[1]) + 1 if match and match[1] != "0" else 0
+        return _location(remote, location, response), held
+
+
+def _patch(remote: Distribution, location: str, at: int, chunk: bytes) -> str:
+    headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{at}-{at + len(chunk) - 1}"}
+    with remote.asked("PATCH", location, headers, chunk) as response:
+        return _location(remote, location, response)
+
+
+def _finish(remote: Distribution, location: str, digest: str) -> None:
+    url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
+
+    def act() -> None:
+        try:
+            with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
+                pass
+        except Refused as error:
+            # An earlier attempt may have succeeded although its reply was lost: then the upload is gone (404) and the
+            # blob is there.
+            if error.status != 404 or not _has(remote, digest):
+                raise
+
+    try:
+        retrying(act, remote.passing)
+    except Exception as error:
+        raise _failed(remote, error) from None
+
+
+def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
+    """Return the next url, which the registry chooses. It must not downgrade from https to http."""
+    target = urljoin(url, response.headers.get("Location", "") or url)
+    if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
+        why = f"sends the upload to {urlsplit(target).scheme}://, which is not safe"
+        raise NetworkError(why, path=str(remote.uri), cure="Check the registry's configuration")
+    return target
+
+
+def _read(content: Content, at: int, nbytes: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[at : at + nbytes]
+    try:
+        with open(content, "rb") as file:
+            file.seek(at)
+            data = file.read(nbytes)
+    except OSError as error:
+        raise storage_error(error, content) from error
+    if len(data) != nbytes:
+        raise Corrupt("has become shorter while it was pushed", path=content, cure="Push again")
+    return data
+
+
+def _keep(note: Path, location: str) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        # Only the user may read the file: an upload url can carry a signature that allows writing.
+        descriptor = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(location)
+    except OSError as error:
+        raise storage_error(error, note) from error
+
+
+def _noted(note: Path, remote: Distribution) -> str | None:
+    try:
+        location = note.read_text("utf-8")
+    except OSError:
+        return None
+    return location if urlsplit(location).netloc == urlsplit(remote.url).netloc else None
+
+
+def _said(remote: Distribution, error: Exception, digest: str) -> Exception:
+    if getattr(error, "code", "") == "DIGEST_INVALID":
+        cure = "A file changed here while it was pushed, or something on the way damages it: push again"
+        return Corrupt("the registry got other bytes than were sent", path=str(remote.uri), where=digest, cure=cure)
+    return remote.failure(error) or error

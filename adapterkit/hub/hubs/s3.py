@@ -1,35 +1,229 @@
-"""S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
-
-A push writes a list of the files and their digests beside them. The list is marked as `pushing` before the first upload
-and as `whole` after the last one. It is claimed by create-if-absent, or by a condition on the ETag that was seen. So
-two pushes cannot mix, and no reader takes half of one for the whole. Without a list, the objects found in the folder
-are read, and only sizes are checked.
-
-Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store's own requests are
-uploads only; S3 verifies them against a sha256. For uploads the store ignores Retry-After and uses exponential backoff.
-"""
+"""S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`)."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
-from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, UsageError
+from ...errors import (
+    AccessDenied,
+    AdapterkitError,
+    Corrupt,
+    Malformed,
+    NetworkError,
+    RemoteNotFound,
+    Unsupported,
+    UsageError,
+)
 from ...io.strict_json import load_json
+from .. import retries
 from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
 from ..web import CHUNK as PIECE
-from ..web import Refused, begins_at, is_offline, is_transport, offline, range_header
-from ._bucket import Bucket
-from ._bucket_lists import objects
-from ._listings import Listing, unknown
+from ..web import Refused, answered, begins_at, body_of, is_offline, is_transport, offline, range_header
+from ._admission import is_near
+from ._filesystems import Listing, unknown
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+    import httpx2
+    from obstore.store import S3Store
+
+
+SIGNED = timedelta(minutes=15)
+"""How long a presigned url is valid. Each request gets its own."""
+
+
+class Bucket:
+    """A bucket, configured by the AWS environment variables.
+
+    Attributes:
+        store: the obstore store.
+
+    Raises:
+        Unsupported: obstore is not installed.
+    """
+
+    def __init__(self, name: str, place: str) -> None:
+        try:
+            from obstore.store import S3Store
+        except ImportError:
+            cure = "pip install 'adapterkit[s3]'"
+            raise Unsupported("s3:// needs the package obstore", path=place, cure=cure) from None
+        self.name, self.place, self.options = name, place, _options()
+        # S3 verifies each upload against this checksum.
+        self.store: S3Store = S3Store(name, config={"checksum_algorithm": "SHA256"}, **self.options)
+        self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
+        self.keys: Mapping[str, Any] = _NOBODY if self.anonymous else {}
+        self.signer = self._signer()
+
+    @contextmanager
+    def asked(self, method: str, key: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """Yield the open response to a request for an object.
+
+        Raises:
+            Refused: the status is 400 or above.
+        """
+        with self._answered(method, self._address(self.signer, method, key), headers) as response:
+            yield response
+
+    def whole(self, key: str) -> tuple[bytes, str | None]:
+        """Return the bytes of a small object and its ETag.
+
+        Raises:
+            NetworkError: the object is larger than any document that this package stores.
+        """
+        with self.asked("GET", key, {}) as response:
+            return body_of(response, self.place), response.headers.get("ETag")
+
+    def page(self, query: Mapping[str, str]) -> bytes:
+        """Return the response to a query on the bucket itself.
+
+        obstore signs urls of objects only, and it appends the object's key to the endpoint's url. Here the endpoint
+        ends with the query and an `x-id=` parameter, so the appended key becomes the value of `x-id`. S3 ignores it.
+        """
+        bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
+        endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
+        url = self._address(self._signer(endpoint=endpoint, virtual_hosted_style_request=True), "GET", "x")
+        with self._answered("GET", url, {}) as response:
+            return body_of(response, self.place)
+
+    def _signer(self, **more: Any) -> S3Store:
+        from obstore.store import S3Store
+
+        config: dict[str, Any] = {**self.keys, **more}
+        return S3Store(self.name, config=config, **self.options)  # type: ignore[arg-type]
+
+    def _address(self, signer: S3Store, method: str, key: str) -> str:
+        """Return a presigned url; for anonymous access, the url with its signature removed."""
+        import obstore
+
+        url: str = obstore.sign(signer, method, key, SIGNED)  # type: ignore[call-overload]
+        return re.sub(r"[?&]X-Amz-.*", "", url) if self.anonymous else url
+
+    @contextmanager
+    def _answered(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        with answered(method, url, headers, {}, self.place) as response:
+            if response.status_code >= 400:
+                raise Refused(response.status_code)
+            yield response
+
+
+# obstore builds a url only while it signs. For anonymous access these keys sign it, and the signature is cut off.
+_NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
+
+
+def _options() -> dict[str, Any]:
+    """Return the store's options: the same waits as all hubs, and plain HTTP for a server on this machine only."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
+    waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
+    patience = {"max_retries": retries.ATTEMPTS - 1, "backoff": waits, "retry_timeout": timedelta(minutes=3)}
+    return {"retry_config": patience} | ({"client_options": {"allow_http": True}} if plain else {})
+
+
+# List the objects of a bucket, page by page.
+#
+# Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+
+
+Query = dict[str, str]
+
+PAGE = 1000
+"""Largest number of objects in one response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One object in a listing."""
+
+    key: str
+    size: int
+    tag: str
+
+
+def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: bool) -> Iterator[Listed]:
+    """Yield the objects of a folder.
+
+    Empty objects whose key ends with a slash are skipped: consoles create them to show a folder.
+
+    Args:
+        asked: returns the response to a query.
+        folder: the prefix, without a slash at its end; empty for the whole bucket.
+        place: the uri that errors name.
+        deep: include objects in subfolders.
+
+    Raises:
+        Malformed: a response is not a listing.
+    """
+    query = {"list-type": "2", "max-keys": str(PAGE), "prefix": f"{folder}/" if folder else ""} | (
+        {} if deep else {"delimiter": "/"}
+    )
+    token: str | None = ""
+    while token is not None:
+        page = _parsed(asked(query | ({"continuation-token": token} if token else {})), place)
+        found = [_listed(entry, place) for entry in page if _name(entry) == "Contents"]
+        yield from (entry for entry in found if entry.size or not entry.key.endswith("/"))
+        token = _told(page, "NextContinuationToken") or None
+
+
+def _parsed(body: bytes, place: str) -> Element:
+    from xml.etree import ElementTree
+
+    try:
+        page = ElementTree.fromstring(body)
+    except ElementTree.ParseError:
+        page = None
+    if page is None or _name(page) != "ListBucketResult":
+        raise Malformed(
+            "the bucket did not answer with a list of objects",
+            path=place,
+            cure="Is AWS_ENDPOINT_URL the address of an S3-compatible server?",
+        )
+    return page
+
+
+def _listed(entry: Element, place: str) -> Listed:
+    key, size = _told(entry, "Key"), _told(entry, "Size")
+    if not key or not size or not size.isascii() or not size.isdigit():
+        raise Malformed(
+            "the list of a bucket has an object without a name or a size", path=place, cure="Tell its owner"
+        )
+    return Listed(key, int(size), _told(entry, "ETag") or "")
+
+
+def _told(element: Element, name: str) -> str | None:
+    return next((child.text for child in element if _name(child) == name), None)
+
+
+def _name(element: Element) -> str:
+    """Return a tag without its namespace, which some servers leave out."""
+    return str(element.tag).rpartition("}")[2]
+
+
+# S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
+#
+# A push writes a list of the files and their digests beside them. The list is marked as `pushing` before the first
+# upload and as `whole` after the last one. It is claimed by create-if-absent, or by a condition on the ETag that was
+# seen. So two pushes cannot mix, and no reader takes half of one for the whole. Without a list, the objects found in
+# the folder are read, and only sizes are checked.
+#
+# Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store's own requests are
+# uploads only; S3 verifies them against a sha256. For uploads the store ignores Retry-After and uses exponential
+# backoff.
+
 
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.adapter import config_hash
 from ...core.metadata import REPORT, fingerprints_of
 from ...errors import AdapterkitError, CheckFailed, UsageError
-from ...io.fingerprint import PREFIX
+from ...io.checkpoint import PREFIX
 from ...io.locations import is_repo, source_of
 from ..architectures import STORED_AS
 
@@ -88,8 +88,7 @@ def check_base(
         CheckFailed: see `check_bases`.
         UsageError: `strict` without a base.
     """
-    from ...io.checkpoint import opened
-    from ...io.fingerprint import fingerprint
+    from ...io.checkpoint import fingerprint, opened
 
     if base is None:
         if strict:
@@ -107,7 +106,7 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
     Raises:
         CheckFailed: it does, and `strict`.
     """
-    from ...io.fingerprint import fingerprint
+    from ...io.checkpoint import fingerprint
 
     recorded = merge_record(tuned).get("base_fingerprint")
     if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ...core.registry import Registry
-from ._method import Method
+from ._combiner import Combiner
 
-COMBINERS: Registry[type[Method]] = Registry("way to combine", __name__, "adapterkit.combiners", Method)
+COMBINERS: Registry[type[Combiner]] = Registry("way to combine", __name__, "adapterkit.combiners", Combiner)

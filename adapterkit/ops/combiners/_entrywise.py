@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ..blocks import Blocks
 from ._changes import whole
-from ._method import Method, parameter
+from ._combiner import Combiner, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
     Formula = Callable[[Array, slice], Array]
@@ -36,7 +36,7 @@ KEPT = "how many entries a density p of n is: int(p n) + 1 (reference), int(p n)
 RESCALE = "what is kept is divided by its probability (inverse), or brought to the L1 norm it had (norm)"
 
 
-class Entrywise(Method):
+class Entrywise(Combiner):
     """Methods that look at every entry: the formula sees blocks of rows of all changes of a tensor."""
 
     scale: float = parameter(1.0, SCALE)
@@ -46,7 +46,7 @@ class Entrywise(Method):
         return True
 
     @abstractmethod
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         """The function that makes one block of the result of a block of the changes.
 
         Args:
@@ -59,23 +59,23 @@ class Entrywise(Method):
             called with the rows in their order.
         """
 
-    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+    def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         """Feeds `at.census`, where numbers of whole adapters are needed."""
 
-    def rows(self, blocks: Blocks, weights: Array, at: At) -> Iterator[tuple[slice, Array]]:
+    def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
         """The result, some rows at a time."""
         made = self.formula(blocks, weights, at)
         for rows, changes in blocks:
             yield rows, made(changes, rows)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return whole(self._whole(Blocks(deltas), weights, at))
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         made: Array = self._whole(Blocks.of(changes), weights, at)[0]
         return made
 
-    def _whole(self, blocks: Blocks, weights: Array, at: At) -> Array:
+    def _whole(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
         result = np.zeros(blocks.shape)
@@ -99,7 +99,7 @@ class Sparse(Entrywise):
     denominator: str = parameter("none", DENOMINATOR, among=DENOMINATORS)
 
     @abstractmethod
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         """The function that tells which entries are kept.
 
         Returns:
@@ -107,7 +107,7 @@ class Sparse(Entrywise):
             where all are kept, and the probability that each had to be kept, 1 where that was not by chance.
         """
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         kept = self._kept(blocks, at)
 
         def majority() -> int:
@@ -115,11 +115,11 @@ class Sparse(Entrywise):
 
         return lambda changes, rows: self._fused(kept(changes, rows), weights, majority)
 
-    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+    def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         if at.census.voting:
             at.census.add_votes(self._signs(blocks, weights, at))
 
-    def _kept(self, blocks: Blocks, at: At) -> Formula:
+    def _kept(self, blocks: Blocks, at: FormulaContext) -> Formula:
         """The function that makes a block of the changes sparse, and scales what is kept; it writes over them."""
         import numpy as np
 
@@ -153,7 +153,7 @@ class Sparse(Entrywise):
         signs = (kept > 0).astype(np.int8) - (kept < 0)
         return np.asarray(np.tensordot(np.sign(weights), signs, 1) if self.weighted_vote else signs.sum(0, np.int32))
 
-    def _signs(self, blocks: Blocks, weights: Array, at: At) -> int:
+    def _signs(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
         """The sum of the signs of all entries of a tensor."""
         import numpy as np
 
@@ -163,7 +163,7 @@ class Sparse(Entrywise):
             total += int(np.count_nonzero(votes > 0)) - int(np.count_nonzero(votes < 0))
         return total
 
-    def _majority(self, blocks: Blocks, weights: Array, at: At) -> int:
+    def _majority(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
         return -1 if self._signs(blocks, weights, at) < 0 else 1
 
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
 from ._changes import mixed
-from ._method import Method
+from ._combiner import Combiner
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Change, Delta
 
     Coefficients = Mapping[Target, Array]
@@ -82,7 +82,7 @@ class Trial:
         return self.loss(self.everywhere(coefficients)), slope
 
 
-class Learned(Method):
+class Learned(Combiner):
     """A method that looks for coefficients of a sum before anything is computed."""
 
     data: ClassVar[str | None] = SCORE
@@ -94,10 +94,10 @@ class Learned(Method):
     def sums(self, weights: Sequence[float]) -> list[float] | None:
         return list(weights)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return mixed(deltas, weights)
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         return weights @ changes
 
 

@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ._method import Method
+from ._combiner import Combiner
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
-class Pairwise(Method):
+class Pairwise(Combiner):
     """The formula sees the factors of each change."""
 
     @abstractmethod
-    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+    def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         """B `[out, r]` and A `[r, in * k]` of the result from those of all tasks, weights already in B."""
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         from ..lowering import Delta
 
         checked_pairs(deltas, at, equal=False)
@@ -30,7 +30,7 @@ class Pairwise(Method):
         return Delta(*self.factors(Bs, [delta.A for delta in deltas], at))
 
 
-def checked_pairs(deltas: Sequence[Delta], at: At, *, equal: bool = True) -> None:
+def checked_pairs(deltas: Sequence[Delta], at: FormulaContext, *, equal: bool = True) -> None:
     """Refuses changes without thin factors, and ranks that differ where factors are put on top of one another.
 
     Raises:

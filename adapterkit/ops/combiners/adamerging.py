@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._learned import SLOPE, Learned, descend
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...core.adapter import Target

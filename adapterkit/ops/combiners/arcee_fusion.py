@@ -14,8 +14,8 @@ from ._entrywise import Entrywise
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 
@@ -28,7 +28,7 @@ class ArceeFusion(Entrywise):
     based: ClassVar[bool] = True
     compat: ClassVar = {"mergekit": {}}
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         W = at.base().reshape(blocks.shape)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._changes import between
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -34,10 +34,10 @@ class SubspaceBoosting(PlugIn):
     def dense(self) -> bool:
         return self.inner.dense
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
-        from ..thin import whole_core
+        from ..lowrank import whole_core
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import DENSITY, RESCALE, Sparse, ranks
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -35,7 +35,7 @@ class Breadcrumbs(Sparse):
     scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         import numpy as np
 
         settings = list(zip(at.each(self, "density"), at.each(self, "gamma"), strict=True))

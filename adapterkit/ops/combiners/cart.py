@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._method import Spectral, parameter
+from ._combiner import Spectral, parameter
 from ._spectra import leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 
 class CART(Spectral):
@@ -26,7 +26,7 @@ class CART(Spectral):
     share: float = parameter(0.12, "share of the directions that each difference keeps", least=0, most=1)
     scale: float = parameter(2.0, "factor of the differences")
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
         each = weights[:, None, None] * cores

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._combiner import parameter
 from ._entrywise import Entrywise
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 
@@ -29,7 +29,7 @@ class Consensus(Entrywise):
     threshold: float = parameter(0.4, "lambda_t: how large an entry is beside what the others add", least=0)
     agree: int = parameter(2, "tasks that an entry must matter to", least=1)
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         levels = np.reshape(at.each(self, "threshold"), (-1, 1, 1))

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import between, whole
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 BASIS = "whose singular vectors: of the factors, as they were trained, or of their products, whatever the factors"
@@ -30,7 +30,7 @@ class CoreSpace(PlugIn):
 
     basis: str = parameter("factors", BASIS, among=("factors", "products"))
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         left, cores, right = coordinates(deltas, self.basis)
         merged = self.inner.matrix([whole(M) for M in cores], weights, at)
         return between(left, merged.dense(), right)
@@ -40,7 +40,7 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
     """U `[out, p]`, M_t `[p, q]` and V^T `[q, in * k]`, in singular vectors of stacked factors or products."""
     import numpy as np
 
-    from ..thin import whole_core
+    from ..lowrank import whole_core
 
     common = whole_core(deltas)
     if basis == "factors" and all(delta.rest is None for delta in deltas):

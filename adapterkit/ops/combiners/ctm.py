@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._changes import whole
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -34,11 +34,11 @@ class CtM(PlugIn):
     iterations: int = parameter(1000, "rounds of HOOI at most", least=0)
     tolerance: float = parameter(1e-6, "change of the relative error that ends it", least=0)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
         from ..lowering import Delta
-        from ..thin import whole_core
+        from ..lowrank import whole_core
 
         common = whole_core(deltas)
         cores = np.stack(common.cores)

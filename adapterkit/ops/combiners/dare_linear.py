@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import RESCALE, RESCALES, Sparse
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -31,11 +31,11 @@ class Dare(Sparse):
     density: float = parameter(0.8, "probability p that an entry is kept", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         return drawn(at.each(self, "density"), at)
 
 
-def drawn(densities: Sequence[float], at: At) -> Mask:
+def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
     """Which entries chance keeps, by each adapter's density."""
     import numpy as np
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ..selection import Selection, settle
+from ._combiner import parameter
 from ._entrywise import (
     DENOMINATOR,
     DENOMINATORS,
@@ -21,13 +22,12 @@ from ._entrywise import (
     Sparse,
     count_of,
 )
-from ._method import parameter
 from .dare_linear import drawn
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -55,7 +55,7 @@ class DareTIES(Sparse):
     zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         import numpy as np
 
         chance = drawn(at.each(self, "density"), at)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._combiner import Spectral, parameter
 from ._entrywise import DENSITY, SCALE, largest
-from ._method import Spectral, parameter
 from ._spectra import leading, polar
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 SMOOTHING = "the singular values of a task: all equal (average), or on a line (linear)"
 
@@ -36,7 +36,7 @@ class DCMerge(Spectral):
     density: float = parameter(0.001, DENSITY, least=0, most=1)
     scale: float = parameter(1.0, SCALE)
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
         parts = [leading(w * M, self.directions) for M, w in zip(cores, weights, strict=True)]

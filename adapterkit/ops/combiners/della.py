@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
+from ._combiner import parameter
 from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, WEIGHTED_VOTE, Sparse, ranks
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -41,7 +41,7 @@ class Della(Sparse):
     weighted_vote: bool = parameter(True, WEIGHTED_VOTE)
     denominator: str = parameter("weights", DENOMINATOR, among=DENOMINATORS)
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         import numpy as np
 
         settings = list(zip(at.each(self, "density"), at.each(self, "epsilon"), strict=True))

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
+from ._combiner import parameter
 from ._entrywise import Entrywise
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 
@@ -36,7 +36,7 @@ class EMR(Entrywise):
     def counts(self) -> bool:
         return self.task is not None
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         if self.task is None:
@@ -55,7 +55,7 @@ class EMR(Entrywise):
 
         return formula
 
-    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+    def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         import numpy as np
 
         if self.task is None or self.task not in at.present:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import whole
-from ._method import PlugIn
+from ._combiner import PlugIn
 from ._pairs import checked_pairs
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -27,7 +27,7 @@ class Factors(PlugIn):
     paper = "https://huggingface.co/docs/peft/developer_guides/model_merging"
     depends: ClassVar = frozenset({"factors"})
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
         from ..lowering import Delta

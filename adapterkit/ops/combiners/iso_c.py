@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._combiner import Spectral, parameter
 from ._entrywise import SCALE
-from ._method import Spectral, parameter
 from ._spectra import leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 OVER = "what the mean is taken over: directions that the adapters span (core), or all of the weight (weight)"
 
@@ -27,14 +27,14 @@ class IsoC(Spectral):
     over: str = parameter("core", OVER, among=("core", "weight"))
     scale: float = parameter(1.0, SCALE)
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
         U, S, Vh = leading(np.tensordot(weights, cores, 1))
         result: Array = self.scale * S.sum() / max(self._count(len(S), at), 1) * (U @ Vh)
         return result
 
-    def _count(self, rank: int, at: At) -> int:
+    def _count(self, rank: int, at: FormulaContext) -> int:
         import math
 
         return rank if self.over == "core" else min(at.shape[0], math.prod(at.shape[1:]))

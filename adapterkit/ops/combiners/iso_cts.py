@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._combiner import Spectral, parameter
 from ._entrywise import SCALE
-from ._method import Spectral, parameter
 from ._spectra import joined, leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 
 class IsoCTS(Spectral):
@@ -26,7 +26,7 @@ class IsoCTS(Spectral):
     common: float = parameter(0.8, "share of the directions that the sum gives", least=0, most=1)
     scale: float = parameter(1.0, SCALE)
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
 
         each = weights[:, None, None] * cores
         U, S, Vh = leading(each.sum(0))

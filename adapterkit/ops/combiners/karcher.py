@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ._changes import shares
-from ._method import Mixture, parameter
+from ._combiner import Mixture, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array

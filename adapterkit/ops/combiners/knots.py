@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._changes import whole
-from ._method import PlugIn
+from ._combiner import PlugIn
 from ._spectra import leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -26,11 +26,11 @@ class KnOTS(PlugIn):
     paper = "https://arxiv.org/abs/2410.19735"
     then: str = "ties"
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
         from ..lowering import Delta
-        from ..thin import whole_core
+        from ..lowrank import whole_core
 
         common = whole_core(deltas)
         U = leading(np.hstack(common.cores))[0]

@@ -11,12 +11,12 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._method import parameter
+from ._combiner import parameter
 from ._pairs import Pairwise
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 
 class Lego(Pairwise):
@@ -29,7 +29,7 @@ class Lego(Pairwise):
     rank: int | None = parameter(None, "ranks of the result; the largest of a task if not given", least=1, kind=int)
     starts: int = parameter(10, "how often k-means starts again; the best one counts", least=1)
 
-    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+    def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         import numpy as np
 
         A, B = np.vstack(As), np.hstack(Bs)

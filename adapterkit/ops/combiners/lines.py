@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -36,12 +36,12 @@ class LiNeS(PlugIn):
     def dense(self) -> bool:
         return self.inner.dense
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return self.inner.matrix(deltas, weights, at).scaled(self._factor(len(deltas), at))
 
-    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
         return self._factor(len(changes), at) * self.inner.vector(changes, weights, at)
 
-    def _factor(self, count: int, at: At) -> float:
+    def _factor(self, count: int, at: FormulaContext) -> float:
         alpha = 1 / count if self.alpha is None else self.alpha
         return alpha + (1 - alpha if self.beta is None else self.beta) * (at.depth or 0.0)

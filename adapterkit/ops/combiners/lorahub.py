@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._changes import mixed
+from ._combiner import parameter
 from ._learned import Learned
-from ._method import parameter
 from ._pairs import checked_pairs
 
 if TYPE_CHECKING:
     from ...core.adapter import Target
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
     from ._learned import Trial
 
@@ -56,7 +56,7 @@ class LoraHub(Learned):
     def sums(self, weights: Sequence[float]) -> list[float] | None:
         return None if self.apart else list(weights)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         from ..lowering import Delta
 
         if not self.apart:

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._method import Method, parameter
+from ._combiner import Combiner, parameter
 from .regmean import INPUTS, gram_of
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
-class LOT(Method):
+class LOT(Combiner):
     """Least squares over the inputs that there are; factors stay thin."""
 
     title = "Layer-wise optimal task vectors (LOT)"
@@ -28,7 +28,7 @@ class LOT(Method):
 
     tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
         from ..lowering import Delta

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import COUNTS, DENSITY, KEPT, Sparse, thresholds
-from ._method import parameter
 
 if TYPE_CHECKING:
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -27,7 +27,7 @@ class MagnitudePrune(Sparse):
     density: float = parameter(0.5, DENSITY, least=0, most=1)
     kept: str = parameter("floor", KEPT, among=COUNTS)
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         import numpy as np
 
         least = thresholds(blocks, at.each(self, "density"), self.kept)

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import Entrywise
-from ._method import parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
     Wanted = Callable[[int, int], int]
@@ -45,7 +45,7 @@ class PCB(Entrywise):
     def counts(self) -> bool:
         return self.scope == "model"
 
-    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+    def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         names = [(end, t) for end in ("least", "most") for t in at.present]
         ends = _ends(blocks.count)
         if not at.census.knows(names[0]):
@@ -56,7 +56,7 @@ class PCB(Entrywise):
         wanted = self._scores(blocks.count)
         at.census.count(scores, blocks, wanted, lambda changes: _signed(_scored(changes, weights, bounds)))
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         if self.scope == "model":
@@ -96,7 +96,7 @@ class PCB(Entrywise):
             *[lambda *_: 1] * count,
         ]
 
-    def _known(self, names: Sequence[str], at: At) -> Array:
+    def _known(self, names: Sequence[str], at: FormulaContext) -> Array:
         import numpy as np
 
         found = [at.census.threshold((name, t)) for name in names for t in at.present]

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 from .core import BASIS
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -36,10 +36,10 @@ class Pico(PlugIn):
     def dense(self) -> bool:
         return self.inner.dense
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
-        from ..thin import norm
+        from ..lowrank import norm
 
         U, S = self._directions(deltas)
         damped = 1 / (1 + (len(deltas) - 1) * S**2 / ((S**2).sum() or 1.0)) - 1
@@ -52,7 +52,7 @@ class Pico(PlugIn):
     def _directions(self, deltas: Sequence[Delta]) -> tuple[Array, Array]:
         import numpy as np
 
-        from ..thin import whole_core
+        from ..lowrank import whole_core
 
         if self.basis == "factors" and all(delta.rest is None for delta in deltas):
             left, R = np.linalg.qr(np.hstack([delta.B for delta in deltas]))
@@ -65,7 +65,7 @@ class Pico(PlugIn):
 
 def _brought(delta: Delta, size: float) -> Delta:
     """The change with another Frobenius norm; none stays none."""
-    from ..thin import norm
+    from ..lowrank import norm
 
     now = norm(delta)
     return delta.scaled(size / now) if now else delta

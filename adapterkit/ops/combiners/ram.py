@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import Entrywise
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 EPSILON = "magnitude up to which an entry counts as unchanged"
@@ -30,7 +30,7 @@ class RAM(Entrywise):
 
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         def formula(changes: Array, _: slice) -> Array:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import Entrywise
-from ._method import parameter
 from .ram import EPSILON
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 
@@ -33,7 +33,7 @@ class RAMPlus(Entrywise):
     alpha: float = parameter(1.0, "the most that counts of shared over own entries", least=0)
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         own = self._factors(blocks)[:, None, None]

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
-from ._method import Method, parameter
+from ._combiner import Combiner, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 INPUTS = "a callable: inputs(position of the adapter, target's path) -> X [samples, in * k], what the target sees there"
 ALPHA = "factor of the off-diagonal entries of inner products"
 
 
-class RegMean(Method):
+class RegMean(Combiner):
     """Least squares over all tasks; factors stay thin, B_t (A_t G_t)."""
 
     title = "Regression mean (RegMean)"
@@ -30,11 +30,11 @@ class RegMean(Method):
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return regressed(deltas, weights, self.alpha, at)
 
 
-def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: At) -> Delta:
+def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: FormulaContext) -> Delta:
     """RegMean of one weight."""
     import numpy as np
 
@@ -62,7 +62,7 @@ def _damped(G: Array, alpha: float) -> Array:
     return result
 
 
-def gram_of(at: At, t: int, columns: int) -> Array:
+def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     """G_t `[in * k, in * k]`.
 
     Raises:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._method import Method, parameter
+from ._combiner import Combiner, parameter
 from .regmean import ALPHA, regressed
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
-class RegMeanPlus(Method):
+class RegMeanPlus(Combiner):
     """Least squares over all tasks, target after target."""
 
     title = "Regression mean over merged layers (RegMean++)"
@@ -29,5 +29,5 @@ class RegMeanPlus(Method):
 
     alpha: float = parameter(0.9, ALPHA, least=0, most=1)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return regressed(deltas, weights, self.alpha, at)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
+from ._combiner import parameter
 from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
-from ._method import parameter
 from ._pairs import Pairwise
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 
 REFERENCE = KEPT.replace("int(p n) + 1 (reference)", "n - int((1 - p) n) + 1 (reference)")
@@ -35,7 +35,7 @@ class RobustMerge(Pairwise):
     quantile: float = parameter(0.8, "of a task's scales; smaller ones are raised to it", least=0, most=1)
     scale: float = parameter(2.0, "c, the factor of A and of B")
 
-    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+    def factors(self, Bs: list[Array], As: list[Array], at: FormulaContext) -> tuple[Array, Array]:
         import numpy as np
 
         if len({len(A) for A in As}) > 1:
@@ -49,7 +49,7 @@ class RobustMerge(Pairwise):
         parts = scales / np.where(below > 0, below, 1.0)
         return self.scale * (B * parts[:, None, :]).sum(0), self.scale * A.sum(0)
 
-    def _pruned(self, X: Array, t: int, at: At) -> Array:
+    def _pruned(self, X: Array, t: int, at: FormulaContext) -> Array:
         density = at.each(self, "density")[t]
         if self.kept == "reference" and density < 1:
             # The authors take the int((1 - p) n)-th smallest for the least that is kept: one more than ceil(p n).

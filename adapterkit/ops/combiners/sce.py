@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import SIGN, Entrywise
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Formula
 
 
@@ -35,7 +35,7 @@ class SCE(Entrywise):
     unselected: str = parameter("drop", UNSELECTED, among=("drop", "keep"))
     sign: str = parameter("total", SIGN, among=("total", "frequency"))
 
-    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
+    def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         import numpy as np
 
         least = self._least(blocks)

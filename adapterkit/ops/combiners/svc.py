@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._changes import between
-from ._method import PlugIn, parameter
+from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 NOISE = 1e-12
@@ -30,10 +30,10 @@ class SVC(PlugIn):
 
     alpha: float = parameter(1.0, "the least that a task counts for in a direction", least=1e-6)
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         import numpy as np
 
-        from ..thin import whole_core
+        from ..lowrank import whole_core
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)

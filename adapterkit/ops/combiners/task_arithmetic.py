@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import Mixture, parameter
 from ._entrywise import SCALE
-from ._method import Mixture, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from ._combiner import parameter
 from ._entrywise import (
     COUNTS,
     DENOMINATOR,
@@ -22,12 +23,11 @@ from ._entrywise import (
     count_of,
     thresholds,
 )
-from ._method import parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
     from ..blocks import Blocks
+    from ..context import FormulaContext
     from ._entrywise import Mask
 
 
@@ -60,14 +60,14 @@ class TIES(Sparse):
     def counts(self) -> bool:
         return self.scope == "model" and self.density < 1
 
-    def count(self, blocks: Blocks, weights: Array, at: At) -> None:
+    def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         super().count(blocks, weights, at)
         densities = at.each(self, "density")
         if not at.census.voting:
             wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
             at.census.count(at.present, blocks, wanted)
 
-    def mask(self, blocks: Blocks, at: At) -> Mask:
+    def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         import numpy as np
 
         densities = at.each(self, "density")

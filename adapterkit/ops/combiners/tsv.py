@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ._combiner import Spectral, parameter
 from ._entrywise import SCALE
-from ._method import Spectral, parameter
 from ._spectra import joined, leading
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
 
 
 KEPT = "directions that a task keeps; the smaller side of the weight over the number of tasks if not given"
@@ -31,7 +31,7 @@ class TSV(Spectral):
     directions: int | None = parameter(None, KEPT, least=1, kind=int)
     scale: float = parameter(1.0, SCALE)
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         directions = self.directions or max(min(at.shape[0], math.prod(at.shape[1:])) // len(cores), 1)
         parts = [leading(w * M, directions) for M, w in zip(cores, weights, strict=True)]
         U, S, Vh = joined(parts)

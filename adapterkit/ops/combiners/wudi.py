@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ._changes import whole
+from ._combiner import Spectral, parameter
 from ._entrywise import SCALE
 from ._learned import Adam
-from ._method import Spectral, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
-    from ..at import At
+    from ..context import FormulaContext
     from ..lowering import Delta
 
 
@@ -38,7 +38,7 @@ class WUDI(Spectral):
     scale: float = parameter(1.0, SCALE)
     tolerance: float = parameter(1e-10, "eigenvalues below this part of the largest are none", least=0, most=1)
 
-    def core(self, cores: Array, weights: Array, at: At) -> Array:
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
         import numpy as np
 
         each = weights[:, None, None] * cores
@@ -53,10 +53,10 @@ class WUDI(Spectral):
     def dense(self) -> bool:
         return self.solver == "adam"
 
-    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         if self.solver == "exact":
             return super().matrix(deltas, weights, at)
-        from ..thin import whole_core
+        from ..lowrank import whole_core
 
         common = whole_core([delta.scaled(float(w)) for delta, w in zip(deltas, weights, strict=True)])
         sizes = [float((M * M).sum()) or 1.0 for M in common.cores]

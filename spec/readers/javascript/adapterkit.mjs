@@ -23,8 +23,7 @@ export class AdapterError extends Error {
 
 const malformed = (where, why) => new AdapterError("Malformed", where, why);
 
-// ---------------------------------------------------------------------------------------------------------------------
-// JSON (README, section 4). JSON.parse hides repeated keys, and that 3.0 is not an integer. Here objects are Maps,
+// ---- JSON (README, section 4). JSON.parse hides repeated keys, and that 3.0 is not an integer. Here objects are Maps,
 // integers are BigInts, and all other numbers are Numbers.
 
 const MAX_DEPTH = 100;
@@ -47,26 +46,11 @@ export function parseJSON(text, lenient = false) {
     return value;
   };
   const string = () => {
-    let out = "";
-    for (at++; ; ) {
-      const start = at;
-      while (at < text.length && text[at] !== '"' && text[at] !== "\\" && text[at] >= " ") at++;
-      out += text.slice(start, at);
-      if (text[at] === '"') break;
-      if (text[at] !== "\\") fail("a string that does not end, or a control character");
-      const escape = text[at + 1];
-      const plain = { '"': '"', "\\": "\\", "/": "/", b: "\b", f: "\f", n: "\n", r: "\r", t: "\t" }[escape];
-      if (plain !== undefined) {
-        out += plain;
-        at += 2;
-      } else {
-        const hex = text.slice(at + 2, at + 6);
-        if (escape !== "u" || !/^[0-9a-fA-F]{4}$/.test(hex)) fail("an unknown escape");
-        out += String.fromCharCode(parseInt(hex, 16));
-        at += 6;
-      }
+    const start = at++;
+    for (; text[at] !== '"'; at += text[at] === "\\" ? 2 : 1) {
+      if (at >= text.length || text[at] < " ") fail("a string that does not end, or a control character");
     }
-    at++;
+    const out = JSON.parse(text.slice(start, ++at)); // it knows the escapes
     if (/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/.test(out)) fail("half of a surrogate pair");
     return out;
   };
@@ -154,8 +138,7 @@ function byCodePoint(a, b) {
   return at < 0 ? one.length - other.length : at < other.length ? one[at] - other[at] : 1;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Element types (README, section 5): bytes an element, and how an element is read as a 64-bit number.
+// ---- Element types (README, section 5): bytes an element, and how an element is read as a 64-bit number.
 
 export function smallFloat(bits, exponentBits, mantissaBits, bias, special) {
   // special: "ieee" has infinities and NaNs, "fn" one NaN a sign (all ones), "fnuz" a single NaN (negative zero).
@@ -191,8 +174,7 @@ export const DTYPES = new Map([
   ...Object.entries(whole).map(([name, type]) => [name, plainType(type)]).map(([n, [size, get]]) => [n, { size, get, whole: true }]),
 ]);
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Container (README, section 3).
+// ---- Container (README, section 3).
 
 const MAX_HEADER = 100_000_000n;
 const MAX_AXES = 64;
@@ -259,8 +241,7 @@ function tensorOf(dtype, sizes, bytes) {
   return { dtype, shape: sizes.map(Number), sizes, bytes, numbers, integers };
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Record (README, sections 6 and 7).
+// ---- Record (README, sections 6 and 7).
 
 const KEY = "adapterkit";
 const LAYOUTS = ["out *in", "in out *k", "e out *in", "e in out *k"];
@@ -396,8 +377,7 @@ function decodeUpdate(entry, take, place, methods) {
   return { method, tensors: new Map(ordered), attributes };
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Checks (README, sections 8, 9 and 13).
+// ---- Checks (README, sections 8, 9 and 13).
 
 export class Adapter {
   constructor(targets, record) {
@@ -703,8 +683,7 @@ function sizeOf(axis, dims) {
   return names.every((name) => dims.has(name)) ? evaluateAxis(axis, dims) : undefined;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Arrays of 64-bit numbers in C order, as few operations as the formulas need.
+// ---- Arrays of 64-bit numbers in C order, as few operations as the formulas need.
 
 export const product = (shape) => shape.reduce((a, b) => a * b, 1);
 export const array = (shape, data = new Float64Array(product(shape))) => ({ shape, data });
@@ -756,30 +735,20 @@ export function matmul(a, b) {
 }
 
 function inverse(a) {
-  // Gauss and Jordan, with the largest pivot of each column.
+  // Gauss and Jordan beside the identity, with the largest pivot of each column.
   const n = a.shape[0];
-  const [left, right] = [a.data.slice(), identity(n).data];
+  const rows = Array.from({ length: n }, (_, i) => [a, identity(n)].flatMap(({ data }) => [...data.subarray(i * n, i * n + n)]));
   for (let c = 0; c < n; c++) {
     let best = c;
-    for (let r = c + 1; r < n; r++) if (Math.abs(left[r * n + c]) > Math.abs(left[best * n + c])) best = r;
-    for (const m of [left, right]) {
-      const kept = m.slice(c * n, c * n + n);
-      m.copyWithin(c * n, best * n, best * n + n);
-      m.set(kept, best * n);
-    }
-    const pivot = left[c * n + c];
-    for (const m of [left, right]) for (let j = 0; j < n; j++) m[c * n + j] /= pivot;
-    for (let r = 0; r < n; r++) {
-      const factor = left[r * n + c];
-      if (r === c || factor === 0) continue;
-      for (const m of [left, right]) for (let j = 0; j < n; j++) m[r * n + j] -= factor * m[c * n + j];
-    }
+    for (let r = c + 1; r < n; r++) if (Math.abs(rows[r][c]) > Math.abs(rows[best][c])) best = r;
+    [rows[c], rows[best]] = [rows[best], rows[c]];
+    const pivot = (rows[c] = rows[c].map((value, _, row) => value / row[c]));
+    for (let r = 0; r < n; r++) if (r !== c && rows[r][c]) rows[r] = rows[r].map((value, k, row) => value - row[c] * pivot[k]);
   }
-  return array([n, n], right);
+  return array([n, n], Float64Array.from(rows.flatMap((row) => row.slice(n))));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Formulas (the entries of methods/): (W [out, in, *k], t: tensors, a: attributes) -> W'; of the bias under `bias`.
+// ---- Formulas (the entries of methods/): (W [out, in, *k], t: tensors, a: attributes) -> W'; of the bias under `bias`.
 
 const perOutput = (W, f) => map(W, (value, i) => f(value, Math.floor(i / (W.data.length / W.shape[0]))));
 const plus = (W, D, scaling = 1) => map(W, (value, i) => value + scaling * D.data[i]);
@@ -848,10 +817,12 @@ function turnRows(M, rotations) {
   return out;
 }
 
+const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
+
 function oft(W, t, a) {
   const blocks = t.square ?? t.pairs;
   const n = blocks.shape[0];
-  const b = t.square ? t.square.shape[1] : Math.round((1 + Math.sqrt(1 + 8 * t.pairs.shape[1])) / 2);
+  const b = t.square ? t.square.shape[1] : blockOf(t.pairs.shape[1]);
   let Q = Array.from({ length: n }, (_, i) => {
     const own = part(blocks, i);
     return t.square ? subtract(transposed(own), own) : skew(own.data, b);
@@ -982,20 +953,25 @@ export const FORMULAS = {
   lokr: { weight: lokr },
   lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias") },
   nola: { weight: nola },
-  oft: { weight: oft, bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b) },
+  oft: {
+    weight: oft,
+    bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b),
+  },
   replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b },
   rows: { weight: rows },
   vera: { weight: vera },
   bottleneck: { output: bottleneck },
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Weights as formulas see them (README, section 8), and merging.
+// ---- Weights as formulas see them (README, section 8), and merging.
 
 export const numeric = ({ shape, numbers, dtype }) => ({ ...array(shape, numbers()), dtype });
 
+// Where the axes of inputs and outputs are stored the other way; a weight of one axis, or [e, out], has no inputs.
+const turnedAt = (shape, layout) => ["in out *k", "e in out *k"].findIndex((each, at) => each === layout && shape.length >= at + 2);
+const viewedShape = (shape, layout, at = turnedAt(shape, layout)) => (at < 0 ? shape : shape.toSpliced(at, 2, shape[at + 1], shape[at]));
 // Stored to [out, in, *k] or [e, out, in, *k], and back.
-export const viewed = (W, layout) => (layout === "in out *k" ? swapped(W, 0) : layout === "e in out *k" ? swapped(W, 1) : W);
+export const viewed = (W, layout, at = turnedAt(W.shape, layout)) => (at < 0 ? W : swapped(W, at));
 
 export function fieldsOf({ tensors, attributes }, expert) {
   const t = {};
@@ -1011,44 +987,77 @@ export function fieldsOf({ tensors, attributes }, expert) {
 }
 
 function applied(updates, W, b, rows, expert) {
-  const [start, stop] = rows ? rows.map(Number) : [0, W.shape[0]];
-  let [own, ownBias] = [slice(W, start, stop), b && slice(b, start, stop)];
+  const [start, stop] = rows ? rows.map(Number) : [0, (W ?? b).shape[0]];
+  let [own, ownBias] = [W && slice(W, start, stop), b && slice(b, start, stop)];
   for (const update of updates) {
     const formula = FORMULAS[update.method.name];
     const { t, a } = fieldsOf(update, expert);
     if (ownBias && formula.bias) ownBias = formula.bias(ownBias, t, a);
-    own = formula.weight(own, t, a);
+    if (own) own = formula.weight(own, t, a);
   }
   const put = (whole, piece) => {
     const from = start * product(whole.shape.slice(1));
     return map(whole, (value, at) => piece.data[at - from] ?? value);
   };
-  return [put(W, own), b && put(b, ownBias)];
+  return [W && put(W, own), b && put(b, ownBias)];
 }
 
-// Whether an update's axes are those of a weight [out, in, *k]; a kernel may end in axes of size 1 that the weight lacks.
-function checkFit({ dims }, shape, out) {
-  const [inputs, ...kernel] = shape.slice(1);
-  const found = { out, in: inputs ?? 1, columns: product(shape.slice(1)), k: product(kernel), rest: product(shape.slice(1)) };
-  for (const [axis, size] of Object.entries(found)) {
-    const own = dims.get(axis);
-    if (own !== undefined && Number(Array.isArray(own) ? product(own.map(Number)) : own) !== size) throw mismatch("", `${axis} is not the weight's`);
+const withoutOnes = (kernel) => kernel.slice(0, kernel.findLastIndex((size) => size !== 1n) + 1);
+const big = (size) => (Array.isArray(size) ? size.map(BigInt) : BigInt(size));
+const same = (a, b) => canonical(a) === canonical(b);
+
+// Whether the weight, and whether the bias of a target changes (README, R-10.6).
+export const changesOf = ({ target, updates }) => {
+  const holds = (update, text) => evaluateRule(text, { update, dims: update.dims, stacked: target.stacked });
+  return [["changes_weight", "1"], ["changes_bias", "0"]].map(([field, or]) => updates.some((u) => holds(u, u.method[field] ?? or)));
+};
+
+// Refuses updates that the stored weight and bias do not fit, in the order of README, R-13.2, step 6.
+export function checkFit({ target, updates }, weight, bias) {
+  if (!weight && !bias) throw new AdapterError("TargetNotFound", target.name, "not in the base");
+  const [lead, axes] = [Number(target.stacked), weight && viewedShape(weight.shape, target.layout)];
+  const [start, stop] = (target.rows ?? [0, axes?.[lead] ?? bias?.shape.at(-1)]).map(Number);
+  const [out, rest] = [stop - start, axes?.slice(lead + 1) ?? []];
+  const unfit = (test, why) => {
+    if (test) throw mismatch("", why);
+  };
+  for (const update of updates) {
+    const [{ method, dims, tensors }, [changesWeight, changesBias]] = [update, changesOf({ target, updates: [update] })];
+    within(target, update, () => {
+      if (!weight && changesWeight) throw new AdapterError("TargetNotFound", "", "the base has no weight there");
+      const kernel = dims.has("in") ? { k: big(rest.slice(1)) } : {};
+      const sizes = { ...(lead && axes && { e: axes[0] }), out, in: rest[0] ?? -1, columns: product(rest), rest, ...kernel };
+      const trimmed = (axis, size) => (axis === "k" ? withoutOnes(size) : big(size));
+      const other = ([axis, size]) => dims.has(axis) && !same(trimmed(axis, dims.get(axis)), trimmed(axis, size));
+      unfit(weight && (axes.length <= lead || stop > axes[lead] || Object.entries(sizes).some(other)), "not made for the base's weight");
+      unfit(weight && method.axes && method.axes.split(" ").length !== rest.length + 1, `only for weights [${method.axes}]`);
+      if (changesBias && !bias && method.needs_bias) throw new AdapterError("NotMergeable", "", "the base has no bias");
+      const [last, ...before] = bias ? big(bias.shape).toReversed() : [];
+      const room = target.rows ? last >= stop : [dims.get("out"), weight && big(out)].every((n) => last === (n ?? last));
+      unfit(changesBias && bias && !(room && same(before, lead ? [dims.get("e")] : [])), "not made for the base's bias");
+      if (!weight) return;
+      const bounds = new Map([...dims, ["out", big(out)], ["in", big(rest[0] ?? 0)], ["columns", big(product(rest))]]);
+      const holds = (text) => evaluateRule(text, { update, dims: bounds, stacked: target.stacked });
+      unfit((method.fits ?? []).some((fit) => (!fit.when || holds(fit.when)) && !holds(fit.require)), "its parts do not fill the weight");
+      for (const field of method.tensors.filter(({ name, below }) => below && tensors.has(name))) {
+        const parts = rowsOf(field, tensors.get(field.name)).map((part, row) => [part, sizeOf(field.below[row], bounds)]);
+        unfit(parts.some(([part, bound]) => part.some((n) => n < 0n || n >= (bound ?? n + 1n))), "a position outside of the weight");
+      }
+    });
   }
 }
 
-// W' and b' as they are stored, for a target whose methods all change weights.
-export function mergeTarget({ target, updates }, weight, bias) {
-  const W = viewed(weight, target.layout);
-  const experts = target.stacked ? W.shape[0] : 0;
-  const own = target.stacked ? W.shape.slice(1) : W.shape;
-  if (target.rows && target.rows[1] > own[0]) throw mismatch(`${target.name}: rows`, "beyond the weight");
-  const out = target.rows ? Number(target.rows[1] - target.rows[0]) : own[0];
-  for (const update of updates) within(target, update, () => checkFit(update, own, out));
-  const pairs = target.stacked
-    ? Array.from({ length: experts }, (_, e) => applied(updates, part(W, e), bias && part(bias, e), target.rows, e))
-    : [applied(updates, W, bias, target.rows)];
-  const [newW, newB] = target.stacked ? [stack(pairs.map(([w]) => w)), bias && stack(pairs.map(([, b]) => b))] : pairs[0];
-  return { weight: viewed(newW, target.layout), bias: newB };
+// W' and b' as they are stored, for a target whose methods all change weights; a part that is absent stays so.
+export function mergeTarget(entry, weight, bias) {
+  const { target, updates } = entry;
+  checkFit(entry, weight, bias);
+  const W = weight && viewed(weight, target.layout);
+  if (!target.stacked) {
+    const [newW, newB] = applied(updates, W, bias, target.rows);
+    return { weight: newW && viewed(newW, target.layout), bias: newB };
+  }
+  const pairs = Array.from({ length: (W ?? bias).shape[0] }, (_, e) => applied(updates, W && part(W, e), bias && part(bias, e), target.rows, e));
+  return { weight: W && viewed(stack(pairs.map(([w]) => w)), target.layout), bias: bias && stack(pairs.map(([, b]) => b)) };
 }
 
 const ERF = (x) => {
@@ -1082,67 +1091,54 @@ export const ACTIVATIONS = {
   laplace: (x) => (1 + ERF((x - 0.707107) / (0.282095 * Math.SQRT2))) / 2,
 };
 
-// Bottleneck adapters. `inside`: the residual, and the weight and bias of the norm after it, where there are any.
-// Channels are the last axis of h, or axis 1 of an image; rows of a batch are axis 0.
-function bottleneck(x, layer, t, a, { added, norm_weight, norm_bias }) {
-  const hidden = layer(x);
-  const channels = t.down.shape[1];
-  const inner = hidden.shape.length > 3 ? product(hidden.shape.slice(2)) : 1;
-  const channelOf = (i) => Math.floor(i / inner) % channels;
-  const mix = (h, w, b, act = (v) => v) => {
-    const [to, from] = w.shape;
-    const y = array(inner > 1 || h.shape.length > 3 ? [h.shape[0], to, ...h.shape.slice(2)] : [...h.shape.slice(0, -1), to]);
-    y.data.forEach((_, at) => {
-      const [n, o, p] = [Math.floor(at / inner / to), Math.floor(at / inner) % to, at % inner];
-      let sum = b ? b.data[o] : 0;
-      for (let c = 0; c < from; c++) sum += w.data[o * from + c] * h.data[(n * from + c) * inner + p];
-      y.data[at] = act(sum);
-    });
-    return y;
+// Bottleneck adapters, computed over [rows, places, channels]. `beside`: the residual, and the weight and bias of the norm
+// after it, where there are any. `inside`: what comes before them, which another update behind this one reads.
+function bottleneck(x, layer, t, a, beside, inside) {
+  const places = (h) => {
+    const [n, ...rest] = h.shape;
+    if (h.shape.length > 3) return swapped(reshape(h, [n, rest[0], product(rest.slice(1))]), 1); // an image
+    return reshape(h, [n, product(rest.slice(0, -1)), rest.at(-1)]);
   };
-  const normed = (h, weight, bias) => {
-    const y = array(h.shape);
-    const channel = (at) => Array.from({ length: channels }, (_, c) => at + c * inner);
-    for (let n = 0; n < h.data.length / channels; n++) {
-      const places = channel(Math.floor(n / inner) * channels * inner + (n % inner));
-      const mean = places.reduce((sum, at) => sum + h.data[at] / channels, 0);
-      const variance = places.reduce((sum, at) => sum + (h.data[at] - mean) ** 2 / channels, 0);
-      places.forEach((at, c) => {
-        y.data[at] = ((h.data[at] - mean) / Math.sqrt(variance + 1e-5)) * weight.data[c] + (bias ? bias.data[c] : 0);
-      });
+  const output = (layer.inside ?? layer)(x);
+  const [hidden, added] = [places(output), beside.added && places(beside.added)];
+  const mix = (h, w, b) => {
+    const y = matmul(reshape(h, [h.shape[0] * h.shape[1], h.shape[2]]), transposed(w));
+    return array([h.shape[0], h.shape[1], w.shape[0]], y.data.map((value, i) => value + (b ? b.data[i % w.shape[0]] : 0)));
+  };
+  const normed = (h, gain, shift) => {
+    const [y, channels] = [array(h.shape), h.shape[2]];
+    for (let at = 0; at < h.data.length; at += channels) {
+      const own = h.data.subarray(at, at + channels);
+      const mean = own.reduce((sum, value) => sum + value / channels, 0);
+      const root = Math.sqrt(own.reduce((sum, value) => sum + (value - mean) ** 2 / channels, 0) + 1e-5);
+      own.forEach((value, c) => (y.data[at + c] = ((value - mean) / root) * gain.data[c] + (shift ? shift.data[c] : 0)));
     }
     return y;
   };
   const total = (h) => (added ? add(h, added) : h);
-  const closed = (h) => (norm_weight ? normed(total(h), norm_weight, norm_bias) : total(h));
-  const shares = (h) => {
-    const logits = mix(h, t.gate, t.gate_bias, sigmoid);
-    const row = logits.data.length / h.shape[0];
-    return Array.from({ length: h.shape[0] }, (_, n) => logits.data.slice(n * row, n * row + row).reduce((s, v) => s + v / row, 0));
-  };
+  const closed = (h) => (beside.norm_weight ? normed(total(h), beside.norm_weight, beside.norm_bias) : total(h));
   const adapted = (h) => {
     const read = t.norm_before ? normed(h, t.norm_before, t.norm_before_bias) : h;
-    const change = mix(mix(read, t.down, t.down_bias, ACTIVATIONS[a.non_linearity]), t.up, t.up_bias);
-    const row = change.data.length / change.shape[0];
-    const share = t.gate ? shares(h) : undefined;
-    return array(change.shape, change.data.map((value, i) => {
-      const factors = [a.scaling, t.scaling_factor?.data[0] ?? 1, t.channel_scaling?.data[channelOf(i)] ?? 1, share?.[Math.floor(i / row)] ?? 1];
-      return factors.reduce((product, factor) => product * factor, value);
-    }));
+    const change = mix(map(mix(read, t.down, t.down_bias), ACTIVATIONS[a.non_linearity]), t.up, t.up_bias);
+    const [rows, count, channels] = change.shape;
+    const gates = t.gate && map(mix(h, t.gate, t.gate_bias), sigmoid).data; // [rows, places, 1]
+    const shares = Array.from({ length: rows }, (_, n) => gates?.subarray(n * count, (n + 1) * count).reduce((sum, gate) => sum + gate / count, 0) ?? 1);
+    const factor = (i) => (t.channel_scaling?.data[i % channels] ?? 1) * shares[Math.floor(i / channels / count)];
+    return map(change, (value, i) => value * a.scaling * (t.scaling_factor?.data[0] ?? 1) * factor(i));
   };
   const after = (h) => (t.norm_after ? normed(h, t.norm_after, t.norm_after_bias) : h);
   let new_;
-  if (a.parallel) new_ = add(hidden, after(adapted(added ?? x)));
+  if (a.parallel) new_ = add(hidden, after(adapted(added ?? places(x))));
   else {
     const read = a.original_ln_before ? closed(hidden) : hidden;
     const skip = { true: hidden, false: read, post_add: a.original_ln_before ? total(hidden) : hidden }[a.residual_before_ln];
     new_ = a.adapter_residual_before_ln ? after(add(adapted(read), skip)) : add(after(adapted(read)), skip);
   }
-  return a.original_ln_after ? closed(new_) : new_;
+  if (a.original_ln_after && !inside) new_ = closed(new_);
+  return reshape(output.shape.length > 3 ? swapped(new_, 1) : new_, output.shape);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Base folders (README, section 12). `files`: the names of the folder's files; `read(name)`: the bytes of one.
+// ---- Base folders (README, section 12). `files`: the names of the folder's files; `read(name)`: the bytes of one.
 
 const SINGLE = "model.safetensors";
 const INDEX = "model.safetensors.index.json";

@@ -1,6 +1,6 @@
 // Merges with the reader beside it: computed in 64 bits, and each element rounded once to the stored type (README, R-10.4).
 
-import { AdapterError, DTYPES, FORMULAS, SMALL, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
+import { AdapterError, DTYPES, FORMULAS, SMALL, changesOf, checkFit, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
 
 // The bits of a number in a small type, to nearest, ties to even; undefined beyond the largest. Bits count units in the
 // last place: after the last unit of one exponent comes the first of the next.
@@ -30,32 +30,58 @@ function rounded(data, dtype, name) {
       const bits = smallBits(value, ...how);
       fits = bits !== undefined;
       view[`setUint${width}`](i * size, bits ?? 0, true);
-    } else if (dtype === "F32" || dtype === "F64") {
+    } else {
       view[`setFloat${8 * size}`](i * size, value, true);
       fits = Number.isFinite(DTYPES.get(dtype).get(view, i * size));
-    } else throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+    }
     if (!fits) throw new AdapterError("Malformed", name, `${value} is not a number of ${dtype}`);
   });
   return new Uint8Array(view.buffer);
 }
 
-// Name -> {dtype, shape, bytes}: all tensors of a base, merged where the adapter says.
-export function merge(adapter, base) {
-  const exact = new Map();
-  for (const entry of adapter.targets) {
-    const missing = entry.updates.find(({ method }) => !FORMULAS[method.name]?.weight);
-    if (missing) throw new AdapterError("Unsupported", entry.target.name, `cannot merge ${missing.method.name}`);
-    const [weight, bias] = ["weight", "bias"].map((leaf) => {
-      const name = `${entry.target.path}.${leaf}`;
-      return exact.get(name) ?? (base.has(name) ? numeric(base.get(name)) : undefined);
-    });
-    if (!weight) throw new AdapterError("Unsupported", entry.target.name, "the base has no such weight");
-    const merged = mergeTarget(entry, weight, bias);
-    exact.set(`${entry.target.path}.weight`, merged.weight);
-    if (merged.bias) exact.set(`${entry.target.path}.bias`, merged.bias);
-  }
-  const written = [...exact].map(([name, { shape, data }]) => {
+// The names of a target's weight and bias in a base, where it has them (README, section 7).
+export function namesOf(path, base) {
+  const own = ["weight", "bias"].map((leaf) => `${path}.${leaf}`);
+  if (own.some((name) => base.has(name))) return own.map((name) => (base.has(name) ? name : undefined));
+  const at = path.lastIndexOf("weight");
+  const bias = `${path.slice(0, Math.max(at, 0))}bias${path.slice(at + 6)}`;
+  return [base.has(path) ? path : undefined, at >= 0 && base.has(path) && base.has(bias) ? bias : undefined];
+}
+
+// The names of the tensors that change, in the order in which targets change them first; their types must be real.
+export function checkTypes(targets, base, names) {
+  const changed = targets.flatMap((entry) => names(entry).filter((name, i) => base.has(name) && changesOf(entry)[i]));
+  for (const name of changed) {
     const { dtype } = base.get(name);
+    if (!SMALL[dtype] && dtype !== "F32" && dtype !== "F64") throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+  }
+  return new Set(changed);
+}
+
+// Name -> {dtype, shape, bytes}: all tensors of a base, merged where the adapter says. Faults in the order of R-13.2.
+export function merge(adapter, base) {
+  const all = (test) => adapter.targets.forEach((entry) => test(entry, entry.target.name, namesOf(entry.target.path, base)));
+  all(({ updates }, name) => {
+    const kept = updates.find(({ method }) => method.kind === "output" || method.kind === "context");
+    if (kept) throw new AdapterError("NotMergeable", name, `${kept.method.name} is not of weights`);
+  });
+  all((entry, name, names) => {
+    if (names.every((each) => each === undefined)) throw new AdapterError("TargetNotFound", name, "not in the base");
+  });
+  all((entry, name, names) => checkFit(entry, ...names.map((each) => base.get(each))));
+  const changed = checkTypes(adapter.targets, base, ({ target }) => namesOf(target.path, base));
+  adapter.checkValues();
+  all(({ updates }, name) => {
+    const missing = updates.find(({ method }) => !FORMULAS[method.name]);
+    if (missing) throw new AdapterError("Unsupported", name, `cannot merge ${missing.method.name}`);
+  });
+  const exact = new Map();
+  all((entry, _, names) => {
+    const { weight, bias } = mergeTarget(entry, ...names.map((name) => exact.get(name) ?? (base.has(name) ? numeric(base.get(name)) : undefined)));
+    [weight, bias].forEach((tensor, i) => tensor && exact.set(names[i], tensor));
+  });
+  const written = [...base.keys()].filter((name) => changed.has(name)).map((name) => {
+    const [{ shape, data }, { dtype }] = [exact.get(name), base.get(name)];
     return [name, { dtype, shape, bytes: rounded(data, dtype, name) }];
   });
   return new Map([...base, ...written]);

@@ -2,7 +2,7 @@
 // `methods`: what spec/1.1/methods.json holds. Each function returns an object, or throws AdapterError.
 
 import * as ak from "./adapterkit.mjs";
-import { merge } from "./merge.mjs";
+import { checkTypes, merge } from "./merge.mjs";
 
 const { AdapterError, DTYPES, FORMULAS, array, matmul, part, product, readAdapter, readSafetensors, reshape } = ak;
 const { fieldsOf, mergeTarget, numeric, stack, transposed, viewed } = ak;
@@ -62,39 +62,45 @@ function convolved(x, W, b, kernel, transposedLayer) {
   return b ? array(y.shape, y.data.map((value, i) => value + b.data[Math.floor(i / places) % outs])) : y;
 }
 
-// What must come out of a vector (README, section 16): target -> {name: array}, or an error for methods without a formula.
-function compute(adapter, base) {
-  const found = {};
-  for (const entry of adapter.targets) {
-    const { target, updates } = entry;
-    const at = (name) => base.get(`${target.path || "(model)"}.${name}`);
-    const unknown = updates.find(({ method }) => !FORMULAS[method.name]);
-    if (unknown) {
-      found[target.path] = new AdapterError("Unsupported", target.name, `no formula of ${unknown.method.name}`);
-      continue;
-    }
-    const before = found[target.path] ?? {}; // other rows of the same weight
-    const stored = (name) => before[`merged.${name}`] ?? (at(name) && numeric(at(name)));
-    const [weight, bias, x] = ["weight", "bias", "x"].map(stored);
-    if (updates[0].method.kind === "output") {
-      const { t, a } = fieldsOf(updates[0]);
-      const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((n) => [n, at(n) && numeric(at(n))]));
-      found[target.path] = { y: FORMULAS[updates[0].method.name].output(x, layerOf(viewed(weight, target.layout), bias, target.layout), t, a, beside) };
-      continue;
-    }
-    const merged = mergeTarget(entry, weight, bias);
-    const wrong = ["weight", "bias"].find((leaf) => !(merged[leaf]?.data ?? []).every(Number.isFinite));
-    if (wrong) {
-      found[target.path] = new AdapterError("Malformed", `${target.path}.${wrong}`, "merging gives what is no number");
-      continue;
-    }
-    const W = viewed(merged.weight, target.layout);
-    const y = target.stacked
-      ? stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), merged.bias && part(merged.bias, e), target.layout)(part(x, e))))
-      : layerOf(W, merged.bias, target.layout)(x);
-    found[target.path] = { "merged.weight": merged.weight, ...(merged.bias && { "merged.bias": merged.bias }), y };
+// What must come out at one path of a vector (README, section 16): name -> array. `entries`: the targets of the path.
+function outputsAt(path, entries, base) {
+  const at = (name) => base.get(`${path || "(model)"}.${name}`) && numeric(base.get(`${path || "(model)"}.${name}`));
+  const unknown = entries.flatMap(({ target, updates }) => updates.map((update) => [target, update])).find(([, { method }]) => !FORMULAS[method.name]);
+  if (unknown) throw new AdapterError("Unsupported", unknown[0].name, `no formula of ${unknown[1].method.name}`);
+  const of = (kind, { updates }) => updates.filter(({ method }) => (method.kind === "output") === kind);
+  let [weight, bias] = ["weight", "bias"].map(at);
+  const changing = entries.map((entry) => ({ ...entry, updates: of(false, entry) })).filter(({ updates }) => updates.length);
+  for (const entry of changing) ({ weight, bias } = mergeTarget(entry, weight, bias));
+  checkTypes(changing, base, () => [`${path}.weight`, `${path}.bias`]);
+  for (const [leaf, tensor] of Object.entries({ weight, bias })) {
+    if (!(tensor?.data ?? []).every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.${leaf}`, "merging gives what is no number");
   }
-  return found;
+  const { layout, stacked } = entries[0].target;
+  const [W, x] = [weight && viewed(weight, layout), at("x")];
+  const plain = stacked
+    ? (x) => stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), bias && part(bias, e), layout)(part(x, e))))
+    : layerOf(W, bias, layout);
+  const outputs = entries.flatMap((entry) => of(true, entry));
+  if (!outputs.length) return { "merged.weight": weight, ...(bias && { "merged.bias": bias }), y: plain(x) };
+  const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((name) => [name, at(name)]));
+  const layer = outputs.reduce((before, update) => {
+    const { t, a } = fieldsOf(update);
+    const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, beside, inside);
+    return Object.assign(through(false), { inside: through(true) });
+  }, plain);
+  return { y: layer(x) };
+}
+
+function compute(adapter, base) {
+  const paths = new Map();
+  for (const entry of adapter.targets) paths.set(entry.target.path, [...(paths.get(entry.target.path) ?? []), entry]);
+  return [...paths].map(([path, entries]) => {
+    try {
+      return [path, outputsAt(path, entries, base)];
+    } catch (error) {
+      return [path, told(error)];
+    }
+  });
 }
 
 export async function check(bytes, methods) {
@@ -112,10 +118,9 @@ export async function base(files, read) {
 
 export async function computed(adapterBytes, baseBytes, methods) {
   const adapter = readAdapter(adapterBytes, methods);
-  const found = compute(adapter, readSafetensors(baseBytes).tensors);
   const plain = (a) => ({ shape: a.shape, values: [...a.data] });
-  const outputs = Object.entries(found).map(([path, arrays]) => {
-    if (arrays instanceof AdapterError) return [path, told(arrays)];
+  const outputs = compute(adapter, readSafetensors(baseBytes).tensors).map(([path, arrays]) => {
+    if (arrays.error) return [path, arrays];
     return [path, Object.fromEntries(Object.entries(arrays).map(([name, a]) => [name, plain(a)]))];
   });
   return { ok: true, outputs: Object.fromEntries(outputs) };
@@ -123,7 +128,6 @@ export async function computed(adapterBytes, baseBytes, methods) {
 
 export async function merged(adapterBytes, baseBytes, methods) {
   const adapter = readAdapter(adapterBytes, methods);
-  adapter.checkValues();
   const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   const tensors = [...merge(adapter, readSafetensors(baseBytes).tensors)];
   return { ok: true, tensors: Object.fromEntries(tensors.map(([name, t]) => [name, [t.dtype, t.shape, hex(t.bytes)]])) };

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 import adapterkit as ak
-from adapterkit.core.adapter import canonical
+from adapterkit.core.adapter import Adapter, canonical
 from adapterkit.errors import AdapterkitError
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.strict_json import load_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXTS = ("embeddings", "decoder_embeddings", "past", "vocabulary")
+"""What updates of context add without an input."""
 
 
 def check(path: str) -> dict[str, Any]:
@@ -35,38 +41,86 @@ def base(path: str) -> dict[str, Any]:
 
 
 def compute(adapter: str, base: str) -> dict[str, Any]:
-    """Merge each target of a vector that is of weights, in float64; outputs of layers are left to live models."""
-    import tempfile
-
-    from safetensors.numpy import load_file, save_file
-
-    held = ak.read(adapter, format="adapterkit")
-    tensors = open_checkpoint(base).tensors
-    outputs: dict[str, Any] = {}
-    for target, updates in held.updates.items():
-        if any(update.kind not in ("additive", "weight") for update in updates):
-            outputs[target.path] = {"ok": False, "error": "Unsupported", "where": str(target)}
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            names = {f"{target.path}.{leaf}" for leaf in ("weight", "bias")}
-            own = {name: np.ascontiguousarray(tensors[name].numpy()) for name in names if name in tensors}
-            save_file(own, Path(folder, "base.safetensors"))
-            one = held.replace(updates=held.find(target.path))
-            ak.merge(Path(folder, "base.safetensors"), one, Path(folder, "out.safetensors"), dtype="F64")
-            merged = load_file(Path(folder, "out.safetensors"))
-        outputs[target.path] = {
-            f"merged.{name.rpartition('.')[2]}": {"shape": list(array.shape), "values": array.reshape(-1).tolist()}
-            for name, array in merged.items()
-        }
+    """Return what comes out at each path of a vector, all updates of its targets applied."""
+    read, arrays = ak.read(adapter, format="adapterkit"), open_checkpoint(base).tensors
+    outputs = {}
+    for path in dict.fromkeys(target.path for target in read.updates):
+        start = f"{path or '(model)'}."
+        held = {name.removeprefix(start): leaf.torch() for name, leaf in arrays.items() if name.startswith(start)}
+        given = {name: value for name, value in held.items() if not name.startswith("merged.") and name != "y"}
+        outputs[path] = _told(lambda found, given=given: _outputs(found, given), read.replace(updates=read.find(path)))
     return {"ok": True, "outputs": outputs}
+
+
+def _outputs(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Any]:
+    kinds = {update.kind for _, update in adapter}
+    if kinds == {"context"}:
+        found = _contexts(adapter, held)
+    elif kinds <= {"additive", "weight"}:
+        found = _merged(adapter, held) | {"y": _live(adapter, held)}
+    else:
+        found = {"y": _live(adapter, held)}
+    return {
+        name: {"shape": list(value.shape), "values": value.double().reshape(-1).tolist()}
+        for name, value in found.items()
+    }
+
+
+def _contexts(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    ((_, update),) = adapter.load(dtype=torch.float64)
+    formulas: Any = update
+    found = {name: getattr(formulas, name)() for name in CONTEXTS}
+    if formulas.place == "attention":
+        found["attention"] = formulas.attention(*(held[name] for name in "qkv"))
+    if formulas.place == "prefix":
+        found["prefix"] = formulas.prefix(held["x"])
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _merged(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge into a base that has nothing but this path, in float64."""
+    from safetensors.torch import load_file, save_file
+
+    (path,) = {target.path for target in adapter.updates}
+    names = {leaf: f"{path}.{leaf}" for leaf in ("weight", "bias") if leaf in held}
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = (Path(folder, f"{name}.safetensors") for name in ("base", "out"))
+        save_file({name: held[leaf].contiguous() for leaf, name in names.items()}, source)
+        ak.merge(source, adapter, out, dtype="F64")
+        merged = load_file(out)
+    return {f"merged.{leaf}": merged[name] for leaf, name in names.items()}
+
+
+def _live(adapter: Adapter, held: Mapping[str, Tensor]) -> Tensor:
+    """Attach the updates to a live layer in float64, and call it."""
+    import torch
+    from vector_layers import layer_and_path
+
+    first = next(iter(adapter.updates))
+    residuals = (getattr(update, "residual", "") for _, update in adapter)
+    residual = next((str(path) for path in residuals if path), "")
+    model, path = layer_and_path(first.layout, held, residual)
+    placed = adapter.replace(updates={replace(target, path=path): own for target, own in adapter.updates.items()})
+    call = {name.removeprefix("call."): value for name, value in held.items() if name.startswith("call.")}
+    call.pop("hidden_states", None)  # The model gives them by itself.
+    inputs = [held[name] for name in ("x", "added") if name in held]
+    try:
+        ak.torch.inject(model, placed)
+        with torch.no_grad():
+            y: Tensor = model(*inputs, **call)
+    except AdapterkitError as error:
+        error.where = first.path + (error.where or "").removeprefix(path)
+        raise
+    return y
 
 
 def merge(adapter: str, base: str) -> dict[str, Any]:
     """Merge an adapter into a base of one file."""
-    import tempfile
-
+    read = ak.read(adapter, format="adapterkit")  # Its faults are named before the base's.
     with tempfile.TemporaryDirectory() as folder:
-        ak.merge(base, adapter, Path(folder, "out.safetensors"))
+        ak.merge(base, read, Path(folder, "out.safetensors"))
         tensors = open_checkpoint(Path(folder, "out.safetensors")).tensors
         found = {name: [leaf.dtype.name, list(leaf.shape), bytes(leaf.fetch()).hex()] for name, leaf in tensors.items()}
     return {"ok": True, "tensors": found}
@@ -78,16 +132,22 @@ def canonical_texts(path: str) -> dict[str, Any]:
     return {"ok": True, "canonical": [canonical(load_json(each["json"])) for each in texts]}
 
 
-def _told(run: Callable[..., dict[str, Any]], *paths: str) -> dict[str, Any]:
+def _told(run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     try:
-        return run(*paths)
+        return run(*given)
     except AdapterkitError as error:
         return {"ok": False, "error": type(error).__name__, "where": error.where or ""}
 
 
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "check": check,
+    "base": base,
+    "compute": compute,
+    "merge": merge,
+    "canonical": canonical_texts,
+}
+
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]
-    groups = [paths] if verb in ("compute", "merge") else [[path] for path in paths]
-    for group in groups:
-        run = {"check": check, "base": base, "compute": compute, "merge": merge, "canonical": canonical_texts}[verb]
-        print(json.dumps({"path": group[0], **_told(run, *group)}))
+    for group in [paths] if verb in ("compute", "merge") else [[path] for path in paths]:
+        print(json.dumps({"path": group[0], **_told(VERBS[verb], *group)}))

@@ -80,6 +80,12 @@ def toml_of(name: str, family: Family) -> str:
     if family.distinctive:
         facts["distinctive"] = True
     facts["widths"] = sorted(widths)
+    if family.beside:
+        facts["beside"] = family.beside
+    if family.diffsynth_head:
+        facts["diffsynth_head"] = family.diffsynth_head
+    if family.header_alpha:
+        facts["header_alpha"] = True
     if family.counted:
         first = {key.partition(".")[0]: _name(places["native"]).partition(".")[0] for key, places in weights.items()
                  if "{n}" in key and "native" in places}  # fmt: skip
@@ -103,7 +109,12 @@ def toml_of(name: str, family: Family) -> str:
         for weight, places in weights.items():
             block, _, last = weight.rpartition(".")
             if last in names:
-                places["diffusers_fused"] = {"name": f"{block}.{fused}", "part": names.index(last), "of": len(names)}
+                # Queries have more rows than keys and values where heads share these.
+                rows = [shapes[f"{block}.{name}"][0] for name in names]
+                unit, at = reduce(math.gcd, rows), names.index(last)
+                place = {"name": f"{block}.{fused}", "part": sum(rows[:at]) // unit, "parts": rows[at] // unit,
+                         "of": sum(rows) // unit}  # fmt: skip
+                places["diffusers_fused"] = _place(place)
     for places in weights.values() if family.comfyui else ():
         there = family.comfyui.get(_name(places.get("native", "")))
         if there is not None:
@@ -325,7 +336,8 @@ def _value(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
-    return "{ " + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + " }" if value else "{}"
+    pairs = (f"{_value(key) if '.' in key else key} = {_value(each)}" for key, each in value.items())
+    return "{ " + ", ".join(pairs) + " }" if value else "{}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
-        distinctive, widths: see spec/architectures/README.md.
+        distinctive, widths, beside, diffsynth_head, header_alpha: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -52,6 +52,9 @@ class Family:
     distinctive: bool = False
     counted: bool = False
     widths: tuple[int, ...] = ()
+    beside: dict[str, str] = field(default_factory=dict)
+    diffsynth_head: int = 0
+    header_alpha: bool = False
     ratios: tuple[str, ...] = ()
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +78,8 @@ _LTX = {
     "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
     "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
     "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
-    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single", "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
 }  # fmt: skip
 """Words of diffusers' names -> words of Lightricks'."""
 _BLOCK = "{self_attn,cross_attn}.{q,k,v,output}_proj {self_attn,cross_attn}.{q,k}_norm mlp.layer{1,2}"
@@ -194,6 +198,12 @@ _MOCHI_CASES = {
     _CONTEXT: {"native": {"name": "blocks.{n}.mod_y", "ratio": 2}},
     f"{_CONTEXT}_1": {"native": {"name": "blocks.{n}.mod_y", "ratio": 0.5}},
 }
+
+
+def _ltx2(state: State) -> State:
+    """The converter of checkpoints, and the two names that only the converter of LoRAs knows (LTX 2.3)."""
+    made = single.convert_ltx2_transformer_to_diffusers(state)
+    return {key.replace("prompt_adaln_single.", "prompt_adaln."): value for key, value in made.items()}
 
 
 def _flux3(state: State) -> State:
@@ -342,8 +352,9 @@ FAMILIES: dict[str, Family] = {
         widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
     ),
     "ltx2": Family(
-        ("LTX2VideoTransformer3DModel",), single.convert_ltx2_transformer_to_diffusers, "<ltx>",
-        sources=("Lightricks/LTX-2",),
+        ("LTX2VideoTransformer3DModel",), _ltx2, "<ltx>",
+        config=dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True),
+        beside={"connectors.text_proj_in": "text_embedding_projection.aggregate_embed"}, sources=("Lightricks/LTX-2",),
     ),
     "mochi": Family(
         ("MochiTransformer3DModel",), single.convert_mochi_transformer_checkpoint_to_diffusers,
@@ -364,7 +375,7 @@ FAMILIES: dict[str, Family] = {
         txtfusion.{layerwise,refiner}_blocks.#.mlp.{gate,up,down}
         txtfusion.{layerwise,refiner}_blocks.#.{pre,post}norm:scale
         txtfusion.{layerwise,refiner}_blocks.#.attn.qknorm.{q,k}norm:scale""",
-        sources=("krea-ai/krea-2",),
+        fused={"to_qkv": "to_{q,k,v}"}, sources=("krea-ai/krea-2",),
     ),
     "ideogram4": Family(
         ("Ideogram4Transformer2DModel",), _lora_converter(lora._convert_non_diffusers_ideogram4_lora_to_diffusers),
@@ -380,14 +391,19 @@ FAMILIES: dict[str, Family] = {
         {blocks,token_refiner.blocks}.#.attn.qkv_proj*3 {blocks,token_refiner.blocks}.#.attn.{out_proj,q_norm,k_norm}
         {blocks,token_refiner.blocks}.#.mlp.fc{1,2} {blocks,token_refiner.blocks}.#.norm{1,2}
         blocks.#.adaln_proj.linear token_refiner.final_norm""",
-        sources=("MiniMaxAI/MiniMax-H3",),
+        sources=("MiniMaxAI/MiniMax-H3",), diffsynth_head=128, header_alpha=True,
     ),
     "cosmos": Family(
         ("CosmosTransformer3DModel",), single.convert_cosmos_transformer_checkpoint_to_diffusers,
         f"""x_embedder.proj.1 t_embedder.1.linear_{{1,2}} t_embedding_norm final_layer.linear
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
-        title="Cosmos 2 or Anima", widths=(2048,), sources=("nvidia-cosmos/cosmos-predict2",),
+        title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"},
+        sources=("nvidia-cosmos/cosmos-predict2",),
+    ),
+    "ernie_image": Family(
+        ("ErnieImageTransformer2DModel",), native="=", kohya="diffusers", widths=(3072,),
+        sources=("diffusers 0.42.1: ErnieImageLoraLoaderMixin",),
     ),
     "ace_step": Family(
         ("AceStepTransformer1DModel",), _lora_converter(
@@ -431,6 +447,7 @@ WORDS: dict[str, list[str]] = {
     "ideogram4": ["ideogram4"],
     "minimax_h3": ["minimaxh3"],
     "cosmos": ["anima", "cosmos"],
+    "ernie_image": ["ernieimage"],
     "ace_step": ["acestep"],
 }
 """What metadata of files call the families, in lower-case letters and digits alone."""

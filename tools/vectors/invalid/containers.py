@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,8 @@ def _offsets() -> Iterator[Invalid]:
     yield Invalid("offsets_bool", _entry(dtype="U8", data_offsets=[False, True]), where="h.0.w")
     yield Invalid("offsets_beyond_file", _entry(shape=[250], data_offsets=[0, 1000]), where="byte")
     yield Invalid("offsets_same", two([0, 4], [0, 4], 4), where="h.1.w")
+    turned = {"h.1.w": entry | {"data_offsets": [0, 4]}, "h.0.w": entry | {"data_offsets": [0, 4]}}
+    yield Invalid("offsets_same_turned", pack(json.dumps(turned), bytes(4)), where="h.0.w")
     yield Invalid("offsets_overlap", two([0, 4], [2, 6], 6), where="h.1.w")
     yield Invalid("offsets_hole", two([0, 4], [8, 12], 12), where="h.1.w")
     yield Invalid("offsets_hole_at_start", _entry(data_offsets=[4, 8]), where="h.0.w")

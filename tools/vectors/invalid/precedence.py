@@ -52,6 +52,13 @@ def _records() -> Iterator[Case]:
 
     place = "metadata adapterkit"
     yield "version_before_fields", record(version="1", updates={}), "Malformed", f"{place}: version"
+    for name, other in (
+        ("absent_version", {}),
+        ("null_version", {"version": None}),
+        ("number_version", {"version": 1}),
+    ):
+        wrong = native(json.dumps({"updates": {}} | other), TENSORS)
+        yield f"{name}_before_fields", wrong, "Malformed", f"{place}: version"
     yield "major_before_fields", record(version="2.0", updates={}), "Unsupported", "version"
     newer = record(version="1.9", updates={}, extensions={"x": 1}, x=2)
     yield "extensions_before_fields", newer, "Malformed", f"{place}.extensions"
@@ -91,6 +98,9 @@ def _updates() -> Iterator[Case]:
     yield "spare_before_targets", file({"target": {"path": "q", "layout": "x"}}, **SPARE), "Malformed", "spare"
     entries, data = layout(TENSORS | {"y": B, "x": B})
     header = {"__metadata__": {"adapterkit": text(RECORD)}, **dict(reversed(entries.items()))}
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tied = {"__metadata__": header["__metadata__"], "z": nothing, "a": nothing, **layout(TENSORS)[0]}
+    yield "spares_that_tie", pack(json.dumps(tied), layout(TENSORS)[1]), "Malformed", "z"
     yield "spares_in_order_of_data", pack(header, data), "Malformed", "y"
 
 
@@ -107,6 +117,11 @@ def _targets() -> Iterator[Case]:
         "q[3:0]: layout",
     )
     yield "rows_before_attributes", file({"target": {"path": "q", "rows": [3, 0]}} | wrong), "Malformed", "q[3:0]: rows"
+    neck = {"method": "bottleneck", "tensors": {"down": "q.A", "up": "q.B"}, "attributes": {}}
+    prompt = {"method": "prompt", "tensors": {"P": "q.A"}, "attributes": {}}
+    place = {"target": {"path": "q", "layout": "in out *k"}}
+    turned = [neck | place, place, prompt | place]
+    yield "context_before_order", file(*turned), "Malformed", "q: layout"
     yield "targets_in_order", file({"target": {"path": "z"}} | wrong, {"target": {"path": "a", "layout": "x"}}), \
         "Malformed", "z: lora.scaling"  # fmt: skip
 
@@ -126,6 +141,8 @@ def _shapes() -> Iterator[Case]:
     yield "type_before_shape", file("lora", {}, A=blocks(8), B=FLAG), "ShapeMismatch", "q: lora.B"
     yield "shape_before_rule", file("oft", {}, pairs=blocks(1, 2), rescale=blocks(1, 1)), "ShapeMismatch", "oft.rescale"
     yield "rules_in_order", file("oft", {}, pairs=blocks(1, 2), rescale=blocks(3)), "Malformed", "q: oft.rescale"
+    many = {"A": blocks(2, 4), "B": blocks(3, 3)}
+    yield "shapes_before_sizes_of_a_target", file("lora", {}, **many), "ShapeMismatch", "q: lora.B"
     A_first = {"B": blocks(3, 3), "A": blocks(8)}
     yield "shapes_in_order_of_entry", file("lora", {}, **A_first), "ShapeMismatch", "q: lora.A"
     pairs = native(
@@ -155,6 +172,8 @@ def _bases() -> Iterator[tuple[str, dict[str, bytes], str]]:
         shards = {name.replace("__", "."): data for name, data in files.items()}
         return {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(), **shards}
 
+    both = {"model.safetensors.index.json": b'{"metadata": [], "weight_map": {}}', "z.safetensors": one}
+    yield "map_before_metadata", both, "weight_map"
     names = {"a.weight": "absent.safetensors", "b.weight": "../x"}
     yield "names_before_files", folder(names), "../x"
     names = {"a.weight": "z..", "b.weight": "a:", "c.weight": "b:"}
@@ -165,6 +184,19 @@ def _bases() -> Iterator[tuple[str, dict[str, bytes], str]]:
     yield "containers_in_order", folder(names, z__safetensors=b"", y__safetensors=two[:9] + b"!" + two[10:]), "header"
     names = {"a.weight": "z.safetensors", "b.weight": "z.safetensors", "c.weight": "y.safetensors"}
     yield "twice_before_misplaced", folder(names, z__safetensors=one, y__safetensors=one), "a.weight"
+    tensors = {name: stored(numbers("base.a", 2, 2), "F32") for name in ("b.weight", "a.weight")}
+    entries, data = layout(tensors)
+    turned = pack(json.dumps(dict(reversed(entries.items()))), data)
+    names = {"a.weight": "y.safetensors", "b.weight": "y.safetensors", "c.weight": "z.safetensors"}
+    yield (
+        "twice_in_order_of_data",
+        folder(names, y__safetensors=pack(*layout(tensors)), z__safetensors=turned),
+        "b.weight",
+    )
+    names = {"c.weight": "z.safetensors"}
+    yield "unlisted_in_order_of_data", folder(names, z__safetensors=pack(json.dumps({
+        **dict(reversed(entries.items())), "c.weight": {"dtype": "F32", "shape": [1], "data_offsets": [32, 36]},
+    }), data + bytes(4))), "b.weight"  # fmt: skip
     names = {"b.weight": "z.safetensors", "c.weight": "z.safetensors"}
     yield "misplaced_before_unlisted", folder(names, z__safetensors=one), "b.weight"
     names = {"a.weight": "z.safetensors", "b.weight": "z.safetensors"}

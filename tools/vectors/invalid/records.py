@@ -79,6 +79,8 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("extensions_list", _record(lambda r: r.update(extensions=[])), where="extensions")
     newer = {"version": "1.9", "extensions": 5, "colour": "red"}
     yield Invalid("extensions_number_newer", _record(lambda r: r.update(newer)), where="extensions")
+    null = text(RECORD | {"version": "1.9"}).replace('"updates"', '"extensions":null,"updates"')
+    yield Invalid("extensions_null_newer", native(null, TENSORS), where="metadata adapterkit.extensions")
     repeated = {"version": "1.9", "extensions": {"colour": "blue"}, "colour": "red"}
     yield Invalid("extensions_repeated_newer", _record(lambda r: r.update(repeated)), where="extensions")
     unknown = {"version": "1.9", "updates": [LORA | {"colour": "red"}]}
@@ -101,6 +103,11 @@ def _places() -> Iterator[Invalid]:
     yield Invalid("target_unknown_field", _target(columns=[0, 1]), where="target")
     yield Invalid("path_empty", _target(path=""), where="path")
     yield Invalid("path_number", _target(path=5), where="path")
+    prompt = {"target": {"path": ""}, "method": "prompt", "version": 1, "tensors": {"P": "q.A"}, "attributes": {}}
+    beside = [prompt, LORA | {"target": {"path": ""}}]
+    yield Invalid("path_empty_beside_context", _record(lambda r: r.update(updates=beside)), where="path")
+    in_rows = native(RECORD | {"updates": [prompt | {"target": {"path": "", "rows": [0, 3]}}]}, {"q.A": TENSORS["q.A"]})
+    yield Invalid("rows_of_the_model", in_rows, where="(model)[0:3]: layout")
     yield Invalid("path_missing", _update(target={"layout": "out *in"}), where="target")
     yield Invalid("layout_unknown", _target(layout="in *out"), where="layout")
     yield Invalid(
@@ -111,6 +118,10 @@ def _places() -> Iterator[Invalid]:
     yield Invalid("rows_none", _target(rows=[2, 2]), where="rows")
     yield Invalid("rows_negative", _target(rows=[-3, 0]), where="rows")
     yield Invalid("rows_one", _target(rows=[3]), where="rows")
+    place = "metadata adapterkit.updates[0].target.rows"
+    yield Invalid("rows_one_below_zero", _target(rows=[-1]), where=place, exact=True)
+    yield Invalid("rows_three_below_zero", _target(rows=[-1, 2, 3]), where=place, exact=True)
+    yield Invalid("rows_three", _target(rows=[0, 1, 3]), where=place, exact=True)
     yield Invalid("rows_float", _target(rows=[0.0, 3.0]), where="rows")
     yield Invalid("rows_not_as_many_as_outputs", _target(rows=[0, 2]), "ShapeMismatch", "q[0:2]: lora")
     apart = [LORA, LORA | {"target": {"path": "k"}}, LORA]
@@ -180,6 +191,11 @@ def _rules() -> Iterator[Invalid]:
     turned = _with("oft", {"side": "in"}, pairs=pairs, rescale=three)
     yield Invalid("rule_of_fields", turned, where="q: oft.rescale")
     yield Invalid("rule_of_blocks", _with("oft", {}, pairs=four), "ShapeMismatch", "q: oft.pairs")
+    nothing = Stored("F32", (0, 3), b"")
+    square = stored(numbers("invalid.w1", 2, 2), "F32")
+    yield Invalid("quotient_of_none", _with("lokr", {}, w1=square, w2=nothing), "ShapeMismatch", "q: lokr.w2")
+    kernel = Stored("F32", (0, 1, 2), b"")
+    yield Invalid("solved_at_last", _with("c3a", {}, kernel=kernel), "ShapeMismatch", "q: c3a.kernel")
     factors = {"A": stored(numbers("invalid.pA", 2, 4), "F32"), "B": stored(numbers("invalid.pB", 3, 2), "F32")}
     flat = stored(numbers("invalid.flat", 3), "F32")
     yield Invalid("rule_that_defines", _with("psoft", {}, pairs=flat, **factors), "ShapeMismatch", "q: psoft.pairs")

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ..config import Settings
-    from ..file import Findings, Part
-    from ..naming import Naming
+    from ..file import Findings, Naming, Part
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]

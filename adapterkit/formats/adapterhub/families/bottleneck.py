@@ -5,7 +5,9 @@ What stands where is in `sublayers`, what is called how in `slots`, and what a n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -14,18 +16,303 @@ from ....core.adapter import Target, Updates
 from ....errors import Malformed, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.activations import ACTIVATIONS
-from .. import stacks
 from ..file import Found, check_same, make, take
-from ..slots import COUPLING, own_slots, shared_slots, words_of
-from ..sublayers import EMBEDDINGS, MODELS, hanging, standing
+from ..layers import model_type_of
+from ..sublayers import EMBEDDINGS, MODELS, Rule, hanging, standing
 from ._family import Family, Fields, Number
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ..config import Settings
-    from ..file import Findings, Part
-    from ..keys import Key
-    from ..naming import Naming
+    from ..file import Findings, Key, Naming, Part
+
+
+PHM = {
+    "W": "W",
+    "W_left": "left",
+    "W_right": "right",
+    "b": "bias",
+    "phm_rule": "rule",
+    "phm_rule_left": "rule_left",
+    "phm_rule_right": "rule_right",
+}
+"""Slot of a Compacter layer -> field, but for `down_` or `up_`."""
+
+COUPLING = {
+    f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
+    for half in ("F", "G")
+    for position, way in ((0, "down"), (2, "up"))
+    for leaf in ("weight", "bias")
+}
+"""Slot of an invertible adapter -> field."""
+
+Words = Mapping[str, Any]
+"""Fields of a config."""
+
+
+def own_slots(words: Words) -> dict[str, str]:
+    """Slot -> field, of what each adapter has for itself."""
+    layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
+    if words["phm_layer"]:
+        names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
+        fields = {f"{layer}.{name}": f"{way}_{PHM[name]}" for layer, way in layers.items() for name in names}
+    else:
+        fields = {f"{layer}.weight": way for layer, way in layers.items()}
+        fields |= {f"{layer}.bias": f"{way}_bias" for layer, way in layers.items()}
+    for on, slot, field in (
+        (words["ln_before"], "adapter_down.0", "norm_before"),
+        (words["ln_after"], "adapter_norm_after", "norm_after"),
+        (words["use_gating"], "gate", "gate"),
+    ):
+        fields |= {f"{slot}.weight": field, f"{slot}.bias": f"{field}_bias"} if on else {}
+    scaling = {"learned": "scaling_factor", "channel": "channel_scaling"}.get(str(words["scaling"]))
+    return fields | ({"scaling": scaling} if scaling else {})
+
+
+def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
+    """Slot -> the fields that it fills in every adapter, of what the whole model shares."""
+    if not words["phm_layer"]:
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    for name in _rules(words, shared=True):
+        found[name] = (f"down_{PHM[name]}", f"up_{PHM[name]}")
+    for way in ("down", "up"):
+        found |= {name.replace("W", f"W_{way}"): (f"{way}_{PHM[name]}",) for name in _factors(words, shared=True)}
+    return found
+
+
+def words_of(updates: Sequence[Any]) -> dict[str, Any]:
+    """The words of a config that say which tensors these updates have; all have the same."""
+    tensors = updates[0].tensors
+    phm = updates[0].method == "compacter"
+    scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
+    factors = [field for field in tensors if field.partition("_")[2] in ("W", "left", "right")]
+    return {
+        "ln_before": "norm_before" in tensors,
+        "ln_after": "norm_after" in tensors,
+        "use_gating": "gate" in tensors,
+        "scaling": next((word for field, word in scaling.items() if field in tensors), updates[0].scaling),
+        "phm_layer": phm,
+        "phm_bias": not phm or "down_bias" in tensors,
+        "factorized_phm_rule": "down_rule_left" in tensors,
+        "factorized_phm_W": not phm or "down_left" in tensors,
+        "shared_phm_rule": not phm or _one_rule(updates),
+        "shared_W_phm": phm and len(updates) > 1 and all(_is_one(updates, field) for field in factors),
+    }
+
+
+def _one_rule(updates: Sequence[Any]) -> bool:
+    """Whether the rules of all updates, down and up, are the same tensors."""
+    ends = [field.removeprefix("down_") for field in updates[0].tensors if field.startswith("down_rule")]
+    same = (u.tensors[f"down_{end}"] is u.tensors.get(f"up_{end}") for end in ends for u in updates)
+    return all(same) and all(_is_one(updates, f"down_{end}") for end in ends)
+
+
+def _is_one(updates: Sequence[Any], field: str) -> bool:
+    return all(update.tensors.get(field) is updates[0].tensors[field] for update in updates)
+
+
+def _rules(words: Words, *, shared: bool) -> list[str]:
+    if bool(words["shared_phm_rule"]) != shared:
+        return []
+    return ["phm_rule_left", "phm_rule_right"] if words["factorized_phm_rule"] else ["phm_rule"]
+
+
+def _factors(words: Words, *, shared: bool) -> list[str]:
+    if bool(words["shared_W_phm"]) != shared:
+        return []
+    return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
+
+
+# What a new config must say of bottleneck adapters: one form for all, and which layers of the base have any.
+#
+# A config names kinds of places and layers that are left out; whatever else it covers the library fills with fresh
+# adapters, which change the model. So all must be there, and the base must tell how many layers there are.
+
+
+FRESH = {
+    "dropout": 0.0,
+    "hypercomplex_nonlinearity": "glorot-uniform",
+    "init_weights": "bert",
+    "init_weights_seed": None,
+    "learn_phm": True,
+    "phm_c_init": "normal",
+    "phm_init_range": 0.0001,
+    "stochastic_depth": 0.0,
+}
+"""What a config says that never was AdapterHub's."""
+
+SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
+"""Attributes that a config calls the same."""
+
+FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
+ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
+
+
+def placed(updates: Updates) -> list[tuple[Target, Any]]:
+    """Every adapter inside a block, with its target."""
+    return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
+
+
+def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
+    """The same, those together that hold the same tensors: a union may have two configs."""
+    found: dict[Any, list[tuple[Target, Any]]] = {}
+    for target, update in placed(updates):
+        found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
+    return list(found.values())
+
+
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """The fields of a config that says these updates."""
+    adapters = placed(updates)
+    some, words = adapters[0][1], words_of([update for _, update in adapters])
+    flags = {rule.flag for _, rule in _stack_rules(updates, base).values()}
+    return {
+        **words,
+        **{name: some.attributes[name] for name in SAME},
+        **{flag: flag in flags for flag in FLAGS},
+        "residual_before_ln": {"true": True, "false": False}.get(some.residual_before_ln, "post_add"),
+        "is_parallel": some.parallel,
+        "leave_out": sorted({*range(_layers(base))} - {_layer(target, base) for target, _ in adapters}),
+        **_coupling(updates),
+        "phm_dim": _rule_size(some),
+        "phm_rank": int(some.tensors["down_left"].shape[2]) if "down_left" in some.tensors else 1,
+        "reduction_factor": _stack_factors(adapters, base),
+    }
+
+
+def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """What a new config cannot say."""
+    first = next((_form(update) for _, update in placed(updates)), None)
+    model_type = model_type_of(base)
+    rules = _stack_rules(updates, base)
+    patchy, uneven = _patchy(rules, base), _uneven(placed(updates), base)
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            if update.method == "invertible":
+                why = _why_no_coupling(target, update, model_type) if first else "without adapters in the layers"
+            elif model_type not in MODELS or not _layers(base):
+                why = "the library fills layers that are left out, and which there are only the base tells"
+            elif target not in rules:
+                why = f"no place where the library puts adapters in a {model_type}"
+            elif _form(update) != first:
+                why = "another form, size or method than the others': a config has one of each"
+            elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
+                why = "layers or a gate without a bias"
+            elif _layer(target, base) in patchy:
+                why = "its layer lacks an adapter that other layers have"
+            elif _layer(target, base) in uneven:
+                why = "its layer has adapters of several sizes"
+            else:
+                why = "a second adapter at one place" if position else ""
+            if why:
+                yield target, position, f"{update.method}: {why}"
+
+
+def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, Rule]]:
+    model_type = model_type_of(base)
+    found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
+    return {target: rule for target, rule in found.items() if rule is not None}
+
+
+def _patchy(rules: Mapping[Target, tuple[str, Rule]], base: Checkpoint | None) -> set[int]:
+    """Layers that lack a kind of adapter that another layer has; an encoder's have none behind attention to itself."""
+    kinds: dict[tuple[int, bool], set[str]] = {}
+    for target, (_, rule) in rules.items():
+        kinds.setdefault((_layer(target, base), _in_decoder(target)), set()).add(rule.flag)
+    every = set[str]().union(*kinds.values())
+    both = len({decoder for _, decoder in kinds}) > 1
+    wanted = {False: every - {"cross_adapter"} if both else every, True: every}
+    return {layer for (layer, decoder), flags in kinds.items() if flags != wanted[decoder]}
+
+
+def _coupling(updates: Updates) -> dict[str, Any]:
+    """The fields that call for an invertible adapter."""
+    found = [update for each in updates.values() for update in each if update.method == "invertible"]
+    if not found:
+        return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
+    inner, second = found[0].tensors["F_down"].shape
+    return {"inv_adapter": "nice", "inv_adapter_reduction_factor": _factor(int(second), int(inner))}
+
+
+def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
+    (a, second), (b, first) = update.F_down.shape, update.G_down.shape
+    if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
+        return "not behind the embeddings, or nothing tells; pass the base"
+    if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
+        return "halves of sizes that no reduction factor gives"
+    return ""
+
+
+def _form(update: Any) -> tuple[Any, ...]:
+    """All that a config has one word for: everything but the place and, layer by layer, the size."""
+    words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
+    dims = {name: size for name, size in update.dims().items() if name != "d"}
+    return update.method, words, set(update.tensors), dims
+
+
+def _unbiased(update: Any) -> tuple[str, ...]:
+    """Compacter's layers have no bias where the config says so, both or none."""
+    none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
+    return ("down_bias", "up_bias") if none else ()
+
+
+def _bare_gate(update: Any) -> bool:
+    return "gate" in update.tensors and "gate_bias" not in update.tensors
+
+
+def _stack_factors(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> float | dict[str, float]:
+    """The reduction factor: one for all, or one a layer."""
+    factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
+    return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
+
+
+def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[int]:
+    """Layers whose adapters are of several sizes."""
+    sizes: dict[int, set[int]] = {}
+    for target, update in adapters:
+        sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
+    return {layer for layer, found in sizes.items() if len(found) > 1}
+
+
+def _sizes(update: Any) -> tuple[int, int]:
+    """Sizes of the block and of the bottleneck."""
+    dims = update.dims()
+    return int(dims["hidden"]), int(dims["d"])
+
+
+def _factor(hidden: int, inner: int) -> float:
+    """The factor by which the library divides one size to get the other; it rounds down."""
+    factor = hidden / inner
+    return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
+
+
+def _rule_size(update: Any) -> int:
+    rule = update.tensors.get("down_rule", update.tensors.get("down_rule_left"))
+    return 4 if rule is None else int(rule.shape[0])
+
+
+def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
+    """How many layers there are, a decoder's behind an encoder's; 0 where nothing tells."""
+    config = {} if base is None else base.config or {}
+    layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
+    if model_type_of(base) not in ENCODER_DECODER or encoder:
+        return int(layers)
+    return int(layers + next((config[name] for name in DECODER_LAYERS if isinstance(config.get(name), int)), layers))
+
+
+def _layer(target: Target, base: Checkpoint | None = None) -> int:
+    """The number of a target's layer, as the library counts them where the base is given."""
+    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
+    before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
+    return before + int(found[1]) if found else 0
+
+
+def _in_decoder(target: Target) -> bool:
+    return "decoder" in target.path.split(".")
+
 
 KIND, INVERTIBLE, SHARED = "adapters", "invertible_adapters", "shared_parameters"
 
@@ -103,7 +390,7 @@ class BottleneckFamily(Family):
         "reduction_factor": "sizes; the tensors say them",
         "stochastic_depth": "training only",
     }
-    fresh: ClassVar[Mapping[str, Any]] = stacks.FRESH
+    fresh: ClassVar[Mapping[str, Any]] = FRESH
 
     @classmethod
     def settle(cls, fields: BottleneckFields, settings: Settings) -> BottleneckFields:
@@ -134,7 +421,7 @@ class BottleneckFamily(Family):
 
     @classmethod
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
-        for own in stacks.forms(updates):
+        for own in forms(updates):
             words = words_of([update for _, update in own])
             for target, update in own:
                 hung = hanging(target.path, update.residual, update.norm, naming.model_type)
@@ -149,11 +436,11 @@ class BottleneckFamily(Family):
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-        return stacks.compose(updates, base)
+        return compose(updates, base)
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        return stacks.losses(updates, base)
+        return losses(updates, base)
 
 
 def _check_words(part: Part) -> None:

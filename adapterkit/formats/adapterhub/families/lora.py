@@ -15,16 +15,13 @@ from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from .. import layers
 from ..file import AGAIN, Found, Kept, joined, make, sliced, take
-from ..layers import QKV
-from ..places import FUSED
+from ..layers import FUSED, QKV
 from ._family import Family, Fields, Number, Size
 
 if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Part
-    from ..keys import Key
-    from ..naming import Naming
+    from ..file import Findings, Key, Naming, Part
 
 KIND, SHARED = "loras", "shared_parameters"
 

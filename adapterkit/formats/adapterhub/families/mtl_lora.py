@@ -10,15 +10,13 @@ from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
 from ..file import Found, make, take
-from ..layers import QKV, base_family
-from ..places import role
+from ..layers import QKV, base_family, role
 from ._family import Family, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Part
-    from ..naming import Naming
+    from ..file import Findings, Naming, Part
 
 KIND = "loras"
 FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weights": "weights"}

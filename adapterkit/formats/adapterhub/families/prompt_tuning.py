@@ -14,8 +14,7 @@ from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Part
-    from ..naming import Naming
+    from ..file import Findings, Naming, Part
 
 KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
 

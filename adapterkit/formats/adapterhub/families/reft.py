@@ -1,8 +1,4 @@
-"""ReFT: `units.0` for the first positions, `units.1` for the last, or one unit for both with `tied_weights`.
-
-With `orthogonality` a file does not hold the projection but what torch's parametrization makes it from: Householder
-vectors in `original`, below the diagonal of its transpose, and a matrix `base` before them.
-"""
+"""ReFT: `units.0` for the first positions, `units.1` for the last, or one unit for both."""
 
 from __future__ import annotations
 
@@ -11,18 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
-from ....io.lazy import Lazy, as_lazy
+from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
-from .. import householder
 from ..file import AGAIN, Found, Kept, make, take
 from ..readings import REFT
 from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Part
-    from ..keys import Key
-    from ..naming import Naming
+    from ..file import Findings, Key, Naming, Part
+
 
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
@@ -134,7 +130,7 @@ class ReftFamily(Family):
                 matrix = update.tensors.get("suffix_projection" if unit else "projection")
                 if all(key in kept for key in pair):
                     same = matrix is not None and update.attributes["orthogonality"]
-                    if not same or not householder.says(kept[pair[0]], kept[pair[1]], as_lazy(matrix)):  # type: ignore[arg-type]
+                    if not same or not says(kept[pair[0]], kept[pair[1]], as_lazy(matrix)):  # type: ignore[arg-type]
                         yield from pair
 
 
@@ -171,7 +167,7 @@ def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, La
     if part.own.orthogonality:
         halves = take(part, own, {ORIGINAL: "original", BASE: "base"})
         _check_halves(own[ORIGINAL], **halves)
-        tensors["projection"] = householder.composed(**halves)
+        tensors["projection"] = composed(**halves)
     for field in ("source", "projection"):
         if tensors[field].shape[:1] != (part.own.r,):
             why = f"{list(tensors[field].shape)}, where the config says rank {part.own.r}"
@@ -190,7 +186,7 @@ def _spelled(update: Any, prefix: str) -> Iterator[tuple[str, Lazy]]:
     for slot, field in FIELDS.items():
         leaf = update.tensors.get(prefix + field)
         if leaf is not None and field == "projection" and update.orthogonality:
-            yield from zip((ORIGINAL, BASE), householder.taken_apart(as_lazy(leaf)), strict=True)
+            yield from zip((ORIGINAL, BASE), taken_apart(as_lazy(leaf)), strict=True)
         elif leaf is not None:
             yield slot, as_lazy(leaf)
 
@@ -202,3 +198,63 @@ def _form(update: Any) -> tuple[Any, ...]:
 def _layer(path: str) -> int | None:
     last = path.rpartition(".")[2]
     return int(last) if last.isdigit() else None
+
+
+# torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, signs from a diagonal.
+#
+# `original` [r, n], transposed, holds below its diagonal the Householder vectors, whose first entry is 1, and on it the
+# signs; `base` is [n, n]. Formula: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
+
+
+NEAR = 1e-6
+"""How far two evaluations in single precision may be apart."""
+
+
+def composed(original: Lazy, base: Lazy) -> Lazy:
+    """The parametrized matrix [r, n], in the type of `original`."""
+
+    def fetch() -> bytes:
+        return bytes(_rows(original, base).astype(original.dtype.array).tobytes())
+
+    return Lazy(original.shape, original.dtype, fetch)
+
+
+def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
+    """`original` and `base` for a matrix [r, n] of orthonormal rows, as the parametrization chooses them."""
+    r, n = matrix.shape
+
+    def minus_one() -> bytes:
+        import numpy as np
+
+        return bytes((-np.eye(r, n)).astype(matrix.dtype.array).tobytes())
+
+    def completed() -> bytes:
+        import numpy as np
+
+        columns = as_array(matrix).astype(np.float64).T
+        whole, _ = np.linalg.qr(columns, mode="complete")
+        whole[:, :r] = columns
+        return bytes(whole.astype(matrix.dtype.array).tobytes())
+
+    return Lazy((r, n), matrix.dtype, minus_one), Lazy((n, n), matrix.dtype, completed)
+
+
+def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
+    """Whether the parametrization of these two is a matrix, but for rounding."""
+    import numpy as np
+
+    near = np.abs(_rows(original, base) - as_array(matrix).astype(np.float64)) <= NEAR
+    return original.shape == matrix.shape and bool(near.all())
+
+
+def _rows(original: Lazy, base: Lazy) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    X = as_array(original).astype(np.float64).T
+    Q = np.eye(*X.shape)
+    for position in reversed(range(X.shape[1])):
+        v = np.zeros(len(X))
+        v[position], v[position + 1 :] = 1, X[position + 1 :, position]
+        Q -= 2 / (v @ v) * np.outer(v, v @ Q)
+    rows: np.ndarray[Any, Any] = (as_array(base).astype(np.float64) @ (Q * X.diagonal().astype(np.int64))).T
+    return rows

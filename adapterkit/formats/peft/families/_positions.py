@@ -8,8 +8,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ....errors import Malformed, ShapeMismatch
-from ....io.dtypes import DTYPES
-from ....io.lazy import Lazy
+from ....io.lazy import DTYPES, Lazy
 
 if TYPE_CHECKING:
     from ....core.adapter import Target

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import Malformed, ShapeMismatch, UsageError
-from ....io.dtypes import DTYPES
-from ....io.lazy import Lazy, as_lazy
+from ....io.lazy import DTYPES, Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
 from ._weights import not_embedded

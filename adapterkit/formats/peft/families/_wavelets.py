@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ....io.dtypes import DTYPES
-from ....io.lazy import Lazy
+from ....io.lazy import DTYPES, Lazy
 
 FAULTY = "coif4"
 """PEFT's numbers for this name are no wavelet's. Its forward computes with them; `RIGHT` are the Coiflet's."""

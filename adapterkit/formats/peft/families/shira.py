@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....io.dtypes import DTYPES
-from ....io.lazy import Lazy, as_array, as_lazy
+from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
 from ..file import File, Found, make
 from ._family import Family, Parts, check_parts

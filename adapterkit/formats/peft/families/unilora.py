@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
-from ....io.dtypes import DTYPES
-from ....io.lazy import Lazy, as_lazy
+from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.unilora import UniLoRA
 from ....naming.orders import declared_by, in_order
 from ..config import names_module

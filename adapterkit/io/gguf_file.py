@@ -1,0 +1,498 @@
+"""Read and write GGUF files: headers first, tensors when they are fetched; every count and size is checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from .arrange import is_moved
+from .atomic import replacing
+from .ggml_blocks import BLOCKS, NUMBERS, decoded, encoded
+from .inputs import open_input
+from .lazy import DTYPES, Lazy, Span, as_array, read_span
+from .magic_bytes import GGUF
+from .written import remember, source_of
+
+__all__ = ["PLAIN", "Gguf", "Model", "Value", "raw_size", "read_gguf", "read_model", "write_gguf"]
+
+
+ALIGNMENT = "general.alignment"
+
+SCALARS = {
+    0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
+    6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
+}  # fmt: skip
+"""GGUF's number of a value type -> its name here and its `struct` code."""
+
+STRING, ARRAY = 8, 9
+VALUE_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
+VALUE_NAMES = {number: name for name, number in VALUE_NUMBERS.items()}
+
+PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
+"""ggml's number of an unquantized tensor type -> element type."""
+
+Q8_0 = 8
+TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One metadata value. `type` is a name such as `u32` or `string`, or `[type]` for an array.
+
+    An array's value is a list; if it has more than a million numbers, a numpy array.
+    """
+
+    type: str
+    value: Any
+
+
+def numbers(data: bytes, code: str) -> Any:
+    """Return little-endian bytes as a read-only numpy array, which needs no Python object per number."""
+    import numpy as np
+
+    return np.frombuffer(data, np.dtype(code))
+
+
+def raw_size(kind: str, shape: Sequence[int]) -> int:
+    """Return the size in bytes of a tensor of a named type."""
+    return size_of(shape, TYPES[kind])
+
+
+def size_of(shape: Sequence[int], number: int) -> int:
+    """Return the size in bytes of a tensor of a numbered type; 0 for an unknown type."""
+    count = math.prod(shape)
+    if number in NUMBERS:
+        _, numbers, size = BLOCKS[NUMBERS[number]]
+        return count // numbers * size
+    return count * DTYPES[PLAIN[number]].itemsize if number in PLAIN else 0
+
+
+def alignment_of(values: Mapping[str, Value]) -> int:
+    """Return the alignment of tensor data in bytes.
+
+    Raises:
+        Malformed: the stored alignment is out of range.
+    """
+    alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
+        raise Malformed(
+            f"{alignment!r} is not a valid alignment", where=ALIGNMENT, cure="Fetch or write the file again"
+        )
+    return alignment
+
+
+def up(size: int, alignment: int) -> int:
+    """Round a size up to a multiple of the alignment."""
+    return -(-size // alignment) * alignment
+
+
+# Parse GGUF headers from untrusted files, with limits on every size.
+
+
+MAX_HEADER = 256 << 20
+MAX_TENSORS = 1 << 20
+MAX_NAME = 1 << 16
+MAX_DEPTH = 4
+MAX_LISTED = 1 << 20
+"""Longest numeric array that becomes a list; longer ones stay bytes. Python objects for 250 MB of numbers took 4 GB."""
+
+MAX_ITEMS = 1 << 22
+"""Most strings in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
+
+
+class Reader:
+    """Reads a file from its start, never beyond its end, and never more than `MAX_HEADER` bytes."""
+
+    def __init__(self, file: BinaryIO, path: str, size: int) -> None:
+        self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            why = f"{what} of {count} bytes, where {self.size - self.at} are left in the file"
+            raise self.damaged(why)
+        if self.at + count > MAX_HEADER:
+            raise self.damaged(f"a header of more than {MAX_HEADER} bytes")
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.damaged("the file ends too early")
+        self.at += count
+        return data
+
+    def number(self, code: str, what: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+
+    def string(self, what: str, limit: int = MAX_HEADER) -> str:
+        length = self.number("<Q", what)
+        if length > limit:
+            raise self.damaged(f"{what} of {length} bytes")
+        try:
+            return self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.damaged(f"{what} that is not UTF-8") from None
+
+    def damaged(self, why: str) -> Malformed:
+        return Malformed(why, path=self.path, where=f"byte {self.at}", cure="Fetch or write the file again")
+
+
+def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int]]:
+    """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
+    if reader.take(4, "a magic") != GGUF:
+        raise reader.damaged("not a GGUF file")
+    version = reader.number("<I", "a version")
+    if version not in (2, 3):
+        # Read in the wrong byte order, version 3 is 0x03000000.
+        swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
+        raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
+    count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
+    if count > MAX_TENSORS or keys > MAX_TENSORS:
+        raise reader.damaged(f"{count} tensors and {keys} keys")
+    values: dict[str, Value] = {}
+    places: dict[str, int] = {}
+    for _ in range(keys):
+        key = reader.string("a key", MAX_NAME)
+        if key in values:
+            raise reader.damaged(f"the key {key!r} twice")
+        number = reader.number("<I", "a type")
+        places[key] = reader.at
+        values[key] = _value(reader, number, key)
+    return values, count, version, places
+
+
+def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
+    if number in SCALARS:
+        name, code = SCALARS[number]
+        return Value(name, reader.number(code, f"the value of {key!r}"))
+    if number == STRING:
+        return Value("string", reader.string(f"the value of {key!r}"))
+    if number != ARRAY or depth == MAX_DEPTH:
+        raise reader.damaged(f"{key!r} is of a type {number} that GGUF does not have")
+    inner, length = reader.number("<I", "a type"), reader.number("<Q", "a length")
+    if inner in SCALARS:
+        name, code = SCALARS[inner]
+        size = struct.calcsize(code)
+        data = reader.take(length * size, f"an array at {key!r}")
+        if length > MAX_LISTED:
+            return Value(f"[{name}]", numbers(data, code))
+        return Value(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
+    # A string or array takes 8 bytes or more, for its length. Check before a list of that many items is made.
+    if length * 8 > reader.size - reader.at:
+        raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
+    reader.items += length
+    if reader.items > MAX_ITEMS:
+        raise reader.damaged(f"arrays of more than {MAX_ITEMS:,} texts and arrays")
+    return Value(
+        f"[{VALUE_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
+    )
+
+
+def read_entries(
+    reader: Reader, values: dict[str, Value], count: int
+) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
+    """Return name -> (shape, type, offset); name -> offset of its type field; the data's offset; the alignment."""
+    alignment = alignment_of(values)
+    found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    places: dict[str, int] = {}
+    for _ in range(count):
+        name = reader.string("a name", MAX_NAME)
+        if name in found:
+            raise reader.damaged(f"the tensor {name!r} twice")
+        axes = reader.number("<I", "a count of axes")
+        if axes > 8:
+            raise reader.damaged(f"a tensor of {axes} axes")
+        sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
+        places[name] = reader.at
+        number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
+        found[name] = (sizes[::-1], number, offset)
+        # GGUF lists the fastest axis first, numpy last.
+    return found, places, up(reader.at, alignment), alignment
+
+
+def check_place(
+    reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
+) -> None:
+    """Check that a tensor consists of whole blocks, is aligned, and lies inside the file.
+
+    Raises:
+        Malformed: it does not.
+    """
+    kind = NUMBERS.get(number)
+    if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
+        raise reader.damaged(f"rows of {name!r} are not a multiple of the block size of {BLOCKS[kind][1]}")
+    size = size_of(shape, number)
+    if offset % alignment or start + offset + size > reader.size:
+        raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
+
+
+def check_apart(reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
+    """Check that no tensors overlap.
+
+    Raises:
+        Malformed: two tensors do.
+    """
+    end = 0
+    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+        if offset < end:
+            raise reader.damaged(f"{name!r} lies over another tensor")
+        end = offset + size_of(shape, number)
+
+
+# Read GGUF adapters: key-values at once, tensors when they are fetched.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gguf:
+    """The content of a file.
+
+    Attributes:
+        values: key -> value, in the file's order.
+        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 tensors appear as F32.
+        types: name -> name of the tensor's type in the file.
+        version: the version of the container.
+    """
+
+    values: Mapping[str, Value]
+    tensors: Mapping[str, Lazy]
+    types: Mapping[str, str]
+    version: int = 3
+
+
+def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
+    """Read a header.
+
+    Args:
+        path: the file.
+        tensors: False to stop after the key-values.
+
+    Raises:
+        Malformed: data lies outside of the file, or a size is larger than the file could hold.
+        Unsupported: another version or byte order, or a quantization other than Q8_0.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open_input(path) as file:
+            return _read(Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size), tensors)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+
+
+def _read(reader: Reader, tensors: bool) -> Gguf:
+    values, count, version, _ = read_keys(reader)
+    for key, value in values.items():
+        if value.type.startswith("[") and not isinstance(value.value, list):
+            why, cure = f"an array of {len(value.value):,} numbers in the header of an adapter", "Leave it out"
+            raise Unsupported(why, path=reader.path, where=key, cure=cure)
+    return _with_tensors(reader, values, count if tensors else 0, version)
+
+
+def _with_tensors(reader: Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
+    found, _, start, alignment = read_entries(reader, values, count)
+    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
+    check_apart(reader, found)
+    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
+    return Gguf(values, tensors, types, version)
+
+
+def _tensor(
+    reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
+) -> Lazy:
+    if number not in PLAIN and number != Q8_0:
+        why, cure = f"a tensor of GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
+        raise Unsupported(why, path=reader.path, where=name, cure=cure)
+    check_place(reader, name, start, alignment, shape, number, offset)
+    span = Span(reader.path, start + offset, size_of(shape, number))
+    if number == Q8_0:
+        return Lazy(shape, DTYPES["F32"], lambda: decoded("Q8_0", read_span(span)).tobytes())
+    dtype = DTYPES[PLAIN[number]]
+    source = source_of(reader.path, name, dtype, span.nbytes)
+    if source is not None and source.shape == shape:
+        return source
+    return Lazy(shape, dtype, None, span)
+
+
+# GGUF model files with tensors of any type: locate the tensors, and rewrite headers for other types.
+
+
+FILE_TYPE = "general.file_type"
+
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
+    "Q5_K": 17, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
+"""Dominant type of a file's matrices -> llama.cpp's number for `general.file_type`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """The header of a model file, and the location of its tensors.
+
+    Attributes:
+        values: key -> value.
+        types: tensor name -> type name, in the file's order.
+        shapes: tensor name -> shape in numpy's axis order.
+        spans: tensor name -> its bytes, including the padding before the next tensor.
+        alignment: the alignment of the data, in bytes.
+        raw: the bytes of the header.
+        entries: tensor name -> offset of its type field in the header; the field of its data offset follows.
+        places: key -> offset of its value in the header.
+    """
+
+    values: Mapping[str, Value]
+    types: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    spans: Mapping[str, Span]
+    alignment: int
+    raw: bytes
+    entries: Mapping[str, int]
+    places: Mapping[str, int]
+
+    def header(self, kinds: Mapping[str, str]) -> bytes:
+        """Return the header for tensors of other types, packed in the same order, with a matching file type."""
+        # Patch the original bytes instead of encoding anew: all key-values then stay exactly as they were.
+        if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
+            return self.raw
+        head, offset = bytearray(self.raw), 0
+        for name in self.spans:
+            kind = kinds.get(name, self.types[name])
+            struct.pack_into("<IQ", head, self.entries[name], TYPES[kind], offset)
+            offset += up(raw_size(kind, self.shapes[name]), self.alignment)
+        said = FILE_TYPES.get(self._most({name: kinds.get(name, kind) for name, kind in self.types.items()}))
+        if said is not None and FILE_TYPE in self.values and self.values[FILE_TYPE].type == "u32":
+            struct.pack_into("<I", head, self.places[FILE_TYPE], said)
+        return bytes(head)
+
+    def _most(self, kinds: Mapping[str, str]) -> str:
+        """Return the type that most numbers in matrices have."""
+        counts: dict[str, int] = {}
+        for name, kind in kinds.items():
+            if len(self.shapes[name]) > 1:
+                counts[kind] = counts.get(kind, 0) + math.prod(self.shapes[name])
+        return max(counts, key=lambda kind: counts[kind], default="")
+
+
+def read_model(path: str | os.PathLike[str]) -> Model:
+    """Read the header of a model whose tensors may have any type in `BLOCKS` or `PLAIN`.
+
+    Raises:
+        Malformed: data lies outside of the file, or the tensors are not contiguous.
+        Unsupported: another version, byte order or type.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open_input(path) as file:
+            reader = Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size)
+            values, count, _, places = read_keys(reader)
+            found, entries, start, alignment = read_entries(reader, values, count)
+            check_apart(reader, found)
+            file.seek(0)
+            raw = file.read(start)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+    types = {name: _type_name(reader, name, number) for name, (_, number, _) in found.items()}
+    spans = _spans(reader, found, start, alignment)
+    shapes = {name: shape for name, (shape, _, _) in found.items()}
+    return Model(values, types, shapes, spans, alignment, raw, entries, places)
+
+
+def _spans(
+    reader: Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int
+) -> dict[str, Span]:
+    spans, end = {}, start
+    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+        check_place(reader, name, start, alignment, shape, number, offset)
+        if start + offset != end:
+            raise reader.damaged(f"{name!r} does not begin where the tensor before it ends")
+        end = min(start + offset + up(size_of(shape, number), alignment), reader.size)
+        spans[name] = Span(reader.path, start + offset, end - start - offset)
+    return spans
+
+
+def _type_name(reader: Reader, name: str, number: int) -> str:
+    kind = PLAIN.get(number) or NUMBERS.get(number)
+    if kind is None:
+        cure = f"Known: {', '.join([*PLAIN.values(), *BLOCKS])}; let llama.cpp quantize the model to one of them"
+        raise Unsupported(f"a tensor of GGUF's type {number}", path=reader.path, where=name, cure=cure)
+    return kind
+
+
+# Write GGUF files atomically, with one tensor in memory at a time.
+
+
+def write_gguf(
+    path: str | os.PathLike[str], values: Mapping[str, Value], tensors: Mapping[str, Lazy], types: Mapping[str, str]
+) -> None:
+    """Write a version 3 file atomically; its bytes equal those that gguf-py writes.
+
+    Args:
+        path: the file.
+        values: the key-values.
+        tensors: name -> tensor.
+        types: name -> `Q8_0` for tensors to quantize; others keep their element type.
+
+    Raises:
+        Unsupported: GGUF lacks an element type.
+    """
+    alignment = alignment_of(values)
+    head = bytearray(GGUF + struct.pack("<IQQ", 3, len(tensors), len(values)))
+    for key, value in values.items():
+        try:
+            head += _string(key) + _encoded(value)
+        except (KeyError, TypeError, AttributeError, struct.error):
+            raise Malformed(f"{value.value!r} is no {value.type}", where=key, cure="Correct the value") from None
+    offset = 0
+    for name, tensor in tensors.items():
+        number = _type_number(name, tensor, types)
+        shape = tensor.shape[::-1]
+        head += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+        offset += up(size_of(tensor.shape, number), alignment)
+    with replacing(Path(path)) as file:
+        file.write(bytes(head) + bytes(-len(head) % alignment))
+        for name, tensor in tensors.items():
+            data = tensor.fetch() if _type_number(name, tensor, types) != Q8_0 else encoded("Q8_0", as_array(tensor))
+            file.write(data)
+            file.write(bytes(-len(data) % alignment))
+    plain = {n: t for n, t in tensors.items() if is_moved(t) and _type_number(n, t, types) != Q8_0}
+    remember(path, plain, _tensors_of)
+
+
+def _tensors_of(path: str) -> Mapping[str, Lazy]:
+
+    return read_gguf(path).tensors
+
+
+def _type_number(name: str, tensor: Lazy, types: Mapping[str, str]) -> int:
+    kind = types.get(name, tensor.dtype.name)
+    if kind not in TYPES:
+        raise Unsupported(f"GGUF has no element type {kind}", where=name, cure="Convert the adapter to F32 first")
+    return TYPES[kind]
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encoded(value: Value) -> bytes:
+    if not value.type.startswith("["):
+        return struct.pack("<I", VALUE_NUMBERS[value.type]) + _plain(value.type, value.value)
+    inner = value.type[1:-1]
+    head = struct.pack("<IIQ", ARRAY, VALUE_NUMBERS[inner], len(value.value))
+    return head + b"".join(_plain(inner, item) for item in value.value)
+
+
+def _plain(kind: str, value: Any) -> bytes:
+    return _string(value) if kind == "string" else struct.pack(SCALARS[VALUE_NUMBERS[kind]][1], value)
+
+
+# Read and write GGUF files: headers first, tensors when they are fetched; every count and size is checked.
+#
+# Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).

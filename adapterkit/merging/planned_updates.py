@@ -1,0 +1,195 @@
+"""What each adapter does to each stored tensor of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import NotMergeable
+from ..formats._trained import sites_as_trained
+from ..io.locations import is_repo
+from ..naming.binding import Site, bind
+from ..naming.renames import parse_renames
+from ..naming.resolver import Rule
+from ..naming.ties import find_tie
+from ..quant import Dequantized
+from .planned_update import PlannedUpdate
+from .ties import parse_tied, settle_tie
+from .vocabulary import Vocabulary, parse_vocab
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Lazy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One adapter of a merge, bound to the base.
+
+    Attributes:
+        name: of its file or folder.
+        given: as it was read.
+        adapter: bound to the base.
+        weight: how much of its change is taken.
+        missing: targets without a place in the base.
+        renamed: the first change of prefixes, as (taken off, put on).
+        rules: those by which its names became the base's.
+    """
+
+    name: str
+    given: Adapter
+    adapter: Adapter
+    weight: float
+    missing: tuple[Target, ...]
+    renamed: tuple[str, str] | None
+    rules: tuple[Rule, ...] = ()
+    _digest: str | None = field(default=None, init=False)
+
+    @property
+    def digest(self) -> str:
+        """Of the adapter as it was read. All of its tensors are read for it, when it is first asked for."""
+        if self._digest is None:
+            object.__setattr__(self, "_digest", self.given.digest())
+        return cast(str, self._digest)
+
+    def record(self, digests: bool = True) -> dict[str, Any]:
+        """What it is; of the base it was made for the name on a hub, and no path of somebody's disk.
+
+        Args:
+            digests: with its digest; null without, so that none of its tensors is read.
+        """
+        made_for = self.adapter.base.id if self.adapter.base else None
+        return {
+            "name": self.name, "digest": self.digest if digests else None, "weight": self.weight,
+            "targets": len(self.adapter.updates), "missing": [str(target) for target in self.missing],
+            "base": made_for if is_repo(made_for) else None, "methods": list(self.adapter.methods),
+            "ranks": list(self.adapter.ranks), "lineage": [step.op for step in self.adapter.recipe], **self._names(),
+        }  # fmt: skip
+
+    def _names(self) -> dict[str, Any]:
+        """The rules by which names were changed; nothing where all are the base's own."""
+        used = [rule for rule in self.rules if rule.kind != "exact"]
+        return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bindings:
+    """The adapters of a merge, bound to the base.
+
+    Attributes:
+        base: the base, with the rows that a vocabulary gains.
+        sources: the bound adapters.
+        folds: output name -> what is folded into it.
+        names: output name -> the stored name that it is made from.
+        config_changes: what the output's config says otherwise.
+        warnings: one sentence each.
+        vocabulary: what became of the vocabulary, plain data; None where it is the base's.
+    """
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    folds: dict[str, tuple[PlannedUpdate, ...]]
+    names: dict[str, str]
+    config_changes: dict[str, Any]
+    warnings: list[str]
+    vocabulary: dict[str, Any] | None
+
+
+def folds_by_tensor(
+    base: Checkpoint,
+    adapters: Sequence[tuple[str, Adapter, float]],
+    tied: str | None,
+    allow_partial: bool,
+    rename: Sequence[str] = (),
+    vocab: str | None = None,
+) -> Bindings:
+    """Bind the adapters and sort their updates by stored tensor.
+
+    Args:
+        base: the base.
+        adapters: name, adapter and weight of each.
+        tied: the choice for tied weights, see `parse_tied`.
+        allow_partial: leave out targets that the base does not have.
+        rename: the user's rules for names.
+        vocab: the choice for vocabularies that differ, see `Vocabulary`.
+
+    Raises:
+        AdapterkitError: an adapter does not fit the base.
+    """
+    tied = parse_tied(tied)
+    config = base.config
+    if isinstance(base, Dequantized) and base.scheme == "gguf" and "lm_head.weight" not in base.tensors:
+        # llama.cpp computes with token_embd.weight where output.weight is missing, whatever else says so.
+        config = {**(config or {}), "tie_word_embeddings": True}
+    tie = find_tie(base.tensors, config)
+    aliases = {} if tie is None else tie.aliases
+    vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
+    # A rule need match one of the adapters only.
+    paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
+    rules = parse_renames(rename, None if allow_partial else paths)
+    sources, folds = [], dict[str, list[PlannedUpdate]]()
+    for position, (name, adapter, weight) in enumerate(adapters):
+        _refuse_other_laws(adapter)
+        resize = partial(vocabulary.settle, position, name)
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rules, resize=resize)
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+        shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+        for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
+            _refuse_other_laws((site.target, update) for update in site.updates)
+        sources.append(Source(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
+        for site in bound.sites:
+            for stored, fold in _folds(site, weight, position, base, aliases):
+                shape = vocabulary.rows(position, stored, fold.shape)
+                made_for = fold if shape == fold.shape else replace(fold, shape=shape)
+                folds.setdefault(stored, []).append(made_for)
+    base = vocabulary.grown()
+    names = {name: name for name in base.tensors}
+    bound_adapters = [source.adapter for source in sources]
+    warnings = list(vocabulary.warnings)
+    changes: dict[str, Any] = {}
+    if tie is not None:
+        rows = base.tensors[tie.stored].shape[0]
+        changes = settle_tie(tie, folds, names, bound_adapters, tied, config, warnings, rows)
+    changes |= vocabulary.config_changes(base.config, changes)
+    sorted_ = {name: tuple(found) for name, found in folds.items()}
+    return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
+
+
+def _refuse_other_laws(updates: Iterable[tuple[Target, Update]]) -> None:
+    """Refuse updates that are not changes of weights: before any name is looked up, and by the base's shapes."""
+    for target, update in updates:
+        if update.kind not in ("additive", "weight"):
+            why = f"{update.method} changes {update.acts_on}, not weights"
+            raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+
+
+def _folds(
+    site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
+) -> list[tuple[str, PlannedUpdate]]:
+    found = []
+    for stored, bias in ((site.weight, False), (site.bias, True)):
+        if stored is None:
+            continue
+        updates = tuple([u for u in site.updates if (u.changes_bias if bias else u.changes_weight)])
+        if updates:
+            shape = base.tensors[aliases.get(stored, stored)].shape
+            seen = _seen(site, base, aliases) if bias else None
+            found.append((stored, PlannedUpdate(site.target, updates, weight, position, bias, shape, seen)))
+    return found
+
+
+def _seen(site: Site, base: Checkpoint, aliases: Mapping[str, str]) -> Lazy | None:
+    """The weight that a change to its bias needs; it must be the base's own."""
+    needy = [
+        position for position, update in enumerate(site.updates) if update.bias_sees_weight and update.changes_bias
+    ]
+    if not needy or site.weight is None:
+        return None
+    if any(update.changes_weight for update in site.updates[: needy[-1]]):
+        why = f"{site.updates[needy[-1]].method} changes the bias by a weight that another update changes before it"
+        raise NotMergeable(why, where=str(site.target), cure="Merge one adapter after the other")
+    return base.tensors[aliases.get(site.weight, site.weight)]

@@ -1,0 +1,151 @@
+"""The stage of a merge: a hidden folder beside the output where a merge is built and resumed.
+
+A finished file lies under `out/`, its norms and checksums under `norms/`; whatever else is there is unfinished and
+written again. How the output gets into place is told in `io/staging.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterkitError
+from ..io.atomic import sync_folder, write_bytes
+from ..io.staging import Move, Staging, clear, files_below, record_of
+
+Norms = dict[str, list[float]]
+
+SUFFIX = "merging"
+
+
+class StagingDir(Staging):
+    """The stage of one output path.
+
+    Args:
+        out: where the output will appear.
+        digest: of the plan; a stage of another plan is thrown away.
+        files: names of the files that are kept when an earlier run finished them; all else is written again.
+        single: the output is the one file in the stage, not the folder.
+    """
+
+    def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
+        super().__init__(out, SUFFIX, "merge")
+        self.files, self.single, self.digest = files, single, digest
+        self.parts = self.folder / "parts"
+        self._norms = self.folder / "norms"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the stage for this process; lay it out, or take over what an interrupted merge left.
+
+        Raises:
+            StorageError: another process is merging to the same output, or the folder cannot be written.
+        """
+        with super().locked():
+            try:
+                self._lay_out()
+            except (AdapterkitError, OSError):
+                self.discard()
+                raise
+            yield
+
+    @property
+    def was_completed(self) -> bool:
+        """The output is in place and only the stage was left behind."""
+        return self.is_published and self._plan() == self.digest
+
+    def finished(self, name: str) -> bool:
+        """Whether an earlier run finished this file."""
+        return (self.out / name).exists()
+
+    def norms_of(self, name: str) -> Norms:
+        """The norms that were found while a finished file was computed."""
+        found: Norms = self._found(name)["norms"]
+        return found
+
+    def runs_of(self, name: str) -> list[tuple[int, int, str]]:
+        """The checksums of the runs of a finished file: where each begins, its bytes, their sha256."""
+        return [(start, nbytes, digest) for start, nbytes, digest in self._found(name)["runs"]]
+
+    def _found(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self._norms / f"{name}.json").read_text())
+        return found
+
+    def apart(self) -> StagingDir:
+        """The same stage, with unfinished files in a folder of their own: for one of several processes."""
+        stage = StagingDir(self.target, self.digest, self.files, single=self.single)
+        stage.parts = self.parts / secrets.token_hex(8)
+        stage.parts.mkdir()
+        return stage
+
+    def finish(self, name: str, norms: Mapping[str, Any], runs: Sequence[tuple[int, int, str]] = ()) -> None:
+        """Makes a file of `parts/` durable and moves it to `out/`."""
+        part = self.parts / name
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        write_bytes(self._norms / f"{name}.json", json.dumps({"norms": norms, "runs": runs}).encode())
+        os.replace(part, self.out / name)
+
+    def link(self, name: str, file: Path) -> bool:
+        """Finishes a file as a hard link to one of the base; False where the file system has none between the two."""
+        try:
+            os.link(file.resolve(), self.parts / name)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                return False
+            raise
+        self.finish(name, {})
+        return True
+
+    def publish_all(self, made_from: str | None = None) -> None:
+        """Make the whole output durable, rename it into place and remove the stage.
+
+        Args:
+            made_from: a digest of what decided the output, kept with it for a later run.
+
+        Raises:
+            OSError: it cannot be; what was there before is there again.
+        """
+        for folder, _, _ in os.walk(self.out):
+            sync_folder(Path(folder))
+        single = next(self.out.iterdir()) if self.single else self.out
+        moves: list[Move] = [(single, self.target)]
+        gone: list[Path] = []
+        if self.inside:
+            moves = [(entry, self.target / entry.name) for entry in sorted(self.out.iterdir())]
+            gone = [entry for entry in self.target.iterdir() if entry != self.folder]
+        files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
+        record = None if made_from is None else record_of(made_from, files)
+        # Every file was made durable when it was finished: to ask the disk for each once more takes time.
+        self.publish(moves, gone, durable=True, record=record)
+        self.discard()
+
+    def discard(self, keep: Collection[str] = ()) -> None:
+        """Remove the stage; what says that the output is in place goes last, so that a kill here is understood."""
+        super().discard({"plan", *keep})
+
+    def _files(self) -> dict[str, Path]:
+        """The files of a folder, by the names that the record has for them."""
+        folder = Path() if self.inside else Path(self.target.name)
+        return {str(folder / file.relative_to(self.out)): file for file in files_below(self.out)}
+
+    def _lay_out(self) -> None:
+        resumable = self._plan() == self.digest and self.out.exists()
+        if not resumable and not self.was_completed:
+            clear(self.folder, keep={"lock"})
+            for folder in (self.out, self.parts, self._norms):
+                folder.mkdir()
+            write_bytes(self.folder / "plan", self.digest.encode())
+        elif self.out.exists():
+            clear(self.out, keep=self.files)
+
+    def _plan(self) -> str | None:
+        with contextlib.suppress(OSError):
+            return (self.folder / "plan").read_text()
+        return None

@@ -1,0 +1,108 @@
+"""The tokens of a sequence: the inputs that hold them, those of the past, and nodes that compute the same for all.
+
+Nodes that read all tokens compute the same for the call's tokens as without a past.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported
+from .building import Branch
+from .values import SYMBOLS, Value, plain
+
+if TYPE_CHECKING:
+    from .calls import Words
+
+TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""Inputs that models are called with."""
+
+_PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
+
+
+def past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
+    """Return (layer, `key` or `value`) -> input."""
+    found: dict[tuple[int, str], ir.Value] = {}
+    for value in graph.inputs:
+        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
+        if told is not None:
+            found[int(told[1]), told[2]] = value
+    return found
+
+
+EARLIER = "past_input_ids"
+"""Name of the input with the tokens of the past, for formulas that read all tokens."""
+
+
+def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
+    """Cast a value to int64, the type of token numbers in torch."""
+    return plain(value, branch).cast(np.int64).value
+
+
+def every_token(words: Words, branch: Branch) -> ir.Value:
+    """Return all token numbers, `[rows, positions]`.
+
+    Raises:
+        Unsupported: the graph has no input of tokens.
+    """
+    found = words.input(TOKENS)
+    if found is None:
+        cure = f"Tell its name: call={{{TOKENS!r}: NAME}}, --call {TOKENS}=NAME"
+        raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
+    ids = whole_numbers(found, branch)
+    past = next(iter(past_inputs(words.building.model.graph).values()), None)
+    if past is None:
+        return ids
+    # The name of the past's own open size ties the two inputs' lengths together.
+    length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
+    earlier = words.new(EARLIER, [first_axis(found), length])
+    return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
+
+
+def every_position(words: Words, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
+    """Return all positions, `[rows, positions]`; those of the past precede the first one of the call.
+
+    Args:
+        words: the words of the call, after its tokens were asked for.
+        branch: nodes are appended to it.
+        value: positions of the call's tokens; one row may serve all.
+        own: an integer matrix with one entry for each of these tokens.
+    """
+    given: Value = plain(value, branch).cast(np.int64) + SYMBOLS.zeros_like(own)
+    earlier = words.made.get(EARLIER)
+    if earlier is None:
+        return given.value
+    ones = SYMBOLS.ones_like(plain(earlier, branch))
+    before = SYMBOLS.clip(given[:, :1] + ones.cumsum(1) - ones.sum(1, True) - 1, 0, None)
+    every: Value = SYMBOLS.concat([before, given], axis=1)
+    return every.value
+
+
+def of_call(value: ir.Value, words: Words, branch: Branch, own: Value) -> ir.Value:
+    """Cut a value computed for all tokens, `[rows, positions, ...]`, to the call's own tokens."""
+    if EARLIER not in words.made:
+        return value
+    cut = last_columns(plain(value, branch), own)
+    cut.shape = None if value.shape is None else ir.Shape([None, None, *list(value.shape)[2:]])
+    return cut
+
+
+def last_columns(value: Value, own: Value) -> ir.Value:
+    """Return the last columns of a value, along its second axis, as many as a matrix has."""
+    node, literal = value.branch.node, value.branch.building.literal
+    one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
+    sizes = node("Shape", [own.value], None, np.int64, (2,))
+    count = node("Slice", [sizes, one, most], None, np.int64, (1,))
+    # A negative start counts from the end, whose position is only known at run time.
+    start = node("Neg", [count], None, np.int64, (1,))
+    return node("Slice", [value.value, start, most, one], None, value.dtype, None)
+
+
+def first_axis(value: ir.Value) -> Any:
+    """Return the size, or size name, of a value's first axis."""
+    return "rows" if value.shape is None or not len(value.shape) else value.shape[0]

@@ -1,0 +1,183 @@
+"""The targets of several adapters side by side, and what each of them has there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from ..core.adapter import Adapter, Target
+from ..core.updates import Additive
+from ..errors import ShapeMismatch, UsageError, nearest
+from ..io.checkpoint import opened
+from ..naming.binding import renamed, weight_shape
+from ..naming.binding.bases import check_base
+from ..naming.binding.by_expert import by_expert, by_rows
+from .at_base import additive, bound
+from .lowering import Change, Delta
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from ..io.lazy import Shape
+    from .lowering import Base
+
+    Source = Adapter | str | PathLike[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One target of several adapters.
+
+    Attributes:
+        target: where.
+        updates: what each adapter has there, in the order of the adapters; `()` for those that have nothing.
+        base: the base, if one was given.
+    """
+
+    target: Target
+    updates: tuple[tuple[Update, ...], ...]
+    base: Base | None = None
+
+    @property
+    def all_updates(self) -> list[Update]:
+        return [update for found in self.updates for update in found]
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of one weight, `[out, in, *k]`, as far as base and updates tell it; `[out]` where only a bias is changed.
+
+        Raises:
+            ShapeMismatch: the adapters are of different weights.
+            UsageError: nothing tells it.
+        """
+        known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
+        longest = max((shape for shape in known if shape is not None), key=len, default=None)
+        if longest is None:
+            raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
+        changing = [any(update.changes_weight for update in found) for found in self.updates]
+        for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
+            if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
+                why = f"made for weights of {list(longest)} and of {list(shape)}"
+                raise ShapeMismatch(why, where=str(self.target), cure="These adapters are not of one base")
+        return longest
+
+    def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
+        """What each adapter adds here, times its weight; None for those that have nothing here.
+
+        Raises:
+            AdapterkitError: an update is not additive; see `at_base.additive`.
+        """
+        shape, factors = self.shape, weights or [1.0] * len(self.updates)
+        made: list[Change | None] = []
+        for found, weight in zip(self.updates, factors, strict=True):
+            terms = tuple(update for update in found if isinstance(update, Additive))
+            assert len(terms) == len(found)
+            made.append(Change(self.target, shape, terms, weight) if terms else None)
+        return tuple(made)
+
+
+def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
+    """What several adapters add to one weight after another: one, or each expert's; None for who changes no weight."""
+    running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
+    while any(running):
+        row = tuple(None if each is None else next(each, None) for each in running)
+        if not any(row):
+            return
+        yield row
+
+
+def places(
+    adapters: Sequence[Source],
+    *,
+    base: Base | None = None,
+    lower: str | None = None,
+    disjoint: bool = False,
+    rename: str | Sequence[str] = (),
+    strict_base: bool = False,
+) -> tuple[list[Adapter], list[Place]]:
+    """The adapters, read and bound to the base if there is one, and their targets side by side.
+
+    Args:
+        adapters: adapters or their paths.
+        base: binds all of them to one base's names and layouts, and lowers laws that need its weights.
+        lower: make every update additive, or refuse; the word for what is done with them, `"combined"`.
+        disjoint: adapters that share no target are no fault.
+        rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
+        strict_base: refuse a base that is not the one that an adapter names.
+
+    Raises:
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
+        UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
+        ShapeMismatch: adapters say differently how the base stores a weight.
+        NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
+    """
+    if not adapters:
+        raise UsageError("no adapter was given", cure="Name at least one")
+    base = None if base is None else opened(base)
+    given = [source_adapter(adapter, base) for adapter in adapters]
+    if strict_base:
+        named = [
+            source if isinstance(source, str | PathLike) else f"adapter {n}" for n, source in enumerate(adapters, 1)
+        ]
+        check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
+    given = renamed(given, rename)
+    read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
+    if base is None and len(read) > 1:
+        read = by_expert(read)
+    if len(read) > 1:
+        read = by_rows(read)
+    if lower is not None:
+        read = [additive(adapter, base, lower) for adapter in read]
+    if not disjoint:
+        _check_common(read)
+    _check_layouts(read)
+    targets = dict.fromkeys(target for adapter in read for target in adapter.updates)
+    return read, [Place(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
+
+
+def source_adapter(source: Source, base: Base | None) -> Adapter:
+    """The adapter, read where it is a path, and validated."""
+    if isinstance(source, Adapter):
+        source.validate()
+        return source
+    from ..formats import read
+
+    return read(source, base=base)
+
+
+def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters, those of image models in one naming: each tool has names of its own for the same modules."""
+    if len(adapters) < 2:
+        return adapters
+    from ..formats._image.naming import in_one_naming
+
+    named = in_one_naming([adapter.updates for adapter in adapters])
+    return [a if u is a.updates else a.replace(updates=u) for a, u in zip(adapters, named, strict=True)]
+
+
+def _check_common(adapters: Sequence[Adapter]) -> None:
+    """Adapters of one model that share no target are mostly named differently, and must not be summed in silence."""
+    first = {target.path for target in adapters[0].updates}
+    for adapter in adapters[1:]:
+        paths = {target.path for target in adapter.updates}
+        if not first & paths:
+            path = next(iter(paths))
+            cure = nearest(path, first) or "Pass base=/--base, which settles names; or allow it: disjoint/--disjoint"
+            raise UsageError("the adapters have no target in common", where=path, cure=cure)
+        first |= paths
+
+
+def _check_layouts(adapters: Sequence[Adapter]) -> None:
+    said: dict[tuple[str, tuple[int, int] | None], Target] = {}
+    for adapter in adapters:
+        for target in adapter.updates:
+            other = said.setdefault((target.path, target.rows), target)
+            if other.layout != target.layout:
+                why = f"one adapter says the base stores it [{other.layout}], another [{target.layout}]"
+                raise ShapeMismatch(why, where=str(target), cure=_BASE)
+
+
+_BASE = "Pass base=/--base"

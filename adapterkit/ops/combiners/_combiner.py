@@ -1,0 +1,257 @@
+"""What a way to combine is: a formula over the changes of one weight, and its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+from ...errors import UsageError, nearest
+from ._changes import between, gram, mixed
+
+if TYPE_CHECKING:
+    from ...io.computed import Array
+    from ..context import FormulaContext
+    from ..lowering import Delta
+
+    Value = bool | int | float | str | None
+
+
+def parameter(
+    default: Value,
+    meaning: str,
+    *,
+    among: Sequence[str] = (),
+    least: float = -math.inf,
+    most: float = math.inf,
+    kind: type | None = None,
+) -> Any:
+    """A field that a user may set.
+
+    Args:
+        default: the paper's; its type is the parameter's, if `kind` does not say another.
+        meaning: in words, for lists.
+        among: the only values that will do.
+        least: the smallest number that will do.
+        most: the largest.
+        kind: the type where the default is None.
+    """
+    facts = {"meaning": meaning, "among": tuple(among), "least": least, "most": most, "kind": kind or type(default)}
+    return dataclasses.field(default=default, metadata=facts)
+
+
+DEPENDENCES = {
+    "factors": "how a change was split into B and A",
+    "order": "the order of the adapters",
+    "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
+    "seed": "random numbers",
+}
+"""What the result of a method may depend on beside the changes; tests prove each, and its absence."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
+class Combiner(ABC):
+    """A way to make one change of several. Subclasses are frozen dataclasses of parameters.
+
+    Attributes:
+        title: what the method is called in print.
+        paper: where it is from.
+        data: what `data=` must be, in words, for methods that look at more than the adapters.
+        takes: how many adapters there may be, at least and at most.
+        dense: whether the result has no thin factors even where the changes have.
+        compat: peer -> parameters with which it computes what that peer computes.
+        plug: the parameter that names another method, for those that work on top of one.
+        single: parameters that may differ from adapter to adapter.
+        based: whether the formula looks at the weights of the base, which must be given then.
+        depends: what the result depends on beside the changes, of `DEPENDENCES`.
+        stages: how often numbers of whole adapters are counted, where later ones depend on earlier ones.
+        sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
+    """
+
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    data: ClassVar[str | None] = None
+    takes: ClassVar[tuple[int, int | None]] = (1, None)
+    compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
+    plug: ClassVar[str | None] = None
+    single: ClassVar[frozenset[str]] = frozenset()
+    based: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
+    stages: ClassVar[int] = 1
+    depends: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(frozen=True, kw_only=True, eq=False)(cls)
+
+    @classmethod
+    def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Name -> field with its default and facts."""
+        return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What every parameter is where nothing is said, `then` of plug-ins included."""
+        own = {name: field.default for name, field in cls.parameters().items()}
+        return {"then": vars(cls()).get("then"), **own} if cls.plug else own
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Value:
+        """A value for a parameter, in the parameter's type.
+
+        Raises:
+            UsageError: the method has no such parameter, or the value will not do.
+        """
+        known = cls.parameters()
+        if name not in known:
+            cure = nearest(name, known) or f"Its parameters: {', '.join(known) or 'none'}"
+            raise UsageError(f"no parameter {name!r}", where=name, cure=cure)
+        facts = known[name].metadata
+        if value is None and known[name].default is None:
+            return None
+        fits = _typed(value, facts["kind"])
+        if fits is None:
+            raise UsageError(f"{value!r} is not {_KINDS[facts['kind']]}", where=name, cure=_said(known[name]))
+        outside = not isinstance(fits, (bool, str)) and not facts["least"] <= fits <= facts["most"]
+        if outside or (facts["among"] and fits not in facts["among"]):
+            raise UsageError(f"{value!r} will not do", where=name, cure=_said(known[name]))
+        return fits  # type: ignore[no-any-return]
+
+    def values(self) -> dict[str, Value]:
+        """The parameters as plain data."""
+        return {name: getattr(self, name) for name in self.parameters()}
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    @property
+    def counts(self) -> bool:
+        """Whether numbers of the whole adapters are needed before anything can be computed."""
+        return False
+
+    def sums(self, weights: Sequence[float]) -> list[float] | None:
+        """The factor of each adapter, where the method is a sum whatever the changes are: that needs no computing."""
+        return None
+
+    def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
+        """Checks parameters together; raises UsageError."""
+
+    @abstractmethod
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
+        """The combined change of a weight.
+
+        Args:
+            deltas: the changes of one weight, of the adapters that have one there.
+            weights: one an adapter.
+            at: where this is, with what is drawn or counted there.
+        """
+
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
+        """The combined change of a bias, `[T, out]` to `[out]`: a weighted mean, where a formula is one of matrices."""
+        return weights @ changes / len(changes)
+
+
+class Mixture(Combiner):
+    """Methods whose result is sum_t c_t * D_t, with c from inner products: exact on factors, whose ranks add up."""
+
+    @abstractmethod
+    def coefficients(self, gram: Array, weights: Array) -> Array:
+        """c `[T]` from the inner products of the changes, `[T, T]`, and the weights given, `[T]`."""
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
+        return mixed(deltas, self.coefficients(gram(deltas), weights))
+
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
+        return self.coefficients(changes @ changes.T, weights) @ changes
+
+
+class Spectral(Combiner):
+    """Methods of singular values and spaces: the formula sees small cores, `[T, p, q]`, of one pair of bases."""
+
+    @abstractmethod
+    def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
+        """The combined core, `[p, q]`."""
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
+        import numpy as np
+
+        from ..lowrank import whole_core
+
+        common = whole_core(deltas)
+        return between(common.left, self.core(np.stack(common.cores), weights, at), common.right)
+
+
+class PlugIn(Combiner):
+    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's.
+
+    Attributes:
+        within: what the other's parameters are by default, where it has them and the paper says so.
+    """
+
+    plug: ClassVar[str | None] = "then"
+    within: ClassVar[Mapping[str, Value]] = {}
+    then: str = "task_arithmetic"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def inner(self) -> Combiner:
+        from . import COMBINERS
+
+        other = COMBINERS[self.then]
+        own = {name: value for name, value in self.within.items() if name in other.parameters()}
+        return made(other, {**own, **self.settings})
+
+    @property
+    def counts(self) -> bool:
+        return self.inner.counts
+
+    def values(self) -> dict[str, Value]:
+        return super().values() | {"then": self.then} | self.inner.values()
+
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
+        return self.inner.vector(changes, weights, at)
+
+
+def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
+    """A method with checked parameters.
+
+    Raises:
+        UsageError: an unknown parameter, or a value that will not do.
+    """
+    if not issubclass(cls, PlugIn):
+        method = cls(**{name: cls.checked(name, value) for name, value in values.items()})
+        method.check()
+        return method
+    own = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
+    rest = {name: value for name, value in values.items() if name not in own and name != "then"}
+    plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
+    plugged.check()
+    if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
+        raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
+    return plugged  # type: ignore[no-any-return]
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if isinstance(value, bool) or kind in (bool, str):
+        return value if type(value) is kind else None
+    if kind is int:
+        return value if isinstance(value, int) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _said(field: dataclasses.Field[Any]) -> str:
+    facts = field.metadata
+    if facts["among"]:
+        return f"One of: {', '.join(facts['among'])}"
+    bounds = [f"from {facts['least']:g}"] * (facts["least"] > -math.inf) + [f"to {facts['most']:g}"] * (
+        facts["most"] < math.inf
+    )
+    return f"{facts['meaning']}: {_KINDS[facts['kind']]} {' '.join(bounds)}".rstrip()

@@ -1,0 +1,305 @@
+"""The parameters of a combination: weights and settings, checked, by target or depth, and other tools' names for them.
+
+Numbers that differ from target to target: by glob, or along the depth of the model; and the methods they make.
+
+A number may be given as itself, as a list (interpolated over the layers, first to last), or as a mapping of globs of
+target paths to either, of which the first that fits counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Unsupported, UsageError, nearest
+from .combiners import COMBINERS
+from .combiners._combiner import Combiner, made
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter, Target
+    from .alignment import Place
+
+
+if TYPE_CHECKING:
+    from ..core.adapter import Target
+
+    Setting = Any
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+class Depths:
+    """How deep each target lies: 0 in the first layer, 1 in the last."""
+
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self.layers = {str(target): _layer(target) for target in targets}
+        self.last = max((layer for layer in self.layers.values() if layer is not None), default=0)
+
+    def known(self, target: Target) -> float | None:
+        """The same, or None where the target is in no numbered layer."""
+        return None if self.layers[str(target)] is None else self.of(target)
+
+    def of(self, target: Target) -> float:
+        """Raises UsageError: the target is in no numbered layer."""
+        layer = self.layers[str(target)]
+        if layer is None:
+            why = "a list of numbers for a target that is in no numbered layer"
+            raise UsageError(why, where=str(target), cure="Give a mapping of globs, with a number for such targets")
+        return layer / self.last if self.last else 0.0
+
+
+def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Any) -> Any:
+    """What a setting is at a target; `otherwise` where no glob fits."""
+    if isinstance(setting, Mapping):
+        for glob, value in setting.items():
+            if fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob):
+                return at_target(value, target, depths, otherwise)
+        return otherwise
+    if isinstance(setting, (list, tuple)):
+        return _between(setting, depths.of(target))
+    return setting
+
+
+def plain(setting: Setting, where: str) -> Setting:
+    """A setting as plain data.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(setting, Mapping):
+        if not setting or not all(isinstance(glob, str) for glob in setting):
+            raise UsageError(
+                "a mapping must be of globs to values", where=where, cure='Such as {"*.mlp.*": 0.5, "*": 1}'
+            )
+        return {glob: plain(value, where) for glob, value in setting.items()}
+    if isinstance(setting, (list, tuple)):
+        numbers = [value for value in setting if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        if not setting or len(numbers) < len(setting):
+            raise UsageError("a list must be of numbers, for the first layer to the last", where=where, cure="Give one")
+        return [float(value) for value in setting]
+    if setting is not None and not isinstance(setting, (bool, int, float, str)):
+        raise UsageError(f"{type(setting).__name__} is no value", where=where, cure="Give a number, list or mapping")
+    return setting
+
+
+def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None:
+    """Refuses a glob that no target fits."""
+    if not isinstance(setting, Mapping):
+        return
+    for glob in setting:
+        if not any(fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob) for target in targets):
+            cure = f"Its targets are called like {targets[0].path}"
+            raise UsageError(f"no target fits {glob!r}", where=where, cure=cure)
+
+
+def _between(values: Sequence[float], depth: float) -> float:
+    place = depth * (len(values) - 1)
+    low = min(int(place), len(values) - 1)
+    high = min(low + 1, len(values) - 1)
+    return float(values[low] + (values[high] - values[low]) * (place - low))
+
+
+def _layer(target: Target) -> int | None:
+    found = _LAYER.search(target.path)
+    return None if found is None else int(found.group(1))
+
+
+# What other tools call their ways to combine, in this one's methods and parameters.
+
+
+Known = Mapping[str, tuple[str, Mapping[str, Any]]]
+
+PEFT: Known = {
+    "linear": ("factors", {"then": "linear"}),
+    "ties": ("factors", {"then": "ties"}),
+    "dare_linear": ("factors", {"then": "dare_linear"}),
+    "dare_ties": ("factors", {"then": "dare_ties"}),
+    "magnitude_prune": ("factors", {"then": "magnitude_prune"}),
+    "cat": ("linear", {}),
+    "svd": ("task_arithmetic", {"rank": "largest"}),
+    "ties_svd": ("ties", {"rank": "largest"}),
+    "dare_linear_svd": ("dare_linear", {"rank": "largest"}),
+    "dare_ties_svd": ("dare_ties", {"rank": "largest"}),
+    "magnitude_prune_svd": ("magnitude_prune", {"rank": "largest"}),
+}
+"""`combination_type` of PEFT's `add_weighted_adapter`."""
+
+MERGEKIT: Known = {
+    "linear": ("linear", {}),
+    "slerp": ("slerp", {}),
+    "nuslerp": ("slerp", {}),
+    "multislerp": ("multislerp", {}),
+    "karcher": ("karcher", {}),
+    "model_stock": ("model_stock", {}),
+    "task_arithmetic": ("task_arithmetic", {}),
+    "ties": ("ties", {}),
+    "dare_linear": ("dare_linear", {}),
+    "dare_ties": ("dare_ties", {}),
+    "della": ("della", {}),
+    "della_linear": ("della", {"sign": "none", "denominator": "none"}),
+    "breadcrumbs": ("breadcrumbs", {}),
+    "breadcrumbs_ties": ("breadcrumbs", {"sign": "total"}),
+    "sce": ("sce", {}),
+    "passthrough": ("linear", {"normalize": False}),
+    "nearswap": ("nearswap", {}),
+    "ram": ("ram", {}),
+    "ramplus_tl": ("ramplus_tl", {}),
+    "arcee_fusion": ("arcee_fusion", {}),
+}
+"""`merge_method` of mergekit, for differences to a base."""
+
+PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
+
+
+def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Any]]:
+    """A method's name and the parameters with it, of a peer's name, one put together (`knots_ties`), or its own.
+
+    Args:
+        name: as the peer, or adapterkit, calls it.
+        compat: the peer.
+        count: how many adapters there are; PEFT takes one alone as `linear`, whatever is asked for.
+
+    Raises:
+        Unsupported: no method, or no peer, of that name.
+    """
+    from .combiners import COMBINERS
+
+    if compat is not None:
+        return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
+    plug, _, rest = name.partition("_")
+    if name not in COMBINERS and plug in COMBINERS and rest in COMBINERS and COMBINERS[plug].plug:
+        return plug, {"then": rest}
+    return name, {}
+
+
+def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
+    from .combiners import COMBINERS
+
+    if compat not in PEERS:
+        raise Unsupported(f"no way of {compat!r} is known", cure=f"Known: {', '.join(PEERS)}")
+    known = PEERS[compat]
+    if name not in known:
+        cure = nearest(name, known) or f"Known: {', '.join(known)}"
+        raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)
+    method, values = known[name]
+    inner = COMBINERS[values["then"]] if "then" in values else COMBINERS[method]
+    return method, {**inner.compat.get(compat, {}), **values}
+
+
+def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tuple[int | None, float]:
+    """What PEFT makes of a combination beside its formula: the rank it cuts to, and a factor of the result.
+
+    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, so that the scaling is to be 1.
+    Where that config has `use_rslora`, the scaling is alpha / sqrt(rank), and the result is sqrt(rank) times as large
+    (PEFT 0.21.2). This is what the model then computes, and so it is computed here.
+
+    Args:
+        name: the combination type.
+        adapters: in their order.
+        rank: the rank that was asked for.
+
+    Returns:
+        the rank to cut to, None for none; and the factor.
+    """
+    ranks = [_rank(adapter) for adapter in adapters]
+    is_cut = name.endswith("svd") and len(adapters) > 1
+    cut = (rank or max(ranks)) if is_cut else rank
+    new_rank = sum(ranks) if name == "cat" and len(adapters) > 1 else cut if is_cut and cut else ranks[0]
+    return cut, math.sqrt(new_rank) if _config(adapters[0]).get("use_rslora") else 1.0
+
+
+def _config(adapter: Adapter) -> Mapping[str, Any]:
+    """The config of PEFT that an adapter was read with; only there it says whether its scalings were rsLoRA's."""
+    foreign = adapter.foreign
+    config = foreign.data.get("config") if foreign is not None and foreign.format == "peft" else None
+    return config if isinstance(config, Mapping) else {}
+
+
+def _rank(adapter: Adapter) -> int:
+    """The rank that PEFT allocates for an adapter: its config's largest."""
+    config = _config(adapter)
+    pattern = config.get("rank_pattern")
+    told = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    return max([rank for rank in told if isinstance(rank, int)], default=max(adapter.ranks, default=1))
+
+
+# What is asked of a combination: weights and parameters, checked, and as they are at each target.
+
+
+class Asked:
+    """Weights and parameters of a method.
+
+    Attributes:
+        weights: one setting an adapter.
+        each: parameters of single adapters.
+        targets: all of them.
+        varies: whether a parameter differs from target to target.
+    """
+
+    def __init__(
+        self, name: str, values: Mapping[str, Any], weights: Sequence[Any] | None,
+        each: Sequence[Mapping[str, Any]] | None, found: Sequence[Place], count: int,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.values = {key: plain(value, key) for key, value in values.items()}
+        self.weights = [plain(w, "weights") for w in ([1.0] * count if weights is None else weights)]
+        self.each = self._own(each or [], count)
+        if len(self.weights) != count:
+            raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure="Give one weight an adapter")
+        self.targets = [place.target for place in found]
+        self.depths = Depths(self.targets)
+        for key, value in [*self.values.items(), *(("weights", w) for w in self.weights)]:
+            check_globs(value, self.targets, key)
+        self.varies = any(isinstance(value, (Mapping, list)) for value in self.values.values())
+
+    def _own(self, each: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+        """Parameters of single adapters, checked."""
+        if each and len(each) != count:
+            raise UsageError(
+                f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
+            )
+        if not all(isinstance(own, Mapping) for own in each):
+            raise UsageError("parameters of an adapter are a mapping", where="each", cure='Such as {"density": 0.5}')
+        cls = COMBINERS[self.name]
+        if cls.plug is not None:
+            cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
+        for key in {key for own in each for key in own} - cls.single:
+            known = ", ".join(sorted(cls.single)) or "none"
+            raise UsageError(f"{key!r} is not of single adapters", where="each", cure=f"Such parameters: {known}")
+        return [{key: cls.checked(key, value) for key, value in own.items()} for own in each]
+
+    def method(self, target: Target) -> Combiner:
+        return made(COMBINERS[self.name], self._at(target))
+
+    def _at(self, target: Target) -> dict[str, Any]:
+        """The parameters that were given, as they are at a target."""
+        own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
+        return {key: value for key, value in own.items() if value is not None}
+
+    @property
+    def counts(self) -> bool:
+        """Whether numbers of whole adapters are needed first: at any target, by any adapter's own parameters."""
+        targets = self.targets if self.varies else self.targets[:1]
+        values = [(self._at(target), own) for target in targets for own in self.each or [{}]]
+        return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
+
+    def weights_at(self, target: Target) -> list[float]:
+        found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
+        for weight in found:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise UsageError(f"weight {weight!r} is no finite number", where=str(target), cure="Give a number")
+        return [float(weight) for weight in found]
+
+    def record(self, method: Combiner) -> dict[str, Any]:
+        return {**method.values(), **self.values}
+
+
+def one_of(value: Any, key: str) -> Any:
+    """One of the values that a setting takes, to check the method with."""
+    value = plain(value, key)
+    while isinstance(value, (Mapping, list)):
+        value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
+    return value

@@ -1,0 +1,199 @@
+"""Files of image models as trainers leave them: alphas in any form, fused parts, names of several trainers."""
+
+import numpy as np
+import pytest
+import torch
+from command_line import record, run
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+
+import adapterkit as ak
+from adapterkit.errors import Malformed, TargetNotFound, Unrepresentable, UsageError
+
+RNG = np.random.default_rng(0)
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+AB = ("lora_A.weight", "lora_B.weight")
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype("f4")
+
+
+def lora(stem, out=8, columns=8, ends=("lora_down.weight", "lora_up.weight"), alpha=None, rank=2):
+    held = {f"{stem}.{ends[0]}": normal(rank, columns), f"{stem}.{ends[1]}": normal(out, rank)}
+    return held if alpha is None else held | {f"{stem}.alpha": np.asarray(alpha, "f4")}
+
+
+def saved(tmp_path, held, metadata=None):
+    save_file(held, tmp_path / "a.safetensors", metadata)
+    return tmp_path / "a.safetensors"
+
+
+def scalings(adapter):
+    return {update.scaling for updates in adapter.updates.values() for update in updates}
+
+
+# Alphas.
+
+
+@pytest.mark.parametrize("alpha", [np.array(1.5, "f4"), np.array([1.5], "f4"), np.array([[1.5]], "f4")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_an_alpha_is_one_number_of_any_shape_and_type(alpha, kind, tmp_path):
+    held = {key: torch.from_numpy(value) for key, value in lora(UNET).items()}
+    save_torch({**held, f"{UNET}.alpha": torch.from_numpy(alpha).to(kind)}, tmp_path / "a.safetensors")
+    assert scalings(ak.read(tmp_path / "a.safetensors")) == {0.75}
+
+
+UNKNOWN = ("foo.blocks.0.attn.to_q", "foo.blocks.0.attn.to_k")
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("ends", [AB, ("lora_A.default.weight", "lora_B.default.weight")])
+def test_an_image_model_without_a_file_here_has_scale_1_and_that_is_said(prefix, ends, tmp_path):
+    held = {}
+    for rank, name in enumerate(UNKNOWN, 2):
+        held |= lora(prefix + name, ends=ends, rank=rank)
+    path = saved(tmp_path, held)
+    assert scalings(ak.read(path)) == {1.0}
+    assert record("inspect", str(path))["without_alpha"] == 2
+    assert "2 modules without an alpha: the scale is 1" in run("inspect", str(path)).stdout
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj", "new.0.q"])
+def test_a_language_model_is_asked_for_its_alpha_and_shown_without(prefix, name, tmp_path):
+    path = saved(tmp_path, lora(prefix + name, ends=AB))
+    with pytest.raises(UsageError, match=r"--alpha A \(alpha=A"):
+        ak.read(path)
+    shown = record("inspect", str(path))
+    assert len(shown["modules"]) == 1
+    assert "--alpha" in shown["why"]
+
+
+# Prefixes.
+
+QWEN = ("transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mlp.net.2")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "", "diffusion_model.", "transformer.", "model.diffusion_model.", "base_model.model.",
+        "base_model.model.diffusion_model.", "base_model.model.transformer.", "lora_unet_", "lora_transformer_",
+        "lycoris_",
+    ],
+)  # fmt: skip
+def test_every_prefix_leads_to_the_same_modules_of_diffusers(prefix, tmp_path):
+    flat = prefix.endswith("_")
+    held, changes = {}, {}
+    for name in QWEN:
+        stem = prefix + (name.replace(".", "_") if flat else name)
+        one = lora(stem, ends=("lora_down.weight", "lora_up.weight") if flat else AB)
+        held |= one
+        down, up = one.values()
+        changes[name] = up.astype("f8") @ down.astype("f8")
+    ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
+    made = load_file(tmp_path / "b.safetensors")
+    for name, change in changes.items():
+        down, up = (made[f"transformer.{name}.{end}"].astype("f8") for end in AB)
+        np.testing.assert_allclose(up @ down, change, rtol=1e-6, atol=1e-6)
+    assert len(made) == 4
+
+
+# Families.
+
+
+def test_text_encoders_tell_families_of_the_same_names_apart(tmp_path):
+    one = {
+        **lora("lora_unet_double_blocks_0_img_attn_proj", alpha=1),
+        **lora("lora_unet_double_blocks_0_txt_attn_proj"),
+    }
+    with pytest.raises(TargetNotFound, match="--family"):
+        ak.read(saved(tmp_path, one))
+    encoders = {
+        **lora("lora_te1_text_model_encoder_layers_0_self_attn_q_proj"),
+        **lora("lora_te3_encoder_block_0_layer_0_SelfAttention_q"),
+    }
+    paths = {target.path for target in ak.read(saved(tmp_path, one | encoders)).updates}
+    assert "transformer.double_blocks.0.img_attn.proj" in paths
+    assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in paths
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("layers_0_attention_qkv", "layers_0_attention_to_q"),
+        ("layers_0_attention_out", "layers_0_attention_to_out_0"),
+    ],
+)  # fmt: skip
+def test_a_fused_weight_beside_its_parts_is_refused(names, tmp_path):
+    held = {}
+    for name in names:
+        held |= lora(f"lora_unet_{name}", 24 if "qkv" in name else 8)
+    with pytest.raises(Malformed, match="as does lora_unet_layers_0_attention"):
+        ak.read(saved(tmp_path, held))
+
+
+def test_changes_of_zero_that_diffusers_cannot_say_are_left_out_and_said(tmp_path):
+    names = ("diffusion_model.blocks.0.norm3", "diffusion_model.blocks.0.self_attn.norm_q")
+    held = lora("diffusion_model.blocks.0.self_attn.q") | {f"{name}.diff": np.zeros(8, "f4") for name in names}
+    lines = ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
+    assert sum("its change is zero" in str(line) for line in lines) == 2
+    assert len(load_file(tmp_path / "b.safetensors")) == 2
+    held[f"{names[0]}.diff"][3] = 1
+    with pytest.raises(Unrepresentable, match=r"blocks\.0\.norm2: dense"):
+        ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("stem", "path", "others"),
+    [
+        ("diffusion_model.llm_adapter.blocks.0.self_attn.q_proj", "text_conditioner.blocks.0.self_attn.q_proj",
+         "diffusion_model.blocks.0.adaln_modulation_mlp.1"),
+        ("text_embedding_projection.aggregate_embed", "connectors.text_proj_in",
+         "diffusion_model.transformer_blocks.0.audio_attn1.to_q"),
+    ],
+)  # fmt: skip
+def test_parts_beside_the_transformer_keep_their_names(stem, path, others, tmp_path):
+    held = lora(stem, ends=AB) | lora(others, ends=AB)
+    ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
+    made = load_file(tmp_path / "b.safetensors")
+    assert np.array_equal(made[f"{path}.lora_B.weight"], held[f"{stem}.lora_B.weight"])
+    ak.write(ak.read(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", "comfyui")
+    assert f"{stem}.lora_up.weight" in load_file(tmp_path / "c.safetensors")
+
+
+# Krea 2, whose fused queries have four times the rows of the keys.
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "transformer."])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_a_lokr_of_unequal_parts_is_cut_for_the_authors_names(prefix, magnitude, tmp_path):
+    held, changes = {}, {}
+    for name, (out, columns, factor) in {
+        "transformer_blocks.0.attn.to_qkv": (192, 64, 6), "text_fusion.refiner_blocks.0.attn.to_qkv": (96, 32, 3),
+    }.items():  # fmt: skip
+        stem = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        w1, w2 = normal(factor, 4), normal(out // factor, columns // 4)
+        held |= {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2}
+        changes[name] = np.kron(w1.astype("f8"), w2.astype("f8"))
+        if magnitude and prefix == "lycoris_":
+            held[f"{stem}.dora_scale"] = np.abs(normal(out, 1))
+    ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "comfyui")
+    made = load_file(tmp_path / "b.safetensors")
+    for name, native, edges in (
+        ("transformer_blocks.0.attn.to_qkv", "blocks.0.attn", (128, 160)),
+        ("text_fusion.refiner_blocks.0.attn.to_qkv", "txtfusion.refiner_blocks.0.attn", (32, 64)),
+    ):
+        for letter, part in zip("qkv", np.split(changes[name], edges), strict=True):
+            w1, w2 = (made[f"diffusion_model.{native}.w{letter}.lokr_w{n}"].astype("f8") for n in (1, 2))
+            np.testing.assert_allclose(np.kron(w1, w2), part, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scaling_that_diffusers_has_no_slot_for_is_refused_with_the_flag_that_folds_it(tmp_path):
+    stem = "diffusion_model.layers.0.attention.to_q"
+    held = {f"{stem}.lokr_w1": normal(2, 2), f"{stem}.lokr_w2_a": normal(4, 2), f"{stem}.lokr_w2_b": normal(2, 4)}
+    adapter = ak.read(saved(tmp_path, held | {f"{stem}.alpha": np.array(1, "f4")}))
+    with pytest.raises(Unrepresentable, match="--on-loss fold"):
+        ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="fold")
