@@ -170,7 +170,8 @@ def verdict(kind: str, adapter: Made, base: Made) -> tuple[str, str]:
     except AdapterkitError as error:
         return "refused", type(error).__name__
     named = set(model_types_of(given)) if kind == "named" else {adapter.model_type}
-    if adapter.kind == base.kind or named & base.families:
+    inside = base.families | {name.removesuffix("_text") for name in base.families}
+    if adapter.kind == base.kind or named & inside:
         return "part", ""
     if kind != "named" and alike(given, base):
         return "alike", ""
