@@ -157,3 +157,50 @@ def test_a_live_model_is_of_the_family_that_its_config_object_names(tmp_path):
     model.config.model_type = "exaone"
     assert model.config.to_dict()["model_type"] == "llama"
     ak.torch.inject(model, adapter)
+
+
+SEEN, TOLD = (
+    "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    "language_model.model.layers.0.self_attn.q_proj",
+)
+
+
+def save_parts(folder, names):
+    """An adapter without a word about its family, of several modules."""
+    folder.mkdir()
+    stems = [f"base_model.model.{name}.lora_" for name in names]
+    tensors = {f"{stem}A.weight": np.ones((1, H), np.float32) for stem in stems}
+    tensors |= {f"{stem}B.weight": np.ones((H, 1), np.float32) for stem in stems}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_parts_under_another_familys_names_are_not_those_of_this_one(tmp_path):
+    """Two towers of the shapes of an Idefics' fit a LLaVA one by one, if one asks for shapes alone."""
+    base = save_base(tmp_path / "base", {"model_type": "llava"}, TOLD)
+    save_file({f"{name}.weight": np.ones((H, H), np.float32) for name in (SEEN, TOLD)}, base / "model.safetensors")
+    theirs = ["model.text_model.layers.0.self_attn.q_proj", "model.vision_model.encoder.layers.0.self_attn.q_proj"]
+    idefics = save_parts(tmp_path / "idefics", theirs)
+    with pytest.raises(TargetNotFound, match="not in the base"):
+        ak.merge(base, idefics, tmp_path / "out")
+    rules = [
+        "model.text_model=language_model.model",
+        "model.vision_model=vision_tower.vision_model",
+    ]
+    assert ak.merge(base, idefics, tmp_path / "renamed", rename=rules).plan.targets == 2
+    ours = ["model.language_model.layers.0.self_attn.q_proj", f"model.{SEEN}"]
+    assert ak.merge(base, save_parts(tmp_path / "llava", ours), tmp_path / "own").plan.targets == 2
+    alone = save_parts(tmp_path / "text", ["model.layers.0.self_attn.q_proj"])
+    assert ak.merge(base, alone, tmp_path / "part").plan.targets == 1
+
+
+def test_a_part_is_not_found_by_dropping_the_word_that_names_it(tmp_path):
+    """Cosmos has `blocks.0` for what it calls `visual` when it is live; an ERNIE's vision tower is not that."""
+    base = save_base(tmp_path / "base", {"model_type": "cosmos3_omni"}, "blocks.0.attn.qkv")
+    ernie = save_parts(tmp_path / "ernie", ["model.vision_tower.blocks.0.attn.qkv"])
+    with pytest.raises(TargetNotFound, match="not in the base"):
+        ak.merge(base, ernie, tmp_path / "out")
+    own = save_parts(tmp_path / "own", ["model.visual.blocks.0.attn.qkv"])
+    assert ak.merge(base, own, tmp_path / "merged").plan.targets == 1

@@ -38,6 +38,59 @@ def test_a_merge_is_what_llama_cpp_makes_of_pefts_merged_model(kind, tmp_path):
     assert ak.verify(tmp_path / "out.gguf", folder / "base.gguf", [folder]).ok
 
 
+def joined(source, out, parts, whole):
+    """A file of llama.cpp's converter with some tensors of each layer joined by rows, as its --fuse options do."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, bytes(reader.fields["general.architecture"].parts[-1]).decode())
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(
+                key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
+            )
+    held = tensors(source)
+    for name, tensor in held.items():
+        if parts[0] in name.split("."):
+            group = [held[name.replace(parts[0], part)] for part in parts]
+            writer.add_tensor(name.replace(parts[0], whole), np.concatenate(group, tensor.ndim - 2))
+        elif not set(parts) & set(name.split(".")):
+            writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "whole"),
+    [
+        ("rope", ("attn_q", "attn_k", "attn_v"), "attn_qkv"),
+        ("experts", ("attn_q", "attn_k", "attn_v"), "attn_qkv"),
+        ("experts", ("ffn_gate_exps", "ffn_up_exps"), "ffn_gate_up_exps"),
+    ],
+)
+def test_tensors_that_the_converter_joined_are_merged_into(kind, parts, whole, tmp_path):
+    folder = DATA / kind
+    base = joined(folder / "base.gguf", tmp_path / "base.gguf", parts, whole)
+    wanted = tensors(joined(folder / "merged.gguf", tmp_path / "merged.gguf", parts, whole))
+    ak.merge(base, folder, tmp_path / "out.gguf")
+    before, found = tensors(base), tensors(tmp_path / "out.gguf")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(found[name], tensor, atol=1e-6 * np.abs(tensor).max(), err_msg=name)
+        assert f".{whole}." not in name or not np.array_equal(before[name], tensor)
+    assert ak.verify(tmp_path / "out.gguf", base, [folder]).ok
+    ak.merge(base, folder, tmp_path / "small.gguf", dtype="F16")
+    assert ak.verify(tmp_path / "small.gguf", base, [folder]).ok
+
+
+def test_a_joined_tensor_of_other_heads_is_refused(tmp_path):
+    parts = ("attn_q", "attn_k", "attn_v")
+    base = joined(DATA / "rope" / "base.gguf", tmp_path / "base.gguf", (*parts, "attn_output"), "attn_qkv")
+    with pytest.raises(Unsupported, match="the heads have"):
+        ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
+
+
 def test_all_kinds_of_orders_are_among_the_cases():
     assert KINDS == [
         "experts", "interleaved", "latent", "layers_twice", "linear", "linear_split", "qkv_by_group", "qkv_by_head",

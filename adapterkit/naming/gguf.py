@@ -204,7 +204,7 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
 
 
 def _in_attention(count: object) -> object:
-    """The number of heads of all layers that have any: hybrid models list 0 for layers of another kind."""
+    """The number of heads of all layers that have any: hybrid models have a list, with 0 for other layers."""
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
 

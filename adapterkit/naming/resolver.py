@@ -204,7 +204,8 @@ def resolve(
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
     if left:
-        left = _by_prefixes(left, base, resolution, partial, fits, known=architecture is not None)
+        family = None if architecture is None else base.known.get(architecture.family)
+        left = _by_prefixes(left, base, resolution, partial, fits, family)
     resolution.missing = [target for target, _ in left]
     return resolution
 
@@ -301,6 +302,8 @@ class _Known:
         """Every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         for own in _variants(name):
+            if self.loses_a_part(name, own):
+                continue
             for ours in self.architecture.namings_with(own):
                 weights = self.architecture.find(own, ours)
                 for theirs in self.architecture.namings if weights else ():
@@ -310,6 +313,24 @@ class _Known:
             if found:
                 break
         return found
+
+    def loses_a_part(self, name: str, own: str) -> bool:
+        """Whether a name without its prefix lost the one word that says which part of a model it is in.
+
+        `model.vision_tower.blocks.0` of an ERNIE is not the `blocks.0` that Cosmos files have: that family calls the
+        part `visual`.
+        """
+        if not name.endswith(own):
+            return False
+        off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
+        lost = set[str]().union(*(_modalities(word) for word in off)) - {"text"} - _modalities(own)
+        return any(lost & _modalities(word) for word in self.words)
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The words of the family's names, in all namings."""
+        every = (self.architecture.templates(naming) for naming in self.architecture.namings)
+        return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
@@ -456,15 +477,20 @@ def _variants(name: str) -> Iterator[str]:
     yield from without_prefix(name)
 
 
-def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits, known: bool) -> Left:
+def _by_prefixes(
+    left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits, family: _Known | None
+) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
 
-    Where the base's family is `known`, its file says what else its parts are called. A word that only another family
+    Where the base's `family` is known, its file says what else its parts are called. A word that only another family
     has is then no name of a part: `model.text_model.` of an Idefics is not the `language_model.model.` of a LLaVA.
     """
     templates = _trials(left, base)
-    if known:
-        templates = {name: {pair for pair in pairs if _keeps_parts(*pair)} for name, pairs in templates.items()}
+    if family is not None:
+        templates = {
+            name: {p for p in pairs if _keeps_parts(*p) and not family.loses_a_part(name, _swap(name, *p))}
+            for name, pairs in templates.items()
+        }
     # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
     # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
     prefixes = sorted(
@@ -650,6 +676,11 @@ _KINDS: dict[str, dict[str, str]] = {
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
 }
+
+
+def _modalities(name: str) -> set[str]:
+    """Which of vision, text and audio a name mentions."""
+    return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == "modality"}
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}

@@ -1,6 +1,6 @@
 """Binds the adapters of many model types to the bases of all others: a base of the wrong family must be refused.
 
-    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N]
+    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N] [--again FILE]
 
 Bases and adapters are those of `check_bases.py`: tiny random models with sizes of one kind, so that shapes refuse as
 little as they can. Each model type has three adapters: `named`, PEFT's file as PEFT writes it for a model without a
@@ -8,12 +8,14 @@ task type, which names the family; `plain`, the same without that, as PEFT write
 `plain` one with the layers of attention alone, as most people train. Each is bound to the base of every other model
 type.
 
-With `--every N` only every N-th pair is bound.
+With `--every N` only every N-th pair is bound; with `--again FILE` those that the JSON of an earlier run has: all that
+were not refused.
 
 `refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
 one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
 stored names or in those of the live model, also with one other prefix for those that are not there as they are: nothing
-tells such a file from one that was trained on this base, or on the part of it behind that prefix. The rest is `wrong`.
+tells such a file from one that was trained on this base, or on the part of it behind that prefix. Everything else is
+`wrong`.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """
@@ -43,6 +45,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 import adapterkit  # noqa: E402
+from adapterkit.core.metadata import model_types_of  # noqa: E402
 from adapterkit.errors import AdapterkitError  # noqa: E402
 from adapterkit.io.checkpoint import opened  # noqa: E402
 
@@ -57,6 +60,7 @@ class Made(NamedTuple):
     """One model type on disk.
 
     Attributes:
+        model_type: its name.
         base: the open base.
         stored: the modules as the base stores them.
         live: the modules of the live model.
@@ -65,6 +69,7 @@ class Made(NamedTuple):
         adapters: the adapters by their kind.
     """
 
+    model_type: str
     base: Any
     stored: Modules
     live: Modules
@@ -117,7 +122,7 @@ def make(model_type: str, folder: Path) -> Made:
     for name in KINDS:
         if (folder / name).exists():
             adapters[name] = adapterkit.read(folder / name, base=folder / "base")
-    return Made(opened(folder / "base"), stored, live, kind, families | {model_type}, adapters)
+    return Made(model_type, opened(folder / "base"), stored, live, kind, families | {model_type}, adapters)
 
 
 def shape_of(update: Any, stacked: bool) -> tuple[int, ...]:
@@ -128,10 +133,9 @@ def shape_of(update: Any, stacked: bool) -> tuple[int, ...]:
 
 def alike(adapter: Any, base: Made) -> bool:
     """Whether the base has a module for every name and shape of an adapter, perhaps behind one other prefix."""
-    wanted = {
-        target.path: shape_of(updates[0], target.stacked) if target.stacked else shape_of(updates[0], False)
-        for target, updates in adapter.updates.items()
-    }
+    wanted = {target.path: shape_of(updates[0], target.stacked) for target, updates in adapter.updates.items()}
+    # Some models keep the head inside their language model, others beside it.
+    wanted = {path: shape for path, shape in wanted.items() if path != "lm_head"} or wanted
     for names in (base.stored, base.live):
         first = next((path for path in wanted if path not in names), next(iter(wanted)))
         words = first.split(".")
@@ -165,7 +169,9 @@ def verdict(kind: str, adapter: Made, base: Made) -> tuple[str, str]:
         given.bind(base.base)
     except AdapterkitError as error:
         return "refused", type(error).__name__
-    if adapter.kind == base.kind or next(iter(adapter.families)) in base.families:
+    named = set(model_types_of(given)) if kind == "named" else {adapter.model_type}
+    inside = base.families | {name.removesuffix("_text") for name in base.families}
+    if adapter.kind == base.kind or named & inside:
         return "part", ""
     if kind != "named" and alike(given, base):
         return "alike", ""
@@ -179,6 +185,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--every", type=int, default=1, help="bind every N-th pair only")
+    parser.add_argument("--again", type=Path, help="bind the pairs of this JSON only")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -194,6 +201,9 @@ def main() -> int:
             except Exception as error:  # A model type that cannot be built is counted apart.
                 print(f"not made {model_type:24} {type(error).__name__}: {str(error)[:140]}", flush=True)
         pairs = [(one, other) for one in made for other in made if one != other]
+        if arguments.again:
+            wanted = {tuple(key.split()[:0:-1]) for key in json.loads(arguments.again.read_text())}
+            pairs = [pair for pair in pairs if pair in wanted]
         for base_type, adapter_type in pairs[:: arguments.every]:
             base, adapter = made[base_type], made[adapter_type]
             for kind in adapter.adapters:
