@@ -68,10 +68,50 @@ def test_a_methods_entry_says_what_its_class_does(name):
     assert said.get("rules", []) == [
         {k: v for k, v in rule.items() if not (k == "error" and "define" in rule)} for rule in rules
     ]
+    fits = [{k: v for k, v in dataclasses.asdict(rule).items() if v and k != "error"} for rule in cls.fits]
+    assert said.get("fits", []) == fits
     assert said["blocks"] == sorted(cls.blocks)
     assert MANIFEST["methods"][name] == cls.version
     assert said["title"]
     assert said["formula"]
+
+
+WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
+
+
+def holds(expression, update):
+    """An expression over tensors and attributes, evaluated without adapterkit."""
+    words = re.sub(r"has\((\w+)\)", r'("\1" in tensors)', expression)
+    return bool(eval(words, {"tensors": update.tensors, **update.attributes}))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_methods_entry_says_what_its_formula_changes(name):
+    """For every update of the vectors, and for each with one optional tensor or one flag more or less."""
+    said, seen = entry("methods", name), set()
+    for path in (path for path in VECTORS if path.name.startswith(f"{name}.")):
+        for _, update in (each for each in ak.read(path) if each[1].method == name):
+            flags = [{key: not value} for key, value in update.attributes.items() if isinstance(value, bool)]
+            for change in [{}, *({key: None} for key in update.tensors), *flags]:
+                each = copy.copy(update)
+                for key, value in change.items():
+                    object.__setattr__(each, key, value)
+                changes = each.changes_weight, each.changes_bias
+                says = holds(said.get("changes_weight", "1"), each), holds(said.get("changes_bias", "0"), each)
+                assert says == changes, change
+                seen.add(changes)
+    assert ("changes_bias" in said) == any(bias for _, bias in seen)
+    assert ("changes_weight" in said) == (not all(weight for weight, _ in seen))
+
+
+OWN_CHECKS = {"rows"}
+"""Methods whose classes add a hint to a check that the entry has as data."""
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_all_that_a_formula_asks_of_a_weight_is_data(name):
+    own = {cls.__module__ for cls in METHODS[name].__mro__ if "check_against" in vars(cls)}
+    assert own - {"adapterkit.core.updates.update"} == ({METHODS[name].__module__} if name in OWN_CHECKS else set())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -88,6 +128,9 @@ def test_a_methods_rules_read_what_it_has(name):
     }
     axes |= {rule.define for rule in cls.rules}
     assert not axes & set(cls.attribute_fields())
+    for rule in cls.fits:
+        for text in filter(None, (rule.when, rule.require)):
+            assert set(names_in(text)) <= axes | set(cls.attribute_fields()) | {"out", "in", "columns"}
     for rule in cls.rules:
         for text in filter(None, (rule.when, rule.require, rule.value)):
             assert set(names_in(text)) <= axes | set(cls.attribute_fields())

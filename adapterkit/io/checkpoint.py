@@ -83,7 +83,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     folder = root if root.is_dir() else root.parent
     config = folder / "config.json"
     return Checkpoint(
-        root, tensors, tuple(files), home, metadata, read_json(config) if config.exists() else None,
+        root, tensors, tuple(files), home, metadata, read_json(config) if config.is_file() else None,
         None if index is None else index[1],
     )  # fmt: skip
 
@@ -159,11 +159,11 @@ def _is_file_name(part: str) -> bool:
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]] | None]:
     for index_name, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
         index, whole = folder / index_name, folder / single
-        if index.exists() and whole.exists():
+        if index.is_file() and whole.is_file():
             raise UsageError(f"holds both {single} and {index_name}", path=folder, cure="Remove the stale one")
-        if index.exists():
+        if index.is_file():
             return _indexed_files(index)
-        if whole.exists():
+        if whole.is_file():
             return (whole,), None
     found = sorted(folder.glob("*.safetensors"))
     if not found:
@@ -182,7 +182,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
     if found is None:
         return (file,)
     files = tuple(file.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1))
-    lost = next((other for other in files if not other.exists()), None)
+    lost = next((other for other in files if not other.is_file()), None)
     if lost is not None:
         raise StorageError(f"{lost.name} of the same model is not there", path=file, cure="Fetch all of its files")
     return files

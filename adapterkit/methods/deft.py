@@ -6,10 +6,9 @@ decomposition, and right equals Q; or Q is P and right is relu(P). Without R onl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import WeightUpdate, tensor
-from ..errors import ShapeMismatch
+from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.namespace import namespace
 
 if TYPE_CHECKING:
@@ -23,6 +22,9 @@ class DEFT(WeightUpdate):
 
     linear_only = True
     blocks = frozenset({"in"})
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= out", meaning="a subspace has no more dimensions than there are outputs"),
+    )
     paper = "https://huggingface.co/docs/peft/package_reference/deft"
 
     P: Tensor = tensor("out r")
@@ -36,12 +38,6 @@ class DEFT(WeightUpdate):
         made = cls(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
         _, right = made._projection()
         return made.replace(R=right.mT @ W / made.scaling)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if self.P.shape[-1] > shape[0]:
-            why = f"rank {self.P.shape[-1]} of {shape[0]} outputs"
-            raise ShapeMismatch(why, cure="A subspace has no more dimensions than there are outputs")
 
     def new_weight(self, W: Tensor) -> Tensor:
         Q, right = self._projection()

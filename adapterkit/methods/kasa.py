@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import tensor
+from ..core.updates import Rule, tensor
 from ..linalg.decompositions import svd
 from ._in_place import InPlace
 
@@ -21,7 +21,9 @@ class KaSA(InPlace):
     """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the r last components of the SVD of W."""
 
     starts_at_base: ClassVar[bool] = False
-    least: ClassVar[int] = 1
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r < out and r < in", meaning="there are not r singular values to take out, and one to keep"),
+    )
     paper = "https://arxiv.org/abs/2412.06071"
 
     diag: Tensor = tensor("r")

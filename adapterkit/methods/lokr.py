@@ -26,6 +26,9 @@ class LoKr(Additive):
 
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(when="has(w2_b)", require="in % c == 0", meaning="c does not divide the inputs"),
+    )
     paper = "https://arxiv.org/abs/2309.14859"
     dropout: ClassVar[str] = "rows"
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")

@@ -5,10 +5,9 @@ It is the successor of Bone. Its mini form repeats a narrower block over the out
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from ..core.updates import Additive, tensor
-from ..errors import ShapeMismatch
+from ..core.updates import Additive, Rule, tensor
 from ..io.computed import times
 from ..linalg.namespace import namespace
 
@@ -24,6 +23,10 @@ class MiSS(Additive):
     linear_only = True
     blocks = frozenset({"out", "in"})
     forms = ((("D",), ("mini",)),)
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(when="has(D)", require="r >= 1", meaning="there is nothing to repeat"),
+        Rule(when="has(mini)", require="r >= 1 and out % m == 0", meaning="the outputs are no multiple of m"),
+    )
     paper = "https://arxiv.org/abs/2409.15371"
 
     D: Tensor | None = tensor("r out", optional=True)
@@ -32,12 +35,6 @@ class MiSS(Additive):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return cls(D=W.new_zeros(rank, len(W)), **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if self.mini is not None and shape[0] % self.mini.shape[-1]:
-            why = f"{shape[0]} outputs are no multiple of {self.mini.shape[-1]}"
-            raise ShapeMismatch(why, cure="The adapter is not of this base")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         plane: Tensor = _repeated(self._any, 0, shape[1], 0, shape[0])

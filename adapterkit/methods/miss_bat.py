@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import WeightUpdate, tensor
-from ..errors import ShapeMismatch
+from ..core.updates import Rule, WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,7 @@ class MiSSBat(WeightUpdate):
     """W'[n r + i, c r + j] = W[n r + i, c r + j] + sum_k W[n r + i, c r + k] B[n, k, j] + B[n, i, j]."""
 
     linear_only = True
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="in % r == 0", meaning="the blocks do not fill the inputs"),)
     paper = "https://arxiv.org/abs/2409.15371"
     since: ClassVar[tuple[str, ...]] = ("1.1",)
 
@@ -30,13 +30,6 @@ class MiSSBat(WeightUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         size = math.gcd(rank, *W.shape)
         return cls(B=W.new_zeros(len(W) // size, size, size), **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        size = self.B.shape[-1]
-        if shape[0] % size or shape[1] % size:
-            why = f"blocks of {size} x {size} do not make up a weight of {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def new_weight(self, W: Tensor) -> Tensor:
         n, r, _ = self.B.shape

@@ -13,8 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
-from ..errors import ShapeMismatch
-from ..linalg.rotations import block_size, shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
+from ..linalg.rotations import shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +26,10 @@ class OFT(WeightUpdate):
 
     blocks = frozenset({"in", "out"})
     needs_bias = False
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(when="side == 'out'", require="out % b == 0", meaning="the blocks do not fill the outputs"),
+        Rule(when="side == 'in'", require="columns % b == 0", meaning="the blocks do not fill the inputs"),
+    )
     paper = "https://arxiv.org/abs/2306.07280"
     dropout: ClassVar[str] = "blocks"
     forms = ((("pairs",), ("square",)),)
@@ -61,12 +64,6 @@ class OFT(WeightUpdate):
         width = len(W) if attributes.get("side") == "out" else math.prod(W.shape[1:])
         size = math.gcd(rank, width)
         return cls(pairs=W.new_zeros(width // size, size * (size - 1) // 2), **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        size = block_size(self.pairs.shape[-1]) if self.square is None else self.square.shape[-1]  # type: ignore[union-attr]
-        width = shape[0] if self.side == "out" else math.prod(shape[1:])
-        if width % size:
-            raise ShapeMismatch(f"blocks of {size} do not make up {width}", cure="The adapter is not of this base")
 
     def cuts(self, axis: str) -> bool:
         return axis != self.side

@@ -6,8 +6,9 @@ file of only A and B is complete, because the product Q' R' follows from the bas
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import Rule
 from ..linalg.decompositions import qr
 from ._in_place import InPlace
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class OLoRA(InPlace):
     """W' = W + scaling * (B @ A - Q' R'); Q' and R' are the first r columns of Q and rows of R in W = Q R."""
 
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
     paper = "https://arxiv.org/abs/2406.01775"
 
     @classmethod

@@ -7,11 +7,10 @@ store it. PEFT's training avoids the directions of the remaining part; the formu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import WeightUpdate, tensor
+from ..core.updates import Rule, WeightUpdate, tensor
 from ..linalg.rotations import singular
-from ._in_place import check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +24,7 @@ class OSF(WeightUpdate):
     linear_only = True
     frozen = frozenset({"U_own", "S_own", "V_own"})
     forms = (((), ("U_own", "S_own", "V_own")),)
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
     paper = "https://arxiv.org/abs/2504.07097"
     bound_to = "torch.linalg.svd, where the kept vectors are absent"
 
@@ -39,10 +39,6 @@ class OSF(WeightUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         U, S, V = _tail(W, min(rank, *W.shape))
         return cls(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        check_rank(int(self.S.shape[-1]), shape)
 
     def new_weight(self, W: Tensor) -> Tensor:
         trained = (self.U * self.S) @ self.V

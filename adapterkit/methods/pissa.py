@@ -6,8 +6,9 @@ added to the rest of the base, which follows from the base exactly, signs includ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..core.updates import Rule
 from ..linalg.decompositions import svd
 from ._in_place import InPlace
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 class PiSSA(InPlace):
     """W' = W - U' S' V' + scaling * B @ A; U' S' V' are the r first components of the SVD of W."""
 
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
     paper = "https://arxiv.org/abs/2404.02948"
 
     @classmethod

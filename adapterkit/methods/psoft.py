@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, WeightUpdate, attribute, tensor
-from ..linalg.rotations import block_size, cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
-from ._in_place import check_rank
+from ..linalg.rotations import cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +24,7 @@ class PSOFT(WeightUpdate):
 
     linear_only = True
     frozen = frozenset({"A", "B"})
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="r <= out and r <= in", meaning="the weight has no rank as high"),)
     paper = "https://openreview.net/forum?id=FSHrinMArK"
     bound_to = "torch.linalg.svd and torch.svd_lowrank, where A and B are absent"
     forms = ((("pairs",), ("R",)), ((), ("A", "B")))
@@ -53,11 +53,6 @@ class PSOFT(WeightUpdate):
         A, B = _principal(W, min(rank, *W.shape), attributes.get("symmetric", False))
         r = len(A)
         return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        rank = block_size(self.pairs.shape[-1]) if self.R is None else self.R.shape[-1]  # type: ignore[union-attr]
-        check_rank(rank, shape)
 
     def new_weight(self, W: Tensor) -> Tensor:
         R: Any = self._rotation() if self.R is None else self.R

@@ -7,9 +7,9 @@ samples. The formula here is that of the mean: what PEFT merges, and computes un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ..core.updates import tensor
+from ..core.updates import Rule, tensor
 from .vera import VeRA
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class PVeRA(VeRA):
     """W' = W + (b * B[:out]) @ (d[:r] * A[:r, :in]); the weight has two axes."""
 
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="outs >= out and ins >= in", meaning="the shared matrices are smaller than the weight"),
+    )
     paper = "https://arxiv.org/abs/2512.07703"
 
     d: Tensor = tensor("2*r")

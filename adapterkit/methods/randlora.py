@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import tensor
-from ..errors import ShapeMismatch
+from ..core.updates import Rule, tensor
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -26,6 +25,16 @@ class RandLoRA(LowRank):
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            require="(short == out or short == in) and short <= out and short <= in",
+            meaning="the shorter side has another size",
+        ),
+        Rule(
+            require="shorts >= short and longs >= out and longs >= in and bases >= n",
+            meaning="the shared bases are smaller than the weight",
+        ),
+    )
     paper = "https://arxiv.org/abs/2502.00987"
 
     B: Tensor = tensor("longs bases r")
@@ -51,14 +60,6 @@ class RandLoRA(LowRank):
 
     def largest_shape(self) -> tuple[int, ...]:
         return self.B.shape[-3], self.gamma.shape[-1]
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        n, short = self.gamma.shape[-2:]
-        longs, bases, _ = self.B.shape[-3:]
-        if short != min(shape) or self.A.shape[-1] < short or longs < max(shape) or bases < n:
-            why = f"{n} bases, sides {short} and at most {longs}; the weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="The adapter is not of this base")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         n, short = self.gamma.shape

@@ -24,6 +24,7 @@ class RoAd(WeightUpdate):
 
     blocks = frozenset({"in"})
     needs_bias = False
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="out % group == 0", meaning="the groups do not fill the outputs"),)
     paper = "https://arxiv.org/abs/2409.00119"
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -47,11 +48,6 @@ class RoAd(WeightUpdate):
             raise ShapeMismatch(f"{len(W)} outputs do not go in pairs", cure="Take this target out")
         size = len(W) * attributes.get("variant", 1) // 2
         return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if shape[0] % self.group:
-            why = f"{shape[0]} outputs in groups of {self.group}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     @property
     def changes_bias(self) -> bool:

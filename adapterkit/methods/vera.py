@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import tensor
-from ..errors import ShapeMismatch
+from ..core.updates import Rule, tensor
 from ..io.computed import times
 from ._low_rank import LowRank
 
@@ -26,6 +25,9 @@ class VeRA(LowRank):
     linear_only = True
     blocks = frozenset({"out", "in"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="outs >= out and ins >= in", meaning="the shared matrices are smaller than the weight"),
+    )
     paper = "https://arxiv.org/abs/2310.11454"
 
     b: Tensor = tensor("out")
@@ -45,13 +47,6 @@ class VeRA(LowRank):
 
     def largest_shape(self) -> tuple[int, ...]:
         return self.b.shape[-1], self.A.shape[-1]
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        for name, have, need in (("A", self.A.shape[-1], shape[1]), ("B", self.B.shape[-2], shape[0])):
-            if have < need:
-                why = f"{name} is made for weights of at most {have}; this one has {need}"
-                raise ShapeMismatch(why, cure="The adapter is not of this base")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.B[: shape[0]], self.d[:, None] * self.A[:, : shape[1]]

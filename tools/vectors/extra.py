@@ -168,6 +168,8 @@ def folders() -> dict[str, dict[str, bytes]]:
             f"part/{first}": one,
             f"part/{second}": two,
         },
+        "folder_for_an_index": {"model.safetensors.index.json/x": b"{}", "model.safetensors": one},
+        "folder_for_a_config": {"model.safetensors": one, "config.json/x": b"{}"},
         "config_with_nan": {"model.safetensors": one, "config.json": b'{"limit": NaN, "most": Infinity}'},
     }
 

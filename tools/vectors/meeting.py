@@ -25,7 +25,7 @@ class Meeting:
     Attributes:
         name: of the case.
         adapter: the file.
-        base: the base's tensors.
+        base: the base's tensors, or the bytes of a file that is none.
         merged: the tensors that differ afterwards, or None where it must be refused.
         rules: the requirements.
         error: the class of the refusal.
@@ -34,7 +34,7 @@ class Meeting:
 
     name: str
     adapter: bytes
-    base: Tensors
+    base: Tensors | bytes
     merged: Tensors | None
     rules: tuple[str, ...]
     error: str = ""
@@ -60,9 +60,11 @@ def _file(*updates: Mapping[str, Any], **tensors: Stored) -> bytes:
     return native({"version": "1.0", "updates": list(updates)}, tensors)
 
 
-def _one(method: str, attributes: dict[str, Any] | None = None, target: Any = None, **tensors: Stored) -> bytes:
+def _one(
+    method: str, attributes: dict[str, Any] | None = None, target: Any = None, version: int = 1, **tensors: Stored
+) -> bytes:
     """A file of one update that holds the given tensors."""
-    update = {"target": target or {"path": "q"}, "method": method, "version": 1, "attributes": attributes or {}}
+    update = {"target": target or {"path": "q"}, "method": method, "version": version, "attributes": attributes or {}}
     return _file(update | {"tensors": {name: name for name in tensors}}, **tensors)
 
 
@@ -81,6 +83,7 @@ def meetings() -> Iterator[Meeting]:
     yield from _numbers()
     yield from _refused()
     yield from _ordered()
+    yield from _ordered_in_the_base()
 
 
 def _names() -> Iterator[Meeting]:
@@ -99,6 +102,12 @@ def _names() -> Iterator[Meeting]:
     yield Meeting(
         "module_before_parameter", PLAIN, {"q": weight, "q.weight": weight}, {"q.weight": CHANGED}, ("R-10.7",)
     )
+    inside = BIASED | {"target": {"path": "reweighted.weights"}}
+    yield Meeting(
+        "parameter_with_the_word_twice", _file(inside, **BIAS),
+        {"reweighted.weights": weight, "reweighted.biass": bias},
+        {"reweighted.weights": CHANGED, "reweighted.biass": CHANGED_BIAS}, ("R-10.7",),
+    )  # fmt: skip
     part = BIASED | {"target": {"path": "q", "rows": [0, 3]}}
     fused = {"q.weight": _real("fused", 5, 4), "q.bias": _real("b", 4)}
     whole, vector = _values("fused", 5, 4), _values("b", 4)
@@ -122,6 +131,18 @@ def _numbers() -> Iterator[Meeting]:
         "bias_dropped", _one("ia3", l=_real("l", 3)), {"q.weight": stored(W, "F32")},
         {"q.weight": stored(W * _values("l", 3)[:, None], "F32")}, ("R-10.6",),
     )  # fmt: skip
+    norm = _values("norm", 3)
+    turned = _one("ia3", target={"path": "q", "layout": "in out *k"}, l=_real("l", 3))
+    scaled = {"q.weight": stored(norm * _values("l", 3), "F32")}
+    yield Meeting("one_axis_in_any_layout", turned, {"q.weight": stored(norm, "F32")}, scaled, ("R-8.5",))
+    for name, layout_ in (("experts_of_one_axis", "e out *in"), ("experts_of_one_axis_turned", "e in out *k")):
+        each = _one("ia3", target={"path": "q", "layout": layout_}, l=_real("le", 2, 3))
+        done = stored(_values("norms", 2, 3) * _values("le", 2, 3), "F32")
+        yield Meeting(name, each, {"q.weight": _real("norms", 2, 3)}, {"q.weight": done}, ("R-8.5",))
+    yield from _biases()
+    minus = {"q.weight": stored(np.full((3, 4), -0.0), "F32")}
+    idle = _file(_update(), A=stored(np.zeros((1, 4)), "F32"), B=_real("idle", 3, 1))
+    yield Meeting("zero_of_either_sign", idle, minus, minus, ("R-10.4",))
     zero, one = np.zeros((1, 1)), stored(np.ones((1, 1)), "F32")
     largest = ("f16", "F16", 65519.0, b"\xff\x7b"), ("f8", "F8_E4M3", 464.0, b"\x7e")
     for name, dtype, change, nearest in largest:
@@ -134,6 +155,25 @@ def _numbers() -> Iterator[Meeting]:
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         yield Meeting(name, file, base, None, ("R-10.4",), "Malformed", "q.weight")
+
+
+def _biases() -> Iterator[Meeting]:
+    """Which bias an update changes, and which size it must have."""
+    weight, short = {"q.weight": stored(W, "F32")}, stored(_values("b", 3), "F32")
+    yield Meeting("other_bias_unchanged", PLAIN, weight | {"q.bias": _real("b", 5)}, {"q.weight": CHANGED}, ("R-8.6",))
+    rows = _one("ia3", target={"path": "q", "rows": [0, 2]}, l=_real("l", 2))
+    scale, tall = _values("l", 2), _values("W", 4, 4)
+    changed = np.concatenate([tall[:2] * scale[:, None], tall[2:]])
+    yield Meeting(
+        "rows_of_a_shorter_bias", rows, {"q.weight": stored(tall, "F32"), "q.bias": short},
+        {"q.weight": stored(changed, "F32"), "q.bias": stored(np.concatenate([b[:2] * scale, b[2:]]), "F32")},
+        ("R-8.6",),
+    )  # fmt: skip
+    alone = _one("dense", d=_real("bias", 3))
+    whole = {"q.weight": stored(np.ones((3, 4)), "I32"), "q.bias": short}
+    yield Meeting(
+        "bias_beside_whole_weight", alone, whole, {"q.bias": stored(b + _values("bias", 3), "F32")}, ("R-10.4",)
+    )
 
 
 SMALL = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}
@@ -175,6 +215,10 @@ def _small_floats() -> Meeting:
 def _refused() -> Iterator[Meeting]:
     weight, bias = {"q.weight": stored(W, "F32")}, stored(b, "F32")
 
+    other = {"q.weight": _real("W", 5, 4), "q.bias": bias}
+    bare = {"q.weight": _real("W"), "q.bias": bias}
+    even = {"q.weight": _real("W", 4, 4), "q.bias": _real("b", 2)}
+
     def shape(name: str, file: bytes, base: Tensors, where: str, *rules: str) -> Meeting:
         return Meeting(name, file, base, None, rules or ("R-8.5",), "ShapeMismatch", where)
 
@@ -186,11 +230,9 @@ def _refused() -> Iterator[Meeting]:
     yield shape("rows_beyond_the_weight", beyond, {"q.weight": _real("W", 4, 4)}, "q[2:5]: lora")
     experts = _one("lora", target={"path": "q", "layout": "e out *in"}, A=_real("A", 2, 1, 4), B=_real("B", 2, 3, 1))
     yield shape("other_experts", experts, {"q.weight": _real("W", 3, 3, 4)}, "q: lora")
-    plain = _one("ia3", target={"path": "q", "layout": "e out *in"}, l=_real("l", 2, 3))
-    yield shape("experts_without_inputs", plain, {"q.weight": _real("W", 2, 3)}, "q: ia3")
     alone = _one("dense", d=_real("bias", 3))
     yield shape("weight_that_stays", alone, {"q.weight": _real("W", 5, 4), "q.bias": bias}, "q: dense")
-    yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora")
+    yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora", "R-8.6")
     columns = _one("boft", R=_real("R", 1, 1, 3, 3), s=_real("s", 3))
     yield shape("other_columns", columns, weight, "q: boft")
     place = {"index": stored(np.array([[0], [1]]), "I64"), "spectrum": _real("spectrum", 1)}
@@ -200,7 +242,21 @@ def _refused() -> Iterator[Meeting]:
     vera = {"b": _real("vb", 3), "B": _real("vB", 2, 2), "d": _real("vd", 2), "A": _real("vA", 2, 4)}
     yield shape("fewer_than_the_outputs", _one("vera", **vera), weight, "q: vera", "R-10.8")
     rows = {"index": stored(np.array([0, 4]), "I64"), "values": _real("values", 2, 3)}
-    yield shape("position_beyond_the_weight", _one("rows", **rows), weight, "q: rows", "R-10.2")
+    yield shape("position_beyond_the_weight", _one("rows", **rows), weight, "q: rows", "R-8.7")
+    below = {"index": stored(np.array([0, -1]), "I64"), "values": _real("values", 2, 3)}
+    yield shape("position_below_the_weight", _one("rows", **below), weight, "q: rows", "R-8.7")
+    beyond = {"index": stored(np.array([[0], [4]]), "I64"), "spectrum": _real("spectrum", 1)}
+    beyond_both = _one("fourierft", {"outputs": 3, "inputs": 4}, **beyond)
+    yield shape("position_beyond_both", beyond_both, weight, "q: fourierft", "R-8.7", "R-13.2")
+    kernel = _one("lokr", w1=_real("w1", 3, 2), w2_a=_real("w2a", 1, 1), w2_b=_real("w2b", 1, 3))
+    yield shape("inputs_not_in_parts", kernel, {"q.weight": _real("W", 3, 3, 2)}, "q: lokr", "R-10.8")
+    yield shape("nothing_to_repeat", _one("miss", D=_real("D", 0, 3)), weight, "q: miss", "R-10.8")
+    kasa = _one("kasa", A=_real("A", 3, 4), B=_real("B", 3, 3), diag=_real("diag", 3))
+    yield shape("no_singular_value_left", kasa, weight, "q: kasa", "R-10.8")
+    yield shape("bias_of_an_unfit_weight", _one("dense", d=_real("d", 3)), other, "q: dense", "R-8.5")
+    yield shape("weight_without_axes", _one("replacement", bias=_real("d", 3)), bare, "q: replacement", "R-8.5")
+    turned = _one("oft", {"side": "out", "on_output": True}, version=2, pairs=_real("pairs", 1, 1))
+    yield shape("bias_of_other_outputs", turned, even, "q: oft", "R-8.6")
 
     def unmergeable(name: str, file: bytes, base: Tensors, where: str, rule: str) -> Meeting:
         return Meeting(name, file, base, None, (rule,), "NotMergeable", where)
@@ -216,6 +272,8 @@ def _refused() -> Iterator[Meeting]:
     yield Meeting("no_weight", PLAIN, {"q.bias": bias}, None, ("R-10.7",), "TargetNotFound", "q: lora")
     whole = {"q.weight": stored(np.ones((3, 4)), "I32")}
     yield Meeting("whole_weight", PLAIN, whole, None, ("R-10.4",), "Unsupported", "q.weight")
+    none = _file(_update(), A=_real("none", 0, 4), B=_real("none", 3, 0))
+    yield Meeting("whole_weight_rank_zero", none, whole, None, ("R-10.4", "R-10.6"), "Unsupported", "q.weight")
     nothing = _one("lora", A=Stored("F32", (0, 4), b""), B=Stored("F32", (3, 0), b""))
     yield Meeting("rank_of_none", nothing, whole, None, ("R-10.4", "R-10.6"), "Unsupported", "q.weight")
     scale = {"q.weight": Stored("F8_E8M0", (3, 4), b"\x7f" * 12)}
@@ -242,12 +300,43 @@ def _ordered() -> Iterator[Meeting]:
     yield Meeting("two_faults_shapes_before_types", wrong, wide, None, ("R-13.2",), "ShapeMismatch", "q: lora")
 
 
+def _ordered_in_the_base() -> Iterator[Meeting]:
+    """Two faults of types or of numbers, and files that are both broken."""
+    first, second = (LORA | {"target": {"path": path}, "tensors": {"A": "A", "B": "B"}} for path in "za")
+    both = _file(first, second, A=A, B=B)
+    whole = {f"{path}.weight": stored(np.ones((3, 4)), "I32") for path in "az"}
+    yield Meeting("two_faults_types_in_order", both, whole, None, ("R-13.2",), "Unsupported", "z.weight")
+    mixed = _file(BIASED | {"target": {"path": "z"}}, first | {"target": {"path": "a"}}, **BIAS)
+    held = {"a.weight": whole["a.weight"], "z.bias": stored(np.ones(3), "I32"), "z.weight": _real("W", 3, 4)}
+    yield Meeting("two_faults_types_of_a_bias_first", mixed, held, None, ("R-13.2",), "Unsupported", "z.bias")
+    broken, cut = native({"version": "x"}, {}), b"cut"
+    yield Meeting("two_faults_adapter_before_base", broken, cut, None, ("R-13.2",), "Malformed", "version")
+    twice = {"index": stored(np.array([[0, 0], [1, 1]]), "I64"), "values": _real("values", 2)}
+    file = _one("shira", **twice)
+    yield Meeting(
+        "position_twice", file, {"q.weight": stored(W, "F32")}, None, ("R-10.2",), "Malformed", "q: shira.index"
+    )
+    ints = {"q.weight": stored(np.ones((3, 4)), "I32")}
+    yield Meeting("two_faults_types_before_positions", file, ints, None, ("R-13.2",), "Unsupported", "q.weight")
+    wide = {"q.weight": _real("W", 3, 4, 1)}
+    group = {
+        "A": _real("A", 2, 1, 2),
+        "B": _real("B", 3, 1),
+        "basis": _real("basis", 2, 4),
+        "basis_bias": _real("bb", 2),
+    }
+    group |= {"group": stored(np.array([0, 1, 0]), "I64"), "ranks": stored(np.array([1, 1]), "I64")}
+    yield Meeting(
+        "two_faults_axes_before_bias", _one("adamss", **group), wide, None, ("R-13.2",), "ShapeMismatch", "q: adamss"
+    )
+
+
 def merge_files() -> Iterator[tuple[str, bytes]]:
     """Name under vectors/merges/ and content of each file."""
     for each in meetings():
         yield f"{each.name}.adapter.safetensors", each.adapter
-        yield f"{each.name}.base.safetensors", pack(*layout(each.base))
-        if each.merged is not None:
+        yield f"{each.name}.base.safetensors", each.base if isinstance(each.base, bytes) else pack(*layout(each.base))
+        if each.merged is not None and not isinstance(each.base, bytes):
             yield f"{each.name}.merged.safetensors", pack(*layout(each.base | each.merged))
 
 
@@ -300,6 +389,16 @@ def computed() -> Iterator[Computed]:
     yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")
     tokens = {"A": A, "B": B, "invocation": stored(np.array([1, 2]), "I64")}
     three = base | {"q.x": _real("c3", 1, 2, 4)}
+    beside = {"q.bias": stored(bias, "F64"), "q.x": stored(x, "F64")}
+    file = _file(lora, A=A, B=B)
+    yield Computed("bias_alone_and_no_weight", file, beside, ("R-10.7",), "TargetNotFound", "q: lora")
+    yield Computed(
+        "nothing_at_the_path", _file(lora, A=A, B=B), {"q.x": stored(x, "F64")}, ("R-10.7",), "TargetNotFound", "q"
+    )
+    whole = {"q.weight": stored(np.ones((3, 4)), "I32"), "q.x": stored(x, "F64")}
+    yield Computed("whole_weight", _file(lora, A=A, B=B), whole, ("R-10.4",), "Unsupported", "q.weight")
+    narrow = {"q.weight": stored(_values("cW", 3, 5), "F64"), "q.x": stored(_values("c5", 2, 5), "F64")}
+    yield Computed("other_inputs", _file(lora, A=A, B=B), narrow, ("R-8.5",), "ShapeMismatch", "q: lora")
     yield Computed("call_without_tokens", _one("alora", **tokens), three, ("R-10.11",), "UsageError", "q")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import operator
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from ...linalg.rotations import block_size
 from ..shapes import Axes
 
 if TYPE_CHECKING:
+    from ...io.lazy import Shape
     from ..shapes import Dims
     from .update import Update
 
@@ -190,6 +193,26 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
             raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
 
 
+def check_fits(update: Update, shape: Shape) -> None:
+    """Check an update's `fits` against the shape `[out, in, *k]` of a weight.
+
+    Raises:
+        ShapeMismatch: one does not hold.
+    """
+    if not update.fits:
+        return
+    fields = update.tensor_fields()
+    held = [(fields[name].metadata["axes"].axes, leaf) for name, leaf in update.tensors.items()]
+    # An axis more than the shape string says is that of experts; a star stands for any number of axes.
+    stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
+    seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
+    names = _Names(update, {**update.dims(stack), **seen}, stack)
+    for rule in update.fits:
+        if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
+            why = f"{rule.meaning} ({rule.require} does not hold for a weight of {list(shape)})"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+
 class _NoSize(Exception):
     """An axis whose size no tensor shows."""
 
@@ -201,6 +224,7 @@ class _Names:
         self.update, self.dims, self.stack = update, dims, stack
 
     def value(self, name: str) -> Any:
+        name = name.removesuffix("_")
         if name in self.dims:
             return self.dims[name]
         if name not in self.update.attributes:
@@ -216,7 +240,7 @@ class _Names:
 
 def names_in(expression: str) -> list[str]:
     """Return the axes and attributes that an expression reads, in order."""
-    tree = ast.parse(expression, mode="eval")
+    tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     asked = {
         id(node.args[0])
@@ -224,7 +248,12 @@ def names_in(expression: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != "block"
     }
     names = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | asked)
-    return list(dict.fromkeys(name.id for name in names))
+    return list(dict.fromkeys(name.id.removesuffix("_") for name in names))
+
+
+def _without_keywords(expression: str) -> str:
+    """The expression with `in_` for the axis `in`, which is a keyword of Python."""
+    return re.sub(r"\bin\b(?!')", "in_", expression)
 
 
 Evaluate = Callable[[_Names], Any]
@@ -238,7 +267,7 @@ _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
 
 @cache
 def _compiled(expression: str) -> Evaluate:
-    evaluate = _evaluator(ast.parse(expression, mode="eval").body)
+    evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
     def guarded(names: _Names) -> Any:
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
 from ..shapes import Axes, Dims, tensor
-from .rules import DAMAGED, Rule, apply_rules, attribute, check_attribute, misplaced, plain, repeated
+from .rules import DAMAGED, Rule, apply_rules, attribute, check_attribute, check_fits, misplaced, plain, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Update:
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: what the update changes, for messages.
         rules: conditions on its axes, attributes and tensors beyond shape strings, in order.
+        fits: conditions on the weight that it meets; `out`, `in` and `columns` in them are the weight's sizes.
         forms: groups of optional tensors of which exactly one set must be present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained, such as random projections and masks; integer tensors are
             never trained.
@@ -55,6 +56,7 @@ class Update:
     since: ClassVar[tuple[str, ...]] = ("1.0",)
     version: ClassVar[int] = 1
     rules: ClassVar[tuple[Rule, ...]] = ()
+    fits: ClassVar[tuple[Rule, ...]] = ()
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     linear_only: ClassVar[bool] = False
@@ -234,15 +236,13 @@ class Update:
 
         Raises:
             ShapeMismatch: it does not fit.
-            Malformed: a position is repeated.
         """
         self.check_axes(shape)
+        check_fits(self, shape)
         if not self._positions:
             return
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
-        if name := repeated(self):
-            raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
 
     def largest_shape(self) -> tuple[int, ...] | None:
         """Return the largest weight shape `[out, in, *k]` that fits, if the tensors allow several.

@@ -152,25 +152,31 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
             f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
         )
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
-    if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
-        raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
-    if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
-        out = update.dims(site.target.stacked).get("out")
-        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
+    shape = None
     if seen is not None:
         out, *rest = seen[int(site.target.stacked) :]
         rows = site.target.rows
-        update.check_against((out if rows is None else rows[1] - rows[0], *rest))
+        shape = (out if rows is None else rows[1] - rows[0], *rest)
+        update.check_axes(shape)
+    if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
+        raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+    held = None if site.bias is None else shapes[site.bias]
+    if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
+        out = update.dims(site.target.stacked).get("out")
+        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
+    if shape is not None:
+        update.check_against(shape)
 
 
-def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:
-    """Whether a bias is `[out]`, or `[e, out]` of stacked experts, with room for the target's rows."""
+def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
+    """Whether a bias is `[out]`, or `[e, out]` of experts: of the update and the weight, or with room for rows."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
         return shape[:-1] == lead and len(shape) > 0 and target.rows[1] <= shape[-1]
-    return len(shape) > 0 and shape == (*lead, dims.get("out", shape[-1]))
+    outs = {dims.get("out", shape[-1]), shape[-1] if weight is None else weight[0]} if shape else set()
+    return shape[:-1] == lead and outs == set(shape[-1:])
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

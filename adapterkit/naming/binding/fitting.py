@@ -39,13 +39,12 @@ def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) ->
 
 def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
-    if target.layout.startswith("out"):
-        return shape or None
-    if target.layout == "in out *k":
-        return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else None
-    if len(shape) < 3:
+    lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
+    if not rest:
         return None
-    return shape if target.layout == "e out *in" else (shape[0], shape[2], shape[1], *shape[3:])
+    # A weight of one axis has no inputs, in whatever layout.
+    turned = len(rest) > 1 and not target.layout.removeprefix("e ").startswith("out")
+    return (*lead, rest[1], rest[0], *rest[2:]) if turned else shape
 
 
 def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:

@@ -43,6 +43,8 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
     stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
     if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
         stacked = [site.target.layout]  # A product of axes is no proof that a kernel's weight is stored [in, out].
+    if len(shapes[site.weight]) == 1 + site.target.stacked:
+        stacked = stacked[:1]  # A weight without inputs has one form; see the spec's section 8.
     return [
         layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
     ]

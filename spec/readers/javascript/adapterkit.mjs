@@ -941,28 +941,25 @@ function rows(W, t) {
   });
 }
 
-// `changes`: whether the weight, and whether the bias; without it the weight alone. `fits`: what the formula asks of sizes.
 const biasPlus = (field) => (b, t, a) => (t[field] ? plus(b, t[field], a.scaling) : b);
 
 export const FORMULAS = {
   boft: { weight: boft },
-  dense: { weight: (W, t, a) => (t.D ? plus(W, t.D, a.scaling) : W), bias: biasPlus("d"), changes: (t) => [t.D, t.d] },
+  dense: { weight: (W, t, a) => (t.D ? plus(W, t.D, a.scaling) : W), bias: biasPlus("d") },
   dora: { weight: dora },
   fourierft: { weight: fourierft },
-  ia3: { weight: ia3, bias: (b, t) => (t.l ? multiply(b, t.l) : b), changes: (t) => [true, t.l] },
+  ia3: { weight: ia3, bias: (b, t) => (t.l ? multiply(b, t.l) : b) },
   loha: { weight: loha },
   lokr: { weight: lokr },
-  lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias"), changes: (t) => [true, t.bias] },
+  lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias") },
   nola: { weight: nola },
   oft: {
     weight: oft,
     bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b),
-    changes: (t, a) => [true, a.on_output],
-    fits: (t, [out, ...rest], a) => (a.side === "in" ? product(rest) : out) % (t.square?.shape.at(-1) ?? blockOf(t.pairs.shape.at(-1))) === 0,
   },
-  replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b, changes: (t) => [t.weight, t.bias] },
+  replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b },
   rows: { weight: rows },
-  vera: { weight: vera, fits: (t, [out, ins]) => t.B.shape.at(-2) >= out && t.A.shape.at(-1) >= ins },
+  vera: { weight: vera },
   bottleneck: { output: bottleneck },
 };
 
@@ -970,12 +967,11 @@ export const FORMULAS = {
 
 export const numeric = ({ shape, numbers, dtype }) => ({ ...array(shape, numbers()), dtype });
 
-const viewedShape = ([...shape], layout) => {
-  const at = { "in out *k": 0, "e in out *k": 1 }[layout];
-  return at === undefined || shape.length < at + 2 ? (at === undefined ? shape : []) : shape.toSpliced(at, 2, shape[at + 1], shape[at]);
-};
+// Where the axes of inputs and outputs are stored the other way; a weight of one axis, or [e, out], has no inputs.
+const turnedAt = (shape, layout) => ["in out *k", "e in out *k"].findIndex((each, at) => each === layout && shape.length >= at + 2);
+const viewedShape = (shape, layout, at = turnedAt(shape, layout)) => (at < 0 ? shape : shape.toSpliced(at, 2, shape[at + 1], shape[at]));
 // Stored to [out, in, *k] or [e, out, in, *k], and back.
-export const viewed = (W, layout) => (layout === "in out *k" ? swapped(W, 0) : layout === "e in out *k" ? swapped(W, 1) : W);
+export const viewed = (W, layout, at = turnedAt(W.shape, layout)) => (at < 0 ? W : swapped(W, at));
 
 export function fieldsOf({ tensors, attributes }, expert) {
   const t = {};
@@ -1010,14 +1006,15 @@ const withoutOnes = (kernel) => kernel.slice(0, kernel.findLastIndex((size) => s
 const big = (size) => (Array.isArray(size) ? size.map(BigInt) : BigInt(size));
 const same = (a, b) => canonical(a) === canonical(b);
 
-// Whether the weight, and whether the bias of a target changes.
-export const changesOf = ({ updates }) => {
-  const all = updates.map((update) => [FORMULAS[update.method.name].changes, fieldsOf(update)]);
-  return [0, 1].map((leaf) => all.some(([changes, { t, a }]) => (changes ? changes(t, a)[leaf] : leaf === 0)));
+// Whether the weight, and whether the bias of a target changes (README, R-10.6).
+export const changesOf = ({ target, updates }) => {
+  const holds = (update, text) => evaluateRule(text, { update, dims: update.dims, stacked: target.stacked });
+  return [["changes_weight", "1"], ["changes_bias", "0"]].map(([field, or]) => updates.some((u) => holds(u, u.method[field] ?? or)));
 };
 
-// Refuses updates that the stored weight and bias do not fit (README, R-8.5, R-10.2, R-10.6 to R-10.8).
+// Refuses updates that the stored weight and bias do not fit, in the order of README, R-13.2, step 6.
 export function checkFit({ target, updates }, weight, bias) {
+  if (!weight && !bias) throw new AdapterError("TargetNotFound", target.name, "not in the base");
   const [lead, axes] = [Number(target.stacked), weight && viewedShape(weight.shape, target.layout)];
   const [start, stop] = (target.rows ?? [0, axes?.[lead] ?? bias?.shape.at(-1)]).map(Number);
   const [out, rest] = [stop - start, axes?.slice(lead + 1) ?? []];
@@ -1025,23 +1022,24 @@ export function checkFit({ target, updates }, weight, bias) {
     if (test) throw mismatch("", why);
   };
   for (const update of updates) {
-    const [{ method, dims, tensors }, [changesWeight, changesBias]] = [update, changesOf({ updates: [update] })];
+    const [{ method, dims, tensors }, [changesWeight, changesBias]] = [update, changesOf({ target, updates: [update] })];
     within(target, update, () => {
       if (!weight && changesWeight) throw new AdapterError("TargetNotFound", "", "the base has no weight there");
       const kernel = dims.has("in") ? { k: big(rest.slice(1)) } : {};
       const sizes = { ...(lead && axes && { e: axes[0] }), out, in: rest[0] ?? -1, columns: product(rest), rest, ...kernel };
       const trimmed = (axis, size) => (axis === "k" ? withoutOnes(size) : big(size));
       const other = ([axis, size]) => dims.has(axis) && !same(trimmed(axis, dims.get(axis)), trimmed(axis, size));
-      unfit(weight && (axes.length < 1 + 2 * lead || stop > axes[lead] || Object.entries(sizes).some(other)), "not made for the base's weight");
+      unfit(weight && (axes.length <= lead || stop > axes[lead] || Object.entries(sizes).some(other)), "not made for the base's weight");
+      unfit(weight && method.axes && method.axes.split(" ").length !== rest.length + 1, `only for weights [${method.axes}]`);
       if (changesBias && !bias && method.needs_bias) throw new AdapterError("NotMergeable", "", "the base has no bias");
       const [last, ...before] = bias ? big(bias.shape).toReversed() : [];
-      const room = target.rows ? last >= stop : last === (dims.get("out") ?? last);
+      const room = target.rows ? last >= stop : [dims.get("out"), weight && big(out)].every((n) => last === (n ?? last));
       unfit(changesBias && bias && !(room && same(before, lead ? [dims.get("e")] : [])), "not made for the base's bias");
-      unfit(weight && method.axes && method.axes.split(" ").length !== rest.length + 1, `only for weights [${method.axes}]`);
-      const { t, a } = fieldsOf(update);
-      unfit(weight && FORMULAS[method.name].fits?.(t, [out, ...rest], a) === false, "its parts do not fill the weight");
-      const bounds = new Map([...dims, ["out", BigInt(out)], ["in", BigInt(rest[0] ?? 0)]]);
-      for (const field of weight ? method.tensors.filter(({ name, below }) => below && tensors.has(name)) : []) {
+      if (!weight) return;
+      const bounds = new Map([...dims, ["out", big(out)], ["in", big(rest[0] ?? 0)], ["columns", big(product(rest))]]);
+      const holds = (text) => evaluateRule(text, { update, dims: bounds, stacked: target.stacked });
+      unfit((method.fits ?? []).some((fit) => (!fit.when || holds(fit.when)) && !holds(fit.require)), "its parts do not fill the weight");
+      for (const field of method.tensors.filter(({ name, below }) => below && tensors.has(name))) {
         const parts = rowsOf(field, tensors.get(field.name)).map((part, row) => [part, sizeOf(field.below[row], bounds)]);
         unfit(parts.some(([part, bound]) => part.some((n) => n < 0n || n >= (bound ?? n + 1n))), "a position outside of the weight");
       }
@@ -1058,8 +1056,8 @@ export function mergeTarget(entry, weight, bias) {
     const [newW, newB] = applied(updates, W, bias, target.rows);
     return { weight: newW && viewed(newW, target.layout), bias: newB };
   }
-  const pairs = Array.from({ length: W.shape[0] }, (_, e) => applied(updates, part(W, e), bias && part(bias, e), target.rows, e));
-  return { weight: viewed(stack(pairs.map(([w]) => w)), target.layout), bias: bias && stack(pairs.map(([, b]) => b)) };
+  const pairs = Array.from({ length: (W ?? bias).shape[0] }, (_, e) => applied(updates, W && part(W, e), bias && part(bias, e), target.rows, e));
+  return { weight: W && viewed(stack(pairs.map(([w]) => w)), target.layout), bias: bias && stack(pairs.map(([, b]) => b)) };
 }
 
 const ERF = (x) => {

@@ -48,6 +48,16 @@ export function namesOf(path, base) {
   return [base.has(path) ? path : undefined, at >= 0 && base.has(path) && base.has(bias) ? bias : undefined];
 }
 
+// The names of the tensors that change, in the order in which targets change them first; their types must be real.
+export function checkTypes(targets, base, names) {
+  const changed = targets.flatMap((entry) => names(entry).filter((name, i) => base.has(name) && changesOf(entry)[i]));
+  for (const name of changed) {
+    const { dtype } = base.get(name);
+    if (!SMALL[dtype] && dtype !== "F32" && dtype !== "F64") throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+  }
+  return new Set(changed);
+}
+
 // Name -> {dtype, shape, bytes}: all tensors of a base, merged where the adapter says. Faults in the order of R-13.2.
 export function merge(adapter, base) {
   const all = (test) => adapter.targets.forEach((entry) => test(entry, entry.target.name, namesOf(entry.target.path, base)));
@@ -58,25 +68,20 @@ export function merge(adapter, base) {
   all((entry, name, names) => {
     if (names.every((each) => each === undefined)) throw new AdapterError("TargetNotFound", name, "not in the base");
   });
+  all((entry, name, names) => checkFit(entry, ...names.map((each) => base.get(each))));
+  const changed = checkTypes(adapter.targets, base, ({ target }) => namesOf(target.path, base));
+  adapter.checkValues();
   all(({ updates }, name) => {
     const missing = updates.find(({ method }) => !FORMULAS[method.name]);
     if (missing) throw new AdapterError("Unsupported", name, `cannot merge ${missing.method.name}`);
   });
-  all((entry, name, names) => checkFit(entry, ...names.map((each) => base.get(each))));
-  const changed = new Set();
-  all((entry, _, names) => changesOf(entry).forEach((changes, i) => changes && base.has(names[i]) && changed.add(names[i])));
-  for (const name of changed) {
-    const { dtype } = base.get(name);
-    if (!SMALL[dtype] && dtype !== "F32" && dtype !== "F64") throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
-  }
-  adapter.checkValues();
   const exact = new Map();
   all((entry, _, names) => {
     const { weight, bias } = mergeTarget(entry, ...names.map((name) => exact.get(name) ?? (base.has(name) ? numeric(base.get(name)) : undefined)));
     [weight, bias].forEach((tensor, i) => tensor && exact.set(names[i], tensor));
   });
-  const written = [...exact].filter(([name]) => changed.has(name)).map(([name, { shape, data }]) => {
-    const { dtype } = base.get(name);
+  const written = [...base.keys()].filter((name) => changed.has(name)).map((name) => {
+    const [{ shape, data }, { dtype }] = [exact.get(name), base.get(name)];
     return [name, { dtype, shape, bytes: rounded(data, dtype, name) }];
   });
   return new Map([...base, ...written]);

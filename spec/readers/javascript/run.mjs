@@ -2,7 +2,7 @@
 // `methods`: what spec/1.1/methods.json holds. Each function returns an object, or throws AdapterError.
 
 import * as ak from "./adapterkit.mjs";
-import { merge } from "./merge.mjs";
+import { checkTypes, merge } from "./merge.mjs";
 
 const { AdapterError, DTYPES, FORMULAS, array, matmul, part, product, readAdapter, readSafetensors, reshape } = ak;
 const { fieldsOf, mergeTarget, numeric, stack, transposed, viewed } = ak;
@@ -69,7 +69,9 @@ function outputsAt(path, entries, base) {
   if (unknown) throw new AdapterError("Unsupported", unknown[0].name, `no formula of ${unknown[1].method.name}`);
   const of = (kind, { updates }) => updates.filter(({ method }) => (method.kind === "output") === kind);
   let [weight, bias] = ["weight", "bias"].map(at);
-  for (const entry of entries) ({ weight, bias } = mergeTarget({ ...entry, updates: of(false, entry) }, weight, bias));
+  const changing = entries.map((entry) => ({ ...entry, updates: of(false, entry) })).filter(({ updates }) => updates.length);
+  for (const entry of changing) ({ weight, bias } = mergeTarget(entry, weight, bias));
+  checkTypes(changing, base, () => [`${path}.weight`, `${path}.bias`]);
   for (const [leaf, tensor] of Object.entries({ weight, bias })) {
     if (!(tensor?.data ?? []).every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.${leaf}`, "merging gives what is no number");
   }

@@ -20,6 +20,7 @@ class Invalid:
         error: the class of the error.
         where: what its place must contain.
         stage: `read`, or `values` where only the tensors' values are at fault.
+        exact: the place is `where` and nothing else.
         opens: `adapter`, or `base` where it is a checkpoint.
     """
 
@@ -29,11 +30,13 @@ class Invalid:
     where: str = ""
     stage: str = "read"
     opens: str = "adapter"
+    exact: bool = False
 
     def expectation(self) -> str:
         """The JSON beside it."""
         fields = {"error": self.error, "where": self.where, "exit": EXIT[self.error]}
-        return json.dumps(fields | {"stage": self.stage, "opens": self.opens}, indent=2) + "\n"
+        fields |= {"stage": self.stage, "opens": self.opens} | ({"exact": True} if self.exact else {})
+        return json.dumps(fields, indent=2) + "\n"
 
 
 TENSORS = {

@@ -118,6 +118,10 @@ def _places() -> Iterator[Invalid]:
     yield Invalid("rows_none", _target(rows=[2, 2]), where="rows")
     yield Invalid("rows_negative", _target(rows=[-3, 0]), where="rows")
     yield Invalid("rows_one", _target(rows=[3]), where="rows")
+    place = "metadata adapterkit.updates[0].target.rows"
+    yield Invalid("rows_one_below_zero", _target(rows=[-1]), where=place, exact=True)
+    yield Invalid("rows_three_below_zero", _target(rows=[-1, 2, 3]), where=place, exact=True)
+    yield Invalid("rows_three", _target(rows=[0, 1, 3]), where=place, exact=True)
     yield Invalid("rows_float", _target(rows=[0.0, 3.0]), where="rows")
     yield Invalid("rows_not_as_many_as_outputs", _target(rows=[0, 2]), "ShapeMismatch", "q[0:2]: lora")
     apart = [LORA, LORA | {"target": {"path": "k"}}, LORA]
