@@ -13,7 +13,7 @@ With `--every N` only every N-th pair is bound.
 `refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
 one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
 stored names or in those of the live model, also with one other prefix for those that are not there as they are: nothing
-tells such a file from one that was trained on this base, or on the part of it behind that prefix. All others are `wrong`.
+tells such a file from one that was trained on this base, or on the part of it behind that prefix. The rest is `wrong`.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """
