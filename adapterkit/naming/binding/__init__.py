@@ -163,8 +163,8 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
     held = None if site.bias is None else shapes[site.bias]
     if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
-        out = update.dims(site.target.stacked).get("out")
-        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
+        outs = update.dims(site.target.stacked).get("out", "the weight's")
+        raise ShapeMismatch(f"made for {outs} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
     if shape is not None:
         update.check_against(shape)
 
