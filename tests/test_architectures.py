@@ -31,8 +31,8 @@ def test_every_naming_of_a_file_is_one_to_one_both_ways(file):
             place = architecture.place(weight, naming)
             if place is not None:
                 found = architecture.find(fill(place.name, NUMBERS), naming)
-                told = (place.part, place.qkv, place.ratio)
-                same = [each for each in found if (each[1].part, each[1].qkv, each[1].ratio) == told]
+                told = (place.part, place.qkv, place.ratio, place.half)
+                same = [each for each in found if (each[1].part, each[1].qkv, each[1].ratio, each[1].half) == told]
                 assert [each[0] for each in same] == [weight]
                 assert fill(place.name, same[0][2]) == fill(place.name, NUMBERS)
 

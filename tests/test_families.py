@@ -57,6 +57,10 @@ def test_peft_says_the_family_of_a_model_without_a_task_type(tmp_path):
         ("mixtral", {"model_type": "olmoe"}),
         ("llava", {"model_type": "llama"}),
         ("qwen2", {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+        ("speech_to_text", {"model_type": "m2m_100"}),
+        ("marian", {"model_type": "speech_to_text"}),
+        ("qwen2_audio", {"model_type": "qwen2"}),
+        ("hrm_text", {"model_type": "llama"}),
     ],
 )
 def test_another_family_is_refused_and_taken_by_a_rule(family, config, tmp_path):
@@ -141,3 +145,15 @@ def test_a_prefix_of_one_family_is_not_exchanged_for_that_of_another(tmp_path):
     with pytest.raises(TargetNotFound):
         ak.merge(base, save_adapter(tmp_path / "a", None, f"bert.{end}"), tmp_path / "out")
     ak.merge(base, save_adapter(tmp_path / "b", None, end), tmp_path / "out")
+
+
+def test_a_live_model_is_of_the_family_that_its_config_object_names(tmp_path):
+    """`LlamaForCausalLM.from_pretrained` of an EXAONE: the object says `exaone`, what `to_dict` gives says `llama`."""
+    sizes = {"vocab_size": 16, "hidden_size": H, "intermediate_size": H, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=1))
+    adapter = ak.read(save_adapter(tmp_path / "a", None, "transformer.h.0.attn.attention.q_proj"))
+    with pytest.raises(TargetNotFound):
+        ak.torch.inject(model, adapter)
+    model.config.model_type = "exaone"
+    assert model.config.to_dict()["model_type"] == "llama"
+    ak.torch.inject(model, adapter)

@@ -6,6 +6,7 @@ by name, with the error that it must raise where it cannot be right.
 
 import copy
 import io
+import itertools
 import pickle
 import tempfile
 
@@ -1168,6 +1169,279 @@ def _():
     model = nn.Sequential(nn.Linear(16, 16)).double()
     ak.torch.inject(model, Adapter({Target("0"): (update,)}))
     model(X[None])
+
+
+# Functional transforms, averages, copies and tracing of trained adapters.
+
+
+def attach(model, target, out, into, seed, **rest):
+    """Another adapter beside that of `inject`."""
+    return ak.torch.inject(model, Adapter({Target(target): (lora(out, into, seed=seed),)}), **rest)
+
+
+def drawn_dora():
+    return METHODS["dora"](A=draw(2, 16, seed=5), B=draw(8, 2, seed=6), magnitude=draw(8, seed=8).abs() + 1)
+
+
+def in_a_route():
+    """A model with two adapters, the names of three rows, and what the formula gives them."""
+    model = one()
+    for seed, name in enumerate("ab", 1):
+        attach(model, "0", 8, 16, seed, name=name)
+    W, b = model[0].weight, model[0].bias
+    rows = (changed(W, seed=1), changed(W, seed=2), W)
+    return model, ["a", "b", None], torch.stack([functional.linear(X[row], V, b) for row, V in enumerate(rows)])
+
+
+@odd("functional_call with other tensors of the adapter")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    held = {name: p.detach() * 2 if "adapterkit" in name else p.detach() for name, p in model.named_parameters()}
+    delta = 4 * lora(8, 16).delta((8, 16))
+    return torch.func.functional_call(model, held, (X,)), functional.linear(X, model[0].weight + delta, model[0].bias)
+
+
+@odd("torch.func.grad of the adapter's tensors")
+def _():
+    model = one()
+    handle = inject(model, trainable=True)
+    held = {name: p.detach() for name, p in model.named_parameters()}
+    made = torch.func.grad(lambda p: torch.func.functional_call(model, p, (X,)).square().sum())(held)
+    model(X).square().sum().backward()
+    found = [made[name].flatten() for name in held if "adapterkit" in name]
+    return torch.cat(found), torch.cat([p.grad.flatten() for p in handle.parameters()])
+
+
+@odd("vmap of a Jacobian")
+def _():
+    model = one()
+    inject(model)
+    return torch.func.vmap(torch.func.jacrev(model))(X), changed(model[0].weight).expand(3, 8, 16)
+
+
+@odd("a Hessian")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    made = torch.autograd.functional.hessian(lambda x: model(x).pow(3).sum(), X[0])
+    W = changed(model[0].weight.detach())
+    return made, W.T @ torch.diag(6 * functional.linear(X[0], W, model[0].bias)) @ W
+
+
+@odd("an exponential moving average of a training")
+def _():
+    model = one()
+    handle = inject(model, trainable=True)
+    mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    mean.update_parameters(model)  # The first update copies.
+    wanted = [p.detach().clone() for p in handle.parameters()]
+    for _ in range(2):
+        model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean.update_parameters(model)
+        wanted = [(old + p.detach()) / 2 for old, p in zip(wanted, handle.parameters(), strict=True)]
+    with torch.no_grad():
+        for parameter, value in zip(handle.parameters(), wanted, strict=True):
+            parameter.copy_(value)
+    return mean(X), model(X)
+
+
+@odd("activation checkpointing, reentrant and not")
+def _():
+    found = []
+    for reentrant in (None, True, False):
+        model, x = two(), X.clone().requires_grad_()
+        handle = inject(model, trainable=True)
+        y = model(x) if reentrant is None else torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in (x, *handle.parameters())]))
+    return torch.stack(found[1:]), found[0].expand(2, -1)
+
+
+@odd("a gradient scaler")
+def _():
+    model = one().float()
+    handle = inject(model, trainable=True)
+    other = copy.deepcopy(model)
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(handle.parameters(), lr=0.1)
+    scaler.scale(model(X.float()).square().sum()).backward()
+    scaler.step(optimizer)
+    other(X.float()).square().sum().backward()
+    torch.optim.SGD(ak.torch.handles(other)["default"].parameters(), lr=0.1).step()
+    return model(X.float()), other(X.float())
+
+
+@odd("adapters exchanged, weighed and switched off in a compiled model")
+def _():
+    model = one()
+    handle = inject(model, name="first")
+    compiled = torch.compile(model, backend="eager")
+    found = [compiled(X)]
+    handle.remove()
+    second = attach(model, "0", 8, 16, 3, name="second")
+    found.append(compiled(X))
+    second.weight = 0.5
+    found.append(compiled(X))
+    second.set_active(False)
+    found.append(compiled(X))
+    W, b = model[0].weight, model[0].bias
+    wanted = (changed(W), changed(W, seed=3), (W + changed(W, seed=3)) / 2, W)
+    return torch.stack(found), torch.stack([functional.linear(X, V, b) for V in wanted])
+
+
+@odd("the adapter's own tensor pruned")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    name = next(name for name in model[0]._parameters if name.endswith("A"))
+    prune.l1_unstructured(model[0], name, amount=0.5)
+    delta = lora(8, 16).replace(A=getattr(model[0], name)).delta((8, 16))
+    return model(X), functional.linear(X, model[0].weight + delta, model[0].bias)
+
+
+@odd("the adapter's own tensor parametrized")
+def _():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = one()
+    inject(model, trainable=True)
+    parametrize.register_parametrization(model[0], next(n for n in model[0]._parameters if n.endswith("A")), Twice())
+    return model(X), functional.linear(X, 2 * changed(model[0].weight) - model[0].weight, model[0].bias)
+
+
+@odd("deepcopy of a handle alone")
+def _():
+    model = one()
+    with torch.no_grad():
+        for parameter in copy.deepcopy(inject(model, trainable=True)).parameters():
+            parameter.zero_()
+    return model(X), linear(model[0])
+
+
+@odd("deepcopy of a model with its handle")
+def _():
+    model = one()
+    other, handle = copy.deepcopy((model, inject(model, trainable=True)))
+    assert ak.torch.handles(other)["default"] is handle
+    handle.set_active(False)
+    return torch.stack([model(X), other(X)]), torch.stack([linear(model[0]), one()(X)])
+
+
+@odd("a pickled model with its handle, which is then removed")
+def _():
+    model = one()
+    other, handle = pickle.loads(pickle.dumps((model, inject(model, trainable=True))))
+    handle.remove()
+    return torch.stack([model(X), other(X)]), torch.stack([linear(model[0]), one()(X)])
+
+
+@odd("three handles with overlapping targets, removed in every order")
+def _():
+    found = []
+    for order in itertools.permutations(range(3)):
+        model = two()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        both = {Target("0"): (drawn_dora(),), Target("1"): (lora(8, 8, seed=2),)}
+        scale = METHODS["ia3"](l=draw(8, seed=9))
+        handles = (
+            attach(model, "0", 8, 16, 1, name="a", trainable=True),
+            ak.torch.inject(model, Adapter(both), name="b"),
+            ak.torch.inject(model, Adapter({Target("1"): (scale,)}), name="c", trainable=True),
+        )
+        for which in order:
+            handles[which].remove()
+        assert all(p.requires_grad for p in model.parameters())
+        assert not model._forward_pre_hooks
+        assert not [name for module in model.modules() for name in vars(module) if "adapterkit" in name]
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        found.append(model(X))
+    return torch.stack(found), two()(X).expand(6, 3, 8)
+
+
+@odd("a route under inference_mode, then gradients")
+def _():
+    model, names, _ = in_a_route()
+    with torch.inference_mode(), ak.torch.route(model, names):
+        model(X)
+    x = X.clone().requires_grad_()
+    with ak.torch.route(model, names):
+        return torch.autograd.grad(model(x).sum(), x)[0], torch.autograd.grad(_rows(model, x), x)[0]
+
+
+def _rows(model, x):
+    W, b = model[0].weight, model[0].bias
+    rows = (changed(W, seed=1), changed(W, seed=2), W)
+    return sum(functional.linear(x[row], V, b).sum() for row, V in enumerate(rows))
+
+
+@odd("torch.export of a route")
+def _():
+    model, names, wanted = in_a_route()
+    with ak.torch.route(model, names):
+        made = torch.export.export(model, (X,)).module()
+    return made(X), wanted
+
+
+@odd("torch.jit.trace of a route, which traces twice and compares the graphs")
+def _():
+    model, names, wanted = in_a_route()
+    with ak.torch.route(model, names), torch.no_grad():
+        model(X)
+        return torch.jit.trace(model, (X,))(X), wanted
+
+
+@odd("torch.jit.trace of a route before any forward")
+def _():
+    model, names, wanted = in_a_route()
+    with ak.torch.route(model, names), torch.no_grad():
+        return torch.jit.trace(model, (X,))(X), wanted
+
+
+@odd("torch.export with any number of rows")
+def _():
+    model = two()
+    inject(model)
+    more = draw(5, 16, seed=4)
+    made = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("rows", min=2, max=10)},)).module()
+    return made(more), functional.linear(linear(model[0], more), model[1].weight, model[1].bias)
+
+
+@odd("parameters swapped by .to(), as torch.__future__ has it")
+def _():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = one().float()
+        inject(model, trainable=True)
+        model.double()
+        return model(X).float(), linear(model[0]).float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@odd("an activation in place behind a DoRA in training")
+def _():
+    model = nn.Sequential(*one(), nn.ReLU(inplace=True))
+    ak.torch.inject(model, Adapter({Target("0"): (drawn_dora(),)}), trainable=True)
+    model(X).sum().backward()
+    W = drawn_dora().new_weight(model[0].weight)
+    return model(X), functional.relu(functional.linear(X, W, model[0].bias))
+
+
+@odd("half precision by model.half() while an adapter is trained")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    model.half()
+    # Of one thousandth of 16 bits, not of the test's one millionth.
+    wanted = functional.linear(X, changed(model[0].weight.double()), model[0].bias.double())
+    got = model(X.half())
+    assert (got.double() - wanted).abs().max() < 4e-3 * wanted.abs().max()
+    return got, got
 
 
 def test_there_are_sixty():

@@ -218,7 +218,7 @@ def _version(package: str) -> str | None:
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Runs every check of `adapterkit.cli._checks`."""
+    """Runs every check of `adapterkit.cli.doctor`."""
     checks = [check.record() for check in all_checks()]
     ok = all(check["status"] != "broken" for check in checks)
     show(ctx.obj, {"ok": ok, "checks": checks}, _view)

@@ -55,6 +55,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
             how many rows each has follows from the base's heads.
         groups: of `qkv`: the rows stand group by group instead: the queries that share a key, the key, the value.
+        half: the experts of two weights share one row of numbers: this weight has the first half of them (0) or the
+            second (1).
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
@@ -75,6 +77,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     interleaved: bool = False
     qkv: str | None = None
     groups: bool = False
+    half: int | None = None
     flat: bool = False
     transposed: bool = False
     rows: str | None = None
@@ -441,6 +444,7 @@ def faults(record: Record) -> Iterator[str]:
             if place.part is not None:
                 runs = range(place.part, place.part + place.parts)
             name = place.name if place.ratio is None else f"{place.name}, {place.ratio:g} outputs an input"
+            name = name if place.half is None else f"{name}, half {place.half} of the experts"
             held = [(name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
             others = {taken.setdefault(each, weight) for each in held} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
@@ -477,6 +481,8 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
     if place.groups and place.qkv is None:
         yield f"{naming}: {place.name} has groups and no qkv"
+    if place.half is not None and (place.half not in (0, 1) or "{e}" not in there):
+        yield f"{naming}: {place.name} has half {place.half} and no experts one by one"
     if place.interleaved and place.of is None:
         yield f"{naming}: {place.name} is interleaved and has no part"
 

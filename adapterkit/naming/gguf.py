@@ -75,6 +75,43 @@ def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, s
     return found[0] if len(found) == 1 else None
 
 
+FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+"""Tensor -> those that llama.cpp's converter joins to it by `--fuse-qkv` and `--fuse-gate-up-exps`, in their order.
+
+The rows of each part lie as they would in a tensor of its own; experts' gate and up are joined expert by expert.
+"""
+
+
+def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
+    """What `place_of` says of the parts of a tensor that the converter joined; empty for any other tensor."""
+    stem, _, leaf = module.rpartition(".")
+    found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
+    return [each for each in found if each is not None] if None not in found else []
+
+
+def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> list[int]:
+    """How many rows each part of a joined tensor has.
+
+    Args:
+        module: the tensor, without `.weight`.
+        rows: of the tensor, or of one expert in it.
+        values: the file's key-values.
+        name: its `general.architecture`.
+
+    Raises:
+        Unsupported: the key-values do not tell, or tell another number of rows.
+    """
+    if module.endswith("ffn_gate_up_exps"):
+        return [rows // 2, rows // 2]
+    heads = heads_in(values, name, module)
+    value = values.get(f"{name}.attention.value_length", heads.dim)
+    found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
+    if sum(found) != rows:
+        why = f"{rows} rows, and the heads have {found[0]} for queries, {found[1]} for keys and {found[2]} for values"
+        raise Unsupported(why, where=module, cure=_MERGE)
+    return found
+
+
 def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
     """Row i of the file's tensor is row `order[i]` of the weight; None where both have the same order.
 
@@ -150,8 +187,8 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     Raises:
         Unsupported: they do not say one number for all layers.
     """
-    query = values.get(f"{name}.attention.head_count")
-    kv = values.get(f"{name}.attention.head_count_kv", query)
+    query = _in_attention(values.get(f"{name}.attention.head_count"))
+    kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
     if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
         said = f"attention.head_count says {shown(query)} and head_count_kv {shown(kv)}"
         why = f"{said}, and the order of rows depends on it"
@@ -164,6 +201,12 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
+
+
+def _in_attention(count: object) -> object:
+    """The number of heads of all layers that have any: hybrid models list 0 for layers of another kind."""
+    several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
+    return several.pop() if len(several) == 1 else count
 
 
 def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:

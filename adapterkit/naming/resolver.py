@@ -118,6 +118,7 @@ class Names:
         anywhere: targets that may be any module.
         shapes: the templates of `paths`, each with one path as an example.
         known: family -> what its file says of these names, worked out when it is first needed.
+        experts: how many experts a layer has by the base's config; 0 where it does not say.
     """
 
     paths: Collection[str]
@@ -125,6 +126,7 @@ class Names:
     anywhere: Collection[str] = ()
     shapes: dict[str, str] = field(default_factory=dict)
     known: dict[str, _Known] = field(default_factory=dict)
+    experts: int = 0
 
     def has(self, path: str, target: str) -> bool:
         """Whether a target may be at a path."""
@@ -150,7 +152,7 @@ class Names:
             return None
         taken = set(real.values())
         paths = {path for path in self.paths if path not in taken} | real.keys()
-        return Names(paths, self.outer, self.anywhere), real
+        return Names(paths, self.outer, self.anywhere, experts=self.experts), real
 
 
 def resolve(
@@ -202,7 +204,7 @@ def resolve(
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
     if left:
-        left = _by_prefixes(left, base, resolution, partial, fits)
+        left = _by_prefixes(left, base, resolution, partial, fits, known=architecture is not None)
     resolution.missing = [target for target, _ in left]
     return resolution
 
@@ -330,14 +332,16 @@ class _Known:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """How many experts the base has there."""
+        """How many experts the weight has in the base; of a stack the base's config tells it."""
+        if place.stacked:
+            return self.base.experts
         first = self._path(place, {**numbers, "{e}": "0"}, naming)
         if first not in self.counts:
             count = 0
             while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
                 count += 1
             self.counts[first] = count
-        return self.counts[first]
+        return self.counts[first] // (1 if place.half is None else 2)
 
 
 Found = tuple[str, Place, dict[str, str]]
@@ -359,7 +363,7 @@ def moves_to(
         weights: what `Architecture.find` says of the name.
         naming: the other naming.
         path: a place's name with numbers in its holes.
-        experts: how many experts there are at a place that keeps them apart.
+        experts: how many experts the weight of a place has.
         orders: say where rows stand in another order; False for a caller that sees to that itself.
     """
     moves: list[Move] = []
@@ -370,10 +374,19 @@ def moves_to(
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
+        if ours.half is not None:
+            # The number counts the experts of two weights. It belongs to one of them.
+            count = experts(theirs, numbers)
+            own = int(numbers["{e}"]) - ours.half * count
+            if not 0 <= own < count:
+                continue
+            numbers = {**numbers, "{e}": str(own)}
         if ours.stacked and not theirs.stacked:
+            count = experts(theirs, numbers)
+            first = count * (theirs.half or 0)
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert, turn=turn)
-                for expert in range(experts(theirs, numbers))
+                Move(path(theirs, {**numbers, "{e}": str(first + expert)}), take, into, expert=expert, turn=turn)
+                for expert in range(count)
             ]
         else:
             slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
@@ -443,9 +456,15 @@ def _variants(name: str) -> Iterator[str]:
     yield from without_prefix(name)
 
 
-def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
-    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
+def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits, known: bool) -> Left:
+    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
+
+    Where the base's family is `known`, its file says what else its parts are called. A word that only another family
+    has is then no name of a part: `model.text_model.` of an Idefics is not the `language_model.model.` of a LLaVA.
+    """
     templates = _trials(left, base)
+    if known:
+        templates = {name: {pair for pair in pairs if _keeps_parts(*pair)} for name, pairs in templates.items()}
     # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
     # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
     prefixes = sorted(
@@ -608,6 +627,13 @@ def _exchange(off: str, on: str) -> bool:
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
     return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
+
+
+def _keeps_parts(off: str, on: str) -> bool:
+    """Whether a change of prefixes only adds words, only drops words, or exchanges words that name no part."""
+    ours, theirs = off.split(".")[:-1], on.split(".")[:-1]
+    dropped = {word for word in ours if word not in theirs}
+    return dropped <= {"model", "transformer"} or all(word in ours for word in theirs)
 
 
 _KINDS: dict[str, dict[str, str]] = {

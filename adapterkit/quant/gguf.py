@@ -17,14 +17,26 @@ from ..io.gguf_file import PLAIN, Model, raw_size, read_model
 from ..io.lazy import DTYPES, Lazy
 from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill
-from ..naming.gguf import ARCHITECTURE, column_order, family_of, heads_in, is_projector, place_of, row_order, rows_apart
+from ..naming.gguf import (
+    ARCHITECTURE,
+    column_order,
+    family_of,
+    fused_places,
+    fused_rows,
+    heads_in,
+    is_projector,
+    place_of,
+    row_order,
+    rows_apart,
+)
 from ._scheme import Packed, Scheme, numbers, steps
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Buffer, Lazy
+    from ..io.lazy import Buffer
+    from ..naming.architectures import Place
     from . import Dequantized
     from ._scheme import Array, Merged
 
@@ -120,6 +132,9 @@ class _Contents:
         module, leaf = _module(name)
         found = place_of(self.family, module) if leaf else None
         # The second tensor of a pair is missing, so the weight cannot be assembled.
+        if found is None and leaf and (parts := fused_places(self.family, module)):
+            yield from self._fused(name, kind, file, stored, parts)
+            return
         if found is None or found[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
@@ -127,11 +142,11 @@ class _Contents:
         seen = self.family.place(key, WEIGHT)
         assert seen is not None
         if place.stacked:
-            size = raw_size(kind, shape[1:])
+            size, rows = raw_size(kind, shape[1:]), math.prod(shape[:-1])
             for expert in range(shape[0]):
                 own = f"{fill(seen.name, {**numbers, '{e}': str(expert)})}{leaf}"
                 part = _slice(stored, expert * size, size)
-                yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, shape[0])
+                yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, rows)
             return
         order = columns = None
         if place.rows is not None:
@@ -143,6 +158,29 @@ class _Contents:
             f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment,
             columns=columns,
         )  # fmt: skip
+
+    def _fused(
+        self, name: str, kind: str, file: Model, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
+    ) -> Iterator[Packed]:
+        """Yield the weights that the converter joined to one tensor, in the order in which their rows lie there."""
+        shape, (module, leaf) = file.shapes[name], _module(name)
+        stacked = parts[0][1].stacked
+        experts, own = (shape[0], shape[1:]) if stacked else (1, shape)
+        sizes, total, at = fused_rows(module, own[0], self.said, self.name), experts * own[0], 0
+        for expert in range(experts):
+            for (key, place, numbered), rows in zip(parts, sizes, strict=True):
+                seen, form = self.family.place(key, WEIGHT), (rows, *own[1:])
+                assert seen is not None
+                path = fill(seen.name, {**numbered, "{e}": str(expert)})
+                order = None
+                if place.rows is not None:
+                    order = row_order(place, rows, heads_in(self.said, self.name, name), name)
+                size = raw_size(kind, form)
+                part = _slice(stored, at, size)
+                yield _Tensor(
+                    f"{path}{leaf}", form, DTYPES["F32"], (name,), part, kind, kind, order, file.alignment, total
+                )
+                at += size
 
 
 def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -160,8 +198,8 @@ def _module(name: str) -> tuple[str, str]:
 class _Tensor(Packed):
     """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
 
-    Likewise column i is column `columns[i]` of the weight. If `experts` is not 0, that many weights share the member,
-    one after the other, and `stored` has the bytes of this one.
+    Likewise column i is column `columns[i]` of the weight. If `shared` is not 0, the member has that many rows of
+    several weights, one after the other, and `stored` has the bytes of this one.
     """
 
     stored: Lazy
@@ -169,7 +207,7 @@ class _Tensor(Packed):
     new: str
     order: Array | None
     alignment: int
-    experts: int = 0
+    shared: int = 0
     columns: Array | None = None
 
     @property
@@ -183,14 +221,15 @@ class _Tensor(Packed):
     @property
     def written(self) -> Lazy:
         """The tensor as it will be written: its size only."""
-        if self.new == self.kind and not self.experts:
+        if self.new == self.kind and not self.shared:
             return self.stored
-        size = -(-raw_size(self.new, self.shape) * max(self.experts, 1) // self.alignment) * self.alignment
+        shape = (self.shared, *self.shape[-1:][: len(self.shape) - 1]) if self.shared else self.shape
+        size = -(-raw_size(self.new, shape) // self.alignment) * self.alignment
         return Lazy((size,), DTYPES["U8"], bytes)
 
     @property
     def share(self) -> Lazy | None:
-        if not self.experts:
+        if not self.shared:
             return None
         size = raw_size(self.new, self.shape)
         return self.stored if self.new == self.kind else Lazy((size,), DTYPES["U8"], bytes)

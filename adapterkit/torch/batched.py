@@ -28,8 +28,9 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
+from .gathered import add_gathered, takes_kernel
 from .layers import Layer
-from .lean import may_overwrite
+from .lean import is_wide, may_overwrite
 from .outputs import Switch
 from .routing import Route, check_switches
 from .scopes import SETTINGS, Scope
@@ -48,17 +49,21 @@ class Stack:
         A: `[slots, r, in * k]`; padded with zeros to the highest rank r.
         B: `[slots, r, out]`, the adapters' weights and scalings included.
         bias: `[slots, out]`, or None where no adapter changes it.
+        ranks: `[slots]`, what each slot uses of r.
         leaves: the tensors that it was made from; None where the stack must not be kept.
     """
 
     def __init__(
-        self, parts: Sequence[Part], A: Tensor, B: Tensor, bias: Tensor | None, leaves: list[Leaf] | None
-    ) -> None:
+        self, parts: Sequence[Part], A: Tensor, B: Tensor, bias: Tensor | None, ranks: Tensor,
+        leaves: list[Leaf] | None,
+    ) -> None:  # fmt: skip
         self.token: object = None
         self.switches = tuple(part.switch for part in parts)
         self.weights = [switch.weight for switch in self.switches]
-        self.A, self.B, self.bias, self.leaves = A, B, bias, leaves
+        self.A, self.B, self.bias, self.ranks, self.leaves = A, B, bias, ranks, leaves
         self.all_A, self.all_B = A[:-1], B[:-1]
+        # All adapters side by side, as `_side_by_side` takes them: `[in * k, slots * r]` and `[slots * r, out]`.
+        self.joined_A, self.joined_B = self.all_A.flatten(0, 1).mT, self.all_B.flatten(0, 1)
         self.tensors: list[Tensor] = [leaf.tensor for leaf in leaves or ()]
         self.versions = [tensor._version for tensor in self.tensors] if leaves else []
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
@@ -70,7 +75,7 @@ class Stack:
         """Whether the stack is of these adapters, and what it was made from has not changed."""
         if self.leaves is None or switches != self.switches:
             return False
-        if self.A.dtype != like.dtype or self.A.device != like.device:
+        if self.A.dtype != _dtype_of(like) or self.A.device != like.device:
             return False
         token = SETTINGS.token
         if token is not self.token:
@@ -111,6 +116,11 @@ class Kept:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Kept, ()
+
+
+def _dtype_of(like: Tensor) -> torch.dtype:
+    """The dtype of a stack for a layer of the dtype of `like`; compilers fuse products of 16 bits by themselves."""
+    return torch.float32 if is_wide(like) and not torch.compiler.is_compiling() else like.dtype
 
 
 def rank_of(part: Part, layer: Layer) -> int:
@@ -155,16 +165,18 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
         ShapeMismatch: x does not have the route's rows.
     """
     compiling = torch.compiler.is_compiling()
+    # torch.jit.trace runs twice and compares the graphs: what was kept from the first run would be missing there.
+    tracing = torch._C._get_tracing_state() is not None
     if layer.flat and x.shape[-1:] != layer.shape[1:]:
         why = f"an input of {list(x.shape)} where the layer reads {layer.shape[1]} features"
         raise ShapeMismatch(why, cure="Pass the model an input of its own sizes")
     like = layer.sample
-    stack = None if compiling else kept.stack
+    stack = None if compiling or tracing else kept.stack
     if stack is None or not stack.is_current(tuple([part.switch for part in parts]), like):
         # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
         if not compiling and not all(map(_is_frozen, parts)):
             parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
-        stack = _stacked(layer, parts, like, keep=not compiling)
+        stack = _stacked(layer, parts, like, keep=not compiling and not tracing)
         if stack.leaves is not None:
             kept.stack = stack
     if compiling:
@@ -185,7 +197,10 @@ def add_to_rows(layer: Layer, stack: Stack, places: Places, route: Route, x: Ten
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
     wide = stack.all_B.shape[0] * stack.A.shape[1]
-    plain = stack.bias is None and x.dtype == stack.A.dtype and not torch.is_autocast_enabled(x.device.type)
+    plain = stack.bias is None and not torch.is_autocast_enabled(x.device.type)
+    plain = plain and (x.dtype == stack.A.dtype or (is_wide(x) and stack.A.dtype == torch.float32))
+    if takes_kernel(x, x, stack.A, stack.B):
+        return _gathered(layer, stack, places.index, route, x)
     few = wide <= WIDE and tokens == 1 and x.shape[0] == rows and not route.axis
     if plain and few and torch._C._get_tracing_state() is None:
         return _side_by_side(layer, stack, places, x)
@@ -229,6 +244,8 @@ class Places:
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
     """Where a route's rows are in a stack of these adapters: worked out once for all layers that have the same ones."""
     key = switches, device
+    if torch._C._get_tracing_state() is not None:
+        return _placed(switches, route, scope, device)
     found: Places | None = route.plans.get(key)
     if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
         found = route.plans[key] = _placed(switches, route, scope, device)
@@ -278,7 +295,9 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> S
     leaves = _leaves(parts) if keep else None
     # A stack that was made in inference mode could not be used in training.
     with torch.inference_mode(False) if leaves is not None and torch.is_inference_mode_enabled() else nullcontext():
+        like = like.new_empty(0, dtype=_dtype_of(like))
         pairs = [_pair(layer, part, like) for part in parts]
+        ranks = torch.tensor([*(len(A) for A, _, _ in pairs), 0], dtype=torch.int32, device=like.device)
         rank = max(len(A) for A, _, _ in pairs)
         factors = [A for A, _, _ in pairs], [B for _, B, _ in pairs]
         padded = [[functional.pad(each, (0, 0, 0, rank - len(each))) for each in some] for some in factors]
@@ -287,7 +306,7 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> S
         bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
-        return Stack(parts, stacked_A, stacked_B, bias, leaves)
+        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
@@ -333,21 +352,22 @@ def _grouped(layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor
     A, B, bias, used = stack.all_A, stack.all_B, stack.bias, places.used
     if used is not None:
         A, B = stack.A.index_select(0, used), stack.B.index_select(0, used)
-    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        A, B = A.to(x.dtype), B.to(x.dtype)
     some = rows_of_x if places.padded is None else rows_of_x.index_select(0, places.padded)
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        wide = is_wide(x) and A.dtype == torch.float32
+        A, B, some = (A, B, some.float()) if wide else (A.to(x.dtype), B.to(x.dtype), some)
     # A x^T takes half the time that x A^T takes on a CPU (torch 2.13 with MKL, two rows for each of 50 adapters).
     h = torch.bmm(A, some.reshape(A.shape[0], -1, x.shape[-1]).mT).mT
     change = torch.bmm(h, B)
     if bias is not None:
         change = change + (bias[:-1] if used is None else bias.index_select(0, used))[:, None]
-    change = change.reshape(places.count, *rows_of_y.shape[1:])
+    change = change.reshape(places.count, *rows_of_y.shape[1:]).to(y.dtype)
     if places.back is not None:
         change = change.index_select(0, places.back)
     alone = layer.fresh and rows_of_y is y and y.dtype == change.dtype and may_overwrite(y)
     if places.rows is not None:
         add = rows_of_y.index_add_ if alone else rows_of_y.index_add
-        return route.rows_back(add(0, places.rows, change.to(y.dtype)), y)
+        return route.rows_back(add(0, places.rows, change), y)
     return y.add_(change) if alone else route.rows_back(rows_of_y + change, y)
 
 
@@ -357,34 +377,32 @@ def _side_by_side(layer: Layer, stack: Stack, places: Places, x: Tensor) -> Tens
     For few adapters that is three operations in place of five.
     """
     y: Tensor = layer(x)
-    rows, rank = x.shape[0], stack.A.shape[1]
-    mask = places.masks.get((rank, x.dtype))
+    rows, rank, dtype = x.shape[0], stack.A.shape[1], stack.A.dtype
+    mask = places.masks.get((rank, dtype))
     if mask is None:
         with torch.inference_mode(False):
             slots = torch.arange(stack.all_B.shape[0], device=x.device)
-            mask = (places.index[:, None] == slots).repeat_interleave(rank, 1).to(x.dtype)
-        places.masks[rank, x.dtype] = mask
-    h = (x.reshape(rows, -1) @ stack.all_A.flatten(0, 1).mT) * mask
-    if layer.fresh and not torch.is_grad_enabled() and may_overwrite(y) and y.dtype == h.dtype:
-        y.view(rows, -1).addmm_(h, stack.all_B.flatten(0, 1))
+            mask = (places.index[:, None] == slots).repeat_interleave(rank, 1).to(dtype)
+        places.masks[rank, dtype] = mask
+    flat = x.reshape(rows, -1)
+    if x.dtype != dtype:
+        change = ((flat.to(dtype) @ stack.joined_A) * mask) @ stack.joined_B
+        return y + change.view(y.shape).to(y.dtype)
+    h = (flat @ stack.joined_A) * mask
+    if layer.fresh and not torch.is_grad_enabled() and may_overwrite(y) and y.dtype == dtype:
+        y.view(rows, -1).addmm_(h, stack.joined_B)
         return y
-    return torch.addmm(y.reshape(rows, -1), h, stack.all_B.flatten(0, 1)).view(y.shape)
+    return torch.addmm(y.reshape(rows, -1), h, stack.joined_B).view(y.shape)
 
 
 def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """Two batched products: each row of x with the factors of its slot."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
-    A, B = stack.A.index_select(0, index), stack.B.index_select(0, index)
-    if A.dtype != rows_of_x.dtype and not torch.is_autocast_enabled(x.device.type):
-        A, B = A.to(rows_of_x.dtype), B.to(rows_of_x.dtype)
     flat_x = rows_of_x.reshape(len(index), -1, x.shape[-1])
     flat_y = rows_of_y.reshape(len(index), -1, y.shape[-1])
-    h = torch.bmm(flat_x, A.mT)
-    if layer.fresh and rows_of_y is y and y.dtype == h.dtype == B.dtype and may_overwrite(y):
-        out = flat_y.baddbmm_(h, B)
-    else:
-        out = torch.baddbmm(flat_y, h, B)
+    alone = layer.fresh and rows_of_y is y and may_overwrite(y)
+    out = add_gathered(flat_y, flat_x, stack.A, stack.B, index, stack.ranks, fresh=alone)
     if stack.bias is not None:
         out = out + stack.bias.index_select(0, index)[:, None]
     return route.rows_back(out.reshape(rows_of_y.shape), y)

@@ -223,7 +223,12 @@ def _met(model: nn.Module, target: Target) -> Tensor:
 def config_of_model(model: nn.Module) -> dict[str, Any] | None:
     """The config of a live model of transformers as plain data; None for other models."""
     config = getattr(model, "config", None)
-    return config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+    if config is None or not hasattr(config, "to_dict"):
+        return None
+    words: dict[str, Any] = config.to_dict()
+    # `LlamaForCausalLM.from_pretrained` of an EXAONE makes a LlamaConfig that says `exaone`; its dict says `llama`.
+    said = getattr(config, "model_type", None)
+    return words | ({"model_type": said} if isinstance(said, str) and said else {})
 
 
 def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[Site]:

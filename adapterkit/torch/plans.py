@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.updates import Update
 from .layers import Layer
-from .lean import low_rank_linear, short_linear
+from .lean import is_wide, low_rank_linear, short_linear
 from .scopes import Scope
 
 if TYPE_CHECKING:
@@ -80,6 +80,6 @@ class Plan:
             return None
         y = short_linear(x, W, held.get("bias"), A, B, weight)
         if y is None:
-            A, B = (A, B) if wide is dtype else (A.to(dtype), B.to(dtype))
+            A, B = (A, B) if wide is dtype or is_wide(W) else (A.to(dtype), B.to(dtype))
             y = low_rank_linear(x, W, held.get("bias"), A, B, weight)
         return y

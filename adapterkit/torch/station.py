@@ -22,7 +22,7 @@ from .context import ContextPart, surround
 from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
-from .lean import low_rank_linear, low_rank_sum, scaled_linear
+from .lean import is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .plans import Plan
@@ -191,7 +191,7 @@ class Station:
         W, stack, layer = self.module._parameters.get("weight"), self.kept.stack, self.layer
         if W is None or stack is None or layer is None or type(x) is not Tensor or x.shape[-1:] != W.shape[1:]:
             return None
-        if self.expert or not stack.is_current(self.switched, W):
+        if self.expert or not stack.is_current(self.switched, W) or torch._C._get_tracing_state() is not None:
             return None
         try:
             return add_to_rows(layer, stack, places_of(self.switched, route, scope, x.device), route, x)
@@ -301,7 +301,7 @@ class Station:
         found = moved(update, W.device, wide).scaled_factors(W.detach().to(wide))  # type: ignore[attr-defined]
         if found is None:
             return None
-        s, B, A = (tensor.to(W.dtype) for tensor in found)
+        s, B, A = found if is_wide(W) else (tensor.to(W.dtype) for tensor in found)
         return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:

@@ -1,6 +1,6 @@
 """Writes tests/data/bases.json.gz: names and shapes of tiny bases, and where each adapted weight of a live model lies.
 
-    python tools/foreign/base_vectors.py
+    python tools/foreign/base_vectors.py [MODEL_TYPE...]      those named; the others stay as they are
 
 The places are found by values (`architectures/pairing.py`), not from the files that they test. Needs transformers 5.24.
 """
@@ -57,15 +57,17 @@ def vector(model_type: str) -> dict[str, Any]:
     if "qkv = " in file.read_text():  # The heads decide on how such a tensor is divided.
         heads = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
         found["config"] = {name: told[name] for name in heads}
+    if "half = " in file.read_text():  # In a live model nothing but the config says how many experts there are.
+        found["config"] = {"moe_num_experts": told["moe_num_experts"]}
     return {**found, "targets": targets}
 
 
 def main() -> None:
-    """Write the vectors of all model types that can be made."""
+    """Write the vectors of the model types that were asked for, or of all that can be made."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = {}
+    found = json.loads(gzip.decompress(OUT.read_bytes())) if sys.argv[1:] else {}
     for model_type in sys.argv[1:] or (each for types in FAMILIES.values() for each in types):
         try:
             found[model_type] = vector(model_type)

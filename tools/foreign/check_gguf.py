@@ -1,6 +1,7 @@
 """Merges PEFT adapters into tiny GGUF models of llama.cpp, and converts them, and compares with llama.cpp itself.
 
     python tools/foreign/check_gguf.py LLAMA_CPP [MODEL_TYPE...]
+    python tools/foreign/check_gguf.py LLAMA_CPP --fused [MODEL_TYPE...]      queries, keys and values in one tensor
     python tools/foreign/check_gguf.py LLAMA_CPP --vectors tests/data/gguf     write a tiny case of each kind of order
 
 A base is a tiny random model of transformers; llama.cpp's converter makes a GGUF file of it. The adapter is PEFT's, on
@@ -131,15 +132,15 @@ def adapted(model: Any, experts: bool) -> Any:
     return found.eval()
 
 
-def check_merge(conversion: Any, model_type: str, folder: Path) -> str:
-    """`right`, with how far the tensors are from each other, or what is wrong."""
+def check_merge(conversion: Any, model_type: str, folder: Path, **options: Any) -> str:
+    """`right`, with how far the tensors are from each other, or what is wrong; `options` are the converter's."""
     model = tiny(model_type, **GROUPED.get(model_type, {}))
     model.save_pretrained(folder / "base")
-    gguf_models.convert(conversion, folder / "base", folder / "base.gguf", model_type)
+    gguf_models.convert(conversion, folder / "base", folder / "base.gguf", model_type, **options)
     peft = adapted(model, experts=True)
     peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
     peft.merge_and_unload().save_pretrained(folder / "merged")
-    gguf_models.convert(conversion, folder / "merged", folder / "expected.gguf", model_type)
+    gguf_models.convert(conversion, folder / "merged", folder / "expected.gguf", model_type, **options)
     report = adapterkit.merge(folder / "base.gguf", folder / "adapter", folder / "out.gguf")
     (_, expected), (_, got) = gguf_models.read(folder / "expected.gguf"), gguf_models.read(folder / "out.gguf")
     _, before = gguf_models.read(folder / "base.gguf")
@@ -188,7 +189,9 @@ def main() -> int:
     parser.add_argument("llama_cpp", type=Path)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--vectors", type=Path)
+    parser.add_argument("--fused", action="store_true", help="convert with fuse_qkv and fuse_gate_up_exps")
     arguments = parser.parse_args()
+    options = {"fuse_qkv": True, "fuse_gate_up_exps": True} if arguments.fused else {}
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -199,9 +202,9 @@ def main() -> int:
     counts: dict[str, int] = {}
     for model_type in arguments.types or [t for several in FAMILIES.values() for t in several]:
         for kind, check in (
-            ("merge", lambda t, f: check_merge(conversion, t, f)),
+            ("merge", lambda t, f: check_merge(conversion, t, f, **options)),
             ("lora", lambda t, f: check_lora(arguments.llama_cpp, t, f)),
-        ):
+        )[: 1 if arguments.fused else 2]:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     verdict = check(model_type, Path(folder))

@@ -1,10 +1,14 @@
-"""Trains adapters with transformers' Trainer and with Accelerate under torchrun, in one process and in two over gloo.
+"""Trains adapters in two processes over gloo: transformers' Trainer, Accelerate and FSDP2, by two launchers.
 
-    python tools/foreign/check_launchers.py [--method lora]...
+    python tools/foreign/check_launchers.py [--method lora]... [--loop trainer]... [--launcher torchrun]...
 
-The two processes see the one's batch together, so that their losses must be the same; a run that was stopped after half
-of its steps and resumed by two processes must end with the same bits as an unbroken one. Prints a line for each method
-and loop; exits 1 when a loss is apart by more than 1e-5, relatively, or a bit differs.
+The two processes see the batch of one process together, so that their losses must be the same; a run that was stopped
+after half of its steps and resumed by two processes must end with the same bits as an unbroken one. Prints a line for
+each method, loop and launcher; exits 1 when a loss is apart by more than 1e-5, relatively, or a bit differs.
+
+`accelerate launch --cpu --num_processes 2` starts one process, whatever its config says (accelerate 1.15): without a
+GPU, an MPI or a TPU its command line runs the script directly. With `--multi_gpu` it goes through torchrun, and
+`Accelerator(cpu=True)` in the script finds two processes over gloo.
 """
 
 from __future__ import annotations
@@ -93,18 +97,72 @@ def by_accelerate(method: str, folder: Path, steps: int, resume: bool) -> Result
     return {"losses": losses, "state": handle.state_dict()}
 
 
-LOOPS = {"trainer": by_trainer, "accelerate": by_accelerate}
+def by_fsdp2(method: str, folder: Path, steps: int, resume: bool) -> Result:
+    """A plain loop over sharded blocks; torch.distributed.checkpoint saves the adapter and the optimizer."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, handle = attached(method)
+    if world > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=runs.LR)
+    done, losses = 0, []
+    if resume:
+        state: Any = {"adapter": handle.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder / "state")
+        handle.load_state_dict(state["adapter"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        losses = torch.load(folder / "losses.pt", weights_only=True)
+        done = len(losses)
+    some = runs.IDS.chunk(world)[rank]
+    for _ in range(done, steps):
+        loss = model(input_ids=some, labels=some).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+    state = {"adapter": handle.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / "state")
+    if rank == 0:
+        torch.save(losses, folder / "losses.pt")
+    adapter = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in handle.state_dict().items()}
+    dist.barrier()
+    return {"losses": losses, "state": adapter}
 
 
-def launched(loop: str, method: str, folder: Path, processes: int, steps: int, resume: bool = False) -> Result:
-    """Run a loop under torchrun, and return what the first process found."""
+LOOPS = {"trainer": by_trainer, "accelerate": by_accelerate, "fsdp2": by_fsdp2}
+LAUNCHERS: dict[str, Any] = {
+    "torchrun": lambda count: ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"],
+    "accelerate": lambda count: [
+        "accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+    ],
+}  # fmt: skip
+"""Name -> the module to run and its words, for a number of processes."""
+
+
+def launched(
+    launcher: str, loop: str, method: str, folder: Path, processes: int, steps: int, resume: bool = False
+) -> Result:
+    """Run a loop under a launcher, and return what the first process found."""
     out = folder / "out.pt"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if processes == 1:  # accelerate's starts no group of one, which our loops of one process do not need.
+        launcher = "torchrun"
+    words = [sys.executable, "-m", *LAUNCHERS[launcher](processes)]
     words += [__file__, "--worker", loop, method, str(folder), str(steps), str(int(resume))]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: Result = torch.load(out, weights_only=True)
+    assert found["world"] == processes, f"{launcher} started {found['world']} processes"
     return found
 
 
@@ -112,35 +170,47 @@ def main() -> int:
     """Run what was asked for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", action="append")
+    parser.add_argument("--loop", action="append", choices=list(LOOPS))
+    parser.add_argument("--launcher", action="append", choices=list(LAUNCHERS))
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if given.worker:
         loop, method, place, steps, resume = given.worker
         found = LOOPS[loop](method, Path(place), int(steps), resume == "1")
+        found["world"] = int(os.environ["WORLD_SIZE"])
         if os.environ["RANK"] == "0":
             torch.save({**found, "state": {k: v.clone() for k, v in found["state"].items()}}, Path(place) / "out.pt")
         return 0
     failed = 0
     for method in given.method or METHODS:
-        for loop in LOOPS:
+        for loop in given.loop or LOOPS:
             with tempfile.TemporaryDirectory() as folder:
-                one, two, part = (Path(folder) / name for name in ("one", "two", "part"))
-                for each in (one, two, part):
-                    each.mkdir()
-                alone = launched(loop, method, one, 1, STEPS)
-                both = launched(loop, method, two, 2, STEPS)
-                launched(loop, method, part, 2, STEPS // 2)
-                again = launched(loop, method, part, 2, STEPS, resume=True)
-            pairs = list(zip(both["losses"], alone["losses"], strict=True))
-            apart = max(abs(a - b) / abs(b) for a, b in pairs)
-            equal = all(torch.equal(both["state"][name], value) for name, value in again["state"].items())
-            equal = equal and both["losses"] == again["losses"] and both["losses"][-1] < both["losses"][0]
-            failed += apart > LIMIT or not equal
-            print(
-                f"{method}, {loop}: two processes apart from one by {apart:.1e}; resumed bit-equal: {equal}", flush=True
-            )
+                alone = launched("torchrun", loop, method, made(folder, "one"), 1, STEPS)
+                for launcher in given.launcher or LAUNCHERS:
+                    two, part = made(folder, f"{launcher}.two"), made(folder, f"{launcher}.part")
+                    both = launched(launcher, loop, method, two, 2, STEPS)
+                    launched(launcher, loop, method, part, 2, STEPS // 2)
+                    again = launched(launcher, loop, method, part, 2, STEPS, resume=True)
+                    failed += told(f"{method}, {loop}, {launcher}", alone, both, again)
     return int(failed > 0)
+
+
+def made(folder: str, name: str) -> Path:
+    """A folder that is there."""
+    path = Path(folder) / name
+    path.mkdir()
+    return path
+
+
+def told(label: str, alone: Result, both: Result, again: Result) -> bool:
+    """Print how far two processes are from one, and a resumed run from an unbroken one; whether that is too far."""
+    pairs = list(zip(both["losses"], alone["losses"], strict=True))
+    apart = max(abs(a - b) / abs(b) for a, b in pairs)
+    equal = all(torch.equal(both["state"][name], value) for name, value in again["state"].items())
+    equal = equal and both["losses"] == again["losses"] and both["losses"][-1] < both["losses"][0]
+    print(f"{label}: two processes apart from one by {apart:.1e}; resumed bit-equal: {equal}", flush=True)
+    return apart > LIMIT or not equal
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python tools/foreign/check_quantized_live.py
 
-Needs any of bitsandbytes, torchao, optimum-quanto, hqq and autoawq beside adapterkit; what is missing, or cannot be
-quantized on this machine, is said. `right` means: as far from the formula over the weight that the library computes
-with as the library's own forward is, and at most a thousandth beyond it. `refused` is a typed error.
+Needs any of bitsandbytes, torchao, optimum-quanto, hqq, autoawq and gptqmodel beside adapterkit; what is missing, or
+cannot be quantized on this machine, is said. transformers 5 loads GPTQ and AWQ models with gptqmodel's layers;
+`BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel` builds it without CUDA. `right` means: as far from the
+formula over the weight that the library computes with as the library's own forward is, and at most a thousandth beyond
+it. `refused` is a typed error.
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ def hqq() -> dict[str, Callable[[], nn.Module]]:
 
 def awq() -> dict[str, Callable[[], nn.Module]]:
     """AutoAWQ's layer for GEMM, as transformers puts it in; its scales by the largest weight of a group."""
+    from awq.modules.linear import gemm
     from awq.modules.linear.gemm import WQLinear_GEMM
+
+    gemm.TRITON_AVAILABLE = False  # With Triton beside it, 0.2.9 takes that on the CPU too, and fails by itself.
 
     def quantized() -> nn.Module:
         layer = base()[0].half()
@@ -111,6 +116,35 @@ def awq() -> dict[str, Callable[[], nn.Module]]:
         return nn.Sequential(WQLinear_GEMM.from_linear(layer, 4, 32, scales=scales.t(), zeros=zeros.t()))
 
     return {"autoawq": quantized}
+
+
+def gptqmodel() -> dict[str, Callable[[], nn.Module]]:
+    """The layers for GPTQ and AWQ that run on a CPU, over drawn integers, in 4 and 8 bits."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    def quantized(kind: Any, bits: int, scale: float) -> nn.Module:
+        draw = torch.Generator().manual_seed(2)
+        layer: Any = kind(
+            bits=bits, group_size=32, sym=False, desc_act=False, in_features=INPUTS, out_features=OUTPUTS, bias=True,
+            register_buffers=True,
+        )  # fmt: skip
+        for name, held in layer.named_buffers():
+            if name in ("qweight", "qzeros"):
+                held.copy_(torch.randint(-(2**31), 2**31 - 1, held.shape, generator=draw))
+            elif name == "scales":
+                held.copy_((torch.rand(held.shape, generator=draw) + 0.5) * scale)
+            elif name == "bias":
+                held.copy_(torch.randn(held.shape, generator=draw))
+        layer.optimize = lambda *_, **__: None  # It compiles its unpacking, which is not what is compared.
+        layer.post_init()
+        return nn.Sequential(layer.eval())
+
+    return {
+        "gptqmodel GPTQ, 4 bits": lambda: quantized(TorchLinear, 4, 0.01),
+        "gptqmodel GPTQ, 8 bits": lambda: quantized(TorchLinear, 8, 0.001),
+        "gptqmodel AWQ, 4 bits": lambda: quantized(AwqTorchLinear, 4, 0.01),
+    }
 
 
 def updates() -> dict[str, Any]:
@@ -147,10 +181,24 @@ def forward(make: Callable[[], nn.Module], update: Any) -> str:
     return "right" if apart <= most else f"OFF by {float(apart):.1e}"
 
 
+def trains_alone(make: Callable[[], nn.Module]) -> bool:
+    """Whether the library's own layer has a backward pass here."""
+    model = make().train()
+    try:
+        model(torch.ones(5, INPUTS, dtype=dtype_of(model), requires_grad=True)).float().sum().backward()
+    except Exception:
+        return False
+    return True
+
+
 def training(make: Callable[[], nn.Module], _: Any) -> str:
     """A fresh adapter gets a gradient."""
     model = make()
     handle = ak.torch.inject(model, ak.torch.create(model, "lora", targets="0", rank=2), trainable=True)
+    if not trains_alone(make):  # AutoAWQ has no backward pass of its own without its CUDA code.
+        model.eval()
+    else:
+        model.train()
     model(torch.ones(5, INPUTS, dtype=dtype_of(model))).float().square().sum().backward()
     return "right" if any(float(p.grad.abs().sum()) > 0 for p in handle.parameters()) else "NO GRADIENT"
 
@@ -183,7 +231,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     print(f"{'':44} {'lora':20} {'dora':20} {'ia3':20} {'training':12} merge_")
     faults = 0
-    for library in (bitsandbytes, torchao, quanto, hqq, awq):
+    for library in (bitsandbytes, torchao, quanto, hqq, awq, gptqmodel):
         try:
             found = library()
         except Exception as error:

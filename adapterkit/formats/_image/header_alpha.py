@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from ...io.dtypes import DTYPES
-from ...io.lazy import Lazy
+from ...io.lazy import DTYPES, Lazy
 from ...naming.image import families, rooted
 
 if TYPE_CHECKING:

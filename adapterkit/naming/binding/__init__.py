@@ -158,7 +158,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         )
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
-    shape = None
+    shape: tuple[int, ...] | None = None
     if seen is not None:
         out, *rest = seen[int(site.target.stacked) :]
         rows = site.target.rows

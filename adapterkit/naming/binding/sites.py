@@ -11,7 +11,7 @@ from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.metadata import model_class_of, model_types_of
 from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
-from ..architectures import architecture_of, is_family, of_gguf
+from ..architectures import architecture_of, expert_count, is_family, of_gguf
 from ..gguf import ARCHITECTURE
 from ..renames import Rename, parse_renames, renamed_by
 from ..resolver import Names, Rule, resolve
@@ -68,7 +68,11 @@ def _families(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _plain(name: str) -> str:
     """A model type as the name of its module in transformers, without what tells its text and vision parts apart."""
-    word = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", name.lower().replace("-", "_"))
+    word = name.lower().replace("-", "_")
+    part = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", word)
+    # `gemma3_text` is a part of `gemma3`; `qwen2_audio` and `speech_to_text` are families of their own.
+    if not is_family(word) or (word.endswith("_text") and is_family(part)):
+        word = part
     return _MODULES.get(word, word)
 
 
@@ -192,7 +196,7 @@ def find_sites(
         check_family(adapter, config)
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
-    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer))
+    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer), experts=expert_count(config))
     by_path: dict[str, Target] = {}
     for target in adapter.updates:
         by_path.setdefault(target.path, target)

@@ -66,6 +66,7 @@ def entries_of(model_type: str) -> Entries:
         groups.setdefault(key, []).append((_numbers(own), _numbers(other), a))
     for key, cases in groups.items():
         _add(entries, key, cases)
+    _halves(entries)
     _by_heads(entries)
     ends = [end for end in (_end(model, "input"), _end(model, "output")) if end is not None]
     for path, module in model.named_modules():
@@ -103,7 +104,8 @@ def _of(piece: Piece) -> tuple[int, int] | None:
 def _add(entries: Entries, key: tuple[Any, ...], cases: list[tuple[list[str], list[str], Piece]]) -> None:
     own, other, own_part, other_part, own_stacked, other_stacked, own_turned, other_turned = key
     holes = _holes(own)
-    ours, theirs = _fill(own, holes), _fill(other, _matched(other, holes, cases))
+    there, half = _matched(other, holes, cases)
+    ours, theirs = _fill(own, holes), _fill(other, there)
     weight = ours
     if own_part is not None or own_stacked:
         parent, _, leaf = ours.rpartition(".")
@@ -121,10 +123,21 @@ def _add(entries: Entries, key: tuple[Any, ...], cases: list[tuple[list[str], li
             place |= {"part": part[0], "of": part[1]}
         if turned:
             place["transposed"] = True
+        if half and naming == HUB:
+            place["half"] = 1
         if place != {"name": weight}:
             places[naming] = place
     if entries.weights.setdefault(weight, places) != places:
         raise ValueError(f"{weight} has two places: {places} and {entries.weights[weight]}")
+
+
+def _halves(entries: Entries) -> None:
+    """Say which weight has the first experts of those that another weight's are counted on from."""
+    second = {places[HUB]["name"] for places in entries.weights.values() if "half" in places.get(HUB, {})}
+    for weight, places in entries.weights.items():
+        place = places.get(HUB, {"name": weight})
+        if place["name"] in second and "half" not in place:
+            places[HUB] = {**place, "half": 0}
 
 
 def _by_heads(entries: Entries) -> None:
@@ -151,9 +164,13 @@ def _holes(shape: str) -> list[str]:
     return ["{e}" if name == "experts" else next(free) for name in before]
 
 
-def _matched(shape: str, holes: list[str], cases: list[tuple[list[str], list[str], Piece]]) -> list[str]:
-    """For each number of the other side the hole that has the same number in every case, or the number itself."""
+def _matched(shape: str, holes: list[str], cases: list[tuple[list[str], list[str], Piece]]) -> tuple[list[str], bool]:
+    """For each number of the other side the hole that has the same number in every case, or the number itself.
+
+    The second value says whether experts are counted on from those of another weight, which has as many.
+    """
     found: list[str] = []
+    half = False
     for at in range(shape.split(".").count("#")):
         there = [other[at] for _, other, _ in cases]
         same = [hole for i, hole in enumerate(holes) if [own[i] for own, _, _ in cases] == there and hole not in found]
@@ -163,9 +180,14 @@ def _matched(shape: str, holes: list[str], cases: list[tuple[list[str], list[str
             found.append("{e}")
         elif len(set(there)) == 1:
             found.append(there[0])
+        elif {int(number) - (piece.expert or 0) for number, (_, _, piece) in zip(there, cases, strict=True)} == {
+            len({piece.expert for _, _, piece in cases})
+        }:
+            found.append("{e}")
+            half = True
         else:
             raise ValueError(f"{shape}: number {at} follows no number of the other name")
-    return found
+    return found, half
 
 
 def _template(path: str) -> str:

@@ -52,7 +52,10 @@ def mlx_names(entries: Entries) -> bool:
     """Add the naming `mlx` for experts, which MLX-LM stacks; its other names are those of the hub."""
     found = False
     for weight, places in entries.weights.items():
-        hub = places.get(HUB, {"name": weight})["name"]
+        place = places.get(HUB, {"name": weight})
+        hub = place["name"]
+        if "half" in place:
+            continue  # MLX-LM has no model with two kinds of experts in one list.
         if "experts.{e}." not in hub or "{e}" not in weight:
             continue
         leaf = weight.rpartition(".")[2]

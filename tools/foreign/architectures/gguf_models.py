@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 MORE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": 64},
@@ -32,6 +33,12 @@ MORE: dict[str, dict[str, Any]] = {
 }
 """model_type -> fields that the converter reads from config.json and transformers 5 does not write there."""
 
+
+TURNED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
+"""model_type -> tensors that files on hubs, and so the converter, have with inputs before outputs.
+
+transformers 5 turns them when it loads such a file, and saves them as its modules have them.
+"""
 
 NO_TOKENIZER = {"added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
 """A tokenizer.json without words: some architectures open the file for their key-values."""
@@ -75,9 +82,20 @@ def convert(conversion: Any, base: Path, out: Path, model_type: str = "", **opti
         def set_vocab(self) -> None:
             """Write no vocabulary: tiny models have none."""
 
+    if model_type in TURNED:
+        _turn(base, TURNED[model_type])
     quiet = io.StringIO()
     with torch.inference_mode(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         Plain(base, gguf.LlamaFileType.ALL_F32, out, eager=True, hparams=hparams, **options).write()
+    if model_type in TURNED:
+        _turn(base, TURNED[model_type])
+
+
+def _turn(folder: Path, ends: tuple[str, ...]) -> None:
+    """Transpose the stacks of experts in a folder's files."""
+    for file in folder.glob("*.safetensors"):
+        tensors = {k: v.mT.contiguous() if k.endswith(ends) else v for k, v in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

@@ -1,0 +1,78 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, type-arg"
+"""Triton kernels that apply another adapter's low-rank factors to each row of a batch, without gathering the factors.
+
+Two kernels, as in Punica (https://arxiv.org/abs/2310.18547): *shrink* makes h = x A^T, *expand* adds h B to y. A
+program looks up the slot of its row and reads that slot's factors, and only as much of them as the slot's rank, so that
+ranks may differ and rows without an adapter end at once. Sums are float32, without TF32.
+
+With TRITON_INTERPRET=1 they run on the CPU, for tests. Import this module only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS, INPUTS, OUTPUTS = 16, 64, 64
+"""Sizes of the tiles. `tl.dot` takes none below 16, so that one token of a row fills a sixteenth of its tile."""
+
+
+def _shrink(x, A, index, ranks, h, tokens, width, rank, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    row = tl.program_id(0)
+    slot = tl.load(index + row)
+    used = tl.load(ranks + slot)
+    if used > 0:
+        at = tl.program_id(1) * T + tl.arange(0, T)
+        r = tl.arange(0, R)
+        total = tl.zeros((T, R), dtype=tl.float32)
+        for start in range(0, width, K):
+            k = start + tl.arange(0, K)
+            some = tl.load(
+                x + (row * tokens + at[:, None]) * width + k[None, :],
+                mask=(at[:, None] < tokens) & (k[None, :] < width), other=0.0,
+            )  # fmt: skip
+            factor = tl.load(
+                A + (slot * rank + r[None, :]) * width + k[:, None],
+                mask=(r[None, :] < used) & (k[:, None] < width), other=0.0,
+            )  # fmt: skip
+            total += tl.dot(some.to(tl.float32), factor.to(tl.float32), input_precision="ieee")
+        tl.store(h + (row * tokens + at[:, None]) * R + r[None, :], total, mask=at[:, None] < tokens)
+
+
+def _expand(h, B, index, ranks, y, tokens, width, rank, R: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
+    row = tl.program_id(0)
+    slot = tl.load(index + row)
+    used = tl.load(ranks + slot)
+    if used > 0:
+        at = tl.program_id(1) * T + tl.arange(0, T)
+        k = tl.program_id(2) * K + tl.arange(0, K)
+        r = tl.arange(0, R)
+        some = tl.load(h + (row * tokens + at[:, None]) * R + r[None, :], mask=at[:, None] < tokens, other=0.0)
+        factor = tl.load(
+            B + (slot * rank + r[:, None]) * width + k[None, :],
+            mask=(r[:, None] < used) & (k[None, :] < width), other=0.0,
+        )  # fmt: skip
+        place = y + (row * tokens + at[:, None]) * width + k[None, :]
+        inside = (at[:, None] < tokens) & (k[None, :] < width)
+        before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        after = before + tl.dot(some, factor.to(tl.float32), input_precision="ieee")
+        tl.store(place, after.to(y.dtype.element_ty), mask=inside)
+
+
+shrink, expand = triton.jit(_shrink), triton.jit(_expand)
+
+
+def add_by_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
+    """Write y[i] + (x[i] A[index[i]]^T) B[index[i]] over a contiguous y; see `gathered.add_gathered`."""
+    rows, tokens, width = x.shape
+    if not rows * tokens * width:
+        return y
+    rank, out = A.shape[1], y.shape[2]
+    R, tiles = max(triton.next_power_of_2(rank), 16), triton.cdiv(tokens, TOKENS)
+    h = x.new_empty(rows, tokens, R, dtype=torch.float32)
+    x, A, B, index, ranks = (tensor.contiguous() for tensor in (x, A, B, index, ranks))
+    shrink[rows, tiles](x, A, index, ranks, h, tokens, width, rank, R=R, T=TOKENS, K=INPUTS)
+    expand[rows, tiles, triton.cdiv(out, OUTPUTS)](h, B, index, ranks, y, tokens, out, rank, R=R, T=TOKENS, K=OUTPUTS)
+    return y
