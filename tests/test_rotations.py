@@ -248,16 +248,16 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
     ("update", "shape", "why"),
     [
         (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "do not fill one side"),
-        (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "do not make up 16"),
+        (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "columns=16, b=3"),
         (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "made for columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "made for out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
         (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "no rotation"),
-        (METHODS["psoft"](R=torch.zeros(9, 9)), (8, 16), "rank 9"),
-        (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "rank 9"),
-        (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "groups of 6"),
+        (METHODS["psoft"](R=torch.zeros(9, 9)), (8, 16), "r=9"),
+        (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "r=9"),
+        (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "group=6"),
         (METHODS["road"](theta=torch.zeros(6), alpha=torch.zeros(6)), (8, 16), "out=12"),
         (
             METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4),
@@ -278,8 +278,13 @@ def test_places_are_inside_and_distinct(index):
     update = METHODS["frod"](**tensors, index=torch.tensor(index))
     with pytest.raises(Malformed, match=r"is not on in=4|the same position twice"):
         update.check_values()
-    with pytest.raises((Malformed, ShapeMismatch), match=r"is not on in=4|the same position twice"):
+
+    def meet():
         update.check_against((4, 4))
+        update.check_distinct()
+
+    with pytest.raises((Malformed, ShapeMismatch), match=r"is not on in=4|the same position twice"):
+        meet()
 
 
 def test_a_basis_that_is_singular_is_not_inverted():

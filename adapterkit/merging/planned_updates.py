@@ -135,7 +135,7 @@ def folds_by_tensor(
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_laws(adapter)
         resize = partial(vocabulary.settle, position, name)
-        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rules, resize=resize)
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rules, resize=resize, distinct=False)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
         shapes |= {alias: shapes[name] for alias, name in aliases.items()}
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):

@@ -209,7 +209,8 @@ def check_fits(update: Update, shape: Shape) -> None:
     names = _Names(update, {**update.dims(stack), **seen}, stack)
     for rule in update.fits:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
-            why = f"{rule.meaning} ({rule.require} does not hold for a weight of {list(shape)})"
+            known = ", ".join(f"{name}={names.value(name)}" for name in names_in(rule.require))
+            why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 

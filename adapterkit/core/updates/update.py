@@ -228,7 +228,15 @@ class Update:
             return
         for name, why in misplaced(self, {}):
             raise Malformed(why, where=name, cure=DAMAGED)
-        if name := repeated(self):
+        self.check_distinct()
+
+    def check_distinct(self) -> None:
+        """Check that no position repeats where the method forbids it.
+
+        Raises:
+            Malformed: one does.
+        """
+        if self._positions and (name := repeated(self)):
             raise Malformed("the same position twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:

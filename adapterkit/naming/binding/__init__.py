@@ -78,6 +78,7 @@ def bind(
     aliases: Mapping[str, str] = {},
     rename: str | Sequence[str | Rename] = (),
     resize: Resize | None = None,
+    distinct: bool = True,
 ) -> Binding:
     """Binds an adapter to a base.
 
@@ -87,6 +88,7 @@ def bind(
         partial: leave targets without a place out instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        distinct: check that positions do not repeat; a merge does so later, when it reads all values.
         resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
 
     Raises:
@@ -107,7 +109,7 @@ def bind(
     for site in sites:
         form = site.form(shapes)
         if form not in passed:
-            check_site(site, shapes)
+            check_site(site, shapes, distinct=distinct)
             if all(update.by_form for update in site.updates):
                 passed.add(form)
     updates: dict[Target, tuple[Update, ...]] = {}
@@ -121,12 +123,13 @@ def bind(
     )  # fmt: skip
 
 
-def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:
+def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: bool = True) -> None:
     """Checks a site's updates against the stored shapes there.
 
     Args:
         site: where the target lies.
         shapes: of the stored tensors.
+        distinct: check that positions do not repeat.
         biasless: a change to a bias that the base lacks is no fault, as in a live layer, which adds it to its output.
 
     Raises:
@@ -137,6 +140,8 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:
     for update in site.updates:
         try:
             _check_update(update, site, shapes, biasless)
+            if distinct:
+                update.check_distinct()
         except AdapterkitError as error:
             # One place for all that does not fit, as the specification has it (R-13.3); the message names the tensor.
             error.where = f"{site.target}: {update.method}"
@@ -163,8 +168,8 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
     held = None if site.bias is None else shapes[site.bias]
     if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
-        outputs = update.dims(site.target.stacked).get("out")
-        raise ShapeMismatch(f"made for {outputs} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
+        outs = update.dims(site.target.stacked).get("out", "the weight's")
+        raise ShapeMismatch(f"made for {outs} outputs; the bias is {list(held)}", cure=_WRONG_BASE)
     if shape is not None:
         update.check_against(shape)
 
