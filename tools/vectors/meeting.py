@@ -228,6 +228,8 @@ def _refused() -> Iterator[Meeting]:
     yield shape("other_kernel", PLAIN, {"q.weight": _real("W", 3, 4, 2)}, "q: lora")
     beyond = _file(LORA | {"target": {"path": "q", "rows": [2, 5]}}, **TENSORS)
     yield shape("rows_beyond_the_weight", beyond, {"q.weight": _real("W", 4, 4)}, "q[2:5]: lora")
+    inputs = _one("ia3", target={"path": "q", "rows": [2, 5]}, l_in=_real("l", 4))
+    yield shape("rows_beyond_by_inputs", inputs, {"q.weight": _real("W", 4, 4)}, "q[2:5]: ia3")
     experts = _one("lora", target={"path": "q", "layout": "e out *in"}, A=_real("A", 2, 1, 4), B=_real("B", 2, 3, 1))
     yield shape("other_experts", experts, {"q.weight": _real("W", 3, 3, 4)}, "q: lora")
     alone = _one("dense", d=_real("bias", 3))

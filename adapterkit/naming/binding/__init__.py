@@ -162,6 +162,8 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
     if seen is not None:
         out, *rest = seen[int(site.target.stacked) :]
         rows = site.target.rows
+        if rows is not None and rows[1] > out:
+            raise ShapeMismatch(f"rows {rows[0]} to {rows[1]} of a weight that has {out}", cure=_WRONG_BASE)
         shape = (out if rows is None else rows[1] - rows[0], *rest)
         update.check_axes(shape)
     if site.bias is None and update.changes_bias and update.needs_bias and not biasless:

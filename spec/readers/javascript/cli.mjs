@@ -29,7 +29,8 @@ for (const group of asked.length ? paths.map((path) => [path]) : [paths]) {
   try {
     line = await asked(...group);
   } catch (error) {
-    line = run.told(error);
+    // A path that cannot be read is told by node's code of the error; section 12 gives it a class.
+    line = error.syscall ? { ok: false, error: "UsageError", where: "" } : run.told(error);
   }
   console.log(JSON.stringify({ path: group[0], ...line }));
 }

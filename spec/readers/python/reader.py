@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, canonical
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, StorageError
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.strict_json import load_json
 
@@ -136,7 +136,9 @@ def _told(run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     try:
         return run(*given)
     except AdapterkitError as error:
-        return {"ok": False, "error": type(error).__name__, "where": error.where or ""}
+        # A path that cannot be read is `UsageError` in the specification's classes, at any place.
+        name = "UsageError" if isinstance(error, StorageError) else type(error).__name__
+        return {"ok": False, "error": name, "where": error.where or ""}
 
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {

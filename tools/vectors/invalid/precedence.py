@@ -95,6 +95,8 @@ def _updates() -> Iterator[Case]:
     turned = {"tensors": {"B": "absent", "A": "absent"}}
     yield "references_in_order", file(turned), "Malformed", ": B"
     yield "reference_before_spare", file({"tensors": {"A": "q.A", "B": "absent"}}), "Malformed", ": B"
+    unknown = {"method": "y", "target": {"path": "k"}}
+    yield "references_before_next_update", file({"tensors": {"A": "q.A", "B": "absent"}}, unknown), "Malformed", ": B"
     yield "spare_before_targets", file({"target": {"path": "q", "layout": "x"}}, **SPARE), "Malformed", "spare"
     entries, data = layout(TENSORS | {"y": B, "x": B})
     header = {"__metadata__": {"adapterkit": text(RECORD)}, **dict(reversed(entries.items()))}

@@ -83,6 +83,10 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("extensions_null_newer", native(null, TENSORS), where="metadata adapterkit.extensions")
     repeated = {"version": "1.9", "extensions": {"colour": "blue"}, "colour": "red"}
     yield Invalid("extensions_repeated_newer", _record(lambda r: r.update(repeated)), where="extensions")
+    beside = repeated | {"version": "1.0"}
+    yield Invalid(
+        "extensions_beside_unknown", _record(lambda r: r.update(beside)), where="metadata adapterkit", exact=True
+    )
     unknown = {"version": "1.9", "updates": [LORA | {"colour": "red"}]}
     yield Invalid("unknown_field_newer", _record(lambda r: r.update(unknown)), where="metadata adapterkit.updates[0]")
     yield Invalid("base_text", _record(lambda r: r.update(base="org/model")), where="base")
