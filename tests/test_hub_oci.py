@@ -164,7 +164,7 @@ def test_faults_in_a_push_are_overcome(
     proxy: Proxy, lora: Path, tmp_path: Path, match: str, kind: str, value: object, name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(_uploads, "CHUNK", 50_000)
+    monkeypatch.setattr(_uploads, "UPLOAD_CHUNK", 50_000)
     lay(lora, {"more.safetensors": np.random.default_rng(1).bytes(230_000)})
     (lora / "more.safetensors").rename(lora / "notes.txt")
     proxy.faults = [Fault(match.format(name), kind, 2, value, {"Retry-After": "0"})]
@@ -177,7 +177,7 @@ def test_faults_in_a_push_are_overcome(
 def test_only_the_lost_chunk_is_sent_again_by_another_process_too(
     proxy: Proxy, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_uploads, "CHUNK", 1 << 20)
+    monkeypatch.setattr(_uploads, "UPLOAD_CHUNK", 1 << 20)
     blob = np.random.default_rng(2).bytes(5 << 20)
     remote, digest = remote_at(parse(f"oci://{proxy.host}/{name}:v1")), digests_of(blob)[1]
     file = lay(tmp_path / "in", {"blob": blob}) / "blob"

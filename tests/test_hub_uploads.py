@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def imitation(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    monkeypatch.setattr(_uploads, "CHUNK", CHUNK)
+    monkeypatch.setattr(_uploads, "UPLOAD_CHUNK", CHUNK)
     made = Registry()
     yield made
     made.close()

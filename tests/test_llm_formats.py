@@ -134,7 +134,7 @@ def test_one_a_is_fused_by_groups_and_three_are_canonical(name, tmp_path):
     assert one.foreign.data["fused"]
     assert not other.foreign.data["fused"]
     if name == "megatron":
-        rows = as_lazy(ak.tensors.safetensors.read(fused)[f"decoder.layers.0.{FUSED}"]).numpy()
+        rows = as_lazy(ak.io.safetensors.read(fused)[f"decoder.layers.0.{FUSED}"]).numpy()
         assert np.array_equal(rows, by_hand(shared_a(), 0))
 
 
@@ -255,7 +255,7 @@ def test_experts_are_stacked_and_taken_apart(name, model, tmp_path):
     read = ak.read(path, base=base)
     same(deltas(experts(model)), deltas(read), 3e-7)
     if name == "mlx":
-        held = ak.tensors.safetensors.read(path / "adapters.safetensors")
+        held = ak.io.safetensors.read(path / "adapters.safetensors")
         assert {leaf.shape for leaf in held.values()} == {(3, 3, 8), (3, 6, 3)}
         assert all(".switch_mlp." in key for key in held)
     lacking = ak.Adapter(dict(list(experts(model).updates.items())[1:]))
@@ -273,7 +273,7 @@ def test_tinkers_experts_share_a_factor(tmp_path):
     first = next(iter(adapter))[1].A
     found = {t: tuple(u.replace(A=first) for u in us) if "gate" in t.path else us for t, us in adapter.updates.items()}
     ak.write(with_head(ak.Adapter(found)), tmp_path / "t", "tinker", on_loss="fold")
-    held = ak.tensors.safetensors.read(tmp_path / "t" / "adapter_model.safetensors")
+    held = ak.io.safetensors.read(tmp_path / "t" / "adapter_model.safetensors")
     assert held["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape == (1, 2, 8)
     assert held["base_model.model.model.layers.0.mlp.experts.w1.lora_B.weight"].shape == (3, 6, 2)
     assert "base_model.model.model.unembed_tokens.lora_A.weight" in held
@@ -318,7 +318,7 @@ def test_mlx_holds_whole_parameters_and_slices_of_fused_ones(tmp_path):
     }
     ak.write(ak.Adapter(parts), tmp_path / "parts", "mlx")
     assert ak.read(tmp_path / "parts").digest() == ak.Adapter(parts).digest()
-    assert f"{path}.lora_a.2" in ak.tensors.safetensors.read(tmp_path / "parts" / "adapters.safetensors")
+    assert f"{path}.lora_a.2" in ak.io.safetensors.read(tmp_path / "parts" / "adapters.safetensors")
 
 
 def test_embeddings_are_what_each_has_them_as(tmp_path):
@@ -342,7 +342,7 @@ def test_a_consumer_with_one_rank_and_alpha_computes_the_same(profile, tmp_path)
     assert not config.get("alpha_pattern")
     assert not config.get("use_rslora")
     assert config["target_modules"] == sorted(name.rpartition(".")[2] for name in SHAPES)
-    tensors = ak.tensors.safetensors.read(tmp_path / "adapter_model.safetensors")
+    tensors = ak.io.safetensors.read(tmp_path / "adapter_model.safetensors")
     for path, delta in deltas(ak.Adapter(found)).items():
         A, B = (tensors[f"base_model.model.{path}.lora_{f}.weight"].numpy().astype("f8") for f in "AB")
         assert len(A) == config["r"]
@@ -375,7 +375,7 @@ def test_tensorrt_llm_takes_experts_from_pefts_folders_alone(tmp_path):
     """Its lora_manager.py reads LAYER.mlp.experts.E.MODULE; the arrays of hf_lora_convert.py have no experts."""
     experts = {Target(f"model.layers.0.mlp.experts.{e}.up_proj"): (lora(24, 16),) for e in range(2)}
     ak.write(ak.Adapter(experts), tmp_path / "peft", "peft", profile="tensorrt_llm")
-    keys = ak.tensors.safetensors.read(tmp_path / "peft" / "adapter_model.safetensors")
+    keys = ak.io.safetensors.read(tmp_path / "peft" / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.mlp.experts.1.up_proj.lora_A.weight" in keys
     with pytest.raises(Unrepresentable, match="--to peft --profile tensorrt_llm"):
         ak.write(ak.Adapter(experts), tmp_path / "arrays", "tensorrt_llm")

@@ -183,6 +183,10 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     return done
 
 
+class NotComputed(Exception):
+    """Raised where a tensor is read whose numbers are still to be computed, such as one of an outline of a result."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
     """A tensor that is not read yet.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unrepresentable
-from ..io.lazy import Lazy, as_lazy
+from ..io.lazy import Lazy, NotComputed, as_lazy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.lazy import DType, Leaf
-
-
-class _NotYet(Exception):
-    """Raised where a tensor of an outline is read."""
 
 
 def unread(leaf: Leaf) -> Lazy:
@@ -31,7 +27,7 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
     """A tensor that is not computed yet, and cannot be read."""
 
     def fetch() -> Any:
-        raise _NotYet
+        raise NotComputed
 
     return Lazy(tuple(shape), dtype, fetch)
 
@@ -55,7 +51,7 @@ def check_writable(outline: Adapter, write: Callable[[Adapter], Any], what: str)
     """
     try:
         write(outline)
-    except _NotYet:
+    except NotComputed:
         return
     except Unrepresentable as error:
         first = f": {error.items[0]}" if error.items else f": {error.why}"

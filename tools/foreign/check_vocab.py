@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[list[int]], dict[str, Any]]] = {
 
 def write_base(source: Path, out: Path, tied: bool) -> None:
     """The model in float32, with tied embeddings or with a head of its own that differs from the embedding."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
     if not tied:
         model.config.tie_word_embeddings = False
         head = model.get_output_embeddings()
@@ -60,14 +60,14 @@ def write_base(source: Path, out: Path, tied: bool) -> None:
         weight = model.get_input_embeddings().weight.detach()
         head.weight = torch.nn.Parameter(weight + 0.01 * weight.std() * torch.randn_like(weight))
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(out)
 
 
 def train(base: Path, out: Path, kind: str) -> tuple[Any, Any]:
     """PEFT's model and the tokenizer, after some steps on text with the new tokens; both are saved to `out`."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokenizer.add_tokens(NEW)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     torch.manual_seed(0)
     model.resize_token_embeddings(len(tokenizer))
     settings = KINDS[kind](tokenizer.convert_tokens_to_ids(NEW))
@@ -109,15 +109,17 @@ def check(base: Path, folder: Path, kind: str) -> tuple[str, str]:
     expected = answers(peft, tokenizer)
     del peft
     report = adapterkit.merge(base, folder / "adapter", folder / "merged")
-    again = AutoTokenizer.from_pretrained(folder / "merged")
+    again = AutoTokenizer.from_pretrained(folder / "merged", trust_remote_code=False)
     if len(again) != len(tokenizer) or any(again(p).input_ids != tokenizer(p).input_ids for p in PROMPTS):
         return "wrong", f"the tokenizer has {len(again)} tokens, and not the {len(tokenizer)} of the training"
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(
+        folder / "merged", dtype=torch.float32, trust_remote_code=False
+    ).eval()
     found = answers(merged, again)
     distance = farthest(expected, found)
     same = [text for _, text in expected] == [text for _, text in found]
-    live = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    plain = AutoTokenizer.from_pretrained(base)
+    live = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
+    plain = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     before = [live(plain(prompt, return_tensors="pt").input_ids).logits for prompt in ("The sea is",)]
     after = [merged(plain(prompt, return_tensors="pt").input_ids).logits for prompt in ("The sea is",)]
     effect = float((before[0] - after[0][..., : before[0].shape[-1]]).abs().max() / before[0].abs().max())

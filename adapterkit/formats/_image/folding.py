@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...core.adapter import Target, Updates
 from ...core.updates import Update
-from ...io.lazy import as_array, as_lazy
+from ...io.lazy import NotComputed, as_array, as_lazy
 from ...methods.dense import Dense
 from .encode import folded, why_not
 from .file import Rules
@@ -27,7 +27,11 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
 
 
 def _is_zero(update: Update) -> bool:
-    return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
+    """Whether a dense change is known to be zero; one that is still to be computed is not."""
+    try:
+        return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
+    except NotComputed:
+        return False
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
