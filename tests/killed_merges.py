@@ -18,7 +18,7 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import adapterkit as ak
-from adapterkit.merging import execute, report, stage
+from adapterkit.merging import execute, report, staging_dir
 from faulty_disk import Disk, killing
 
 for at, base, adapter, out in json.load(sys.stdin):
