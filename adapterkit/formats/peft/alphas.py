@@ -34,7 +34,9 @@ def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
     """The alpha that PEFT divides to exactly this scaling, whole where it can be; None where there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    return next((alpha for alpha in _candidates(scaling * divisor) if alpha / divisor == scaling), None)
+    # A scaling may be a whole number as large as any float; its product with a rank is then no float.
+    guess = float(scaling) * divisor
+    return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 
 
 def _candidates(guess: float) -> Iterator[int | float]:
