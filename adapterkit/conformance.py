@@ -25,7 +25,7 @@ BATCH = 100
 
 CONTEXTS = ("embeddings", "decoder_embeddings", "past", "attention", "prefix", "vocabulary")
 OUTPUTS = ("merged.weight", "merged.bias", "y", *CONTEXTS)
-"""What `compute` prints of a path; all else in a base is an input."""
+"""Names of a path's outputs, which `compute` prints; all other tensors of a base are inputs."""
 
 SIGNED_ZEROS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Types with a negative zero."""
@@ -36,7 +36,7 @@ SECONDS = 300
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one case.
+    """The result of one case.
 
     Attributes:
         case: its name in the index.

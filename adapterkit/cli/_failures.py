@@ -1,4 +1,4 @@
-"""What an exception becomes at the top of the command line: one error, its words, and an exit code."""
+"""Turn an exception at the top of the command line into one error with its words and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._options import Settings
 from ._render import as_json, printable
 
 CLOSED_PIPE = 141
-"""What a shell reports of a program that wrote to a closed pipe: 128 + SIGPIPE."""
+"""Exit code of a program that wrote to a closed pipe, as shells report it: 128 + SIGPIPE."""
 
 
 class Bug(AdapterkitError):

@@ -17,7 +17,7 @@ MOST_SHOWN = 8
 
 
 def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """What quantizing again did, target by target, the worst first."""
+    """Show the error of quantizing again, target by target, the worst first."""
     worst = sorted(damage, key=lambda name: damage[name]["kept"])
     for name in worst[:MOST_SHOWN]:
         yield f"{name}: error {damage[name]['error']:.3%}, {damage[name]['kept']:.1%} of the change left"
@@ -26,7 +26,7 @@ def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
 
 
-# What `merge` does where the base is an ONNX graph.
+# The command `merge` for a base that is an ONNX graph.
 
 
 ONLY_FOLDERS = {
@@ -158,13 +158,13 @@ def warn(warnings: Sequence[str]) -> None:
 
 
 def targets_table(record: Mapping[str, Any]) -> Table:
-    """Where each target is in a graph."""
+    """Show the nodes of each target in a graph."""
     rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
     return Table(("target", "node", "found by", "confidence"), rows)
 
 
 def checked(record: Mapping[str, Any]) -> str:
-    """What the check came to."""
+    """Show the result of the check."""
     found = record["difference"]
     return record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
 

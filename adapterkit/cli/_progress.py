@@ -24,7 +24,7 @@ INTERVAL = 5.0
 
 
 class Meter(Protocol):
-    """What the library reports to."""
+    """The function that the library reports progress to."""
 
     def __call__(self, done: int, total: int) -> None: ...
 

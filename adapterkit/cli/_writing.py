@@ -68,7 +68,7 @@ def _view(record: Mapping[str, Any]) -> View:
     yield f"already done: {record['out']} was made from the same inputs and is unchanged"
 
 
-# What commands that write an adapter share: where to, in which format, over what.
+# Options that commands share when they write an adapter: the place, the format, and whether to replace what is there.
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +85,7 @@ dtype = click.option("--dtype", metavar="D", help="Type of computed factors, e.g
 
 
 def writing(command: F) -> F:
-    """Where the result goes and how."""
+    """Options for the place and the format of the result."""
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or uri to write.")
     target_format = click.option(
         "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
@@ -156,7 +156,7 @@ def outcome(record: Mapping[str, Any]) -> Iterable[str]:
 
 
 def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> Table:
-    """What became of each target."""
+    """Show each target's rank, norm and error."""
     columns = ("target", "method", "rank before", "rank", "norm", "relative error")
     return Table(
         columns,

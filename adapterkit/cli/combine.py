@@ -104,7 +104,7 @@ def _error(cuts: Sequence[Any]) -> float | None:
 
 
 def said(made: Any) -> dict[str, Any]:
-    """What the lineage says of a combination: the method and what it was told."""
+    """Return the method of a combination and its parameters, as the lineage records them."""
     args = made.recipe[-1].args
     return {key: args.get(key) for key in ("method", "parameters", "weights", "seed", "rank", "compat")}
 

@@ -1,7 +1,7 @@
 """Write an adapter in another format.
 
-SRC is read in any known format; DST is the file, folder or place on a hub to write. What the target format cannot say
-is refused and listed, unless --on-loss allows to rewrite it or to leave it out.
+SRC is read in any known format; DST is the file, folder or place on a hub to write. Updates that the target format
+cannot say are listed and refused, unless --on-loss allows to rewrite them or to leave them out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def command(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """What is read lives until it is written: to look through it for garbage takes a quarter of the time."""
+    """Switch garbage collection off: what is read lives until it is written; collecting took a quarter of the time."""
     was = gc.isenabled()
     gc.disable()
     try:

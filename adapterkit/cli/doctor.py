@@ -19,7 +19,7 @@ from . import _options
 from ._render import Table, View, show, size
 
 NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
-"""What the commands import; without one of them something does not work."""
+"""Packages that the commands import; `doctor` reports each one that is missing or broken."""
 
 LOW_SPACE = 10 * 10**9
 LOW_MEMORY = 2 * 10**9
@@ -78,7 +78,7 @@ def providers() -> Check:
     own = _version(both[0]) if both else check.found
     try:
         runs_on: Callable[[str], bool] = import_module("adapterkit.onnx.providers").runs_on
-    except Exception as error:  # Of what is imported with it, told by a check of its own.
+    except Exception as error:  # A package that it imports is broken; that package's own check reports it.
         return Check("onnxruntime", "warn", f"{own}, not tried: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()
     running = [name for name in built if runs_on(name)]

@@ -1,8 +1,8 @@
 """Show what an adapter, a base or a graph holds.
 
 SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
-(hf://org/repo). Only headers are read, but with --layers. Of an ONNX model, the layers are shown that an adapter can
-name.
+(hf://org/repo). Only headers are read, but with --layers. For an ONNX model, the layers that an adapter can name are
+shown.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
 
 
 def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """What each tool makes of the file as it is."""
+    """Say for each tool whether it loads the file as it is."""
     from ..loaders import loaders_of
     from .list import answer_records
 

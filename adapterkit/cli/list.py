@@ -122,7 +122,7 @@ def _loaders(settings: _options.Settings, file: str | None) -> None:
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """What each tool makes of a file, as plain data."""
+    """Return each tool's answer about a file as plain data."""
     fields = ("tool", "title", "loads", "why", "convert")
     return [{name: getattr(answer, name) for name in fields} for answer in answers]
 

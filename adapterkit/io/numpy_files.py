@@ -83,6 +83,7 @@ def read_npz(path: Path) -> dict[str, Lazy]:
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
                     raise _damaged(str(path), "no array, or one of that name before", info.filename)
                 tensors[name] = _member(archive, info, path)
+    # `zipfile` raises NotImplementedError for an archive's compression or version that it does not know.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise _damaged(str(path), f"no archive of arrays ({str(error)[:80]})") from None
     except OSError as error:

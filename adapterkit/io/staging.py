@@ -216,7 +216,8 @@ class Staging:
                 one comes last, so no reader finds it beside files of another output.
             gone: further files of the old output to remove.
             durable: True if the staged files are already synced to disk.
-            record: what the output was made from, see `records`. It is stored with the main file or folder.
+            record: the digest of what the output was made from, stored with the main file or folder; see the top of
+                this file.
 
         Raises:
             OSError: a rename failed; the old output is back in place.

@@ -104,6 +104,7 @@ def _entries(file: Capped) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
+    # `zipfile` raises NotImplementedError for an archive's compression or version that it does not know.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error) as error:
         raise damaged(f"a broken zip archive: {short(str(error))}", "directory") from error
 
@@ -313,8 +314,7 @@ def _gather(span: Span, view: View) -> bytes:
 
 # Read state dicts from torch's `.bin`, `.pt` and `.pth` files without torch and without running any code in them.
 #
-# `torch_containers` has the two containers of `torch.save`, and `torch_state_dict` turns their values into tensors.
-# Both are imported only for actual torch files.
+# Above are the two containers of `torch.save`, and the functions that turn their values into tensors.
 
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Which tools load an adapter file as it is, which after a conversion, and why the others do not.
 
-What each tool loads is data: one file a tool in `spec/loaders`, most of it found by running the tool.
+Each tool has a file of data in `spec/loaders`, most of it found by running the tool.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def load(path: Path) -> Loader:
 
 @cache
 def folder() -> Path:
-    """Where the files are: in an installed package beside this module, in a checkout in `spec`."""
+    """Return the folder of the files: beside this module in an installed package, `spec/loaders` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
 
@@ -154,7 +154,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What decides whether a tool loads a file."""
+    """The facts about a file that decide whether a tool loads it."""
 
     adapter: Adapter
     format: str
@@ -269,7 +269,7 @@ def _holds(tool: Loader, family: Family | None, key: str) -> bool:
 
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
-    """What stands before the slots that a key ends with."""
+    """Yield the part of a key before each slot that it may end with."""
     for slot in slots:
         end = slot if slot.startswith("_") else f".{slot}"
         if rest.endswith(end) and len(rest) > len(end):

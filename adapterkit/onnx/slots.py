@@ -198,7 +198,7 @@ class Slots:
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
 
     def record(self) -> None:
-        """List each target's slots in the model's metadata, which `fitting.fit` reads."""
+        """List each target's slots in the model's metadata, which `fit` reads."""
         targets: dict[int, SlotRecord] = {}
         for (key, position), (place, slots) in self.made.items():
             first = SlotRecord.of(place)

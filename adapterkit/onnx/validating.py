@@ -204,7 +204,7 @@ def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
     if len(dims) > MAX_AXES or any(size < 0 for size in dims):
         raise Malformed(f"a tensor of the shape {list(dims)[:MAX_AXES]}", path=path, where=where, cure=_AGAIN)
     if tensor.data_location == tensor.EXTERNAL:
-        return  # data_files.py checks external data.
+        return  # model_file.py checks external data.
     count = math.prod(dims)
     if tensor.HasField("raw_data"):
         held, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"

@@ -471,7 +471,7 @@ SYMBOLS = Symbols()
 # Graph values with the operators that formulas share with numpy and torch; each operator appends a node.
 #
 # A value may also be known: its numbers can then be computed by the same operators in numpy, for operations without a
-# node. `namespace()` finds the functions of `symbols.py` through `__array_namespace__`.
+# node. `namespace()` finds the functions of `SYMBOLS` through `__array_namespace__`.
 
 
 class Value:

@@ -30,7 +30,7 @@ WAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the headers of an adapter tell.
+    """Facts about an adapter from its headers alone.
 
     Attributes:
         name: what the report calls it.
@@ -41,13 +41,13 @@ class Facts:
         ranks: rank -> number of updates; updates without a rank are left out.
         targets: number of targets.
         parameters: number of numbers; a tensor that updates share counts once.
-        bytes: of its tensors.
+        bytes: the size of its tensors.
         dtypes: dtype -> number of tensors.
         licence: identifier in the model card beside it, if any.
         triggers: trigger words.
         lineage: the steps it was made by, as plain data.
         formats: format -> how it can hold this adapter, a key of `WAYS`; formats that cannot are left out.
-        loaders: what each known tool makes of the file as it is: `title`, `loads` (yes, part or no) and `why`. Told for
+        loaders: whether each known tool loads the file as it is: `title`, `loads` (yes, part or no) and `why`. Told for
             files of image models, whose tools are known.
     """
 

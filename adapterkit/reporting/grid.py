@@ -16,7 +16,7 @@ EXPERTS = ("experts", "expert")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """Where a target stands in a picture.
+    """A target's place in a picture.
 
     Attributes:
         order: sorts layers as people count them: 2 before 10.

@@ -58,15 +58,15 @@ INTRUDER_BUDGET = 2.5e10
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one adapter does at one target. A number that was not measured is None.
+    """The change by one adapter at one target. A number that was not measured is None.
 
     Attributes:
         adapter: position of the adapter.
         target: the target, as a dotted path with the rows of a slice.
         method: its methods, joined by ` + `.
-        shape: of the weight, `[out, in, *k]`.
+        shape: the weight's, `[out, in, *k]`.
         rank: inner size of the stored factors; None for a change that is dense.
-        scaling: of a LoRA.
+        scaling: the scaling, if it is a LoRA.
         norm: Frobenius norm of the change of the weight; of stacked experts, of all together.
         bias_norm: norm of the change of the bias.
         spectrum: the first `SHOWN` singular values, largest first; of stacked experts, of the one that changes most.
@@ -111,10 +111,10 @@ class Relation:
 
     Attributes:
         first: position of one adapter.
-        second: of the other.
+        second: position of the other adapter.
         target: the target.
         product: sum of the products of the elements of both changes.
-        cosine: of the angle between the changes as vectors; None where one of them is zero.
+        cosine: cosine of the angle between the changes as vectors; None where one of them is zero.
         overlap_out: how much of the span of outputs of the one with fewer dimensions lies in the other's, 0 to 1.
         overlap_in: the same for inputs.
         sign_conflict: share of the elements, of those that both change, that they move in opposite directions; 0.5 for
@@ -136,7 +136,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merged model holds of the changes at one target.
+    """The part of the changes at one target that a merged model holds.
 
     Attributes:
         target: the target.
@@ -154,7 +154,7 @@ class Measurements:
     """All numbers of a report.
 
     Attributes:
-        names: of the adapters, in order.
+        names: the adapters' names, in order.
         cells: target -> its place in the pictures.
         effects: one entry an adapter and target.
         relations: one entry a target and pair of adapters that both change its weight.
@@ -347,7 +347,7 @@ class _Measuring:
             self.merged.append(after.merged(target))
 
     def _change(self, place: Place, adapter: int, updates: tuple[Update, ...]) -> Change | None:
-        """What one adapter adds; None where that cannot be told, which is noted."""
+        """Return the change that one adapter adds; None, with a note, where it cannot be computed."""
         try:
             alone = lowered(Place(place.target, (updates,), place.base))
             (change,) = alone.changes()
@@ -569,7 +569,7 @@ def _dense(part: _Part) -> Array:
 
 
 class _Lost:
-    """What is lost of absolute changes when they are added."""
+    """The share of absolute changes that is lost when they are added."""
 
     def __init__(self) -> None:
         self.moved, self.left = 0.0, 0.0
@@ -586,7 +586,7 @@ class _Lost:
 
 
 class _MergedSum:
-    """What a merged weight holds, over the experts of a target."""
+    """Sums over the experts of a target, to compare a merged weight with the changes."""
 
     def __init__(self) -> None:
         self.change, self.along, self.error = 0.0, 0.0, 0.0

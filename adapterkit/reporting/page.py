@@ -220,7 +220,7 @@ SHARES = ("share", "first direction", "of the weight", "kept")
 
 
 class _Rows:
-    """What the columns look at."""
+    """The data that the columns read."""
 
     def __init__(self, report: Report) -> None:
         self.facts = report.facts

@@ -72,7 +72,7 @@ class Verdict:
     """One sentence.
 
     Attributes:
-        code: of the rule.
+        code: the rule's code.
         level: `fault` for what is broken, `warning` for what is probably not meant, `note` for what is good to know.
         text: the sentence.
         adapter: the position of the adapter it is about, if it is about one.
@@ -88,7 +88,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What rules look at."""
+    """The data that rules read."""
 
     measured: Measurements
     facts: Sequence[Facts]
@@ -458,7 +458,7 @@ def _conflicts(findings: Findings) -> Found:
 def _interfering(findings: Findings) -> Found:
     lost = findings.measured.together
     if len(findings.facts) == 2 and lost:
-        # Of unrelated changes of one size 0.29 is lost, so only what is far above is named.
+        # Two unrelated changes of one size lose 0.29 of it, so only targets far above that are named.
         worst = sorted((share, target) for target, share in lost.items() if share > LOST)[::-1]
         for share, target in worst:
             text = f"A plain sum loses {percent(share)} of what both change at {findings.title(target)}."

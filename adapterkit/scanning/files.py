@@ -192,7 +192,7 @@ def _calls(name: str, place: str, data: bytes) -> Iterator[Finding]:
                     if found >= MOST:
                         return
         except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError):
-            return  # What follows the last pickle of a torch file before 1.6 is data.
+            return  # Bytes after the last pickle of a torch file before 1.6 are data.
 
 
 def _texts(name: str, file: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What a scan can find: the rules as data, findings, and the result with its forms for people and machines."""
+"""The rules of a scan as data, its findings, and its result in forms for people and machines."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a scan found.
+    """The result of a scan.
 
     Attributes:
         source: what was scanned.

@@ -145,7 +145,8 @@ def _shapes(update: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None
     try:
         bare: Any = update.map(lambda leaf: leaf.to("meta"))
         found: tuple[Tensor, Tensor] | None = bare.pair(shape)
-    except (RuntimeError, NotImplementedError, TypeError):  # NOLA draws its bases from seeds.
+    # torch raises one of these when a formula reads a number of a meta tensor, as NOLA's reads its seeds.
+    except (RuntimeError, NotImplementedError, TypeError):
         found = update.pair(shape)
     return found
 

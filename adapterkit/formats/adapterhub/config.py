@@ -13,7 +13,7 @@ from .families import FAMILIES, family_of_architecture
 from .families._family import Family
 
 LIBRARY = "adapters."
-"""What `version` begins with since the library has this name; it was adapter-transformers before."""
+"""Start of `version` in configs since the library has this name; it was adapter-transformers before."""
 
 RELEASE = "adapters.1.3.0"
 """The release whose configs are written afresh."""
@@ -26,12 +26,12 @@ Release = tuple[tuple[int, ...], bool]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the top of a config says.
+    """The fields at the top of a config.
 
     Attributes:
         name: the adapter's, which its keys hold.
         model_type: the family of the base, as transformers calls it.
-        model_name: of the base.
+        model_name: the base's name.
         version: who wrote the file.
         interface: the plugin interface beside it.
     """

@@ -38,7 +38,7 @@ MAX_SNIFF = 16 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """What a folder holds.
+    """The content of a folder.
 
     Attributes:
         config: the whole of `adapter_config.json`.

@@ -86,7 +86,7 @@ def parse_key(text: str, name: str) -> Key:
     return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
-# What a writer knows of the names in keys beside the targets themselves.
+# Parts of keys that do not follow from targets: the adapter's own name, and the path of the base in the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
@@ -122,7 +122,7 @@ def root_of(paths: Iterable[str]) -> str:
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# What the families share: the part of a file that is theirs, and what they find in it.
+# The part of a file that belongs to one family's config, and functions that all families use to search it.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +136,7 @@ class Part:
         base: the base, where one was given.
         compat: the reading that was asked for, see `Format`.
         at: where this config lies in the file's: `config`, or `config.configs[1]`.
-        heads: of the keys and values of a prefix, where that is known without the base.
+        heads: number of heads of a prefix's keys and values, if it is known without the base.
     """
 
     settings: Settings

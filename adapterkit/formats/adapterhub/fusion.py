@@ -28,7 +28,7 @@ FIELDS = {
     "query.weight": "query", "query.bias": "query_bias", "key.weight": "key", "key.bias": "key_bias",
     "value.weight": "values",
 }  # fmt: skip
-"""What ends a key -> field of the block."""
+"""End of a key -> field of the block."""
 
 _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<slot>\w+\.\w+)", re.DOTALL)
 

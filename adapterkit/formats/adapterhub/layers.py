@@ -79,13 +79,13 @@ FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wq
 
 
 def model_type_of(base: Checkpoint | None) -> str | None:
-    """What the config of a base says."""
+    """Return the model type from a base's config; None without a base or a type."""
     found = (base.config or {}).get("model_type") if base is not None else None
     return found if isinstance(found, str) else None
 
 
 def role(path: str, model_type: str) -> str | None:
-    """What configs call the linear layer at a path; None where the library does not adapt it."""
+    """Return the word of configs for the linear layer at a path; None if the library does not adapt it."""
     roles = ROLES.get(model_type, {})
     return next((word for word, endings in roles.items() if f".{path}".endswith(endings)), None)
 
@@ -100,7 +100,7 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# What a new config must say of LoRA and its like: one law for all, and kinds of layers by their words.
+# A new config of LoRA and similar methods names one formula for all layers, and the kinds of layers by their words.
 #
 # A config names kinds of layers; the library adds a fresh adapter, which changes nothing, to whatever else it covers.
 
@@ -131,7 +131,7 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """What a new config cannot say."""
+    """Yield each update that a new config cannot express, with the reason."""
     first = _law(next(iter(updates.values()))[0])
     for target, found in updates.items():
         for position, update in enumerate(found):
@@ -151,7 +151,7 @@ def _law(update: Any) -> tuple[Any, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Rank and alpha; `losses` has made sure that there is an alpha. Where it is not used it is the rank."""
+    """Rank and alpha; `losses` has made sure that there is an alpha. An alpha that is not used is the rank."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
@@ -214,7 +214,7 @@ def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """What has no word in a config, which names no modules but kinds of them."""
+    """Yield each target that a config has no word for: a config names kinds of modules, not single ones."""
     family = base_family(updates, base)
     for target, found in updates.items():
         word = role(target.path, family or "")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = "adapterhub"
 HEAD = "head/"
-"""What the names of a prediction head's tensors begin with among the leftovers."""
+"""Prefix of a prediction head's tensors among the leftovers."""
 
 
 class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -140,7 +140,7 @@ def _check_all_used(tensors: Mapping[Key, Lazy], used: set[Key]) -> None:
 
 
 def _departures(updates: Updates, content: Content, naming: Naming) -> dict[str, str]:
-    """Where the file's keys are not those that the writer would have chosen."""
+    """Return the file's keys that differ from the writer's own choice."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}

@@ -65,7 +65,7 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """What the library calls a fusion: the last adapter of each child."""
+        """The library's name for a fusion: the last adapter of each child."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 

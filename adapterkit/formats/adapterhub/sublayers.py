@@ -1,4 +1,4 @@
-"""Where the library's bottleneck adapters stand, by `model_type`, and where that is in the base.
+"""The places of the library's bottleneck adapters, by `model_type`, and the modules of the base at these places.
 
 The library hangs an adapter into the block whose residual it takes over. A target is the module whose output is
 changed, and where that module does not add the residual itself, `residual` and `norm` name what does, from its parent.

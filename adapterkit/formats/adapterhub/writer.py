@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...io.lazy import Lazy
 
 NAME = "adapter"
-"""What an adapter is called that never was AdapterHub's."""
+"""Name of an adapter that was not read from AdapterHub's format."""
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:

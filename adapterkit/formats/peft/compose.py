@@ -23,7 +23,7 @@ FRESH: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
-"""What a config says that never was PEFT's; fields that PEFT did not always have are left to their defaults."""
+"""Config fields of an adapter that was not read from PEFT's format; fields that older PEFT lacks keep its defaults."""
 
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",

@@ -1,4 +1,4 @@
-"""What a family is: the fields of one `architecture`, and functions between its keys and updates."""
+"""A family: the fields of one `architecture`, and functions between its keys and updates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-What stands where is in `sublayers`, what is called how in `slots`, and what a new config must say in `stacks`.
+`sublayers` has the places of adapters in each model type. The rest is here, in this order: the slots of keys, the
+configs of new files, and the family itself.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# What a new config must say of bottleneck adapters: one form for all, and which layers of the base have any.
+# A new config of bottleneck adapters names one form for all of them, and the layers of the base that have none.
 #
 # A config names kinds of places and layers that are left out; whatever else it covers the library fills with fresh
 # adapters, which change the model. So all must be there, and the base must tell how many layers there are.
@@ -140,7 +141,7 @@ FRESH = {
     "phm_init_range": 0.0001,
     "stochastic_depth": 0.0,
 }
-"""What a config says that never was AdapterHub's."""
+"""Fields of the config of an adapter that was not read from AdapterHub's format."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
 """Attributes that a config calls the same."""
@@ -184,7 +185,7 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """What a new config cannot say."""
+    """Yield each update that a new config cannot express, with the reason."""
     first = next((_form(update) for _, update in placed(updates)), None)
     model_type = model_type_of(base)
     rules = _stack_rules(updates, base)
@@ -324,7 +325,7 @@ TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias"
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):
-    """What the tensors mean, and where they stand."""
+    """The fields of a config that decide the meaning of tensors and their places."""
 
     non_linearity: str
     mh_adapter: bool = False

@@ -27,7 +27,7 @@ KIND, SHARED = "loras", "shared_parameters"
 
 
 class LoraFields(Fields, frozen=True, kw_only=True):
-    """What the tensors mean."""
+    """The fields of a config that decide the meaning of tensors."""
 
     r: Size = 8
     alpha: Number = 8

@@ -24,7 +24,7 @@ FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weigh
 
 
 class MtlFields(Fields, frozen=True, kw_only=True):
-    """What the tensors mean."""
+    """The fields of a config that decide the meaning of tensors."""
 
     r: Size = 8
     alpha: Number = 8

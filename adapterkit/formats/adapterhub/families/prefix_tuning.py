@@ -92,7 +92,7 @@ def unlike(update: Any, first: Any) -> str:
 
 
 def group_of(path: str, model_type: str | None) -> str:
-    """What the library calls the kind of an attention."""
+    """Return the library's name for the kind of attention at a path."""
     if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
         return "cross_prefix"
     inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
@@ -137,7 +137,7 @@ HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
-    """What the tensors mean."""
+    """The fields of a config that decide the meaning of tensors."""
 
     flat: bool = False
     prefix_length: Size = 30

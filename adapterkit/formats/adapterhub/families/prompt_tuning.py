@@ -20,7 +20,7 @@ KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
 
 
 class PromptFields(Fields, frozen=True, kw_only=True):
-    """What the tensor means."""
+    """The fields of a config that decide the meaning of the tensor."""
 
     prompt_length: Size = 10
     combine: str = "prefix"

@@ -27,7 +27,7 @@ FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias
 
 
 class ReftFields(Fields, frozen=True, kw_only=True):
-    """What the tensors mean."""
+    """The fields of a config that decide the meaning of tensors."""
 
     prefix_positions: int
     suffix_positions: int
