@@ -25,6 +25,7 @@ from ..naming.image import (
     denoiser_of,
     encoder_kind,
     families,
+    families_with,
     in_other_words,
     rooted,
 )
@@ -148,8 +149,7 @@ def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
     Raises:
         Malformed: rows are not those of whole heads.
     """
-    names = {_rest(stem) for stem in modules}
-    fitting = [family for family in families() if not family.facts.generic and all(name in family for name in names)]
+    fitting = families_with({_rest(stem) for stem in modules})
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):
         return modules
     family = fitting[0]

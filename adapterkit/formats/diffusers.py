@@ -22,7 +22,7 @@ from ..methods.dora import DoRA
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
-from ..naming.image import component_of, rooted
+from ..naming.image import PARTS, component_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat, folder_file
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CONFIG = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
-_PART = r"(?:unet|transformer(?:_2)?|text_encoder(?:_[234])?|text_conditioner|connectors)"
+_PART = f"(?:{'|'.join(PARTS)})"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
     r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?)"

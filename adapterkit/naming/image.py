@@ -188,6 +188,11 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 """Further names of tensors that the files of architectures have under one name."""
 
 
+def families_with(names: Collection[str]) -> list[Family]:
+    """The published families that have all of these modules, in any naming; none without a name."""
+    return [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
+
+
 def families_of(path: str, naming: str) -> list[Family]:
     """The families in which a module of this naming is called `path`."""
     return [family for family in families() if path in family and path in family.names(naming)]
@@ -215,12 +220,15 @@ ROOTS = {
         for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b")
     },
 }
-"""What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
+"""Start of the names in a part of a pipeline -> the part; `denoiser` is the U-Net or the transformer."""
+
+PARTS = tuple(word for word, part in ROOTS.items() if word == part)
+"""The parts of pipelines, by diffusers' names."""
 
 
 @cache
 def beside() -> dict[str, str]:
-    """What ComfyUI calls modules, or the beginnings of their names, outside the denoiser -> the same in diffusers."""
+    """ComfyUI's names of modules outside the denoiser, or the start of these names -> the same in diffusers."""
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ...io.lazy import DTYPES, Lazy
-from ...naming.image import families, rooted
+from ...naming.image import families_with, rooted
 
 if TYPE_CHECKING:
     from .container import Metadata
@@ -40,10 +40,9 @@ def with_alphas(
     return {**tensors, **added}, [(key, text) for key, text in metadata if key != ALPHA]
 
 
-def _counts(names: Iterable[str]) -> bool:
+def _counts(names: Collection[str]) -> bool:
     """Whether all families that have all of these modules take an alpha from the header."""
-    known = list(names)
-    fitting = [f for f in families() if not f.facts.generic and known and all(name in f for name in known)]
+    fitting = families_with(names)
     return bool(fitting) and all(family.facts.header_alpha for family in fitting)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
 from ...io.lazy import at_once
-from ...naming.image import families, rooted
+from ...naming.image import families, families_with, rooted
 from .biases import check_biases
 from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
@@ -104,7 +104,7 @@ def _check_apart(targets: Mapping[str, Target]) -> None:
     """
     inside = {stem: rooted(t.path)[1] for stem, t in targets.items() if t.path.startswith("transformer.")}
     names = list(dict.fromkeys(inside.values()))
-    fitting = [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
+    fitting = families_with(names)
     if not fitting or any(family.naming_of(names) for family in fitting):
         return
     seen: dict[str, str] = {}
