@@ -1,5 +1,7 @@
 """Files of image models as trainers leave them: alphas in any form, fused parts, names of several trainers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,14 @@ def test_embeddings_that_onetrainer_bundles_are_named(tmp_path):
     with pytest.raises(Unsupported, match="OneTrainer") as raised:
         ak.read(saved(tmp_path, held))
     assert raised.value.where == "bundle_emb.token.clip_l"
+
+
+def test_a_folded_scaling_that_the_type_cannot_hold_is_named(tmp_path):
+    """XLabs' files have no alpha, so the scaling goes into B; float16 ends at 65504."""
+    vector = Path(__file__).parents[1] / "spec" / "vectors" / "formats" / "xlabs" / "flux" / "adapter.safetensors"
+    held = {key: value.astype("f2") for key, value in load_file(vector).items()}
+    adapter = ak.read(saved(tmp_path, held), format="xlabs")
+    large = {t: tuple(update.replace(scaling=1e9) for update in found) for t, found in adapter.updates.items()}
+    with pytest.raises(Malformed, match=r"a scaling of 1e\+09 takes the number at .* beyond what F16 holds"):
+        ak.write(ak.Adapter(large), tmp_path / "out.safetensors", "xlabs", on_loss="fold")
+    assert not (tmp_path / "out.safetensors").exists()

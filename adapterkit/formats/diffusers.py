@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..io.arrange import times
 from ..io.lazy import as_lazy
 from ..io.strict_json import load_json
 from ..methods.dense import Dense
@@ -26,7 +27,6 @@ from ..naming.image import PARTS, component_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat, folder_file
-from ._image.encode import times
 from ._image.file import Found, Key, Module, Rules
 from ._image.fusing import narrow
 from ._image.hints import Hints

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
-from .lazy import DTYPES, DType, Lazy, Span, as_array, bytes_of, first_in, first_not_finite
+from .lazy import DTYPES, DType, Lazy, Span, as_array, as_lazy, bytes_of, first_in, first_not_finite
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from .lazy import Leaf
 
     Order = Callable[[], np.ndarray[Any, Any]]
 
@@ -206,13 +208,14 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
     return Lazy(shape, dtype, lambda: bytes(math.prod(shape) * dtype.itemsize))
 
 
-def times(leaf: Lazy, factor: float) -> Lazy:
+def times(tensor: Leaf, factor: float) -> Lazy:
     """Multiply a tensor by a number, in float64 and with one rounding to the tensor's dtype.
 
     Fetching the result raises `Malformed` if a finite number overflows the dtype. It also does if all products are
     below the dtype's smallest normal number, so that digits would be lost or all of them become zero.
     """
     cure = "Write a format that keeps the scaling apart, such as adapterkit's own"
+    leaf = as_lazy(tensor)
 
     def fetch() -> memoryview:
         import ml_dtypes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...core.updates import Update
+from ...io.arrange import times
 from ...io.lazy import Lazy, as_lazy, from_numpy
 from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
@@ -103,19 +104,6 @@ def _unscaled(update: Update, rules: Rules) -> str:
         return "" if rules.trained.rs else "w1"
     said = "alpha" in rules.slots
     return "" if said or not isinstance(update, (LoRA, DoRA)) else "B"
-
-
-def times(leaf: Any, scaling: float) -> Lazy:
-    """A tensor times a number, rounded once to its own type."""
-    from ...io.lazy import as_array
-
-    tensor = as_lazy(leaf)
-
-    def fetch() -> bytes:
-        product = as_array(tensor).astype("<f8") * scaling
-        return product.astype(tensor.dtype.array).tobytes()
-
-    return Lazy(tensor.shape, tensor.dtype, fetch)
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:

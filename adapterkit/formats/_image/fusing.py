@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from ...core.updates import Update
+from ...io.arrange import times
 from ...io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
@@ -19,7 +20,6 @@ from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...naming.pieces import Run
-from .encode import times
 from .hints import fingerprint
 
 if TYPE_CHECKING:
