@@ -81,6 +81,7 @@ def meetings() -> Iterator[Meeting]:
     """Merges that come out, then those that are refused."""
     yield from _names()
     yield from _numbers()
+    yield from _quotients()
     yield from _refused()
     yield from _ordered()
     yield from _ordered_in_the_base()
@@ -155,6 +156,35 @@ def _numbers() -> Iterator[Meeting]:
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         yield Meeting(name, file, base, None, ("R-10.4",), "Malformed", "q.weight")
+
+
+def _quotients() -> Iterator[Meeting]:
+    """Norms of 0 are not divided by, rows without elements have nothing to divide, and a sum of no terms is 0."""
+    none, weight = Stored("F32", (3, 0), b""), {"q.weight": stored(W, "F32")}
+    zero = {"q.weight": stored(np.array([[0.0, 0.0], [1.0, 2.0]]), "F32")}
+    column = {"q.weight": stored(np.array([[0.0, 1.0], [0.0, 2.0]]), "F32")}
+
+    def refused(name: str, file: bytes, base: Tensors, where: str = "q.weight") -> Meeting:
+        return Meeting(name, file, base, None, ("R-10.13",), "Malformed", where)
+
+    empty = {"A": Stored("F32", (1, 0), b""), "B": _real("eB", 3, 1), "magnitude": _real("em", 3)}
+    yield Meeting("norm_of_no_elements", _one("dora", **empty), {"q.weight": none}, {}, ("R-10.13",))
+    bare = {"q.weight": none, "q.bias": stored(b, "F32")}
+    yield refused("norm_of_no_elements_of_a_bias", _one("dora_outputs", **empty), bare, "q.bias")
+    idle = {"A": stored(np.zeros((1, 2)), "F32"), "B": stored(np.zeros((2, 1)), "F32")}
+    without = idle | {"magnitude": stored(np.array([0.0, 1.0]), "F32")}
+    yield refused("norm_of_zero_without_magnitude", _one("dora", **without), zero)
+    yield refused("norm_of_zero_outputs", _one("weight_norm", out=_real("wo", 2)), zero)
+    yield refused("norm_of_zero_inputs", _one("weight_norm", into=_real("wi", 2)), column)
+    shifted = _one("weight_norm", {"eps": 0.5}, into=stored(np.array([3.0, 1.0]), "F32"))
+    half = {"q.weight": stored(np.array([[0.0, 0.5]]), "F32")}
+    yield Meeting("norm_of_zero_and_more", shifted, half, half, ("R-10.13",))
+    yield refused("reflection_at_zero", _one("hra", u=stored(np.zeros((4, 1)), "F32")), weight)
+    nothing = {"A": Stored("F32", (0, 4), b""), "B": none, "strength": _real("st", 1), "w_norm": _real("wn", 4)}
+    yield Meeting("sum_of_no_directions", _one("delora", **nothing), weight, {}, ("R-10.13",))
+    bases = {"alpha": Stored("F32", (0,), b""), "beta": Stored("F32", (0,), b"")}
+    bases |= {"A_bases": Stored("F32", (0, 1, 4), b""), "B_bases": Stored("F32", (0, 3, 1), b"")}
+    yield Meeting("sum_of_no_bases", _one("nola", **bases), weight, {}, ("R-10.13",))
 
 
 def _biases() -> Iterator[Meeting]:
@@ -386,6 +416,13 @@ def computed() -> Iterator[Computed]:
     yield case("residual_comes_once", ended, reads, again, **{f"q.{name}": value for name, value in closed.items()})
     behind = lora | {"target": {"path": "q", "rows": [0, 3]}}
     yield case("weight_of_another_target", neck(changed, *first), _update("bottleneck"), behind)
+    placed = {"residual": "first", "norm": "last", "original_ln_after": False}
+    file = _file(_update("bottleneck", attributes=placed), down=parts["down"], up=parts["up"])
+    beside = held | {f"q.{name}": value for name, value in closed.items()}
+    yield Computed("norm_of_the_block_left_out", file, beside, ("R-10.10",), "Unsupported", "q")
+    zero = {"A": stored(np.zeros((1, 4)), "F32"), "B": _real("zB", 3, 1), "magnitude": _real("zm", 3)}
+    lost = {"q.weight": stored(np.diag([0.0, 1.0, 2.0, 3.0])[:3], "F64"), "q.x": stored(x, "F64")}
+    yield Computed("output_that_is_no_number", _one("grouped_dora", **zero), lost, ("R-10.13",), "Malformed", "q.y")
     router = _one("arrow", idle_A=_real("iA", 2, 4), idle_B=_real("iB", 3, 2))
     base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
     yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")
