@@ -118,6 +118,19 @@ def _names() -> Iterator[Meeting]:
     yield Meeting("bias_shorter_than_the_weight", _file(part, **BIAS), fused, changed, ("R-8.5",))
     held = {"weight": weight, "bias": bias}
     alone = _one("replacement", bias=_real("bias", 3))
+    tensor, scale = {"q.weight": weight}, _values("l", 3)[:, None]
+    module, parameter = ({"target": {"path": path}} for path in ("q", "q.weight"))
+    ia3 = _update("ia3", attributes={}) | {"tensors": {"l": "l"}}
+    twice = _file(LORA | module | {"tensors": {"A": "A", "B": "B"}}, ia3 | parameter, A=A, B=B, l=_real("l", 3))
+    both = {"q.weight": stored((W + DELTA) * scale, "F32")}
+    yield Meeting("two_targets_of_one_tensor", twice, tensor, both, ("R-10.4", "R-10.7"))
+    upper, lower = ({"target": {"path": "q", "rows": rows}} for rows in ([0, 3], [2, 5]))
+    overlap = _file(LORA | lower | {"tensors": {"A": "A", "B": "B"}}, ia3 | upper, A=A, B=B, l=_real("l", 3))
+    fifth = _values("fused", 5, 4)
+    fifth[2:] += DELTA
+    fifth[:3] *= scale
+    fused_alone = {"q.weight": fused["q.weight"]}
+    yield Meeting("rows_that_overlap", overlap, fused_alone, {"q.weight": stored(fifth, "F32")}, ("R-10.4",))
     yield Meeting(
         "bias_without_weight", alone, {"q.bias": held["bias"]}, {"q.bias": _real("bias", 3)}, ("R-10.6", "R-10.7")
     )
@@ -265,6 +278,13 @@ def _refused() -> Iterator[Meeting]:
     alone = _one("dense", d=_real("bias", 3))
     yield shape("weight_that_stays", alone, {"q.weight": _real("W", 5, 4), "q.bias": bias}, "q: dense")
     yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora", "R-8.6")
+    yield shape("other_rest", _one("dense", D=_real("D", 3, 5)), weight, "q: dense")
+    stack = {"A": _real("A", 2, 1, 4), "B": _real("B", 2, 3, 1), "bias": _real("sb", 2, 3)}
+    each = _one("lora", target={"path": "q", "layout": "e out *in"}, **stack)
+    more = {"q.weight": _real("W", 2, 3, 4), "q.bias": _real("sb", 3, 3)}
+    yield shape("bias_of_other_experts", each, more, "q: lora", "R-8.6")
+    behind = _file(BIASED | {"target": {"path": "q", "rows": [1, 4]}}, **BIAS)
+    yield shape("bias_below_the_rows", behind, {"q.weight": _real("W", 4, 4), "q.bias": bias}, "q[1:4]: lora", "R-8.6")
     columns = _one("boft", R=_real("R", 1, 1, 3, 3), s=_real("s", 3))
     yield shape("other_columns", columns, weight, "q: boft")
     place = {"index": stored(np.array([[0], [1]]), "I64"), "spectrum": _real("spectrum", 1)}
@@ -302,6 +322,9 @@ def _refused() -> Iterator[Meeting]:
     yield unmergeable("no_bias_to_replace", replaced, weight, "q: replacement", "R-10.6")
     yield Meeting("no_target", PLAIN, {"k.weight": stored(W, "F32")}, None, ("R-10.7",), "TargetNotFound", "q")
     yield Meeting("no_weight", PLAIN, {"q.bias": bias}, None, ("R-10.7",), "TargetNotFound", "q: lora")
+    nan = Stored("F32", (3, 2), np.full((3, 2), np.nan, "<f4").tobytes())
+    spoiled = _file(LORA | {"tensors": {"A": "A", "B": "B"}}, A=A, B=nan)
+    yield Meeting("factor_that_is_no_number", spoiled, weight, None, ("R-10.1",), "Malformed", "q: lora.B")
     whole = {"q.weight": stored(np.ones((3, 4)), "I32")}
     yield Meeting("whole_weight", PLAIN, whole, None, ("R-10.4",), "Unsupported", "q.weight")
     none = _file(_update(), A=_real("none", 0, 4), B=_real("none", 3, 0))
@@ -423,6 +446,14 @@ def computed() -> Iterator[Computed]:
     zero = {"A": stored(np.zeros((1, 4)), "F32"), "B": _real("zB", 3, 1), "magnitude": _real("zm", 3)}
     lost = {"q.weight": stored(np.diag([0.0, 1.0, 2.0, 3.0])[:3], "F64"), "q.x": stored(x, "F64")}
     yield Computed("output_that_is_no_number", _one("grouped_dora", **zero), lost, ("R-10.13",), "Malformed", "q.y")
+    turned = lora, _update("ia3") | {"target": {"path": "q", "rows": [0, 3]}, "tensors": {"l": "l"}}
+    scale = _values("l", 3)
+    file = _file(*turned, A=A, B=B, l=_real("l", 3))
+    ended = held | {
+        "q.merged.weight": stored((w + DELTA) * scale[:, None], "F64"), "q.merged.bias": stored(bias * scale, "F64"),
+        "q.y": stored(changed * scale, "F64"),
+    }  # fmt: skip
+    yield Computed("targets_of_one_path_in_order", file, ended, ("R-7.4", "R-10.4"))
     router = _one("arrow", idle_A=_real("iA", 2, 4), idle_B=_real("iB", 3, 2))
     base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
     yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")

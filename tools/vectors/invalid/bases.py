@@ -68,6 +68,7 @@ def _indexes() -> Iterator[Invalid]:
     yield _index("index_mark", "", marked)
     yield _index("index_half_surrogate", "", b'{"weight_map":{"a.weight":"\\ud800"}}')
     yield _index("index_nan", "", b'{"weight_map":{"a.weight":"model-1.safetensors"},"x":NaN}')
+    yield _index("index_deep", "", b'{"weight_map":{"a.weight":"x"},"x":' + b"[" * 100 + b"]" * 100 + b"}")
     yield _index("index_list", "", b"[]")
     twice = b'{"weight_map":{"a.weight":"model-1.safetensors","a.weight":"model-2.safetensors"}}'
     yield _index("index_key_twice", "", twice)
@@ -81,7 +82,8 @@ def _folders() -> Iterator[Invalid]:
     index = text({"weight_map": {"a.weight": "model.safetensors"}}).encode()
     yield Invalid("config_not_json", config, opens="base")
     for name, data in (
-        ("list", b"[]"), ("mark", b"\xef\xbb\xbf{}"), ("half_surrogate", b'{"a":"\\ud800"}'), ("not_utf8", b'{"a":"\xff"}'),
+        ("list", b"[]"), ("mark", b"\xef\xbb\xbf{}"), ("half_surrogate", b'{"a":"\\ud800"}'),
+        ("not_utf8", b'{"a":"\xff"}'),
         ("comma", b'{"a":1,}'),
     ):  # fmt: skip
         content = {"model.safetensors": ONE, "config.json": data}

@@ -139,6 +139,8 @@ def _places() -> Iterator[Invalid]:
     )
     yield Invalid("layout_stacked_without_experts", _target(layout="e out *in"), "ShapeMismatch", "q: lora")
     yield Invalid("rows_reversed", _target(rows=[3, 0]), where="rows")
+    far = 10**30
+    yield Invalid("rows_huge", _target(rows=[0, far]), "ShapeMismatch", f"q[0:{far}]: lora", exact=True)
     yield Invalid("rows_none", _target(rows=[2, 2]), where="rows")
     yield Invalid("rows_negative", _target(rows=[-3, 0]), where="rows")
     yield Invalid("rows_one", _target(rows=[3]), where="rows")
@@ -159,6 +161,7 @@ def _methods() -> Iterator[Invalid]:
     yield Invalid("method_empty", _update(method=""), where="method")
     yield Invalid("method_number", _update(method=1), where="method")
     yield Invalid("method_version_newer", _update(version=2), "Unsupported", "version")
+    yield Invalid("method_version_huge", _update(version=10**30), "Unsupported", "version")
     yield Invalid("method_version_zero", _update(version=0), where="version")
     yield Invalid("method_version_float", _update(version=1.0), where="version")
     raised = native(text(RECORD).replace('"version":1}', '"version":1e0}'), TENSORS)
@@ -192,6 +195,9 @@ def _rules() -> Iterator[Invalid]:
     square, pairs = stored(numbers("invalid.square", 1, 3, 3), "F32"), stored(numbers("invalid.pairs", 1, 3), "F32")
     four, three = stored(numbers("invalid.four", 1, 4), "F32"), stored(numbers("invalid.rescale", 3), "F32")
     whole, part = stored(numbers("invalid.w1", 1, 2), "F32"), stored(numbers("invalid.w2", 3, 2), "F32")
+    place = {"index": stored(np.array([[0], [1]]), "I64"), "spectrum": stored(numbers("invalid.one", 1), "F32")}
+    wide = _with("fourierft", {"outputs": 1 << 32, "inputs": 1 << 32}, **place)
+    yield Invalid("rule_beyond_64_bits", wide, where="q: fourierft.outputs, inputs")
     yield Invalid("attribute_word", _with("oft", {"side": "top"}, square=square), "Unsupported", "q: oft.side")
     yield Invalid("attribute_below", _with("oft", {"terms": -1}, square=square), where="q: oft.terms")
     yield Invalid("attribute_fraction", _with("oft", {"terms": 3.0}, square=square), where="q: oft.terms")
@@ -312,11 +318,9 @@ def _values() -> Iterator[Invalid]:
     yield factor("nan_f8_e4m3fnuz", "F8_E4M3FNUZ", 0x80, 1)
     yield factor("nan_f8_e5m2fnuz", "F8_E5M2FNUZ", 0x80, 1)
     twice = stored(np.array([[0, 1], [1, 1]]), "I64")
-    content = native(
-        RECORD | {"updates": [LORA | {"method": "rows", "attributes": {}, "target": {"path": "q", "layout": "e out *in"},
-                                      "tensors": {"index": "index", "values": "values"}}]},
-        {"index": twice, "values": stored(numbers("invalid.experts", 2, 2, 3), "F32")},
-    )  # fmt: skip
+    update = LORA | {"method": "rows", "attributes": {}, "target": {"path": "q", "layout": "e out *in"}}
+    experts = {"index": twice, "values": stored(numbers("invalid.experts", 2, 2, 3), "F32")}
+    content = native(RECORD | {"updates": [update | {"tensors": {name: name for name in experts}}]}, experts)
     yield Invalid("index_twice_in_an_expert", content, where="q: rows.index", stage="values")
     yield pairs("index_beyond", [0, 3], [1, 1])
     yield pairs("pair_twice", [0, 2, 0], [1, 1, 1])
