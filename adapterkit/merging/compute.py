@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..core.adapter import Target, order_counts
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, Unsupported
 from ..io.lazy import Lazy, as_lazy
@@ -366,15 +367,15 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """Adapters with several targets at this tensor of which one is no plain sum: their folds, in order."""
+        """Adapters with several targets at this tensor whose order counts: their folds, in order."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
-        return [own for own in sources.values() if len(own) > 1 and not all(map(self._plain, own))]
+        return [own for own in sources.values() if order_counts([self._place(position) for position in own])]
 
-    def _plain(self, position: int) -> bool:
+    def _place(self, position: int) -> tuple[Target, tuple[Update, ...]]:
         fold = self.folds[position][0]
-        return fold.additive and not fold.bias
+        return fold.target, fold.updates
 
     @cached_property
     def _order(self) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Target
+from ..core.adapter import Target, order_counts
 from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
@@ -461,8 +461,12 @@ def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
 def _in_order(parts: list[Part]) -> bool:
     """Whether an adapter has several targets here whose order counts: formulas add up what each does to the base."""
-    counts = Counter(part.switch for part in parts)
-    return any(counts[part.switch] > 1 and not all(isinstance(u, Additive) for u in part.updates) for part in parts)
+    switches = Counter(part.switch for part in parts)
+    return any(
+        order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
+        for switch, count in switches.items()
+        if count > 1
+    )
 
 
 def _same(h: Tensor) -> Tensor:
