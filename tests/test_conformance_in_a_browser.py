@@ -32,7 +32,8 @@ LOAD = """(async (sources, methods) => {
     check: (file) => run.check(bytes(file), methods),
     canonical: (file) => run.canonicals(bytes(file)),
     rules: (file) => run.rules(bytes(file)),
-    base: (files) => typeof files === "string" ? run.baseFile(bytes(files)) : run.base(Object.keys(files), (name) => bytes(files[name])),
+    base: (files) => typeof files === "string" ? run.baseFile(bytes(files))
+      : run.base(Object.keys(files), (name) => bytes(files[name])),
     compute: (adapter, base) => run.computed(bytes(adapter), bytes(base), methods),
     merge: (adapter, base) => run.merged(bytes(adapter), bytes(base), methods),
   };
