@@ -73,9 +73,7 @@ def test_comfyui_s_key_map_holds_every_key_that_is_written_for_it(name, tmp_path
 
 def test_every_family_of_the_issue_is_in_comfyui_s_map_or_has_no_class_there():
     absent = {name for name, family in FAMILIES.items() if not family.facts.generic} - set(HELD_BY_COMFYUI)
-    assert absent == {
-        "cogvideox", "cogview4", "ernie_image", "flux3", "ideogram4", "krea2", "minimax_h3", "sana",
-    }, "ComfyUI 0.19.3 has no model class of these"  # fmt: skip
+    assert absent == {"cogview4", "flux3", "sana"}, "ComfyUI 0.33.0 has no model class of these"
 
 
 @pytest.mark.parametrize("case", CASES)
