@@ -48,6 +48,7 @@ class Kohya(ImageFormat):
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
+    bundles = True
     file = "lora.safetensors"
     methods = frozenset({"dora", "lora", "oft", "weight_norm"})
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))

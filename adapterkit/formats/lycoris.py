@@ -46,6 +46,7 @@ class Lycoris(ImageFormat):
     description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
+    bundles = True
     file = "lycoris.safetensors"
     differences = True
     methods = frozenset(

@@ -355,7 +355,9 @@ def main() -> int:
     if arguments.check:
         held = OUT.read_text() if OUT.exists() else ""
         print("same" if held == text else "DIFFERENT")
-        sys.stdout.writelines(difflib.unified_diff(held.splitlines(True), text.splitlines(True), "the file", "made now"))
+        sys.stdout.writelines(
+            difflib.unified_diff(held.splitlines(True), text.splitlines(True), "the file", "made now")
+        )
         return int(held != text)
     OUT.write_text(text)
     return 0
@@ -375,7 +377,8 @@ def toml(version: str) -> str:
 
 
 ENCODERS = {
-    "clip_l": "sd1_clip:SD1ClipModel", "clip_g": "sdxl_clip:SDXLClipModel", "clip_h": "text_encoders.sd2_clip:SD2ClipModel",
+    "clip_l": "sd1_clip:SD1ClipModel", "clip_g": "sdxl_clip:SDXLClipModel",
+    "clip_h": "text_encoders.sd2_clip:SD2ClipModel",
     "flux": "text_encoders.flux:flux_clip()", "sd3": "text_encoders.sd3_clip:sd3_clip()",
     "umt5xxl": "text_encoders.wan:te()", "llama": "text_encoders.hunyuan_video:hunyuan_video_clip()",
     "qwen25_7b": "text_encoders.qwen_image:te()", "qwen3_06b": "text_encoders.anima:te()",
@@ -392,10 +395,7 @@ WORDS = (
 
 _ATTENTION = [f"self_attn.{x}_proj" for x in "qkvo"]
 NAMES = {
-    "clip": [
-        f"text_model.encoder.layers.0.{x}"
-        for x in ("mlp.fc1", "mlp.fc2", *_ATTENTION[:3], "self_attn.out_proj")
-    ],
+    "clip": [f"text_model.encoder.layers.0.{x}" for x in ("mlp.fc1", "mlp.fc2", *_ATTENTION[:3], "self_attn.out_proj")],
     "t5": [f"encoder.block.0.layer.0.SelfAttention.{x}" for x in "qkvo"]
     + [f"encoder.block.0.layer.1.DenseReluDense.{x}" for x in ("wi_0", "wi_1", "wo")],
     "llm": [f"model.layers.0.{x}" for x in (*_ATTENTION, *(f"mlp.{y}_proj" for y in ("gate", "up", "down")))],

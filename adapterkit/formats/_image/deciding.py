@@ -139,6 +139,9 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
+    if FAMILY in origin.metadata:
+        # The caller, or the writer of the file, has said it: other evidence only chooses among the families named.
+        fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     if origin.naming:
         fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
     fitting = narrowed(fitting, lambda family: said(family, origin.metadata))

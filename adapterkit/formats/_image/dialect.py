@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...errors import AdapterkitError, Malformed, Unsupported, UsageError
 from .._format import Departure, Format
 from . import container
+from .bundles import PREFIX
 from .file import AGAIN, Key, Module, Rules
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ class ImageFormat(Format, ABC):
     Class attributes:
         rules: how it says scalings, and its slots.
         naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
+        bundles: whether its files can have embeddings of tokens beside the LoRAs.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
+    bundles: ClassVar[bool] = False
 
     @classmethod
     def name(cls) -> str:
@@ -80,6 +83,16 @@ class ImageFormat(Format, ABC):
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)
         return in_naming(updates, self.naming, kept, origin, fold=fold) if self.naming else (dict(updates), [])
+
+    def prepared(self, updates: Updates) -> Updates:
+        """The same function in updates that its files have words for, where it has such forms of its own."""
+        return updates
+
+    def why_not(self, target: Target, update: Update, rules: Rules) -> str:
+        """Why its files have no words for an update at a target; empty where they have."""
+        from .encode import why_not
+
+        return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """The metadata to write, and whether they say the scalings, so that alphas are left out."""
@@ -135,12 +148,9 @@ class ImageFormat(Format, ABC):
         grouped: dict[str, dict[str, Key]] = {}
         for text in tensors:
             key = self.parse(text)
-            if key is None and text.startswith("bundle_emb."):
-                why = "an embedding of a token, which OneTrainer has put into the file of the LoRA"
-                cure = (
-                    "Save the LoRA without its embeddings, or take the keys bundle_emb.* out into a file of their own"
-                )
-                raise Unsupported(why, where=text, cure=cure)
+            if key is None and text.startswith(PREFIX):
+                why = f"an embedding of a token, which {self.name()} has no place for in a file of LoRAs"
+                raise Unsupported(why, where=text, cure="Take the keys bundle_emb.* out into a file of their own")
             if key is None:
                 cure = f"Take it out, or convert the file that it comes from; {self.name()} has no such keys"
                 raise Malformed("a key of no known slot", where=text, cure=cure)

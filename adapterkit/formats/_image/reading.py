@@ -10,6 +10,7 @@ from ...errors import AdapterkitError, Malformed, UsageError, nearest
 from ...io.lazy import at_once
 from ...naming.image import families, families_with, rooted
 from .biases import check_biases
+from .bundles import Bundle, apart
 from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
 from .header_alpha import with_alphas
@@ -35,6 +36,9 @@ def decoded(
         Malformed: a key is of another dialect, or two of them mean the same.
     """
     tensors, metadata = with_alphas(dialect, at_once(tensors), metadata)
+    bundle, keys, shapes = Bundle(), dict[str, str](), dict[str, list[int]]()
+    if dialect.bundles:
+        tensors, bundle, keys, shapes = apart(tensors)
     modules = dialect.modules(tensors)
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
@@ -48,11 +52,13 @@ def decoded(
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
     placed_there = updates if base is None else placed(updates, base)
+    hints.keys |= keys
+    hints.shapes |= shapes
     hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
     data = hints.made(metadata, compat)
     kept = {key: tensors[key] for key in hints.kept}
     name = dialect.name()
-    return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
+    return Adapter({**placed_there, **bundle}, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:

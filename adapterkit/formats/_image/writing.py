@@ -14,6 +14,7 @@ from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
 from .biases import mixed_biases
+from .bundles import keyed
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import NO_SLOT_FOR_SCALING, encode, why_not
 from .file import rules_at, rules_for
@@ -46,13 +47,13 @@ def encoded(
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     origin = origin_of(adapter, base)
-    updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin, on_loss)
+    given, tensors = keyed(adapter.updates, hints) if dialect.bundles else (adapter.updates, {})
+    updates, lines = _expressible(dialect, rules, given, hints, origin, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
     if not hints.stems:
         metadata += _family(adapter.updates, origin)
-    tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
             there = rules_at(rules, stems[target, position])
@@ -131,7 +132,7 @@ def _expressible(
 ) -> tuple[Updates, list[str]]:
     """What a file can say, and a line for each thing that was left out or rewritten."""
     updates, idle = without_effect(updates, rules)
-    updates, lines = rewritten(updates, rules, on_loss)
+    updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
@@ -181,7 +182,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
         slots: set[str] = set()
         before: Update | None = None
         for update in found:
-            why = why_not(update, rules)
+            why = dialect.why_not(target, update, rules)
             if not why and target.stacked:
                 why = "a stack of experts"
             if not why and target.layout != "out *in":

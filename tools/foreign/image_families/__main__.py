@@ -87,6 +87,8 @@ def toml_of(name: str, family: Family) -> str:
         facts["diffsynth_head"] = family.diffsynth_head
     if family.header_alpha:
         facts["header_alpha"] = True
+    if family.whole_norms:
+        facts["whole_norms"] = True
     if family.counted:
         first = {key.partition(".")[0]: _name(places["native"]).partition(".")[0] for key, places in weights.items()
                  if "{n}" in key and "native" in places}  # fmt: skip

@@ -32,7 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
-        distinctive, widths, beside, diffsynth_head, header_alpha: see spec/architectures/README.md.
+        distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -55,6 +55,7 @@ class Family:
     beside: dict[str, str] = field(default_factory=dict)
     diffsynth_head: int = 0
     header_alpha: bool = False
+    whole_norms: bool = False
     ratios: tuple[str, ...] = ()
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -295,6 +296,7 @@ FAMILIES: dict[str, Family] = {
         ("FluxTransformer2DModel",), single.convert_flux_transformer_checkpoint_to_diffusers, _BFL, title="flux",
         config={"guidance_embeds": True}, rows=3072, counted=True, distinctive=True,
         ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"), sources=("black-forest-labs/flux: model.py",),
+        whole_norms=True,
     ),
     "flux2": Family(
         ("Flux2Transformer2DModel",), single.convert_flux2_transformer_checkpoint_to_diffusers,
@@ -326,7 +328,7 @@ FAMILIES: dict[str, Family] = {
         double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale single_blocks.#.linear1*7 single_blocks.#.linear2
         single_blocks.#.norm.{query,key}_norm:scale""",
         rows=3072, counted=True, ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"),
-        sources=("lodestone-rock/flow: chroma's model.py",),
+        sources=("lodestone-rock/flow: chroma's model.py",), whole_norms=True,
     ),
     "sd3": Family(
         ("SD3Transformer2DModel",), single.convert_sd3_transformer_checkpoint_to_diffusers,
