@@ -307,11 +307,88 @@ def test_embeddings_are_lost_only_where_that_is_asked_for(name, tmp_path):
     assert load_file(tmp_path / "token.safetensors").keys() == {"token"}
 
 
+def test_embeddings_of_flux_s_encoders_are_told_by_the_transformer_beside_them(tmp_path):
+    held = {}
+    for name, rows in (("transformer_blocks_0_attn_to_q", 3072), ("single_transformer_blocks_37_proj_mlp", 12288)):
+        held |= lora(f"lora_transformer_{name}", rows, 3072, alpha=1)
+    held |= {"bundle_emb.token.clip_l": normal(2, 8), "bundle_emb.token.t5": normal(2, 8)}
+    adapter = ak.read(saved(tmp_path, held, {"modelspec.architecture": "Flux.1-dev"}))
+    places = {t.path for t, u in adapter if u.method == "textual_inversion"}
+    assert places == {"text_encoder.text_model.embeddings.token_embedding", "text_encoder_2.shared"}
+    ak.write(adapter, tmp_path / "b.safetensors", "kohya")
+    assert load_file(tmp_path / "b.safetensors").keys() == held.keys()
+
+
 def test_embeddings_of_an_encoder_s_output_are_named(tmp_path):
     held = lora(UNET, alpha=1) | {"bundle_emb.token.clip_l_out": normal(2, 8)}
     with pytest.raises(Unsupported, match="OneTrainer") as raised:
         ak.read(saved(tmp_path, held))
     assert raised.value.where == "bundle_emb.token.clip_l_out"
+
+
+# Spellings that publishers use.
+
+
+def test_words_that_training_tools_put_into_paths_are_left_out(tmp_path):
+    names = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0._checkpoint_wrapped_module.attn.to_q")
+    held = {k: v for name in names for k, v in lora(f"transformer._orig_mod.{name}", ends=AB).items()}
+    adapter = ak.read(saved(tmp_path, held))
+    assert {t.path for t in adapter.updates} == {
+        "transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"
+    }  # fmt: skip
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == held.keys()
+
+
+def test_hunyuan_video_i2v_s_own_prefix_is_read(tmp_path):
+    stems = ("double_blocks_0_img_attn_qkv", "single_blocks_0_linear2")
+    held = {k: v for stem in stems for k, v in lora(f"Hunyuan_video_I2V_lora_{stem}", alpha=1).items()}
+    adapter = ak.read(saved(tmp_path, held))
+    assert {t.path for t in adapter.updates} == {
+        "transformer.double_blocks.0.img_attn_qkv", "transformer.single_blocks.0.linear2"
+    }  # fmt: skip
+    ak.write(adapter.replace(foreign=None), tmp_path / "b.safetensors", "comfyui")
+    assert any("img_attn_qkv" in key for key in load_file(tmp_path / "b.safetensors"))
+
+
+def test_slots_without_weight_are_read_behind_comfyui_s_prefix(tmp_path):
+    held = lora("diffusion_model.blocks.0.attn.qkv_x", 24, ends=("lora_A", "lora_B"))
+    held |= lora("diffusion_model.blocks.0.attn.qkv_y", 24, ends=("lora_A", "lora_B"))
+    assert ak.detect(saved(tmp_path, held)) == "comfyui"
+    adapter = ak.read(tmp_path / "a.safetensors")
+    want = held["diffusion_model.blocks.0.attn.qkv_x.lora_B"] @ held["diffusion_model.blocks.0.attn.qkv_x.lora_A"]
+    np.testing.assert_allclose(adapter.delta("transformer.blocks.0.attn.qkv_x").numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):
+    held = lora("double_blocks.0.img_attn_qkv", 24, ends=AB) | lora("single_blocks.0.linear2", ends=AB)
+    assert ak.detect(saved(tmp_path, held)) == "comfyui"
+
+
+def test_a_clip_beside_a_t5_tells_flux_from_families_without_clip(tmp_path):
+    held = lora("diffusion_model.double_blocks.0.img_attn.qkv", 24)
+    for stem in (
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    ):
+        held |= lora(stem)
+    paths = {t.path for t in ak.read(saved(tmp_path, held)).updates}
+    assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in paths
+
+
+@pytest.mark.parametrize("name", ["comfyui", "kohya"])
+def test_xlabs_rows_of_a_fused_weight_become_an_update_of_all_its_rows(name, tmp_path):
+    vector = Path(__file__).parents[1] / "spec" / "vectors" / "formats" / "xlabs" / "flux" / "adapter.safetensors"
+    adapter = ak.read(vector)
+    (place,) = {t for t in adapter.updates if t.rows}
+    ak.write(adapter, tmp_path / "b.safetensors", name)
+    again = ak.read(tmp_path / "b.safetensors", family="flux")
+    (update,) = again.updates[next(t for t in again.updates if t.path == place.path)]
+    width = update.A.shape[1]
+    assert update.B.shape == (7 * width, adapter.updates[place][0].A.shape[0])
+    whole = again.delta(place.path).numpy()
+    np.testing.assert_allclose(whole[: 3 * width], adapter.delta(place.path).numpy(), rtol=1e-5, atol=1e-6)
+    assert not whole[3 * width :].any()
 
 
 def test_a_folded_scaling_that_the_type_cannot_hold_is_named(tmp_path):

@@ -41,12 +41,14 @@ class ImageFormat(Format, ABC):
         rules: how it says scalings, and its slots.
         naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
         bundles: whether its files can have embeddings of tokens beside the LoRAs.
+        rows: whether its files adapt some rows of a fused weight.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
     bundles: ClassVar[bool] = False
+    rows: ClassVar[bool] = False
 
     @classmethod
     def name(cls) -> str:
@@ -82,7 +84,9 @@ class ImageFormat(Format, ABC):
 
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)
-        return in_naming(updates, self.naming, kept, origin, fold=fold) if self.naming else (dict(updates), [])
+        if not self.naming:
+            return dict(updates), []
+        return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
         """The same function in updates that its files have words for, where it has such forms of its own."""

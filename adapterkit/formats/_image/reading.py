@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
 from ...io.lazy import at_once
 from ...naming.image import families, families_with, rooted
+from ...naming.resolver import WRAPPERS
 from .biases import check_biases
-from .bundles import Bundle, apart
-from .deciding import FAMILY, denoiser_targets
+from .bundles import Bundle, split
+from .deciding import FAMILY, Origin, denoiser_targets
 from .file import rules_for
 from .header_alpha import with_alphas
 from .laws import decode
@@ -36,11 +38,9 @@ def decoded(
         Malformed: a key is of another dialect, or two of them mean the same.
     """
     tensors, metadata = with_alphas(dialect, at_once(tensors), metadata)
-    bundle, keys, shapes = Bundle(), dict[str, str](), dict[str, list[int]]()
-    if dialect.bundles:
-        tensors, bundle, keys, shapes = apart(tensors)
+    tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
     modules = dialect.modules(tensors)
-    targets = dialect.targets(modules, dict(metadata), base)
+    targets = {stem: _unwrapped(t) for stem, t in dialect.targets(modules, dict(metadata), base).items()}
     _check_distinct(targets)
     _check_apart(targets)
     check_biases(modules, dialect.switch)
@@ -52,13 +52,24 @@ def decoded(
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
     placed_there = updates if base is None else placed(updates, base)
-    hints.keys |= keys
-    hints.shapes |= shapes
+    bundle = Bundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
+    hints.keys |= bundle.keys
+    hints.shapes |= bundle.shapes
     hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
     data = hints.made(metadata, compat)
     kept = {key: tensors[key] for key in hints.kept}
     name = dialect.name()
-    return Adapter({**placed_there, **bundle}, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
+    return Adapter(
+        {**placed_there, **bundle.updates}, None, (Step("read", {"format": name}),), Foreign(name, data, kept)
+    )
+
+
+def _unwrapped(target: Target) -> Target:
+    """A target without the words that torch.compile, FSDP and activation checkpointing put into paths."""
+    words = target.path.split(".")
+    if WRAPPERS.isdisjoint(words):
+        return target
+    return replace(target, path=".".join(word for word in words if word not in WRAPPERS))
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:

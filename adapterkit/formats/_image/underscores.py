@@ -20,18 +20,22 @@ from .deciding import complete, families_in, narrowed, said
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
-STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|lora_te[1234]?|lycoris)_(.+)")
+STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lycoris)_(.+)")
 
 _PARTS = {
     "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
+    "Hunyuan_video_I2V_lora": ("transformer",),
     "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
 """What stems begin with -> the parts of a pipeline that they may be in."""
 
-_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "lycoris")
+_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lycoris")
 """What stems of the U-Net or the transformer begin with."""
+
+_FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
+"""What stems begin with that one family's own trainer writes -> the family."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
 """What a file's metadata call the model -> where its T5 is."""
@@ -81,6 +85,8 @@ def _together(
     if not fitting:
         return {}
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    own = {_FAMILIES.get(words[stem][0]) for stem in inside}
+    fitting = narrowed(fitting, lambda family: family.name in own)
     fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)

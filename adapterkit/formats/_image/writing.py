@@ -13,6 +13,7 @@ from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
+from ...naming.image import component_of
 from .biases import mixed_biases
 from .bundles import keyed
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
@@ -47,7 +48,7 @@ def encoded(
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     origin = origin_of(adapter, base)
-    given, tensors = keyed(adapter.updates, hints) if dialect.bundles else (adapter.updates, {})
+    given, tensors = keyed(adapter.updates, hints, origin) if dialect.bundles else (adapter.updates, {})
     updates, lines = _expressible(dialect, rules, given, hints, origin, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
@@ -189,6 +190,8 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+                if component_of(target.path) == "transformer_2":
+                    why = "a second transformer, for which a file of this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
                 why = "norms that are not behind a LoRA, a LoHa or a LoKr"
             before = update

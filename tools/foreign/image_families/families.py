@@ -534,7 +534,7 @@ WORDS: dict[str, list[str]] = {
     "hidream": ["hidream"],
     "qwen_image": ["qwenimage", "loraqwen"],
     "wan": ["wan21", "wan22", "lorawan", "skyreelsv2"],
-    "hunyuan_video": ["hunyuanvideo", "lorahunyuan"],
+    "hunyuan_video": ["hunyuanvideo", "lorahunyuan", "framepack"],
     "hunyuan_video_15": ["hunyuanvideo15", "hv15"],
     "ltx": ["ltxv", "ltxvideo"],
     "ltx2": ["ltx2"],
