@@ -67,7 +67,7 @@ _OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.d
 _DOTTED = re.compile(r"[A-Za-z]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""What ComfyUI calls the CLIP in an encoder, where the family is not known."""
+"""Encoder -> ComfyUI's word for its CLIP, where the family is not known."""
 
 
 class Comfyui(ImageFormat):
@@ -184,7 +184,7 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 
 
 _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")
-"""What may stand before the names of a U-Net or a transformer; or nothing."""
+"""Prefixes that names of a U-Net or a transformer may have; or none."""
 
 
 def _rest(stem: str) -> str:

@@ -18,10 +18,9 @@ from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.arguments import OPTIONS
 from ._image.container import Metadata
-from ._image.dialect import ALPHAS, ImageFormat
+from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.padding import PADDING
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
@@ -130,4 +129,4 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""What slots begin with that LyCORIS has and sd-scripts does not."""
+"""Beginnings of slots that LyCORIS has and sd-scripts does not."""

@@ -58,8 +58,8 @@ class Bundle:
         """Take keys apart.
 
         Args:
-            tensors: of the embeddings.
-            updates: of the LoRAs beside them, which tell the family.
+            tensors: the embeddings' tensors.
+            updates: the LoRAs' updates beside them, which tell the family.
             origin: what is known of the file.
 
         Raises:

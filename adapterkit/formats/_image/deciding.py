@@ -38,7 +38,7 @@ class Origin:
         naming: `native`, `comfyui` or `diffusers`; empty where nothing tells.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
-        metadata: of the file that the adapter was read from.
+        metadata: the metadata of the file that the adapter was read from.
     """
 
     naming: str = ""
@@ -242,7 +242,7 @@ def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
 
 
 def _outcome(family: Family, paths: Collection[str], naming: str) -> tuple[Any, ...]:
-    """What becomes of the names in the naming that is wanted."""
+    """Return the names in the naming that is wanted."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(

@@ -1,4 +1,4 @@
-"""What the formats of image models are made of: a grammar of keys, rules of scalings, names."""
+"""The base class of the formats of image models: a grammar of keys, rules of scalings, names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import AdapterkitError, Malformed, Unsupported, UsageError
 from .._format import Departure, Format
+from .._padding import lora_among_zeros, refused
 from . import container
 from .bundles import PREFIX
 from .file import AGAIN, Key, Module, Rules
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from .._format import LayerFacts
     from .container import Metadata
     from .deciding import Origin
     from .file import Found
@@ -32,6 +34,31 @@ ALPHAS = {
     )
 }
 """The rule of the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
+
+
+def zero_padded(update: Update, layer: LayerFacts) -> Update:
+    """Return the update as its trainer's forward computes it at a convolution that pads otherwise than with zeros.
+
+    Raises:
+        Unsupported: no method here computes that.
+    """
+    if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
+        return update
+    changed = lora_among_zeros(update)
+    if changed is None or "dilation" in layer.padding:
+        raise refused(update, layer, "its trainer")
+    return changed
+
+
+PADDING = {
+    "convolution_padding": Departure(
+        "at a convolution whose padding_mode is not zeros, which only a live layer tells: the change reads zeros "
+        "around the input; methods other than LoRA are refused there",
+        "the change of the weight, with the padding of the layer, as it is merged",
+        zero_padded,
+    )
+}
+"""Beside the base's own forward, trainers call a convolution of theirs, with the layer's amount of padding alone."""
 
 
 class ImageFormat(Format, ABC):
@@ -54,7 +81,7 @@ class ImageFormat(Format, ABC):
     def name(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
-    # What a dialect defines.
+    # Methods that each format defines.
 
     @abstractmethod
     def parse(self, key: str) -> Key | None:
@@ -110,7 +137,7 @@ class ImageFormat(Format, ABC):
         """The rules for writing a file of this name."""
         return self.rules
 
-    # What is the same for all.
+    # Methods that are the same for all.
 
     def read(
         self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None

@@ -170,7 +170,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # What works on inputs alone does the same to every row.
+                # An update of inputs alone does the same to every row.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)

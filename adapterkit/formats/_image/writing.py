@@ -17,11 +17,9 @@ from ...naming.image import component_of
 from .biases import mixed_biases
 from .bundles import keyed
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
-from .encode import NO_SLOT_FOR_SCALING, encode, why_not
+from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
-from .folding import rewritten, without_effect
-from .hints import Hints, fingerprint, hints_of
-from .leftovers import still
+from .hints import Hints, fingerprint, hints_of, still
 from .placing import kernel_of
 
 if TYPE_CHECKING:
@@ -131,7 +129,7 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """What a file can say, and a line for each thing that was left out or rewritten."""
+    """Return the updates that a file can say, and a line for each thing that was left out or rewritten."""
     updates, idle = without_effect(updates, rules)
     updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
@@ -163,7 +161,7 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """What to type where names cannot be translated."""
+    """Return the flags to type where names cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
