@@ -291,7 +291,7 @@ def test_merge_gives_its_base_to_methods_that_look_at_it(base: Path, adapters: l
     assert np.abs(merged[kept] - 1 - D[kept]).max() < 1e-6
     refused = run("combine", adapters[0], "--method", "arcee_fusion", "-o", tmp_path / "none")
     assert refused.exit_code == 2
-    assert "Pass base=/--base" in refused.stderr
+    assert "Pass --base" in refused.stderr
     assert not (tmp_path / "none").exists()
 
 

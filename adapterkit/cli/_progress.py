@@ -12,6 +12,7 @@ import click
 
 from ._options import Settings
 from ._render import printable, size
+from ._stages import busy
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -67,6 +68,23 @@ class Bar:
             self.drawn.stop()
 
 
+class _Heard:
+    """A meter that silences the lines about steps as soon as it tells something."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total:
+            busy.set()
+        else:
+            busy.clear()  # Steps after the last byte may take long, too.
+        self.meter(done, total)
+
+    def close(self) -> None:
+        self.meter.close()
+
+
 @contextmanager
 def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     """A meter for the length of some work; None when told to be quiet."""
@@ -76,8 +94,9 @@ def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     label = printable(label)
     meter: Meter = Bar(label) if sys.stderr.isatty() else Lines(label)
     try:
-        yield meter
+        yield _Heard(meter)
     finally:
+        busy.clear()
         meter.close()
 
 

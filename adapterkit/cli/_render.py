@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,29 @@ def show(settings: Settings, record: Mapping[str, Any], view: Callable[[Mapping[
         return
     for part in view(record):
         if isinstance(part, str):
-            click.echo(printable(part))
+            click.echo(_folded(printable(part)) if sys.stdout.isatty() else printable(part))
         elif sys.stdout.isatty():
             _print_rich(part.shown())
         else:
             click.echo("\n".join(_aligned(part.shown())))
+
+
+def _folded(line: str) -> str:
+    """A line for a terminal: broken between words only, and what follows set in as its beginning is."""
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width:
+        return line
+    margin = len(line) - len(line.lstrip())
+    # `  name   value` goes on under the value, where there is room for it.
+    pair = re.match(r"  \S+(?: \S+)* {2,}", line)
+    inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
+    return textwrap.fill(
+        line, max(width, 20), subsequent_indent=" " * inset, break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False,
+    )  # fmt: skip
 
 
 def as_json(value: Any) -> str:

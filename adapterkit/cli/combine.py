@@ -106,7 +106,7 @@ def _error(cuts: Sequence[Any]) -> float | None:
 def said(made: Any) -> dict[str, Any]:
     """Return the method of a combination and its parameters, as the lineage records them."""
     args = made.recipe[-1].args
-    return {key: args.get(key) for key in ("method", "parameters", "weights", "seed", "rank", "compat")}
+    return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
 def _format_of(sources: Sequence[str], detect: Any) -> str:
@@ -115,10 +115,18 @@ def _format_of(sources: Sequence[str], detect: Any) -> str:
     return found.pop() if len(found) == 1 else "adapterkit"
 
 
+def _used(name: str, record: Mapping[str, Any]) -> str:
+    """The value of a parameter; where adapters have their own, those in the adapters' order."""
+    shared, own = record["parameters"][name], record["each"] or []
+    if not any(name in each for each in own):
+        return str(shared)
+    return ", ".join(str(each.get(name, shared)) for each in own)
+
+
 def _view(record: Mapping[str, Any]) -> View:
     yield f"{record['method']}, weights {' '.join(map(str, record['weights']))}"
     if record["parameters"]:
-        yield Table(("parameter", "value"), [[name, str(value)] for name, value in record["parameters"].items()])
+        yield Table(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
     yield from _writing.outcome(record)
     if record["cuts"]:
         worst = max(record["cuts"], key=lambda cut: cut["relative_error"])

@@ -14,7 +14,7 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings
-from ._graphs import damage_lines, is_graph, merge_graph, refuse_graph_options
+from ._graphs import damage_lines, graph_in, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
@@ -85,10 +85,11 @@ def command(
     check: bool, compat: str | None, vocab: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
-    if is_graph(base):
+    graph = graph_in(base)
+    if graph is not None:
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
+            ctx, graph, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
             rename,
         )  # fmt: skip
         return
