@@ -228,7 +228,7 @@ def test_a_recipe_or_words_but_not_both(adapters: list[Path], tmp_path: Path) ->
     [
         ("merge_method: ties\nmodels: [{model: a}]\nmerge_metod: x", UsageError, "merge_method"),
         ("merge_method: ties\nmodels: [{model: a, parameter: {}}]", UsageError, "parameters"),
-        ("merge_method: ties\nmodels: [{model: a}]\nslices: []", UsageError, "unknown key 'slices'"),
+        ("merge_method: ties\nmodels: [{model: a}]\nslices: []", UsageError, "say the same twice"),
         ("merge_method: ties", Malformed, "list of models"),
         ("models: [{model: a}]", Malformed, "merge_method"),
         ("merge_method: ties\nmodels: [{model: a, adapter: b}]", Malformed, "one path"),
