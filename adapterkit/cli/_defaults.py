@@ -24,7 +24,7 @@ import click
 from ..errors import Malformed, StorageError, UsageError, nearest
 
 PREFIX = "ADAPTERKIT_"
-OWN_VARIABLES = frozenset({"ADAPTERKIT_CONFIG", "ADAPTERKIT_DEBUG", "ADAPTERKIT_QUIET", "ADAPTERKIT_VERBOSE"})
+OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PROGRESS", "QUIET", "VERBOSE"))
 """Variables that are no option's default."""
 
 TYPED = frozenset({

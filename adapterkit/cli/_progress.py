@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ DELAY = 1.0
 """Seconds of silence at the start: work that ends sooner shows nothing."""
 
 INTERVAL = 5.0
-"""Seconds between two plain lines."""
+"""Seconds between two plain lines; ADAPTERKIT_PROGRESS sets another number."""
 
 
 class Meter(Protocol):
@@ -37,12 +38,13 @@ class Lines:
 
     def __init__(self, label: str) -> None:
         self.label, self.start = label, time.monotonic()
-        self.due = self.start + INTERVAL
+        self.interval = _interval()
+        self.due = self.start + self.interval
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self.due:
-            self.due = now + INTERVAL
+            self.due = now + self.interval
             click.echo(line(self.label, done, total, now - self.start), err=True)
 
     def close(self) -> None:
@@ -98,6 +100,13 @@ def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     finally:
         busy.clear()
         meter.close()
+
+
+def _interval() -> float:
+    try:
+        return max(0.1, float(os.environ.get("ADAPTERKIT_PROGRESS", INTERVAL)))
+    except ValueError:
+        return INTERVAL
 
 
 def line(label: str, done: int, total: int, seconds: float) -> str:
