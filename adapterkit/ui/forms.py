@@ -75,7 +75,7 @@ def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]
         kind = "flag" if flag else "choice" if choices else "path" if name in paths else "text"
         text = param.help or "" if isinstance(param, click.Option) else ""
         long = next((word for word in param.opts if word.startswith("--")), name)
-        label = long if isinstance(param, click.Option) else (param.metavar or name.upper()).strip("[].").upper()
+        label = long if isinstance(param, click.Option) else name.upper().replace("_", " ")
         off = f"{long} / {param.secondary_opts[0]}" if flag and param.secondary_opts else label
         many = param.multiple or param.nargs == -1
         default = param.default if isinstance(param.default, str | int | float | bool) else ""

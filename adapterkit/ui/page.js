@@ -185,7 +185,9 @@ function take(path) {
 
 // Jobs.
 
-let watched = null, timer = null;
+let watched = null, timer = null, command = "";
+// A line breaks between words alone, not within "--out".
+const words = (text) => text.match(/(?:[^\s']+|'[^']*')+/g) ?? [];
 const STATES = { waiting: "waits for other jobs", running: "runs", done: "done", failed: "failed", ended: "cancelled" };
 
 async function watch(number) {
@@ -196,7 +198,8 @@ async function watch(number) {
   const over = !["waiting", "running"].includes(job.state);
   $("job").hidden = false;
   $("job-title").textContent = `Job ${number}: ${job.name}`;
-  $("job-command").textContent = job.command;
+  command = job.command;
+  $("job-command").replaceChildren(...words(command).flatMap((word) => [make("span", {}, word), " "]));
   const code = job.state === "failed" ? `, exit code ${job.code}` : "";
   $("job-state").textContent = `${STATES[job.state]}${code}, ${job.seconds} s`;
   $("job-state").className = job.state === "done" ? "good" : job.state === "failed" ? "bad" : "";
@@ -296,7 +299,7 @@ function setWeights(weights) {
 }
 
 $("form").addEventListener("submit", (event) => { event.preventDefault(); run(false); });
-$("copy").addEventListener("click", () => navigator.clipboard.writeText($("job-command").textContent));
+$("copy").addEventListener("click", () => navigator.clipboard.writeText(command));
 $("end").addEventListener("click", () => ask(`/api/jobs/${watched}/end`, {}).then(() => watch(watched)));
 $("again").addEventListener("click", () => ask(`/api/jobs/${watched}/again`, {}).then((job) => watch(job.number)));
 $("chooser-take").addEventListener("click", () => take($("chooser").dataset.path));
