@@ -153,9 +153,14 @@ def at_terminal(folder: Path, *words: str, columns: int = 80) -> str:
 def test_narrow_terminals_break_no_name_and_no_number(columns: int, folder: Path) -> None:
     text = at_terminal(folder, "inspect", "lora", "--all", columns=columns)
     updates = json.loads(run("inspect", "lora", "--json").stdout)["updates"]
+    left = re.search(r"no room for ([\w, \n]+);", text)
     for update in updates:
         assert update["target"] in text
-        assert re.search(rf"(?<![\d,]){update['parameters']:,}(?![\d,])", text)
+        told = re.search(rf"(?<![\d,]){update['parameters']:,}(?![\d,])", text)
+        assert told or (left is not None and "parameters" in left[1])
+    if columns >= 80:
+        assert left is None
+        assert all(len(line) <= columns for line in text.splitlines())
 
 
 def test_a_hint_of_the_next_command_at_a_terminal(folder: Path) -> None:

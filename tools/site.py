@@ -84,7 +84,11 @@ SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Let no page of the site load anything from elsewhere; mkdocs calls this."""
     up = "../" * page.url.count("/")
-    return SHIM.sub(f"{up}scripts/file_worker.js", output)
+    output = SHIM.sub(f"{up}scripts/file_worker.js", output)
+    # For people with a screen reader or without a mouse: the search is named, and wide code is scrolled by keys.
+    search = '<div class="md-search" data-md-component="search" role="dialog"'
+    output = output.replace(f"{search}>", f'{search} aria-label="Search">')
+    return re.sub(r"<pre(?=[^>]*>(?:<span></span>)?<code)(?![^>]*tabindex)", '<pre tabindex="0"', output)
 
 
 def specification_page(source: str) -> str:

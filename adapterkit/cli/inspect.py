@@ -65,6 +65,9 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
     yield record["why"]
 
 
+SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
+"""Columns that a narrow terminal may leave out, the first one first."""
+
 FEW = 24
 """Targets or tensors that are listed one by one without --all."""
 
@@ -83,10 +86,10 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         )  # fmt: skip
     elif every or totals["targets"] <= FEW:
         columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-        yield Table(columns, _update_rows(_in_order(record["updates"])))
+        yield Table(columns, _update_rows(_in_order(record["updates"])), SPARE)
     else:
         headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
-        yield Table((*headings, "parameters"), [group.row() for group in groups])
+        yield Table((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
     if record["without_alpha"]:
@@ -260,7 +263,8 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
             columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
         )  # fmt: skip
     else:
-        yield Table(("tensors", "count", "layers", "shape", "dtype", "parameters"), _tensor_groups(record["tensors"]))
+        headings = ("tensors", "count", "layers", "shape", "dtype", "parameters")
+        yield Table(headings, _tensor_groups(record["tensors"]), ("dtype", "parameters", "count"))
     counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
     yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
     if len(record["tensors"]) > FEW and not every:

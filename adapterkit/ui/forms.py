@@ -191,7 +191,7 @@ class Forms:
         return text
 
     def listing(self, folder: str | None) -> dict[str, Any]:
-        """What a folder holds, for choosing a path: its folders and files, each with what it may be."""
+        """List a folder to choose a path from: its folders and files, each with its likely kind."""
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
             return {"path": "", "parent": None, "entries": entries, "left_out": 0}
@@ -215,7 +215,7 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".n
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What an entry may be, by names alone: adapter, base, graph, page, folder or file."""
+    """The likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
     if entry.is_dir():
         try:
             with os.scandir(entry.path) as inside:
