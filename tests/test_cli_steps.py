@@ -43,7 +43,7 @@ def test_short_work_is_silent_and_v_tells_each_step() -> None:
 
 
 def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stages, "PLAIN_PATIENCE", 0.05)
+    monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
     monkeypatch.setattr(_stages, "AGAIN", 60.0)
     with _stages.stage_lines(Settings()) as lines:
         assert lines is not None
@@ -56,7 +56,7 @@ def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stages, "PLAIN_PATIENCE", 0.05)
+    monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
     with _stages.stage_lines(Settings()):
         _stages.busy.set()
         stage("merging")

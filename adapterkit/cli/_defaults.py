@@ -24,7 +24,7 @@ import click
 from ..errors import Malformed, StorageError, UsageError, nearest
 
 PREFIX = "ADAPTERKIT_"
-OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PROGRESS", "QUIET", "VERBOSE"))
+OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE"))
 """Variables that are no option's default."""
 
 TYPED = frozenset({

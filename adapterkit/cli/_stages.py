@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -19,7 +20,10 @@ PATIENCE = 2.0
 """Seconds without a word after which a line on a terminal tells what is done."""
 
 PLAIN_PATIENCE = 5.0
-"""The same where nobody may be watching: in scripts, and in logs that are read later."""
+"""The same where nobody may be watching: in scripts, and in logs that are read later.
+
+ADAPTERKIT_PATIENCE sets another number for both.
+"""
 
 AGAIN = 10.0
 """Seconds between two lines about one step."""
@@ -39,7 +43,7 @@ class StageLines(logging.Handler):
         self.command, self.verbose = command, verbose
         self.started = time.monotonic()
         self.text = "working"
-        self.patience = PATIENCE if sys.stderr.isatty() else PLAIN_PATIENCE
+        self.patience = _patience()
         self.due = self.started + self.patience
         self.done = threading.Event()
         self.spoken = threading.Lock()
@@ -85,6 +89,14 @@ class StageLines(logging.Handler):
     def _print(self, line: str) -> None:
         text = printable(line)
         click.echo(click.style(text, dim=True) if sys.stderr.isatty() else text, err=True)
+
+
+def _patience() -> float:
+    usual = PATIENCE if sys.stderr.isatty() else PLAIN_PATIENCE
+    try:
+        return max(0.1, float(os.environ.get("ADAPTERKIT_PATIENCE", usual)))
+    except ValueError:
+        return usual
 
 
 @contextmanager

@@ -117,7 +117,13 @@ class Jobs:
         words = list(job.words)
         if job.page is not None and not any(word.startswith("--out=") for word in words):
             words.insert(1, f"--out={job.page}")
-        env = {**os.environ, "ADAPTERKIT_PROGRESS": "0.3", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        env = {
+            **os.environ,
+            "ADAPTERKIT_PROGRESS": "0.3",
+            "ADAPTERKIT_PATIENCE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "NO_COLOR": "1",
+        }
         try:
             # In a session of its own, so that Ctrl-C in the terminal of the page ends it by way of `close` alone.
             process = subprocess.Popen(
