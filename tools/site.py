@@ -88,7 +88,7 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     # For people with a screen reader or without a mouse: the search is named, and wide code is scrolled by keys.
     search = '<div class="md-search" data-md-component="search" role="dialog"'
     output = output.replace(f"{search}>", f'{search} aria-label="Search">')
-    return re.sub(r"<pre(?=[^>]*>(?:<span></span>)?<code)(?![^>]*tabindex)", '<pre tabindex="0"', output)
+    return re.sub(r"(<pre[^>]*>(?:<span></span>)?)<code(?=[ >])", r'\1<code tabindex="0"', output)
 
 
 def specification_page(source: str) -> str:
