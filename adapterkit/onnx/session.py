@@ -188,8 +188,8 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: an array for each of `inputs`, and for any slot or other optional input. Of a language model
-                `input_ids` of one text is enough: the past is empty, the mask shows everything, positions go on.
+            inputs: an array for each of `inputs`, and for any slot or other optional input. A language
+                model needs only `input_ids` of one text: the past is empty, the mask shows all, positions go on.
             adapter: the adapter's name; or several names with weights, at disjoint targets; None for the bare model,
                 bit for bit.
             outputs: which outputs to return; all by default.
