@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
-    from .api import convert, names, report
+    from .api import convert, inspect, names, report
     from .core.adapter import Adapter, BaseRef, Foreign, Step, Target
     from .destination import WriteResult
     from .errors import AdapterkitError
@@ -38,6 +38,7 @@ _HOME = {
     "convert": "api",
     "detect": "formats",
     "diff": "ops:compare",
+    "inspect": "api",
     "merge": "merging",
     "names": "api",
     "plan": "merging",
@@ -64,6 +65,7 @@ __all__ = [
     "detect",
     "diff",
     "hub",
+    "inspect",
     "merge",
     "names",
     "onnx",

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .core.adapter import Adapter
+from .core.tables import html_table
 from .destination import Destination, WriteResult
 from .errors import ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
 from .formats import FORMATS, detect, read, warnings_of
@@ -23,6 +24,7 @@ from .naming.binding.tables import name_map
 
 if TYPE_CHECKING:
     from .io.checkpoint import Checkpoint
+    from .reporting.inspecting import Inspection
     from .reporting.report import Report
 
 
@@ -106,6 +108,56 @@ def _known(names: Iterable[str]) -> str:
     return f"Known: {', '.join(names)}"
 
 
+def inspect(
+    src: Adapter | Checkpoint | str | PathLike[str],
+    *,
+    base: Checkpoint | str | PathLike[str] | None = None,
+    format: str | None = None,  # noqa: A002 - as in `read`
+    compat: str | None = None,
+    layers: bool = False,
+    rename: str | Sequence[str] = (),
+    base_weights: str | PathLike[str] | None = None,
+    **reading: Any,
+) -> Inspection:
+    """Say what an adapter, a base or a graph holds; only headers are read, but with `layers`.
+
+    Args:
+        src: an adapter, a base or an ONNX model: a path, an address such as `hf://org/repo`, an `Adapter`, or an open
+            checkpoint.
+        base: the base of an adapter; the result then says whether it fits.
+        format: the format of an adapter; found from its headers if absent.
+        compat: another reading of an adapter; see `read`.
+        layers: measure how much an adapter changes each layer; this reads its values.
+        rename: rules for names in the base, each `FROM=TO` or `@FILE`.
+        base_weights: weights of a graph's base, to find layers by their numbers.
+        reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
+
+    Returns:
+        what was found; `record()` is plain data, and notebooks show a table.
+
+    Raises:
+        UsageError: an option that does not fit what is there.
+        UnknownFormat: neither an adapter nor a base.
+        AdapterkitError: see `read`.
+
+    Example:
+        >>> adapterkit.inspect("lora").totals["targets"]  # doctest: +SKIP
+        154
+    """
+    from .reporting.inspecting import Inspection, adapter_record, base_record, inspected
+
+    if isinstance(src, Adapter):
+        data = adapter_record(src, "an adapter in memory", src.foreign.format if src.foreign else "adapterkit")
+    elif not isinstance(src, (str, PathLike)):
+        data = base_record(src.root, str(src.root))
+    else:
+        data = inspected(
+            path_text(src), format=format, base=base, compat=compat, layers=layers, rename=rename,
+            base_weights=base_weights, reading=reading,
+        )  # fmt: skip
+    return Inspection(data["kind"], data["path"], data)
+
+
 @places_errors
 def names(
     base: Checkpoint | str | PathLike[str],
@@ -114,7 +166,7 @@ def names(
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
     strict_base: bool = False,
-) -> dict[str, Any]:
+) -> NameMap:
     """Say where an adapter's targets lie in a base, and by which rules; headers alone are read.
 
     Args:
@@ -141,7 +193,22 @@ def names(
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
     if strict_base and given is not None:
         check_base([("the adapter" if isinstance(adapter, Adapter) else str(adapter), given)], checkpoint, strict=True)
-    return name_map(checkpoint, given, rename=rename, partial=allow_partial)
+    return NameMap(name_map(checkpoint, given, rename=rename, partial=allow_partial))
+
+
+class NameMap(dict[str, Any]):
+    """The result of `names`: a dict of plain data that notebooks show as a table."""
+
+    def __repr__(self) -> str:
+        base = public(str(self["base"]))
+        if "targets" in self:
+            return f"NameMap({base!r}: {len(self['targets']):,} targets, {len(self['missing']):,} missing)"
+        return f"NameMap({base!r}: {len(self['weights']):,} names)"
+
+    def _repr_html_(self) -> str:
+        rows = self["targets"] if "targets" in self else self["weights"]
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        return html_table(repr(self), keys, [[row.get(key) for key in keys] for row in rows])
 
 
 @places_errors

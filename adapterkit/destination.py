@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .core.tables import html_table
+from .errors import UsageError, public
 from .formats import FORMATS, files_read, write
 from .io.locations import is_address, is_remote, located, path_text
 from .io.staging import check_free, check_inputs, replaced_at, take_over
@@ -40,6 +41,15 @@ class WriteResult:
     losses: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     already_done: bool = False
+
+    def __repr__(self) -> str:
+        told = f", {len(self.losses):,} losses" if self.losses else ""
+        told += f", {len(self.warnings):,} warnings" if self.warnings else ""
+        return f"WriteResult({public(self.out)!r}: {self.format}, {self.updates:,} updates{told})"
+
+    def _repr_html_(self) -> str:
+        rows = [["loss", loss] for loss in self.losses] + [["warning", warning] for warning in self.warnings]
+        return html_table(repr(self), ("kind", "what"), rows)
 
     def record(self) -> dict[str, Any]:
         """Return the result as plain data, for `--json`."""

@@ -148,3 +148,34 @@ def test_only_what_is_public_is_listed() -> None:
     assert sorted(dir(ak)) == sorted([*ak.__all__, "__version__"])
     for name in ak.__all__:
         assert getattr(ak, name) is not None
+
+
+def test_every_verb_has_one_name_here_and_on_the_command_line() -> None:
+    from adapterkit.cli import adapterkit
+
+    commands = set(adapterkit.list_commands(None))  # type: ignore[arg-type]
+    verbs = {"inspect", "convert", "combine", "diff", "plan", "names", "report", "merge", "verify", "scan"}
+    assert verbs <= set(dir(ak))
+    assert verbs - {"plan"} <= commands, "plan is merge --plan"
+    assert all(callable(getattr(ak, verb)) for verb in verbs)
+
+
+def test_inspect_is_what_the_command_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from command_line import record
+
+    monkeypatch.chdir(folder)
+    for src in ("a", "base.safetensors"):
+        found = ak.inspect(src)
+        assert found.record() == record("inspect", src)
+        assert (repr(found).startswith("Inspection("), "\n" in repr(found)) == (True, False)
+        assert found._repr_html_().count("<tr>") == 1 + found.totals.get("targets", found.totals.get("tensors"))
+    assert record("inspect", "a", "--layers")["layers"] == ak.inspect("a", layers=True).data["layers"]
+    held = ak.read("a")
+    assert ak.inspect(held).totals == ak.inspect("a").totals
+    assert ak.inspect("a", base="base.safetensors").data["names"]["fits"] is True
+    with pytest.raises(ak.AdapterkitError, match="--rename requires --base"):
+        ak.inspect("a", rename="x=y")
+    found = ak.names("base.safetensors", "a")
+    assert repr(found).startswith("NameMap(")
+    assert found._repr_html_().count("<tr>") == 1 + len(found["targets"])
+    assert ak.verify("base.safetensors", "base.safetensors", ["a"])._repr_html_().count("<tr>") > 1

@@ -21,7 +21,7 @@ from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
     "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "help", "inject",
-    "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "validate", "verify",
+    "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "ui", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +60,7 @@ def test_every_command_and_every_option_has_help(name: str) -> None:
     assert not rest or rest.startswith("\n"), "the first line must be a paragraph of its own"
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     assert [option.name for option in options if not option.help] == []
-    assert {"--json", "--quiet", "--debug"} <= {word for option in options for word in option.opts}
+    assert {"--json", "--quiet", "--debug", "--verbose"} <= {word for option in options for word in option.opts}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -23,7 +23,7 @@ from adapterkit.cli._examples import EXAMPLES, NEXT
 
 DATA = Path(ak.__file__).parent / "demo" / "data"
 ROOT = Path(ak.__file__).parent.parent
-PARSED = ("hf://", "MODEL", ".onnx", "my_reader.py", "~", "eval", "doctor", "demo")
+PARSED = ("hf://", "MODEL", ".onnx", "my_reader.py", "~", "eval", "doctor", "demo", "adapterkit ui")
 """What the lines name that are only parsed; doctor and demo have tests of their own."""
 
 
@@ -153,9 +153,14 @@ def at_terminal(folder: Path, *words: str, columns: int = 80) -> str:
 def test_narrow_terminals_break_no_name_and_no_number(columns: int, folder: Path) -> None:
     text = at_terminal(folder, "inspect", "lora", "--all", columns=columns)
     updates = json.loads(run("inspect", "lora", "--json").stdout)["updates"]
+    left = re.search(r"no room for ([\w, \n]+);", text)
     for update in updates:
         assert update["target"] in text
-        assert re.search(rf"(?<![\d,]){update['parameters']:,}(?![\d,])", text)
+        told = re.search(rf"(?<![\d,]){update['parameters']:,}(?![\d,])", text)
+        assert told or (left is not None and "parameters" in left[1])
+    if columns >= 80:
+        assert left is None or left[1] == "dtype"
+        assert all(len(line) <= columns for line in text.splitlines())
 
 
 def test_a_hint_of_the_next_command_at_a_terminal(folder: Path) -> None:

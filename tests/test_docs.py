@@ -14,13 +14,16 @@ import pytest
 from command_line import run
 
 import adapterkit as ak
+from adapterkit import errors as ak_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {"README.md": ROOT / "README.md", **{page.name: page for page in sorted(DOCS.glob("*.md"))}}
-BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(sh|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-RUN = ("README.md", "index.md", "tasks.md", "reports.md")
+RUN = (
+    "README.md", "index.md", "tasks.md", "reports.md", "concepts.md", "recipes.md", "configuration.md", "faq.md",
+)  # fmt: skip
 """Pages whose code is run as it stands, from the top, in a folder with a base and two adapters. The code of others
 needs hubs, devices or models that are trained on the way; tests of those areas run the same calls."""
 
@@ -51,6 +54,9 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     blocks = BLOCK.findall(PAGES[name].read_text("utf-8"))
     assert blocks
     for language, code in blocks:
+        if language == "yaml":  # A file, named by its first line.
+            Path(code.split()[1]).write_text(code, "utf-8")
+            continue
         if language == "python":
             exec(compile(code, name, "exec"), {})
             continue
@@ -86,7 +92,12 @@ def test_every_method_format_and_combiner_has_a_page(pages: dict[str, str]) -> N
             there = (Path("/") / path).parent.joinpath(link).resolve().relative_to("/")
             assert str(there) in pages, f"{path}: {link}"
     assert "A" in pages["reference/methods/lora.md"]
-    assert "`malformed`" in pages["reference/errors.md"]
+    errors = pages["reference/errors.md"]
+    codes = {each.code for each in vars(ak_errors).values() if isinstance(each, type) and hasattr(each, "exit_code")}
+    assert {code for code in codes - {"error"} if errors.count(f"| `{code}` |") != 2} == set()
+    for name in ("1-first-merge", "2-combining", "3-onnx-swapping"):
+        assert "```python" in pages[f"notebooks/{name}.md"]
+    assert "## sum.yml" in pages["examples.md"]
     assert "## ak.merge" in pages["reference/python.md"]
     assert "--on-loss" in pages["reference/commands.md"]
 

@@ -28,6 +28,7 @@ LAYERS = [
     {"hub"},
     {"destination", "reporting", "scanning"},
     {"api"},
+    {"ui"},
     {"cli", "testing"},
     {"__main__"},
 ]

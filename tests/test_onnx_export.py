@@ -132,6 +132,23 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     session, model = ak.onnx.Session(report.out, names), loaded(family, base)
     for name in ("one", None, "two", "one"):
         assert ours(session, model, name) == wanted[name]
+        assert session.generate(PROMPT.numpy(), adapter=name).tolist() == [wanted[name]]
+    # Without a mask, positions and a past it is the same; an end stops it; what is missing is named with its shape.
+    whole = session.run({"input_ids": PROMPT.numpy()})["logits"]
+    feeds = {"input_ids": PROMPT.numpy(), "attention_mask": np.ones_like(PROMPT.numpy())}
+    if "position_ids" in session.inputs:
+        with pytest.raises(UsageError, match=r"position_ids \["):
+            session.run(feeds)
+        feeds["position_ids"] = np.arange(4)[None]
+    assert np.array_equal(session.run(feeds)["logits"], whole)
+    stop = wanted[None][5]
+    first_stop = wanted[None].index(stop, PROMPT.shape[1])
+    assert session.generate(PROMPT[0].numpy(), end=stop).tolist() == [wanted[None][: first_stop + 1]]
+    with pytest.raises(UsageError, match="input_ids"):
+        session.run({})
+    with pytest.raises(UsageError, match="one text"):
+        session.generate(np.zeros((2, 3)))
+    assert repr(session).startswith("Session('model.onnx': input_ids, attention_mask")
     session.load("one", second)  # PEFT's own folder, in place of the first.
     assert ours(session, model, "one") == wanted["two"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import axe
 import chromium
 import pytest
 
@@ -76,3 +77,11 @@ def test_the_page_fits_and_has_a_dark_side(page: chromium.Page, width: int) -> N
     named = page.evaluate("[...document.querySelectorAll('[aria-labelledby]')].every((n) => "
                           "document.getElementById(n.getAttribute('aria-labelledby')))")  # fmt: skip
     assert named
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_people_with_a_keyboard_or_a_screen_reader_can_use_it(page: chromium.Page, width: int, scheme: str) -> None:
+    page.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert axe.faults(page) == []

@@ -45,6 +45,7 @@ COMMANDS = {
     "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
     "scan": ["{}", "lora --base {}", "lora --sarif {}"],
+    "ui": ["{} --no-browser"],
     "validate": ["{}", "lora --base {}"],
     "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
 }

@@ -7,6 +7,7 @@ their own help; the reference of the errors and of the Python functions from the
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import tomllib
@@ -35,6 +36,8 @@ KINDS = {
 }
 
 
+NOTEBOOKS = ROOT / "docs" / "notebooks"
+
 SPECIFICATION = {
     "README.md": "specification/index.md", "ADOPTING.md": "specification/adopting.md",
     "CHANGES.md": "specification/changes.md",
@@ -55,6 +58,10 @@ def pages() -> dict[str, str]:
         made[f"reference/combiners/{entry['name']}.md"] = combiner_page(entry)
     for source, path in SPECIFICATION.items():
         made[path] = specification_page(source)
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        made[f"notebooks/{path.stem}.md"] = notebook_page(path)
+    made["security.md"] = (ROOT / "SECURITY.md").read_text("utf-8")
+    made["examples.md"] = examples_page()
     made["reference/commands.md"] = commands_page()
     made["reference/errors.md"] = errors_page()
     made["reference/python.md"] = python_page()
@@ -77,7 +84,10 @@ SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Let no page of the site load anything from elsewhere; mkdocs calls this."""
     up = "../" * page.url.count("/")
-    return SHIM.sub(f"{up}scripts/file_worker.js", output)
+    output = SHIM.sub(f"{up}scripts/file_worker.js", output)
+    # The theme's search has no name for people with a screen reader.
+    search = '<div class="md-search" data-md-component="search" role="dialog"'
+    return output.replace(f"{search}>", f'{search} aria-label="Search">')
 
 
 def specification_page(source: str) -> str:
@@ -91,6 +101,40 @@ def specification_page(source: str) -> str:
 
     text = (ROOT / "spec" / source).read_text("utf-8")
     return re.sub(r"\]\((?!https?:|#)([^)]+)\)", moved, text)
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as a page: its text, its code and what it shows."""
+    lines: list[str] = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines += [text.replace(".ipynb)", ".md)"), ""]
+            continue
+        lines += ["```python", text, "```", ""]
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            html = "".join(data.get("text/html", ()))
+            if html:
+                lines += ['<div class="shown">', html.replace("\n\n", "\n"), "</div>", ""]
+            else:
+                shown = "".join(output.get("text", data.get("text/plain", ())))
+                lines += ["```text", shown.rstrip("\n"), "```", ""]
+    first, _, rest = "\n".join(lines).partition("\n")
+    there = f"[The notebook](https://github.com/adapterkit/adapterkit/blob/main/docs/notebooks/{path.name}); "
+    return f"{first}\n\n{there}it is run by the tests.\n{rest}"
+
+
+def examples_page() -> str:
+    """The examples, each with its text."""
+    text = (ROOT / "examples" / "README.md").read_text("utf-8")
+    kinds = {".yml": "yaml", ".sh": "sh", ".py": "python", ".toml": "toml"}
+    names = re.findall(r"\]\(([^)]+)\)", text)
+    lines = [re.sub(r"\]\(([^)]+)\)", lambda link: f"](#{link[1].replace('.', '')})", text), ""]
+    for name in names:
+        path = ROOT / "examples" / name
+        lines += [f"## {name}", "", f"```{kinds[path.suffix]}", path.read_text("utf-8").rstrip("\n"), "```", ""]
+    return "\n".join(lines)
 
 
 def method_page(name: str) -> str:
@@ -185,6 +229,26 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
+CURES = {
+    "usage": "Read the line again: an option is missing, is for another command, or excludes another.",
+    "malformed": "Fetch or write the file again. If the tool that wrote it is current, open an issue with the file.",
+    "unknown-format": "`adapterkit list formats`; name one with `--from`. A base is no adapter, and BASE comes first.",
+    "shape-mismatch": "The adapter is for another base, or for another size of it: `adapterkit names BASE ADAPTER`.",
+    "target-not-found": "`adapterkit names BASE ADAPTER`, `--rename FROM=TO`, or `--allow-partial` to leave it out.",
+    "unsupported": "The line names what is not supported, and what does the same.",
+    "not-mergeable": "Attach the adapter to a live model or a graph instead: no weight says what it does.",
+    "unrepresentable": "`--on-loss fold`, `promote` or `drop`, or `--to adapterkit`, which holds everything.",
+    "check-failed": "Find out what differs before you use the result: the line names the first difference.",
+    "miswritten": "A fault of adapterkit: nothing was left behind. Open an issue with the input.",
+    "corrupt": "The bytes changed after they were written: fetch or make them again, and check the disk.",
+    "storage": "Free space, choose another path, or pass `--overwrite`; the same command goes on.",
+    "network": "Run the same command again: what was fetched is kept.",
+    "access": "Log in to the hub, or accept the licence on its page.",
+    "remote-not-found": "Check the name; private repositories need a token.",
+}
+"""Code of an error -> what to do in general."""
+
+
 def errors_page() -> str:
     """Every error with its code and its exit code."""
     found = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ak.AdapterkitError)]
@@ -194,7 +258,9 @@ def errors_page() -> str:
         "An error is one line on standard error: the file, the place in it, what is wrong, and what to type. With",
         "`--json` it is a record with `code`, `why`, `path`, `where` and `cure`. In Python it is an exception with the",
         "same fields.", "",
-        *_table(("Code", "Exit code", "In Python", "Meaning"), sorted(rows)), "",
+        *_table(("Code", "Exit code", "In Python", "Meaning"), sorted(rows)), "", "## What to do", "",
+        "The error itself says what to type. In general:", "",
+        *_table(("Code", "Cure"), sorted((f"`{code}`", cure) for code, cure in CURES.items())), "",
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ VARIABLE = "_ADAPTERKIT_COMPLETE"
 
 PATHS = frozenset({
     "a", "adapter", "adapters", "b", "base", "base_weights", "calibration", "dst", "experts", "figures", "file",
-    "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
+    "folders", "merged", "model", "onto", "out", "recipe", "src", "suite", "tuned",
 })  # fmt: skip
 """Names of parameters that are paths."""
 

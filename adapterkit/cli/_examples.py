@@ -60,6 +60,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "resize": ("adapterkit resize lora --rank 2 -o small", "adapterkit resize lora --energy 0.99 -o smaller"),
     "scan": ("adapterkit scan base", "adapterkit scan hf://org/lora --fail-on high"),
+    "ui": ("adapterkit ui", "adapterkit ui ~/models ~/adapters --port 7878 --no-browser"),
     "validate": ("adapterkit validate lora", "adapterkit validate lora --base base"),
     "verify": ("adapterkit verify tuned --base base --adapter lora",),
 }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import click
@@ -88,7 +91,33 @@ def text_of(error: AdapterkitError) -> str:
     if isinstance(error, Interrupted):
         return f"{error.why}. {error.cure}"
     line = ": ".join(part for part in ("error", error.path, error.where, error.why) if part)
-    return f"{line}\n  {error.cure}" if error.cure else line
+    return as_flags(f"{line}\n  {error.cure}" if error.cure else line)
+
+
+_BOTH = re.compile(r"\b[a-z_]+=(?:'[^'/]*'|[^\s/()]*)/(--[a-z][a-z-]*)")
+_AFTER = re.compile(r"(--[a-z][a-z-]*(?: [A-Z]+)?) \([a-z_]+=[^()\s]*(?: in Python)?\)")
+
+
+def as_flags(text: str) -> str:
+    """Name the flag alone where the library's words name its argument, too: `base=/--base`, `--base (base=)`."""
+    return _AFTER.sub(r"\1", _BOTH.sub(r"\1", text))
+
+
+def coloured(text: str) -> str:
+    """An error for a terminal: the word in red, the cure apart; names and numbers are not broken."""
+    import textwrap
+
+    width = max(20, shutil.get_terminal_size().columns)
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    first, sign, cure = text.partition("\n  ")
+    lines = fill(first, subsequent_indent="  ")
+    head, _, rest = lines.partition(":")
+    if head == "error":
+        lines = click.style("error", fg="red", bold=True) + ":" + rest
+    if not sign:
+        return lines
+    told = "\n".join(fill(line, initial_indent="  ", subsequent_indent="  ") for line in cure.split("\n"))
+    return f"{lines}\n{click.style(told, fg='cyan')}"
 
 
 def _say(error: BaseException, settings: Settings) -> int:
@@ -98,7 +127,8 @@ def _say(error: BaseException, settings: Settings) -> int:
 
         click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
     try:
-        click.echo(printable(text_of(known), keep="\n"), err=True)
+        text = printable(text_of(known), keep="\n")
+        click.echo(coloured(text) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text, err=True)
         if settings.json:
             click.echo(as_json({"error": known.record()}))
     except BrokenPipeError:

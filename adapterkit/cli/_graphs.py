@@ -47,9 +47,11 @@ ONLY_GRAPHS = ("base_weights", "check")
 """Options of graphs alone."""
 
 
-def is_graph(base: str) -> bool:
-    """Whether a base is an ONNX file, by its name."""
-    return base.lower().endswith(".onnx")
+def graph_in(base: str) -> str | None:
+    """Return the ONNX file that a name means; see `reporting.inspecting.graph_file`."""
+    from ..reporting.inspecting import graph_file
+
+    return graph_file(base)
 
 
 def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -23,18 +23,24 @@ class Settings:
         json: one JSON document on standard output, errors included.
         quiet: no progress and no notes on standard error.
         debug: a traceback with every error.
+        verbose: 1: a line for each step; 2: what explains each result, too.
     """
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    verbose: int = 0
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Settings:
         """Read straight from the words of the command line: they must hold for errors in reading those words, too."""
-        given = set(words[: words.index("--")] if "--" in words else words)
-        debug = os.environ.get("ADAPTERKIT_DEBUG", "") not in ("", "0")
-        return cls("--json" in given, bool({"-q", "--quiet"} & given), debug or "--debug" in given)
+        given = words[: words.index("--")] if "--" in words else words
+        debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))
+        verbose = sum({"-v": 1, "--verbose": 1, "-vv": 2}.get(word, 0) for word in given)
+        told = os.environ.get("ADAPTERKIT_VERBOSE", "")
+        verbose = verbose or (min(int(told), 2) if told.isdecimal() else 0)
+        quiet = bool({"-q", "--quiet"} & {*given}) or (quiet and not verbose)
+        return cls("--json" in given, quiet, debug or "--debug" in given, verbose)
 
 
 def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -86,11 +92,13 @@ def flags(command: F) -> F:
     """The options of every command; `Settings` holds what they say."""
     for name, text in (
         ("--debug", "Show a traceback with an error; so does ADAPTERKIT_DEBUG=1."),
+        ("--verbose", "Show each step; -vv shows what explains it, too."),
         ("--quiet", "Show no progress."),
         ("--json", "Print one JSON document, for errors too."),
     ):
-        names = ("-q", name) if name == "--quiet" else (name,)
-        option = click.option(*names, is_flag=True, expose_value=False, help=text, callback=_remember)
+        kind: dict[str, Any] = {"count": True} if name == "--verbose" else {"is_flag": True}
+        names = (f"-{name[2]}", name) if name in ("--quiet", "--verbose") else (name,)
+        option = click.option(*names, **kind, expose_value=False, help=text, callback=_remember)
         command = option(command)
     return command
 
@@ -205,7 +213,7 @@ rename = click.option(
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(
-    "--weight", "weights", type=float, multiple=True, metavar="W",
+    "-w", "--weight", "weights", type=float, multiple=True, metavar="W",
     help="Weight of an adapter, in the adapters' order; 1 each if absent.",
 )  # fmt: skip
 tied = click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import click
 
 from ._options import Settings
 from ._render import printable, size
+from ._stages import busy
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,7 +22,7 @@ DELAY = 1.0
 """Seconds of silence at the start: work that ends sooner shows nothing."""
 
 INTERVAL = 5.0
-"""Seconds between two plain lines."""
+"""Seconds between two plain lines; ADAPTERKIT_PROGRESS sets another number."""
 
 
 class Meter(Protocol):
@@ -36,12 +38,13 @@ class Lines:
 
     def __init__(self, label: str) -> None:
         self.label, self.start = label, time.monotonic()
-        self.due = self.start + INTERVAL
+        self.interval = _interval()
+        self.due = self.start + self.interval
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now >= self.due:
-            self.due = now + INTERVAL
+            self.due = now + self.interval
             click.echo(line(self.label, done, total, now - self.start), err=True)
 
     def close(self) -> None:
@@ -67,6 +70,23 @@ class Bar:
             self.drawn.stop()
 
 
+class _Heard:
+    """A meter that silences the lines about steps as soon as it tells something."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total:
+            busy.set()
+        else:
+            busy.clear()  # Steps after the last byte may take long, too.
+        self.meter(done, total)
+
+    def close(self) -> None:
+        self.meter.close()
+
+
 @contextmanager
 def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     """A meter for the length of some work; None when told to be quiet."""
@@ -76,9 +96,17 @@ def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     label = printable(label)
     meter: Meter = Bar(label) if sys.stderr.isatty() else Lines(label)
     try:
-        yield meter
+        yield _Heard(meter)
     finally:
+        busy.clear()
         meter.close()
+
+
+def _interval() -> float:
+    try:
+        return max(0.1, float(os.environ.get("ADAPTERKIT_PROGRESS", INTERVAL)))
+    except ValueError:
+        return INTERVAL
 
 
 def line(label: str, done: int, total: int, seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,31 @@ from ._options import Settings
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells under headings. A column that is empty in every row is not shown; one of numbers only is set right."""
+    """Cells under headings. A column that is empty in every row is not shown; one of numbers only is set right.
+
+    Attributes:
+        columns: the headings.
+        rows: the cells.
+        spare: headings that a narrow terminal may leave out, the first one first; a line then names them.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    spare: Sequence[str] = ()
 
     def shown(self) -> Table:
         """The same table without its empty columns."""
         used = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
-        return Table([self.columns[i] for i in used], [[row[i] for i in used] for row in self.rows])
+        return self._of(used)
+
+    def without(self, name: str) -> Table:
+        """The same table without a column."""
+        return self._of([i for i, column in enumerate(self.columns) if column != name])
+
+    def _of(self, used: Sequence[int]) -> Table:
+        columns = [self.columns[i] for i in used]
+        spare = [name for name in self.spare if name in columns]
+        return Table(columns, [[row[i] for i in used] for row in self.rows], spare)
 
     def numeric(self, column: int) -> bool:
         return all(isinstance(row[column], int | float | None) for row in self.rows)
@@ -43,11 +60,29 @@ def show(settings: Settings, record: Mapping[str, Any], view: Callable[[Mapping[
         return
     for part in view(record):
         if isinstance(part, str):
-            click.echo(printable(part))
+            click.echo(_folded(printable(part)) if sys.stdout.isatty() else printable(part))
         elif sys.stdout.isatty():
-            _print_rich(part.shown())
+            _print_drawn(part.shown())
         else:
             click.echo("\n".join(_aligned(part.shown())))
+
+
+def _folded(line: str) -> str:
+    """A line for a terminal: broken between words only, and what follows set in as its beginning is."""
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    if len(line) <= width:
+        return line
+    margin = len(line) - len(line.lstrip())
+    # `  name   value` goes on under the value, where there is room for it.
+    pair = re.match(r"  \S+(?: \S+)* {2,}", line)
+    inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
+    return textwrap.fill(
+        line, max(width, 20), subsequent_indent=" " * inset, break_long_words=False, break_on_hyphens=False,
+        drop_whitespace=True, replace_whitespace=False,
+    )  # fmt: skip
 
 
 def as_json(value: Any) -> str:
@@ -131,41 +166,67 @@ def _cells(values: Sequence[Any]) -> list[str]:
     return texts
 
 
-def _print_rich(table: Table) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
+GAP = 2
+"""Columns of a terminal between two columns of a table."""
 
-    console = Console(file=sys.stdout)
-    texts = [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
-    widths = [max(map(len, column)) for column in texts]
+
+def _print_drawn(table: Table) -> None:
+    """A table for a terminal: spare columns go first, then words are folded, and at last rows become records."""
+    import shutil
+    import textwrap
+
+    width = max(20, shutil.get_terminal_size().columns)
+    left: list[str] = []
+    texts = _texts(table)
+    while table.spare and sum(_widths(texts)) + GAP * (len(texts) - 1) > width:
+        left.append(table.spare[0])
+        table = table.without(table.spare[0])
+        texts = _texts(table)
+    widths = _widths(texts)
     # Words may be folded, names and numbers may not: their columns must fit as they are.
     least = [max(len(word) for text in column for word in text.split(" ") or [""]) for column in texts]
-    room = console.width - 3 * len(least)
+    room = width - GAP * (len(texts) - 1)
     if sum(least) > room:
-        _print_records(console, texts)
-        return
-    while sum(widths) > room:
-        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
-        widths[widest] -= 1
-    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(table.columns):
-        justify: Any = "right" if table.numeric(i) else "left"
-        drawn.add_column(Text(name), justify=justify, overflow="fold", width=widths[i])
-    for row in zip(*(column[1:] for column in texts), strict=True):
-        drawn.add_row(*map(Text, row))
-    console.print(drawn)
+        _print_records(texts)
+    else:
+        while sum(widths) > room:
+            widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+            widths[widest] -= 1
+        right = [table.numeric(i) for i in range(len(texts))]
+        for number, row in enumerate(zip(*texts, strict=True)):
+            folded = [
+                textwrap.wrap(text, size, break_long_words=False, break_on_hyphens=False) or [""]
+                for text, size in zip(row, widths, strict=True)
+            ]
+            for line in range(max(map(len, folded))):
+                parts = [cells[line] if line < len(cells) else "" for cells in folded]
+                set_out = [
+                    part.rjust(size) if at_right else part.ljust(size)
+                    for part, size, at_right in zip(parts, widths, right, strict=True)
+                ]
+                text = (" " * GAP).join(set_out).rstrip()
+                click.echo(click.style(text, bold=True) if number == 0 else text)
+            if number == 0:
+                click.echo(click.style("─" * (sum(widths) + GAP * (len(widths) - 1)), dim=True))
+    if left:
+        click.echo(_folded(f"no room for {', '.join(left)}; a wider terminal or --json shows them"))
 
 
-def _print_records(console: Any, texts: Sequence[Sequence[str]]) -> None:
+def _texts(table: Table) -> list[list[str]]:
+    """The text of each cell, column by column, headings first."""
+    return [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
+
+
+def _widths(texts: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in texts]
+
+
+def _print_records(texts: Sequence[Sequence[str]]) -> None:
     """A table that is wider than the terminal, a row under the other: nothing in it is broken."""
-    from rich.text import Text
-
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):
-        console.print(Text(first, style="bold"), soft_wrap=True)
+        click.echo(click.style(first, bold=True))
         for name, text in zip(names, rest, strict=True):
             if text:
-                console.print(Text(f"  {name.ljust(width)}  {text}"), soft_wrap=True)
+                click.echo(_folded(f"  {name.ljust(width)}  {text}"))

@@ -89,7 +89,7 @@ def writing(command: F) -> F:
     out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or uri to write.")
     target_format = click.option(
         "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
-        help="Format of DST; that of the source if absent, or adapterkit's own.",
+        help="Format of DST; if absent, the source's. extract writes PEFT's, or adapterkit's if it is one file.",
     )  # fmt: skip
     for option in (_options.overwrite, on_loss, target_format, out):
         command = option(command)

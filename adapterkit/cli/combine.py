@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from . import _options, _writing
-from ._combining import combination, method_and_settings
+from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
 from ._render import Table, View, counted, show
 
@@ -23,7 +23,7 @@ from ._render import Table, View, counted, show
 @click.argument("adapters", metavar="A...", nargs=-1)
 @method_and_settings(default="linear")
 @_options.weights
-@click.option("--recipe", metavar="FILE", help="Read adapters, method, weights and parameters from a YAML file.")
+@recipe_option
 @click.option(
     "--rank", type=int, metavar="R",
     help="Cut the result to a rank, target by target. If absent, a result that has no low-rank factors is cut to the "
@@ -54,8 +54,12 @@ def command(
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
         "rename": rename or None,
     }  # fmt: skip
-    sources, options = combination(adapters, method, weights, parameters, given, recipe)
-    target_format = target_format or _format_of(sources, detect)
+    named, read_from = recipe_of(adapters, recipe)
+    if read_from is not None and recipe is None:
+        recipe = adapters[0]
+    sources, options = combination(named, method, weights, parameters, given, read_from)
+    with named_by(read_from):
+        target_format = target_format or _format_of(sources, detect)
     destination = _writing.Destination(
         out, sources, overwrite, target_format=target_format, base=options.get("base"),
         inputs=[] if recipe is None else [recipe],
@@ -66,10 +70,12 @@ def command(
     cuts: list[ops.Cut] = []
 
     def refuse_early(outline: Any) -> None:
+        if read_from is not None:
+            read_from.check_layers(outline.updates)
         what = f"{target_format} cannot hold what {options.get('method', 'linear')} makes"
         _check_writable(outline, target_format, options.get("base"), on_loss, what)
 
-    with progress(settings, "combine") as meter:
+    with named_by(read_from), progress(settings, "combine") as meter:
         working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
         try:
             made = ops.combine(read, **options, **working)
@@ -79,7 +85,11 @@ def command(
             made = ops.combine(read, **options | {"rank": "fit"}, **working)
     record = destination.write(made, on_loss)
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
+    told = [] if read_from is None else [*read_from.notes]
+    if read_from is not None and read_from.tokenizer is not None:
+        told.append("the recipe's tokenizer is not used: adapters have none; 'adapterkit merge --recipe' takes it")
     record["warnings"] = [
+        *told,
         *made.recipe[-1].args.get("warnings", ()),
         *_options.base_warnings(sources, read, options.get("base")),
     ]
@@ -106,7 +116,7 @@ def _error(cuts: Sequence[Any]) -> float | None:
 def said(made: Any) -> dict[str, Any]:
     """Return the method of a combination and its parameters, as the lineage records them."""
     args = made.recipe[-1].args
-    return {key: args.get(key) for key in ("method", "parameters", "weights", "seed", "rank", "compat")}
+    return {key: args.get(key) for key in ("method", "parameters", "weights", "each", "seed", "rank", "compat")}
 
 
 def _format_of(sources: Sequence[str], detect: Any) -> str:
@@ -115,10 +125,18 @@ def _format_of(sources: Sequence[str], detect: Any) -> str:
     return found.pop() if len(found) == 1 else "adapterkit"
 
 
+def _used(name: str, record: Mapping[str, Any]) -> str:
+    """The value of a parameter; where adapters have their own, those in the adapters' order."""
+    shared, own = record["parameters"][name], record["each"] or []
+    if not any(name in each for each in own):
+        return str(shared)
+    return ", ".join(str(each.get(name, shared)) for each in own)
+
+
 def _view(record: Mapping[str, Any]) -> View:
     yield f"{record['method']}, weights {' '.join(map(str, record['weights']))}"
     if record["parameters"]:
-        yield Table(("parameter", "value"), [[name, str(value)] for name, value in record["parameters"].items()])
+        yield Table(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
     yield from _writing.outcome(record)
     if record["cuts"]:
         worst = max(record["cuts"], key=lambda cut: cut["relative_error"])

@@ -20,6 +20,11 @@ COLUMNS = {
     "overlap in": "overlap_in", "sign conflict": "sign_conflict", "interference": "interference",
 }  # fmt: skip
 
+SPARE = (
+    "overlap in", "overlap out", "interference", "sign conflict", "rank A", "rank B", "norm A", "norm B", "cosine",
+)  # fmt: skip
+"""Columns that a narrow terminal may leave out, the first one first."""
+
 
 @click.command(help=__doc__)
 @click.argument("a")
@@ -50,9 +55,14 @@ def command(
         ctx.exit(1 if found.equal is False else 3)
 
 
+def _short(value: Any) -> Any:
+    """A number with four digits that count: more of them only make the table wide."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def _view(record: Mapping[str, Any]) -> View:
     targets = record["targets"]
-    yield Table(tuple(COLUMNS), [[target[name] for name in COLUMNS.values()] for target in targets])
+    yield Table(tuple(COLUMNS), [[_short(target[name]) for name in COLUMNS.values()] for target in targets], SPARE)
     same = sum(target["equal"] is True for target in targets)
     bits = sum(target["bits"] for target in targets)
     verdict = {True: "the same function", False: "not the same function", None: "only a base could tell: pass --base"}

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..errors import AdapterkitError
 from . import _options
 from ._render import Table, View, show, size
 
@@ -54,6 +55,36 @@ def all_checks() -> Iterator[Check]:
     yield Check("cores", "ok", str(_cores()))
     yield memory()
     yield from copies(Path.cwd())
+    yield from defaults()
+
+
+def defaults() -> Iterator[Check]:
+    """The defaults of options that are set in the environment and in files, and what of that no command takes."""
+    from . import adapterkit
+    from ._defaults import TYPED, files, settings_of, unknown
+
+    ctx = click.Context(adapterkit)
+    try:
+        commands = {name: adapterkit.get_command(ctx, name) for name in adapterkit.list_commands(ctx)}
+        known = {name: command for name, command in commands.items() if command is not None}
+        read = [str(path) for path, _ in files()]
+        yield Check("defaults", "ok", f"from {', '.join(read)}" if read else "no file of defaults here")
+        told: dict[str, Check] = {}
+        for name, command in known.items():
+            decided: set[str] = set()
+            for each in settings_of(name, command):
+                if each.parameter not in decided:
+                    decided.add(each.parameter)
+                    scope = f"{each.command} " if each.command else ""
+                    value = " ".join(map(str, each.value)) if isinstance(each.value, list) else str(each.value)
+                    told.setdefault(each.source, Check(f"{scope}{each.option}", "ok", f"{value}, by {each.source}"))
+        yield from told.values()
+        for source, why in unknown(known):
+            key = source.rpartition(": ")[2].removeprefix("ADAPTERKIT_").lower().replace("-", "_")
+            cure = "Type it on the command line: it has no default" if key in TYPED else f"Remove it; {why}"
+            yield Check("defaults", "warn", f"{source} is not used", cure)
+    except AdapterkitError as error:
+        yield Check("defaults", "broken", str(error), error.cure)
 
 
 def imported(package: str, otherwise: str) -> Check:

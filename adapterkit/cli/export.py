@@ -8,6 +8,7 @@ adapter where these are slots. The result is run against the torch model, unless
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -107,3 +108,15 @@ def _view(record: Any) -> View:
         found = f"{damage[worst]['error']:.2%} ({worst})"
         yield f"{counted(len(damage), 'weight')} packed; the largest relative error of one is {found}"
     yield f"  {', '.join(record['files'])}"
+    yield from _try(record)
+
+
+def _try(record: Any) -> View:
+    """Yield lines of Python that run what was written."""
+    adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
+    graph = Path(record["out"])
+    loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
+    yield "in Python:"
+    yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")
+    which = f', adapter="{adapters[0].stem}"' if adapters else ""
+    yield f"  session.generate(input_ids{which})  # a language model; others: session.run({{name: array}})"

@@ -49,7 +49,8 @@ def command(
     from ..io.checkpoint import opened
     from ..naming.binding.bases import check_tuned
 
-    target_format = target_format or "adapterkit"
+    # As the tools that people come from: a folder is PEFT's, a file adapterkit's own.
+    target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
     destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)
     if destination.is_done(settings):
         return

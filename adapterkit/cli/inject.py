@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import checked, decided_by, free, targets_table, warn
+from ._graphs import checked, decided_by, free, graph_in, targets_table, warn
 from ._render import View, show
 from ._writing import is_done, refuse_place
 
@@ -63,6 +63,7 @@ def command(
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
+    model = graph_in(model) or model
     decided, read = decided_by(model, [adapter, *experts, base_weights, calibration])
     if is_done(settings, out, decided, overwrite):
         return

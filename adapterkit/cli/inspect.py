@@ -9,21 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import _options
+from ._graphs import graph_in
 from ._render import Table, View, counted, show, size
-
-if TYPE_CHECKING:
-    from collections import Counter
-    from pathlib import Path
-
-    from ..core.adapter import Adapter, Target
-    from ..core.updates import Update
-    from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Leaf
 
 
 @click.command(help=__doc__)
@@ -39,168 +31,29 @@ def command(
     settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.read` or `adapterkit.onnx.layers`, or opens a base."""
-    if src.lower().endswith(".onnx"):
-        show(settings, _graph_record(src, base_weights), _graph_view)
-        return
-    if base_weights is not None:
-        raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
-    if rename and base is None:
-        raise click.UsageError("--rename requires --base")
-    from .. import detect, read
-    from ..errors import TargetNotFound, UnknownFormat, UsageError
-    from ..formats._endings import adapter_modules
-    from ..io.inputs import inputs_kept
-    from ..io.locations import headers_of
+    """Runs `adapterkit.inspect`."""
+    from ..api import inspect
 
-    with headers_of(src) as path, inputs_kept():
-        modules = adapter_modules(path) if base is None else {}
-        if source_format is None and not modules and not _is_adapter(path):
-            show(settings, _base_record(path, src), partial(_base_view, every=every))
-            return
-        try:
-            name = source_format or detect(path)
-            adapter = read(path, name, base, compat=compat, **_options.stated())
-        except (TargetNotFound, UnknownFormat, UsageError) as error:
-            # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
-            if not modules or (isinstance(error, UsageError) and _options.stated()):
-                raise
-            show(settings, _unresolved_record(modules, src, error), _unresolved_view)
-            return
-        record = adapter_record(adapter, src, name)
-        if name in _IMAGE:
-            record["loaders"] = _loaders(adapter, name, path)
-        if base is not None:
-            record["names"] = _names(adapter, base, rename)
-            record["warnings"] = _options.base_warnings([src], [adapter], base)
-        record |= _beside(adapter, path)
-        if layers:
-            record["layers"] = _layers(adapter, base, rename)
-        show(settings, record, partial(_adapter_view, every=every))
+    graph = graph_in(src)
+    if graph is None or graph != src:
+        if base_weights is not None and graph is None:
+            raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
+        if rename and base is None:
+            raise click.UsageError("--rename requires --base")
+    found = inspect(
+        src, format=source_format, base=base, compat=compat, layers=layers, rename=rename, base_weights=base_weights,
+        **_options.stated(),
+    )  # fmt: skip
+    show(settings, found.record(), partial(_view, every=every))
 
 
-def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
-    """The licence in the model card beside an adapter, and its trigger words."""
-    from ..core.licences import licence_at
-    from ..core.metadata import metadata_of, trigger_words
-
-    return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}
-
-
-def _layers(adapter: Adapter, base: str | None, rename: Sequence[str]) -> list[dict[str, Any]]:
-    """How much each layer is changed: one record a layer, in order."""
-    import math
-
-    from ..io.checkpoint import opened
-    from ..reporting.measuring import measure
-
-    measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
-    if measured.base_why is not None:
-        raise click.UsageError(f"--layers: {measured.base_why}")
-    found: dict[str, list[Any]] = {}
-    for effect in sorted(measured.effects, key=lambda each: measured.cells[each.target].order):
-        found.setdefault(measured.cells[effect.target].layer, []).append(effect)
-    total = measured.norm(0) ** 2
-    records = []
-    for layer, effects in found.items():
-        sizes = [effect.norm for effect in effects if effect.norm is not None]
-        square = math.fsum(size * size for size in sizes)
-        most = max((each for each in effects if each.norm), key=lambda each: each.norm, default=None)
-        records.append({
-            "layer": layer, "targets": len(effects), "norm": math.sqrt(square) if sizes else None,
-            "share": square / total if total and sizes else None,
-            "largest": most and measured.cells[most.target].module,
-            "why": next((each.why for each in effects if each.why), None),
-        })  # fmt: skip
-    return records
-
-
-def _names(adapter: Adapter, base: str, rename: Sequence[str]) -> dict[str, Any]:
-    """The rules by which the adapter's names become the base's, or why they do not."""
-    from ..errors import AdapterkitError
-    from ..naming.binding.tables import name_map
-
-    try:
-        found = name_map(base, adapter, rename=rename)
-    except AdapterkitError as error:
-        return {"fits": False, "why": str(error)}
-    return {"fits": True, "family": found["family"], "rules": found["rules"]}
-
-
-def _is_adapter(path: Path) -> bool:
-    """Whether any format recognises `path`; a path that is not there counts as one, so that reading it says so."""
-    from ..formats import recognised
-
-    return not path.exists() or bool(recognised(path))
-
-
-def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
-    """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
-    from ..core.metadata import metadata_of
-    from ..formats import unknown_fields
-
-    leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
-    base = adapter.base
-    shared: dict[Any, dict[str, Any]] = {}
-    return {
-        "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
-        "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
-        "updates": [_update_record(target, update, shared) for target, update in adapter],
-        "families": _families(adapter), "metadata": metadata_of(adapter), "without_alpha": _without_alpha(adapter),
-        "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
-        "totals": {
-            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves),
-            "methods": _counts(update.method for _, update in adapter),
-            "dtypes": _counts(dtype for (_, dtype), count in leaves.items() for _ in range(count)),
-        },
-    }  # fmt: skip
-
-
-_IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
-"""Formats of image models; of other adapters no family is looked for."""
-
-
-def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
-    """Say for each tool whether it loads the file as it is."""
-    from ..loaders import loaders_of
-    from .list import answer_records
-
-    return answer_records(loaders_of(adapter, name, path, convert=False))
-
-
-def _families(adapter: Adapter) -> list[str]:
-    """The families of image and video models that the adapter can be of."""
-    from ..formats._image.deciding import candidates, denoiser_targets, origin_of
-    from ..naming.image import component_of
-
-    if not any(step.op == "read" and step.args.get("format") in _IMAGE for step in adapter.recipe):
-        return []
-    inside = [target for target in adapter.updates if component_of(target.path) in ("unet", "transformer")]
-    targets = denoiser_targets(adapter.updates, ()) if inside else []
-    return (
-        [family.title for family in candidates(adapter.updates, targets, origin_of(adapter, None))] if targets else []
-    )
-
-
-def _without_alpha(adapter: Adapter) -> int:
-    """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
-    foreign = adapter.foreign
-    if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
-        return len(adapter.updates)
-    if foreign is None or foreign.format not in ("kohya", "lycoris", "comfyui"):
-        return 0
-    listed = foreign.data.get("without_alpha", ())
-    return len(listed) if isinstance(listed, (list, tuple)) else 0
-
-
-def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
-    """Return the record of an adapter of which only the keys are known: no base, or an unknown format."""
-    return {
-        "kind": "adapter", "path": src, "format": None, "why": str(error),
-        "modules": {
-            module: {slot: list(tensor.shape) for slot, tensor in slots.items()} for module, slots in modules.items()
-        },
-    }  # fmt: skip
+def _view(record: Mapping[str, Any], every: bool) -> View:
+    """Yield the lines and tables of what was found, by its kind."""
+    if record["kind"] == "graph":
+        return _graph_view(record)
+    if record["kind"] == "base":
+        return _base_view(record, every)
+    return _adapter_view(record, every) if "updates" in record else _unresolved_view(record)
 
 
 def _unresolved_view(record: Mapping[str, Any]) -> View:
@@ -212,53 +65,8 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
     yield record["why"]
 
 
-def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """One update as plain data; all but its name is `shared` with the updates of the same form."""
-    form = target.layout, target.rows, update.form
-    if form not in shared:
-        tensors = update.tensors
-        shared[form] = {
-            "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
-            "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
-            "tensors": {
-                name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
-            },
-            **_sums(_counted(tensors.values())),
-        }  # fmt: skip
-    return {"target": target.path, **shared[form]}
-
-
-def _base_record(path: Path, src: str) -> dict[str, Any]:
-    from ..errors import UnknownFormat, UsageError
-    from ..io.checkpoint import open_checkpoint
-
-    try:
-        base = open_checkpoint(path)
-    except UsageError as error:
-        cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
-        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
-    dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
-    return {
-        "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"),
-        "files": [file.name for file in base.files],
-        "tensors": [_tensor_record(base, name) for name in base.tensors],
-        "totals": {
-            "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),
-            "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
-        },
-    }  # fmt: skip
-
-
-def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
-    tensor = base.tensors[name]
-    where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}
-
-
-def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
-    tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
-    return {"tensors": len(tensors), **_sums(_counted(tensors))}
-
+SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
+"""Columns that a narrow terminal may leave out, the first one first."""
 
 FEW = 24
 """Targets or tensors that are listed one by one without --all."""
@@ -278,10 +86,10 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         )  # fmt: skip
     elif every or totals["targets"] <= FEW:
         columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-        yield Table(columns, _update_rows(_in_order(record["updates"])))
+        yield Table(columns, _update_rows(_in_order(record["updates"])), SPARE)
     else:
         headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
-        yield Table((*headings, "parameters"), [group.row() for group in groups])
+        yield Table((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
     if record["without_alpha"]:
@@ -455,7 +263,8 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
             columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
         )  # fmt: skip
     else:
-        yield Table(("tensors", "count", "layers", "shape", "dtype", "parameters"), _tensor_groups(record["tensors"]))
+        headings = ("tensors", "count", "layers", "shape", "dtype", "parameters")
+        yield Table(headings, _tensor_groups(record["tensors"]), ("dtype", "parameters", "count"))
     counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
     yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
     if len(record["tensors"]) > FEW and not every:
@@ -479,14 +288,6 @@ def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     for key, row in found.items():
         row[2] = _ranges([layer for layer in layers[key] if layer])
     return [*found.values()]
-
-
-def _graph_record(src: str, base_weights: str | None) -> dict[str, Any]:
-    from ..onnx import layers
-
-    found = [place.record() for place in layers(src, base_weights=base_weights)]
-    methods = _counts(place["method"] or "nothing" for place in found)
-    return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
 
 
 def _graph_view(record: Mapping[str, Any]) -> View:
@@ -513,32 +314,3 @@ def _amounts(totals: Mapping[str, Any]) -> str:
 
 def _shape(tensor: Mapping[str, Any]) -> str:
     return f"[{','.join(map(str, tensor['shape']))}]"
-
-
-def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
-    """How many of the tensors have each shape and element type."""
-    from collections import Counter
-
-    return Counter((tuple(leaf.shape), _dtype(leaf).name) for leaf in leaves)
-
-
-def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
-    """Numbers and bytes of the tensors that `_counted` counts."""
-    import math
-
-    from ..io.lazy import DTYPES
-
-    sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
-    return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
-
-
-def _dtype(leaf: Leaf) -> Any:
-    from ..io.lazy import dtype_of
-
-    return dtype_of(leaf)
-
-
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    from collections import Counter
-
-    return dict(sorted(Counter(names).items()))

@@ -8,24 +8,28 @@ BASE may be an ONNX file: OUT.onnx is then run against the graph with the adapte
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options
-from ._combining import combination, method_and_settings
-from ._graphs import damage_lines, is_graph, merge_graph, refuse_graph_options
+from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
+from ._graphs import damage_lines, graph_in, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
 
+if TYPE_CHECKING:
+    from ..ops.recipes import Recipe
+
 
 @click.command(help=__doc__)
-@click.argument("base")
-@click.argument("adapters", metavar="A...", nargs=-1, required=True)
+@click.argument("base", required=False)
+@click.argument("adapters", metavar="A...", nargs=-1)
 @click.option("-o", "--out", metavar="OUT", help="Folder, file or uri to write; needed unless only the plan is shown.")
 @_options.weights
 @method_and_settings(default=None)
+@recipe_option
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
     help="Where to compute: auto, cpu, cuda:N, or several: cuda:0,cuda:1.",
@@ -77,18 +81,33 @@ from .verify import record_of, verdict
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
-    method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
+    ctx: click.Context, base: str | None, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
+    method: str | None, parameters: tuple[str, ...], recipe: str | None, device: str, dtype: str | None,
+    shard_size: int | None, engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None,
+    stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
-    if is_graph(base):
+    read_from: Recipe | None = None
+    if recipe is not None:
+        _, read_from = recipe_of(adapters, recipe)
+        assert read_from is not None
+        base = base or read_from.options.get("base")
+        tokenizer = tokenizer or read_from.tokenizer
+    if base is None:
+        cure = " (or base_model in the recipe)" if recipe is not None else ""
+        raise click.UsageError(f"Missing argument 'BASE'{cure}")
+    if not adapters and read_from is None:
+        raise click.UsageError("Missing argument 'A...': name the adapters after the base")
+    graph = graph_in(base)
+    if graph is not None and read_from is not None:
+        raise click.UsageError("--recipe is not for an ONNX graph: combine first, and merge the result")
+    if graph is not None:
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
+            ctx, graph, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
             rename,
         )  # fmt: skip
         return
@@ -99,9 +118,9 @@ def command(
     chosen = list(weights) or None
     named = adapters
     adapters = _options.in_reading(adapters, compat, base)
-    if method is not None:
+    if method is not None or read_from is not None:
         # The result is in the base's names already.
-        adapters, chosen, rename = _combined(base, adapters, method, weights, parameters, rename), None, ()
+        adapters, chosen, rename = _combined(base, adapters, method, weights, parameters, rename, read_from), None, ()
     elif parameters:
         raise click.UsageError("--set is of a --method")
     if only_plan:
@@ -122,8 +141,10 @@ def command(
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
         )  # fmt: skip
     record = dict(report.record())
-    if method is not None and tokenizer is None:
+    if (method is not None or read_from is not None) and tokenizer is None:
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
+    if read_from is not None:
+        record["warnings"] = [*record["warnings"], *read_from.notes]
     if verified:
         record["verification"] = record_of(
             settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
@@ -134,14 +155,18 @@ def command(
 
 
 def _combined(
-    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str],
-    rename: Sequence[str],
+    base: str, adapters: Sequence[Any], method: str | None, weights: Sequence[float], parameters: Sequence[str],
+    rename: Sequence[str], recipe: Recipe | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The adapters as one, to merge in their place."""
     from .. import ops
 
-    sources, options = combination(adapters, method, weights, parameters, {"base": base, "rename": rename or None})
-    return (ops.combine(sources, **options),)
+    given = {"base": base, "rename": rename or None}
+    sources, options = combination(adapters, method, weights, parameters, given, recipe)
+    with named_by(recipe):
+        if recipe is None:
+            return (ops.combine(sources, **options),)
+        return (ops.combine(sources, **options, before=lambda outline: recipe.check_layers(outline.updates)),)
 
 
 def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from .inputs import open_input, read_input
 from .lazy import DTYPES, Lazy, Span, files_kept_open
 from .locations import exists, located
 from .magic_bytes import is_gguf
+from .stages import detail
 from .strict_json import check_size, load_json
 from .torch_file import is_torch_file, read_torch_file
 
@@ -82,6 +83,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         _check_index(index[0], index[1], home)
     folder = root if root.is_dir() else root.parent
     config = folder / "config.json"
+    detail(f"opened {root}: {len(tensors):,} tensors in {len(files)} weight files")
     return Checkpoint(
         root, tensors, tuple(files), home, metadata, read_json(config) if config.is_file() else None,
         None if index is None else index[1],

@@ -82,6 +82,15 @@ DTYPES = {
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """torch dtype name (`bfloat16`) -> `DType`."""
 
+_SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": "F32", "fp64": "F64", "double": "F64"}
+"""Other names of element types that people type -> ours."""
+
+
+def dtype_named(name: str) -> DType | None:
+    """Return the element type of a name: `BF16`, `bfloat16`, `torch.bfloat16`, `bf16`; None if there is none."""
+    word = name.strip().lower().removeprefix("torch.")
+    return DTYPES.get(word.upper()) or BY_TORCH.get(word) or DTYPES.get(_SHORT.get(word, ""))
+
 
 # Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
 #

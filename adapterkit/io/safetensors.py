@@ -256,6 +256,12 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
         raise Malformed(why, path=path, where="header length", cure=_AGAIN)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
+        if prefix[:1] in b"{[<#" or prefix.startswith((b"version ", b"---")):
+            # Eight bytes of text are a number above 10^18, which helps nobody.
+            cure = "Name the folder, or its weight file"
+            if prefix.startswith(b"version "):
+                cure = "It is a pointer of Git LFS: fetch the file itself by 'git lfs pull'"
+            raise Malformed("a text file, not weights", path=path, where="header length", cure=cure)
         raise Malformed(
             f"the header claims {length} bytes of a file of {size}", path=path, where="header length", cure=_AGAIN
         )

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError, places_errors, shown, storage_error
+from ..errors import UnknownFormat, Unsupported, UsageError, places_errors, public, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, local, located, outgoing, path_text, streamed
 from ..io.staging import Staging, check_free, is_within
@@ -296,10 +296,31 @@ def _named(
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
-    return [
-        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
-        for a, w in zip(several, factors, strict=True)
-    ]
+    try:
+        return [
+            (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
+            for a, w in zip(several, factors, strict=True)
+        ]
+    except UnknownFormat as error:
+        _check_order(checkpoint, several, error)
+        raise
+
+
+def _check_order(checkpoint: Checkpoint, several: Sequence[Source], error: UnknownFormat) -> None:
+    """Refuse an adapter in the place of the base, in words that say so.
+
+    Raises:
+        UsageError: the first argument is an adapter, and the other a base.
+    """
+    from ..formats import recognised
+
+    given = [each for each in several if isinstance(each, (str, PathLike))]
+    swapped = next((each for each in given if str(each) == str(error.path) or len(given) == 1), None)
+    if swapped is None or not recognised(Path(checkpoint.root)):
+        return
+    base = public(str(checkpoint.root))
+    cure = f"Swap them: BASE comes first, then its adapters: {public(str(swapped))} {base}"
+    raise UsageError(f"{base} is an adapter, and {public(str(swapped))} is none", cure=cure) from error
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..io.checkpoint import INDEX, SINGLE, Checkpoint
-from ..io.lazy import BY_TORCH, DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, read_span
+from ..io.lazy import DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, dtype_named, read_span
 from ..io.locations import source_of
 from ..io.safetensors import encode_header
+from ..io.stages import stage
 from ..quant import Dequantized, config_file
 from .options import Options, allowed
 from .planned import Output, OutputFile, Plan
@@ -43,6 +44,7 @@ def make_plan(
         UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
         Unsupported: a targeted weight is not of a floating dtype.
     """
+    stage("planning from headers")
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
     bound = folds_by_tensor(base, adapters, options.tied, options.allow_partial, options.rename, options.vocab)
     base, folds, names, changes = bound.base, bound.folds, bound.names, bound.config_changes
@@ -189,7 +191,7 @@ def _safetensors_name(file: Path) -> str:
 def _dtype(name: str | None) -> DType | None:
     if name is None:
         return None
-    found = DTYPES.get(name.upper()) or BY_TORCH.get(name.removeprefix("torch."))
+    found = dtype_named(name)
     if found is None or not found.floating or found.torch.startswith(("complex", "float8_e8")):
         known = ", ".join(d.name for d in DTYPES.values() if d.floating)
         raise UsageError(f"cannot cast weights to {name!r}", cure=f"Known: {known}")

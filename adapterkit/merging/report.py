@@ -16,6 +16,7 @@ from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import INDEX
+from ..io.stages import stage as begin
 from ..io.staging import check_free, digest_of, listed
 from ..quant import config_file
 from .arrays import devices_for
@@ -99,6 +100,7 @@ def run_plan(
     plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
 ) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
+    begin(f"merging into {out}")
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
     stage = StagingDir(out, plan.digest, names, single=one)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..core.metadata import fingerprints_of
+from ..core.tables import html_table
 from ..errors import UsageError
 from ..io.checkpoint import PREFIX, fingerprint
 from ..io.lazy import DType, Lazy
+from ..io.stages import stage
 from ..naming.binding.bases import merge_record
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
@@ -100,6 +102,11 @@ class Verification:
         found = f"{len(self.differences) + len(self.base):,} differences"
         return f"Verification({'ok' if self.ok else found}: {self.tensors:,} tensors, {self.targets:,} targets)"
 
+    def _repr_html_(self) -> str:
+        found = [one.record() for one in self.differences] + [one.record() for one in self.base]
+        keys = list(dict.fromkeys(key for record in found for key in record))
+        return html_table(repr(self), keys, [[record.get(key) for key in keys] for record in found])
+
     @property
     def ok(self) -> bool:
         return not self.differences and not self.base
@@ -124,6 +131,7 @@ def compare(
     rename: tuple[str, ...] = (),
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
+    stage("comparing every element")
     vocab = _vocab(merged, base)
     options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)

@@ -16,6 +16,7 @@ from ..core.adapter import Adapter
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
 from ..io.lazy import as_array
 from ..io.ort_adapter import read_ort_adapter
+from ..io.stages import stage
 from .attaching import attach
 from .building import Building
 from .model_file import Source, inline, opened
@@ -224,6 +225,7 @@ def checked_injection(
     Raises:
         CheckFailed: the difference is larger than rounding explains.
     """
+    stage("running the graph and comparing it")
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
@@ -274,6 +276,7 @@ def checked_merge(
     Raises:
         CheckFailed: the difference is larger than rounding explains.
     """
+    stage("running the graph and comparing it")
     if len(adapters) > 1 or factors[0] != 1:
         return Outcome(None, "several adapters, or one by a part, are not injected")
     from ..io.checkpoint import opened as opened_base

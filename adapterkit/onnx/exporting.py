@@ -21,6 +21,7 @@ from ..formats.onnx_adapter import sidecar
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import Lazy, as_array
 from ..io.locations import path_text
+from ..io.stages import stage
 from ..io.staging import staged
 from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
@@ -367,6 +368,7 @@ def _checked(
     quantize: str | None,
 ) -> Outcome:  # fmt: skip
     """Check the graph; for a quantized one, check the float graph that it was made from, too."""
+    stage("running the graph and comparing it with the model")
     try:
         difference = compared(model, examples, plain, runs)
         if quantize is not None:
@@ -482,6 +484,7 @@ def _note(mode: str, adapters: Mapping[str, Adapter], quantize: str | None) -> s
 
 
 def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None) -> None:
+    stage("converting the graph")
     graph.metadata_props[RECORD] = note
     if quantized is not None:
         prepare(graph, set(quantized.state_dict(keep_vars=True)))

@@ -29,8 +29,9 @@ from ..errors import (
 )
 from ..io.checkpoint import opened as opened_base
 from ..io.inputs import read_input
-from ..io.lazy import as_torch
+from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
+from ..io.stages import stage
 from ..naming.binding.bases import check_base
 from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
 from .injecting import Report
@@ -316,8 +317,10 @@ def export_pretrained(
         And what `export` raises; `out` is left unchanged.
     """
     source, target = located(model), Path(path_text(out))
+    given, kind = dtype, dtype_named(dtype)
+    dtype = dtype if kind is None else kind.torch
     if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {given!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     if find_spec("transformers") is None:
         cure = "pip install 'adapterkit[transformers]'"
         raise UsageError("exporting a folder needs transformers, which is not installed", path=source, cure=cure)
@@ -361,6 +364,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
 
 
 def _loaded(source: Path, dtype: str) -> Any:
+    stage(f"loading {source}")
     transformers, torch = import_module("transformers"), import_module("torch")
     try:
         config = json.loads(read_input(source / "config.json").decode("utf-8"))

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported, first_line
+from ..io.stages import stage
 from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
@@ -103,6 +104,7 @@ def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
     Raises:
         Unsupported: onnxruntime's quantizer fails, or finds nothing to pack.
     """
+    stage(f"quantizing to {scheme}")
     graph = _quantized(model, scheme, model.with_name("quantized.onnx"))
     notes = opened(model).model.metadata_props.items()
     graph.metadata_props.clear()

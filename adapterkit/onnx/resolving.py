@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ..core.adapter import Adapter, Target, order_counts
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
+from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
 from .layers import (
     RECURRENT,
@@ -163,6 +164,7 @@ def resolve(
             can show.
         UsageError: nothing tells which of several tied layers an update changes.
     """
+    stage("finding the targets in the graph")
     from .tying import Tying, with_tied
 
     _refuse(adapter)

@@ -80,6 +80,12 @@ def kind_of(entry: Any) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+PAST = "past_key_values."
+"""How the names of a language model's cached keys and values begin."""
+
+MOST_NAMED = 4
+"""Inputs that an error names, with their shapes."""
+
 _MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
 
 
@@ -182,7 +188,8 @@ class Session:
         """Run the model.
 
         Args:
-            inputs: an array for each of `inputs`, and for any slot or other optional input.
+            inputs: an array for each of `inputs`, and for any slot or other optional input. A language
+                model needs only `input_ids` of one text: the past is empty, the mask shows all, positions go on.
             adapter: the adapter's name; or several names with weights, at disjoint targets; None for the bare model,
                 bit for bit.
             outputs: which outputs to return; all by default.
@@ -194,7 +201,11 @@ class Session:
         """
         feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
         if missing := [name for name in self.inputs if name not in feeds]:
-            raise UsageError(f"no input {', '.join(missing)}", path=self._path, cure="Pass an array for each input")
+            feeds |= {name: _value(array) for name, array in self._usual(inputs, missing).items()}
+        if missing := [name for name in self.inputs if name not in feeds]:
+            told = ", ".join(f"{name} {self._shape(name)}" for name in missing[:MOST_NAMED])
+            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+            raise UsageError(f"no input {told}{more}", path=self._path, cure="Pass an array for each input")
         names = list(self.outputs if outputs is None else outputs)
         for name in names:
             if name not in self.outputs:
@@ -211,6 +222,78 @@ class Session:
             cure = "Pass inputs whose sizes go together"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
+
+    def generate(
+        self, input_ids: Any, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = ()
+    ) -> Array:
+        """Continue a text greedily: the most likely token, again and again. For sampling, call `run` in a loop.
+
+        Args:
+            input_ids: the tokens, [1, length] or [length].
+            max_new_tokens: tokens to add at most.
+            adapter: as in `run`.
+            end: the token, or tokens, after which it stops; `eos_token_id` of the model's `generation_config.json`.
+
+        Returns:
+            all tokens, [1, length + new].
+
+        Raises:
+            UsageError: the model is no language model with a past, or the prompt is empty or of several texts.
+            And what `run` raises.
+        """
+        past = [name for name in self.inputs if name.startswith(PAST)]
+        if "logits" not in self.outputs or not past:
+            cure = "Export it by adapterkit export, and call run for models of other kinds"
+            raise UsageError("not a language model with a past", path=self._path, cure=cure)
+        tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
+        if tokens.shape[0] != 1 or tokens.shape[1] == 0:
+            why = f"a prompt of shape {list(tokens.shape)}"
+            raise UsageError(why, where="input_ids", cure="Pass one text of at least one token; several in a loop")
+        last = {end} if isinstance(end, int) else set(end)
+        feeds: dict[str, Any] = {"input_ids": tokens}
+        for _ in range(max_new_tokens):
+            told = self.run(feeds, adapter)
+            new = told["logits"][:, -1].argmax(-1)[:, None].astype(np.int64)
+            tokens = np.concatenate([tokens, new], 1)
+            if int(new[0, 0]) in last:
+                break
+            feeds = {"input_ids": new} | {name: told[name.replace(PAST, "present.", 1)] for name in past}
+        return tokens
+
+    def _usual(self, inputs: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Array]:
+        """Return what a language model's inputs are where they are not given: an empty past, everything shown."""
+        ids = inputs.get("input_ids")
+        if ids is None or np.ndim(ids) != 2 or not any(name.startswith(PAST) for name in self.inputs):
+            return {}
+        batch, length = np.shape(ids)
+        given = [np.shape(array) for name, array in inputs.items() if name.startswith(PAST)]
+        past = given[0][2] if given and len(given[0]) == 4 else 0
+        made: dict[str, Array] = {}
+        for name in missing:
+            entry = self._entries[name]
+            shape = entry.shape
+            if (
+                name.startswith(PAST)
+                and not given
+                and len(shape) == 4
+                and all(isinstance(shape[i], int) for i in (1, 3))
+            ):
+                made[name] = np.zeros((batch, shape[1], 0, shape[3]), kind_of(entry))
+            elif name == "attention_mask" and batch == 1:  # Several texts may be padded, which only a mask tells.
+                made[name] = np.ones((batch, past + length), kind_of(entry))
+            elif name == "position_ids" and "attention_mask" not in inputs:
+                # With a mask of one's own, positions may begin behind padding; then they must be given, too.
+                made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
+        return made
+
+    def _shape(self, name: str) -> str:
+        return f"[{', '.join(str(size) for size in self._entries[name].shape)}]"
+
+    def __repr__(self) -> str:
+        past = sum(name.startswith(PAST) for name in self.inputs)
+        inputs = [name for name in self.inputs if not name.startswith(PAST)] + ([f"{past} of the past"] if past else [])
+        adapters = f", adapters {', '.join(self._loaded)}" if self._loaded else ""
+        return f"Session({self._path.name!r}: {', '.join(inputs)}; {len(self.slots):,} slots{adapters})"
 
     def binding(self, adapter: Choice = None) -> Any:
         """Return an onnxruntime binding with an adapter's slots bound; bind inputs and outputs, then call `run_bound`.

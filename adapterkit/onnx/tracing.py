@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, first_line
+from ..io.stages import stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,6 +40,7 @@ def traced(
     Raises:
         Unsupported: torch cannot export it.
     """
+    stage("tracing the model")
     import torch
 
     given = {name: value for name, value in options.items() if value is not None}

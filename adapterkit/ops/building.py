@@ -9,7 +9,7 @@ from ..core.adapter import Adapter, Step
 from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..errors import Unsupported
 from ..io.computed import held
-from ..io.lazy import BY_TORCH, DTYPES
+from ..io.lazy import DTYPES, dtype_named
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 
@@ -69,7 +69,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
     if dtype is None:
         names = {dtype_of(leaf).name for a in adapters for _, update in a for leaf in update.tensors.values()}
         return DTYPES["F64" if "F64" in names else "F32"]
-    kind = DTYPES.get(dtype.upper()) or BY_TORCH.get(dtype.lower())
+    kind = dtype_named(dtype)
     if kind is None or not kind.floating or kind.name == "C64":
         known = ", ".join(name for name, d in DTYPES.items() if d.floating and name != "C64")
         raise Unsupported(f"no element type {dtype!r} for factors", cure=f"Known: {known}")

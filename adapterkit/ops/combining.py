@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter
 from ..errors import UsageError
 from ..io.checkpoint import opened
+from ..io.stages import stage
 from .alignment import places, source_adapter
 from .at_base import Weights
 from .building import of_several, result_type
@@ -104,6 +105,7 @@ def combine(
     read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
     _check_rank(rank, found)
     fallback = max((number for adapter in given for number in adapter.ranks), default=None)
+    stage(f"combining {len(read)} adapters by {name}")
     asked = Asked(name, values, weights, each, found, len(read))
     own = {place.target: place.updates[0] for place in found}
     seen = None if base is None or not first.based else Weights(own, base)

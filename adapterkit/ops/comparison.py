@@ -16,6 +16,7 @@ from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
 from ..io.computed import wide
 from ..io.lazy import as_lazy, files_kept_open
+from ..io.stages import stage
 from .alignment import Place, places, side_by_side
 from .at_base import additive
 from .lowering import Delta, loaded
@@ -131,6 +132,7 @@ def compare(
         ShapeMismatch: the two are of different weights.
         Malformed: a factor holds a NaN or an infinity.
     """
+    stage("comparing the updates")
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
     _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)

@@ -364,7 +364,15 @@ class Evaluation:
         scalings = tuple(_scaling(place.updates[t]) for t in present)
         counted = self.census if census is None else census
         at = FormulaContext(
-            place.target, place.shape, present, part, self.seed, self.asked.each, scalings, counted, self.asks
+            place.target,
+            place.shape,
+            present,
+            part,
+            self.seed,
+            self.asked.each_at(place.target),
+            scalings,
+            counted,
+            self.asks,
         )
         at = replace(at, depth=self.asked.depths.known(place.target))
         base = self.base

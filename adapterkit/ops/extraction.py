@@ -20,6 +20,7 @@ from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import fingerprint, opened
 from ..io.computed import held, load
 from ..io.lazy import DTYPES, Lazy, from_numpy
+from ..io.stages import stage
 from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
@@ -109,6 +110,7 @@ def extract(
         ShapeMismatch: a weight has another shape, beyond rows of new tokens.
         Malformed: a NaN or an infinity in a weight that changed.
     """
+    stage("decomposing the changes")
     criterion = Criterion(rank, energy, error)
     criterion.check()
     if embeddings not in ("rows", "low-rank"):

@@ -251,9 +251,11 @@ class Asked:
             raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure="Give one weight an adapter")
         self.targets = [place.target for place in found]
         self.depths = Depths(self.targets)
-        for key, value in [*self.values.items(), *(("weights", w) for w in self.weights)]:
+        apart = [item for own in self.each for item in own.items()]
+        for key, value in [*self.values.items(), *apart, *(("weights", w) for w in self.weights)]:
             check_globs(value, self.targets, key)
-        self.varies = any(isinstance(value, (Mapping, list)) for value in self.values.values())
+        settings = [*self.values.values(), *(value for _, value in apart)]
+        self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 
     def _own(self, each: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
         """Parameters of single adapters, checked."""
@@ -269,7 +271,7 @@ class Asked:
         for key in {key for own in each for key in own} - cls.single:
             known = ", ".join(sorted(cls.single)) or "none"
             raise UsageError(f"{key!r} is not of single adapters", where="each", cure=f"Such parameters: {known}")
-        return [{key: cls.checked(key, value) for key, value in own.items()} for own in each]
+        return [{key: _each_checked(cls, key, plain(value, key)) for key, value in own.items()} for own in each]
 
     def method(self, target: Target) -> Combiner:
         return made(COMBINERS[self.name], self._at(target))
@@ -283,8 +285,19 @@ class Asked:
     def counts(self) -> bool:
         """Whether numbers of whole adapters are needed first: at any target, by any adapter's own parameters."""
         targets = self.targets if self.varies else self.targets[:1]
-        values = [(self._at(target), own) for target in targets for own in self.each or [{}]]
+        values = [(self._at(target), own) for target in targets for own in self.each_at(target) or [{}]]
         return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
+
+    def each_at(self, target: Target) -> list[dict[str, Any]]:
+        """The parameters of single adapters, as they are at a target."""
+        return [
+            {
+                key: found
+                for key, value in own.items()
+                if (found := at_target(value, target, self.depths, None)) is not None or value is None
+            }
+            for own in self.each
+        ]
 
     def weights_at(self, target: Target) -> list[float]:
         found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
@@ -295,6 +308,15 @@ class Asked:
 
     def record(self, method: Combiner) -> dict[str, Any]:
         return {**method.values(), **self.values}
+
+
+def _each_checked(cls: type[Combiner], key: str, value: Any) -> Any:
+    """A parameter of a single adapter: every number of a list or a mapping is checked."""
+    if isinstance(value, Mapping):
+        return {glob: _each_checked(cls, key, inner) for glob, inner in value.items()}
+    if isinstance(value, list):
+        return [cls.checked(key, inner) for inner in value]
+    return cls.checked(key, value)
 
 
 def one_of(value: Any, key: str) -> Any:

@@ -12,17 +12,21 @@
     compat: mergekit                   # its defaults instead of the papers'
 
 A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
+mergekit's `base+lora` names the base and the adapter; its `slices` are taken where every layer stays in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, StorageError, UsageError, nearest, places_errors, shown
+
+if TYPE_CHECKING:
+    from ..core.adapter import Target
 
 SPELLINGS = {
     "lambda": "scale",
@@ -42,6 +46,9 @@ FLAGS: Mapping[str, tuple[str, str, str]] = {
 _TASK_ARITHMETIC = frozenset({
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
 })  # fmt: skip
+DIFFERENCES = _TASK_ARITHMETIC | {"sce", "model_stock", "arcee_fusion", "nearswap"}
+"""mergekit's methods for which the base, listed as a model, changes nothing."""
+
 READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
 """mergekit's switches -> its methods that look at them; the others ignore them (mergekit 0.1.5)."""
 
@@ -56,12 +63,26 @@ HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 
 TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
-    "disjoint",
+    "disjoint", "slices", "tokenizer", "tokenizer_source", "chat_template", "name",
 )  # fmt: skip
+REFUSED: Mapping[str, tuple[str, str]] = {
+    "modules": (
+        "parts of a model that are merged apart", "Write one recipe for each part, with adapters that hold that part",
+    ),
+    "genome": ("a search for a recipe", "Write the recipe itself: merge_method, models, parameters"),
+    "tasks": ("a search for a recipe", "Write the recipe itself: merge_method, models, parameters"),
+    "experts": ("a mixture of experts made of models", "adapterkit makes none; mergekit-moe does"),
+    "gate_mode": ("a mixture of experts made of models", "adapterkit makes none; mergekit-moe does"),
+    "models_to_slice": ("an old form of slices", "Write slices, or models"),
+}  # fmt: skip
+"""Keys of mergekit's files that ask for something else than a combination -> what that is, and what to do."""
+
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
 """Keys whose values are text; YAML takes `on` or `1e3` for something else."""
 
 MODEL = ("model", "adapter", "parameters")
+SLICE = ("sources", "parameters", "base_model")
+SOURCE = ("model", "adapter", "parameters", "layer_range")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +92,35 @@ class Recipe:
     Attributes:
         adapters: paths.
         options: keyword arguments of `combine`.
+        places: the key in the file that names each adapter.
+        tokenizer: what `tokenizer_source` or `tokenizer` says; it is for a merge, adapters have none.
+        notes: what the file says that a combination of adapters does not need, one line each.
+        layers: how many layers its slices have together; None without slices.
     """
 
     adapters: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    places: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    notes: tuple[str, ...] = ()
+    layers: int | None = None
+
+    def check_layers(self, targets: Iterable[Target]) -> None:
+        """Refuse slices that leave layers of the adapters out.
+
+        Raises:
+            UsageError: a target is in a layer behind the last slice.
+        """
+        from .parameters import _layer
+
+        for target in targets if self.layers is not None else ():
+            layer = _layer(target)
+            if layer is not None and self.layers is not None and layer >= self.layers:
+                why = f"the slices end at layer {self.layers}, and {target} is behind"
+                cure = (
+                    f"Write layer_range up to the last layer, at least [0, {layer + 1}], or models in place of slices"
+                )
+                raise UsageError(why, where="slices", cure=cure)
 
 
 @places_errors
@@ -97,32 +143,239 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 
 def recipe(found: Any, path: Path | None = None) -> Recipe:
     """A recipe from plain data; see `read_recipe`."""
+    if isinstance(found, Mapping):
+        for key, (what, cure) in REFUSED.items():
+            if key in found:
+                raise UsageError(f"{key} is for {what}", where=key, path=path, cure=cure)
     top = _mapping(found, "recipe", TOP, path)
     for name in WORDS:
         if not isinstance(top.get(name), str | None):
             why = f"{name} is {shown(top[name])}, not text"
             raise Malformed(why, where=name, path=path, cure="See adapterkit combine --help")
-    key = "adapters" if "adapters" in top else "models"
-    entries = top.get(key)
-    if "merge_method" not in top or not isinstance(entries, list) or not entries:
+    models, ranges = _models(top, path)
+    if "merge_method" not in top or not models:
         raise Malformed("needs merge_method and a list of models", path=path, cure="See adapterkit combine --help")
-    models = [_mapping(entry, f"{key}[{i}]", MODEL, path) for i, entry in enumerate(entries)]
-    names = [_name(model, f"{key}[{i}]", path) for i, model in enumerate(models)]
     switches = _switches(top["merge_method"], top.get("compat"))
-    own = [
-        _translated(model.get("parameters"), f"{key}[{i}].parameters", switches, path) for i, model in enumerate(models)
-    ]
+    if top["merge_method"] == "slerp":  # Its base_model says from which of the two models to start.
+        models = sorted(models, key=lambda each: each.name != top.get("base_model"))
+    base, names, notes = _named_base(top, models, path)
+    kept = [each for each, name in zip(models, names, strict=True) if name is not None]
+    own = _own(kept, switches, ranges, path)
     shared = _translated(top.get("parameters"), "parameters", switches, path)
     everywhere = shared.pop("weight", 1.0)
     options: dict[str, Any] = {"method": top["merge_method"], **shared}
     options["weights"] = [each.pop("weight", everywhere) for each in own]
     options |= {"each": own} if any(own) else {}
-    for name, said in (("base", "base_model"), ("dtype", "out_dtype")):
-        options |= {name: top[said]} if top.get(said) is not None else {}
-    if "out_dtype" not in top and top.get("dtype") is not None:
-        options["dtype"] = top["dtype"]
+    options |= {"base": base} if base is not None else {}
+    dtype = top.get("out_dtype", top.get("dtype"))
+    options |= {"dtype": dtype} if dtype is not None else {}
     options |= {name: top[name] for name in ("compat", "seed", "rank", "disjoint") if top.get(name) is not None}
-    return Recipe(tuple(names), options)
+    tokenizer = _tokenizer(top, path)
+    if "chat_template" in top and top["chat_template"] not in (None, "auto"):
+        notes.append("chat_template is not used: adapters have none; after a merge, edit chat_template.jinja")
+    adapters = tuple(name for name in names if name is not None)
+    places = tuple(each.place for each in kept)
+    return Recipe(adapters, options, places, tokenizer, tuple(notes), ranges[-1][1] if ranges else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """An entry of the list of models: its key in the file, what it names, and its parameters by slice."""
+
+    place: str
+    name: str
+    parameters: tuple[tuple[str, Any], ...]
+
+
+def _models(top: Mapping[str, Any], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+    """The models, and the layers of each slice where the file has slices."""
+    if "slices" in top:
+        if "models" in top or "adapters" in top:
+            cure = "Leave one of them out"
+            raise UsageError("models and slices say the same twice", where="slices", path=path, cure=cure)
+        return _sliced(top["slices"], path)
+    key = "adapters" if "adapters" in top else "models"
+    entries = top.get(key)
+    if not isinstance(entries, list):
+        return [], []
+    models = [_mapping(entry, f"{key}[{i}]", MODEL, path) for i, entry in enumerate(entries)]
+    return [
+        _Model(f"{key}[{i}]", _name(model, f"{key}[{i}]", path), ((f"{key}[{i}].parameters", model.get("parameters")),))
+        for i, model in enumerate(models)
+    ], []
+
+
+def _sliced(found: Any, path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+    """Models of slices that keep every layer in its place: each slice has all models, and ranges follow one another.
+
+    Raises:
+        UsageError: a slice takes layers elsewhere, which makes another model than an adapter's base.
+    """
+    if not isinstance(found, list) or not found:
+        raise Malformed("a list was expected", where="slices", path=path, cure="See adapterkit combine --help")
+    ranges: list[tuple[int, int]] = []
+    names: list[str] = []
+    parameters: list[list[tuple[str, Any]]] = []
+    for i, entry in enumerate(found):
+        where = f"slices[{i}]"
+        one = _mapping(entry, where, SLICE, path)
+        sources = one.get("sources")
+        if not isinstance(sources, list) or not sources:
+            raise Malformed("a list was expected", where=f"{where}.sources", path=path, cure="Name its models")
+        read = [_mapping(source, f"{where}.sources[{j}]", SOURCE, path) for j, source in enumerate(sources)]
+        mine = [_name(source, f"{where}.sources[{j}]", path) for j, source in enumerate(read)]
+        spans = [_span(source, f"{where}.sources[{j}].layer_range", path) for j, source in enumerate(read)]
+        start = ranges[-1][1] if ranges else 0
+        for j, span in enumerate(spans):
+            if span[0] != start or span != spans[0]:
+                _refuse_moved(f"{where}.sources[{j}].layer_range", span, start, path)
+        if names and mine != names:
+            cure = "Name the same models in every slice; a weight of 0 leaves one out"
+            raise UsageError("a slice of other models", where=f"{where}.sources", path=path, cure=cure)
+        names = mine
+        ranges.append(spans[0])
+        for j, source in enumerate(read):
+            if i == 0:
+                parameters.append([])
+            # A source's own parameters go before those of its slice.
+            both = {**(one.get("parameters") or {}), **(source.get("parameters") or {})}
+            parameters[j].append((f"{where}.sources[{j}].parameters", both))
+    places = [f"slices[0].sources[{j}]" for j in range(len(names))]
+    models = [_Model(*each) for each in zip(places, names, map(tuple, parameters), strict=True)]
+    return models, ranges
+
+
+def _span(source: Mapping[str, Any], where: str, path: Path | None) -> tuple[int, int]:
+    found = source.get("layer_range")
+    whole = isinstance(found, list) and len(found) == 2 and all(type(each) is int for each in found)
+    if not whole or not 0 <= found[0] < found[1]:  # type: ignore[index]
+        raise Malformed("two numbers were expected", where=where, path=path, cure="Such as [0, 32]")
+    return found[0], found[1]  # type: ignore[index]
+
+
+def _refuse_moved(where: str, span: tuple[int, int], start: int, path: Path | None) -> None:
+    why = (
+        f"layers {span[0]} to {span[1] - 1} would lie at {start}: that is another model, and an adapter has its base's"
+    )
+    cure = (
+        "Keep each layer in its place (the ranges of all sources alike, one after another), or stack the layers with "
+        "mergekit and train an adapter for the result"
+    )
+    raise UsageError(why, where=where, path=path, cure=cure)
+
+
+def _named_base(
+    top: Mapping[str, Any], models: Sequence[_Model], path: Path | None
+) -> tuple[str | None, list[str | None], list[str]]:
+    """The base, each model's adapter (None for one that is the base), and notes.
+
+    `base+lora` names both. A model that is the base itself changes nothing, and mergekit lists it in some recipes.
+    """
+    said, notes = top.get("base_model"), list[str]()
+    names: list[str | None] = []
+    bases: dict[str, str] = {}
+    for model in models:
+        front, plus, adapter = model.name.partition("+")
+        if plus and not Path(model.name).exists():
+            bases[front] = model.place
+            names.append(adapter)
+        else:
+            names.append(model.name)
+    if said is not None and "+" in said and not Path(said).exists():
+        front, _, adapter = said.partition("+")
+        names = [None if name == adapter and adapter else name for name in names]
+        why = f"base_model is a base with an adapter in it ({said})"
+        cure = f"Merge it first: adapterkit merge {front} {adapter} -o BASE, and name BASE"
+        raise UsageError(why, where="base_model", path=path, cure=cure)
+    others = [front for front in bases if front not in (said, next(iter(bases)))]
+    if others or (said is not None and bases and said not in bases):
+        differing = others[0] if others else next(iter(bases))
+        where, cure = (
+            bases[differing],
+            "Name the same base in every model and in base_model",
+        )
+        raise UsageError(
+            f"{differing} is another base than {said or next(iter(bases))}", where=where, path=path, cure=cure
+        )
+    method, needed = top["merge_method"], _is_based(top)
+    if said is not None and said in names and len(names) > 1:
+        if method == "slerp":
+            return None, names, notes
+        if method not in DIFFERENCES:
+            cure = "Take it out of models, and divide the other weights by the sum of all, its own included"
+            raise UsageError(f"{method} counts the base as a model", where="base_model", path=path, cure=cure)
+        # Tasks are differences from the base, and its own is nothing.
+        names = [None if name == said else name for name in names]
+    base = said if said is not None else next(iter(bases), None)
+    if base is not None and not needed and not Path(base).exists():
+        notes.append(f"base_model {base} is not read: {method} needs no base; --base BASE names one")
+        base = None
+    return base, names, notes
+
+
+def _is_based(top: Mapping[str, Any]) -> bool:
+    """Whether a method looks at the weights of the base."""
+    from .combiners import COMBINERS
+    from .parameters import resolved
+
+    name, _ = resolved(str(top["merge_method"]), top.get("compat"))
+    return bool(COMBINERS[name].based)
+
+
+def _own(
+    models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
+) -> list[dict[str, Any]]:
+    """Each model's parameters; of slices a mapping of globs of layers, where they differ from slice to slice."""
+    made = []
+    for model in models:
+        parts = [_translated(found, where, switches, path) for where, found in model.parameters]
+        if len(parts) == 1:
+            made.append(parts[0])
+            continue
+        keys = dict.fromkeys(key for part in parts for key in part)
+        mine: dict[str, Any] = {}
+        for key in keys:
+            values = [part.get(key) for part in parts]
+            if any(isinstance(value, Mapping | list) for value in values) or None in values:
+                why = f"{key} differs from slice to slice, or is not a number in each"
+                cure = f"Give {key} a number in every slice, or one list over all layers in parameters"
+                raise UsageError(why, where=model.parameters[0][0], path=path, cure=cure)
+            mine[key] = values[0] if len(set(values)) == 1 else {
+                f"*.{layer}.*": value
+                for (first, last), value in zip(ranges, values, strict=True) for layer in range(first, last)
+            }  # fmt: skip
+        made.append(mine)
+    return made
+
+
+def _tokenizer(top: Mapping[str, Any], path: Path | None) -> str | None:
+    """Whose tokenizer a merge by this recipe takes."""
+    if "tokenizer" in top and "tokenizer_source" in top:
+        cure = "Leave tokenizer_source out"
+        raise UsageError(
+            "tokenizer and tokenizer_source say the same twice", where="tokenizer_source", path=path, cure=cure
+        )
+    found = top.get("tokenizer_source")
+    where = "tokenizer_source"
+    if isinstance(top.get("tokenizer"), Mapping):
+        given = _mapping(top["tokenizer"], "tokenizer", ("source", "tokens", "pad_to_multiple_of"), path)
+        for key in ("tokens", "pad_to_multiple_of"):
+            if given.get(key) is not None:
+                cure = "Leave it out; to add tokens, train them in an adapter and merge with --vocab grow"
+                raise UsageError(f"{key} makes rows of embeddings anew", where=f"tokenizer.{key}", path=path, cure=cure)
+        found, where = given.get("source"), "tokenizer.source"
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise Malformed(f"{where} is {shown(found)}, not text", where=where, path=path, cure="base, or a folder")
+    if found == "union":
+        cure = (
+            "Write base, or a model's folder; to add tokens, merge an adapter that was trained with them (--vocab grow)"
+        )
+        raise UsageError(
+            "tokenizers are not joined: the rows of new tokens would be made up", where=where, path=path, cure=cure
+        )
+    return found
 
 
 def _mapping(found: Any, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.updates import Additive, Update
 from ..errors import UsageError
+from ..io.stages import stage
 from ..methods.lora import LoRA
 from .alignment import Place, places
 from .building import balanced, low_rank, result_type
@@ -104,6 +105,7 @@ def resize(
         CheckFailed: the base is not the one that the adapter names, and `strict_base`.
         UsageError: not exactly one of them is given, or it is out of range; the rank is above what any weight has.
     """
+    stage("decomposing the updates")
     criterion = Criterion(rank, energy, error, frobenius, sv_ratio, sv_cumulative, sv_fro, scope)
     criterion.check()
     return _resized("resize", adapter, criterion, base, dtype, report, rename, strict_base, every=False)

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError
 from ..io.lazy import files_kept_open
+from ..io.stages import stage
 from ..ops.alignment import Place, places, side_by_side
 from ..ops.comparison import effective_rank, lowered
 from ..ops.lowrank import core
@@ -271,6 +272,7 @@ def measure(
     Raises:
         AdapterkitError: the adapters are of different models; see `adapterkit.ops.compare`.
     """
+    stage("measuring the updates")
     from ..naming.binding.bases import check_base
 
     base_why: str | None = None

@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..io.stages import stage
 from .charts import PALETTE, inline
 from .facts import WAYS
 from .verdicts import LEVELS, percent
@@ -36,6 +37,7 @@ HIDDEN = ("metadata", "of", "base_fingerprint")
 
 def page(report: Report) -> str:
     """Return the whole page."""
+    stage("drawing")
     title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
     style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     sources = " ".join(

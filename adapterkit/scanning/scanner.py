@@ -11,6 +11,7 @@ from ..errors import AdapterkitError, StorageError, public
 from ..formats import read, recognised
 from ..io.checkpoint import opened
 from ..io.locations import exists, located, path_text
+from ..io.stages import stage
 from .files import in_folder
 from .findings import Finding, Scan, ordered
 from .values import in_adapter
@@ -39,6 +40,7 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
         >>> adapterkit.scan("lora").worst  # doctest: +SKIP
         'none'
     """
+    stage("looking at files and values")
     text = path_text(source)
     root = located(text)
     if not exists(root):

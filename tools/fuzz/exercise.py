@@ -196,8 +196,8 @@ def _steps(case: Case, source: Path, out: Path, rng: Random, commands: float) ->
 
 def _adapter(case: Case, source: Path, out: Path, rng: Random) -> Steps:
     import adapterkit as ak
-    from adapterkit.cli.inspect import adapter_record
     from adapterkit.formats import FORMATS
+    from adapterkit.reporting.inspecting import adapter_record
 
     found: dict[str, Any] = {}
     base = located(case.base) if case.base else None
@@ -249,11 +249,11 @@ def _named(target: str) -> str:
 
 def _base(case: Case, source: Path, out: Path, rng: Random) -> Steps:
     import adapterkit as ak
-    from adapterkit.cli.inspect import _base_record
     from adapterkit.merging import plan
+    from adapterkit.reporting.inspecting import base_record
 
     yield "detect", lambda: ak.detect(source)
-    yield "inspect", lambda: _base_record(source, str(source))
+    yield "inspect", lambda: base_record(source, str(source))
     if not case.partner:
         return
     how = rng.choice((None, "dequantize", "dequantize", "requantize"))

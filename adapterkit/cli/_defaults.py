@@ -1,0 +1,202 @@
+"""Defaults of options: from the environment, from a project's file, and from a user's own.
+
+    ADAPTERKIT_DEVICE=cpu                      every command that has --device
+    ADAPTERKIT_MERGE_DEVICE=cpu                merge alone
+    [tool.adapterkit]            device = "cpu"      in pyproject.toml, here or in a folder above
+    [tool.adapterkit.merge]      device = "cpu"
+    device = "cpu"  /  [merge]                       in adapterkit.toml, or in ~/.config/adapterkit/config.toml
+
+The command line decides before the environment, that before the project's file, and that before the user's. For one
+option a line for a command decides before one for all. ADAPTERKIT_CONFIG names the only file to read; if it is empty,
+none is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import Malformed, StorageError, UsageError, nearest
+
+PREFIX = "ADAPTERKIT_"
+OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE"))
+"""Variables that are no option's default."""
+
+TYPED = frozenset({
+    "address", "dst", "engine", "figures", "json", "only_plan", "out", "overwrite", "sarif", "uri",
+})  # fmt: skip
+"""Parameters without a default: where is written, what is replaced and where it runs must be typed.
+
+A file in a folder that was downloaded may otherwise decide it.
+"""
+
+_MOST = 1 << 20
+"""Bytes of a file of defaults at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """A default that somebody set.
+
+    Attributes:
+        option: such as `--device`.
+        command: the command it is for; None: for all that have the option.
+        value: as it was set.
+        source: the variable, or the file and the key.
+        parameter: click's name of the option.
+    """
+
+    option: str
+    command: str | None
+    value: Any
+    source: str
+    parameter: str = ""
+
+
+def for_command(name: str, command: click.Command) -> dict[str, Any]:
+    """Return parameter -> default of a command, as click's `default_map` takes it.
+
+    Raises:
+        UsageError: a file sets an option that there is not, or one that must be typed.
+        Malformed: a file is no TOML.
+    """
+    return {each.parameter: each.value for each in reversed([*settings_of(name, command)])}
+
+
+def settings_of(name: str, command: click.Command) -> Iterator[Default]:
+    """Yield the defaults of a command, the one that decides first."""
+    options = options_of(command)
+    for scope in (f"{name.upper()}_", ""):
+        for key, parameter in options.items():
+            variable = f"{PREFIX}{scope}{key.replace('-', '_').upper()}"
+            value = os.environ.get(variable)
+            if value:
+                words: Any = value.split() if parameter.multiple else value
+                yield Default(f"--{key}", name if scope else None, words, variable, parameter.name or "")
+    for path, table in files():
+        own = table.get(name)
+        if isinstance(own, Mapping):
+            yield from _entries(own, name, options, path, every=False)
+        elif own is not None:
+            raise Malformed("not a table", path=path, where=name, cure=f"Write [{name}], then a line for each option")
+        yield from _entries(table, None, options, path, every=True)
+
+
+def options_of(command: click.Command) -> dict[str, click.Option]:
+    """Long names, without dashes, of the options that may have a default."""
+    return {
+        word.removeprefix("--"): option
+        for option in command.params
+        if isinstance(option, click.Option) and option.name not in TYPED and not option.required
+        and option.name not in ("debug", "quiet", "verbose", "help", "version")
+        for word in option.opts if word.startswith("--")
+    }  # fmt: skip
+
+
+def _entries(
+    table: Mapping[str, Any], command: str | None, options: Mapping[str, click.Option], path: Path, *, every: bool
+) -> Iterator[Default]:
+    for key, value in table.items():
+        word = str(key).replace("_", "-")
+        if word in options:
+            parameter = options[word]
+            if isinstance(value, Mapping) or (isinstance(value, list) and not parameter.multiple):
+                raise Malformed(f"not a value of --{word}", path=path, where=str(key), cure="Write text or a number")
+            if parameter.multiple and not isinstance(value, list):
+                value = [value]
+            yield Default(f"--{word}", command, value, f"{path}: {key}", parameter.name or "")
+        elif not every:
+            cure = nearest(word, options) or "Remove the line"
+            if word.replace("-", "_") in TYPED:
+                cure = "Type it on the command line: where is written and what is replaced has no default"
+            raise UsageError(f"{command} has no option --{word} with a default", path=path, where=str(key), cure=cure)
+
+
+def files() -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield the files of defaults and what they hold, the one that decides first.
+
+    Raises:
+        Malformed: a file is no TOML.
+        StorageError: the file that ADAPTERKIT_CONFIG names cannot be read.
+    """
+    named = os.environ.get("ADAPTERKIT_CONFIG")
+    if named is not None:
+        if named:
+            yield Path(named), _table(Path(named), needed=True)
+        return
+    here = _project()
+    if here is not None:
+        yield here
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    own = Path(home) / "adapterkit" / "config.toml"
+    if own.is_file():
+        yield own, _table(own)
+
+
+def _project() -> tuple[Path, Mapping[str, Any]] | None:
+    """The nearest adapterkit.toml, or pyproject.toml with a table for adapterkit, here or above."""
+    try:
+        folder = Path.cwd()
+    except OSError:  # The folder was removed.
+        return None
+    for place in (folder, *folder.parents):
+        alone, shared = place / "adapterkit.toml", place / "pyproject.toml"
+        if alone.is_file():
+            return alone, _table(alone)
+        if shared.is_file() and b"tool.adapterkit" in _bytes(shared):
+            return shared, _table(shared)
+    return None
+
+
+def _table(path: Path, *, needed: bool = False) -> Mapping[str, Any]:
+    import tomllib
+
+    try:
+        found: Any = tomllib.loads(_bytes(path, needed=needed).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        cure = "Mend it, or set ADAPTERKIT_CONFIG= to read none"
+        raise Malformed(f"not TOML: {error}", path=path, cure=cure) from None
+    if path.name == "pyproject.toml":
+        tool = found.get("tool", {})
+        found = tool.get("adapterkit", {}) if isinstance(tool, Mapping) else {}
+    if not isinstance(found, Mapping):
+        raise Malformed("not a table", path=path, where="tool.adapterkit", cure="Write [tool.adapterkit]")
+    return found
+
+
+def _bytes(path: Path, *, needed: bool = False) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST + 1)
+    except OSError as error:
+        if not needed:
+            return b""
+        cure = "Name a file in ADAPTERKIT_CONFIG, or set it to nothing to read none"
+        raise StorageError(f"cannot be read: {error.strerror}", path=path, cure=cure) from None
+    if len(data) > _MOST:
+        if not needed:
+            return b""
+        raise Malformed(f"larger than {_MOST} bytes", path=path, cure="Name a file of defaults in ADAPTERKIT_CONFIG")
+    return data
+
+
+def unknown(commands: Mapping[str, click.Command]) -> Iterator[tuple[str, str]]:
+    """Yield (source, why) of every variable and key that no command takes; for `doctor`."""
+    options = {name: options_of(command) for name, command in commands.items()}
+    everywhere = {key for found in options.values() for key in found}
+    variables = {f"{PREFIX}{key.replace('-', '_').upper()}" for key in everywhere} | OWN_VARIABLES
+    variables |= {
+        f"{PREFIX}{name.upper()}_{key.replace('-', '_').upper()}" for name, found in options.items() for key in found
+    }
+    for variable in sorted(os.environ):
+        if variable.startswith(PREFIX) and variable not in variables:
+            yield variable, nearest(variable, variables) or "no command takes it"
+    for path, table in files():
+        for key in table:
+            if key not in commands and str(key).replace("_", "-") not in everywhere:
+                yield f"{path}: {key}", nearest(str(key), [*commands, *everywhere]) or "no command takes it"

@@ -1,0 +1,54 @@
+"""The sections of a long help: options under headings by what they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import click
+
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Output": (
+        "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
+        "overwrite", "figures", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers", "private",
+        "message", "tag", "revision", "license", "licence",
+    ),
+    "What is computed": (
+        "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
+        "onto", "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
+        "embeddings", "targets", "scope", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
+    ),
+    "How adapters and bases are read": (
+        "source_format", "base", "base_weights", "strict_base", "compat", "alpha", "strict", "family", "match_base",
+        "rename", "allow_partial", "experts", "call", "merged", "share_weights",
+    ),
+    "How it runs": ("device", "engine", "address", "memory", "stream"),
+    "How it talks": ("json", "quiet", "verbose", "debug", "help"),
+}  # fmt: skip
+"""Heading -> names of parameters. Other options stand first, under Options."""
+
+FEW = 12
+"""Options that need no headings."""
+
+
+def write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """Write a command's options as its --help shows them."""
+    home = {name: heading for heading, names in SECTIONS.items() for name in names}
+    options = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
+    given = [(param, param.get_help_record(ctx)) for param in options]
+    shown = [(param.name or "", record) for param, record in given if record is not None]
+    if len(shown) <= FEW:
+        with formatter.section("Options"):
+            formatter.write_dl([record for _, record in shown])
+        return
+    reads_rank = any(param.name == "rank" and not param.expose_value for param in command.params)
+    for heading in ("Options", *SECTIONS):
+        rows = []
+        for name, record in shown:
+            at = home.get(name, "Options")
+            if name == "rank" and reads_rank:  # The rank that a file is expected to have.
+                at = "How adapters and bases are read"
+            if at == heading:
+                rows.append(record)
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)

@@ -1,0 +1,122 @@
+"""Show what a command does now: a line on standard error for work of over two seconds, and for each step with -v."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from ..io.stages import LOGGER
+from ._options import Settings
+from ._render import printable, size
+
+PATIENCE = 2.0
+"""Seconds without a word after which a line on a terminal tells what is done."""
+
+PLAIN_PATIENCE = 5.0
+"""The same where nobody may be watching: in scripts, and in logs that are read later.
+
+ADAPTERKIT_PATIENCE sets another number for both.
+"""
+
+AGAIN = 10.0
+"""Seconds between two lines about one step."""
+
+STAGES = "adapterkit.stages"
+"""Key in the context's `meta`: the lines of the command that runs."""
+
+busy = threading.Event()
+"""Set while a progress bar or its lines tell how far the work is; then this module is silent."""
+
+
+class StageLines(logging.Handler):
+    """Print steps: with -v at their start, otherwise where one takes long. -vv prints details, too."""
+
+    def __init__(self, command: str, verbose: int) -> None:
+        super().__init__(logging.DEBUG if verbose > 1 else logging.INFO)
+        self.command, self.verbose = command, verbose
+        self.started = time.monotonic()
+        self.text = "working"
+        self.patience = _patience()
+        self.due = self.started + self.patience
+        self.done = threading.Event()
+        self.spoken = threading.Lock()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        with self.spoken:
+            if record.levelno >= logging.INFO:
+                self.text = record.getMessage()
+                # Once a command has taken long, each of its steps is told when it begins.
+                late = now - self.started >= self.patience and not busy.is_set()
+                if self.verbose or late:
+                    self._say(now)
+            else:
+                self._print(f"{self.command}: {record.getMessage()}")
+
+    def _watch(self) -> None:
+        while not self.done.wait(max(0.05, self.due - time.monotonic())):
+            now = time.monotonic()
+            with self.spoken:
+                if now >= self.due and not busy.is_set():
+                    self._say(now)
+                elif now >= self.due:
+                    self.due = now + AGAIN
+
+    def _say(self, now: float) -> None:
+        self.due = now + AGAIN
+        seconds = now - self.started
+        self._print(f"{self.command}: {self.text}" + (f" ({seconds:.0f} s)" if seconds >= 1 else ""))
+
+    def finish(self) -> None:
+        """Tell how long the command took, and with -vv how much memory."""
+        seconds = time.monotonic() - self.started
+        memory = ""
+        if self.verbose > 1 and sys.platform != "win32":
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory = f", at most {size(peak * (1 if sys.platform == 'darwin' else 1024))} of memory"
+        self._print(f"{self.command}: {seconds:.2f} s{memory}")
+
+    def _print(self, line: str) -> None:
+        text = printable(line)
+        click.echo(click.style(text, dim=True) if sys.stderr.isatty() else text, err=True)
+
+
+def _patience() -> float:
+    usual = PATIENCE if sys.stderr.isatty() else PLAIN_PATIENCE
+    try:
+        return max(0.1, float(os.environ.get("ADAPTERKIT_PATIENCE", usual)))
+    except ValueError:
+        return usual
+
+
+@contextmanager
+def stage_lines(settings: Settings) -> Iterator[StageLines | None]:
+    """Tell what a command does while it runs; nothing with --quiet."""
+    if settings.quiet:
+        yield None
+        return
+    logger = logging.getLogger(LOGGER)
+    handler = StageLines("adapterkit", settings.verbose)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
+    handler.watch.start()
+    try:
+        yield handler
+    finally:
+        handler.done.set()
+        handler.watch.join()
+        if settings.verbose:
+            handler.finish()
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -1,0 +1,362 @@
+"""Describe an adapter, a base or a graph as plain data, from headers alone but for the change of each layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.tables import html_table
+from ..errors import UsageError, public
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from ..core.adapter import Adapter, Target
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Leaf
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """The content of a file or a folder.
+
+    Attributes:
+        kind: `adapter`, `base` or `graph`.
+        path: where it is.
+        data: all of it as plain data, as `adapterkit inspect --json` prints it.
+    """
+
+    kind: str
+    path: str
+    data: Mapping[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return dict(self.data)
+
+    @property
+    def totals(self) -> Mapping[str, Any]:
+        """Counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
+        found: Mapping[str, Any] = self.data.get("totals", {})
+        return found
+
+    def __repr__(self) -> str:
+        name = public(self.path)
+        if self.kind == "adapter" and self.data.get("format") is None:
+            return f"Inspection({name!r}: adapter, {len(self.data['modules']):,} modules that are not resolved)"
+        totals = self.totals
+        if self.kind == "adapter":
+            methods = ", ".join(f"{count:,} {method}" for method, count in totals["methods"].items())
+            return f"Inspection({name!r}: {self.data['format']} adapter, {totals['targets']:,} targets: {methods})"
+        if self.kind == "base":
+            return f"Inspection({name!r}: base, {totals['tensors']:,} tensors, {totals['parameters']:,} parameters)"
+        return f"Inspection({name!r}: graph, {totals['layers']:,} layers)"
+
+    def _repr_html_(self) -> str:
+        if self.kind == "adapter" and "updates" in self.data:
+            heads = ("target", "method", "rank", "shapes", "parameters")
+            rows = [
+                [each["target"], each["method"], each["rank"],
+                 " ".join(f"{name}{tensor['shape']}" for name, tensor in each["tensors"].items()), each["parameters"]]
+                for each in self.data["updates"]
+            ]  # fmt: skip
+            return html_table(repr(self), heads, rows)
+        if self.kind == "base":
+            tensors = [[each["name"], each["shape"], each["dtype"], each["bytes"]] for each in self.data["tensors"]]
+            return html_table(repr(self), ("tensor", "shape", "dtype", "bytes"), tensors)
+        if self.kind == "graph":
+            layers = [[each["target"], each["shape"], each["method"]] for each in self.data["layers"]]
+            return html_table(repr(self), ("target", "shape", "found by"), layers)
+        return html_table(repr(self), ("module",), [[module] for module in self.data["modules"]])
+
+
+def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The layers of an ONNX graph that an adapter can name."""
+    from ..onnx import layers
+
+    found = [place.record() for place in layers(src, base_weights=base_weights)]
+    methods = _counts(place["method"] or "nothing" for place in found)
+    return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
+
+
+def graph_file(src: str) -> str | None:
+    """Return the ONNX file that a name means: itself by its ending, or the only one of a folder without weights."""
+    if src.lower().endswith(".onnx"):
+        return src
+    try:
+        names = sorted(os.listdir(src))
+    except (OSError, ValueError):  # Not a folder, or an address.
+        return None
+    graphs = [name for name in names if name.lower().endswith(".onnx")]
+    alone = len(graphs) == 1 and not any(name.lower().endswith(_WEIGHTS) for name in names)
+    return os.path.join(src, graphs[0]) if alone else None
+
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+"""Endings of weights, beside which a graph is not what a folder is about."""
+
+
+def inspected(
+    src: str, *, format: str | None = None, base: Checkpoint | str | os.PathLike[str] | None = None,  # noqa: A002
+    compat: str | None = None, layers: bool = False, rename: str | Sequence[str] = (),
+    base_weights: str | os.PathLike[str] | None = None, reading: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Describe what is at a path, as plain data; see `adapterkit.inspect`.
+
+    Args:
+        src: the path or address of an adapter or a base.
+        format: the adapter's format; found from its headers if absent.
+        base: the base of an adapter.
+        compat: another reading of the adapter.
+        layers: measure how much each layer is changed.
+        rename: rules for names in the base.
+        base_weights: weights of a graph's base.
+        reading: further arguments of `read`.
+    """
+    from ..errors import TargetNotFound, UnknownFormat
+    from ..formats import detect, read
+    from ..formats._endings import adapter_modules
+    from ..io.inputs import inputs_kept
+    from ..io.locations import headers_of
+    from ..naming.binding.bases import check_base
+
+    graph = graph_file(src)
+    if graph is not None and (graph == src or not _is_adapter(Path(src))):
+        return graph_record(graph, base_weights)
+    if base_weights is not None:
+        why = "base_weights= is for an ONNX model; an adapter's base is base="
+        raise UsageError(why, where="base_weights", cure="Pass the base: --base BASE (base=)")
+    if rename and base is None:
+        raise UsageError("rename= is for names in a base", where="rename", cure="--rename requires --base")
+    with headers_of(src) as path, inputs_kept():
+        modules = adapter_modules(path) if base is None else {}
+        if format is None and not modules and not _is_adapter(path):
+            return base_record(path, src)
+        try:
+            name = format or detect(path)
+            adapter = read(path, name, base, compat=compat, **reading)
+        except (TargetNotFound, UnknownFormat, UsageError) as error:
+            # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
+            if not modules or (isinstance(error, UsageError) and reading):
+                raise
+            return _unresolved_record(modules, src, error)
+        record = adapter_record(adapter, src, name)
+        if name in _IMAGE:
+            record["loaders"] = _loaders(adapter, name, path)
+        if base is not None:
+            record["names"] = _names(adapter, base, rename)
+            wrong = check_base([(src, adapter)], base, strict=False)
+            record["warnings"] = [f"{why}; --strict-base (strict_base=True) refuses it" for why in wrong]
+        record |= _beside(adapter, path)
+        if layers:
+            record["layers"] = _layers(adapter, base, rename)
+        return record
+
+
+def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
+    """The licence in the model card beside an adapter, and its trigger words."""
+    from ..core.licences import licence_at
+    from ..core.metadata import metadata_of, trigger_words
+
+    return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}
+
+
+def _layers(
+    adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
+) -> list[dict[str, Any]]:
+    """How much each layer is changed: one record a layer, in order."""
+    import math
+
+    from ..io.checkpoint import opened
+    from .measuring import measure
+
+    measured = measure([adapter], ["adapter"], base=None if base is None else opened(base), rename=rename)
+    if measured.base_why is not None:
+        raise UsageError(f"layers: {measured.base_why}", where="layers", cure="Pass the base: --base BASE (base=)")
+    found: dict[str, list[Any]] = {}
+    for effect in sorted(measured.effects, key=lambda each: measured.cells[each.target].order):
+        found.setdefault(measured.cells[effect.target].layer, []).append(effect)
+    total = measured.norm(0) ** 2
+    records = []
+    for layer, effects in found.items():
+        sizes = [effect.norm for effect in effects if effect.norm is not None]
+        square = math.fsum(size * size for size in sizes)
+        most = max((each for each in effects if each.norm), key=lambda each: each.norm, default=None)
+        records.append({
+            "layer": layer, "targets": len(effects), "norm": math.sqrt(square) if sizes else None,
+            "share": square / total if total and sizes else None,
+            "largest": most and measured.cells[most.target].module,
+            "why": next((each.why for each in effects if each.why), None),
+        })  # fmt: skip
+    return records
+
+
+def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, Any]:
+    """The rules by which the adapter's names become the base's, or why they do not."""
+    from ..errors import AdapterkitError
+    from ..naming.binding.tables import name_map
+
+    try:
+        found = name_map(base, adapter, rename=rename)
+    except AdapterkitError as error:
+        return {"fits": False, "why": str(error)}
+    return {"fits": True, "family": found["family"], "rules": found["rules"]}
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether any format recognises `path`; a path that is not there counts as one, so that reading it says so."""
+    from ..formats import recognised
+
+    return not path.exists() or bool(recognised(path))
+
+
+def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
+    """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
+    from ..core.metadata import metadata_of
+    from ..formats import unknown_fields
+
+    leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
+    base = adapter.base
+    shared: dict[Any, dict[str, Any]] = {}
+    return {
+        "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
+        "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
+        "updates": [_update_record(target, update, shared) for target, update in adapter],
+        "families": _families(adapter), "metadata": metadata_of(adapter), "without_alpha": _without_alpha(adapter),
+        "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
+        "totals": {
+            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves),
+            "methods": _counts(update.method for _, update in adapter),
+            "dtypes": _counts(dtype for (_, dtype), count in leaves.items() for _ in range(count)),
+        },
+    }  # fmt: skip
+
+
+_IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
+"""Formats of image models; of other adapters no family is looked for."""
+
+
+def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
+    """Say for each tool whether it loads the file as it is."""
+    from dataclasses import asdict
+
+    from ..loaders import loaders_of
+
+    return [asdict(answer) for answer in loaders_of(adapter, name, path, convert=False)]
+
+
+def _families(adapter: Adapter) -> list[str]:
+    """The families of image and video models that the adapter can be of."""
+    from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+    from ..naming.image import component_of
+
+    if not any(step.op == "read" and step.args.get("format") in _IMAGE for step in adapter.recipe):
+        return []
+    inside = [target for target in adapter.updates if component_of(target.path) in ("unet", "transformer")]
+    targets = denoiser_targets(adapter.updates, ()) if inside else []
+    return (
+        [family.title for family in candidates(adapter.updates, targets, origin_of(adapter, None))] if targets else []
+    )
+
+
+def _without_alpha(adapter: Adapter) -> int:
+    """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
+    foreign = adapter.foreign
+    if any(step.op == "read" and step.args.get("alpha") == "rank" for step in adapter.recipe[:1]):
+        return len(adapter.updates)
+    if foreign is None or foreign.format not in ("kohya", "lycoris", "comfyui"):
+        return 0
+    listed = foreign.data.get("without_alpha", ())
+    return len(listed) if isinstance(listed, (list, tuple)) else 0
+
+
+def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
+    """Return the record of an adapter of which only the keys are known: no base, or an unknown format."""
+    return {
+        "kind": "adapter", "path": src, "format": None, "why": str(error),
+        "modules": {
+            module: {slot: list(tensor.shape) for slot, tensor in slots.items()} for module, slots in modules.items()
+        },
+    }  # fmt: skip
+
+
+def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """One update as plain data; all but its name is `shared` with the updates of the same form."""
+    form = target.layout, target.rows, update.form
+    if form not in shared:
+        tensors = update.tensors
+        shared[form] = {
+            "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
+            "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
+            "tensors": {
+                name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+            },
+            **_sums(_counted(tensors.values())),
+        }  # fmt: skip
+    return {"target": target.path, **shared[form]}
+
+
+def base_record(path: Path, src: str) -> dict[str, Any]:
+    """A base's tensors and totals as plain data."""
+    from ..errors import UnknownFormat, UsageError
+    from ..io.checkpoint import open_checkpoint
+
+    try:
+        base = open_checkpoint(path)
+    except UsageError as error:
+        cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
+        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
+    dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
+    return {
+        "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"),
+        "files": [file.name for file in base.files],
+        "tensors": [_tensor_record(base, name) for name in base.tensors],
+        "totals": {
+            "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),
+            "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
+        },
+    }  # fmt: skip
+
+
+def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
+    tensor = base.tensors[name]
+    where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+    return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}
+
+
+def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
+    tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
+    return {"tensors": len(tensors), **_sums(_counted(tensors))}
+
+
+def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
+    """How many of the tensors have each shape and element type."""
+    from collections import Counter
+
+    return Counter((tuple(leaf.shape), _dtype(leaf).name) for leaf in leaves)
+
+
+def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
+    """Numbers and bytes of the tensors that `_counted` counts."""
+    import math
+
+    from ..io.lazy import DTYPES
+
+    sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
+    return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
+
+
+def _dtype(leaf: Leaf) -> Any:
+    from ..io.lazy import dtype_of
+
+    return dtype_of(leaf)
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(sorted(Counter(names).items()))

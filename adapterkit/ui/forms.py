@@ -1,0 +1,238 @@
+"""Commands as forms, and what was filled in as a command line whose paths all lie inside the folders that are open."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import UsageError, public
+from ..io.locations import is_address
+
+COMMANDS = (
+    "inspect", "report", "convert", "combine", "resize", "merge", "diff", "validate", "names", "extract", "verify",
+    "scan",
+)  # fmt: skip
+"""Commands that the page offers, in this order. Those that run other programs or talk to hubs are left out."""
+
+LEFT_OUT = frozenset({
+    "address", "debug", "engine", "from_sarif", "help", "json", "quiet", "recipe", "sarif", "stream", "suite",
+    "verbose",
+})  # fmt: skip
+"""Options that a form does not have: how to talk, other machines, and files that name further files."""
+
+LONGEST = 4096
+"""Characters of one value at most."""
+
+MANY = 64
+"""Values of one option at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One argument or option of a form."""
+
+    name: str
+    label: str
+    help: str
+    kind: str
+    many: bool
+    required: bool
+    choices: tuple[str, ...]
+    default: str
+    output: bool
+
+    def record(self) -> dict[str, Any]:
+        """The field as plain data."""
+        return {
+            "name": self.name, "label": self.label, "help": self.help, "kind": self.kind, "many": self.many,
+            "required": self.required, "choices": list(self.choices), "default": self.default,
+        }  # fmt: skip
+
+
+OUTPUTS = frozenset({"dst", "figures", "out"})
+"""Parameters that name what is written."""
+
+
+def fields_of(command: click.Command, paths: Collection[str]) -> Iterator[Field]:
+    """Yield the fields of a command, arguments first.
+
+    Args:
+        command: the command.
+        paths: names of parameters that are paths.
+    """
+    for param in sorted(command.params, key=lambda each: isinstance(each, click.Option)):
+        name = param.name or ""
+        if name in LEFT_OUT or (isinstance(param, click.Option) and param.hidden):
+            continue
+        choices = tuple(map(str, param.type.choices)) if isinstance(param.type, click.Choice) else ()
+        flag = isinstance(param, click.Option) and param.is_flag
+        kind = "flag" if flag else "choice" if choices else "path" if name in paths else "text"
+        text = param.help or "" if isinstance(param, click.Option) else ""
+        long = next((word for word in param.opts if word.startswith("--")), name)
+        label = long if isinstance(param, click.Option) else name.upper().replace("_", " ")
+        off = f"{long} / {param.secondary_opts[0]}" if flag and param.secondary_opts else label
+        many = param.multiple or param.nargs == -1
+        default = param.default if isinstance(param.default, str | int | float | bool) else ""
+        shown = "" if default is False or default == "" else str(default)
+        yield Field(name, off, text, kind, many, param.required, choices, shown, name in OUTPUTS)
+
+
+class Forms:
+    """The forms of a page.
+
+    Args:
+        group: the commands.
+        paths: names of parameters that are paths.
+        roots: folders that may be read and written.
+    """
+
+    def __init__(self, group: click.Group, paths: Collection[str], roots: Sequence[Path]) -> None:
+        ctx = click.Context(group)
+        found = {name: group.get_command(ctx, name) for name in COMMANDS}
+        self.commands: dict[str, click.Command] = {name: each for name, each in found.items() if each is not None}
+        self.paths = frozenset(paths)
+        self.roots = tuple(root.resolve() for root in roots)
+        self.fields = {name: list(fields_of(command, paths)) for name, command in self.commands.items()}
+
+    def record(self) -> list[dict[str, Any]]:
+        """All forms as plain data."""
+        return [
+            {"name": name, "help": (self.commands[name].help or "").strip(),
+             "fields": [field.record() for field in fields]}
+            for name, fields in self.fields.items()
+        ]  # fmt: skip
+
+    def inside(self, value: str, *, output: bool = False) -> Path:
+        """Return a path inside one of the open folders, links followed.
+
+        Raises:
+            UsageError: it lies elsewhere, or is an address.
+        """
+        if is_address(value):
+            cure = "Fetch it on the command line first: adapterkit pull"
+            raise UsageError("addresses are not opened from the page", where=public(value), cure=cure)
+        if "\0" in value or len(value) > LONGEST:
+            raise UsageError("not a path", cure="Choose a file or a folder")
+        given = Path(os.path.expanduser(value))
+        path = given if given.is_absolute() else self.roots[0] / given
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"not a path: {error}", where=value, cure="Choose a file or a folder") from None
+        if not any(real == root or root in real.parents for root in self.roots):
+            cure = f"Open its folder too: adapterkit ui FOLDER...; open are {', '.join(map(str, self.roots))}"
+            raise UsageError("outside of the folders that are open", where=value, cure=cure)
+        if output and real in self.roots:
+            raise UsageError("an open folder itself is not replaced", where=value, cure="Name a folder inside it")
+        return real
+
+    def words(self, command: str, values: Mapping[str, Any]) -> list[str]:
+        """The words of the command line that a filled form means.
+
+        Raises:
+            UsageError: an unknown command or field, a value of another kind, or a path outside.
+        """
+        if command not in self.fields:
+            raise UsageError(f"the page has no command {command!r}", cure=f"Known: {', '.join(self.fields)}")
+        if not isinstance(values, Mapping):
+            raise UsageError("the values of a form are a mapping", cure="Fill the form in")
+        fields = {field.name: field for field in self.fields[command]}
+        for name in values:
+            if name not in fields:
+                raise UsageError(f"{command} has no field {name!r}", cure=f"Known: {', '.join(fields)}")
+        params = {param.name: param for param in self.commands[command].params}
+        options: list[str] = []
+        arguments: list[str] = []
+        for name, field in fields.items():
+            given = [*self._given(field, values.get(name))]
+            if isinstance(params[name], click.Argument):
+                arguments += given
+                continue
+            long = next(word for word in params[name].opts if word.startswith("--"))
+            if field.kind == "flag":
+                option = params[name]
+                off = option.secondary_opts
+                options += [long if given[0] == "yes" else off[0]] if given and (given[0] == "yes" or off) else []
+            else:
+                options += [f"{long}={value}" for value in given]
+        return [command, *options, *(["--", *arguments] if arguments else [])]
+
+    def _given(self, field: Field, value: Any) -> Iterator[str]:
+        if value is None or (value in ("", [], False) and field.kind != "flag"):
+            return
+        if field.kind == "flag":
+            if not isinstance(value, bool):
+                raise UsageError("yes or no was expected", where=field.label, cure="Tick the box or leave it")
+            if value != (field.default == "True"):
+                yield "yes" if value else "no"
+            return
+        many = value if isinstance(value, list) else [value]
+        if len(many) > (MANY if field.many else 1):
+            raise UsageError("too many values", where=field.label, cure=f"Give at most {MANY if field.many else 1}")
+        for each in many:
+            if not isinstance(each, str | int | float) or isinstance(each, bool):
+                raise UsageError("text or a number was expected", where=field.label, cure="Write a value")
+            text = str(each)
+            if len(text) > LONGEST or "\0" in text:
+                raise UsageError("a value that is too long", where=field.label, cure="Write a shorter one")
+            yield self._checked(field, text)
+
+    def _checked(self, field: Field, text: str) -> str:
+        if field.kind == "path" or (field.name == "tokenizer" and text not in ("base", "adapter")):
+            return str(self.inside(text, output=field.output))
+        if field.name == "rename" and text.startswith("@"):
+            return f"@{self.inside(text[1:])}"
+        return text
+
+    def listing(self, folder: str | None) -> dict[str, Any]:
+        """List a folder to choose a path from: its folders and files, each with its likely kind."""
+        if not folder:
+            entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]
+            return {"path": "", "parent": None, "entries": entries, "left_out": 0}
+        path = self.inside(folder)
+        try:
+            with os.scandir(path) as found:
+                names = sorted((each for each in found if not each.name.startswith(".")), key=_natural)
+        except OSError as error:
+            raise UsageError(
+                f"cannot be listed: {error.strerror}", where=folder, cure="Choose another folder"
+            ) from None
+        entries = [{"name": each.name, "path": str(path / each.name), "kind": _kind(each)} for each in names[:LISTED]]
+        parent = "" if path in self.roots else str(path.parent)
+        return {"path": str(path), "parent": parent, "entries": entries, "left_out": max(0, len(names) - LISTED)}
+
+
+LISTED = 1000
+"""Entries of a folder that are listed."""
+
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".nemo")
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """The likely kind of an entry, by names alone: adapter, base, graph, page, folder or file."""
+    if entry.is_dir():
+        try:
+            with os.scandir(entry.path) as inside:
+                names = {each.name for _, each in zip(range(200), inside, strict=False)}
+        except OSError:
+            return "folder"
+        if names & {"adapter_config.json", "adapters.safetensors", "adapter.safetensors"}:
+            return "adapter"
+        if any(name.endswith(_WEIGHTS) for name in names):
+            return "base" if "config.json" in names else "weights"
+        return "folder"
+    name = entry.name.lower()
+    if name.endswith(_WEIGHTS):
+        return "weights"
+    return "graph" if name.endswith(".onnx") else "page" if name.endswith((".html", ".htm")) else "file"
+
+
+def _natural(entry: os.DirEntry[str]) -> tuple[bool, list[Any]]:
+    parts = re.split(r"(\d+)", entry.name.lower())
+    return not entry.is_dir(), [int(part) if part.isdecimal() else part for part in parts]

@@ -1,0 +1,131 @@
+"""Keep strangers out of the page: other programs' pages in the same browser, and other users of the machine.
+
+A page of any site may send requests to 127.0.0.1, and may make its own name point there. So a request needs the token
+that only the terminal showed, its Host must be this address, and what changes anything must come from this page.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+COOKIE = "adapterkit"
+
+LARGEST = 64 * 1024
+"""Bytes of a request's body at most."""
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+REPORT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self'; sandbox allow-scripts"
+)
+"""A report is one file with its own script. In a sandbox it has no cookie and reaches nothing."""
+
+HEADERS = {
+    "cache-control": "no-store", "cross-origin-opener-policy": "same-origin", "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin", "x-content-type-options": "nosniff",
+}  # fmt: skip
+
+
+class Guard:
+    """An ASGI application around another that lets only this page's own requests through.
+
+    Args:
+        inner: the application.
+        token: what the terminal showed.
+        port: the port that is listened on.
+    """
+
+    def __init__(self, inner: Application, token: str, port: int) -> None:
+        self.inner, self.token = inner, token
+        # A cookie holds for all ports of a host: its name tells two pages apart.
+        self.cookie = f"{COOKIE}-{port}"
+        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            await self.inner(scope, receive, send)
+            return
+        refused = "a page of another kind" if scope["type"] != "http" else self._refused(scope)
+        if refused is not None:
+            await _answer(send, 403, refused)
+            return
+        body = await _body(receive)
+        if body is None:
+            await _answer(send, 413, f"a request of more than {LARGEST} bytes")
+            return
+        sent = False
+
+        async def replay() -> MutableMapping[str, Any]:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                known = {name.lower() for name, _ in message["headers"]}
+                given = {**HEADERS, "content-security-policy": POLICY}
+                extra = [(k.encode(), v.encode()) for k, v in given.items() if k.encode() not in known]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        await self.inner(scope, replay, with_headers)
+
+    def _refused(self, scope: Scope) -> str | None:
+        """Why a request is not this page's own; None where it is."""
+        pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = dict(pairs)
+        if [name for name, _ in pairs].count("host") != 1 or headers["host"] not in self.hosts:
+            return "this page has another address"
+        origin = headers.get("origin")
+        if origin is not None and origin != f"http://{headers['host']}":
+            return "a request of another page"
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return "a request of another page"
+        kind = headers.get("content-type", "").partition(";")[0].strip()
+        if scope["method"] not in ("GET", "HEAD") and (origin is None or kind != "application/json"):
+            return "a request that no page of this program makes"
+        if scope["path"] == "/open":  # Takes the token of the terminal's address and sets the cookie.
+            return None
+        told = headers.get("authorization", "").removeprefix("Bearer ")
+        cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
+        if not any(self.is_token(each) for each in (told, cookies.get(self.cookie, ""))):
+            return "open the address that the terminal shows: it holds the key to this page"
+        return None
+
+    def is_token(self, text: str) -> bool:
+        """Whether this is the token, without telling by time how much of it is right."""
+        return hmac.compare_digest(text.encode(), self.token.encode())
+
+
+async def _body(receive: Receive) -> bytes | None:
+    data = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return data
+        data += bytes(message.get("body", b""))
+        if len(data) > LARGEST:
+            return None
+        if not message.get("more_body", False):
+            return data
+
+
+async def _answer(send: Send, status: int, why: str) -> None:
+    text = f"adapterkit: {why}\n".encode()
+    headers = {**HEADERS, "content-type": "text/plain; charset=utf-8", "content-length": str(len(text))}
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": text})

@@ -1,0 +1,220 @@
+"""Jobs: the commands of forms as processes, with what they say, how far they are, and an end that can be asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, public
+
+RUNNING = 2
+"""Jobs at a time: a merge uses the whole disk."""
+
+WAITING = 8
+"""Jobs that may wait."""
+
+KEPT = 50
+"""Ended jobs that are remembered."""
+
+SAID = 512 * 1024
+"""Characters of a job's output that are kept: its beginning on standard output, its end on standard error."""
+
+_PART = re.compile(r": (\d+)%,")
+
+
+@dataclass(eq=False)
+class Job:
+    """One run of a command."""
+
+    number: int
+    words: tuple[str, ...]
+    page: Path | None = None
+    state: str = "waiting"
+    code: int | None = None
+    out: str = ""
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=400))
+    part: int | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+    asked_to_end: bool = False
+    process: subprocess.Popen[str] | None = None
+    thread: threading.Thread | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The job as plain data."""
+        seconds = time.monotonic() - self.started if self.state == "running" else self.seconds
+        return {
+            "number": self.number, "command": public(shlex.join(("adapterkit", *self.words))), "name": self.words[0],
+            "state": self.state, "code": self.code, "out": self.out, "said": list(self.said), "part": self.part,
+            "seconds": round(seconds, 1), "page": self.page is not None and self.page.is_file(),
+        }  # fmt: skip
+
+
+class Jobs:
+    """All jobs of a page.
+
+    Args:
+        folder: where jobs run; the folder in which the page was started.
+        temporary: a folder for pages that nobody gave a place.
+    """
+
+    def __init__(self, folder: Path, temporary: Path) -> None:
+        self.folder, self.temporary = folder, temporary
+        self.jobs: OrderedDict[int, Job] = OrderedDict()
+        self.lock = threading.Lock()
+        self.next = 1
+        self.closed = False
+
+    def start(self, words: Sequence[str]) -> Job:
+        """Start a job, or let it wait for others.
+
+        Raises:
+            UsageError: too many wait already.
+        """
+        with self.lock:
+            waiting = sum(job.state == "waiting" for job in self.jobs.values())
+            if waiting >= WAITING or self.closed:
+                raise UsageError(f"{waiting} jobs wait already", cure="Wait until one ends, or end one")
+            job = Job(self.next, tuple(words))
+            self.next += 1
+            out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
+            if words[0] == "report":
+                job.page = Path(out) if out else self.temporary / f"report-{job.number}.html"
+            self.jobs[job.number] = job
+            ended = [each.number for each in self.jobs.values() if each.state in ("done", "failed", "ended")]
+            for number in ended[: max(0, len(ended) - KEPT)]:
+                self._forget(self.jobs.pop(number))
+        self._next()
+        return job
+
+    def _forget(self, job: Job) -> None:
+        if job.page is not None and job.page.parent == self.temporary:
+            job.page.unlink(missing_ok=True)
+
+    def _next(self) -> None:
+        with self.lock:
+            free = RUNNING - sum(job.state == "running" for job in self.jobs.values())
+            waiting = [job for job in self.jobs.values() if job.state == "waiting"]
+            begun = [] if self.closed else waiting[: max(0, free)]
+            for job in begun:
+                job.state, job.started = "running", time.monotonic()
+        for job in begun:
+            job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
+            job.thread.start()
+
+    def _run(self, job: Job) -> None:
+        words = list(job.words)
+        if job.page is not None and not any(word.startswith("--out=") for word in words):
+            words.insert(1, f"--out={job.page}")
+        env = {
+            **os.environ,
+            "ADAPTERKIT_PROGRESS": "0.3",
+            "ADAPTERKIT_PATIENCE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "NO_COLOR": "1",
+        }
+        try:
+            # In a session of its own, so that Ctrl-C in the terminal of the page ends it by way of `close` alone.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "adapterkit", *words], cwd=self.folder, env=env, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            job.said.append(f"error: cannot start: {error.strerror}")
+            self._ended(job, 70)
+            return
+        with self.lock:
+            job.process = process
+            late = job.asked_to_end
+        if late:
+            self.end(job.number)
+        reader = threading.Thread(target=self._listen, args=(job, process), daemon=True)
+        reader.start()
+        assert process.stdout is not None
+        with process.stdout as out:
+            while piece := out.read(8192):
+                if len(job.out) < SAID:
+                    job.out += piece[: SAID - len(job.out)]
+        reader.join()
+        self._ended(job, process.wait())
+
+    def _listen(self, job: Job, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr as said:
+            for line in said:
+                text = line.rstrip("\n")[:4000]
+                found = _PART.search(text)
+                if found is not None:
+                    job.part = int(found[1])
+                    if job.said and _PART.search(job.said[-1]):
+                        job.said.pop()
+                job.said.append(text)
+
+    def _ended(self, job: Job, code: int) -> None:
+        with self.lock:
+            job.code, job.process = code, None
+            job.seconds = time.monotonic() - job.started
+            job.state = "done" if code == 0 else "ended" if code in (130, -signal.SIGINT) else "failed"
+        self._next()
+
+    def end(self, number: int) -> None:
+        """Ask a job to end, as Ctrl-C does: what it wrote stays for the next run of the same command.
+
+        Raises:
+            UsageError: there is no such job.
+        """
+        job = self.job(number)
+        with self.lock:
+            job.asked_to_end = True
+            if job.state == "waiting":
+                job.state, job.code = "ended", 130
+            process = job.process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+
+    def job(self, number: int) -> Job:
+        """The job of a number.
+
+        Raises:
+            UsageError: there is none.
+        """
+        found = self.jobs.get(number)
+        if found is None:
+            raise UsageError(f"no job {number}", cure="Reload the page")
+        return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """All jobs, the last one first."""
+        with self.lock:
+            jobs = list(self.jobs.values())
+        return [job.record() for job in reversed(jobs)]
+
+    def close(self) -> None:
+        """End all jobs and wait for them."""
+        with self.lock:
+            self.closed = True
+            jobs = list(self.jobs.values())
+        for job in jobs:
+            if job.state in ("running", "waiting"):
+                self.end(job.number)
+        for job in jobs:
+            process = job.process
+            if process is not None:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        for job in jobs:
+            if job.thread is not None:
+                job.thread.join(10)
