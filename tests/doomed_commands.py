@@ -108,7 +108,7 @@ def _run(job: dict[str, Any]) -> int:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
-    if "env" not in job:  # Clients of hubs read the environment when they are imported.
+    if not any(name.startswith("HF_") for name in job.get("env", ())):  # Read when the hub's client is imported.
         sys.stdout.write("".join(f"@module {name}\n" for name in sys.modules if name not in known))
     if disk is not None:
         sys.stdout.write("".join(f"@point {point}\n" for point in disk.points))
