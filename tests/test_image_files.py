@@ -400,3 +400,43 @@ def test_a_folded_scaling_that_the_type_cannot_hold_is_named(tmp_path):
     with pytest.raises(Malformed, match=r"a scaling of 1e\+09 takes the number at .* beyond what F16 holds"):
         ak.write(ak.Adapter(large), tmp_path / "out.safetensors", "xlabs", on_loss="fold")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def control():
+    """A control LoRA of FLUX under BFL's names, of few modules at the published width."""
+    held = {}
+    for name, out in (("double_blocks.0.img_attn.qkv", 9216), ("single_blocks.0.linear1", 21504)):
+        held |= lora(name, out, 3072, ends=AB) | {f"{name}.lora_B.bias": normal(out)}
+    norms = ("double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.0.norm.key_norm.scale")
+    return held | {name: normal(128) for name in norms}
+
+
+def test_a_control_lora_goes_to_diffusers_and_back_with_its_norms(tmp_path):
+    held = control()
+    ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
+    there = load_file(tmp_path / "b.safetensors")
+    assert "transformer.transformer_blocks.0.attn.norm_q.weight" in there
+    ak.write(ak.read(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", "bfl_control")
+    back = load_file(tmp_path / "c.safetensors")
+    assert back.keys() == held.keys()
+    assert all(np.array_equal(back[key], held[key]) for key in held)
+
+
+def test_a_control_lora_for_comfyui_is_what_comfyui_itself_makes_of_it(tmp_path):
+    """ComfyUI's convert_lora_bfl_control: diff_b for a bias, set_weight for a scale, behind its prefix."""
+    held = control()
+    ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "comfyui")
+    there = load_file(tmp_path / "b.safetensors")
+    for key, value in held.items():
+        name = key.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.set_weight")
+        name = name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        np.testing.assert_array_equal(there.pop(f"diffusion_model.{name}"), value)
+    assert not there
+
+
+def test_whole_norms_of_families_whose_loader_takes_none_are_refused(tmp_path):
+    names = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.img_mlp.net.2")
+    held = {k: v for name in names for k, v in lora(f"diffusion_model.{name}").items()}
+    held["diffusion_model.transformer_blocks.0.attn.norm_q.set_weight"] = normal(8)
+    with pytest.raises(Unrepresentable, match="only FLUX's loader"):
+        ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")

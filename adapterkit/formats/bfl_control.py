@@ -6,11 +6,12 @@ Its LoRA of `img_in` reads more channels than the base's: it fits the base whose
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.adapter import Target
+from ..core.adapter import Target, Updates
 from ..naming.image import component_of, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
@@ -21,6 +22,8 @@ from ._image.hints import Hints
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ._image.deciding import Origin
+    from ._image.translate import Changed, Losses
 
 SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}
 
@@ -61,6 +64,11 @@ class BflControl(ImageFormat):
     ) -> dict[str, Target]:
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
+        """In the authors' names; a whole norm is its parameter `scale` there, which diffusers calls a weight."""
+        changed, losses = super().renamed(updates, kept, origin, fold=fold)
+        return {_scale(target, found): found for target, found in changed.items()}, losses
+
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         rest = rooted(target.path)[1]
         if update.method == "replacement":
@@ -71,6 +79,13 @@ class BflControl(ImageFormat):
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), True
+
+
+def _scale(target: Target, found: Iterable[Update]) -> Target:
+    """The parameter of a whole norm; any other target as it is."""
+    whole = all(update.method == "replacement" for update in found)
+    norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
+    return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Target, Updates
 from ..errors import Malformed, TargetNotFound
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
 from ..naming.image import (
     COMFYUI,
     LLM_PREFIXES,
@@ -125,7 +127,8 @@ class Comfyui(ImageFormat):
         """In ComfyUI's naming; the families that fit, by all that is known, tell the words for text encoders."""
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
-        return super().renamed(updates, kept, origin, fold=fold)
+        changed, losses = super().renamed(updates, kept, origin, fold=fold)
+        return {t: tuple(part for u in found for part in _apart(u)) for t, found in changed.items()}, losses
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
@@ -142,6 +145,13 @@ class Comfyui(ImageFormat):
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), False
+
+
+def _apart(update: Update) -> tuple[Update, ...]:
+    """A LoRA with a bias as a LoRA and a change of the bias, as ComfyUI itself takes BFL's control LoRAs apart."""
+    if not isinstance(update, LoRA) or update.bias is None:
+        return (update,)
+    return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
 def _stacked(modules: dict[str, Module]) -> dict[str, Module]:

@@ -211,15 +211,16 @@ def calculated(found: Any, weight: str, shapes: Mapping[str, tuple[int, ...]]) -
 
 def formula(read: Any, weight: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]) -> Any:
     """The change by the formulas of what adapterkit reads in the same file, at the rows that the targets say."""
-    path = weight.removeprefix("diffusion_model.")
+    is_bias = weight.endswith(".bias")
+    module = weight.removesuffix(".bias") + ".weight" if is_bias else weight
     whole = np.zeros(shapes[weight])
     for target in read.updates:
         name = target.path.partition(".")[2]
         place = known.get("lora_unet_" + name.replace(".", "_"), known.get(f"diffusion_model.{name}", ""))
-        if not isinstance(place, str) or place != weight:
+        if not isinstance(place, str) or place != module:
             continue
         for update in read.updates[target]:
-            if path.endswith(".bias"):
+            if is_bias:
                 whole += update.bias_delta().numpy()
             elif update.changes_weight:
                 whole += update.delta(whole.shape).double().numpy()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...core.metadata import metadata_of
-from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, rooted
+from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, families_of, rooted
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
@@ -135,7 +135,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         targets: those of the denoiser.
         origin: what is known of where the names come from.
     """
-    paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
+    paths = list(dict.fromkeys(_module(rooted(target.path)[1]) for target in targets))
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
@@ -150,6 +150,12 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
     fitting = narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
     return narrowed(fitting, lambda family: complete(family, paths))
+
+
+def _module(path: str) -> str:
+    """The module of a path: whole norms of FLUX are named by their parameter, `scale`."""
+    bare = path.removesuffix(".scale")
+    return bare if bare != path and families_of(bare, "native") else path
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -107,12 +108,16 @@ class ImageFormat(Format, ABC):
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
+        from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
 
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)
         if not self.naming:
             return dict(updates), []
+        if own := FAMILIES.get(self.name()):
+            # Files of this format are of one family: to ask for it says which one is meant.
+            origin = replace(origin, families=own)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:

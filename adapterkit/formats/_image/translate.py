@@ -21,8 +21,7 @@ Losses = list[tuple[Target, str]]
 def in_diffusers(
     updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fuse: bool = True
 ) -> tuple[Changed, Losses]:
-    """See `in_naming`; a norm's scale is the weight of a module in diffusers."""
-    updates = {_module(target, kept): found for target, found in updates.items()}
+    """See `in_naming`."""
     return in_naming(updates, "diffusers", kept, origin, fuse=fuse)
 
 
@@ -44,6 +43,8 @@ def in_naming(
     Returns:
         the updates, and those that cannot be moved, with the reason; these stay where they were.
     """
+    # A norm's scale is the weight of a module in all namings but BFL's.
+    updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
     if family is None:
