@@ -14,7 +14,7 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.torch import batched, routing
-from adapterkit.torch import station as stations
+from adapterkit.torch import forward_hook as hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -45,7 +45,7 @@ def once(monkeypatch):
     def never(*_):
         raise AssertionError("the layer ran once for each group")
 
-    monkeypatch.setattr(stations, "split", never)
+    monkeypatch.setattr(hooks, "split", never)
 
 
 LAYERS = {
@@ -99,8 +99,8 @@ def test_every_thin_method_equals_its_formula(close):
         except AdapterkitError:
             continue
         x, names = draw(4, 3, 24, seed=5), ["a", "b", None, "a"]
-        (station,) = stations.stations_of(model)
-        seen += [method] if all(station.ranks.values()) else []
+        (hook,) = hooks.hooks_of(model)
+        seen += [method] if all(hook.ranks.values()) else []
         W, b = model[0].weight, model[0].bias
         with ak.torch.route(model, names):
             got = model(x)
@@ -360,7 +360,7 @@ def test_errors_name_rows_and_adapters():
             model(draw(4, 16))
         handles[0].set_active(True)
         with handles[0].disable():
-            assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_station.original(draw(4, 16))[0])
+            assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_hook.original(draw(4, 16))[0])
     with handles[1].disable(), pytest.raises(UsageError, match="row 2: the adapter is switched off"):
         ak.torch.route(model, names).__enter__()
     with pytest.raises(UsageError, match="a route of no rows"):
@@ -424,5 +424,5 @@ def test_a_decoder_with_a_cache_and_sixteen_bits():
 
 
 def test_the_modules_that_the_fixture_patches_are_those_in_use():
-    assert stations.split is routing.split
-    assert stations.add_by_row is batched.add_by_row
+    assert hooks.split is routing.split
+    assert hooks.add_by_row is batched.add_by_row

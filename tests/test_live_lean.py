@@ -14,8 +14,8 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
+from adapterkit.torch import forward_hook as hooks
 from adapterkit.torch import lean
-from adapterkit.torch import station as stations
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,12 +75,12 @@ def test_every_thin_method_has_the_gradients_of_its_formula(weight, calls, close
         if cls.kind != "additive" or (adapter := fresh(model, method)) is None:
             continue
         handle = ak.torch.inject(model, adapter, trainable=True, weight=weight)
-        (station,) = stations.stations_of(model)
-        if not all(station.ranks.values()):
+        (hook,) = hooks.hooks_of(model)
+        if not all(hook.ranks.values()):
             continue
         seen.append(method)
         y, got = model(x), gradients(model, handle, x, out)
-        station.ranks, station.plain = dict.fromkeys(station.ranks, 0), False  # The method's own forward, by autograd.
+        hook.ranks, hook.plain = dict.fromkeys(hook.ranks, 0), False  # The method's own forward, by autograd.
         close(y, model(x), tolerance=1e-12)
         for one, other in zip(got, gradients(model, handle, x, out), strict=True):
             assert (one is None) == (other is None), method
@@ -113,7 +113,7 @@ def test_scaled_rows_have_the_gradients_of_their_new_weight(dtype, calls, monkey
         assert calls == ["_ScaledLinear"] * 2
         seen.append(method)
         with monkeypatch.context() as plain:
-            plain.setattr(stations.Station, "_scaled", lambda *_: None)
+            plain.setattr(hooks.ForwardHook, "_scaled", lambda *_: None)
             z, wanted = model(x), gradients(model, handle, x, out)
         loose = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
         for one, other in zip((y, *got), (z, *wanted), strict=True):

@@ -11,6 +11,10 @@ graph for any number of routings.
 Frozen adapters are stacked once and kept, which holds their factors twice. Before each use the stack is compared with
 the tensors that it was made from: their identity, their address and torch's count of in-place changes. Only writes
 through `tensor.data` into a buffer of a frozen adapter go unseen. Trained adapters are stacked in each forward.
+
+On CUDA, where Triton can be imported (torch's wheels for Linux bring it), two kernels read each row's factors where
+they lie: see kernels.py. Everywhere else, and wherever a gradient is wanted, the factors are gathered and `bmm` does
+the rest. Both give y in the dtype that it came in.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -28,7 +34,6 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from .gathered import add_gathered, takes_kernel
 from .layers import Layer
 from .lean import is_wide, may_overwrite
 from .outputs import Switch
@@ -36,9 +41,9 @@ from .routing import Route, check_switches
 from .scopes import SETTINGS, Scope
 
 if TYPE_CHECKING:
+    from .forward_hook import Part
+    from .lean import Plan
     from .leaves import Leaf
-    from .plans import Plan
-    from .station import Part
 
 
 class Stack:
@@ -104,7 +109,7 @@ class Stack:
 
 
 class Kept:
-    """The stack and the plan that a station keeps; copies and pickles of a model start without them."""
+    """The stack and the plan that a hook keeps; copies and pickles of a model start without them."""
 
     def __init__(self) -> None:
         self.stack: Stack | None = None
@@ -156,11 +161,11 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 
     Args:
         layer: the layer.
-        parts: of all thin adapters attached there.
+        parts: those of all thin adapters attached there.
         route: which adapter each row takes.
         scope: tells which adapters are on.
         x: the layer's input.
-        kept: where the station keeps its stack.
+        kept: where the hook keeps its stack.
 
     Raises:
         ShapeMismatch: x does not have the route's rows.
@@ -243,7 +248,7 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Where a route's rows are in a stack of these adapters: worked out once for all layers that have the same ones."""
+    """Locate a route's rows in a stack of these adapters: worked out once for all layers that have the same ones."""
     key = switches, device
     if torch._C._get_tracing_state() is not None:
         return _placed(switches, route, scope, device)
@@ -428,3 +433,53 @@ def _masked(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) 
         shape[channel] = stack.bias.shape[1]
         out = out + stack.bias.index_select(0, index).reshape(shape)
     return route.rows_back(out, y)
+
+
+def add_gathered(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor, fresh: bool = False
+) -> Tensor:
+    """Return y[i] + (x[i] A[index[i]]^T) B[index[i]] for each row i.
+
+    Args:
+        y: `[rows, tokens, out]`.
+        x: `[rows, tokens, in]`.
+        A: `[slots, r, in]`, padded with zeros to the highest rank.
+        B: `[slots, r, out]`, padded likewise.
+        index: `[rows]`, the slot of each row.
+        ranks: `[slots]`, how much of `r` each slot uses; 0 for rows that stay as they are.
+        fresh: nobody else has y, so that the sum may be written over it.
+    """
+    if takes_kernel(y, x, A, B):
+        from .kernels import add_by_kernel
+
+        return add_by_kernel(y if fresh and y.is_contiguous() else y.clone(), x, A, B, index, ranks)
+    return add_by_products(y, x, A.index_select(0, index), B.index_select(0, index), fresh)
+
+
+def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = False) -> Tensor:
+    """Return y + (x A^T) B by torch's batched products; A and B are `[rows, r, in]` and `[rows, r, out]`."""
+    if is_wide(y) and A.dtype == torch.float32:
+        change = torch.bmm(torch.bmm(x.float(), A.mT), B).to(y.dtype)
+        return y.add_(change) if fresh else y + change
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    h = torch.bmm(x, A.mT)
+    if fresh and y.dtype == h.dtype == B.dtype:
+        return y.baddbmm_(h, B)
+    return torch.baddbmm(y, h, B)
+
+
+def takes_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the kernels are at hand and right for these tensors."""
+    if not x.is_cuda or not _has_triton() or torch.compiler.is_compiling():
+        return False
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, A, B))
+    return not graph and all(tensor.is_cuda and tensor.dtype in _DTYPES for tensor in (y, x, A, B))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core.updates import Update
 
 PREFIX = "adapterkit:"
-"""What the names of registered tensors start with. No attribute in Python source can be called so."""
+"""The start of the names of registered tensors. No attribute in Python source can be called so."""
 
 
 def is_leaf_name(name: str) -> bool:

@@ -65,7 +65,7 @@ class Watch:
             layer = isinstance(module, nn.TransformerEncoderLayer)
             hooks = module._forward_pre_hooks
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
-            # Of several adapters each has put one there.
+            # Each of several adapters has put one there.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
