@@ -180,7 +180,9 @@ class ForwardHook:
             return None
         route = scope.routes.get(self) if scope.routes else None
         if route is not None:
-            return self._row_by_row(route, scope, x)
+            rows = self.kept.rows
+            y = None if rows is None else rows.run(route, scope, x)
+            return self._row_by_row(route, scope, x) if y is None else y
         plan = self.kept.plan
         if plan is None or plan.scope is not scope or plan.token is not SETTINGS.token:
             token = SETTINGS.token
@@ -197,7 +199,8 @@ class ForwardHook:
         if self.expert or not stack.is_current(self.switched, W) or torch._C._get_tracing_state() is not None:
             return None
         try:
-            return add_to_rows(layer, stack, places_of(self.switched, route, scope, x.device), route, x)
+            places = places_of(self.switched, route, scope, x.device)
+            return add_to_rows(layer, stack, places, route, x, self.kept)
         except AdapterkitError as error:
             raise error.at(where=str(self.parts[0].target)) from None
 

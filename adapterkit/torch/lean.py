@@ -42,6 +42,8 @@ SMALL = 1 << 16
 """Numbers in a layer's input or output, up to which the plain formula is faster (measured on one core)."""
 BLOCK = 1 << 19
 """Numbers of 16 bits that are made float32 at a time, so that their copies stay small."""
+ROWS = 64
+"""Rows of an input that are made float32 at once at least: each of these blocks reads the layer's weight once."""
 
 
 def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
@@ -80,10 +82,10 @@ def is_wide(y: Tensor) -> bool:
 
 def may_overwrite(y: Tensor) -> bool:
     """Whether a linear layer's output, which nobody else has, may be written over: autograd does not need it."""
-    return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and _is_eager()
+    return not torch.compiler.is_compiling() and type(y) is Tensor and not y._is_view() and is_eager()
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """Whether no transform of torch.func, forward-mode differentiation or tracing is going on."""
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -156,7 +158,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, 
 
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the tensors and the state of torch are ones that the functions below are right for."""
-    if torch.compiler.is_compiling() or not _is_eager():
+    if torch.compiler.is_compiling() or not is_eager():
         return False
     if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
         return False
@@ -195,8 +197,7 @@ def _blocks(*tensors: Tensor) -> list[slice]:
     """Slices of rows in which the widest of the tensors has some `BLOCK` numbers."""
     width = max(tensor.shape[-1] for tensor in tensors)
     rows = tensors[0].numel() // tensors[0].shape[-1]
-    # Fewer rows would read a weight that is made float32 by pieces too often.
-    step = max(BLOCK // width, 64)
+    step = max(BLOCK // width, ROWS)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
