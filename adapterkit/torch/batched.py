@@ -101,14 +101,15 @@ class Stack:
 
     def _is_held(self) -> bool:
         """Whether the modules hold the tensors that the stack was made from."""
-        buffers = None if self.home is None else self.home._buffers
+        # A copy: another thread may attach an adapter meanwhile.
+        buffers = None if self.home is None else list(self.home._buffers.values())
         # All at once, where one module holds them and nobody has touched its buffers.
-        if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers.values(), self.held)):
+        if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers, self.held)):
             return True
         now = [leaf.module._buffers.get(leaf.name) for leaf in self.leaves or ()]
         if not all(map(is_, now, self.tensors)):
             return False
-        self.held = [] if buffers is None else list(buffers.values())
+        self.held = buffers or []
         return True
 
 
@@ -272,7 +273,9 @@ def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: 
         return _placed(switches, route, scope, device)
     found: Places | None = route.plans.get(key)
     if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
-        found = route.plans[key] = _placed(switches, route, scope, device)
+        found = _placed(switches, route, scope, device)
+        if type(found.index) is Tensor:
+            route.plans[key] = found
     return found
 
 
@@ -337,7 +340,9 @@ class RowPlan:
             return None
         if torch.is_autocast_enabled(self.kind) or x.device != self.device or not self.stack.is_unchanged():
             return None
-        y = functional.linear(x, W, held.get("bias"))
+        # A parametrized or pruned bias is no parameter of the module's own, and is computed when it is asked for.
+        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401
+        y = functional.linear(x, W, b)
         h = (x.reshape(rows, -1) @ self.stack.joined_A).mul_(mask)
         y.view(rows, -1).addmm_(h, self.stack.joined_B)
         return y
@@ -364,7 +369,8 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> S
         bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
-        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves)
+        # Tensors of a mode (FakeTensorMode) have no values for the forwards after it.
+        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:

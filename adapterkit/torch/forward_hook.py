@@ -92,11 +92,13 @@ class ForwardHook:
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
-            self.contexts.append(part)
+            self.contexts = [*self.contexts, part]
         else:
-            self.parts.append(part)
             # Not at the first forward: compiled code would guard whether it is known.
-            self.ranks[part] = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
+            rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
+            # New objects, the part last: other threads may be in a forward over the old ones.
+            self.ranks = {**self.ranks, part: rank}
+            self.parts = [*self.parts, part]
         self._stand()
 
     def _stand(self) -> None:
@@ -134,7 +136,7 @@ class ForwardHook:
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
-        self.ranks = {part: self.ranks[part] for part in self.parts}
+        self.ranks = {part: rank for part, rank in self.ranks.items() if part in self.parts}
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.input_recorders = [recorder for recorder in self.input_recorders if recorder.switch is not switch]
         self.call_recorders = [recorder for recorder in self.call_recorders if recorder.switch is not switch]
@@ -254,7 +256,7 @@ class ForwardHook:
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
-            if layer.flat and all(self.ranks[part] for part in parts) and not self._drops(parts):
+            if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
             return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
@@ -357,13 +359,13 @@ class ForwardHook:
             self.layer is not None
             and len(args) + len(kwargs) == 1
             and named
-            and all(self.ranks[part] for part in named)
+            and all(self.ranks.get(part) for part in named)
             and not self._drops(named)
         ):
             if not compiling:
                 check_expert(route, where)
             x = [*args, *kwargs.values()][0]
-            thin = [part for part in self.parts if self.ranks[part]]
+            thin = [part for part in self.parts if self.ranks.get(part)]
             try:
                 return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
             except AdapterkitError as error:

@@ -18,6 +18,7 @@ from .folding import KEEPS, Merged, changed_by, fold, foldable, restore, slim, s
 from .forward_hook import ForwardHook, Part
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
+from .routing import check_unrouted
 from .scopes import switched
 from .sharding import is_partitioned, put, shape_of, whole
 from .watch import Watch
@@ -52,6 +53,7 @@ class Handle:
 
     def _enter(self, frozen: bool) -> None:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
+        self._switch.attached = True
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
         self._watch = Watch(self._model, self.name, (hook.module for hook in self._hooks), self._leaves)
@@ -64,6 +66,7 @@ class Handle:
     def _leave(self) -> None:
         """Take this handle's traces off the model; another trained adapter keeps the base frozen."""
         self._watch.remove()
+        self._switch.attached = False
         for leaf in self._leaves:
             leaf.release()
         held = self._model.__dict__[HANDLES]
@@ -232,8 +235,13 @@ class Handle:
         return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
-        """Take the adapter off; the model's modules are what they were before."""
+        """Take the adapter off; the model's modules are what they were before.
+
+        Raises:
+            UsageError: a `with route(...)` that is on in this thread or task names it.
+        """
         self._check()
+        check_unrouted(self._switch)
         for hook in self._hooks:
             hook.detach(self._switch)
         self._leave()
@@ -259,6 +267,8 @@ class Handle:
         """
         if not isinstance(keep, bool) and keep not in KEEPS:
             raise UsageError(f"no such choice: {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
+        self._check()
+        check_unrouted(self._switch)
         self._watch.check()
         folded = foldable([self])
         again = keep == "recompute"

@@ -129,6 +129,10 @@ class Embedding(Layer):
         return bool(plain and module.max_norm is None)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
+        if w.shape[1] != self.shape[1]:  # transformers' resize_token_embeddings grows the module in place.
+            why = f"made for {w.shape[1]} tokens; the embedding has {self.shape[1]}"
+            cure = "Call handle.remove() before the embedding changes its size, and inject an adapter of the new size"
+            raise ShapeMismatch(why, cure=cure)
         padding: Any = self.module.padding_idx
         return functional.embedding(x, w.mT, padding)
 

@@ -426,8 +426,10 @@ class Plan:
         same = wide is dtype or (wide is torch.float32 and dtype.itemsize == 2)
         if not same or W.shape != self.shape or torch.is_autocast_enabled(self.kind):
             return None
-        y = short_linear(x, W, held.get("bias"), A, B, weight)
+        # A parametrized or pruned bias is no parameter of the module's own.
+        b = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed when asked for
+        y = short_linear(x, W, b, A, B, weight)
         if y is None:
             A, B = (A, B) if wide is dtype or is_wide(W) else (A.to(dtype), B.to(dtype))
-            y = low_rank_linear(x, W, held.get("bias"), A, B, weight)
+            y = low_rank_linear(x, W, b, A, B, weight)
         return y

@@ -46,11 +46,13 @@ class Switch:
         name: the adapter's name.
         weight: how much of its change is added.
         active: whether it is on where a context has not switched it, see scopes.py.
+        attached: False once its handle was removed or merged.
     """
 
     name: str
     weight: float
     active: bool = True
+    attached: bool = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -36,6 +36,7 @@ class Route:
         flattened: rows may come flattened with the tokens that follow them.
         axis: the axis that rows lie on.
         known: the adapters attached to the model.
+        switches: those of these adapters.
         table: `[rows]`, positions in `known`; `len(known)` stands for the base.
         plans: what batched.py worked out for this route.
     """
@@ -44,6 +45,7 @@ class Route:
     flattened: bool
     axis: int = 0
     known: tuple[str, ...] = field(default=(), compare=False)
+    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -121,7 +123,7 @@ def route(
     slots = {name: slot for slot, name in enumerate(known)}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     table = torch.tensor([slots.get(name, len(known)) if name else len(known) for name in names], device=device)
-    with routed(dict.fromkeys(hooks, Route(names, flattened, axis or 0, known, table))):
+    with routed(dict.fromkeys(hooks, Route(names, flattened, axis or 0, known, tuple(switches.values()), table))):
         yield
 
 
@@ -149,14 +151,31 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> Non
 
 
 def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
-    """Raise if an adapter that the route names was switched off for everybody since the route was entered.
+    """Raise if an adapter that the route names was removed or switched off for everybody since the route was entered.
 
     Raises:
-        UsageError: `handle.set_active(False)` was called. `handle.disable()` inside the route is no error.
+        UsageError: another thread removed or merged it, or `handle.set_active(False)` was called. `handle.disable()`
+            inside the route is no error.
     """
+    for switch in route.switches:
+        if not switch.attached and switch.name in route.names:
+            why = f"{_rows(route.names, switch.name)}: the adapter was removed since the route was entered"
+            raise UsageError(why, where=switch.name, cure="Name attached adapters, or None for these rows")
     for switch in switches:
         if not switch.active and switch not in active and switch.name in route.names:
             raise _switched_off(route.names, switch.name)
+
+
+def check_unrouted(switch: Any) -> None:
+    """Raise if a route of this context names an adapter that is about to be taken off.
+
+    Raises:
+        UsageError: its rows would get the base alone.
+    """
+    for route in current().routes.values():
+        if switch in route.switches and switch.name in route.names:
+            why = f"{_rows(route.names, switch.name)} of the route that is on go through it"
+            raise UsageError(why, where=switch.name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 
 def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
