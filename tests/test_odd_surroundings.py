@@ -804,6 +804,29 @@ def _():
     return model(X), linear(model[0])
 
 
+@odd("a parametrized bias of the same module, in a route")
+def _():
+    class Half(nn.Module):
+        def forward(self, b):
+            return b / 2
+
+    model = one()
+    inject(model)
+    parametrize.register_parametrization(model[0], "bias", Half())
+    with ak.torch.route(model, ["default"] * 3), torch.no_grad():
+        for _ in range(4):
+            got = model(X)
+    return got, linear(model[0])
+
+
+@odd("a pruned bias of the same module")
+def _():
+    model = one()
+    inject(model)
+    prune.l1_unstructured(model[0], "bias", amount=3)
+    return model(X), linear(model[0])
+
+
 @odd("pruned globally, the adapter's own tensors too")
 def _():
     model = two()
