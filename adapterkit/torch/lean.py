@@ -427,7 +427,7 @@ class Plan:
         if not same or W.shape != self.shape or torch.is_autocast_enabled(self.kind):
             return None
         # A parametrized or pruned bias is no parameter of the module's own.
-        b = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed when asked for
+        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401 - computed when asked for
         y = short_linear(x, W, b, A, B, weight)
         if y is None:
             A, B = (A, B) if wide is dtype or is_wide(W) else (A.to(dtype), B.to(dtype))
