@@ -14,7 +14,7 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.torch import batched, routing
-from adapterkit.torch import station as stations
+from adapterkit.torch import forward_hook as hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -45,7 +45,7 @@ def once(monkeypatch):
     def never(*_):
         raise AssertionError("the layer ran once for each group")
 
-    monkeypatch.setattr(stations, "split", never)
+    monkeypatch.setattr(hooks, "split", never)
 
 
 LAYERS = {
@@ -99,8 +99,8 @@ def test_every_thin_method_equals_its_formula(close):
         except AdapterkitError:
             continue
         x, names = draw(4, 3, 24, seed=5), ["a", "b", None, "a"]
-        (station,) = stations.stations_of(model)
-        seen += [method] if all(station.ranks.values()) else []
+        (hook,) = hooks.hooks_of(model)
+        seen += [method] if all(hook.ranks.values()) else []
         W, b = model[0].weight, model[0].bias
         with ak.torch.route(model, names):
             got = model(x)
@@ -173,6 +173,81 @@ def test_a_stack_follows_its_tensors(close):
     model.float()
     x = x.float()
     check()
+
+
+def test_a_plan_for_rows_follows_all_that_it_was_made_from(close, monkeypatch):
+    """At one token a row and without gradients, the third forward and those after it run as planned."""
+    model, x = nn.Sequential(nn.Linear(16, 8)).double(), draw(2, 1, 16)
+    handles = [
+        ak.torch.inject(model, Adapter({Target("0"): (lora(8, 16, seed=s),)}), name=n) for s, n in enumerate("ab")
+    ]
+    planned = []
+    run = batched.RowPlan.run
+    monkeypatch.setattr(
+        batched.RowPlan, "run", lambda plan, *args: planned.append(run(plan, *args) is not None) or run(plan, *args)
+    )
+
+    def check(off=""):
+        """Four forwards in the route that is on: the first is right after a change, the last ones are planned."""
+        for _ in range(4):
+            with torch.no_grad():
+                got = model(x)
+            W, b = model[0].weight, model[0].bias
+            for row, handle in enumerate(reversed(handles)):
+                ((_, update),) = handle.adapter()
+                W_, b_ = dense(W, b, update, 0.0 if handle.name in off else handle.weight)
+                close(got[row], nn.functional.linear(x[row], W_.to(W.dtype), b_.to(W.dtype)), tolerance=1e-6)
+        assert any(planned)
+        planned.clear()
+
+    with ak.torch.route(model, ["b", "a"]):
+        check()
+        leaf = handles[0]._leaves[0]
+        leaf.tensor.mul_(2)
+        check()
+        leaf.module._buffers[leaf.name] = leaf.tensor * 3
+        check()
+        leaf.tensor.data = leaf.tensor.data * 2
+        check()
+        handles[1].weight = 0.5
+        check()
+        with handles[0].disable():
+            check(off="a")
+        check()
+        model[0].weight = nn.Parameter(draw(8, 16, seed=30))
+        check()
+        model[0].bias = nn.Parameter(draw(8, seed=31))
+        check()
+        model[0].weight.data.mul_(2)
+        check()
+        model.float()
+        x = x.float()
+        check()
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert model(x).dtype == torch.bfloat16
+        check()
+        with_gradient = x.clone().requires_grad_()
+        model(with_gradient).sum().backward()  # Outside no_grad the plan does not run.
+        ((_, a),), ((_, b),) = (handle.adapter() for handle in handles)
+        sums = [(model[0].weight.double() + w * u.delta((8, 16))).sum(0) for u, w in ((b, 0.5), (a, 1.0))]
+        close(with_gradient.grad[:, 0], torch.stack(sums).float(), tolerance=1e-5)
+        check()
+        with torch.no_grad():
+            by_vmap = torch.vmap(lambda scale: model(x * scale))(torch.ones(3))
+            close(by_vmap[2], model(x), tolerance=1e-6)
+            with pytest.raises(ShapeMismatch):
+                model(x[:1].expand(3, 1, 16))
+            with pytest.raises(ShapeMismatch, match="reads 16 features"):
+                model(x[..., :8])
+            with pytest.raises(ShapeMismatch):
+                model(x[..., :8].reshape(2, 1, 8))
+    handles[0].remove()
+    handles[0] = ak.torch.inject(model, Adapter({Target("0"): (lora(8, 16, seed=7),)}), name="a")
+    with ak.torch.route(model, ["b", "a"]):
+        check()
+        handles[0].set_active(False)
+        with torch.no_grad(), pytest.raises(UsageError, match="switched off"):
+            model(x)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -360,7 +435,7 @@ def test_errors_name_rows_and_adapters():
             model(draw(4, 16))
         handles[0].set_active(True)
         with handles[0].disable():
-            assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_station.original(draw(4, 16))[0])
+            assert torch.equal(model(draw(4, 16))[0], model[0]._adapterkit_hook.original(draw(4, 16))[0])
     with handles[1].disable(), pytest.raises(UsageError, match="row 2: the adapter is switched off"):
         ak.torch.route(model, names).__enter__()
     with pytest.raises(UsageError, match="a route of no rows"):
@@ -424,5 +499,5 @@ def test_a_decoder_with_a_cache_and_sixteen_bits():
 
 
 def test_the_modules_that_the_fixture_patches_are_those_in_use():
-    assert stations.split is routing.split
-    assert stations.add_by_row is batched.add_by_row
+    assert hooks.split is routing.split
+    assert hooks.add_by_row is batched.add_by_row

@@ -17,7 +17,7 @@ from torch import nn
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.methods import METHODS
-from adapterkit.torch import gathered
+from adapterkit.torch import batched as gathered
 
 RANKS = (3, 16, 8, 1, 0)
 """Of each slot; the last is of rows without an adapter."""

@@ -14,8 +14,8 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
+from adapterkit.torch import forward_hook as hooks
 from adapterkit.torch import lean
-from adapterkit.torch import station as stations
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -75,12 +75,12 @@ def test_every_thin_method_has_the_gradients_of_its_formula(weight, calls, close
         if cls.kind != "additive" or (adapter := fresh(model, method)) is None:
             continue
         handle = ak.torch.inject(model, adapter, trainable=True, weight=weight)
-        (station,) = stations.stations_of(model)
-        if not all(station.ranks.values()):
+        (hook,) = hooks.hooks_of(model)
+        if not all(hook.ranks.values()):
             continue
         seen.append(method)
         y, got = model(x), gradients(model, handle, x, out)
-        station.ranks, station.plain = dict.fromkeys(station.ranks, 0), False  # The method's own forward, by autograd.
+        hook.ranks, hook.plain = dict.fromkeys(hook.ranks, 0), False  # The method's own forward, by autograd.
         close(y, model(x), tolerance=1e-12)
         for one, other in zip(got, gradients(model, handle, x, out), strict=True):
             assert (one is None) == (other is None), method
@@ -113,7 +113,7 @@ def test_scaled_rows_have_the_gradients_of_their_new_weight(dtype, calls, monkey
         assert calls == ["_ScaledLinear"] * 2
         seen.append(method)
         with monkeypatch.context() as plain:
-            plain.setattr(stations.Station, "_scaled", lambda *_: None)
+            plain.setattr(hooks.ForwardHook, "_scaled", lambda *_: None)
             z, wanted = model(x), gradients(model, handle, x, out)
         loose = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
         for one, other in zip((y, *got), (z, *wanted), strict=True):
@@ -263,6 +263,7 @@ def saved(run):
 def test_numbers_of_16_bits_are_as_precise_as_with_factors_of_32(method, dtype, calls, monkeypatch):
     """A thin product in bfloat16 rounds three times, and is slow on a CPU without instructions for it."""
     monkeypatch.setattr(lean, "BLOCK", 5 * 48)  # Blocks of five rows, the last one shorter.
+    monkeypatch.setattr(lean, "ROWS", 1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48)).to(dtype)
     adapter = ak.torch.create(model, method, targets="0", rank=4)
@@ -289,6 +290,31 @@ def test_numbers_of_16_bits_are_as_precise_as_with_factors_of_32(method, dtype, 
         if method == "dora":
             loose = 4 * small
         assert float((parameter.grad.double() - good).abs().max()) <= loose * float(good.abs().max()), name
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [5 * 48, 1 << 19])
+def test_the_gradient_of_16_bit_inputs_is_rounded_once(block, dtype, native, calls, monkeypatch):
+    """Without 16-bit instructions torch multiplies a gradient by a weight 50 times slower than in float32."""
+    monkeypatch.setattr(lean, "BLOCK", block)
+    monkeypatch.setattr(lean, "ROWS", 1)
+    monkeypatch.setattr(lean, "_multiplies", lambda _: native)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48)).to(dtype)
+    update = lora(48, 32, rank=4).map(lambda leaf: leaf.float())
+    ak.torch.inject(model, Adapter({Target("0"): (update,)}), trainable=True)
+    x, out = draw(2, 6, 32, dtype=dtype).requires_grad_(), draw(2, 6, 48, seed=9, dtype=dtype)
+    model(x).backward(out)
+    assert calls == ["_LowRankLinear"]
+    W = model[0].weight.detach().double() + 0.25 * update.B.float().double() @ update.A.float().double()
+    exact = out.double() @ W
+    step = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()  # The distance of neighbours.
+    error = (x.grad.double() - exact).abs()
+    if native:  # The product with W is rounded by itself; its errors are of the size of its terms.
+        assert float(error.max()) <= 2 * torch.finfo(dtype).eps * float(exact.abs().max())
+    else:
+        assert bool((error <= 0.502 * step + 1e-5).all())
 
 
 class Attention(nn.Module):

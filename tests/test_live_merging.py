@@ -124,15 +124,15 @@ def test_weights_changed_after_a_merge_are_not_overwritten():
 def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
     model, x = two_layers(), torch.randn(3, 16, dtype=torch.bfloat16)
     handle = ak.torch.inject(model, adapter())
-    before, y, fold, calls = bits(model), model(x), handles._fold, []
+    before, y, fold, calls = bits(model), model(x), handles.fold, []
 
-    def failing(station, parts):
-        calls.append(station)
-        fold(station, parts)
+    def failing(hook, parts):
+        calls.append(hook)
+        fold(hook, parts)
         if len(calls) == 2:
             raise MemoryError
 
-    monkeypatch.setattr(handles, "_fold", failing)
+    monkeypatch.setattr(handles, "fold", failing)
     with pytest.raises(MemoryError):
         handle.merge_()
     assert same(bits(model), before)

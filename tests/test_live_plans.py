@@ -14,7 +14,7 @@ from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, ShapeMismatch
 from adapterkit.methods import METHODS
 from adapterkit.torch import lean
-from adapterkit.torch.station import stations_of
+from adapterkit.torch.forward_hook import hooks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 X = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(3))
@@ -45,8 +45,8 @@ def formula(model, *handles, x=X):
 
 
 def has_plan(model):
-    (station,) = stations_of(model)
-    return station.kept.plan is not None and station.kept.plan.usable
+    (hook,) = hooks_of(model)
+    return hook.kept.plan is not None and hook.kept.plan.usable
 
 
 @pytest.mark.parametrize("trainable", [True, False])

@@ -33,6 +33,6 @@ def test_no_dense_change_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2048, 4096, bias=False))
     handle = ak.torch.inject(model, ak.Adapter({ak.Target("0"): (lora(4096, 2048),)}))
     monkeypatch.setattr(torch, "empty", watched)
-    monkeypatch.setattr("adapterkit.torch.station.Station.changed", None)
+    monkeypatch.setattr("adapterkit.torch.forward_hook.ForwardHook.changed", None)
     handle.merge_()
     assert 0 < largest[0] <= 4096 * 2048 // 16

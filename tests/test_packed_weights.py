@@ -1,6 +1,6 @@
 """Layers of quantization libraries, told by what they have in common; small modules of the same make stand for them.
 
-`tools/foreign/check_quantized_live.py` runs the libraries themselves.
+`tools/foreign/check_quantized_live.py` runs the libraries themselves, `check_quantized_models.py` whole models.
 """
 
 import pytest

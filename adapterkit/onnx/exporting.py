@@ -123,7 +123,7 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
     """Merge adapters into the live model's parameters for the block; the original tensors are put back unchanged."""
-    from ..torch.handle import changes
+    from ..torch.folding import changes
 
     with injected(model, adapters) as handles:
         changed = changes(handles) if handles else []

@@ -11,6 +11,10 @@ graph for any number of routings.
 Frozen adapters are stacked once and kept, which holds their factors twice. Before each use the stack is compared with
 the tensors that it was made from: their identity, their address and torch's count of in-place changes. Only writes
 through `tensor.data` into a buffer of a frozen adapter go unseen. Trained adapters are stacked in each forward.
+
+On CUDA, where Triton can be imported (torch's wheels for Linux bring it), two kernels read each row's factors where
+they lie: see kernels.py. Everywhere else, and wherever a gradient is wanted, the factors are gathered and `bmm` does
+the rest. Both give y in the dtype that it came in.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -28,17 +34,16 @@ from torch.nn import functional
 
 from ..core.updates import Additive
 from ..errors import ShapeMismatch
-from .gathered import add_gathered, takes_kernel
 from .layers import Layer
-from .lean import is_wide, may_overwrite
+from .lean import is_eager, is_wide, may_overwrite
 from .outputs import Switch
 from .routing import Route, check_switches
 from .scopes import SETTINGS, Scope
 
 if TYPE_CHECKING:
+    from .forward_hook import Part
+    from .lean import Plan
     from .leaves import Leaf
-    from .plans import Plan
-    from .station import Part
 
 
 class Stack:
@@ -82,6 +87,10 @@ class Stack:
             if [switch.weight for switch in switches] != self.weights:
                 return False
             self.token = token
+        return self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether the model holds the tensors that the stack was made from, and nobody has written into them."""
         # With 50 adapters this compares 300 values a layer and forward, so each comparison is one of lists.
         tensors = self.tensors
         return (
@@ -92,23 +101,25 @@ class Stack:
 
     def _is_held(self) -> bool:
         """Whether the modules hold the tensors that the stack was made from."""
-        buffers = None if self.home is None else self.home._buffers
+        # A copy: another thread may attach an adapter meanwhile.
+        buffers = None if self.home is None else list(self.home._buffers.values())
         # All at once, where one module holds them and nobody has touched its buffers.
-        if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers.values(), self.held)):
+        if buffers is not None and len(buffers) == len(self.held) and all(map(is_, buffers, self.held)):
             return True
         now = [leaf.module._buffers.get(leaf.name) for leaf in self.leaves or ()]
         if not all(map(is_, now, self.tensors)):
             return False
-        self.held = [] if buffers is None else list(buffers.values())
+        self.held = buffers or []
         return True
 
 
 class Kept:
-    """The stack and the plan that a station keeps; copies and pickles of a model start without them."""
+    """The stack and the plan that a hook keeps; copies and pickles of a model start without them."""
 
     def __init__(self) -> None:
         self.stack: Stack | None = None
         self.plan: Plan | None = None
+        self.rows: RowPlan | None = None
         self.model: tuple[object, list[Any], dict[str, Switch]] | None = None  # See routing.py.
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Kept:
@@ -156,11 +167,11 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 
     Args:
         layer: the layer.
-        parts: of all thin adapters attached there.
+        parts: those of all thin adapters attached there.
         route: which adapter each row takes.
         scope: tells which adapters are on.
         x: the layer's input.
-        kept: where the station keeps its stack.
+        kept: where the hook keeps its stack.
 
     Raises:
         ShapeMismatch: x does not have the route's rows.
@@ -193,8 +204,19 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
     return add_to_rows(layer, stack, places, route, x)
 
 
-def add_to_rows(layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor) -> Tensor:
-    """`add_by_row` for a layer that is a product of matrices, with its stack and places at hand."""
+def add_to_rows(
+    layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor, kept: Kept | None = None
+) -> Tensor:
+    """`add_by_row` for a layer that is a product of matrices, with its stack and places at hand.
+
+    Args:
+        layer: the layer.
+        stack: the factors of its adapters.
+        places: the slots of the route's rows.
+        route: which adapter each row takes.
+        x: the layer's input.
+        kept: keeps a `RowPlan` for the next forward, where the layer is an `nn.Linear` that one may run for.
+    """
     rows = len(route.names)
     tokens = x.numel() // max(x.shape[-1] * rows, 1)
     wide = stack.all_B.shape[0] * stack.A.shape[1]
@@ -204,6 +226,8 @@ def add_to_rows(layer: Layer, stack: Stack, places: Places, route: Route, x: Ten
         return _gathered(layer, stack, places.index, route, x)
     few = wide <= WIDE and tokens == 1 and x.shape[0] == rows and not route.axis
     if plain and few and torch._C._get_tracing_state() is None:
+        if kept is not None and x.dtype == stack.A.dtype and not route.axis:
+            kept.rows = RowPlan(layer.module, stack)
         return _side_by_side(layer, stack, places, x)
     if places.count * tokens < rows * stack.A.shape[1] and x.shape[route.axis] == rows:
         return _grouped(layer, stack, places, route, x)
@@ -243,13 +267,15 @@ class Places:
 
 
 def places_of(switches: tuple[Switch, ...], route: Route, scope: Scope, device: torch.device) -> Places:
-    """Where a route's rows are in a stack of these adapters: worked out once for all layers that have the same ones."""
+    """Locate a route's rows in a stack of these adapters: worked out once for all layers that have the same ones."""
     key = switches, device
     if torch._C._get_tracing_state() is not None:
         return _placed(switches, route, scope, device)
     found: Places | None = route.plans.get(key)
     if found is None or found.token is not SETTINGS.token or found.active is not scope.active:
-        found = route.plans[key] = _placed(switches, route, scope, device)
+        found = _placed(switches, route, scope, device)
+        if type(found.index) is Tensor:
+            route.plans[key] = found
     return found
 
 
@@ -286,6 +312,42 @@ def _placed(switches: tuple[Switch, ...], route: Route, scope: Scope, device: to
         )
 
 
+class RowPlan:
+    """The forward of an `nn.Linear` with few frozen adapters at one token a row, with everything looked up before.
+
+    A whole model of width 256 spends 25 % of such a forward on finding out again which of the functions below is the
+    right one. A plan checks only what may have changed since: settings, tensors, and the state of torch.
+    """
+
+    def __init__(self, module: nn.Module, stack: Stack) -> None:
+        self.token, self.module, self.stack = SETTINGS.token, module, stack
+        self.W = module._parameters["weight"]
+        self.device, self.dtype = stack.A.device, stack.A.dtype
+        self.kind = self.device.type
+        self.place, self.mask = (stack.switches, self.device), (stack.A.shape[1], self.dtype)
+
+    def run(self, route: Route, scope: Scope, x: Any) -> Tensor | None:
+        """Return the layer's output; None where the plan does not hold, or not yet for this route."""
+        places: Places | None = route.plans.get(self.place)
+        token, held = SETTINGS.token, self.module._parameters
+        if places is None or token is not self.token or places.token is not token or places.active is not scope.active:
+            return None
+        mask = places.masks.get(self.mask)
+        if mask is None or type(x) is not Tensor or x.dtype is not self.dtype or torch.is_grad_enabled():
+            return None
+        W, rows = held.get("weight"), len(mask)
+        if W is not self.W or W is None or x.shape[0] != rows or x.numel() != rows * W.shape[1] or not is_eager():
+            return None
+        if torch.is_autocast_enabled(self.kind) or x.device != self.device or not self.stack.is_unchanged():
+            return None
+        # A parametrized or pruned bias is no parameter of the module's own, and is computed when it is asked for.
+        b: Any = held["bias"] if "bias" in held else self.module.bias  # noqa: SIM401
+        y = functional.linear(x, W, b)
+        h = (x.reshape(rows, -1) @ self.stack.joined_A).mul_(mask)
+        y.view(rows, -1).addmm_(h, self.stack.joined_B)
+        return y
+
+
 def _is_frozen(part: Part) -> bool:
     """Whether the part's tensors are buffers, whose stack may be kept."""
     return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
@@ -307,7 +369,8 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> S
         bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
-        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves)
+        # Tensors of a mode (FakeTensorMode) have no values for the forwards after it.
+        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
@@ -428,3 +491,53 @@ def _masked(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) 
         shape[channel] = stack.bias.shape[1]
         out = out + stack.bias.index_select(0, index).reshape(shape)
     return route.rows_back(out, y)
+
+
+def add_gathered(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor, fresh: bool = False
+) -> Tensor:
+    """Return y[i] + (x[i] A[index[i]]^T) B[index[i]] for each row i.
+
+    Args:
+        y: `[rows, tokens, out]`.
+        x: `[rows, tokens, in]`.
+        A: `[slots, r, in]`, padded with zeros to the highest rank.
+        B: `[slots, r, out]`, padded likewise.
+        index: `[rows]`, the slot of each row.
+        ranks: `[slots]`, how much of `r` each slot uses; 0 for rows that stay as they are.
+        fresh: nobody else has y, so that the sum may be written over it.
+    """
+    if takes_kernel(y, x, A, B):
+        from .kernels import add_by_kernel
+
+        return add_by_kernel(y if fresh and y.is_contiguous() else y.clone(), x, A, B, index, ranks)
+    return add_by_products(y, x, A.index_select(0, index), B.index_select(0, index), fresh)
+
+
+def add_by_products(y: Tensor, x: Tensor, A: Tensor, B: Tensor, fresh: bool = False) -> Tensor:
+    """Return y + (x A^T) B by torch's batched products; A and B are `[rows, r, in]` and `[rows, r, out]`."""
+    if is_wide(y) and A.dtype == torch.float32:
+        change = torch.bmm(torch.bmm(x.float(), A.mT), B).to(y.dtype)
+        return y.add_(change) if fresh else y + change
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    h = torch.bmm(x, A.mT)
+    if fresh and y.dtype == h.dtype == B.dtype:
+        return y.baddbmm_(h, B)
+    return torch.baddbmm(y, h, B)
+
+
+def takes_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the kernels are at hand and right for these tensors."""
+    if not x.is_cuda or not _has_triton() or torch.compiler.is_compiling():
+        return False
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, x, A, B))
+    return not graph and all(tensor.is_cuda and tensor.dtype in _DTYPES for tensor in (y, x, A, B))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .handle import Handle
 
 CHOICES = ("base", "adapter", "all")
-"""What the model's state dict may hold."""
+"""Choices for the content of the model's state dict."""
 
 HANDLES = "_adapterkit_handles"
 """The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""

@@ -20,21 +20,21 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.binding import view
 from ..naming.layouts import stored_in_out
-from .create_context import create_context
 from .dropout import check_dropout
-from .layers import Conv1D, stored_layout, stored_shape
+from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
 from .leaves import is_leaf_name
-from .moments import Moments, moments_of
-from .packed import dequantized, is_packed
+from .prefixes import is_attention
 from .sharding import check_gathered, whole
-from .starts import OF_DATA, Place, find, start_of
+from .starts import OF_DATA, Moments, Place, find, moments_of, start_of
+from .structure import embedding_of, heads_of, sizes_of
 from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from ..core.updates import Random
 
+
 Choice = str | re.Pattern[str] | type[nn.Module]
-"""What names targets: a glob, "re:" and a regular expression or a compiled one, a class of modules, "all-linear"."""
+"""A choice of targets: a glob, "re:" and a regular expression or a compiled one, a class of modules, "all-linear"."""
 
 
 def create(
@@ -80,7 +80,7 @@ def create(
             variance; 1 leaves them equal.
         dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`; of LoHa and
             LoKr that of a row of the change (`rank_dropout`), of OFT and BOFT the share of blocks that do not rotate.
-        seed: of the numbers drawn.
+        seed: the seed of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
         attributes: the method's own plain values, and `sizes`.
@@ -164,7 +164,7 @@ class _Size:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """What the first pattern that matches the end of a name says, as PEFT reads them."""
+    """Return the value of the first pattern that matches the end of a name, as PEFT reads them."""
     for pattern, value in (patterns or {}).items():
         if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
             return value
@@ -389,3 +389,77 @@ def _head(model: nn.Module) -> nn.Module | None:
         return None
     head: nn.Module | None = of.get_output_embeddings()
     return head if head is not None else getattr(model, "score", getattr(model, "classifier", None))
+
+
+def create_context(
+    model: nn.Module, cls: type[ContextUpdate], targets: Any, tokens: int, seed: int, attributes: dict[str, Any]
+) -> Adapter:
+    """A fresh adapter of the model's context; sizes come from the model and its config.
+
+    Args:
+        model: the model it is for.
+        cls: the method.
+        targets: globs over names of attentions, for methods that speak to those.
+        tokens: how many virtual tokens; a list `index=` in `attributes` says whose embeddings they begin with.
+        seed: the seed of the numbers drawn.
+        attributes: the method's own plain values.
+
+    Raises:
+        TargetNotFound: no attention matches.
+        UsageError: the method has no such attribute.
+        Unsupported: the model does not tell its sizes.
+    """
+    embedding: Any = embedding_of(model)
+    W = whole(embedding.weight.detach()).to("cpu", torch.promote_types(embedding.weight.dtype, torch.float32)).mT
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=W.dtype) * 2 - 1
+
+    given = dict(attributes)
+    if cls.place in ("past", "prefix"):
+        given.setdefault("sizes", sizes_of(model))
+        if given["sizes"].keys() != {"layers", "heads", "d"}:
+            raise Unsupported("the config does not tell layers and heads", cure="Pass sizes=dict(layers=, heads=, d=)")
+
+    def made() -> ContextUpdate:
+        try:
+            return cls.initial(W, None, tokens, random, **given).map(_own)
+        except TypeError as error:
+            known = ", ".join(("index", *cls.attribute_fields()))
+            raise UsageError(str(error).rpartition("() ")[2], where=cls.__name__, cure=f"It has {known}") from None
+
+    paths = _paths(model, cls, targets, embedding)
+    # New tokens are the same ones in every module that shares the embedding's weight.
+    same = made() if cls.place == "vocabulary" else None
+    adapter = Adapter({Target(path): (same or made(),) for path in paths})
+    adapter.validate()
+    return adapter
+
+
+def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:
+    if cls.place == "vocabulary":
+        alike = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        return [name for name, module in alike if module.weight is embedding.weight]
+    if cls.place not in ("attention", "prefix"):
+        return [""]
+    globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
+    takes = is_attention if cls.place == "prefix" else _has_heads
+    found = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
+    if not found:
+        cure = "Globs are matched against the names of model.named_modules()"
+        kind = "transformers'" if cls.place == "prefix" else "Llama's kind or GPT-2's"
+        raise TargetNotFound(f"no attention of {kind} matches", where=str(targets), cure=cure)
+    return found
+
+
+def _matches(name: str, globs: list[str]) -> bool:
+    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs)
+
+
+def _has_heads(module: nn.Module) -> bool:
+    try:
+        heads_of(module)
+    except Unsupported:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """Experts: adapters of their own that a router's file names but does not hold, given to `inject` beside it.
 
-Where a file names its experts by paths, those are words like any others: nothing follows them.
+Paths of experts in a file are words like any others: nothing follows them.
 """
 
 from __future__ import annotations

@@ -20,18 +20,18 @@ from ..merging.ties import UNTIE, acting, parse_tied, same
 from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
+from .call_recorder import CallRecorder, words_of
 from .context import ContextPart, parts_of
 from .dropout import check_dropout, dropout_of
-from .ears import Ear, words_of
 from .experts import with_experts
-from .handle import Handle, change_alike
-from .layers import layer_of, stored_layout, stored_shape
+from .folding import change_alike
+from .forward_hook import ForwardHook, Part, hook_at, names_of
+from .handle import Handle
+from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
-from .outputs import Outlet, Switch, outlet
-from .packed import device_of, is_packed
+from .outputs import OutputSite, Switch, find_output_site
 from .sharding import check_gathered, check_unwrapped
-from .sizes import embedding_of
-from .station import Part, Station, names_of, station_at
+from .structure import embedding_of
 from .weights import tensor_at
 from .wrappers import unwrapped, wrapped
 
@@ -100,9 +100,9 @@ def inject(
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
     around = _contexts(model, context, switch, registration, rules)
-    ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
-    attached: list[tuple[Station, Part]] = []
-    together: dict[int, tuple[Station, list[Part]]] = {}
+    recorder = CallRecorder(switch, {word for _, update in weights for word in words_of(model, update)})
+    attached: list[tuple[ForwardHook, Part]] = []
+    together: dict[int, tuple[ForwardHook, list[Part]]] = {}
     held: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
@@ -110,7 +110,7 @@ def inject(
     once: dict[Any, tuple[Part, Part]] = {}
     twice: list[tuple[Target, Part]] = []
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
-        holder, part = _part(model, site, switch, ear)
+        holder, part = _part(model, site, switch, recorder)
         place = _place(holder, part)
         first, standing = once.get(place, (part, part))
         if first.target.path != part.target.path:
@@ -125,37 +125,37 @@ def inject(
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
         if id(holder) not in together:
-            together[id(holder)] = station_at(holder), []
-        station, others = together[id(holder)]
-        _check_together(station, [part, *others])
+            together[id(holder)] = hook_at(holder), []
+        hook, others = together[id(holder)]
+        _check_together(hook, [part, *others])
         others.append(part)
-        attached.append((station, part))
+        attached.append((hook, part))
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
-    for station, part in attached:
-        station.attach(part)
+    for hook, part in attached:
+        hook.attach(part)
         if part.target in along:
             continue
         loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     for target, part in twice:
         loaded[target] = (*loaded.get(target, ()), held[id(part)])
-    stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
-    if ear.asks:
-        stations.append(station_at(model))
-        stations[-1].hear(ear)
+    hooks = [*(hook for hook, _ in attached), *_readers(part.output_site for _, part in attached)]
+    if recorder.asks:
+        hooks.append(hook_at(model))
+        hooks[-1].record_call(recorder)
     for module, surrounding in around:
-        stations.append(station_at(module))
-        stations[-1].attach(surrounding)
+        hooks.append(hook_at(module))
+        hooks[-1].attach(surrounding)
         loaded[surrounding.target] = (surrounding.bound,)
-    handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
+    handle = Handle(adapter, loaded, switch, list(dict.fromkeys(hooks)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle
 
 
 def _place(holder: nn.Module, part: Part) -> tuple[Any, ...]:
-    """What a part changes, whatever name of its module led there."""
-    return id(holder), part.weight, part.bias, part.target.rows, part.outlet is None
+    """Return the key of what a part changes, the same one for every name of its module."""
+    return id(holder), part.weight, part.bias, part.target.rows, part.output_site is None
 
 
 def _check_twin(first: Part, second: Part) -> None:
@@ -330,9 +330,9 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
             raise Unsupported(f"a {kind} keeps its weight in a form of its own", where=where, cure=_UNPACKED)
 
 
-def _check_together(station: Station, parts: list[Part]) -> None:
+def _check_together(hook: ForwardHook, parts: list[Part]) -> None:
     """Parts whose law is not one of weights need formulas over the layer, parts that are not direct its own forward."""
-    together = [part for part in (*station.parts, *parts) if part.outlet is None]
+    together = [part for part in (*hook.parts, *parts) if part.output_site is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
     if outer and inner:
@@ -354,22 +354,22 @@ def _pieces(site: Site) -> list[Site]:
     ]
 
 
-def _part(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.Module, Part]:
-    return _outer(model, site, switch, ear) if site.updates[0].kind == "output" else _inner(model, site, switch)
+def _part(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
+    return _outer(model, site, switch, recorder) if site.updates[0].kind == "output" else _inner(model, site, switch)
 
 
-def _outer(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.Module, Part]:
+def _outer(model: nn.Module, site: Site, switch: Switch, recorder: CallRecorder) -> tuple[nn.Module, Part]:
     """The module whose output changes, and the part that does it."""
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
         raise Unsupported("its module never runs inside an attention", where=str(site.target), cure=f"Target {parent}")
     _refuse_fast_path(model, f"{path}.", site)
-    made = outlet(
+    made = find_output_site(
         holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
     )
     asks = any(words_of(model, update) for update in site.updates)
-    made = replace(made, hear=ear.take) if asks else made
+    made = replace(made, call_words=recorder.take) if asks else made
     return holder, Part(switch, site.target, LiveUpdates(site.updates), None, None, False, made)
 
 
@@ -408,13 +408,13 @@ def _loaded(holder: nn.Module, W: Tensor, where: str) -> Tensor:
     return torch.empty(0, dtype=W.dtype, device=device)
 
 
-def _tapped(outlets: Iterable[Outlet | None]) -> Iterator[Station]:
-    """The stations of modules that read a residual, their taps opened."""
-    for each in outlets:
-        if each is not None and each.reader is not None and each.tap is not None:
-            station = station_at(each.reader)
-            station.tap(each.tap)
-            yield station
+def _readers(sites: Iterable[OutputSite | None]) -> Iterator[ForwardHook]:
+    """The hooks of modules that read a residual, each with its recorder."""
+    for each in sites:
+        if each is not None and each.reader is not None and each.recorder is not None:
+            hook = hook_at(each.reader)
+            hook.record_input(each.recorder)
+            yield hook
 
 
 def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:

@@ -65,7 +65,7 @@ shrink, expand = triton.jit(_shrink), triton.jit(_expand)
 
 
 def add_by_kernel(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, ranks: Tensor) -> Tensor:
-    """Write y[i] + (x[i] A[index[i]]^T) B[index[i]] over a contiguous y; see `gathered.add_gathered`."""
+    """Write y[i] + (x[i] A[index[i]]^T) B[index[i]] over a contiguous y; see `batched.add_gathered`."""
     rows, tokens, width = x.shape
     if not rows * tokens * width:
         return y

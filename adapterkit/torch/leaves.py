@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core.updates import Update
 
 PREFIX = "adapterkit:"
-"""What the names of registered tensors start with. No attribute in Python source can be called so."""
+"""The start of the names of registered tensors. No attribute in Python source can be called so."""
 
 
 def is_leaf_name(name: str) -> bool:
@@ -50,12 +50,16 @@ class Leaf:
     @property
     def tensor(self) -> Tensor:
         """The tensor that the module holds under that name now."""
-        if self.staged is not None:
-            return self.staged
+        # Read once: another thread may register or release the leaf meanwhile.
+        staged = self.staged
+        if staged is not None:
+            return staged
         # nn.Module.__getattr__ takes five times as long, and this runs for every tensor in every forward.
         held: Any = self.module._parameters.get(self.name)
         if held is None:
             held = self.module._buffers.get(self.name)
+        if held is None:
+            held = self.staged  # Released in between.
         found: Tensor = getattr(self.module, self.name) if held is None else held
         return found
 

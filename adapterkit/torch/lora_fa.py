@@ -29,7 +29,7 @@ class LoRAFA(torch.optim.Optimizer):
     It sets `requires_grad` of every A to False. Its state is saved and loaded as that of any optimizer.
 
     Args:
-        handle: of LoRA injected with `trainable=True`. Biases are trained as by AdamW.
+        handle: that of a LoRA injected with `trainable=True`. Biases are trained as by AdamW.
         lr: the learning rate.
         betas: shares of the earlier moments.
         eps: added to the root of the second moment.

@@ -2,7 +2,7 @@
 
 A module ends a sub-layer itself where its forward takes the residual as its second input, as BERT's `BertOutput` does:
 then what it computes before is had by running it on a residual of 0 with its norm left out. Elsewhere the block around
-it adds the residual; an update names the module that reads it, and a tap there keeps it until it is asked for.
+it adds the residual; an update names the module that reads it, and a recorder there keeps it until it is asked for.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ Parameters = Callable[[], Mapping[str, Tensor]]
 """Name of a parameter of the module -> its value after the updates of weights that are attached there."""
 
 Beside = tuple[Tensor | None, dict[str, Any]]
-"""A residual that a tap kept, and words of the model's call."""
+"""A residual that a recorder kept, and words of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
-"""What transformers' modules call their second input where they add it to their output."""
+"""Names in transformers of the second input of modules that add it to their output."""
 
 
 @dataclass(eq=False)
 class Switch:
-    """What all attached parts of one adapter share.
+    """The state that all attached parts of one adapter share.
 
     Attributes:
         name: the adapter's name.
         weight: how much of its change is added.
         active: whether it is on where a context has not switched it, see scopes.py.
+        attached: False once its handle was removed or merged.
     """
 
     name: str
     weight: float
     active: bool = True
+    attached: bool = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -65,18 +67,18 @@ class Switch:
         return self.on(scope) and self.weight != 0
 
 
-class Tap(threading.local):
-    """Keeps what a module reads, until the residual is asked for: each thread its own."""
+class InputRecorder(threading.local):
+    """Keeps the input of a module, until the residual is asked for: each thread its own."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
         self.value: Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        return Tap(self.where, copy.deepcopy(self.switch, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputRecorder:
+        return InputRecorder(self.where, copy.deepcopy(self.switch, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tap, (self.where, self.switch)
+        return InputRecorder, (self.where, self.switch)
 
     def take(self) -> Tensor:
         """The residual of this pass.
@@ -92,35 +94,35 @@ class Tap(threading.local):
 
 
 @dataclass(frozen=True, eq=False)
-class Outlet:
-    """Where the output of a target ends.
+class OutputSite:
+    """The place where the output of a target ends: its residual and its norm.
 
     Attributes:
         channels: how many channels its updates expect; None where they do not say.
-        tap: keeps the residual that the module `reader` reads; None where the module adds it itself, or has none.
+        recorder: keeps the residual that the module `reader` reads; None where the module adds it itself, or has none.
         norm: what the block around it sends the sum through.
         own: position and name of the residual among the module's own arguments, where it takes one.
         own_norm: the name of its own norm.
-        hear: gives the words of the model's call, where an update asks for some.
+        call_words: gives the words of the model's call, where an update asks for some.
     """
 
     channels: int | None
-    tap: Tap | None = None
+    recorder: InputRecorder | None = None
     reader: nn.Module | None = None
     norm: nn.Module | None = None
     own: tuple[int, str] | None = None
     own_norm: str | None = None
-    hear: Callable[[], dict[str, Any]] = dict
+    call_words: Callable[[], dict[str, Any]] = dict
 
     def beside(self) -> Beside:
         """The residual of this pass, and the words of the model's call."""
-        return (None if self.tap is None else self.tap.take()), self.hear()
+        return (None if self.recorder is None else self.recorder.take()), self.call_words()
 
 
-def outlet(
+def find_output_site(
     module: nn.Module, updates: Sequence[Any], target: Target, switch: Switch, find: Callable[[str], nn.Module]
-) -> Outlet:
-    """The outlet of a module for output updates; `find` gives a module by its path from the target's parent.
+) -> OutputSite:
+    """The output site of a module for output updates; `find` gives a module by its path from the target's parent.
 
     Raises:
         Unsupported: the module cannot take them, or not together.
@@ -130,7 +132,7 @@ def outlet(
     channels = next((update.channels for update in updates if update.channels is not None), None)
     placed = [update for update in updates if update.placed]
     if not placed:
-        return Outlet(channels)
+        return OutputSite(channels)
     where, cure = str(target), "Give each its own adapter, or change the order"
     named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
     if len(named) > 1:
@@ -142,8 +144,9 @@ def outlet(
     if norm and not all(update.whole for update in placed):
         why = "the block around it normalises the output, so that the norm cannot be left out"
         raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
-    tap, reader = (Tap(where, switch), _found(find, residual, where)) if residual else (None, None)
-    return Outlet(channels, tap, reader, _found(find, norm, where), own, _own_norm(module, where) if own else None)
+    recorder, reader = (InputRecorder(where, switch), _found(find, residual, where)) if residual else (None, None)
+    own_norm = _own_norm(module, where) if own else None
+    return OutputSite(channels, recorder, reader, _found(find, norm, where), own, own_norm)
 
 
 def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module | None:
@@ -177,7 +180,7 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
 
 
 class Words(dict[str, Any]):
-    """What the model's call brought, by name; asking for more is an error."""
+    """The arguments of the model's call, by name; asking for more is an error."""
 
     def __missing__(self, name: str) -> Any:
         given = "input_ids" if name == "hidden_states" else name
@@ -185,15 +188,15 @@ class Words(dict[str, Any]):
         raise UsageError(f"its law needs {name}, which no call of the model brought", cure=cure)
 
 
-class Call:
+class ModuleCall:
     """One call of a module; see `adapterkit.core.updates.OutputUpdate` for the words. Runs the module when it must."""
 
     def __init__(
-        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, outlet: Outlet,
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, output_site: OutputSite,
         parameters: Parameters,
     ) -> None:  # fmt: skip
         self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
-        self.outlet, self.parameters = outlet, parameters
+        self.output_site, self.parameters = output_site, parameters
         self.given: Tensor | None = None
         self.call: Mapping[str, Any] = {}
         self.x = args[0] if args else next(iter(kwargs.values()), None)
@@ -212,25 +215,25 @@ class Call:
         return self.kept
 
     def residual(self, x: Tensor) -> Tensor | None:
-        if self.outlet.own is None:
+        if self.output_site.own is None:
             return self.given
-        position, name = self.outlet.own
+        position, name = self.output_site.own
         found: Tensor = self.kwargs[name] if name in self.kwargs else self.args[position]
         return found
 
     def norm(self, h: Tensor) -> Tensor:
-        own = self.outlet.own_norm
-        through = self.outlet.norm if own is None else getattr(self.module, own)
+        own = self.output_site.own_norm
+        through = self.output_site.norm if own is None else getattr(self.module, own)
         return h if through is None else through(h)
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
-        if self.outlet.own is not None:
+        if self.output_site.own is not None:
             residual: Any = self.residual(x)
             return self.norm(h + residual) if whole else h
         return h if whole or self.given is None else h - self.given
 
     def ended(self, y: Tensor) -> Any:
-        """What the module returns with another output, which is the first of several where it returns several."""
+        """Return the module's result with another output, which is the first of several where it returns several."""
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -274,33 +277,33 @@ class Call:
     def _hidden(self, x: Tensor) -> Tensor:
         args = [x, *self.args[1:]] if self.args else []
         kwargs = self.kwargs if self.args else self.kwargs | dict.fromkeys(list(self.kwargs)[:1], x)
-        out = self._before_the_end(args, kwargs) if self.outlet.own else self.run(args, kwargs, None)
+        out = self._before_the_end(args, kwargs) if self.output_site.own else self.run(args, kwargs, None)
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
             raise Unsupported(f"returns a {type(h).__name__}, no tensor", cure="Target a module inside it")
-        if self.outlet.channels not in (None, h.shape[self.channel]):
-            why = f"made for {self.outlet.channels} channels; the module's output has {h.shape[self.channel]}"
+        if self.output_site.channels not in (None, h.shape[self.channel]):
+            why = f"made for {self.output_site.channels} channels; the module's output has {h.shape[self.channel]}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
         return h
 
     def _before_the_end(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        assert self.outlet.own is not None
-        position, name = self.outlet.own
+        assert self.output_site.own is not None
+        position, name = self.output_site.own
         if name in kwargs:
             kwargs = kwargs | {name: kwargs[name].new_zeros(())}
         else:
             args[position] = args[position].new_zeros(())
-        return self.run(args, kwargs, self.outlet.own_norm)
+        return self.run(args, kwargs, self.output_site.own_norm)
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One adapter's updates of an output, for one call: its weight, and the residual that its tap kept."""
+    """One adapter's updates of an output, for one call: its weight, and the residual that its recorder kept."""
 
     weight: float
     updates: Sequence[Update]
-    outlet: Outlet
+    output_site: OutputSite
     residual: Tensor | None
     call: Mapping[str, Any]
 
@@ -310,23 +313,23 @@ def through(
     parameters: Parameters,
 ) -> Any:  # fmt: skip
     """y + sum of weight * (f(x) - y); the module runs once for all updates that see it end alike."""
-    calls: dict[Any, Call] = {}
+    calls: dict[Any, ModuleCall] = {}
     for change in changes:
-        ending = change.outlet.own, change.outlet.norm
+        ending = change.output_site.own, change.output_site.norm
         if ending not in calls:
-            calls[ending] = Call(module, layer, run, args, kwargs, change.outlet, parameters)
+            calls[ending] = ModuleCall(module, layer, run, args, kwargs, change.output_site, parameters)
     call = next(iter(calls.values()))
     if len(changes) == 1 and changes[0].weight == 1:
         return call.ended(_changed(call, changes[0]))
     x: Any = call.x
     y = base = call(x)
     for change in changes:
-        other = calls[change.outlet.own, change.outlet.norm]
+        other = calls[change.output_site.own, change.output_site.norm]
         y = y + change.weight * (_changed(other, change) - base)
     return call.ended(y)
 
 
-def _changed(call: Call, change: Change) -> Tensor:
+def _changed(call: ModuleCall, change: Change) -> Tensor:
     call.given, call.call = change.residual, Words(change.call)
     layer: Any = call
     for update in change.updates:

@@ -20,14 +20,14 @@ from ..errors import ShapeMismatch, Unsupported
 from .layers import moved
 
 NAME = "adapterkit_prefix"
-"""What a config calls the function that puts prefixes first."""
+"""The name in a config of the function that puts prefixes first."""
 
 KNOWN = ("eager", "sdpa")
 """The functions that it can go on with."""
 
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""What attentions call how many heads their keys have, and how wide those are."""
+"""Names in attentions of the number of heads of their keys, and of their width."""
 
 
 class Prefixed:
@@ -150,7 +150,7 @@ def _padded(mask: Tensor | None, n: int) -> Tensor | None:
 def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
     """T5's bias of relative positions: AdapterHub's library counts keys from the first of the prefix, queries do not.
 
-    Where there is no table, as in attention to an encoder, the prefix has none.
+    The prefix has none where there is no table, as in attention to an encoder.
     """
     count, total = bias.shape[2:]
     if biased is None:

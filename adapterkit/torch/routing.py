@@ -5,8 +5,8 @@ adapter adds. Any other module with adapters runs once for each group of rows, u
 formula. Everything else runs once.
 
 Rows are one axis of a module's tensors: the first, or `axis`. torch's recurrent layers and its attention say in
-`batch_first` where theirs are. What cannot be told is refused: modules that see rows second beside a route that does
-not say so, and experts that see only the tokens which chose them.
+`batch_first` where theirs are. Modules whose rows cannot be told apart are refused: those that see rows second beside a
+route that does not say so, and experts that see only the tokens which chose them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Route:
     Attributes:
         names: an adapter, or None for the base, for each row.
         flattened: rows may come flattened with the tokens that follow them.
-        axis: of the rows.
+        axis: the axis that rows lie on.
         known: the adapters attached to the model.
+        switches: those of these adapters.
         table: `[rows]`, positions in `known`; `len(known)` stands for the base.
         plans: what batched.py worked out for this route.
     """
@@ -44,6 +45,7 @@ class Route:
     flattened: bool
     axis: int = 0
     known: tuple[str, ...] = field(default=(), compare=False)
+    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -98,18 +100,18 @@ def route(
         Unsupported: raised by a forward through a module whose rows cannot be told apart; or a module of the model has
             rows second and `axis` is not given.
     """
-    from .station import STATION
+    from .forward_hook import HOOK
 
     names = tuple(names)
-    stations, first = [], None
+    hooks, first = [], None
     for module in model.modules():
         held = module.__dict__
-        if STATION in held:
-            stations.append(held[STATION])
+        if HOOK in held:
+            hooks.append(held[HOOK])
         # Not getattr(module): that is slow where the attribute is missing, as it is in most modules.
         if first is None and held.get("batch_first", getattr(type(module), "batch_first", None)) is False:
             first = module
-    switches = _switches_of(stations)
+    switches = _switches_of(hooks)
     _check_names(names, switches)
     if axis is None and first is not None:
         where = next(name for name, module in model.named_modules() if module is first)
@@ -121,17 +123,17 @@ def route(
     slots = {name: slot for slot, name in enumerate(known)}
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
     table = torch.tensor([slots.get(name, len(known)) if name else len(known) for name in names], device=device)
-    with routed(dict.fromkeys(stations, Route(names, flattened, axis or 0, known, table))):
+    with routed(dict.fromkeys(hooks, Route(names, flattened, axis or 0, known, tuple(switches.values()), table))):
         yield
 
 
-def _switches_of(stations: list[Any]) -> dict[str, Any]:
-    """The adapters attached to a model, by name; kept with its first station until one is attached or changed."""
-    if not stations:
+def _switches_of(hooks: list[Any]) -> dict[str, Any]:
+    """The adapters attached to a model, by name; kept with its first hook until one is attached or changed."""
+    if not hooks:
         return {}
-    token, kept = SETTINGS.token, stations[0].kept
-    if kept.model is None or kept.model[0] is not token or kept.model[1] != stations:
-        kept.model = token, stations, {switch.name: switch for station in stations for switch in station.switches}
+    token, kept = SETTINGS.token, hooks[0].kept
+    if kept.model is None or kept.model[0] is not token or kept.model[1] != hooks:
+        kept.model = token, hooks, {switch.name: switch for hook in hooks for switch in hook.switches}
     found: dict[str, Any] = kept.model[2]
     return found
 
@@ -149,14 +151,31 @@ def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> Non
 
 
 def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
-    """Raise if an adapter that the route names was switched off for everybody since the route was entered.
+    """Raise if an adapter that the route names was removed or switched off for everybody since the route was entered.
 
     Raises:
-        UsageError: `handle.set_active(False)` was called. `handle.disable()` inside the route is no error.
+        UsageError: another thread removed or merged it, or `handle.set_active(False)` was called. `handle.disable()`
+            inside the route is no error.
     """
+    for switch in route.switches:
+        if not switch.attached and switch.name in route.names:
+            why = f"{_rows(route.names, switch.name)}: the adapter was removed since the route was entered"
+            raise UsageError(why, where=switch.name, cure="Name attached adapters, or None for these rows")
     for switch in switches:
         if not switch.active and switch not in active and switch.name in route.names:
             raise _switched_off(route.names, switch.name)
+
+
+def check_unrouted(switch: Any) -> None:
+    """Raise if a route of this context names an adapter that is about to be taken off.
+
+    Raises:
+        UsageError: its rows would get the base alone.
+    """
+    for route in current().routes.values():
+        if switch in route.switches and switch.name in route.names:
+            why = f"{_rows(route.names, switch.name)} of the route that is on go through it"
+            raise UsageError(why, where=switch.name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 
 def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
@@ -216,7 +235,7 @@ def split(
 
 
 def join(route: Route, module: nn.Module, outputs: Sequence[Any], where: str) -> Any:
-    """What the groups' forwards returned, as one: tensors along the axis of their rows, in the order of the rows.
+    """Join the results of the groups' forwards: tensors along the axis of their rows, in the order of the rows.
 
     Raises:
         Unsupported: a result has no rows.
@@ -252,7 +271,7 @@ def _turned(tree: Any, axis: Axis, front: bool) -> Any:
 
 
 def _axes(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> tuple[Axis, dict[str, Any]]:
-    """Where the rows of a module's arguments are, and keyword arguments that are the same for all rows."""
+    """Return the axis of rows of a module's arguments, and keyword arguments that are the same for all rows."""
     if isinstance(module, nn.MultiheadAttention):
         mask = kwargs.get("attn_mask")
         if len(args) > 5 or (mask is not None and mask.ndim > 2):

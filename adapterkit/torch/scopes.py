@@ -1,4 +1,4 @@
-"""What one thread or one asyncio task has switched: the route of its rows, adapters it has disabled.
+"""The settings of one thread or one asyncio task: the route of its rows, adapters it has disabled.
 
 `handle.weight = ...` and `handle.set_active(...)` change the model for everybody. `with route(...)` and
 `with handle.disable()` hold for the context that entered them: a server answers many threads with one model.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scope:
-    """Settings of one context: station -> its route, switch -> whether its adapter is on."""
+    """Settings of one context: hook -> its route, switch -> whether its adapter is on."""
 
     routes: Mapping[Any, Route] = field(default_factory=dict)
     active: Mapping[Any, bool] = field(default_factory=dict)
@@ -71,10 +71,10 @@ def within(scope: Scope) -> Iterator[None]:
 
 
 class Settings:
-    """What holds for everybody: a token that is another object after each change of an adapter's weight or switch.
+    """The settings that hold for everybody: a token that each change of an adapter's weight or switch replaces.
 
-    What a module worked out for the adapters it has holds as long as the token that was read *before* is the current
-    one, which costs one comparison a forward instead of a look at every adapter.
+    A plan or a stack is valid as long as the token that was read *before* it was made is the current one. That costs
+    one comparison a forward instead of a look at every adapter.
     """
 
     def __init__(self) -> None:

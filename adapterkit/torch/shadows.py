@@ -22,7 +22,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 INNERS = ("intermediate_size", "ffn_dim", "n_inner")
-"""What configs of transformers call one thing."""
+"""Names of the same sizes in configs of transformers."""
 
 
 class ShadowState:

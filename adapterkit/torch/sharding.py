@@ -54,7 +54,7 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
     """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
-    if hasattr(parameter, "ds_status"):  # Of small parameters ZeRO keeps the whole too, and trains its part of them.
+    if hasattr(parameter, "ds_status"):  # ZeRO keeps small parameters whole too, and trains its part of them.
         library: Any = importlib.import_module("deepspeed")
         with library.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)

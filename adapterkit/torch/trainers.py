@@ -29,9 +29,9 @@ class TrainerCallback:
     other tools read.
 
     Args:
-        handle: of an adapter injected with `trainable=True`.
+        handle: that of an adapter injected with `trainable=True`.
         to: the format of the adapter in each checkpoint, such as `peft`; None writes none.
-        name: of the file or folder inside the checkpoint.
+        name: that of the file or folder inside the checkpoint.
         options: further arguments for `adapterkit.write`; `on_loss` is "promote" unless given, which changes no
             function.
 

@@ -1,7 +1,9 @@
-"""Notice at the next forward that another tool took an adapter's module out of the model.
+"""Notice at the next forward that another tool took an adapter out of the model.
 
 `quantize_dynamic`, `replace_module` functions and attention fusers put a new module in the place of one that carries an
-adapter. The new one runs without it, and nothing else would say so.
+adapter. The new one runs without it, and nothing else would say so. A tool that deletes a module's `forward` takes the
+adapter off with it. One that patches the forward of its class, or gives the module another class, would be ignored: the
+adapter runs the forward that it met.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from .sharding import check_averaged
 Place = tuple[nn.Module, str, nn.Module]
 """(parent, name of the child, the module with an adapter)."""
 
+Forwards = list[tuple[nn.Module, Any]]
+"""(module with an adapter, the forward of its class)."""
+
 
 class Watch:
     """Compares the modules of one adapter with those in the tree, before each forward of the model.
@@ -36,6 +41,7 @@ class Watch:
     def __init__(self, model: nn.Module, name: str, modules: Iterable[nn.Module], leaves: Sequence[Leaf] = ()) -> None:
         self.model, self.name, self.modules, self.leaves = model, name, list(modules), leaves
         self.places = self._find()
+        self._forwards: Forwards | None = None
         _hook_of(model).add(self)
         # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
         wanted = {id(module) for module in self.modules}
@@ -43,11 +49,24 @@ class Watch:
             if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
                 module.register_forward_pre_hook(_no_fused_path)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A function of a class that was patched since cannot be pickled; a copy takes those of now.
+        return {**self.__dict__, "_forwards": None}
+
+    @property
+    def forwards(self) -> Forwards:
+        """Each module and the forward of its class, as they were when the adapter was attached."""
+        if self._forwards is None:
+            each = [(module, getattr(type(module), "forward", None)) for module in self.modules]
+            self._forwards = [(module, forward) for module, forward in each if forward is not None]
+        return self._forwards
+
     def check(self) -> None:
         """Raise if a module is no longer where it was.
 
         Raises:
-            Unsupported: a module was replaced, or is not called any more because its block was fused.
+            Unsupported: a module was replaced, is not called any more because its block was fused, lost the forward
+                that was put on it, or has another class.
         """
         if any(parent._modules.get(name) is not module for parent, name, module in self.places):
             # A wrapper around the module, such as torch's CheckpointWrapper, moves it and still calls it.
@@ -56,6 +75,11 @@ class Watch:
             # diffusers' fuse_qkv_projections adds one projection and keeps the old ones, which nothing calls then.
             if parent.__dict__.get("fused_projections") and _is_fused_away(name):
                 self._raise(parent, f"{name}: its block runs fused projections instead")
+        for module, forward in self.forwards:
+            if "forward" not in module.__dict__:
+                self._raise(module, f"the forward that was put on a {type(module).__name__} is gone")
+            if getattr(type(module), "forward", None) is not forward:
+                self._raise(module, f"its class, {type(module).__name__}, has another forward since")
 
     def remove(self) -> None:
         """Take the checks off the model."""
@@ -65,7 +89,7 @@ class Watch:
             layer = isinstance(module, nn.TransformerEncoderLayer)
             hooks = module._forward_pre_hooks
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
-            # Of several adapters each has put one there.
+            # Each of several adapters has put one there.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
                 del hooks[key]
@@ -97,6 +121,10 @@ class _Hook:
         self.watches: list[Watch] = []
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
+        self.forwards: Forwards | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "forwards": None}
 
     def add(self, watch: Watch) -> None:
         self.watches.append(watch)
@@ -110,11 +138,18 @@ class _Hook:
         each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
         self.places = list(each.values())
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
+        self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
 
     def __call__(self, *_: Any) -> None:
         if torch.compiler.is_compiling():  # Its guards do the same.
             return
         moved = any(parent._modules.get(name) is not module for parent, name, module in self.places)
+        if self.forwards is None:
+            self._gather()
+        for module, forward in self.forwards or ():
+            kind: Any = type(module)
+            if "forward" not in module.__dict__ or kind.forward is not forward:
+                moved = True
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             for watch in self.watches:
                 watch.check()

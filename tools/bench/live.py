@@ -3,8 +3,8 @@
     python tools/bench live [--hidden 256] [--layers 2] [--tokens 128] [--rounds 15] [--threads 1] [--only NAME]
 
 A randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. Contenders take turns within each
-round; figures are medians of processor time, all threads together, and the ratio is that of medians. Peak memory is
-what torch allocates on the CPU during one training step, beyond what the model and the optimizer hold before.
+round, in either order; figures are medians and minima of processor time, all threads together. Peak memory is what
+torch allocates on the CPU during one training step, beyond what the model and the optimizer hold before.
 """
 
 from __future__ import annotations
@@ -141,23 +141,33 @@ def peak(work: Callable[[], object]) -> int:
     return most
 
 
-def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of processor time of each, taken in turns; the first round fills caches."""
+def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of processor time of each, taken in turns of either order; the first two rounds fill caches."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:
             started = time.process_time()
             run()
             if turn > 1:
                 times[name].append(time.process_time() - started)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
-def report(label: str, medians: dict[str, float]) -> None:
-    """Prints the medians, and PEFT's over ours."""
-    figures = "  ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
-    ours, theirs = medians["adapterkit"], medians["PEFT"]
-    print(f"{label}\n  {figures}  ours / PEFT {ours / theirs:.2f}, PEFT / ours {theirs / ours:.2f}")
+def report(label: str, times: dict[str, list[float]]) -> None:
+    """Prints medians and minima, and the ratios of both; what the base alone takes bounds what can be gained."""
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    least = {name: min(each) for name, each in times.items()}
+    figures = "  ".join(f"{name} {1e3 * medians[name]:.1f} ({1e3 * least[name]:.1f}) ms" for name in times)
+    of, bound = (medians, least), ""
+    ratios = [each["adapterkit"] / each["PEFT"] for each in of]
+    if "base alone" in times:
+        most = [each["PEFT"] / each["base alone"] for each in of]
+        bound = f", PEFT / base {most[0]:.2f} ({most[1]:.2f})"
+    print(
+        f"{label}\n  median (minimum): {figures}\n  ours / PEFT {ratios[0]:.2f} ({ratios[1]:.2f}), "
+        f"PEFT / ours {1 / ratios[0]:.2f} ({1 / ratios[1]:.2f}){bound}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Ears: what a model's own call received, for laws that ask for it: token numbers, tasks of rows, a first pass.
+"""Keep the arguments of a model's call for formulas that ask for them: token numbers, tasks of rows, a first pass.
 
-An ear is at the model that an adapter was injected into. It keeps the words of a call until the call is over; in
-training until the next one, since checkpointed blocks run again in the backward pass. A word that the model itself
-does not take is kept from it.
+A recorder belongs to the model that an adapter was injected into. It keeps the arguments until the call is over. In
+training it keeps them until the next call, since checkpointed blocks run again in the backward pass. Arguments that
+the model itself does not take are not passed on to it.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ SHADOW: Final = "shadow"
 """The words that are more than what the call said, see `OutputUpdate`."""
 
 
-class Heard(threading.local):
-    """What one thread's call brought, and its networks of Shadow: functional_call exchanges their parameters."""
+class Recording(threading.local):
+    """One thread's arguments of a call, and its networks of Shadow: functional_call exchanges their parameters."""
 
     def __init__(self) -> None:
         self.words: Mapping[str, Any] = {}
         self.networks: dict[Any, nn.Module] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Heard:
-        return Heard()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
+        return Recording()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Heard, ()
+        return Recording, ()
 
 
-class Ear:
+class CallRecorder:
     """Keeps what one adapter's updates ask for, for the length of a call."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
-        self.heard, self.last = Heard(), dict[str, Any]()
+        self.recording, self.last = Recording(), dict[str, Any]()
         self.seen: Any = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,13 +60,13 @@ class Ear:
 
     def take(self) -> dict[str, Any]:
         """The words of the call that is going on."""
-        words = self.heard.words
+        words = self.recording.words
         if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # A checkpointed block runs again in the backward pass: on CUDA in a thread of autograd's own.
             words = self.last
         return dict(words)
 
-    def listen(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
+    def record(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
         """Keeps what was asked for of a call's words."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
@@ -77,15 +77,15 @@ class Ear:
         if SHADOW in self.asks:
             cache = cache_of(words)
             cached = cache is not None and cache.get_seq_length() > 0
-            heard[SHADOW] = ShadowState(model, words, cached, self.heard.networks)
-        self.heard.words = heard
+            heard[SHADOW] = ShadowState(model, words, cached, self.recording.networks)
+        self.recording.words = heard
         if model.training:
             self.last = heard
 
     def remember(self, cache: Any) -> None:
         """Keeps the token numbers for calls that go on with a cache."""
-        if cache is not None and TOKENS in self.heard.words:
-            self.seen[cache] = self.heard.words[TOKENS]
+        if cache is not None and TOKENS in self.recording.words:
+            self.seen[cache] = self.recording.words[TOKENS]
 
     def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
         earlier = None if cache is None else self.seen.get(cache)
@@ -105,25 +105,25 @@ def words_of(model: nn.Module, update: Update) -> set[str]:
     return {*getattr(update, "asks", ()), *(heard & known)}
 
 
-def overheard(
-    module: nn.Module, ears: Sequence[Ear], names: Sequence[str], forward: Callable[..., Any], passes: bool,
-    scope: Scope, args: Any, kwargs: dict[str, Any],
+def run_recorded(
+    module: nn.Module, recorders: Sequence[CallRecorder], names: Sequence[str], forward: Callable[..., Any],
+    passes: bool, scope: Scope, args: Any, kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """The model's forward while its ears listen; `passes` leaves its words whole, for context that reads them too."""
+    """Run the model's forward and record its arguments; `passes` hands all of them on, for context that reads them."""
     words = {**dict(zip(names, args, strict=False)), **kwargs}
-    asked = {name for ear in ears for name in ear.asks} - set(names)
+    asked = {name for recorder in recorders for name in recorder.asks} - set(names)
     kept = kwargs if passes else {name: value for name, value in kwargs.items() if name not in asked}
-    active = [ear for ear in ears if ear.switch.acts(scope)]
+    active = [recorder for recorder in recorders if recorder.switch.acts(scope)]
     try:
-        for ear in active:
-            ear.listen(module, words, lambda: _first_pass(forward, words, args, kept))
+        for recorder in active:
+            recorder.record(module, words, lambda: _first_pass(forward, words, args, kept))
         out = forward(*args, **kept)
-        for ear in active:
-            ear.remember(cache_of(words) or cache_of(out))
+        for recorder in active:
+            recorder.remember(cache_of(words) or cache_of(out))
         return out
     finally:
-        for ear in active if not (module.training and torch.is_grad_enabled()) else ():
-            ear.heard.words = {}
+        for recorder in active if not (module.training and torch.is_grad_enabled()) else ():
+            recorder.recording.words = {}
 
 
 def cache_of(words: Any) -> Any:
@@ -135,7 +135,7 @@ def cache_of(words: Any) -> Any:
 
 @torch.no_grad()
 def _first_pass(forward: Callable[..., Any], words: Mapping[str, Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """What the last layer gives without the adapter."""
+    """Return the last hidden state without the adapter."""
     if cache_of(words) is not None:
         cure = "Pass use_cache=False, to generate too"
         raise Unsupported("a first pass over all tokens, where the call goes on with a cache", cure=cure)

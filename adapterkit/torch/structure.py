@@ -1,4 +1,4 @@
-"""Attentions: the words in which an adaption prompt speaks of one. Those of Llama's kind and of GPT-2's."""
+"""The structure of models of transformers: attentions of Llama's kind and of GPT-2's, embeddings, layers and heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Heads(ABC):
     """An attention's projections.
 
     Attributes:
-        width: of its input.
+        width: features of its input.
     """
 
     width: int
@@ -40,7 +40,7 @@ class Heads(ABC):
 
     @abstractmethod
     def mixed(self, h: Tensor) -> Tensor:
-        """What the projection that mixes the heads makes of `[batch, m, heads * d]`, without its bias."""
+        """Mix the heads of `[batch, m, heads * d]` by the output projection, without its bias."""
 
 
 class Separate(Heads):
@@ -107,3 +107,40 @@ def heads_of(module: nn.Module) -> Heads:
 def _without_bias(layer: Any, h: Tensor) -> Tensor:
     y: Tensor = layer(h)
     return y if layer.bias is None else y - layer.bias
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model has an encoder whose input is its own."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
+        module, "get_encoder"
+    )
+
+
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """`layers`, `heads` and `d` of the past keys and values of a model, as far as its config tells; a decoder's."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    queries, heads = _first(config, "num_attention_heads"), _first(config, "num_key_value_heads", "num_attention_heads")
+    d, width = _first(config, "head_dim", "d_kv"), _first(config, "hidden_size")
+    d = width // queries if not d and width and queries else d
+    found = {"layers": _first(config, "num_decoder_layers", "decoder_layers", "num_hidden_layers"), "heads": heads}
+    return {name: size for name, size in {**found, "d": d}.items() if size}
+
+
+def _first(config: Any, *names: str) -> int:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
+
+
+def embedding_of(module: nn.Module) -> nn.Module:
+    """Return the module that turns a model's token numbers into embeddings.
+
+    Raises:
+        Unsupported: the model does not say.
+    """
+    model: Any = module
+    found = model.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    if not isinstance(found, nn.Module) or not isinstance(getattr(found, "weight", None), Tensor):
+        why = f"a {type(module).__name__} does not say what embeds its tokens"
+        raise Unsupported(why, cure="Give it a get_input_embeddings() that returns that module")
+    return found

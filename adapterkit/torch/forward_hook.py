@@ -1,4 +1,8 @@
-"""A station: the forward that stands in for a module's own while adapters are attached, and that holds them."""
+"""The forward that replaces a module's own while adapters are attached to it.
+
+`ForwardHook` sits in the module's `__dict__`, holds the parts of all adapters there, and decides at each call how to
+run them: the planned fast path, row by row, as formulas over the layer, or with exchanged parameters.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,13 @@ from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_of
+from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, surround
 from .dropout import dropped_change
-from .ears import Ear, overheard
 from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
-from .lean import is_wide, low_rank_linear, low_rank_sum, scaled_linear
+from .lean import Plan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
-from .outputs import Beside, Change, Outlet, Switch, Tap, through
-from .plans import Plan
+from .outputs import Beside, Change, InputRecorder, OutputSite, Switch, through
 from .routing import Route, check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Scope, current
 from .sharding import whole
@@ -35,9 +38,9 @@ from .weights import changed_bias, changed_weight, settled, tensor_at
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module.
+    """One target's updates at a hook; `weight` and `bias` are parameters' paths below the hook's module.
 
-    Updates of outputs are a part of their own, with an outlet. `dropout` is the probability of the training.
+    Updates of outputs are a part of their own, with an output site. `dropout` is the probability of the training.
     """
 
     switch: Switch
@@ -46,7 +49,7 @@ class Part:
     weight: str | None
     bias: str | None
     direct: bool
-    outlet: Outlet | None = None
+    output_site: OutputSite | None = None
     dropout: float = 0.0
 
     @property
@@ -61,8 +64,8 @@ class Part:
         return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
 
 
-class Station:
-    """Stands in for `module.forward`, and leaves the module as it was when its last part goes."""
+class ForwardHook:
+    """Replaces `module.forward`, and leaves the module as it was when its last part is detached."""
 
     def __init__(self, module: nn.Module) -> None:
         # accelerate keeps the module's own forward here and calls it between loading and unloading the weights.
@@ -73,13 +76,13 @@ class Station:
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
-        self.taps: list[Tap] = []
-        self.ears: list[Ear] = []
+        self.input_recorders: list[InputRecorder] = []
+        self.call_recorders: list[CallRecorder] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
         self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
         self.kept = Kept()
-        self.bare = False  # Nothing but updates of weights: no contexts, taps, ears or outlets.
+        self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
         self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
 
@@ -90,23 +93,25 @@ class Station:
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
-            self.contexts.append(part)
+            self.contexts = [*self.contexts, part]
         else:
-            self.parts.append(part)
             # Not at the first forward: compiled code would guard whether it is known.
-            self.ranks[part] = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
+            rank = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
+            # New objects, the part last: other threads may be in a forward over the old ones.
+            self.ranks = {**self.ranks, part: rank}
+            self.parts = [*self.parts, part]
         self._stand()
 
     def _stand(self) -> None:
         self._look()
-        self.module.__dict__[STATION] = self
-        mine = Entry(self) if self.contexts or self.ears else self.forward
+        self.module.__dict__[HOOK] = self
+        mine = Entry(self) if self.contexts or self.call_recorders else self.forward
         self.module.__dict__[self._standing() or self.slot] = mine
 
     def _look(self) -> None:
         """Take in what is attached now, and throw away what was worked out for other parts."""
-        around = self.contexts or self.taps or self.ears
-        self.bare = not around and all(part.outlet is None for part in self.parts)
+        around = self.contexts or self.input_recorders or self.call_recorders
+        self.bare = not around and all(part.output_site is None for part in self.parts)
         linear = type(self.layer) is Linear and self.before is None
         self.plain = self.bare and linear and bool(self.parts) and all(self.ranks[part] for part in self.parts)
         self.expert = any(is_expert(str(part.target)) for part in self.parts)
@@ -116,33 +121,33 @@ class Station:
         SETTINGS.renew()
 
     def _standing(self) -> str | None:
-        """The attribute that holds this station's forward; None where another tool has wrapped or removed it."""
+        """The attribute that holds this hook's forward; None where another tool has wrapped or removed it."""
         held = self.module.__dict__
         return next((n for n in ("forward", "_old_forward") if getattr(held.get(n), "__self__", None) is self), None)
 
-    def tap(self, tap: Tap) -> None:
-        """Lets a tap keep what the module reads."""
-        self.taps.append(tap)
+    def record_input(self, recorder: InputRecorder) -> None:
+        """Keep the module's input in a recorder."""
+        self.input_recorders.append(recorder)
         self._stand()
 
-    def hear(self, ear: Ear) -> None:
-        """Lets an ear keep what the module is called with."""
-        self.ears.append(ear)
+    def record_call(self, recorder: CallRecorder) -> None:
+        """Keep the arguments of the module's calls in a recorder."""
+        self.call_recorders.append(recorder)
         self._stand()
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
-        self.ranks = {part: self.ranks[part] for part in self.parts}
+        self.ranks = {part: rank for part, rank in self.ranks.items() if part in self.parts}
         self.contexts = [part for part in self.contexts if part.switch is not switch]
-        self.taps = [tap for tap in self.taps if tap.switch is not switch]
-        self.ears = [ear for ear in self.ears if ear.switch is not switch]
-        if self.parts or self.contexts or self.taps or self.ears:
+        self.input_recorders = [recorder for recorder in self.input_recorders if recorder.switch is not switch]
+        self.call_recorders = [recorder for recorder in self.call_recorders if recorder.switch is not switch]
+        if self.parts or self.contexts or self.input_recorders or self.call_recorders:
             self._stand()
             return
         self._look()
-        del self.module.__dict__[STATION]
+        del self.module.__dict__[HOOK]
         slot = self._standing()
-        if slot is None:  # Another tool's wrapper calls this station, which now does nothing but call the original.
+        if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
             return
         if self.before is not None:
             self.module.__dict__[slot] = self.before
@@ -163,14 +168,14 @@ class Station:
             if route is not None and active:
                 return self._routed(route, scope, active, args, kwargs, {})
             return self._weighed(active, args, kwargs)
-        if not self.ears:
+        if not self.call_recorders:
             return self._surrounded(scope, args, kwargs)
         passes = any(part.switch.on(scope) for part in self.contexts)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._surrounded(current(), args, kwargs)
 
-        return overheard(self.module, self.ears, self.names, forward, passes, scope, args, kwargs)
+        return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
 
     def _planned(self, scope: Scope, x: Any) -> Any:
         """The output of a linear layer with thin updates, as planned at an earlier call; None where no plan helps."""
@@ -178,7 +183,9 @@ class Station:
             return None
         route = scope.routes.get(self) if scope.routes else None
         if route is not None:
-            return self._row_by_row(route, scope, x)
+            rows = self.kept.rows
+            y = None if rows is None else rows.run(route, scope, x)
+            return self._row_by_row(route, scope, x) if y is None else y
         plan = self.kept.plan
         if plan is None or plan.scope is not scope or plan.token is not SETTINGS.token:
             token = SETTINGS.token
@@ -195,7 +202,8 @@ class Station:
         if self.expert or not stack.is_current(self.switched, W) or torch._C._get_tracing_state() is not None:
             return None
         try:
-            return add_to_rows(layer, stack, places_of(self.switched, route, scope, x.device), route, x)
+            places = places_of(self.switched, route, scope, x.device)
+            return add_to_rows(layer, stack, places, route, x, self.kept)
         except AdapterkitError as error:
             raise error.at(where=str(self.parts[0].target)) from None
 
@@ -213,19 +221,20 @@ class Station:
         return surround(self.module, around, self.names, forward, args, kwargs)
 
     def _inner(self, scope: Scope, args: Any, kwargs: Any) -> Any:
-        for tap in self.taps:
-            if tap.switch.acts(scope):
-                tap.value = args[0] if args else next(iter(kwargs.values()))
+        for recorder in self.input_recorders:
+            if recorder.switch.acts(scope):
+                recorder.value = args[0] if args else next(iter(kwargs.values()))
         active = [part for part in self.parts if part.switch.acts(scope)]
-        beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
+        beside = {p.switch.name: p.output_site.beside() for p in active if p.output_site}
         route = scope.routes.get(self)
         if route is not None and active:
             return self._routed(route, scope, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
-        inner = [part for part in parts if part.outlet is None]
-        changes = [Change(p.switch.weight, p.updates, p.outlet, *beside[p.switch.name]) for p in parts if p.outlet]
+        inner = [part for part in parts if part.output_site is None]
+        outer = [(part, part.output_site) for part in parts if part.output_site]
+        changes = [Change(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
         if not changes:
             return self._weighed(inner, args, kwargs)
         try:
@@ -234,7 +243,7 @@ class Station:
                 lambda: self.changed(inner),
             )  # fmt: skip
         except AdapterkitError as error:
-            raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
+            raise error.at(where=str(next(part.target for part in parts if part.output_site))) from None
 
     def _weighed(self, parts: list[Part], args: Any, kwargs: Any, without: str | None = None) -> Any:
         """The module's own output through updates of its weights, and with the norm `without` left out."""
@@ -248,7 +257,7 @@ class Station:
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
-            if layer.flat and all(self.ranks[part] for part in parts) and not self._drops(parts):
+            if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
             return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
@@ -357,13 +366,13 @@ class Station:
             self.layer is not None
             and len(args) + len(kwargs) == 1
             and named
-            and all(self.ranks[part] for part in named)
+            and all(self.ranks.get(part) for part in named)
             and not self._drops(named)
         ):
             if not compiling:
                 check_expert(route, where)
             x = [*args, *kwargs.values()][0]
-            thin = [part for part in self.parts if self.ranks[part]]
+            thin = [part for part in self.parts if self.ranks.get(part)]
             try:
                 return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
             except AdapterkitError as error:
@@ -487,36 +496,37 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 _EXCHANGING = threading.RLock()
 """Held while a module's own attributes are exchanged, and by forwards that would see them."""
 
-STATION = "_adapterkit_station"
-"""The attribute of a module that holds its station, wherever other tools have moved its forward."""
+HOOK = "_adapterkit_hook"
+"""The attribute of a module that holds its hook, wherever other tools have moved its forward."""
 
 
-def stations_of(model: nn.Module) -> list[Station]:
-    """The stations in a model."""
-    return [module.__dict__[STATION] for module in model.modules() if STATION in module.__dict__]
+def hooks_of(model: nn.Module) -> list[ForwardHook]:
+    """The hooks in a model."""
+    return [module.__dict__[HOOK] for module in model.modules() if HOOK in module.__dict__]
 
 
-def station_at(module: nn.Module) -> Station:
-    """The station that stands at a module, or a new one."""
-    standing = module.__dict__.get(STATION)
-    return standing if isinstance(standing, Station) else Station(module)
+def hook_at(module: nn.Module) -> ForwardHook:
+    """The hook that stands at a module, or a new one."""
+    standing = module.__dict__.get(HOOK)
+    return standing if isinstance(standing, ForwardHook) else ForwardHook(module)
 
 
 def names_of(model: nn.Module) -> set[str]:
     """The names of the adapters attached to a model."""
-    return {switch.name for station in stations_of(model) for switch in station.switches}
+    return {switch.name for hook in hooks_of(model) for switch in hook.switches}
 
 
 class Entry:
-    """A station's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
+    """A hook's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
 
-    def __init__(self, station: Station) -> None:
-        self.__self__ = station
+    def __init__(self, hook: ForwardHook) -> None:
+        self.__self__ = hook
 
     @property
     def __signature__(self) -> inspect.Signature:
         own = inspect.signature(self.__self__.original)
-        asked = sorted({name for ear in self.__self__.ears for name in ear.asks} - own.parameters.keys())
+        recorders = self.__self__.call_recorders
+        asked = sorted({name for each in recorders for name in each.asks} - own.parameters.keys())
         if not asked:
             return own
         *named, last = own.parameters.values()

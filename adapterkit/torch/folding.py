@@ -1,0 +1,362 @@
+"""Fold adapters into the weights of a live model, and take them out again with the exact bits from before.
+
+`Handle.merge_` and `Handle.unmerge_` call this module. `foldable` refuses everything that cannot be folded before a
+weight changes. `fold` adds the updates: sums where the weights lie, a block of rows at a time, everything else a module
+at a time, in float64 with one rounding.
+
+`Merged` holds what `unmerge_` needs. `copy` keeps the weights themselves. `recompute` keeps the adapter, which the
+handle has anyway, and the bits that subtracting its change would not give back: a few numbers in a hundred where the
+change is small beside the weight. The subtraction is the merge itself with the adapter's weight negated, so it gives
+the same bits each time; a checksum of the result refuses any others.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import NotMergeable
+from ..io.lazy import as_lazy, as_torch, dtype_of
+from ..merging.arrays import TorchArrays, Workspace
+from ..merging.blocks import blocks
+from ..merging.compute import BlockMerger
+from ..merging.planned import Output
+from ..merging.planned_update import PlannedUpdate
+from .forward_hook import ForwardHook, Part
+from .layers import Quantized
+from .leaves import LiveUpdates
+from .outputs import Switch
+from .sharding import gathered, is_partitioned, is_sharded, put
+from .weights import tensor_at
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+def fits(parameter: Tensor, parts: list[Part]) -> bool:
+    """Whether the parts change this weight alone, by a sum, and it is one run of memory."""
+    kinds = all(update.kind == "additive" and not update.changes_bias for part in parts for update in part.updates)
+    return (
+        kinds
+        and not is_sharded(parameter)
+        and parameter.is_contiguous()
+        and parameter.dtype.itemsize > 1
+        and parameter.numel() > 0
+    )
+
+
+@torch.no_grad()
+def fold_in_place(name: str, parameter: Tensor, parts: list[Part]) -> None:
+    """Adds the parts' changes to a weight as stored; no dense change is formed, but for laws that need a whole one."""
+    shape = tuple(parameter.shape)
+    folds = tuple(
+        PlannedUpdate(part.target, part.updates, part.switch.weight, position, bias=False, shape=shape)
+        for position, part in enumerate(parts)
+    )
+    output = Output(name, dtype_of(parameter), shape, 0, as_lazy(parameter), folds)
+    folder = BlockMerger(output, Workspace(TorchArrays(str(parameter.device))))
+    flat = parameter.detach().view(-1)
+    for block in blocks(output):
+        piece = flat[block.first : block.first + block.elements]
+        folder.compute(piece, piece, block)
+
+
+Folded = list[tuple[ForwardHook, list[Part]]]
+"""Each hook with those of its parts that are folded."""
+
+KEEPS = ("copy", "recompute")
+"""Choices for what `merge_` keeps."""
+
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(eq=False)
+class Merged:
+    """A parameter that a merge changed, and what gives its bits from before.
+
+    Attributes:
+        parameter: it.
+        before: its bits from before; None where they are computed again.
+        places: flat positions where computing again gives other bits.
+        values: the bits there.
+        checksum: that of the bits from before.
+        version: torch's count of the parameter's changes after the merge.
+    """
+
+    parameter: Tensor
+    before: Tensor | None
+    places: Tensor | None = None
+    values: Tensor | None = None
+    checksum: tuple[int, int] = (0, 0)
+    version: int = -1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing changed the parameter since."""
+        return _MERGES[self.parameter][-1] is self and self.parameter._version == self.version
+
+    def push(self) -> None:
+        """Note the merge as the last change of the parameter."""
+        self.version = self.parameter._version
+        _MERGES.setdefault(self.parameter, []).append(self)
+
+    def pop(self) -> None:
+        """Note that the merge is undone; the merge before this one is then the parameter's last change."""
+        merges = _MERGES[self.parameter]
+        merges.pop()
+        if merges:
+            merges[-1].version = self.parameter._version
+
+    def slim(self, again: Tensor) -> None:
+        """Keep only the places where the bits computed again differ, if that takes less memory.
+
+        Args:
+            again: what subtracting the change gave.
+        """
+        assert self.before is not None
+        was, now = _bits(self.before), _bits(again)
+        places = (was != now).nonzero().flatten()
+        if len(places) * (8 + was.element_size()) < was.numel() * was.element_size():
+            self.places, self.values, self.checksum, self.before = places, was[places], _checksum(was), None
+
+    def restored(self, again: Tensor) -> Tensor | None:
+        """Return the bits from before, as a tensor; None where the checksum is another.
+
+        Args:
+            again: what subtracting the change gave.
+        """
+        if self.before is not None:
+            return self.before
+        assert self.places is not None
+        assert self.values is not None
+        found = again.detach().clone(memory_format=torch.contiguous_format)
+        bits = _bits(found)
+        bits[self.places] = self.values
+        return found if _checksum(bits) == self.checksum else None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(_WHOLE[flat.element_size()])
+
+
+def _checksum(bits: Tensor) -> tuple[int, int]:
+    return int(torch.hash_tensor(bits).view(torch.int64)), int(bits.sum(dtype=torch.int64))
+
+
+_MERGES: Any = WeakIdKeyDictionary()
+"""Parameter -> the merges that can be undone, in their order."""
+
+
+class Memory:
+    """The bytes that a model's parameters lie in, to find those that share some: tied names, and views of one tensor.
+
+    Ranges are compared, not storages: cuDNN keeps all weights of an LSTM side by side in one storage.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(_parameters(model))
+        self._sharded = [(name, p) for name, p in named if is_sharded(p)]
+        held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
+        self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
+        self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
+
+    def beside(self, tensor: Tensor) -> list[str]:
+        """The names of all parameters that share memory with a tensor; its own are among them."""
+        if is_sharded(tensor):  # A DTensor has no address; two of them share memory only if they are one.
+            return [name for name, other in self._sharded if other is tensor]
+        start, stop = _range(tensor)
+        first = bisect.bisect_left(self._ranges, (start - self._longest,))
+        last = bisect.bisect_left(self._ranges, (stop,))
+        return [name for begin, end, name in self._ranges[first:last] if end > start and begin < stop]
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters by name: a tied one under each module that has it, a module of two names once."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one behind its last, on all devices together."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + span * tensor.element_size()
+
+
+def changed_by(parts: Sequence[Part]) -> list[str]:
+    """The paths of the parameters that parts change, below their hook's module."""
+    weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
+    biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
+    return list(dict.fromkeys((*weights, *biases)))
+
+
+@torch.no_grad()
+def fold(hook: ForwardHook, parts: list[Part]) -> None:
+    """Sums are folded where the weights lie; what looks at the whole weight, one hook at a time."""
+    parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
+    weights = dict.fromkeys(part.weight for part in parts)
+    alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
+    if len(alone) == len(weights) and all(fits(tensor_at(hook.module, p), own) for p, own in alone.items()):
+        for path, own in alone.items():
+            fold_in_place(path, tensor_at(hook.module, path), own)
+        return
+    changed = hook.changed(parts, torch.float64)
+    for path, value in changed.items():
+        put(tensor_at(hook.module, path), value)
+
+
+def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:
+    """Each changed parameter with its bits from before; None where computing them again gives others."""
+    found: list[tuple[Merged, Tensor | None]] = []
+    by = {id(each.parameter): each for each in merged}
+    for hook, parts in folded:
+        mine = [by[key] for path in changed_by(parts) if (key := id(tensor_at(hook.module, path))) in by]
+        values = _less(hook, parts) if any(each.before is None for each in mine) else {}
+        found += [(each, each.restored(values.get(id(each.parameter), each.parameter))) for each in mine]
+    return found
+
+
+def _less(hook: ForwardHook, parts: list[Part]) -> dict[int, Tensor]:
+    """Return a hook's parameters with the parts subtracted, by the parameters' ids; the parameters stay as they are."""
+    mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
+    before = [parameter.detach().clone() for parameter in mine]
+    negated = [replace(part, switch=Switch(part.switch.name, -part.switch.weight)) for part in parts]
+    try:
+        fold(hook, negated)
+        return {id(parameter): parameter.detach().clone() for parameter in mine}
+    finally:
+        for parameter, value in zip(mine, before, strict=True):
+            parameter.copy_(value)
+
+
+def slim(hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> None:
+    """Keep of merged parameters only the places that subtracting their parts would not give back."""
+    values = _less(hook, parts)
+    for each in merged:
+        each.slim(values[id(each.parameter)])
+
+
+def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
+    """Copy bits from before into their parameters."""
+    for each, value in found:
+        if value is not None:
+            each.parameter.copy_(value)
+
+
+def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+
+    Raises:
+        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+    """
+    return [
+        (tensor_at(hook.module, path), value)
+        for hook, parts in foldable(handles)
+        for path, value in hook.changed(parts, torch.float64).items()
+    ]
+
+
+def foldable(handles: Sequence[Handle]) -> Folded:
+    """The hooks of the handles with their parts of it, all of which can be folded into weights."""
+    for handle in handles:
+        handle._check()
+        if any(map(is_partitioned, handle._model.parameters())):
+            cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+            raise NotMergeable("weights that DeepSpeed's ZeRO has partitioned", where=handle.name, cure=cure)
+        # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
+        live = [
+            (part.target, update)
+            for hook in handle._hooks
+            for part in hook.parts
+            if part.switch is handle._switch
+            for update in part.updates
+        ]
+        for target, update in (*handle._adapter, *live):
+            if update.kind in ("output", "context"):
+                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
+    switches = [handle._switch for handle in handles]
+    hooks = dict.fromkeys(hook for handle in handles for hook in handle._hooks)
+    found = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]
+    found, shared = _once(handles[0]._model, found)
+    memory = Memory(handles[0]._model)
+    for hook, parts in found:
+        _check_parts(hook, parts, shared, memory)
+    return found
+
+
+def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory: Memory) -> None:
+    for part in parts:
+        if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
+            raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
+        if isinstance(hook.layer, Quantized):
+            raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
+    for path in changed_by(parts):
+        parameter, where = tensor_at(hook.module, path), str(parts[0].target)
+        owner, _, name = path.rpartition(".")
+        holder = hook.module.get_submodule(owner)
+        if name not in holder._parameters and name not in holder._buffers:
+            cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
+            raise NotMergeable("a weight that is made from other tensors in each forward", where=where, cure=cure)
+        if parameter.is_meta:
+            cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
+            raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
+        if parameter.layout is not torch.strided:
+            raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
+        if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
+        if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
+            kind = type(parameter.data).__name__
+            cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+            raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
+        names = memory.beside(parameter)
+        if len(names) > 1 and id(parameter) not in shared:
+            raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=_KEEP)
+
+
+def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
+    """Keep one of the equal parts at layers that share a parameter, where all layers that share it change alike.
+
+    Returns:
+        the hooks with the parts that are left, and the ids of those parameters.
+    """
+    names: dict[int, int] = {}
+    for _, parameter in _parameters(model):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    alike: dict[tuple[int, int], list[Part]] = {}
+    for hook, parts in found:
+        for part in parts:
+            packed = isinstance(hook.layer, Quantized)  # Such a module may have no `weight`.
+            weight = tensor_at(hook.module, part.weight) if part.weight and not packed else None
+            if weight is not None and names.get(id(weight), 1) > 1:
+                alike.setdefault((id(weight), id(part.switch)), []).append(part)
+    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and change_alike(parts)}
+    shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
+    again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
+    return [(hook, [part for part in parts if part not in again]) for hook, parts in found], shared
+
+
+def change_alike(parts: list[Part]) -> bool:
+    """Whether parts at several layers that share a parameter are the same change of it."""
+    first, *others = parts
+    return all(
+        (part.target.layout, part.target.rows) == (first.target.layout, first.target.rows)
+        and [update.method for update in part.updates] == [update.method for update in first.updates]
+        and all(
+            a.attributes == b.attributes and a.tensors.keys() == b.tensors.keys()
+            and all(torch.equal(as_torch(a.tensors[n]), as_torch(b.tensors[n])) for n in a.tensors)
+            for a, b in zip(part.updates, first.updates, strict=True)
+        )
+        for part in others
+    )  # fmt: skip
+
+
+_KEEP = "Keep it injected instead"
