@@ -307,8 +307,8 @@ def test_what_has_no_place_is_refused(tmp_path):
     lost = ak.Adapter({ak.Target("model.layers.9.mlp.gate_proj"): next(iter(adapter()[0].updates.values()))})
     with pytest.raises(TargetNotFound):
         ak.merge(base, lost, tmp_path / "out.gguf")
-    with pytest.raises(Unsupported, match="'mamba'"):
-        ak.merge(write(tmp_path / "mamba.gguf", "F16", arch="mamba"), lost, tmp_path / "out.gguf")
+    with pytest.raises(Unsupported, match="'rwkv6'"):
+        ak.merge(write(tmp_path / "rwkv6.gguf", "F16", arch="rwkv6"), lost, tmp_path / "out.gguf")
     (tmp_path / "short.gguf").write_bytes(base.read_bytes()[:-4000])
     with pytest.raises(Malformed):
         ak.merge(tmp_path / "short.gguf", adapter()[0], tmp_path / "out.gguf")

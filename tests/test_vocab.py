@@ -199,6 +199,24 @@ def test_far_fewer_rows_than_the_base_are_refused(tmp_path: Path) -> None:
     ak.merge(base, tmp_path / "a", tmp_path / "out", vocab="keep")
 
 
+def test_a_head_that_no_file_has_is_asked_about_and_the_resized_model_answers(tmp_path: Path) -> None:
+    """PEFT leaves the new rows of a head that it does not adapt out, whatever it is told to save."""
+    base = saved_base("untied", tmp_path / "base")
+    config = CONFIGS["embedding"]("embed_tokens", "q_proj")
+    model = trained(base, tmp_path / "a", config, save_embedding_layers=True)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "a/adapter_model.safetensors"))
+    with pytest.raises(ShapeMismatch, match=r"3 of the new rows of lm_head.weight") as error:
+        ak.merge(base, tmp_path / "a", tmp_path / "out")
+    assert "--vocab grow" in error.value.cure
+    assert "its save_pretrained makes a base" in error.value.cure
+    resized = loaded(base)
+    torch.manual_seed(1)
+    resized.resize_token_embeddings(MORE)
+    resized.save_pretrained(tmp_path / "resized")
+    ak.merge(tmp_path / "resized", tmp_path / "a", tmp_path / "out")
+    assert_close(logits(loaded(tmp_path / "out")), logits(model))
+
+
 def test_an_embedding_of_another_width_is_refused(tmp_path: Path) -> None:
     base = saved_base("untied", tmp_path / "base")
     trained(base, tmp_path / "a", CONFIGS["plain"]("embed_tokens", "q_proj"))

@@ -208,8 +208,9 @@ _family = click.option(
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(
-    "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE",
-    help="Another name for a target, or for the front of it; {n} is a number. @FILE holds one rule a line. Repeatable.",
+    "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE|family:NAME",
+    help="Another name for a target, or for the front of it; {n} is a number. @FILE holds one rule a line. family:NAME "
+    "is the model_type of a base without config.json. Repeatable.",
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(

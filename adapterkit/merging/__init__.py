@@ -143,7 +143,9 @@ def merge(
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
             numbers, whole or from the front. `@FILE` reads rules from a file, one a line. The first rule that matches a
-            target's name is used; each must match a target of one of the adapters.
+            target's name is used; each must match a target of one of the adapters. `family:NAME` says a base's
+            `model_type` where it has no config, and names and shapes leave two readings; `rows:by_head` or
+            `rows:by_part` how a sharded MiniMax-H3 has the rows of its fused queries, keys and values.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:

@@ -319,8 +319,16 @@ class Vocabulary:
         )
         cure = (
             f"{_flag(GROW)} adds the rows, filled with the mean of the base's where no file has them; {_flag(KEEP)} "
-            "leaves the added tokens out. Is this the base that the adapter was trained on?"
+            "leaves the added tokens out. "
         )
+        if is_head(name):
+            # PEFT saves an embedding beside its factors, and a head that it does not adapt never: not even with
+            # save_embedding_layers=True.
+            cure += (
+                "PEFT's files have a head's new rows only where the head is adapted too; the resized model has them: "
+                "its save_pretrained makes a base into which the adapter merges exactly. "
+            )
+        cure += "Is this the base that the adapter was trained on?"
         return ShapeMismatch(why, path=self.base.root, where=name, cure=cure)
 
 

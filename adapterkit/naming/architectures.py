@@ -318,6 +318,18 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
             yield architecture
 
 
+def with_names(names: Iterable[str]) -> Iterator[Architecture]:
+    """The families of models in which one of these names stands, in any naming, whatever stands before it.
+
+    The end of a name from its last number on is looked for: `mlp.experts.gate_up_proj`.
+    """
+    tails = {shape_of(name).rpartition("#.")[2] for name in names}
+    for file in sorted(folder().glob("*.toml")):
+        text = file.read_text(encoding="utf-8")
+        if "\n[pipeline]\n" not in text and any(f'{tail}"' in text for tail in tails):
+            yield _loaded(file)
+
+
 def with_naming(naming: str) -> Iterator[Architecture]:
     """The families that have places in a naming of one tool."""
     words = f" {naming} = ".encode()

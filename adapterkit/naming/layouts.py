@@ -21,6 +21,7 @@ IN_OUT = {
     "openai-gpt": _CONV1D,
     "imagegpt": _CONV1D,
     "decision_transformer": _CONV1D,
+    "clvp": ("*.mlp.c_fc", "*.mlp.c_proj"),
     "clvp_decoder": _CONV1D,
 }
 """model_type -> globs of targets stored with `in` before `out`."""

@@ -2,6 +2,9 @@
 
 Every verb takes them the same way. `@FILE` in place of a rule reads rules from a file: one a line, without
 blank lines and lines that start with `#`.
+
+`family:NAME` in place of a rule says which family's file a base is read by: for bases without a config that names one.
+`rows:by_head` and `rows:by_part` say how a base has the rows of fused queries, keys and values, where nothing tells.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Malformed, TargetNotFound, UsageError, nearest, storage_error
+from .architectures import Architecture, architecture_of
 
 _HOLE = re.compile(r"\{([a-z])\}")
 _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
@@ -25,11 +29,15 @@ class Rename:
         text: as the user wrote it.
         pattern: matches a name, with a group for each hole and one for the rest.
         to: what FROM becomes, with the holes in it.
+        family: a model type, of a rule that says the base's family and renames nothing; else empty.
+        rows: likewise of a rule that says how rows of fused queries, keys and values stand: `by_head` or `by_part`.
     """
 
     text: str
     pattern: re.Pattern[str]
     to: str
+    family: str = ""
+    rows: str = ""
 
     def apply(self, name: str) -> str | None:
         """The name by this rule; None where the rule is not about it."""
@@ -71,13 +79,13 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
     """Parse rules.
 
     Args:
-        rename: one rule or several, each `FROM=TO` or `@FILE`. An empty FROM puts TO before every name; an empty TO
-            takes FROM off. Rules that are parsed already are passed through, and not looked for in `names`.
+        rename: one rule or several, each `FROM=TO`, `@FILE` or `family:NAME`. An empty FROM puts TO before every name;
+            an empty TO takes FROM off. Rules that are parsed already are passed through, and not looked for in `names`.
         names: all names that the rules are for; None skips the search for rules that match none of them.
 
     Raises:
         UsageError: a rule without `=`, with more than one, with other characters than names have, or with a hole in
-            TO that FROM does not have.
+            TO that FROM does not have; a family that has no file.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -85,7 +93,12 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
     rules = tuple(rule if isinstance(rule, Rename) else _parse(rule) for rule in given)
     known = () if names is None or not rules else tuple(names)
     for rule, written in zip(rules, given, strict=True):
-        if known and isinstance(written, str) and not any(rule.apply(name) is not None for name in known):
+        if (
+            known
+            and isinstance(written, str)
+            and not (rule.family or rule.rows)
+            and not any(rule.apply(name) is not None for name in known)
+        ):
             near = nearest(rule.text.partition("=")[0], known)
             cure = f"Correct --rename (rename=), or leave the rule out. {near}".rstrip(". ")
             raise TargetNotFound(f"the rule {rule.text!r} matches no target", where=known[0], cure=cure)
@@ -99,6 +112,11 @@ def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
         if found is not None:
             return found, rule
     return name, None
+
+
+def family_of(rules: Sequence[Rename]) -> Architecture | None:
+    """The family that the rules say a base is of; None where they say none."""
+    return next((architecture_of({"model_type": rule.family}) for rule in rules if rule.family), None)
 
 
 def _read(path: Path) -> list[str]:
@@ -121,6 +139,18 @@ def _read(path: Path) -> list[str]:
 
 
 def _parse(rule: str) -> Rename:
+    if rule.startswith(_ROWS) and "=" not in rule:
+        order = rule.removeprefix(_ROWS).strip()
+        if order not in (BY_HEAD, BY_PART):
+            cure = f"Write --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)"
+            raise UsageError(f"{rule!r}: there is no order {order!r}", where="rename", cure=cure)
+        return Rename(rule, _NOTHING, "", rows=order)
+    if rule.startswith(_FAMILY) and "=" not in rule:
+        family = rule.removeprefix(_FAMILY).strip()
+        if architecture_of({"model_type": family}) is None:
+            cure = "Write the model_type of a family in spec/architectures, such as --rename family:mixtral (rename=)"
+            raise UsageError(f"{rule!r}: there is no family {family!r}", where="rename", cure=cure)
+        return Rename(rule, _NOTHING, "", family)
     old, equals, new = rule.partition("=")
     old, new = old.strip().removesuffix("."), new.strip().removesuffix(".")
     if not equals or "=" in new or not (old or new) or not (_TEMPLATE.fullmatch(old) and _TEMPLATE.fullmatch(new)):
@@ -142,5 +172,10 @@ def _parse(rule: str) -> Rename:
     return Rename(rule, re.compile(text + tail), new)
 
 
+BY_HEAD, BY_PART = "by_head", "by_part"
+"""Orders of rows: each head's query, key and value side by side; all queries, then all keys, then all values."""
+
+_FAMILY, _ROWS = "family:", "rows:"
+_NOTHING = re.compile(r"(?!)")
 _LARGEST = 1 << 20
 _FORM = "Write --rename 'FROM=TO' (rename=['FROM=TO']), such as 'model.language_model=language_model.model'"

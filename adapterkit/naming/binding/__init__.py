@@ -19,6 +19,7 @@ from ..renames import Rename, parse_renames
 from ..resolver import Rule
 from .deltas import delta, fold, view, view_shape, weight_shape
 from .fitting import Shapes, fits, viewed
+from .fused_heads import in_order_of
 from .layouts import with_layouts
 from .renaming import renamed
 from .sites import Bound, Site, apart, find_parts, find_sites
@@ -87,7 +88,9 @@ def bind(
         base: an open checkpoint or the path of one.
         partial: leave targets without a place out instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
-        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        rename: rules for names, each `FROM=TO` or `@FILE`, of which the first that matches a target's name is used; or
+            `family:NAME` for a base whose config names no family, `rows:by_head` or `rows:by_part` for one whose fused
+            queries, keys and values may stand either way.
         distinct: check that positions do not repeat; a merge does so later, when it reads all values.
         resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
 
@@ -101,10 +104,10 @@ def bind(
     rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates])
     weights, context = apart(adapter)
     found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
-    given: Sequence[Site] = found.sites
+    given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    sites = with_layouts(list(given), shapes, base.config)
+    sites = with_layouts(list(given), shapes, found.config)
     passed = set[Hashable]()
     for site in sites:
         form = site.form(shapes)

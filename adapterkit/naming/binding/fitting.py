@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Target
 from ...core.updates import Update
-from ..architectures import architecture_of
+from ...errors import TargetNotFound
+from ..architectures import STORED_AS, Architecture, architecture_of, with_names
 from ..resolver import Names, resolve
 
 if TYPE_CHECKING:
@@ -82,11 +83,26 @@ def biasless(base: Checkpoint, path: str) -> bool:
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     """The shape of a live model's tensor that a base stores in parts, or as a part; None where its family has none."""
     architecture = architecture_of(base.config)
-    if architecture is None:
+    if architecture is not None:
+        return _shape_in(base, name.removesuffix(".weight"), architecture)
+    if names_family(base.config):
         return None
-    paths = _names_of(base)
+    # A folder of plain shards: the families that know the name must agree.
     path = name.removesuffix(".weight")
-    moves = resolve([path], paths, architecture=architecture, partial=True).moves.get(path)
+    found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def names_family(config: Mapping[str, Any] | None) -> bool:
+    """Whether a base's config says what the base is, in words that this version may know or not."""
+    return not {"model_type", STORED_AS}.isdisjoint(config or {})
+
+
+def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[int, ...] | None:
+    try:
+        moves = resolve([path], _names_of(base), architecture=architecture, partial=True).moves.get(path)
+    except TargetNotFound:  # Two readings.
+        return None
     if not moves:
         return None
     first = moves[0]

@@ -149,11 +149,11 @@ def _rows(update: Update, part: Part, stack: bool, target: Target, config: Confi
     """One of several parts of an update's outputs."""
     size = _outputs(update, stack, target)
     if part.groups:
-        update = _ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
+        update = ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
     return cut_rows(update, *_steps(size, part, target, config), stack)
 
 
-def _ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
+def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
     """The same update with its outputs in another order: all queries, then all keys, then all values."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():

@@ -26,11 +26,17 @@ def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -
         the adapters in the same order; the lineage of each names the rules that changed it.
 
     Raises:
-        UsageError: a rule that cannot be read, or two targets of an adapter that become one.
+        UsageError: a rule that cannot be read, or is about a base; two targets of an adapter that become one.
         TargetNotFound: a rule matches no target.
         StorageError, Malformed: a rules file cannot be read.
     """
     rules = parse_renames(rename, [target.path for adapter in adapters for target in adapter.updates])
+    family = next((rule.text for rule in rules if rule.family or rule.rows), None)
+    if family is not None:
+        cure = (
+            f"Leave --rename {family} (rename=) out here; give it to a verb that binds the adapter to a base, as merge"
+        )
+        raise UsageError(f"{family!r} says how a base is read, and none is read here", where="rename", cure=cure)
     return [_renamed(adapter, rules) for adapter in adapters] if rules else list(adapters)
 
 

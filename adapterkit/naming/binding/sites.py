@@ -13,9 +13,10 @@ from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
 from ..architectures import architecture_of, expert_count, is_family, of_gguf
 from ..gguf import ARCHITECTURE
-from ..renames import Rename, parse_renames, renamed_by
+from ..renames import Rename, family_of, parse_renames, renamed_by
 from ..resolver import Names, Rule, resolve
-from .fitting import Shapes, fits, paths_of
+from .deducing import deduced
+from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
 
 
@@ -155,6 +156,7 @@ class Bound:
         missing: targets without a place.
         rules: the rules that were used.
         renamed: the first change of prefixes among them, as (taken off, put on).
+        config: the base's, with the family that a rule or names and shapes say where it names none.
     """
 
     sites: list[Site]
@@ -162,6 +164,7 @@ class Bound:
     missing: list[Target]
     rules: tuple[Rule, ...] = ()
     renamed: Prefix | None = None
+    config: Mapping[str, Any] | None = None
 
 
 def find_sites(
@@ -183,7 +186,7 @@ def find_sites(
         partial: leave out targets that have no place.
         modules: further modules of the base.
         config: the base's config, for its `model_type`.
-        rename: the user's rules, each `FROM=TO` or `@FILE`.
+        rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
         TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit;
@@ -210,10 +213,22 @@ def find_sites(
             if layout.startswith("e ") == target.stacked
         )
 
+    rules = parse_renames(rename)
+    architecture = family_of(rules) or architecture_of(config)
     found = resolve(
-        list(by_path), names, architecture=architecture_of(config), renames=parse_renames(rename), partial=partial,
-        fits=fitting,
+        list(by_path), names, architecture=architecture, renames=rules, partial=partial, fits=fitting
     )  # fmt: skip
+    if found.missing and architecture is None and not names_family(config):
+        lost = set(found.missing)
+        placeless = {target: updates for target, updates in adapter.updates.items() if target.path in lost}
+        trained = [name for name in model_types_of(adapter) if architecture_of({"model_type": name}) is not None]
+        architecture = deduced(placeless, names, shapes, trained)
+        if architecture is not None:
+            found = resolve(
+                list(by_path), names, architecture=architecture, renames=rules, partial=partial, fits=fitting
+            )  # fmt: skip
+    if architecture is not None and not names_family(config):
+        config = {**(config or {}), "model_type": architecture.record.model_types[0]}
     lost = set(found.missing)
     missing = [target for target in adapter.updates if target.path in lost]
     if missing and (not partial or len(missing) == len(adapter.updates)):
@@ -226,7 +241,7 @@ def find_sites(
             keys = weight if weight in shapes else None, bias if bias in shapes else None
         sites.append(Site(target, updates, *(keys or (None, None))))
         origins.append(origin)
-    return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None)
+    return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None, config)
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:

@@ -41,8 +41,14 @@ OUT = ROOT / "spec" / "architectures"
 SOURCE = "llama.cpp of llama-cpp-python 0.3.36: convert_hf_to_gguf.py on tiny models"
 Place = dict[str, Any]
 
-GROUPED = {"falcon": {"new_decoder_architecture": True, "num_kv_heads": 2}}
-"""Fields that give a tiny model more than one group of heads: with one group, orders of rows look the same."""
+GROUPED = {
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    # llama.cpp knows Mamba and Chameleon only so: an inner width of twice the outer one, as many key heads as queries.
+    "mamba": {"intermediate_size": 64},
+    "falcon_mamba": {"intermediate_size": 64},
+    "chameleon": {"num_key_value_heads": 4},
+}
+"""Fields that a tiny model needs here. With one group of heads orders of rows look the same, so Falcon's has two."""
 
 
 class Rows:

@@ -30,6 +30,8 @@ MORE: dict[str, dict[str, Any]] = {
     "t5": {"decoder_start_token_id": 0},
     "falcon_h1": {"head_dim": 8},
     "bert": {"architectures": ["BertModel"]},
+    "gemma4": {"global_head_dim": 8},
+    "gemma4_text": {"global_head_dim": 8},
 }
 """model_type -> fields that the converter reads from config.json and transformers 5 does not write there."""
 

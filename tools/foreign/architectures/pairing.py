@@ -72,6 +72,8 @@ class _Index:
             if tensor.ndim == 2:
                 self.whole.setdefault(_key(tensor.T), (name, True))
                 self._add(name, tensor, None)
+            elif tensor.ndim == 3 and tensor.shape[1] == 1:  # A convolution of each channel alone is no stack.
+                self._add(name, tensor[:, 0], None)
             elif tensor.ndim == 3:
                 for expert, each in enumerate(tensor):
                     self._add(name, each, expert)
@@ -90,7 +92,9 @@ def _pieces(name: str, tensor: Tensor, index: _Index) -> Iterator[tuple[Piece, P
         size = tensor.shape[0] if tensor.ndim else 1
         yield Piece(name, None, 0, size, size), Piece(other, None, 0, size, size, turned)
         return
-    if tensor.ndim == 3:
+    if tensor.ndim == 3 and tensor.shape[1] == 1:
+        yield from _runs(name, tensor[:, 0], None, index)
+    elif tensor.ndim == 3:
         for expert, each in enumerate(tensor):
             yield from _runs(name, each, expert, index)
     elif tensor.ndim == 2:

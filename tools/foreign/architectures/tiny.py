@@ -174,6 +174,7 @@ OWN: dict[str, dict[str, Any]] = {
         "decoder_num_attention_heads": 4,
         "decoder_num_key_value_heads": 4,
     },
+    "hy_v4_vl_text": {"qk_rope_head_dim": 8, "qk_head_dim": 16},
     "glm4v_moe_text": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE},
     "chameleon": {"vocabulary_map": {"<image>": 90, **{f"IMGIMG{letter}Z": 91 + n for n, letter in enumerate("AB")}}},

@@ -1,0 +1,126 @@
+"""The family of a base without a config: every family's file is tried, and names and shapes decide.
+
+A folder of plain shards has no `model_type`. Its names mostly are those of several families, as `mlp.experts.0.up_proj`
+is; that is no trouble as long as all of them place an adapter's parts alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...core.adapter import LAYOUTS, Target
+from ...core.updates import Update
+from ...errors import AdapterkitError, TargetNotFound, UsageError
+from ..architectures import Architecture, architecture_of, shape_of, with_names
+from ..layouts import stored_in_out
+from ..resolver import Move, Names, resolve
+from .fitting import Shapes, fits
+from .moving import moved
+
+Updates = Mapping[Target, tuple[Update, ...]]
+Reading = tuple[tuple[str, tuple[Move, ...]], ...]
+
+
+def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[str] = ()) -> Architecture | None:
+    """Find the family by whose file targets have places of the right shapes.
+
+    Args:
+        updates: the targets without a place so far, with their updates.
+        names: of the base.
+        shapes: of the base's tensors.
+        families: model types; the adapter says that it was trained on a model of one of them. Empty where it says
+            nothing, and all families are tried.
+
+    Returns:
+        a family that places the most targets; of several that place them alike, the first. None where none places any.
+
+    Raises:
+        TargetNotFound: two families place the targets differently, and shapes fit both.
+        UsageError: the only family that fits divides a fused projection by heads, which a config would tell.
+    """
+    some = _one_of_each_form(updates)
+    readings: dict[Reading, list[Architecture]] = {}
+    heads: UsageError | None = None
+    every = [known for name in families if (known := architecture_of({"model_type": name})) is not None]
+    for architecture in every or with_names(target.path for target in some):
+        try:
+            reading = _reading(some, names, shapes, architecture)
+        except UsageError as error:
+            heads = heads or error
+            continue
+        except AdapterkitError:
+            continue
+        if reading:
+            readings.setdefault(reading, []).append(architecture)
+    most = max(map(len, readings), default=0)
+    best = {reading: known for reading, known in readings.items() if len(reading) == most}
+    if len(best) > 1:
+        raise _ambiguous(best)
+    if not best:
+        if heads is not None:
+            raise heads
+        return None
+    (alike,) = best.values()
+    return alike[0]
+
+
+def _one_of_each_form(updates: Updates) -> Updates:
+    """One target of each name without its numbers: layers and experts are alike, and there are tens of thousands."""
+    some: dict[str, Target] = {}
+    for target in updates:
+        some.setdefault(shape_of(target.path), target)
+    return {target: updates[target] for target in some.values()}
+
+
+def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
+    """Where a family's file puts targets, as far as it does; nothing where a shape does not fit."""
+    paths = [target.path for target in updates]
+    moves = resolve(paths, names, architecture=architecture, partial=True).moves
+    placed = moved(updates, moves, shapes)
+    # A family that stores a stack as [expert, in, out] is not that of a base whose stack is [expert, out, in].
+    config = {"model_type": architecture.record.model_types[0]}
+    fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
+    return tuple(sorted(moves.items())) if fit else ()
+
+
+def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: bool) -> bool:
+    name = f"{target.path}.weight" if f"{target.path}.weight" in shapes else target.path
+    start = ("e in" if in_out else "e ") if target.stacked else ("in", "out")
+    layouts = (layout for layout in LAYOUTS if layout.startswith(start))
+    return name not in shapes or any(fits(replace(target, layout=layout), updates, shapes[name]) for layout in layouts)
+
+
+def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
+    """The error for two readings: the first target that they place differently, and what each makes of it."""
+    (one, first), (other, second), *_ = readings.items()
+    target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
+    texts = [
+        f"{_said(dict(reading).get(target, ()))} as in {_listed(each.family for each in known)}"
+        for reading, known in ((one, first), (other, second))
+    ]
+    return TargetNotFound(
+        f"the base has no config.json that names its family, and two readings fit: {' or '.join(texts)}", where=target,
+        cure=f"Say which with --rename family:{first[0].family} or --rename family:{second[0].family} (rename=), or "
+        'put a config.json with its "model_type" beside the shards',
+    )  # fmt: skip
+
+
+def _said(moves: Sequence[Move]) -> str:
+    """The places of the first parts in words."""
+    return " and ".join(_parts(moves[:2])) or "nowhere"
+
+
+def _parts(moves: Sequence[Move]) -> Iterator[str]:
+    for move in moves:
+        rows: Any = move.take or move.into
+        which = (
+            "" if rows is None else f", part {rows.number + 1} of {rows.of}{' row by row' if rows.interleaved else ''}"
+        )
+        yield f"{move.path}{which}"
+
+
+def _listed(families: Iterable[str]) -> str:
+    every = list(families)
+    return ", ".join(every[:3]) + (" and others" if len(every) > 3 else "")
