@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 NOT_YET = frozenset(
     {
         "formats",
-        "merging",
         "naming",
         "ops",
         "torch",

@@ -1,6 +1,6 @@
-"""The two array libraries a merge computes with: numpy on the CPU, where torch need not be imported, and torch.
+"""The two array libraries that a merge computes with: numpy on the CPU, without importing torch, and torch.
 
-Formulas are written in what both have in common; what differs (memory, casts, devices) is here.
+Formulas use only what both libraries have in common; this module holds the differences: memory, casts and devices.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""Bytes; glibc takes no more than 32 MiB for its threshold."""
+"""Size of the allocation that raises glibc's threshold, in bytes; glibc caps the threshold at 32 MiB."""
 
 
 class Arrays(Protocol):
-    """What the merge asks of an array library; `Any` is its array type."""
+    """The operations that a merge needs from an array library."""
 
     def load(self, leaf: Leaf) -> Any:
-        """A leaf where the library computes: real numbers in float64, whole numbers in int64."""
+        """Load a leaf onto the device: real numbers in float64, integers in int64."""
 
     def over(self, buffer: memoryview, dtype: DType) -> Any:
-        """A flat array over bytes on the host; no copy."""
+        """View bytes in host memory as a flat array, without a copy."""
 
     def empty(self, count: int) -> Any:
-        """A flat float64 array where the library computes."""
+        """Allocate a flat float64 array on the device."""
 
     def assign(self, target: Any, values: Any) -> None:
-        """Writes values into an array of the same shape, cast to its dtype, to the nearest, wherever either lies."""
+        """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
 
     def add(self, raw: Any, change: Any, out: Any) -> None:
-        """Writes raw + change, summed in float64, into `out`, to the nearest; may use up `change`, a float64 array."""
+        """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change`, float64."""
 
     def finite(self, values: Any, dtype: DType) -> bool:
-        """Whether there is no NaN and no infinity among values of a dtype."""
+        """Whether values of a dtype hold no NaN and no infinity."""
 
     def quiet(self) -> AbstractContextManager[Any]:
-        """A context for a worker: no warnings on overflow, which is checked for, and one thread each."""
+        """A context for a worker thread: one BLAS thread, and no overflow warnings, since results are checked."""
 
 
 class Workspace:
-    """One worker's memory, used again for every block of every tensor: fresh memory is slow to touch."""
+    """The memory of one worker, reused for every block of every tensor, since fresh pages are slow to touch."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -58,14 +58,14 @@ class Workspace:
         self._kept: Any = None
 
     def take(self, count: int, use: str = "block") -> Any:
-        """Memory for `count` float64 numbers, as the last use of that name left it, where the library computes."""
+        """Return uninitialised memory for `count` float64 numbers on the device; each `use` has memory of its own."""
         held = self._held.get(use)
         if held is None or len(held) < count:
             held = self._held[use] = self.arrays.empty(count)
         return held[:count]
 
     def keep(self, count: int, dtype: DType) -> Any:
-        """Other memory, on the host, as numpy sees it."""
+        """Return separate host memory for `count` numbers, as a numpy array."""
         import numpy as np
 
         nbytes = count * dtype.itemsize
@@ -75,7 +75,7 @@ class Workspace:
 
 
 def arrays_for(device: str) -> Arrays:
-    """The library for a device: `auto` (CUDA where torch finds one), `cpu`, `cuda:N` or any other that torch knows.
+    """Return the library for a device: `auto` (CUDA if torch finds it), `cpu`, `cuda:N` or any other torch device.
 
     Raises:
         UsageError: there is no such device.
@@ -93,7 +93,7 @@ def arrays_for(device: str) -> Arrays:
 
 
 def devices_for(device: str) -> list[Arrays]:
-    """The libraries for one device or several, `cuda:0,cuda:1`.
+    """Return the libraries for one device or for several, such as `cuda:0,cuda:1`.
 
     Raises:
         UsageError: one of them is not there.
@@ -102,7 +102,7 @@ def devices_for(device: str) -> list[Arrays]:
 
 
 def _has_cuda() -> bool:
-    """Whether torch could find a CUDA device; asked of the driver first, which costs no import of torch."""
+    """Whether torch finds a CUDA device; looks for the driver first, which needs no import of torch."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
         return False
     import torch
@@ -117,8 +117,8 @@ class NumpyArrays:
         import numpy as np  # before the workers start, so that its BLAS can be held to one thread each
 
         self.np = np
-        # Freed at once, it tells glibc to keep what is freed below this size instead of giving the pages back: formulas
-        # make an array of a block's size at each step, and most of their time would go into fresh pages.
+        # Allocating and freeing one large array raises glibc's mmap threshold, so that smaller freed arrays are reused
+        # instead of unmapped. Formulas allocate a block at each step and would spend most time on fresh pages.
         np.empty(KEPT, np.uint8)
 
     def load(self, leaf: Leaf) -> Any:
@@ -135,6 +135,7 @@ class NumpyArrays:
         self.np.copyto(target, values, casting="unsafe")
 
     def add(self, raw: Any, change: Any, out: Any) -> None:
+        # numpy casts both ways inside the ufunc, a buffer at a time: no float64 image of the base is written.
         self.np.add(raw, change, out=out, dtype=self.np.float64, casting="unsafe")
 
     def finite(self, values: Any, dtype: DType) -> bool:
@@ -145,7 +146,7 @@ class NumpyArrays:
 
 
 class _Quiet:
-    """numpy without warnings, casting a few hundred numbers at a time: they stay in a core's nearest cache."""
+    """numpy without warnings, and with a small buffer for casts, which then stays in the L1 cache."""
 
     def __init__(self, np: Any) -> None:
         self.np, self.errors = np, np.errstate(all="ignore")
@@ -163,7 +164,7 @@ class TorchArrays:
     """torch on any device.
 
     Args:
-        device: where to compute; blocks come from the host and go back there.
+        device: the device to compute on; blocks are read into host memory and written from there.
     """
 
     def __init__(self, device: str) -> None:
@@ -185,19 +186,22 @@ class TorchArrays:
 
     def add(self, raw: Any, change: Any, out: Any) -> None:
         wide = raw.to(change.device)
+        # torch promotes no 8-bit floats in an addition, so these are cast first.
         change += wide.to(change.dtype) if raw.itemsize == 1 else wide
         out.copy_(self._once(change, out))
 
     def _once(self, values: Any, target: Any) -> Any:
-        """float64 on its way to float16, which torch rounds twice and numpy once: made float32 with an odd last bit.
+        """Prepare float64 values for torch's cast to float16, which rounds twice, by way of float32.
 
-        What is not exact then lies on the same side of every float16, and halfway between two it never does.
+        Rounding to odd makes the second rounding harmless: an inexact float32 keeps an odd last bit, so it never lies
+        halfway between two float16 numbers and stays on the same side of each of them as the float64 value.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
+        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so one less is the number below.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
@@ -205,7 +209,7 @@ class TorchArrays:
     def finite(self, values: Any, dtype: DType) -> bool:
         if not dtype.floating:
             return True
-        wide = values.float() if values.itemsize == 1 else values
+        wide = values.float() if values.itemsize == 1 else values  # isfinite takes no 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
     def quiet(self) -> AbstractContextManager[Any]:
@@ -213,7 +217,7 @@ class TorchArrays:
 
 
 class _OneThread:
-    """torch with one thread in this thread; the number of the thread that asked is put back."""
+    """torch with one thread per worker; the main thread gets its number of threads back."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -223,5 +227,6 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
+        # torch's number of threads belongs to a thread; a worker ends with its own.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

@@ -1,8 +1,9 @@
 """The arithmetic of a merge: one block of one stored tensor, float64 in the middle, rounded at the end.
 
 Every adapter is read against the base it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), whatever their order.
-float64 keeps each element of a 16-bit output within 0.501 units in the last place of the exact result, also where W and
-the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go by way of float32, hence not 0.5.
+With float64 each element of a 16-bit output is within 0.501 units in the last place of the exact result, even where W
+and the change nearly cancel; float32 does not achieve that. The bound is not 0.5 because float64 is cast to bf16 and
+fp8 by way of float32.
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ Key = tuple[int, int]
 
 
 def key_of(seed: int, name: str) -> Key:
-    """The Philox key of a tensor: the first two little-endian words of the sha256 of `seed:name`."""
+    """Return the Philox key of a tensor: the first two little-endian words of the sha256 of `seed:name`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
-    """float64 values that `dtype` holds exactly, each one of the two nearest below and above; flat.
+    """Round stochastically to values that `dtype` holds exactly; returns a flat float64 array.
+
+    Each value becomes its neighbour below or above, with a probability that makes the expected value exact.
 
     Args:
-        values: flat float64 array; what is exact in the dtype, or not finite, stays as it is.
-        first: the number of the first element in its tensor.
-        key: of the tensor.
-        dtype: narrower than float64.
+        values: flat float64 array; values that are exact in the dtype, or not finite, stay as they are.
+        first: the index of the first element in its tensor.
+        key: the Philox key of the tensor, see `key_of`.
+        dtype: the type to round to, narrower than float64.
     """
     xp, unit = namespace(values), _unit(values, dtype)
     rounded = xp.floor(values / unit + draws(values, first, key)) * unit
@@ -52,9 +55,11 @@ def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
 
 
 def draws(like: Any, first: int, key: Key) -> Any:
-    """A number in [0, 1) for each element: word i mod 4 of Philox for the counter i div 4, over 2^32."""
+    """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
     from array_api_compat import device
 
+    # Philox is a function of a counter, so that an element gets the same number in any block, on any worker and after a
+    # resumed merge. A counter gives four words; the block may begin and end within them.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
@@ -64,11 +69,13 @@ def draws(like: Any, first: int, key: Key) -> Any:
 
 
 def _unit(values: Any, dtype: DType) -> Any:
-    """The distance of two neighbours in `dtype` where each value lies: exact powers of two."""
+    """Return the spacing of `dtype` at each value, an exact power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
+    # A value over its mantissa is a power of two, exactly; half of that is the value's leading bit. Below the smallest
+    # normal number the spacing no longer shrinks.
     mantissa = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
@@ -77,7 +84,7 @@ def _unit(values: Any, dtype: DType) -> Any:
 
 
 def _frexp(values: Any) -> Any:
-    """The mantissas, in [0.5, 1) or negative; frexp is not of the array standard, but of numpy and torch."""
+    """Return the mantissas, with magnitudes in [0.5, 1); frexp is not in the array API, but numpy and torch have it."""
     if hasattr(values, "frexp"):
         return values.frexp()[0]
     import numpy as np
@@ -85,20 +92,20 @@ def _frexp(values: Any) -> Any:
     return np.frexp(values)[0]
 
 
-# What a fold's updates hold, loaded and checked; and factors so thin that those of several are put side by side.
+# Loading and checking the tensors of planned updates, and joining low-rank factors of several adapters.
 
 
 Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
-"""The largest number that is computed with."""
+"""The largest magnitude that a factor may have; its square still fits into float64."""
 
 THIN = 256
-"""Ranks up to which factors are put side by side with those of other adapters."""
+"""The largest rank at which factors of several adapters are joined into one product."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
-    """The fold's updates in memory, in float64.
+    """Load the updates of a planned update into memory, in float64.
 
     Raises:
         Malformed: a factor holds a NaN or an infinity.
@@ -106,12 +113,13 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     updates = [_load(update, fold, arrays) for update in fold.updates]
     if fold.seen is None:
         return updates
+    # Settled once, a change of the bias needs no weight any more; the weight is in memory only here.
     W = _whole_view(arrays.load(fold.seen), fold)
     return [update.settled(W) for update in updates]
 
 
 def _whole_view(W: Any, fold: PlannedUpdate) -> Any:
-    """A stored weight as the updates see it; of stacked experts, all of them."""
+    """View a stored weight as the updates see it, with all experts of a stack."""
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
     return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
@@ -131,7 +139,7 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
 
 
 def _check_size(update: Update) -> None:
-    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm, and write zeros."""
+    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm and write zeros."""
     for name, leaf in update.tensors.items():
         tensor = as_lazy(leaf)
         # The other types have no number above 2^128.
@@ -141,7 +149,7 @@ def _check_size(update: Update) -> None:
 
 
 def _read(leaf: Leaf) -> Leaf:
-    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
+    """Fetch the bytes of a leaf, so that checking and loading it read the disk only once."""
     if not isinstance(leaf, Lazy):
         return leaf
     data = leaf.fetch()
@@ -149,12 +157,13 @@ def _read(leaf: Leaf) -> Leaf:
 
 
 def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
-    """The Frobenius norm of what additive updates add."""
+    """Return the Frobenius norm of the change that additive updates make."""
     shape = logical(fold)
     experts = range(fold.shape[0]) if fold.target.stacked else (None,)
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
+        # Methods with factors give their norm without forming the product; a sum of updates has to be formed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
@@ -165,7 +174,7 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
+    """Whether all updates are low-rank products, so that multiplying joined factors is the fastest way."""
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
     pairs = [update.pair(logical(fold)) for update in updates if isinstance(update, Additive)]
@@ -173,9 +182,9 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same.
+    """Return the sum of weight * B @ A over all updates as one LoRA; all must have the same axis.
 
-    Its factors lie in the workspace, until the next ones do.
+    Its factors lie in the workspace and are overwritten by the next call.
     """
     from ..methods.lora import LoRA
 
@@ -192,16 +201,16 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
 
 
 def additive(updates: Iterable[Update]) -> list[Additive]:
-    """Those of them that are additive."""
+    """Return the additive updates among `updates`."""
     return [update for update in updates if isinstance(update, Additive)]
 
 
 LARGE = 1e30
-"""Norm of a change from which on results are checked, also where the output has float32's range."""
+"""From this norm of a change on, results are checked for overflow even if the output has float32's range."""
 
 
 class BlockMerger:
-    """Folds ready to be applied to the blocks of one output tensor: their factors loaded once, in float64.
+    """Apply planned updates to the blocks of one output tensor; their factors are loaded once, in float64.
 
     Raises:
         Malformed: a factor holds a NaN or an infinity.
@@ -218,15 +227,15 @@ class BlockMerger:
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
-        """Whether a sum is far from the largest float32, as far as that is cheap to tell.
+        """Whether a change is surely far below the largest float32; False if that is not cheap to tell.
 
-        The norm of a product of thin factors bounds each of its elements; an alpha of 1e308 is a finite number, too.
+        The norm of a low-rank product bounds each of its elements. The weight counts too: an alpha of 1e308 is finite.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Squared norms of the changes that need no look at the base, by fold."""
+        """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
         # `**` raises where the square is no float any more; the product is infinite, and a report needs a number.
         largest = sys.float_info.max
         return {
@@ -236,11 +245,16 @@ class BlockMerger:
         }
 
     def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
-        """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.
+        """Compute one block from the base's values `raw` into `out`, both flat.
+
+        Returns:
+            the squared norms of the changes that depend on the base, by index of the planned update.
 
         Raises:
-            Malformed: the result does not fit the output's dtype, or is NaN.
+            Malformed: the result overflows the output's dtype, or is NaN.
         """
+        # Merges are limited by memory bandwidth, so each case passes over as little memory as it can: a cast needs no
+        # float64 image of the block, a sum is added to the base within one operation, other formulas need the image.
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
             return {}
@@ -255,8 +269,9 @@ class BlockMerger:
             work = self._image(raw, block)
             norms = self._fold(work, block)
             self.arrays.assign(out, work.reshape(-1))
-        given, finite = self.output.source.dtype, self.arrays.finite
-        if self.watched and not finite(out, self.output.dtype) and finite(raw, given):
+        source, finite = self.output.source.dtype, self.arrays.finite
+        # A NaN or an infinity that the base already has is kept; only those that the merge makes are refused.
+        if self.watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
@@ -264,32 +279,33 @@ class BlockMerger:
         return norms
 
     def exact(self, raw: Any, block: Block) -> Any:
-        """The float64 result that `compute` rounds; flat."""
+        """Return the float64 result that `compute` rounds, flat."""
         work = self._image(raw, block)
         self._fold(work, block)
         return work.reshape(-1)
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
-        """Of stochastic rounding, where that was chosen and the output is narrower than float64."""
+        """The Philox key for stochastic rounding; None if that was not chosen, or if nothing is rounded."""
         seed, kind = self.output.seed, self.output.dtype
         rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
         return key_of(seed, self.output.name) if rounds and seed is not None else None
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether the folds add up over whole blocks, whatever the base's values."""
+        """Whether all changes cover whole blocks and do not depend on the base, so that one sum is added to it."""
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
         )
 
     def _sum(self, block: Block) -> Any:
-        """What all folds add to the block, in float64; flat."""
+        """Return the sum of all changes of a block, flat, in float64."""
         total = self._shaped(self.workspace.take(block.elements), block)
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
+            # The workspace holds an earlier block: the first change is written over it, the others are added.
             if position == 0:
                 cut.pop(0).delta_into(view, weight)
             _add(cut, view, weight)
@@ -297,7 +313,7 @@ class BlockMerger:
 
     @cached_property
     def _terms(self) -> list[Term]:
-        """What adds up, with weights; thin factors of several adapters side by side: one product is much faster."""
+        """The updates to sum, with weights; low-rank factors of several adapters are joined into one product."""
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:
             return terms
@@ -308,7 +324,7 @@ class BlockMerger:
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Any, block: Block) -> Any:
-        """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
+        """Return the block in float64, as `[rows, *rest]`, in memory that the next block reuses."""
         work = self.workspace.take(block.elements)
         self.arrays.assign(work, raw)
         return self._shaped(work, block)
@@ -319,6 +335,8 @@ class BlockMerger:
 
     def _fold(self, work: Any, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
+        # `work` changes in place, but every formula must see the base's weight. With one formula, which `_order` puts
+        # first, `work` still is the base's weight, so that the copy is saved.
         original = work * 1 if self._needs_original else work
         untouched = True
         for position in self._order:
@@ -337,7 +355,10 @@ class BlockMerger:
 
     @cached_property
     def _order(self) -> list[int]:
-        """What is not a plain sum comes first: with weight 1 it is then taken as it is, without a difference."""
+        """Indices of the planned updates, those that are no plain sums first.
+
+        At weight 1 the first of them replaces the block, without the rounding of W + (new - W).
+        """
         return sorted(range(len(self.folds)), key=lambda position: self.folds[position][0].additive)
 
     @cached_property
@@ -351,7 +372,7 @@ def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
 
 
 def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
-    """Moves `view` by `weight` of the way from W to `new`; returns the squared norm of the move."""
+    """Add weight * (new - W) to `view`; return the squared norm of that change."""
     change = new - W
     flat = change.reshape(-1)
     norm = weight**2 * float(flat @ flat)

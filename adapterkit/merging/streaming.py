@@ -1,4 +1,4 @@
-"""Carrying out a plan whose base comes a file at a time: brought before it is used, given back after its last use."""
+"""Run a plan with a base on a hub: each base file is downloaded before its first use and deleted after its last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Supply(Protocol):
-    """Who brings the base's files: `adapterkit.hub.reading.Shards`."""
+    """The downloader of the base's files: `adapterkit.hub.reading.Shards`."""
 
     def bring(self, paths: Iterable[str]) -> None: ...
 
@@ -26,11 +26,11 @@ class Supply(Protocol):
 
 
 def supplied(device: str, supply: Supply) -> Engine:
-    """The engine of this process for a base that is not here: an output file at a time.
+    """Return the engine that runs a plan on a streamed base, one output file at a time.
 
     Raises:
-        Unsupported: a tensor of the base is not one run of one file, as of quantized weights.
-        AdapterkitError: as `execute`, and what bringing a file raises.
+        Unsupported: a tensor of the base is not one run of bytes in one file, such as a quantized weight.
+        AdapterkitError: as for `execute`, or a download fails.
     """
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
@@ -56,12 +56,12 @@ def supplied(device: str, supply: Supply) -> Engine:
 
 
 def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    """Of several devices, the one whose turn it is."""
+    """Return the device whose turn it is, as a list of one."""
     return [devices[position % len(devices)]]
 
 
 def _sources(file: OutputFile) -> set[str]:
-    """The base's files that an output file is made from."""
+    """Return the paths of the base files that an output file is made from."""
     found = set()
     for output in file.outputs:
         tensors = [output.source, *(fold.seen for fold in output.folds if fold.seen is not None)]
