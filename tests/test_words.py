@@ -14,7 +14,6 @@ NOT_YET = frozenset(
     {
         "formats",
         "naming",
-        "ops",
         "torch",
     }
 )

@@ -1,4 +1,4 @@
-"""Recipes: what to combine and how, in a YAML file close to mergekit's.
+"""Read recipes: YAML files, close to mergekit's, that say what to combine and how.
 
     merge_method: ties
     models:
@@ -8,7 +8,7 @@
         parameters:
           weight: [0.2, 0.8]           # first layer to last
     parameters: {lambda: 0.7}
-    base_model: models/base            # where a law needs it
+    base_model: models/base            # if a method needs it
     compat: mergekit                   # its defaults instead of the papers'
 
 A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
@@ -31,7 +31,7 @@ SPELLINGS = {
     "tol": "tolerance",
     "normalize_weights": "normalize",
 }
-"""mergekit's names of parameters -> ours, where these differ."""
+"""mergekit's names of parameters -> ours, if they differ."""
 
 FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
@@ -59,17 +59,17 @@ TOP = (
     "disjoint",
 )  # fmt: skip
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
-"""Keys whose values are text; YAML takes `on` or `1e3` for something else."""
+"""Keys with text values; YAML reads `on` and `1e3` as other types."""
 
 MODEL = ("model", "adapter", "parameters")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A combination in words.
+    """The arguments of `combine` from a recipe.
 
     Attributes:
-        adapters: paths.
+        adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
     """
 
@@ -79,11 +79,11 @@ class Recipe:
 
 @places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
-    """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
+    """Read a recipe from a file; its relative paths start at the working directory, as on the command line.
 
     Raises:
-        Malformed: it is no YAML, or no recipe.
-        UsageError: an unknown key, method or parameter.
+        Malformed: the file is not YAML, or not a recipe.
+        UsageError: a key, method or parameter is unknown.
     """
     from ..io.inputs import read_input
     from ..io.strict_yaml import MAX_BYTES, load_yaml
@@ -96,7 +96,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 
 
 def recipe(found: Any, path: Path | None = None) -> Recipe:
-    """A recipe from plain data; see `read_recipe`."""
+    """Return a recipe from plain data; see `read_recipe`."""
     top = _mapping(found, "recipe", TOP, path)
     for name in WORDS:
         if not isinstance(top.get(name), str | None):
@@ -143,7 +143,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
 
 
 def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
-    """Parameters in our spelling."""
+    """Return parameters under our names."""
     if found is None:
         return {}
     if not isinstance(found, Mapping):
@@ -154,6 +154,7 @@ def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
             continue
+        # mergekit ignores a switch that the method does not read, and so does this reader.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:
@@ -164,11 +165,9 @@ def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path
 
 
 def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
-    """The method's own parameters that are true or false, and mergekit's switches that it does not look at.
+    """Return the boolean parameters of the method (True) and the switches of mergekit that it ignores (False).
 
-    Returns:
-        name -> whether it means something. A recipe of mergekit's may set `normalize` and `rescale` for any method, and
-        those that do not know them ignore them.
+    mergekit accepts `normalize` and `rescale` for any method; methods that do not read them ignore them.
     """
     from .combiners import COMBINERS
     from .parameters import resolved
@@ -191,7 +190,7 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
 
 
 def _filtered(value: Any, where: str, path: Path | None) -> Any:
-    """mergekit's list of `{filter, value}` as a mapping of globs: its filters are parts of names."""
+    """Turn mergekit's list of `{filter, value}` into a mapping of globs; a filter matches any part of a name."""
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
     made: dict[str, Any] = {}
