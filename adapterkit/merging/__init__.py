@@ -21,11 +21,11 @@ from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..io.resolving import StreamedBase
     from .companions import Companions
     from .execute import Progress
     from .planned import Plan
     from .report import Report
-    from .streaming import Supply
     from .verification import Verification
 
     Base = Checkpoint | str | PathLike[str]
@@ -174,7 +174,7 @@ def merge(
     )
     _check_engine(engine, address, stream)
     target = Path(path_text(out))
-    with _supplied(base, target, stream) as (checkpoint, supply):
+    with _opened_base(base, target, stream) as (checkpoint, shards):
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
         from .quantized import Original, as_merged
@@ -194,10 +194,10 @@ def merge(
 
             recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), options, device)
             chosen = on_ray(recipe, named, address)
-        elif supply is not None:
-            from .streaming import supplied
+        elif shards is not None:
+            from .streaming import streamed_engine
 
-            chosen = supplied(device, supply)
+            chosen = streamed_engine(device, shards)
         else:
             chosen = local(device)
         return run_plan(planned, target, chosen, progress, started, overwrite)
@@ -272,7 +272,7 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 
 
 @contextmanager
-def _supplied(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, Supply | None]]:
+def _opened_base(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, StreamedBase | None]]:
     """Yield the open base, and the downloader of its files if it is streamed."""
     if not stream:
         yield opened(base), None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
 from .arrays import devices_for
@@ -13,19 +13,12 @@ from .report import Engine
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from ..io.resolving import StreamedBase
     from .arrays import Arrays
     from .execute import Progress
 
 
-class Supply(Protocol):
-    """The downloader of the base's files: `adapterkit.hub.reading.Shards`."""
-
-    def bring(self, paths: Iterable[str]) -> None: ...
-
-    def drop(self, paths: Iterable[str]) -> None: ...
-
-
-def supplied(device: str, supply: Supply) -> Engine:
+def streamed_engine(device: str, base: StreamedBase) -> Engine:
     """Return the engine that runs a plan on a streamed base, one output file at a time.
 
     Raises:
@@ -39,7 +32,7 @@ def supplied(device: str, supply: Supply) -> Engine:
         uses = [_sources(file) for file in pending]
         done = plan.bytes - sum(file.size for file in pending)
         for position, file in enumerate(pending):
-            supply.bring(sorted(uses[position]))
+            base.bring(sorted(uses[position]))
             execute(
                 [file],
                 stage,
@@ -49,7 +42,7 @@ def supplied(device: str, supply: Supply) -> Engine:
                 checksums=plan.checksums,
             )
             done += file.size
-            supply.drop(uses[position].difference(*uses[position + 1 :]))
+            base.drop(uses[position].difference(*uses[position + 1 :]))
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
