@@ -25,10 +25,9 @@ from .planning import make_plan
 from .ties import parse_tied
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array
     from .execute import Progress
 
 PIECE = 4 << 20
@@ -252,7 +251,7 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
-def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, within: float) -> np.ndarray[Any, Any]:
+def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
     """Return the absolute errors of the elements that are not correctly rounded.
 
     An exact result halfway between two numbers may be rounded to either by another library, if its float64 result
@@ -268,5 +267,5 @@ def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, wi
     unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
     errors = np.abs(values - exact)
     # Negated, so that a NaN counts as wrong.
-    wrong: np.ndarray[Any, Any] = errors[~(errors <= within * unit)]
+    wrong: Array = errors[~(errors <= within * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))
