@@ -9,13 +9,16 @@ import sys
 import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from ..errors import UsageError
 from ..io.lazy import DType, as_array, as_lazy, first_in, for_formulas
 
 if TYPE_CHECKING:
-    from ..io.lazy import Leaf
+    import torch
+
+    from ..io.lazy import Array, Leaf
 
 
 CAST_AT_A_TIME = 1024
@@ -24,28 +27,63 @@ KEPT = 31 << 20
 """Size of the allocation that raises glibc's threshold, in bytes; glibc caps the threshold at 32 MiB."""
 
 
+class Numbers(Protocol):
+    """An array of numpy or torch: the operations of both that a merge needs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: object, /) -> Self: ...
+
+    def __setitem__(self, key: object, value: object, /) -> None: ...
+
+    def __add__(self, other: object, /) -> Self: ...
+
+    def __iadd__(self, other: object, /) -> Self: ...
+
+    def __sub__(self, other: object, /) -> Self: ...
+
+    def __mul__(self, other: object, /) -> Self: ...
+
+    def __rmul__(self, other: object, /) -> Self: ...
+
+    def __truediv__(self, other: object, /) -> Self: ...
+
+    def __matmul__(self, other: object, /) -> Self: ...
+
+    def __float__(self) -> float: ...
+
+    def reshape(self, *shape: int) -> Self: ...
+
+    def swapaxes(self, one: int, other: int, /) -> Self: ...
+
+    def sum(self) -> Self: ...
+
+
 class Arrays(Protocol):
     """The operations that a merge needs from an array library."""
 
-    def load(self, leaf: Leaf) -> Any:
+    def load(self, leaf: Leaf) -> Numbers:
         """Load a leaf onto the device: real numbers in float64, integers in int64."""
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
         """View bytes in host memory as a flat array, without a copy."""
 
-    def empty(self, count: int) -> Any:
+    def empty(self, count: int) -> Numbers:
         """Allocate a flat float64 array on the device."""
 
-    def assign(self, target: Any, values: Any) -> None:
+    def assign(self, target: Numbers, values: Numbers) -> None:
         """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
         """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change`, float64."""
 
-    def finite(self, values: Any, dtype: DType) -> bool:
+    def finite(self, values: Numbers, dtype: DType) -> bool:
         """Whether values of a dtype hold no NaN and no infinity."""
 
-    def quiet(self) -> AbstractContextManager[Any]:
+    def quiet(self) -> AbstractContextManager[None]:
         """A context for a worker thread: one BLAS thread, and no overflow warnings, since results are checked."""
 
 
@@ -54,24 +92,25 @@ class Workspace:
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._held: dict[str, Any] = {}
-        self._kept: Any = None
+        self._held: dict[str, Numbers] = {}
+        self._kept: Array | None = None
 
-    def take(self, count: int, use: str = "block") -> Any:
+    def take(self, count: int, use: str = "block") -> Numbers:
         """Return uninitialised memory for `count` float64 numbers on the device; each `use` has memory of its own."""
         held = self._held.get(use)
         if held is None or len(held) < count:
             held = self._held[use] = self.arrays.empty(count)
         return held[:count]
 
-    def keep(self, count: int, dtype: DType) -> Any:
+    def keep(self, count: int, dtype: DType) -> Array:
         """Return separate host memory for `count` numbers, as a numpy array."""
         import numpy as np
 
         nbytes = count * dtype.itemsize
         if self._kept is None or len(self._kept) < nbytes:
             self._kept = np.empty(nbytes, np.uint8)
-        return self._kept[:nbytes].view(dtype.array)
+        kept: Array = self._kept[:nbytes].view(dtype.array)
+        return kept
 
 
 def arrays_for(device: str) -> Arrays:
@@ -121,34 +160,35 @@ class NumpyArrays:
         # instead of unmapped. Formulas allocate a block at each step and would spend most time on fresh pages.
         np.empty(KEPT, np.uint8)
 
-    def load(self, leaf: Leaf) -> Any:
+    def load(self, leaf: Leaf) -> Numbers:
         values = as_array(leaf)
-        return values.astype("<f8" if as_lazy(leaf).dtype.floating else "<i8")
+        return cast(Numbers, values.astype("<f8" if as_lazy(leaf).dtype.floating else "<i8"))
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
-        return self.np.frombuffer(buffer, dtype=dtype.array)
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
+        return cast(Numbers, self.np.frombuffer(buffer, dtype=dtype.array))
 
-    def empty(self, count: int) -> Any:
-        return self.np.empty(count)
+    def empty(self, count: int) -> Numbers:
+        return cast(Numbers, self.np.empty(count))
 
-    def assign(self, target: Any, values: Any) -> None:
-        self.np.copyto(target, values, casting="unsafe")
+    def assign(self, target: Numbers, values: Numbers) -> None:
+        self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
         # numpy casts both ways inside the ufunc, a buffer at a time: no float64 image of the base is written.
-        self.np.add(raw, change, out=out, dtype=self.np.float64, casting="unsafe")
+        one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
+        self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
-    def finite(self, values: Any, dtype: DType) -> bool:
-        return not dtype.floating or first_in(values.view(dtype.numpy), dtype) is None
+    def finite(self, values: Numbers, dtype: DType) -> bool:
+        return not dtype.floating or first_in(cast("Array", values).view(dtype.numpy), dtype) is None
 
-    def quiet(self) -> AbstractContextManager[Any]:
+    def quiet(self) -> AbstractContextManager[None]:
         return _Quiet(self.np)
 
 
 class _Quiet:
     """numpy without warnings, and with a small buffer for casts, which then stays in the L1 cache."""
 
-    def __init__(self, np: Any) -> None:
+    def __init__(self, np: ModuleType) -> None:
         self.np, self.errors = np, np.errstate(all="ignore")
 
     def __enter__(self) -> None:
@@ -172,25 +212,27 @@ class TorchArrays:
 
         self.torch, self.device = torch, torch.device(device)
 
-    def load(self, leaf: Leaf) -> Any:
-        return for_formulas(leaf, self.device, self.torch.float64)
+    def load(self, leaf: Leaf) -> Numbers:
+        return cast(Numbers, for_formulas(leaf, self.device, self.torch.float64))
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
-        return self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch))
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
+        return cast(Numbers, self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch)))
 
-    def empty(self, count: int) -> Any:
-        return self.torch.empty(count, dtype=self.torch.float64, device=self.device)
+    def empty(self, count: int) -> Numbers:
+        return cast(Numbers, self.torch.empty(count, dtype=self.torch.float64, device=self.device))
 
-    def assign(self, target: Any, values: Any) -> None:
-        target.copy_(self._once(values, target))
+    def assign(self, target: Numbers, values: Numbers) -> None:
+        into, given = cast("tuple[torch.Tensor, torch.Tensor]", (target, values))
+        into.copy_(self._once(given, into))
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
-        wide = raw.to(change.device)
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
+        base, total, into = cast("tuple[torch.Tensor, torch.Tensor, torch.Tensor]", (raw, change, out))
+        wide = base.to(total.device)
         # torch promotes no 8-bit floats in an addition, so these are cast first.
-        change += wide.to(change.dtype) if raw.itemsize == 1 else wide
-        out.copy_(self._once(change, out))
+        total += wide.to(total.dtype) if base.itemsize == 1 else wide
+        into.copy_(self._once(total, into))
 
-    def _once(self, values: Any, target: Any) -> Any:
+    def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Prepare float64 values for torch's cast to float16, which rounds twice, by way of float32.
 
         Rounding to odd makes the second rounding harmless: an inexact float32 keeps an odd last bit, so it never lies
@@ -206,20 +248,21 @@ class TorchArrays:
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
 
-    def finite(self, values: Any, dtype: DType) -> bool:
+    def finite(self, values: Numbers, dtype: DType) -> bool:
         if not dtype.floating:
             return True
-        wide = values.float() if values.itemsize == 1 else values  # isfinite takes no 8-bit floats.
+        given = cast("torch.Tensor", values)
+        wide = given.float() if given.itemsize == 1 else given  # isfinite takes no 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
-    def quiet(self) -> AbstractContextManager[Any]:
+    def quiet(self) -> AbstractContextManager[None]:
         return _OneThread(self.torch)
 
 
 class _OneThread:
     """torch with one thread per worker; the main thread gets its number of threads back."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
 
     def __enter__(self) -> None:

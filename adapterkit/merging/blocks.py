@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..linalg.products import ROWS
 from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
     from ..core.updates import Update
+    from .arrays import Numbers
     from .planned_update import PlannedUpdate
 
 
@@ -93,7 +94,7 @@ def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def view_of(work: Any, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Any:
+def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
     """View the changed part of a block as the updates see it: `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, Unsupported
@@ -24,8 +24,10 @@ from .blocks import Block, cut_to, logical, part_of, view_of
 from .planned import Output
 
 if TYPE_CHECKING:
+    import torch
+
     from ..io.lazy import DType, Leaf
-    from .arrays import Arrays, Workspace
+    from .arrays import Arrays, Numbers, Workspace
     from .planned_update import PlannedUpdate
 
 
@@ -38,7 +40,7 @@ def key_of(seed: int, name: str) -> Key:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
+def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
     """Round stochastically to values that `dtype` holds exactly; returns a flat float64 array.
 
     Each value becomes its neighbour below or above, with a probability that makes the expected value exact.
@@ -51,10 +53,11 @@ def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
     """
     xp, unit = namespace(values), _unit(values, dtype)
     rounded = xp.floor(values / unit + draws(values, first, key)) * unit
-    return xp.where(xp.isfinite(values), rounded, values)
+    kept: Numbers = xp.where(xp.isfinite(values), rounded, values)
+    return kept
 
 
-def draws(like: Any, first: int, key: Key) -> Any:
+def draws(like: Numbers, first: int, key: Key) -> Numbers:
     """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
     from array_api_compat import device
 
@@ -65,10 +68,11 @@ def draws(like: Any, first: int, key: Key) -> Any:
     none = places * 0
     words = philox((places & WORD, places >> 32, none, none), key)
     flat = xp.reshape(xp.stack(list(words), axis=-1), (-1,))
-    return xp.astype(flat[first - 4 * start : first - 4 * start + len(like)], xp.float64) * 2.0**-32
+    numbers: Numbers = xp.astype(flat[first - 4 * start : first - 4 * start + len(like)], xp.float64) * 2.0**-32
+    return numbers
 
 
-def _unit(values: Any, dtype: DType) -> Any:
+def _unit(values: Numbers, dtype: DType) -> Numbers:
     """Return the spacing of `dtype` at each value, an exact power of two."""
     import ml_dtypes
 
@@ -76,20 +80,21 @@ def _unit(values: Any, dtype: DType) -> Any:
     xp = namespace(values)
     # A value over its mantissa is a power of two, exactly; half of that is the value's leading bit. Below the smallest
     # normal number the spacing no longer shrinks.
-    mantissa = _frexp(values)
+    mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
     power = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest, values / safe * 0.5)
-    return xp.where(power < smallest, smallest, power) * 2.0 ** -int(info.nmant)
+    unit: Numbers = xp.where(power < smallest, smallest, power) * 2.0 ** -int(info.nmant)
+    return unit
 
 
-def _frexp(values: Any) -> Any:
+def _frexp(values: Numbers) -> Numbers:
     """Return the mantissas, with magnitudes in [0.5, 1); frexp is not in the array API, but numpy and torch have it."""
-    if hasattr(values, "frexp"):
-        return values.frexp()[0]
     import numpy as np
 
-    return np.frexp(values)[0]
+    frexp = getattr(values, "frexp", partial(np.frexp, values))
+    mantissas: Numbers = frexp()[0]
+    return mantissas
 
 
 # Loading and checking the tensors of planned updates, and joining low-rank factors of several adapters.
@@ -115,10 +120,10 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
         return updates
     # Settled once, a change of the bias needs no weight any more; the weight is in memory only here.
     W = _whole_view(arrays.load(fold.seen), fold)
-    return [update.settled(W) for update in updates]
+    return [update.settled(_tensor(W)) for update in updates]
 
 
-def _whole_view(W: Any, fold: PlannedUpdate) -> Any:
+def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
     """View a stored weight as the updates see it, with all experts of a stack."""
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
@@ -135,7 +140,7 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
-    return read.map(arrays.load)
+    return read.map(cast("Callable[[Leaf], Leaf]", arrays.load))
 
 
 def _check_size(update: Update) -> None:
@@ -167,8 +172,8 @@ def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
-            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
-            norms.append(math.sqrt(float((total * total).sum())))
+            total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            norms.append(math.sqrt(float((total * total).sum())))  # type: ignore[union-attr]
     # The square of a norm above 1e154 is no float any more; hypot scales first.
     return math.hypot(*norms)
 
@@ -197,7 +202,7 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
     for weight, b, a in factors:
         here = slice(at, at := at + len(a))
         A[here], B[:, here] = a, weight * b
-    return LoRA(A=A, B=B, bias=None, scaling=1.0)
+    return LoRA(A=_tensor(A), B=_tensor(B), bias=None, scaling=1.0)
 
 
 def additive(updates: Iterable[Update]) -> list[Additive]:
@@ -244,7 +249,7 @@ class BlockMerger:
             if fold.additive and not fold.bias
         }
 
-    def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
+    def compute(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float]:
         """Compute one block from the base's values `raw` into `out`, both flat.
 
         Returns:
@@ -278,7 +283,7 @@ class BlockMerger:
             )  # fmt: skip
         return norms
 
-    def exact(self, raw: Any, block: Block) -> Any:
+    def exact(self, raw: Numbers, block: Block) -> Numbers:
         """Return the float64 result that `compute` rounds, flat."""
         work = self._image(raw, block)
         self._fold(work, block)
@@ -299,7 +304,7 @@ class BlockMerger:
             for fold, _ in self.folds
         )
 
-    def _sum(self, block: Block) -> Any:
+    def _sum(self, block: Block) -> Numbers:
         """Return the sum of all changes of a block, flat, in float64."""
         total = self._shaped(self.workspace.take(block.elements), block)
         for position, (fold, updates, weight) in enumerate(self._terms):
@@ -307,7 +312,7 @@ class BlockMerger:
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
             # The workspace holds an earlier block: the first change is written over it, the others are added.
             if position == 0:
-                cut.pop(0).delta_into(view, weight)
+                cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
         return total.reshape(-1)
 
@@ -323,17 +328,17 @@ class BlockMerger:
         one = side_by_side(thin, self.workspace)
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
-    def _image(self, raw: Any, block: Block) -> Any:
+    def _image(self, raw: Numbers, block: Block) -> Numbers:
         """Return the block in float64, as `[rows, *rest]`, in memory that the next block reuses."""
         work = self.workspace.take(block.elements)
         self.arrays.assign(work, raw)
         return self._shaped(work, block)
 
-    def _shaped(self, flat: Any, block: Block) -> Any:
+    def _shaped(self, flat: Numbers, block: Block) -> Numbers:
         rest = self.output.shape[1 + (block.expert is not None) :]
         return flat.reshape(block.stop - block.start, *rest)
 
-    def _fold(self, work: Any, block: Block) -> dict[int, float]:
+    def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
         # `work` changes in place, but every formula must see the base's weight. With one formula, which `_order` puts
         # first, `work` still is the base's weight, so that the copy is saved.
@@ -366,12 +371,17 @@ class BlockMerger:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
 
 
-def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
+def _tensor(array: Numbers) -> torch.Tensor:
+    """Return an array under the type by which formulas name theirs, although they run on numpy's arrays, too."""
+    return cast("torch.Tensor", array)
+
+
+def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
     for update in updates:
         view += weight * update.delta(tuple(view.shape))
 
 
-def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
+def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
     """Add weight * (new - W) to `view`; return the squared norm of that change."""
     change = new - W
     flat = change.reshape(-1)
@@ -383,7 +393,7 @@ def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
     return norm
 
 
-def _through(updates: list[Update], W: Any, bias: bool) -> Any:
+def _through(updates: list[Update], W: Numbers, bias: bool) -> Numbers:
     for update in updates:
-        W = update.new_bias(W) if bias else update.new_weight(W)
+        W = cast("Numbers", update.new_bias(_tensor(W)) if bias else update.new_weight(_tensor(W)))
     return W

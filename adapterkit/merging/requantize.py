@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import DTYPES, Lazy
@@ -21,6 +21,7 @@ from .compute import BlockMerger
 from .planned import Output
 
 if TYPE_CHECKING:
+    from ..io.lazy import Array
     from .arrays import Workspace
     from .planned_update import PlannedUpdate
 
@@ -68,7 +69,7 @@ class Repacked:
         kept = {name: bytes(stored[name].fetch()) for name in self.packed.members if name not in parts}
         return parts | kept, norms
 
-    def _bytes(self, name: str, array: Any) -> bytes:
+    def _bytes(self, name: str, array: Array) -> bytes:
         import numpy as np
 
         data, wanted = np.ascontiguousarray(array).tobytes(), self._written(name).nbytes
@@ -96,7 +97,7 @@ class Repacked:
         return squares
 
 
-def _wide(rows: Any) -> Any:
+def _wide(rows: Array) -> Array:
     """Return numbers in float32 if they are narrower or integers."""
     return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
@@ -150,10 +151,10 @@ class _Merged:
         self.folder = BlockMerger(self.output, workspace)
         self.norms = self.folder.norms()
         self._seen: set[int] = set()
-        self._last: tuple[Block, Any] | None = None
+        self._last: tuple[Block, Array] | None = None
         self._width = packed.shape[-1]
 
-    def rows(self, start: int, stop: int) -> Any:
+    def rows(self, start: int, stop: int) -> Array:
         """Return rows `start` to `stop` of the weight seen as `[rows, width]`."""
         import numpy as np
 
@@ -172,7 +173,7 @@ class _Merged:
         return blocks(self.output)
 
     @cached_property
-    def _whole(self) -> Any:
+    def _whole(self) -> Array | None:
         # Rows are requested at least twice, to pack them and to measure the damage: merge once what fits.
         count = math.prod(self.output.shape)
         if count > HELD:
@@ -182,7 +183,7 @@ class _Merged:
             self._merge(block, whole[block.first : block.first + block.elements])
         return whole
 
-    def _block(self, block: Block) -> Any:
+    def _block(self, block: Block) -> Array:
         import numpy as np
 
         if self._last is None or self._last[0] is not block:
@@ -191,11 +192,11 @@ class _Merged:
             self._last = (block, out)
         return self._last[1]
 
-    def _merge(self, block: Block, out: Any) -> None:
+    def _merge(self, block: Block, out: Array) -> None:
         """Compute a block into a numpy array."""
         source = self.output.source
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
-        target = self.arrays.over(memoryview(out.view("u1")), self.output.dtype)
+        target = self.arrays.over(out.view("u1").data, self.output.dtype)
         for fold, square in self.folder.compute(raw, target, block).items():
             if block.first not in self._seen:  # A block of a large weight is merged several times, and counts once.
                 self.norms[fold] = self.norms.get(fold, 0.0) + square

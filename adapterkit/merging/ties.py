@@ -6,9 +6,9 @@ token rows are the exception and change both. `tied` overrides that, for all upd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Target
 from ..core.updates import Additive, Update
@@ -19,7 +19,7 @@ from .planned_update import PlannedUpdate
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..io.lazy import Leaf
+    from ..io.lazy import Array, Leaf
 
 Folds = dict[str, list[PlannedUpdate]]
 """Name of a layer's weight -> its planned updates."""
@@ -304,7 +304,7 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
     return all(np.array_equal(x, y) for x, y in zip(*factors, strict=True))
 
 
-def _factors(update: Update, fold: PlannedUpdate) -> tuple[Any, Any] | None:
+def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
     """Return (left, right) with W + left @ right in the stored layout, without the scaling; None without factors."""
     from .arrays import NumpyArrays
     from .blocks import logical
@@ -312,7 +312,7 @@ def _factors(update: Update, fold: PlannedUpdate) -> tuple[Any, Any] | None:
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
         return None
     plain = update.replace(scaling=1.0) if "scaling" in update.attributes else update
-    pair: Any = plain.map(NumpyArrays().load).pair(logical(fold))
+    pair: Any = plain.map(cast("Callable[[Leaf], Leaf]", NumpyArrays().load)).pair(logical(fold))
     if pair is None:
         return None
     B, A = pair
@@ -324,7 +324,7 @@ def _same_leaf(one: Leaf, other: Leaf) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and (one is other or bytes(a.fetch()) == bytes(b.fetch()))
 
 
-def _bits(leaf: Leaf) -> Any:
+def _bits(leaf: Leaf) -> Array:
     import numpy as np
 
     lazy = as_lazy(leaf)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from threadpoolctl import threadpool_limits
 
@@ -245,13 +245,15 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
         there = memoryview(found.read(block.first, block.elements))
         if bytes(there) != expected:
             exact = folder.exact(raw, block)
-            errors = _errors(exact, there, expected, output.dtype, 0 if output.seed is not None else NEAREST)
+            errors = _errors(
+                cast("Array", exact), there, expected, output.dtype, 0 if output.seed is not None else NEAREST
+            )
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
-def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
+def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
     """Return the absolute errors of the elements that are not correctly rounded.
 
     An exact result halfway between two numbers may be rounded to either by another library, if its float64 result

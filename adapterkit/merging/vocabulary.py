@@ -6,7 +6,7 @@ them: PEFT saves the complete resized layers beside its factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..quant import Dequantized
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Buffer, Leaf
+    from ..io.lazy import Array, Buffer, Leaf
     from ..naming.binding import Site
     from ..naming.binding.fitting import Shapes
 
@@ -81,7 +81,7 @@ class _Use:
         held = set(range(start, min(stop, self.rows or 0))) if whole else set()
         return held | {token for token in self.tokens if start <= token < stop}
 
-    def values(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """Yield (row, values) of each row in `given`, with the values at the start of training."""
         wanted = self.given(start, stop)
         for update in self.updates:
@@ -94,7 +94,7 @@ class _Use:
                 table = as_array(update.values)
                 yield from ((n, table[at]) for at, n in enumerate(self.tokens) if n in wanted)
 
-    def _whole(self, leaf: Leaf, start: int, stop: int) -> Any:
+    def _whole(self, leaf: Leaf, start: int, stop: int) -> Array:
         import numpy as np
 
         tensor = as_lazy(leaf)
@@ -391,7 +391,7 @@ def _first(tensor: Lazy, axis: int, count: int) -> Lazy:
     return tensor.map(lambda array: array[(*[slice(None)] * axis, slice(count))], shape)
 
 
-def _longer(tensor: Lazy, shape: tuple[int, ...], more: Any) -> Lazy:
+def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> Lazy:
     """Return a tensor with the bytes of `more()` appended; `more` is called once, when it is needed."""
     size = tensor.dtype.itemsize
     own = tensor.nbytes // size
@@ -422,7 +422,7 @@ def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: boo
     return bytes(bytes_of(narrow.astype(tensor.dtype.array)))
 
 
-def _mean(tensor: Lazy) -> Any:
+def _mean(tensor: Lazy) -> Array:
     """Return the mean row of a tensor in float64, reading `_BLOCK` elements at a time."""
     import numpy as np
 

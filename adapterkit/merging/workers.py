@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
 from ..io.direct import OpenFiles, Writer, read_all
 from ..io.lazy import DType
-from .arrays import Arrays, TorchArrays, Workspace
+from .arrays import Arrays, Numbers, TorchArrays, Workspace
 from .blocks import Block, blocks, runs
 from .checksums import Run, digest_of
 from .compute import BlockMerger
 from .planned import Output, OutputFile
 from .requantize import NORMS
 from .staging_dir import Norms
+
+if TYPE_CHECKING:
+    import torch
 
 RUN = 32 << 20
 """Output bytes that a worker takes at a time."""
@@ -151,7 +154,7 @@ DEPTH = 3
 """Blocks in flight: one is sent to the device, one is computed, one is sent back."""
 
 Host = Callable[[Block, memoryview], None]
-Compute = Callable[[Block, Any, Any], None]
+Compute = Callable[[Block, Numbers, Numbers], None]
 
 
 class Written(Protocol):
@@ -167,7 +170,7 @@ class Written(Protocol):
 class Pipeline(Protocol):
     """The path of one worker's blocks through a device."""
 
-    def computing(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[object]:
         """A context whose loads and computations happen before those of any later block."""
 
     def through(
@@ -197,7 +200,7 @@ class HostPipeline:
         self.arrays = arrays
         self._raw = bytearray()
 
-    def computing(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def through(
@@ -228,8 +231,8 @@ class DevicePipeline:
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
 
-    def computing(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.streams.stream(self.work)
+    def computing(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = self.streams.stream(self.work)
         return context
 
     def through(
@@ -243,8 +246,9 @@ class DevicePipeline:
         for position in range(len(blocks), len(blocks) + DEPTH):
             self.slots[position % DEPTH].finish(written)
 
-    def _stream(self) -> Any:
-        return self.streams.Stream(device=self.device) if self.has_streams else self.streams.Stream()
+    def _stream(self) -> torch.Stream:
+        stream: torch.Stream = self.streams.Stream(device=self.device) if self.has_streams else self.streams.Stream()
+        return stream
 
 
 class _Slot:
@@ -303,12 +307,12 @@ class _Slot:
             with pipeline.computing():
                 self.device_result = self.torch.empty(result, dtype=self.torch.uint8, device=pipeline.device)
 
-    def _over(self, data: Any, nbytes: int, dtype: DType) -> Any:
-        return data[:nbytes].view(getattr(self.torch, dtype.torch))
+    def _over(self, data: torch.Tensor, nbytes: int, dtype: DType) -> Numbers:
+        return cast(Numbers, data[:nbytes].view(getattr(self.torch, dtype.torch)))
 
 
-def _bytes(tensor: Any, nbytes: int) -> memoryview:
-    return memoryview(tensor.numpy())[:nbytes]
+def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
+    return tensor.numpy().data[:nbytes]
 
 
 # A worker reads a job's bytes, computes them, and hands the result to its writer.
@@ -391,7 +395,7 @@ class Worker:
             # Norms that do not depend on the base are those of the whole tensor: one of its jobs counts them.
             norms = folder.norms() if job.order == 0 else {}
 
-        def compute(block: Block, raw: Any, out: Any) -> None:
+        def compute(block: Block, raw: Numbers, out: Numbers) -> None:
             for fold, square in folder.compute(raw, out, block).items():
                 norms[fold] = norms.get(fold, 0.0) + square
 

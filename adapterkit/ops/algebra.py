@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from ..io.computed import Array
+    from ..io.lazy import DType, Lazy
     from .alignment import Place
 
     Term = tuple[Additive, float]
@@ -288,7 +289,7 @@ def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Seque
     return None if made is None else made.map(lambda values: _stored(values, kind))
 
 
-def _stored(values: Any, kind: Any) -> Any:
+def _stored(values: Array, kind: DType) -> Lazy:
     from ..io.lazy import from_numpy
 
     return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)

@@ -6,7 +6,7 @@ contexts not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Target
@@ -125,7 +125,9 @@ def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
     return seen if rows is None else (*seen[:axis], rows[1] - rows[0], *seen[axis + 1 :])
 
 
-def _difference(site: Site, updates: tuple[Update, ...], base: Checkpoint, stored: str, bias: bool) -> Any:
+def _difference(
+    site: Site, updates: tuple[Update, ...], base: Checkpoint, stored: str, bias: bool
+) -> Callable[[], Array]:
     def make() -> Array:
         import numpy as np
 
@@ -141,7 +143,7 @@ def _difference(site: Site, updates: tuple[Update, ...], base: Checkpoint, store
     return make
 
 
-def _settled(updates: list[Any], site: Site, base: Checkpoint) -> list[Any]:
+def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
     """Return the updates with their changes of the bias computed; each sees the weight as changed by those before."""
     import numpy as np
 
@@ -158,7 +160,7 @@ def _settled(updates: list[Any], site: Site, base: Checkpoint) -> list[Any]:
     return done
 
 
-def _through(updates: list[Any], W: Any, expert: int | None, bias: bool) -> Any:
+def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> Any:
     for update in updates:
         W = part(update, expert).new_bias(W) if bias else part(update, expert).new_weight(W)
     return W

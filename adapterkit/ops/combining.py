@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ..core.adapter import Adapter
 from ..errors import UsageError
@@ -20,30 +20,32 @@ from .parameters import Asked, one_of, peft_result, resolved
 
 if TYPE_CHECKING:
     from .alignment import Place, Source
+    from .combiners._combiner import Value
     from .lowering import Base
+    from .parameters import Setting
     from .resizing import Report
 
 
 def combine(
     adapters: Sequence[Source],
     method: str = "linear",
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[Setting] | None = None,
     *,
     base: Base | None = None,
     rank: int | str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     compat: str | None = None,
-    data: Callable[..., Any] | None = None,
-    each: Sequence[Mapping[str, Any]] | None = None,
+    data: Callable[..., object] | None = None,
+    each: Sequence[Mapping[str, Value]] | None = None,
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
     workers: int | None = None,
     report: Report | None = None,
-    before: Callable[[Adapter], Any] | None = None,
-    progress: Callable[[int, int], Any] | None = None,
-    **parameters: Any,
+    before: Callable[[Adapter], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    **parameters: Setting,
 ) -> Adapter:
     """Combine several adapters into one.
 
@@ -91,7 +93,7 @@ def combine(
         raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters
-    peers_rank = values.pop("rank", None)
+    peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
     # For combiners that make factors of a rank, such as `ctm`, `rank` is a parameter and no cut of the result.
     if "rank" in COMBINERS[name].parameters():
@@ -130,7 +132,7 @@ def combine(
     )
 
 
-def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: Any, seed: Any) -> None:
+def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:
     """Refuse arguments that the method cannot use; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
@@ -149,7 +151,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Choose another")
 
 
-def _check_rank(rank: Any, found: Sequence[Place]) -> None:
+def _check_rank(rank: object, found: Sequence[Place]) -> None:
     """Refuse a rank that no weight can have."""
     if rank is None or rank == FIT:
         return

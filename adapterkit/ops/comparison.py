@@ -25,6 +25,7 @@ from .prefetch import one_blas_thread
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.computed import Array
+    from ..io.lazy import Lazy
     from .alignment import Source
     from .lowering import Base
 
@@ -155,11 +156,11 @@ def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
     return all(_same_leaf(as_lazy(left), as_lazy(right)) for left, right in pairs)
 
 
-def _outline(updates: Sequence[Update]) -> list[Any]:
+def _outline(updates: Sequence[Update]) -> list[object]:
     return [(type(update), update.attributes, [*update.tensors]) for update in updates]
 
 
-def _same_leaf(one: Any, other: Any) -> bool:
+def _same_leaf(one: Lazy, other: Lazy) -> bool:
     if one is other or (one.span is not None and one.span == other.span):
         return True
     return (one.shape, one.dtype) == (other.shape, other.dtype) and bytes(one.fetch()) == bytes(other.fetch())

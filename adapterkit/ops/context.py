@@ -51,7 +51,7 @@ class FormulaContext:
     overrides: Sequence[Mapping[str, Any]] = ()
     scalings: tuple[float | None, ...] = ()
     census: Census = field(default_factory=Census)
-    asks: Callable[..., Any] | None = None
+    asks: Callable[..., object] | None = None
     depth: float | None = None
     base: Callable[[], Array] = _no_base
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 
@@ -71,7 +71,7 @@ class Criterion:
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} {value} is not a number from 0", where=name, cure="Choose another")
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, float]:
         """Return the chosen values, for a lineage."""
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,

@@ -58,8 +58,8 @@ class Evaluation:
 
     def __init__(
         self, asked: Asked, found: Sequence[Place], dtype: DType, rank: int | str | None, seed: int,
-        data: Callable[..., Any] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
-        progress: Callable[[int, int], Any] | None = None, workers: int | None = None,
+        data: Callable[..., object] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
+        progress: Callable[[int, int], object] | None = None, workers: int | None = None,
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
         self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
@@ -70,7 +70,7 @@ class Evaluation:
         self.cuts: list[Cut] = []
         self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
-        self.asks: Callable[..., Any] | None = None
+        self.asks: Callable[..., object] | None = None
 
     def updates(self, read: Sequence[Adapter]) -> dict[Target, tuple[Update, ...]]:
         """Return the combined updates of every target."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..core.updates import Additive
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, ShapeMismatch
 from ..io.computed import load
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..io.lazy import Shape
 
     Base = Checkpoint | str | PathLike[str]
+
+
+U = TypeVar("U", bound=Update)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,16 +106,17 @@ class Change:
         terms: list[Any] = [self.weight * self._bias_of(update) for update in changing]
         return sum(terms) if terms else None
 
-    def _bias_of(self, update: Additive) -> Any:
+    def _bias_of(self, update: Additive) -> Array:
         """Return one update's change of the bias; for stacked experts one by one, as formulas are for one weight."""
         import numpy as np
 
         if self.experts is None:
-            return update.bias_delta()
+            change: Any = update.bias_delta()
+            return np.asarray(change)
         return np.stack([np.asarray(part(update, expert).bias_delta()) for expert in range(self.experts)])
 
 
-def loaded(update: Any, target: Target) -> Any:
+def loaded(update: U, target: Target) -> U:
     """Return an update with its tensors as float64 numpy arrays.
 
     Raises:
@@ -127,7 +131,7 @@ def loaded(update: Any, target: Target) -> Any:
     return update.replace(**tensors)
 
 
-def part(update: Any, expert: int | None) -> Any:
+def part(update: U, expert: int | None) -> U:
     """Return one expert's update; the update itself if `expert` is None."""
     return update if expert is None else update.expert(expert)
 

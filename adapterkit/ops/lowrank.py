@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .differences import too_large
 from .lowering import Delta
@@ -168,7 +168,8 @@ def svd(delta: Delta) -> tuple[Array, Array, Array]:
     import numpy as np
 
     if delta.rest is not None:
-        return _plain(np.linalg.svd(delta.dense(), full_matrices=False))
+        U, S, Vh = np.linalg.svd(delta.dense(), full_matrices=False)
+        return U, S, Vh
     own = core([delta])
     U, S, Vh = np.linalg.svd(own.cores[0], full_matrices=False)
     return own.left @ U, S, Vh @ own.right
@@ -189,7 +190,3 @@ def distance(one: Delta, other: Delta) -> float:
 
 def _size(matrix: Array) -> float:
     return math.sqrt(float((matrix * matrix).sum()))
-
-
-def _plain(found: Any) -> tuple[Array, Array, Array]:
-    return found[0], found[1], found[2]

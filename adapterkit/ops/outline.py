@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unrepresentable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Target
     from ..core.updates import Update
-    from ..io.lazy import DType, Leaf
+    from ..io.lazy import Buffer, DType, Leaf
 
 
 def unread(leaf: Leaf) -> Lazy:
@@ -26,7 +26,7 @@ def unread(leaf: Leaf) -> Lazy:
 def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
     """Return a tensor that is not computed yet and cannot be read."""
 
-    def fetch() -> Any:
+    def fetch() -> Buffer:
         raise NotComputed
 
     return Lazy(tuple(shape), dtype, fetch)
@@ -38,7 +38,7 @@ def outlined(updates: dict[Target, tuple[Update, ...]], like: Adapter) -> Adapte
     return like.replace(updates=blank)
 
 
-def check_writable(outline: Adapter, write: Callable[[Adapter], Any], what: str) -> None:
+def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
     """Refuse a result that a format cannot hold; writers check that before they read any tensor.
 
     Args:

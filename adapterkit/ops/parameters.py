@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError, nearest
 from .combiners import COMBINERS
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from .combiners._combiner import Value
 
-    Setting = Any
+    Setting = Value | Sequence[float] | Mapping[str, "Setting"]
+    """A value, a list over the layers, or a mapping of globs to either."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
@@ -53,7 +55,7 @@ class Depths:
         return layer / self.last if self.last else 0.0
 
 
-def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Any) -> Any:
+def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value) -> Value:
     """Return the value of a setting at a target; `otherwise` if no glob matches."""
     if isinstance(setting, Mapping):
         for glob, value in setting.items():
@@ -62,7 +64,7 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Any) 
         return otherwise
     if isinstance(setting, (list, tuple)):
         return _between(setting, depths.of(target))
-    return setting
+    return cast("Value", setting)
 
 
 def plain(setting: Setting, where: str) -> Setting:
@@ -112,7 +114,7 @@ def _layer(target: Target) -> int | None:
 # Other tools' names of methods, with the combiner and the parameters that reproduce each.
 
 
-Known = Mapping[str, tuple[str, Mapping[str, Any]]]
+Known = Mapping[str, tuple[str, Mapping[str, str | bool]]]
 
 PEFT: Known = {
     "linear": ("factors", {"then": "linear"}),
@@ -156,7 +158,7 @@ MERGEKIT: Known = {
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
 
-def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Any]]:
+def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Setting]]:
     """Resolve the name of a method to a combiner and its parameters.
 
     Args:
@@ -179,7 +181,7 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     return name, {}
 
 
-def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
+def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
     from .combiners import COMBINERS
 
     if compat not in PEERS:
@@ -189,7 +191,7 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
         cure = nearest(name, known) or f"Known: {', '.join(known)}"
         raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)
     method, values = known[name]
-    inner = COMBINERS[values["then"]] if "then" in values else COMBINERS[method]
+    inner = COMBINERS[str(values["then"])] if "then" in values else COMBINERS[method]
     return method, {**inner.compat.get(compat, {}), **values}
 
 
@@ -244,8 +246,8 @@ class Asked:
     """
 
     def __init__(
-        self, name: str, values: Mapping[str, Any], weights: Sequence[Any] | None,
-        each: Sequence[Mapping[str, Any]] | None, found: Sequence[Place], count: int,
+        self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
+        each: Sequence[Mapping[str, Value]] | None, found: Sequence[Place], count: int,
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
@@ -259,7 +261,7 @@ class Asked:
             check_globs(value, self.targets, key)
         self.varies = any(isinstance(value, (Mapping, list)) for value in self.values.values())
 
-    def _own(self, each: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+    def _own(self, each: Sequence[Mapping[str, Value]], count: int) -> list[dict[str, Value]]:
         """Check the parameters of single adapters."""
         if each and len(each) != count:
             raise UsageError(
@@ -278,7 +280,7 @@ class Asked:
     def method(self, target: Target) -> Combiner:
         return made(COMBINERS[self.name], self._at(target))
 
-    def _at(self, target: Target) -> dict[str, Any]:
+    def _at(self, target: Target) -> dict[str, Value]:
         """Return the given parameters with their values at a target."""
         own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
         return {key: value for key, value in own.items() if value is not None}
@@ -292,18 +294,20 @@ class Asked:
 
     def weights_at(self, target: Target) -> list[float]:
         found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
+        numbers: list[float] = []
         for weight in found:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise UsageError(f"weight {weight!r} is no finite number", where=str(target), cure="Give a number")
-        return [float(weight) for weight in found]
+            numbers.append(float(weight))
+        return numbers
 
-    def record(self, method: Combiner) -> dict[str, Any]:
+    def record(self, method: Combiner) -> dict[str, Setting]:
         return {**method.values(), **self.values}
 
 
-def one_of(value: Any, key: str) -> Any:
+def one_of(value: Setting, key: str) -> Value:
     """Return one value of a setting, for checking the combiner before the targets are known."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
-    return value
+    return cast("Value", value)

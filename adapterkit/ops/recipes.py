@@ -173,7 +173,7 @@ def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
     from .parameters import resolved
 
     name, values = resolved(str(method), compat)
-    classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]
+    classes = [COMBINERS[str(each)] for each in (name, values.get("then")) if each is not None]
     fields = {n: f.metadata["kind"] for cls in classes for n, f in cls.parameters().items()}
     ignored = [
         key for key, (ours, _, _) in FLAGS.items()

@@ -9,7 +9,7 @@ interval does not contain the number, the range beside it is searched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -199,7 +199,7 @@ def _double(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
 
-def settle(selections: Any, once: Callable[[], Any]) -> None:
+def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
     """Call `once`, which feeds all numbers, until every selection has its result."""
     while open_ := [each for each in selections if each.found is None]:
         for each in open_:

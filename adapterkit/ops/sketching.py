@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .differences import frobenius, left, too_large
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..io.computed import Array
     from .criteria import Criterion
 
@@ -181,7 +183,7 @@ def _by_gram(D: Array) -> Decomposition:
     return U[:, order], S[order], rows[order] / np.maximum(S[order], np.finfo(float).tiny)[:, None]
 
 
-def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Array, Decomposition]:
+def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> tuple[Array, Array, Decomposition]:
     """Return a basis Q `[m, width]` of most of the range, Q^T D, and the decomposition of D's projection on Q."""
     import numpy as np
 
@@ -207,7 +209,7 @@ def _basis(block: Array) -> Array:
 
 
 def _good(
-    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: Any
+    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
     """Whether no factors of rank `count` can have a much smaller error than the first `count` of these."""
     U, S, Vh = first(found, count)
@@ -232,7 +234,7 @@ def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
     return float(np.sqrt(np.linalg.eigvalsh(block.T @ block)[-count:].clip(0)).sum())
 
 
-def _largest_squares(D: Array, Q: Array, random: Any) -> Iterator[float]:
+def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterator[float]:
     """Yield bounds on the largest squared singular value of R = D - Q Q^T D, each tighter than the one before."""
     import numpy as np
 

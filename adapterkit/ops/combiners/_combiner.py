@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, cast, dataclass_transform
 
 from ...errors import UsageError, nearest
 from ._changes import between, gram, mixed
@@ -90,18 +90,18 @@ class Combiner(ABC):
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
     @classmethod
-    def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
+    def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
         """Name -> field with its default and facts."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, Value]:
         """Return the default of every parameter, with `then` of plug-ins."""
-        own = {name: field.default for name, field in cls.parameters().items()}
+        own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 
     @classmethod
-    def checked(cls, name: str, value: Any) -> Value:
+    def checked(cls, name: str, value: object) -> Value:
         """Check a value for a parameter and return it in the parameter's type.
 
         Raises:
@@ -120,7 +120,7 @@ class Combiner(ABC):
         outside = not isinstance(fits, (bool, str)) and not facts["least"] <= fits <= facts["most"]
         if outside or (facts["among"] and fits not in facts["among"]):
             raise UsageError(f"{value!r} is not allowed", where=name, cure=_said(known[name]))
-        return fits  # type: ignore[no-any-return]
+        return fits
 
     def values(self) -> dict[str, Value]:
         """The parameters as plain data."""
@@ -218,7 +218,7 @@ class PlugIn(Combiner):
         return self.inner.vector(changes, weights, at)
 
 
-def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
+def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
     """Return a combiner with checked parameters.
 
     Raises:
@@ -230,7 +230,7 @@ def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
         return method
     own = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
     rest = {name: value for name, value in values.items() if name not in own and name != "then"}
-    plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
+    plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
@@ -240,16 +240,16 @@ def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: object, kind: type) -> Value:
     # In Python True is an integer: `density=True` must not pass for 1.
     if isinstance(value, bool) or kind in (bool, str):
-        return value if type(value) is kind else None
+        return cast("Value", value) if type(value) is kind else None
     if kind is int:
         return value if isinstance(value, int) else None
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _said(field: dataclasses.Field[Any]) -> str:
+def _said(field: dataclasses.Field[Value]) -> str:
     facts = field.metadata
     if facts["among"]:
         return f"One of: {', '.join(facts['among'])}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 from ...errors import UsageError
 from ._changes import mixed
@@ -165,7 +165,7 @@ def inner(change: Change | None, G: Array) -> float:
     return total
 
 
-def _number(said: Any) -> float:
+def _number(said: SupportsFloat) -> float:
     import math
 
     loss = float(said)
