@@ -24,6 +24,7 @@ from .verification import Difference, Verification
 if TYPE_CHECKING:
     from os import PathLike
 
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 Run = tuple[int, int, str]
@@ -33,7 +34,7 @@ KEY = "written"
 """The key of the record under which the checksums lie."""
 
 
-def record_of(runs: Iterable[Run]) -> dict[str, Any]:
+def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
     """Return the entry of one file for the output's record."""
     ordered = sorted(runs)
     return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}

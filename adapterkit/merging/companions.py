@@ -22,6 +22,7 @@ from ..quant import SIDE_FILES, Dequantized
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 CARD = "README.md"
 
@@ -105,7 +106,7 @@ def companions(
 
 def _tokenizer(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
-) -> tuple[list[tuple[Path, str]], dict[str, Any] | None, list[str]]:
+) -> tuple[list[tuple[Path, str]], dict[str, JsonValue] | None, list[str]]:
     """Return the tokenizer files to take from an adapter, the record of that choice, and warnings."""
     own = _contents(base.root)
     found = [(name, folder, _contents(folder)) for name, folder in adapters]

@@ -196,8 +196,8 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
     pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
     factors = [(w, *pair) for w, pair in pairs if pair is not None]
     rank, rows, width = sum(len(A) for _, _, A in factors), len(factors[0][1]), factors[0][2].shape[1]
-    A = workspace.take(rank * width, "A").reshape(rank, width)
-    B = workspace.take(rows * rank, "B").reshape(rows, rank)
+    A = workspace.take(rank * width, "A").reshape((rank, width))
+    B = workspace.take(rows * rank, "B").reshape((rows, rank))
     at = 0
     for weight, b, a in factors:
         here = slice(at, at := at + len(a))
@@ -266,14 +266,14 @@ class BlockMerger:
         if self._key is not None:
             work = self._image(raw, block)
             norms = self._fold(work, block)
-            self.arrays.assign(out, stochastic(work.reshape(-1), block.first, self._key, self.output.dtype))
+            self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._sums:
             norms = {}
             self.arrays.add(raw, self._sum(block), out)
         else:
             work = self._image(raw, block)
             norms = self._fold(work, block)
-            self.arrays.assign(out, work.reshape(-1))
+            self.arrays.assign(out, work.reshape((-1,)))
         source, finite = self.output.source.dtype, self.arrays.finite
         # A NaN or an infinity that the base already has is kept; only those that the merge makes are refused.
         if self.watched and not finite(out, self.output.dtype) and finite(raw, source):
@@ -287,7 +287,7 @@ class BlockMerger:
         """Return the float64 result that `compute` rounds, flat."""
         work = self._image(raw, block)
         self._fold(work, block)
-        return work.reshape(-1)
+        return work.reshape((-1,))
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
@@ -314,7 +314,7 @@ class BlockMerger:
             if position == 0:
                 cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
-        return total.reshape(-1)
+        return total.reshape((-1,))
 
     @cached_property
     def _terms(self) -> list[Term]:
@@ -336,7 +336,7 @@ class BlockMerger:
 
     def _shaped(self, flat: Numbers, block: Block) -> Numbers:
         rest = self.output.shape[1 + (block.expert is not None) :]
-        return flat.reshape(block.stop - block.start, *rest)
+        return flat.reshape((block.stop - block.start, *rest))
 
     def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
@@ -384,7 +384,7 @@ def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
 def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
     """Add weight * (new - W) to `view`; return the squared norm of that change."""
     change = new - W
-    flat = change.reshape(-1)
+    flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)
     if replace and weight == 1:
         view[...] = new

@@ -22,6 +22,7 @@ from .planned_updates import Source
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .requantize import Repacked, Stack
 
 BLOCK_ELEMENTS = 3 << 17
@@ -75,7 +76,7 @@ class OutputFile:
         """Bytes that are computed rather than copied."""
         return sum(output.nbytes for output in self.outputs if not output.copied)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         targets = sum(bool(output.folds) for output in self.outputs)
         copied = self.size - self.computed
         return {
@@ -185,7 +186,7 @@ class Plan:
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._held)
 
-    def lineage(self, digests: bool = True) -> dict[str, Any]:
+    def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the record for the output; it has no paths and no times, so that equal merges write equal bytes.
 
         Args:
@@ -194,13 +195,13 @@ class Plan:
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
             "adapterkit": __version__, "adapters": [source.record(digests) for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
+            "dtype": None if self.dtype is None else self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
             "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
             **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
         }  # fmt: skip
 
-    def record(self, digests: bool = True) -> dict[str, Any]:
+    def record(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return the plan as plain data.
 
         Args:

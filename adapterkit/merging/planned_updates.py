@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +57,7 @@ class Source:
             object.__setattr__(self, "_digest", self.given.digest())
         return cast(str, self._digest)
 
-    def record(self, digests: bool = True) -> dict[str, Any]:
+    def record(self, digests: bool = True) -> dict[str, JsonValue]:
         """Return plain data about the adapter; it names the adapter's base by its name on a hub, never by a local path.
 
         Args:
@@ -70,7 +71,7 @@ class Source:
             "ranks": list(self.adapter.ranks), "lineage": [step.op for step in self.adapter.recipe], **self._names(),
         }  # fmt: skip
 
-    def _names(self) -> dict[str, Any]:
+    def _names(self) -> dict[str, JsonValue]:
         """Return the rules that changed names; empty if all names are the base's."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}

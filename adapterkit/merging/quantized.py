@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
@@ -13,6 +13,7 @@ from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
 
     Onto = Checkpoint | str | PathLike[str]
 
@@ -123,12 +124,12 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
             raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
-def config_changes(base: Checkpoint) -> dict[str, Any]:
+def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
     """Return the changes of `config.json`: the quantization is removed unless the output is quantized again."""
     return {"quantization_config": None} if isinstance(base, Dequantized) and not base.packs else {}
 
 
-def quantized_record(base: Checkpoint) -> dict[str, Any] | None:
+def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
     """Return the choice, its reason and the number of packed weights; None if the base is not quantized."""
     if isinstance(base, Original):
         choice, weights = "original", base.weights

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
@@ -27,6 +27,7 @@ from .requantize import damage_of
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 
@@ -66,7 +67,7 @@ class Report:
         names = [f"norm of {source.name}'s change" for source in self.plan.sources]
         return html_table(repr(self), ("tensor", *names), rows)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The report as plain data."""
         return {
             "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
@@ -177,7 +178,7 @@ def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]
     return norms, damage
 
 
-def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, JsonValue]:
     return {"damage": dict(damage)} if damage else {}
 
 

@@ -20,6 +20,7 @@ from .planned_update import PlannedUpdate
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.lazy import Array, Leaf
+    from ..io.strict_json import JsonValue
 
 Folds = dict[str, list[PlannedUpdate]]
 """Name of a layer's weight -> its planned updates."""
@@ -54,8 +55,8 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
 
 def settle_tie(
     tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
-    config: Mapping[str, Any] | None, warnings: list[str], rows: int,
-) -> dict[str, Any]:  # fmt: skip
+    config: Mapping[str, JsonValue] | None, warnings: list[str], rows: int,
+) -> dict[str, JsonValue]:  # fmt: skip
     """Assign every planned update to the output tensors that it changes.
 
     Args:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from threadpoolctl import threadpool_limits
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 PIECE = 4 << 20
@@ -53,7 +54,7 @@ class Difference:
     elements: int = 0
     largest: float = 0.0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {"tensor": self.tensor, "why": self.why, "elements": self.elements, "largest": self.largest}
 
 
@@ -71,7 +72,7 @@ class BaseDifference:
     expected: str
     given: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {"named_by": self.named_by, "expected": self.expected, "given": self.given}
 
 
@@ -103,7 +104,7 @@ class Verification:
     def ok(self) -> bool:
         return not self.differences and not self.base
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         found = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
         base = {"base": [difference.record() for difference in self.base]} if self.base else {}

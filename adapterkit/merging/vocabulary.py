@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array, Buffer, Leaf
+    from ..io.strict_json import JsonValue
     from ..naming.binding import Site
     from ..naming.binding.fitting import Shapes
 
@@ -202,7 +203,9 @@ class Vocabulary:
             self.warnings.append(f"the vocabulary grows from {rows} to {needed} rows; new rows of {tables}")
         return replace(self.base, tensors=tensors)
 
-    def config_changes(self, config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def config_changes(
+        self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
+    ) -> dict[str, JsonValue]:
         """Return the changes of a config that set its vocabulary size to the grown one.
 
         Args:
@@ -229,7 +232,7 @@ class Vocabulary:
                 found[key] = {**now[key], **dict.fromkeys(sizes, needed)}
         return found
 
-    def record(self) -> dict[str, Any] | None:
+    def record(self) -> dict[str, JsonValue] | None:
         """Return plain data about a changed vocabulary; None if it is the base's."""
         if self.sizes:
             rows, needed = next(iter(self.sizes.items()))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType, Shape
+    from ..io.strict_json import JsonValue
 
 
 def low_rank(
@@ -96,7 +97,7 @@ def of_several(
     return Adapter(updates, base, (step,))
 
 
-def _plain(step: Step) -> dict[str, Any]:
+def _plain(step: Step) -> dict[str, JsonValue]:
     return {"op": step.op, "args": dict(step.args)}
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.computed import Array
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
     from .alignment import Source
     from .lowering import Base
 
@@ -68,7 +69,7 @@ class Likeness:
     sign_conflict: float | None = None
     interference: float | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -103,7 +104,7 @@ class Comparison:
         said = [each.equal for each in self.targets]
         return False if False in said else None if None in said else True
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {
             "equal": self.equal, "relative_error": self.relative_error, "cosine": self.cosine,
             "tolerance": self.tolerance, "targets": [each.record() for each in self.targets],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..io.computed import Array
     from ..io.lazy import DType
+    from ..io.strict_json import JsonValue
     from .alignment import Source
     from .lowering import Base
     from .sketching import Decomposition
@@ -56,7 +57,7 @@ class Cut:
         """The error relative to the norm."""
         return self.error / self.norm if self.norm else 0.0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {
             "target": self.target, "method": self.method, "before": self.before, "rank": self.rank, "norm": self.norm,
             "error": self.error, "relative_error": self.relative,
