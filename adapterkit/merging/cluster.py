@@ -21,8 +21,13 @@ from .report import Engine
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from ..core.adapter import Adapter
     from .execute import Progress
+
+    Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
 
 RETRIES = 16
 """How often Ray restarts a task whose worker or node died."""
@@ -59,8 +64,13 @@ class Recipe:
 
 
 def recipe_of(
-    base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Options, device: str
-) -> Recipe:
+    base: Checkpoint,
+    quantized: str | None,
+    onto: Base | None,
+    adapters: Sequence[Source],
+    options: Options,
+    device: str,
+) -> Recipe:  # fmt: skip
     """Return the recipe of a merge, with absolute paths that all nodes can open."""
     from ..core.adapter import Adapter
 

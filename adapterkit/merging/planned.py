@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -180,7 +180,7 @@ class Plan:
     @property
     def _largest(self) -> tuple[int, str]:
         if self._held is None:
-            known: dict[Any, int] = {}
+            known: dict[Hashable, int] = {}
             computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
             # The dataclass is frozen; this is a cache, as a mixture of experts has 45,000 outputs.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
@@ -216,7 +216,7 @@ class Plan:
         }  # fmt: skip
 
 
-def _held(output: Output, known: dict[Any, int]) -> int:
+def _held(output: Output, known: dict[Hashable, int]) -> int:
     """Return `_block_bytes`, computed once for all outputs of the same shapes and updates."""
     if output.part is not None:
         return output.part.held

@@ -84,7 +84,9 @@ class StagingDir(Staging):
         stage.parts.mkdir()
         return stage
 
-    def finish(self, name: str, norms: Mapping[str, Any], runs: Sequence[tuple[int, int, str]] = ()) -> None:
+    def finish(
+        self, name: str, norms: Mapping[str, Sequence[float]], runs: Sequence[tuple[int, int, str]] = ()
+    ) -> None:
         """Make a file in `parts/` durable and move it to `out/`."""
         part = self.parts / name
         with open(part, "rb") as file:

@@ -7,7 +7,7 @@ contexts not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive, Update
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..io.lazy import Lazy, Shape
     from ..naming.binding import Site
     from .lowering import Base
+
+A = TypeVar("A")
+"""An array of numpy or torch."""
 
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
@@ -148,7 +151,9 @@ def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update
     import numpy as np
 
     assert site.weight is not None
-    W, done = view_of(load(_tensor(base, site.weight)), site.target), []
+    # Formulas name torch's tensors, and run on numpy's arrays, too.
+    W: Any = view_of(load(_tensor(base, site.weight)), site.target)
+    done = []
     for update in updates:
         done.append(update.settled(W))
         if not update.changes_weight:
@@ -166,18 +171,20 @@ def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> A
     return W
 
 
-def view_of(W: Any, target: Target, bias: bool = False) -> Any:
+def view_of(W: A, target: Target, bias: bool = False) -> A:
     """View a stored tensor, of numpy or torch, as the target's updates see it; no copy."""
+    view: Any = W
     if bias:
-        return W if target.rows is None else W[..., slice(*target.rows)]
+        view = view if target.rows is None else view[..., slice(*target.rows)]
+        return cast(A, view)
     if target.layout == "in out *k":
-        W = W.swapaxes(0, 1)
+        view = view.swapaxes(0, 1)
     elif target.layout == "e in out *k":
-        W = W.swapaxes(1, 2)
-    if target.rows is None:
-        return W
-    rows = slice(*target.rows)
-    return W[:, rows] if target.stacked else W[rows]
+        view = view.swapaxes(1, 2)
+    if target.rows is not None:
+        rows = slice(*target.rows)
+        view = view[:, rows] if target.stacked else view[rows]
+    return cast(A, view)
 
 
 def _tensor(base: Checkpoint, name: str) -> Lazy:

@@ -95,7 +95,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     return recipe(load_yaml(data, path=path), Path(path))
 
 
-def recipe(found: Any, path: Path | None = None) -> Recipe:
+def recipe(found: object, path: Path | None = None) -> Recipe:
     """Return a recipe from plain data; see `read_recipe`."""
     top = _mapping(found, "recipe", TOP, path)
     for name in WORDS:
@@ -125,7 +125,7 @@ def recipe(found: Any, path: Path | None = None) -> Recipe:
     return Recipe(tuple(names), options)
 
 
-def _mapping(found: Any, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
+def _mapping(found: object, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise Malformed("a mapping was expected", where=where, path=path, cure="See adapterkit combine --help")
     for key in found:
@@ -142,7 +142,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     return said[0]
 
 
-def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
+def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
     """Return parameters under our names."""
     if found is None:
         return {}
