@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_index_lists_all_vectors_of_the_container():
         for path in (VECTORS / part).rglob("*")
         if path.is_file() and not (path.parent.name == "invalid" and path.suffix == ".json")
     }
-    assert listed - {"canonical.json"} == held
+    assert listed - {"canonical.json", "rules.json"} == held
     classes = {"reader", "validator", "base reader", "merger", "runtime", "writer"}
     assert {case["class"] for case in INDEX["cases"]} == classes
     assert {case["version"] for case in INDEX["cases"]} == {"1.0", "1.1"}
@@ -93,6 +94,9 @@ def test_names_in_rules_mean_one_thing():
         axes = {name for t in entry["tensors"] for name in re.findall(r"[A-Za-z_]\w*", t["shape"])}
         attributes = {a["name"]: a["type"] for a in entry.get("attributes", [])}
         assert not axes & attributes.keys(), entry["name"]
+        for axis in " ".join(t["shape"] for t in entry["tensors"]).split():
+            names = re.findall(r"[A-Za-z_]\w*", axis)
+            assert len(names) == len(set(names)), (entry["name"], axis)
         rules = " ".join(
             str(rule.get(key, "")) for rule in entry.get("rules", []) for key in ("when", "require", "value")
         )
@@ -145,7 +149,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 8  # and layers with several updates
+    assert len(computed) == len(FORMULAS) + 10  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -258,6 +262,30 @@ def test_both_readers_have_one_canonical_json():
     command = [NODE, "--input-type=module", "-e", program, json.dumps(CANONICAL)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == wanted
+
+
+def test_both_readers_have_one_value_of_an_expression(reader):
+    """Text beside numbers, absent tensors, quotients by 0: what a rule may come to is decided, also where none does."""
+    cases = json.loads((VECTORS / "rules.json").read_text("utf-8"))
+    wanted = [case["value"] for case in cases]
+    assert reader.rules(str(VECTORS / "rules.json"))["values"] == wanted
+    command = [NODE, str(SPEC / "readers" / "javascript" / "cli.mjs"), "rules", str(VECTORS / "rules.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["values"] == wanted
+    assert {"null", "1", "0"} <= set(wanted)
+    assert len(cases) > 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "below"), [("e n", ["in"]), ("2 n", ["in"]), ("n", ["out", "in"]), ("3 n", ["out", "in"]), ("*n", ["in"])]
+)
+def test_an_entry_has_distinct_positions_in_lists_alone(shape, below):
+    """What comes twice in an array of more axes is not said, so that no entry may ask for it."""
+    checker = jsonschema.Draft202012Validator(json.loads((SPEC / "method.schema.json").read_text("utf-8")))
+    entry = tomllib.loads((SPEC / "methods" / "shira.toml").read_text("utf-8"))
+    checker.validate(entry)
+    entry["tensors"][0] |= {"shape": shape, "below": below}
+    assert not checker.is_valid(entry)
 
 
 def stored(path):

@@ -31,7 +31,9 @@ LOAD = """(async (sources, methods) => {
   window.asked = {
     check: (file) => run.check(bytes(file), methods),
     canonical: (file) => run.canonicals(bytes(file)),
-    base: (files) => run.base(Object.keys(files), (name) => bytes(files[name])),
+    rules: (file) => run.rules(bytes(file)),
+    base: (files) => typeof files === "string" ? run.baseFile(bytes(files))
+      : run.base(Object.keys(files), (name) => bytes(files[name])),
     compute: (adapter, base) => run.computed(bytes(adapter), bytes(base), methods),
     merge: (adapter, base) => run.merged(bytes(adapter), bytes(base), methods),
   };
@@ -61,7 +63,7 @@ def outcomes(tmp_path_factory):
     methods = (SPEC / "1.1" / "methods.json").read_text("utf-8")
     with chromium.page(folder / "profile") as page:
         page.open((folder / "page.html").as_uri())
-        assert page.evaluate(f"{LOAD}({json.dumps(sources)}, {methods})") == 5
+        assert page.evaluate(f"{LOAD}({json.dumps(sources)}, {methods})") == 6
 
         def ask(verb, paths):
             groups = [paths] if verb in ("compute", "merge") else [[path] for path in paths]

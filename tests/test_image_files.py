@@ -136,6 +136,78 @@ def test_a_fused_weight_beside_its_parts_is_refused(names, tmp_path):
         ak.read(saved(tmp_path, held))
 
 
+def test_a_difference_of_weights_becomes_the_lora_that_diffusers_itself_makes_of_it(tmp_path):
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers as convert
+
+    held = {"diffusion_model.head.head.diff": normal(6, 8), "diffusion_model.head.head.diff_b": normal(6)}
+    for name in ("q", "k", "v", "o"):
+        for attention in ("self_attn", "cross_attn"):
+            held |= lora(f"diffusion_model.blocks.0.{attention}.{name}", ends=AB)
+            held |= {f"diffusion_model.blocks.0.{attention}.{name}.diff_b": normal(8)}
+    for name in ("ffn.0", "ffn.2"):
+        held |= lora(f"diffusion_model.blocks.0.{name}", ends=AB)
+        held |= {f"diffusion_model.blocks.0.{name}.diff_b": normal(8)}
+    adapter = ak.read(saved(tmp_path, held))
+    with pytest.raises(Unrepresentable, match="--on-loss promote"):
+        ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    lines = ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="promote")
+    assert any("head.head as a LoRA of rank 6" in str(line) for line in lines)
+    theirs = convert({key: torch.from_numpy(value.copy()) for key, value in held.items()})
+    ours = load_file(tmp_path / "b.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key in (key for key in ours if key.endswith("lora_B.weight")):
+        below = key.replace("lora_B", "lora_A")
+        want = theirs[key].double().numpy() @ theirs[below].double().numpy()
+        np.testing.assert_allclose(ours[key].astype("f8") @ ours[below], want, rtol=0, atol=1e-12)
+    for key in (key for key in ours if key.endswith("bias")):
+        np.testing.assert_array_equal(ours[key], theirs[key].numpy())
+
+
+def test_a_difference_with_more_outputs_than_inputs_and_one_of_a_convolution_are_exact(tmp_path):
+    held = lora("diffusion_model.blocks.0.self_attn.q") | {
+        "diffusion_model.blocks.0.ffn.0.diff": normal(12, 8),
+        "diffusion_model.patch_embedding.diff": normal(8, 4, 1, 2, 2),
+    }
+    adapter = ak.read(saved(tmp_path, held))
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="promote")
+    again = ak.read(tmp_path / "b.safetensors")
+    for name, other in (("ffn.0", "ffn.net.0.proj"), ("patch_embedding", "patch_embedding")):
+        here = "transformer.patch_embedding" if other == name else f"transformer.blocks.0.{other}"
+        want = next(held[key] for key in held if f"{name}.diff" in key)
+        np.testing.assert_array_equal(again.delta(here).numpy(), want)
+    assert load_file(tmp_path / "b.safetensors")["transformer.blocks.0.ffn.net.0.proj.lora_A.weight"].shape == (8, 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_difference_of_flux_s_norms_is_written_whole_at_a_base_as_its_loader_takes_it(tmp_path):
+    from diffusers import FluxTransformer2DModel
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    name = "transformer_blocks.0.attn.norm_q"
+    held = lora("transformer.transformer_blocks.0.attn.to_q", 32, 32, ends=AB)
+    held |= {f"diffusion_model.{name}.diff": normal(16)}
+    held = {
+        key.replace("transformer.transformer_blocks", "diffusion_model.transformer_blocks"): t
+        for key, t in held.items()
+    }
+    adapter = ak.read(saved(tmp_path, held), family="flux")
+    with pytest.raises(Unrepresentable, match=r"--base.*--on-loss promote"):
+        ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers", base=tmp_path / "base", on_loss="promote")
+    want = model.get_submodule(name).weight.detach().clone() + torch.from_numpy(held[f"diffusion_model.{name}.diff"])
+    state, _, _ = FluxLoraLoaderMixin.lora_state_dict(
+        str(tmp_path / "b.safetensors"), return_alphas=True, return_lora_metadata=True
+    )
+    norms = {key.removeprefix("transformer."): value for key, value in state.items() if "norm_q" in key}
+    FluxLoraLoaderMixin._load_norm_into_transformer(norms, model)
+    torch.testing.assert_close(model.get_submodule(name).weight.detach(), want)
+
+
 def test_changes_of_zero_that_diffusers_cannot_say_are_left_out_and_said(tmp_path):
     names = ("diffusion_model.blocks.0.norm3", "diffusion_model.blocks.0.self_attn.norm_q")
     held = lora("diffusion_model.blocks.0.self_attn.q") | {f"{name}.diff": np.zeros(8, "f4") for name in names}
@@ -143,7 +215,7 @@ def test_changes_of_zero_that_diffusers_cannot_say_are_left_out_and_said(tmp_pat
     assert sum("its change is zero" in str(line) for line in lines) == 2
     assert len(load_file(tmp_path / "b.safetensors")) == 2
     held[f"{names[0]}.diff"][3] = 1
-    with pytest.raises(Unrepresentable, match=r"blocks\.0\.norm2: dense"):
+    with pytest.raises(Unrepresentable, match=r"blocks\.0\.norm2: the difference of a norm.*--on-loss drop"):
         ak.write(ak.read(saved(tmp_path, held)), tmp_path / "b.safetensors", "diffusers")
 
 
@@ -201,11 +273,122 @@ def test_a_scaling_that_diffusers_has_no_slot_for_is_refused_with_the_flag_that_
     ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="fold")
 
 
-def test_embeddings_that_onetrainer_bundles_are_named(tmp_path):
-    held = lora(UNET, alpha=1) | {"bundle_emb.token.clip_l": normal(2, 8)}
+def test_embeddings_that_onetrainer_bundles_are_read_and_written_back(tmp_path):
+    held = lora(UNET, alpha=1) | {
+        "bundle_emb.token.clip_l": normal(2, 8), "bundle_emb.token.clip_g": normal(2, 8),
+        "bundle_emb.other.clip_l": normal(8),
+    }  # fmt: skip
+    adapter = ak.read(saved(tmp_path, held))
+    found = {(t.path, u.token): u for t, u in adapter if u.method == "textual_inversion"}
+    assert {token for _, token in found} == {"token", "other"}
+    assert len(found) == 3
+    place = ("text_encoder_2.text_model.embeddings.token_embedding", "token")
+    np.testing.assert_array_equal(found[place].P.numpy(), held["bundle_emb.token.clip_g"])
+    for source in (adapter, adapter.replace(foreign=None)):
+        ak.write(source, tmp_path / "b.safetensors", "kohya")
+        again = load_file(tmp_path / "b.safetensors")
+        assert again.keys() == held.keys()
+        assert all(np.array_equal(again[key].reshape(held[key].shape), held[key]) for key in held)
+    ak.write(adapter, tmp_path / "native", "adapterkit")
+    ak.write(ak.read(tmp_path / "native"), tmp_path / "c.safetensors", "kohya")
+    assert (tmp_path / "c.safetensors").read_bytes() == saved(tmp_path, held).read_bytes()
+    assert "textual_inversion" in run("inspect", str(tmp_path / "c.safetensors")).stdout
+
+
+@pytest.mark.parametrize("name", ["diffusers", "comfyui"])
+def test_embeddings_are_lost_only_where_that_is_asked_for(name, tmp_path):
+    held = lora(UNET, alpha=1) | {"bundle_emb.token.emb_params": normal(2, 8)}
+    adapter = ak.read(saved(tmp_path, held))
+    with pytest.raises(Unrepresentable, match=r"textual_inversion is not among its methods.*--on-loss drop"):
+        ak.write(adapter, tmp_path / "b.safetensors", name)
+    lines = ak.write(adapter, tmp_path / "b.safetensors", name, on_loss="drop")
+    assert any("token_embedding" in line for line in lines)
+    ak.write(adapter, tmp_path / "token.safetensors", "textual_inversion", on_loss="drop")
+    assert load_file(tmp_path / "token.safetensors").keys() == {"token"}
+
+
+def test_embeddings_of_flux_s_encoders_are_told_by_the_transformer_beside_them(tmp_path):
+    held = {}
+    for name, rows in (("transformer_blocks_0_attn_to_q", 3072), ("single_transformer_blocks_37_proj_mlp", 12288)):
+        held |= lora(f"lora_transformer_{name}", rows, 3072, alpha=1)
+    held |= {"bundle_emb.token.clip_l": normal(2, 8), "bundle_emb.token.t5": normal(2, 8)}
+    adapter = ak.read(saved(tmp_path, held, {"modelspec.architecture": "Flux.1-dev"}))
+    places = {t.path for t, u in adapter if u.method == "textual_inversion"}
+    assert places == {"text_encoder.text_model.embeddings.token_embedding", "text_encoder_2.shared"}
+    ak.write(adapter, tmp_path / "b.safetensors", "kohya")
+    assert load_file(tmp_path / "b.safetensors").keys() == held.keys()
+
+
+def test_embeddings_of_an_encoder_s_output_are_named(tmp_path):
+    held = lora(UNET, alpha=1) | {"bundle_emb.token.clip_l_out": normal(2, 8)}
     with pytest.raises(Unsupported, match="OneTrainer") as raised:
         ak.read(saved(tmp_path, held))
-    assert raised.value.where == "bundle_emb.token.clip_l"
+    assert raised.value.where == "bundle_emb.token.clip_l_out"
+
+
+# Spellings that publishers use.
+
+
+def test_words_that_training_tools_put_into_paths_are_left_out(tmp_path):
+    names = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0._checkpoint_wrapped_module.attn.to_q")
+    held = {k: v for name in names for k, v in lora(f"transformer._orig_mod.{name}", ends=AB).items()}
+    adapter = ak.read(saved(tmp_path, held))
+    assert {t.path for t in adapter.updates} == {
+        "transformer.transformer_blocks.0.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"
+    }  # fmt: skip
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == held.keys()
+
+
+def test_hunyuan_video_i2v_s_own_prefix_is_read(tmp_path):
+    stems = ("double_blocks_0_img_attn_qkv", "single_blocks_0_linear2")
+    held = {k: v for stem in stems for k, v in lora(f"Hunyuan_video_I2V_lora_{stem}", alpha=1).items()}
+    adapter = ak.read(saved(tmp_path, held))
+    assert {t.path for t in adapter.updates} == {
+        "transformer.double_blocks.0.img_attn_qkv", "transformer.single_blocks.0.linear2"
+    }  # fmt: skip
+    ak.write(adapter.replace(foreign=None), tmp_path / "b.safetensors", "comfyui")
+    assert any("img_attn_qkv" in key for key in load_file(tmp_path / "b.safetensors"))
+
+
+def test_slots_without_weight_are_read_behind_comfyui_s_prefix(tmp_path):
+    held = lora("diffusion_model.blocks.0.attn.qkv_x", 24, ends=("lora_A", "lora_B"))
+    held |= lora("diffusion_model.blocks.0.attn.qkv_y", 24, ends=("lora_A", "lora_B"))
+    assert ak.detect(saved(tmp_path, held)) == "comfyui"
+    adapter = ak.read(tmp_path / "a.safetensors")
+    want = held["diffusion_model.blocks.0.attn.qkv_x.lora_B"] @ held["diffusion_model.blocks.0.attn.qkv_x.lora_A"]
+    np.testing.assert_allclose(adapter.delta("transformer.blocks.0.attn.qkv_x").numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_hunyuan_video_are_no_control_lora_of_flux(tmp_path):
+    held = lora("double_blocks.0.img_attn_qkv", 24, ends=AB) | lora("single_blocks.0.linear2", ends=AB)
+    assert ak.detect(saved(tmp_path, held)) == "comfyui"
+
+
+def test_a_clip_beside_a_t5_tells_flux_from_families_without_clip(tmp_path):
+    held = lora("diffusion_model.double_blocks.0.img_attn.qkv", 24)
+    for stem in (
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    ):
+        held |= lora(stem)
+    paths = {t.path for t in ak.read(saved(tmp_path, held)).updates}
+    assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in paths
+
+
+@pytest.mark.parametrize("name", ["comfyui", "kohya"])
+def test_xlabs_rows_of_a_fused_weight_become_an_update_of_all_its_rows(name, tmp_path):
+    vector = Path(__file__).parents[1] / "spec" / "vectors" / "formats" / "xlabs" / "flux" / "adapter.safetensors"
+    adapter = ak.read(vector)
+    (place,) = {t for t in adapter.updates if t.rows}
+    ak.write(adapter, tmp_path / "b.safetensors", name)
+    again = ak.read(tmp_path / "b.safetensors", family="flux")
+    (update,) = again.updates[next(t for t in again.updates if t.path == place.path)]
+    width = update.A.shape[1]
+    assert update.B.shape == (7 * width, adapter.updates[place][0].A.shape[0])
+    whole = again.delta(place.path).numpy()
+    np.testing.assert_allclose(whole[: 3 * width], adapter.delta(place.path).numpy(), rtol=1e-5, atol=1e-6)
+    assert not whole[3 * width :].any()
 
 
 def test_a_folded_scaling_that_the_type_cannot_hold_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Which tools load a file: the answers are compared with diffusers' own loaders and with ComfyUI's key map as data."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from test_image_dialects import CASES, COMFY, FAMILIES, dotted, flat, pairs, who
 
 import adapterkit as ak
 from adapterkit.errors import Malformed
+from adapterkit.io.lazy import from_numpy
 from adapterkit.loaders import folder, load, loaders, loaders_of
+from adapterkit.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DIFFUSERS = loaders()["diffusers"]
@@ -73,9 +76,7 @@ def test_comfyui_s_key_map_holds_every_key_that_is_written_for_it(name, tmp_path
 
 def test_every_family_of_the_issue_is_in_comfyui_s_map_or_has_no_class_there():
     absent = {name for name, family in FAMILIES.items() if not family.facts.generic} - set(HELD_BY_COMFYUI)
-    assert absent == {
-        "cogvideox", "cogview4", "ernie_image", "flux3", "ideogram4", "krea2", "minimax_h3", "sana",
-    }, "ComfyUI 0.19.3 has no model class of these"  # fmt: skip
+    assert absent == {"cogview4", "flux3", "sana"}, "ComfyUI 0.33.0 has no model class of these"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,3 +183,21 @@ def test_every_loader_file_says_where_its_facts_come_from():
     for file in folder().glob("*.toml"):
         assert file.read_text("utf-8").startswith("# "), file
         assert load(file).sources, file
+
+
+def test_a_file_that_is_read_with_its_base_is_answered_for_with_it(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32)}
+    weights = {f"model.layers.0.{name}.weight": rng.normal(size=size).astype("f4") for name, size in sizes.items()}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    config = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    target = ak.Target("model.layers.0.self_attn.q_proj")
+    leaves = {"A": rng.normal(size=(2, 32)).astype("f4"), "B": rng.normal(size=(32, 2)).astype("f4")}
+    adapter = ak.Adapter({target: (METHODS["lora"](**{name: from_numpy(leaf) for name, leaf in leaves.items()}),)})
+    ak.write(adapter, tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
+    assert "--base" in run("list", "loaders", tmp_path / "a.gguf").stderr
+    found = record("list", "loaders", tmp_path / "a.gguf", "--base", tmp_path / "base")["loaders"]
+    assert {each["tool"]: each["loads"] for each in found}["llama_cpp"] == "yes"
+    assert "goes with 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr

@@ -589,3 +589,44 @@ def test_fp8_weights(tmp_path: Path) -> None:
     ak.merge(base, ak.Adapter({Target("m"): (u,)}), tmp_path / "out")
     merged = load_all(tmp_path / "out")["m.weight"]
     assert torch.equal(merged.view(torch.uint8), torch.from_numpy(f64(W) + lora_delta(u)).to(W.dtype).view(torch.uint8))
+
+
+def ordered(r: np.random.Generator) -> tuple[ak.Adapter, ak.Adapter]:
+    """A LoRA and an IA3 whose rows overlap, in this order, and another adapter of an IA3."""
+    A, B, first, second = (torch.tensor(r.normal(size=shape)) for shape in ((2, 5), (4, 2), 4, 6))
+    both = {Target("q", rows=(2, 6)): (LoRA(A=A, B=B),), Target("q", rows=(0, 4)): (IA3(l=first),)}
+    return ak.Adapter(both), ak.Adapter({Target("q"): (IA3(l=second),)})
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+def test_targets_of_one_adapter_apply_in_order_and_adapters_add_up(
+    tmp_path: Path, weights: tuple[float, float]
+) -> None:
+    """What the first target gave is what the second changes; it was the base, and the order was lost."""
+    W, b = torch.tensor(np.random.default_rng(1).normal(size=(6, 5))), torch.arange(6.0).double()
+    one, other = ordered(np.random.default_rng(2))
+    save_file({"q.weight": W, "q.bias": b}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", [one, other], tmp_path / "out.safetensors", weights=weights)
+    (lora,), (scale,) = one.updates.values()
+    (whole,) = next(iter(other.updates.values()))
+    changed, vector = f64(W).copy(), f64(b).copy()
+    changed[2:] += f64(lora.B) @ f64(lora.A)
+    changed[:4] *= f64(scale.l)[:, None]
+    vector[:4] *= f64(scale.l)
+    exact = f64(W) + weights[0] * (changed - f64(W)) + weights[1] * (f64(W) * f64(whole.l)[:, None] - f64(W))
+    exact_b = f64(b) + weights[0] * (vector - f64(b)) + weights[1] * (f64(b) * f64(whole.l) - f64(b))
+    merged = load_file(tmp_path / "out.safetensors")
+    np.testing.assert_allclose(f64(merged["q.weight"]), exact, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(f64(merged["q.bias"]), exact_b, rtol=0, atol=1e-13)
+
+    model = torch.nn.Module()
+    model.q = torch.nn.Linear(5, 6).double()
+    model.q.load_state_dict({"weight": W, "bias": b})
+    handles = [ak.torch.inject(model, a, name=n, weight=w) for a, n, w in zip((one, other), "ab", weights, strict=True)]
+    x = torch.tensor(np.random.default_rng(3).normal(size=(3, 5)))
+    with torch.no_grad():
+        np.testing.assert_allclose(f64(model.q(x)), f64(x) @ exact.T + exact_b, rtol=0, atol=1e-12)
+    handles[1].remove()
+    handles[0].merge_()
+    alone = f64(W) + weights[0] * (changed - f64(W))
+    np.testing.assert_allclose(f64(model.q.weight.detach()), alone, rtol=0, atol=1e-13)

@@ -402,3 +402,23 @@ def test_numbers_whose_squares_overflow_are_refused(tmp_path):
     save_file({"q.weight": np.eye(2)}, tmp_path / "base.safetensors")
     with pytest.raises(Unsupported, match=r"q: dora\.A: a number above 3e\+150"):
         ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+
+
+LONG = {
+    "dora by its scaling": ("dora", {"A": (1, 2), "B": (2, 1), "magnitude": (2,)}, {"scaling": 5e299}, 1.0),
+    "dora by its weight": ("dora", {"A": (1, 2), "B": (2, 1), "magnitude": (2,)}, {}, 1e200),
+    "dora_outputs": ("dora_outputs", {"A": (1, 2), "B": (2, 1), "magnitude": (2,)}, {}, 1e200),
+    "weight_norm of outputs": ("weight_norm", {"out": (2,)}, {}, 1e200),
+    "weight_norm of inputs": ("weight_norm", {"into": (2,)}, {}, 1e200),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_norm_that_overflows_is_refused_and_not_divided_by(tmp_path, name):
+    """A row divided by an infinite norm is zero, and zeros are finite: they were written without a word."""
+    method, shapes, attributes, size = LONG[name]
+    fields = {field: from_numpy(np.ones(shape)) for field, shape in shapes.items()}
+    adapter = Adapter({Target("q"): (METHODS[method](**fields, **attributes),)})
+    save_file({"q.weight": np.full((2, 2), size)}, tmp_path / "base.safetensors")
+    with pytest.raises(Malformed, match=r"q\.weight"):
+        ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")

@@ -192,3 +192,17 @@ def test_command_line(plain, tmp_path):
     done = run("inject", source, source, "-o", tmp_path / "bad.onnx")
     assert done.exit_code == 2
     assert "not an ONNX model" in done.stderr
+
+
+def test_targets_of_one_weight_whose_order_counts(tmp_path, plain):
+    """A graph would add up what a LoRA and an IA3 do to the base; merged and live they apply one after the other."""
+    scale = METHODS["ia3"](l=torch.rand(8))
+    whole = Adapter({**lora().updates, Target("0", rows=(0, 8)): (scale,)})
+    apart_ = Adapter({
+        Target("0", rows=(0, 4)): (METHODS["lora"](A=torch.randn(2, 16), B=torch.randn(4, 2)),),
+        Target("0", rows=(4, 8)): (METHODS["ia3"](l=torch.rand(4)),),
+    })  # fmt: skip
+    refused(Unsupported, "several targets of one adapter at one weight", plain, whole, tmp_path / "out.onnx")
+    with pytest.raises(Unsupported, match="several targets of one adapter at one weight"):
+        ak.onnx.merge(plain, whole, tmp_path / "out.onnx")
+    ak.onnx.merge(plain, apart_, tmp_path / "out.onnx")

@@ -178,7 +178,8 @@ Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does
 method in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as
 a difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has
 two marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values,
-each with factors of its own.
+each with factors of its own. A difference becomes a LoRA of full rank with the identity for one factor, as diffusers
+itself converts it. With `--base`, methods that see the weight become differences of it in the dialects that have these.
 
 XLabs' files hold LoRA on FLUX's attention, BFL's control files LoRA and whole scales of norms of FLUX.
 """

@@ -21,17 +21,24 @@ if TYPE_CHECKING:
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["formats", "methods", "combine", "quant", "loaders"]))
 @click.argument("file", required=False)
-@_options.stating
+@_options.reading
 @_options.flags
 @click.pass_obj
-def command(settings: _options.Settings, what: str, file: str | None) -> None:
+def command(
+    settings: _options.Settings, what: str, file: str | None, source_format: str | None, base: str | None,
+    compat: str | None,
+) -> None:  # fmt: skip
     """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
     if file is not None and what != "loaders":
         raise click.UsageError(f"FILE goes with 'list loaders'; 'list {what}' takes none")
-    if file is None and _options.stated():
-        raise click.UsageError(f"--{next(iter(_options.stated()))} goes with 'list loaders FILE'")
-    if what == "loaders":
-        _loaders(settings, file)
+    said = {"from": source_format, "base": base, "compat": compat, **_options.stated()}
+    given = next((name for name, value in said.items() if value is not None), None)
+    if file is None and given is not None:
+        raise click.UsageError(f"--{given} goes with 'list loaders FILE'")
+    if file is not None:
+        _loaders_of(settings, file, source_format, base, compat)
+    elif what == "loaders":
+        _loaders(settings)
     elif what == "formats":
         show(settings, {"formats": formats()}, _formats_view)
     elif what == "combine":
@@ -99,16 +106,19 @@ def schemes() -> list[dict[str, Any]]:
     ]
 
 
-def _loaders(settings: _options.Settings, file: str | None) -> None:
-    if file is None:
-        from ..loaders import loaders
+def _loaders(settings: _options.Settings) -> None:
+    from ..loaders import loaders
 
-        known = [
-            {"name": name, "title": tool.title, "version": tool.version, "kind": tool.kind, "url": tool.url}
-            for name, tool in loaders().items()
-        ]
-        show(settings, {"loaders": known}, _tools_view)
-        return
+    known = [
+        {"name": name, "title": tool.title, "version": tool.version, "kind": tool.kind, "url": tool.url}
+        for name, tool in loaders().items()
+    ]
+    show(settings, {"loaders": known}, _tools_view)
+
+
+def _loaders_of(
+    settings: _options.Settings, file: str, source_format: str | None, base: str | None, compat: str | None
+) -> None:
     from .. import detect, read
     from ..io.inputs import inputs_kept
     from ..io.locations import located
@@ -116,9 +126,12 @@ def _loaders(settings: _options.Settings, file: str | None) -> None:
 
     path = located(file)
     with inputs_kept():
-        name = detect(path)
-        answers = loaders_of(read(path, name, **_options.stated()), name, path)
-    show(settings, {"path": file, "format": name, "loaders": answer_records(answers)}, _loaders_view)
+        name = source_format or detect(path)
+        adapter = read(path, name, base, compat=compat, **_options.stated())
+        answers = loaders_of(adapter, name, path)
+        warnings = _options.base_warnings([file], [adapter], base)
+    record = {"path": file, "format": name, "loaders": answer_records(answers), "warnings": warnings}
+    show(settings, record, _loaders_view)
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
@@ -167,6 +180,7 @@ def _loaders_view(record: Mapping[str, Any]) -> View:
     yield f"{record['path']}: {record['format']}"
     rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
     yield Table(("tool", "loads", "after convert", "why"), rows)
+    yield from (f"warning: {warning}" for warning in record["warnings"])
 
 
 def _schemes_view(record: Mapping[str, Any]) -> View:

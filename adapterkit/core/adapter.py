@@ -70,6 +70,26 @@ Updates = Mapping[Target, tuple[Update, ...]]
 """Target -> its updates in order of application."""
 
 
+def order_counts(targets: Sequence[tuple[Target, Sequence[Update]]]) -> bool:
+    """Whether targets of one adapter at one weight share rows, and one of them is no plain sum.
+
+    Otherwise what each does to the base adds up, which is how several adapters are merged.
+    """
+    plain = [all(update.kind == "additive" for update in updates) for _, updates in targets]
+    places = [(target.layout, target.rows) for target, _ in targets]
+    return any(
+        not (plain[first] and plain[second]) and _share_rows(*places[first], *places[second])
+        for first in range(len(places))
+        for second in range(first)
+    )
+
+
+def _share_rows(layout: str, rows: tuple[int, int] | None, other: str, others: tuple[int, int] | None) -> bool:
+    if rows is None or others is None or layout != other:
+        return True
+    return max(rows[0], others[0]) < min(rows[1], others[1])
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRef:
     """The base that an adapter was made for.

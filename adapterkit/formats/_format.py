@@ -98,6 +98,8 @@ class Format:
         options: further arguments of `formats.read` that `read` takes by name: `alpha`, `rank`, `strict`, `family`.
         experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
+        identities: whether a difference of weights may become a LoRA of full rank, as the tool itself converts it. In
+            all other formats that is refused: the file would be as large as the base.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
         file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
@@ -114,6 +116,7 @@ class Format:
     options: ClassVar[frozenset[str]] = frozenset()
     experts_orders: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
+    identities: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
     dtypes: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""

@@ -7,22 +7,25 @@ of weights where the format has that, and the nearest LoRA only where the caller
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core.updates import Additive
-from ..errors import Miswritten, NotMergeable, Unrepresentable, UsageError
-from ..io.computed import computed, load
+from ..errors import AdapterkitError, Miswritten, NotMergeable, Unrepresentable, UsageError
+from ..io.computed import computed, held, load
+from ..io.lazy import as_lazy
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
+from ..methods.replacement import Replacement
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
-    from ..io.lazy import DType
+    from ..io.lazy import DType, Lazy, Shape
     from ..ops.lowering import Delta
     from ._format import Format
 
@@ -45,18 +48,23 @@ class Promotion:
     Attributes:
         lora: whether the format has LoRA.
         dense: whether the format has differences of weights.
+        identities: whether a difference of weights may become a LoRA of full rank.
+        whole: whether the format has whole parameters, and may have the base's with a difference added.
         max_error: the relative Frobenius error of each change that is accepted; None accepts none.
         base: what laws that see the weight are taken at.
     """
 
     lora: bool
     dense: bool
+    identities: bool
+    whole: bool
     max_error: float | None
     base: Checkpoint | None
 
     @classmethod
     def into(cls, writer: Format, max_error: float | None, base: Checkpoint | None) -> Promotion:
-        return cls("lora" in writer.methods, writer.differences, max_error, base)
+        lora, whole = "lora" in writer.methods, writer.identities and "replacement" in writer.methods
+        return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
         """Writes, and where that is refused writes what can be promoted in another way; one line for each change.
@@ -75,7 +83,8 @@ class Promotion:
                     # What is refused may be a LoRA that has no place beside the others.
                     changed, said = self._promoted(adapter, {*adapter.updates} if refused else set())
                 if not said:
-                    refusal.cure = ACCEPT if refused else refusal.cure
+                    if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
+                        refusal.cure = ACCEPT
                     raise
                 adapter, lines = changed, lines + said
 
@@ -89,8 +98,10 @@ class Promotion:
 
     def _is_exact(self, found: Sequence[Update]) -> bool:
         """Whether updates come down to one LoRA or one difference of weights, and are not one already."""
-        if not found or (len(found) == 1 and isinstance(found[0], (LoRA, Dense))):
+        if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
             return False
+        if len(found) == 1 and isinstance(found[0], Dense):
+            return self.identities and _is_matrix(found[0])
         sums = [update for update in found if isinstance(update, Additive)]
         thin = self.lora and all(type(update).pair is not Additive.pair for update in sums)
         return len(sums) == len(found) and (self.dense or thin)
@@ -107,10 +118,11 @@ class Promotion:
     def _one(self, adapter: Adapter, target: Target) -> Made | None:
         """What stands for all updates of a target; None where nothing does, or they are as wide as can be."""
         found = adapter.updates[target]
-        widest = (LoRA,) if self.max_error is not None else (LoRA, Dense)
-        if len(found) == 1 and isinstance(found[0], widest):
-            return None
         said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
+        if len(found) == 1 and isinstance(found[0], LoRA):
+            return None
+        if len(found) == 1 and isinstance(found[0], Dense) and self.max_error is None:
+            return self._of_difference(target, found[0], said) if self.identities else None
         exact = _in_factors(target, found, self.base)
         if exact is not None:
             _check_exact(target, found, exact, self.base)
@@ -122,6 +134,22 @@ class Promotion:
             return None if self.max_error is None else self._nearest(alone, self.max_error, said)
         except (NotMergeable, UsageError):
             return None
+
+    def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
+        """What stands for a difference of weights in a format that has none; None where nothing does."""
+        from ..naming.binding import weight_shape
+
+        shape = weight_shape(target, [update], self.base)
+        if not target.stacked and shape is not None and len(shape) > 1:
+            made = _by_identity(update, shape)
+            _check_exact(target, [update], made, self.base)
+            return target, made, f"{said} a LoRA of rank {_rank(made, target)}, one factor of which is the identity"
+        if self.whole and update.D is not None and update.d is None and self.base is not None:
+            weight = _weight_at(target, update, self.base)
+            if weight is not None:
+                total = _when_read(lambda: Replacement(weight=_sum(weight, update), bias=None))  # type: ignore[arg-type]
+                return target, total, f"{said} the whole weight, at the base's"
+        return None
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
         """The LoRA of the smallest rank within the error that is accepted."""
@@ -138,6 +166,63 @@ class Promotion:
             raise _mispromoted(target, next(iter(alone.updates.values())), why)
         _check_error(alone, target, found[0], lost, self.base)
         return target, found[0], f"{said} a LoRA of rank {_rank(found[0], target)}, relative error {lost:.1e}"
+
+
+def _is_vector(found: Sequence[Update]) -> bool:
+    """Whether all updates are differences of norms or biases, which no LoRA is near to."""
+    return bool(found) and all(isinstance(update, Dense) and not _is_matrix(update) for update in found)
+
+
+def _is_matrix(update: Dense) -> bool:
+    """Whether a difference is of a weight with inputs and outputs."""
+    return update.D is not None and len(update.D.shape) > 1
+
+
+def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
+    """A difference as a LoRA of full rank: the identity times D, or D times the identity where D has fewer inputs.
+
+    Of a difference of the bias alone both factors are zero, of rank 1. diffusers converts the `diff` of Wan's head so.
+    """
+    out, columns = shape[0], math.prod(shape[1:])
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    kind = next(iter(leaves.values())).dtype
+    if "D" not in leaves:
+        A, B = _zeros((1, *shape[1:]), kind), _zeros((out, 1), kind)
+    elif columns < out:
+        A, B = _identity(columns, kind).reshape(columns, *shape[1:]), leaves["D"].reshape(out, columns)
+    else:
+        A, B = leaves["D"].reshape(*shape), _identity(out, kind)
+    return LoRA(A=A, B=B, bias=leaves.get("d"), scaling=update.scaling)  # type: ignore[arg-type]
+
+
+def _identity(size: int, kind: DType) -> Lazy:
+    import numpy as np
+
+    return computed((size, size), kind, lambda: np.eye(size))
+
+
+def _zeros(shape: Shape, kind: DType) -> Lazy:
+    import numpy as np
+
+    return computed(shape, kind, lambda: np.zeros(shape))
+
+
+def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
+    """The base's parameter at a target, as it is stored; None where the base has none of this name and shape."""
+    from ..core.adapter import Adapter
+    from ..naming.binding import bind
+
+    try:
+        site = bind(Adapter({target: (update,)}), base).sites[0]
+    except AdapterkitError:
+        return None
+    weight = None if site.weight is None or target.rows is not None else base.tensors[site.weight]
+    return weight if weight is not None and weight.shape == update.tensors["D"].shape else None
+
+
+def _sum(weight: Lazy, update: Dense) -> Lazy:
+    """A weight and its difference, rounded once to the weight's type."""
+    return held(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
 
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:

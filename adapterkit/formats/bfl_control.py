@@ -44,7 +44,8 @@ class BflControl(ImageFormat):
         keys = container.names(path)
         # Other models have a final_layer too, and other names beside it.
         parsed = list(map(self.parse, keys))
-        return None not in parsed and any(key and key.slot != "set_weight" for key in parsed)
+        stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
+        return None not in parsed and bool(stems) and all(map(_of_flux, stems))
 
     def parse(self, key: str) -> Key | None:
         if _NORM.fullmatch(key):
@@ -64,10 +65,14 @@ class BflControl(ImageFormat):
         rest = rooted(target.path)[1]
         if update.method == "replacement":
             return rest if _NORM.fullmatch(rest) else None
-        known = any(family.name == "flux" for family in families_of(rest, "native"))
-        return rest if known and target.rows is None and component_of(target.path) == "transformer" else None
+        return rest if _of_flux(rest) and target.rows is None and component_of(target.path) == "transformer" else None
 
     def metadata(
         self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), True
+
+
+def _of_flux(name: str) -> bool:
+    """Whether FLUX has a module of this name: HunyuanVideo's blocks begin alike."""
+    return any(family.name == "flux" for family in families_of(name, "native"))

@@ -59,12 +59,15 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 }  # fmt: skip
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
-_KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS})")
+_BARE = {"lora_A": "down", "lora_B": "up"}
+"""Slots that only a prefix tells from loralib's, which has the same."""
+
+_KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
 _OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model)\.)?(.+?))\.({_ENDS})")
 _DOTTED = re.compile(r"[A-Za-z]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""What ComfyUI calls the CLIP in an encoder, where the family is not known."""
+"""Encoder -> ComfyUI's word for its CLIP, where the family is not known."""
 
 
 class Comfyui(ImageFormat):
@@ -93,7 +96,7 @@ class Comfyui(ImageFormat):
     def parse(self, key: str) -> Key | None:
         found = _KEY.fullmatch(key)
         if found is not None:
-            return Key(key, found[1], _WORDS[found[2]])
+            return Key(key, found[1], _WORDS.get(found[2]) or _BARE[found[2]])
         other = _OTHER.fullmatch(key)
         return Key(key, other[1], _WORDS[other[3]]) if other and _DOTTED.fullmatch(other[2]) else None
 
@@ -114,6 +117,8 @@ class Comfyui(ImageFormat):
         parts = {each.component for each in fitting if not each.facts.generic}
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
         fitting = narrowed(fitting, lambda family: said(family, metadata))
+        words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
+        fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
@@ -179,7 +184,7 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 
 
 _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")
-"""What may stand before the names of a U-Net or a transformer; or nothing."""
+"""Prefixes that names of a U-Net or a transformer may have; or none."""
 
 
 def _rest(stem: str) -> str:

@@ -26,6 +26,7 @@ from ..methods.replacement import Replacement
 from ..naming.image import PARTS, component_of, rooted
 from ._image import container
 from ._image.container import Metadata
+from ._image.deciding import candidates, denoiser_targets
 from ._image.dialect import ImageFormat, folder_file
 from ._image.file import Found, Key, Module, Rules
 from ._image.fusing import narrow
@@ -76,10 +77,13 @@ class Diffusers(ImageFormat):
 
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
+    identities = True
     methods = frozenset({"dora", "lokr", "lora", "replacement"})
     owns = frozenset(FILES)
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
+    _whole_norms: bool = True
+    """Whether the family that is written can be one whose loader takes whole norms; `renamed` finds out."""
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
         if write:
@@ -138,9 +142,27 @@ class Diffusers(ImageFormat):
             return None
         return stem
 
+    def prepared(self, updates: Updates) -> Updates:
+        """Changes of biases beside a LoRA become its bias, as diffusers' own converter has it."""
+        return _with_biases(updates)
+
+    def why_not(self, target: Target, update: Update, rules: Rules) -> str:
+        if isinstance(update, Dense) and update.D is not None and len(update.D.shape) == 1:
+            if _NORM.fullmatch(target.path) and self._whole_norms:
+                return (
+                    "the difference of a norm, which only FLUX's loader takes, and only whole: pass the base, base= "
+                    "(--base), with on_loss='promote' (--on-loss promote)"
+                )
+            return "the difference of a norm: diffusers' loaders take none, and LoRA has no form for a vector"
+        if isinstance(update, Replacement) and not self._whole_norms:
+            return "a whole norm, which only FLUX's loader takes"
+        return super().why_not(target, update, rules)
+
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """In diffusers' naming; changes of biases beside a LoRA become its bias, as diffusers' own converter has it."""
-        changed, losses = super().renamed(_with_biases(updates), kept, origin, fold=fold)
+        """In diffusers' naming; a part of a pipeline has LoKr alone, or none."""
+        fitting = candidates(updates, denoiser_targets(updates, ()), origin)
+        self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
+        changed, losses = super().renamed(updates, kept, origin, fold=fold)
         kinds: dict[str, dict[bool, list[Target]]] = {}
         for target, found in changed.items():
             for update in found:
@@ -197,12 +219,17 @@ def _with_biases(updates: Updates) -> Updates:
             bias = times(dense.d, dense.scaling / lora.scaling) if dense.scaling != lora.scaling else as_lazy(dense.d)
             joined[target] = (lora.replace(bias=bias),)
     parts = {component_of(target.path) for target in joined}
+    parts |= {component_of(t.path) for t, found in updates.items() if any(_has_bias(update) for update in found)}
     for target, found in updates.items():
         alone = found[0] if len(found) == 1 else None
         if isinstance(alone, LoRA) and alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
     return {target: joined.get(target, found) for target, found in updates.items()}
+
+
+def _has_bias(update: Update) -> bool:
+    return isinstance(update, LoRA) and update.bias is not None
 
 
 @lru_cache(maxsize=4)

@@ -18,10 +18,9 @@ from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.arguments import OPTIONS
 from ._image.container import Metadata
-from ._image.dialect import ALPHAS, ImageFormat
+from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.padding import PADDING
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|oft_unet)_[^.]+)\.(.+)")
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)")
 
 
 class Kohya(ImageFormat):
@@ -48,6 +47,7 @@ class Kohya(ImageFormat):
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
+    bundles = True
     file = "lora.safetensors"
     methods = frozenset({"dora", "lora", "oft", "weight_norm"})
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))
@@ -129,4 +129,4 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""What slots begin with that LyCORIS has and sd-scripts does not."""
+"""Beginnings of slots that LyCORIS has and sd-scripts does not."""

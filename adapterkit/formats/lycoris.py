@@ -15,10 +15,9 @@ from ._format import FORMULA, Departure
 from ._image import container
 from ._image.arguments import OPTIONS
 from ._image.container import Metadata
-from ._image.dialect import ALPHAS, ImageFormat
+from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.padding import PADDING
 from ._image.underscores import resolve, stem_of
 from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
@@ -46,6 +45,7 @@ class Lycoris(ImageFormat):
     description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
+    bundles = True
     file = "lycoris.safetensors"
     differences = True
     methods = frozenset(

@@ -20,13 +20,13 @@ from ..methods.textual_inversion import TextualInversion
 from ..naming.image import rooted
 from ._format import CHANGED, Format
 from ._image import container
+from ._image.bundles import EMBEDDING
 from ._image.container import TORCH, Metadata
 from ._image.dialect import folder_file
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
-EMBEDDING = "text_model.embeddings.token_embedding"
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 WRAPPED = "string_to_param"
 KOHYA = "emb_params"

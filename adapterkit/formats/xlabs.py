@@ -45,6 +45,7 @@ class Xlabs(ImageFormat):
     methods = frozenset({"lora"})
     rules = Rules(slots=("down", "up"))
     naming = "native"
+    rows = True
 
     def sniff(self, path: Path) -> bool:
         return any(map(self.parse, container.names(path)))

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, StorageError, UsageError, shown
+from ..errors import Malformed, StorageError, UsageError, shown, storage_error
 from . import safetensors
-from .inputs import read_input
+from .inputs import open_input, read_input
 from .lazy import DTYPES, Lazy, Span, files_kept_open
 from .locations import exists, located
 from .magic_bytes import is_gguf
@@ -165,7 +165,7 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
             return _indexed_files(index)
         if whole.is_file():
             return (whole,), None
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not found:
         cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
         raise UsageError("no weights in this folder", path=folder, cure=cure)
@@ -230,7 +230,7 @@ def _read_files(
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
     if file.is_dir():
         raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
-    if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
+    if is_torch_file(file) or (file.suffix in {".bin", ".pt", ".pth"} and not _begins_as_safetensors(file)):
         return read_torch_file(file), {}
     if is_gguf(file):
         from .gguf_file import read_model
@@ -238,6 +238,15 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
         return {name: raw(span) for name, span in read_model(file).spans.items()}, {}
     header = safetensors.read_header(file)
     return safetensors.handles(header), header.metadata
+
+
+def _begins_as_safetensors(file: Path) -> bool:
+    """Whether JSON follows the eight bytes of a length: an index may give a shard any ending."""
+    try:
+        with open_input(file) as opened_file:
+            return opened_file.read(9)[8:] in (b"{", b" ", b"\n", b"\r", b"\t")
+    except OSError as error:
+        raise storage_error(error, file) from error
 
 
 def raw(span: Span) -> Lazy:

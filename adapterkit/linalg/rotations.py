@@ -15,6 +15,8 @@ from .namespace import namespace
 
 def block_size(pairs: int) -> int:
     """Return the b with b * (b - 1) / 2 == `pairs`, or 0 if there is none."""
+    if pairs < 0:
+        return 0
     b = (1 + math.isqrt(1 + 8 * pairs)) // 2
     return b if b * (b - 1) // 2 == pairs else 0
 

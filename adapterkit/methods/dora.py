@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import WeightUpdate, tensor
-from ..linalg.namespace import constant
+from ..linalg.namespace import constant, lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +38,9 @@ class DoRA(WeightUpdate):
     def scaled_factors(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, A = self.scaling * self.B, self.A.reshape(len(self.A), -1)
         V = W.reshape(len(W), -1) + constant(B) @ constant(A)
-        return self.magnitude / (V * V).sum(1) ** 0.5, B, A
+        return self.magnitude / lengths((V * V).sum(1)), B, A
 
     def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
-        norm: Tensor = constant((V * V).sum(1) ** 0.5)
+        norm: Tensor = constant(lengths((V * V).sum(1)))
         return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)

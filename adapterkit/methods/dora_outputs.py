@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
+from ..linalg.namespace import lengths
 from .dora import DoRA
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class DoRAOutputs(WeightUpdate):
         if self.factors is not None:
             return self
         V = W.reshape(len(W), -1) + self.B @ self.A.reshape(len(self.A), -1)
-        return self.replace(factors=self.magnitude / (V * V).sum(1) ** 0.5)
+        return self.replace(factors=self.magnitude / lengths((V * V).sum(1)))
 
     def new_bias(self, b: Tensor) -> Tensor:
         if self.factors is None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import tensor
-from ..linalg.namespace import constant, namespace
+from ..linalg.namespace import constant, lengths, namespace
 from ._grouped import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
@@ -56,4 +56,4 @@ class GroupedDoRA(AcrossGroups):
             own = namespace(W).eye(groups, dtype=W.dtype, device=getattr(W, "device", None))
             D = (self.scaling * self.across() @ A).reshape(groups, out // groups, groups, -1)
             V = (D + own[:, None, :, None] * W.reshape(groups, out // groups, 1, -1)).reshape(out, -1)
-        return constant((V * V).sum(1) ** 0.5)
+        return constant(lengths((V * V).sum(1)))

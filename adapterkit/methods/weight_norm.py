@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import WeightUpdate, tensor
+from ..linalg.namespace import lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,10 @@ class WeightNorm(WeightUpdate):
 
     def new_weight(self, W: Tensor) -> Any:
         if self.into is None:
-            norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
-            lengths: Any = self.out
-            factors = lengths / (norm + self.eps)
+            norm = lengths((W * W).reshape(len(W), -1).sum(1))
+            wanted: Any = self.out
+            factors = wanted / (norm + self.eps)
             return W * factors.reshape(-1, *[1] * (W.ndim - 1))
-        norm = (W * W).reshape(len(W), W.shape[1], -1).sum(2).sum(0) ** 0.5
+        norm = lengths((W * W).reshape(len(W), W.shape[1], -1).sum(2).sum(0))
         factors = self.into / (norm + self.eps)
         return W * factors.reshape(1, -1, *[1] * (W.ndim - 2))

@@ -120,6 +120,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
         diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
         header_alpha: an alpha in the header of a file without alphas counts for every module.
+        whole_norms: diffusers' loader takes whole scales of the norms of queries and keys.
     """
 
     component: str = "transformer"
@@ -137,6 +138,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     beside: dict[str, str] = {}
     diffsynth_head: int = 0
     header_alpha: bool = False
+    whole_norms: bool = False
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -217,7 +217,7 @@ ROOTS = {
     "text_encoders.t5xxl.transformer": "t5",
     **{
         f"text_encoders.{word}.transformer": "text_encoder"
-        for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b")
+        for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b", "byt5_small")
     },
 }
 """Start of the names in a part of a pipeline -> the part; `denoiser` is the U-Net or the transformer."""

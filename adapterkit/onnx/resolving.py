@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from ..core.adapter import Adapter, Target
+from ..core.adapter import Adapter, Target, order_counts
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..naming.binding import Site, check_site, find_sites, fits
@@ -189,6 +189,7 @@ def resolve(
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Inner layers come first: their new outputs are inputs of the modules around them.
     ended = with_tied(ended, adapter, spots, tying)
+    _refuse_orders(ended)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
@@ -254,6 +255,20 @@ def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
                 for stop in range(1, len(words) + 1):
                     found.setdefault(".".join(words[:stop]), set()).add(module.removesuffix(path))
     return {path: next(iter(prefixes)) for path, prefixes in found.items() if len(prefixes) == 1}
+
+
+def _refuse_orders(found: Sequence[Found]) -> None:
+    """Refuse targets at one node whose order counts: graphs add up what each does to the base."""
+    by_spot: dict[Spot, list[Found]] = {}
+    for at in found:
+        if all(update.kind in ("additive", "weight") for update in at.updates):
+            for spot in dict.fromkeys(at.spots):
+                by_spot.setdefault(spot, []).append(at)
+    for here in by_spot.values():
+        if order_counts([(at.asked, at.updates) for at in here]):
+            why = "several targets of one adapter at one weight, of which one is no plain sum"
+            cure = "Merge the adapter into the base (`adapterkit merge`), and export that"
+            raise Unsupported(why, where=str(here[-1].asked), cure=cure)
 
 
 def _refuse(adapter: Adapter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Target
+from ..core.adapter import Target, order_counts
 from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
@@ -280,6 +281,12 @@ class Station:
         """
         if not all(part.direct for part in parts):
             return False
+        if len(parts) > 1 and _in_order(parts):
+            if isinstance(self.layer, Quantized) or self._drops(parts):
+                why = "several targets of one adapter at one layer, of which one is no plain sum"
+                cure = "Put the updates at one target, or inject without dropout into a layer that is not quantized"
+                raise Unsupported(why, where=str(parts[0].target), cure=cure)
+            return False
         if self.module.training and any(part.dropout for part in parts):
             return True
         if isinstance(self.layer, Quantized):
@@ -371,21 +378,38 @@ class Station:
         """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
-            at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
-            out[weight] = self._after(weight, dtype, at, changed_weight)
+            out[weight] = self._after(weight, dtype, [p for p in parts if p.weight == weight], changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
-            at = [(p.switch.weight, p.target, self._settled(p, dtype)) for p in parts if p.bias == bias]
-            out[bias] = self._after(bias, dtype, at, changed_bias)
+            own = [p for p in parts if p.bias == bias]
+            out[bias] = self._after(bias, dtype, own, changed_bias, [self._settled(p, own, dtype) for p in own])
         return out
 
-    def _settled(self, part: Part, dtype: torch.dtype | None) -> tuple[Update, ...]:
-        """The part's updates, with what their changes to the bias take from the weight worked out."""
+    def _settled(self, part: Part, parts: list[Part], dtype: torch.dtype | None) -> tuple[Update, ...]:
+        """The part's updates, with what their changes to the bias take from the weight worked out.
+
+        That is the weight behind the targets of the same adapter that come before the part.
+        """
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
         W = whole(tensor_at(self.module, part.weight))
-        return settled(part.updates, W.to(dtype or torch.promote_types(W.dtype, torch.float32)), part.target)
+        before = [p for p in parts[: parts.index(part)] if p.switch is part.switch and p.weight == part.weight]
+        W = changed_weight(
+            W.to(dtype or torch.promote_types(W.dtype, torch.float32)), [(1.0, [(p.target, p.updates) for p in before])]
+        )
+        return settled(part.updates, W, part.target)
 
-    def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
+    def _after(
+        self,
+        path: str,
+        dtype: torch.dtype | None,
+        parts: list[Part],
+        law: Any,
+        updates: Sequence[tuple[Update, ...]] | None = None,
+    ) -> Tensor:
+        targets: dict[Switch, list[Any]] = {}
+        for part, own in zip(parts, updates or [part.updates for part in parts], strict=True):
+            targets.setdefault(part.switch, []).append((part.target, own))
+        changes = [(switch.weight, own) for switch, own in targets.items()]
         before = whole(tensor_at(self.module, path))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after: Tensor = law(before.to(wide), changes)
@@ -433,6 +457,16 @@ def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
             module._flat_weights = flat
         for held, name in placed:
             del held.__dict__[name]
+
+
+def _in_order(parts: list[Part]) -> bool:
+    """Whether an adapter has several targets here whose order counts: formulas add up what each does to the base."""
+    switches = Counter(part.switch for part in parts)
+    return any(
+        order_counts([(part.target, part.updates) for part in parts if part.switch is switch])
+        for switch, count in switches.items()
+        if count > 1
+    )
 
 
 def _same(h: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from ..core.updates import Update
 from ..io.lazy import for_formulas
 from ..naming.binding import fold, view
 
-Change = tuple[float, Target, Sequence[Update]]
-"""(weight of the adapter, target, updates in order)."""
+Change = tuple[float, Sequence[tuple[Target, Sequence[Update]]]]
+"""The weight of an adapter, and its targets at one parameter with their updates, all in order."""
 
 Law = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 """A stored weight or bias, through the updates of one target."""
@@ -27,7 +27,7 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
-    """W + sum of weight * (f(W) - W), as stored; each law applies to the weight before any of them."""
+    """W + sum of weight * (f(W) - W), as stored; each adapter's f is of the weight before any of them."""
     return _mixed(W, changes, _weight)
 
 
@@ -50,8 +50,10 @@ def _mixed(
     before: Tensor, changes: Iterable[Change], law: Callable[[Tensor, Target, Sequence[Update]], Tensor]
 ) -> Tensor:
     after = before
-    for weight, target, updates in changes:
-        new = law(before, target, updates)
+    for weight, targets in changes:
+        new = before
+        for target, updates in targets:
+            new = law(new, target, updates)
         after = new if after is before and weight == 1 else after + weight * (new - before)
     return after
 

@@ -12,6 +12,7 @@ modules stand in for everything else that ComfyUI imports (torchvision, av, ...)
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -55,6 +56,8 @@ PREDICT2 = {"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels"
 WAN = {"dim": 1536, "out_dim": 16, "num_heads": 12, "ffn_dim": 8960, "num_layers": 2, "patch_size": (1, 2, 2),
        "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
        "in_dim": 36}  # fmt: skip
+
+LTXAV = {"num_layers": 2, "image_model": "ltxav"}
 
 MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "sd": [("BaseModel", "ldm.modules.diffusionmodules.openaimodel:UNetModel", SD15)],
@@ -230,7 +233,14 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         )
     ],
     "ltx": [("LTXV", "ldm.lightricks.model:LTXVModel", {"num_layers": 2})],
-    "ltx2": [("LTXAV", "ldm.lightricks.av_model:LTXAVModel", {"num_layers": 2, "image_model": "ltxav"})],
+    "ltx2": [
+        ("LTXAV", "ldm.lightricks.av_model:LTXAVModel", LTXAV),
+        (
+            "LTXAV",
+            "ldm.lightricks.av_model:LTXAVModel",
+            LTXAV | dict.fromkeys(("apply_gated_attention", "cross_attention_adaln"), True),
+        ),
+    ],
     "mochi": [
         (
             "GenmoMochi",
@@ -273,6 +283,20 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("CosmosPredict2", "ldm.cosmos.predict2:MiniTrainDIT", PREDICT2),
         ("Anima", "ldm.anima.model:Anima", PREDICT2),
     ],
+    "cogvideox": [
+        (
+            "CogVideoX",
+            "ldm.cogvideo.model:CogVideoXTransformer3DModel",
+            {
+                "num_layers": 2,
+                "ofs_embed_dim": 512,
+            },
+        )
+    ],
+    "ernie_image": [("ErnieImage", "ldm.ernie.model:ErnieImageModel", {"num_layers": 2})],
+    "ideogram4": [("Ideogram4", "ldm.ideogram4.model:Ideogram4Transformer2DModel", {"num_layers": 2})],
+    "krea2": [("Krea2", "ldm.krea2.model:SingleStreamDiT", {"layers": 2})],
+    "minimax_h3": [("MiniMaxH3", "ldm.minimax.model:MiniMaxH3Model", {"num_layers": 2})],
     "ace_step": [
         (
             "ACEStep15",
@@ -329,16 +353,19 @@ def main() -> int:
 
     text = toml(comfyui_version.__version__)
     if arguments.check:
-        same = OUT.exists() and OUT.read_text() == text
-        print("same" if same else "DIFFERENT")
-        return int(not same)
+        held = OUT.read_text() if OUT.exists() else ""
+        print("same" if held == text else "DIFFERENT")
+        sys.stdout.writelines(
+            difflib.unified_diff(held.splitlines(True), text.splitlines(True), "the file", "made now")
+        )
+        return int(held != text)
     OUT.write_text(text)
     return 0
 
 
 def toml(version: str) -> str:
     """The file's text."""
-    lines = [HEADER.format(version=version)]
+    lines = [HEADER.format(version=version, encoders="\n".join(encoders()))]
     found: dict[tuple[str, str], dict[str, tuple[list[str], list[str]]]] = {}
     for name, models in MODELS.items():
         for spelling, held in spelled(name, models).items():
@@ -347,6 +374,55 @@ def toml(version: str) -> str:
         lines += ["[[keys]]", f'prefix = "{prefix}"', f'naming = "{naming}"', f"families = {quoted(families)}"]
         lines += exceptions(families)
     return "\n".join(lines)
+
+
+ENCODERS = {
+    "clip_l": "sd1_clip:SD1ClipModel", "clip_g": "sdxl_clip:SDXLClipModel",
+    "clip_h": "text_encoders.sd2_clip:SD2ClipModel",
+    "flux": "text_encoders.flux:flux_clip()", "sd3": "text_encoders.sd3_clip:sd3_clip()",
+    "umt5xxl": "text_encoders.wan:te()", "llama": "text_encoders.hunyuan_video:hunyuan_video_clip()",
+    "qwen25_7b": "text_encoders.qwen_image:te()", "qwen3_06b": "text_encoders.anima:te()",
+    "qwen3_4b": "text_encoders.z_image:te()", "gemma2_2b": "text_encoders.lumina2:te()",
+    "byt5_small": "text_encoders.hunyuan_image:te()",
+}  # fmt: skip
+"""ComfyUI's classes of text encoders, or the functions that make these; a word of its own for each."""
+
+WORDS = (
+    *(f"lora_te{number}_" for number in ("", 1, 2, 3)), "text_encoder.", "text_encoder_2.",
+    *(f"text_encoders.{word}.transformer." for word in (*ENCODERS, "t5xxl")),
+)  # fmt: skip
+"""What keys of text encoders begin with."""
+
+_ATTENTION = [f"self_attn.{x}_proj" for x in "qkvo"]
+NAMES = {
+    "clip": [f"text_model.encoder.layers.0.{x}" for x in ("mlp.fc1", "mlp.fc2", *_ATTENTION[:3], "self_attn.out_proj")],
+    "t5": [f"encoder.block.0.layer.0.SelfAttention.{x}" for x in "qkvo"]
+    + [f"encoder.block.0.layer.1.DenseReluDense.{x}" for x in ("wi_0", "wi_1", "wo")],
+    "llm": [f"model.layers.0.{x}" for x in (*_ATTENTION, *(f"mlp.{y}_proj" for y in ("gate", "up", "down")))],
+}
+NAMES["layers"] = [name.removeprefix("model.") for name in NAMES["llm"]]
+"""Kind of a text encoder -> its modules, as far as adapters are trained for them."""
+
+
+def encoders() -> list[str]:
+    """The lines of the text encoders' spellings: each prefix with the kinds of which a map holds all modules."""
+    import comfy.lora
+    import torch
+
+    held = set[str]()
+    for place in ENCODERS.values():
+        module, _, name = place.partition(":")
+        __import__(f"comfy.{module}")
+        make = getattr(sys.modules[f"comfy.{module}"], name.removesuffix("()"))
+        with torch.device("meta"):
+            model = (make() if name.endswith("()") else make)(device="meta", dtype=torch.bfloat16)
+        held |= comfy.lora.model_lora_keys_clip(model, {}).keys()
+    lines = []
+    for prefix in WORDS:
+        spell = (lambda name: name.replace(".", "_")) if prefix.endswith("_") else str
+        kinds = [kind for kind, names in NAMES.items() if all(prefix + spell(name) in held for name in names)]
+        lines += [f'    {{ prefix = "{prefix}", names = {quoted(kinds)} }},'] if kinds else []
+    return lines
 
 
 def spelled(
@@ -377,7 +453,7 @@ def modules(family: Any, naming: str, weights: set[str]) -> list[str]:
     for weight in family.architecture.record.weights:
         place, native = (family.architecture.place(weight, each) for each in (naming, "native"))
         there = native is None or f"diffusion_model.{native.name}.weight" in weights or family.component != "unet"
-        if place is not None and not is_norm(place.name) and there:
+        if place is not None and not is_norm(place.name) and not is_norm(weight) and there:
             found.append(place.name)
     return list(dict.fromkeys(found))
 
@@ -476,19 +552,7 @@ slots = [
 ]
 unread = "skips them with a line in its log"
 encoders = [
-    {{ prefix = "lora_te_", names = ["clip", "layers"] }}, {{ prefix = "lora_te1_", names = ["clip"] }},
-    {{ prefix = "lora_te2_", names = ["clip", "t5"] }}, {{ prefix = "lora_te3_", names = ["t5"] }},
-    {{ prefix = "text_encoder.", names = ["clip"] }}, {{ prefix = "text_encoder_2.", names = ["clip"] }},
-    {{ prefix = "text_encoders.clip_l.transformer.", names = ["clip"] }},
-    {{ prefix = "text_encoders.clip_g.transformer.", names = ["clip"] }},
-    {{ prefix = "text_encoders.t5xxl.transformer.", names = ["t5"] }},
-    {{ prefix = "text_encoders.clip_h.transformer.", names = ["clip"] }},
-    {{ prefix = "text_encoders.umt5xxl.transformer.", names = ["t5"] }},
-    {{ prefix = "text_encoders.llama.transformer.", names = ["llm"] }},
-    {{ prefix = "text_encoders.qwen25_7b.transformer.", names = ["llm"] }},
-    {{ prefix = "text_encoders.qwen3_06b.transformer.", names = ["llm"] }},
-    {{ prefix = "text_encoders.qwen3_4b.transformer.", names = ["llm"] }},
-    {{ prefix = "text_encoders.gemma2_2b.transformer.", names = ["llm"] }},
+{encoders}
 ]
 files = [
     {{ format = "xlabs", families = ["flux"] }}, {{ format = "bfl_control", families = ["flux"] }},

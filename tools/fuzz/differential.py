@@ -8,6 +8,7 @@ from the seed and their number, as in other runs. Differing inputs are kept.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections import Counter
@@ -24,6 +25,9 @@ READER = ROOT / "spec" / "readers" / "javascript" / "cli.mjs"
 BATCH = 250
 NEAR = 1e-9
 """How far merged numbers may be apart, relative to the tensor's largest and 1: mutated factors are of any size."""
+
+MOST = 400
+"""Binary digits of the largest product of all factors and attributes that is still merged."""
 
 LONGEST_PLACE = 200
 """Longer places may be shortened (R-13.3)."""
@@ -122,8 +126,12 @@ def _compared(path: Path, base: Path, merged: dict[str, Any]) -> tuple[int, str]
         target: each for target, each in adapter.updates.items() if "merged.weight" in merged.get(target.path, {})
     }
     leaves = [leaf for each in updates.values() for update in each for leaf in update.tensors.values()]
-    if not updates or any(np.max(np.abs(as_array(leaf).astype("f8")), initial=0) > 2.0**500 for leaf in leaves):
-        return 0, ""  # nothing that both can merge, or numbers that the specification does not ask to compute with
+    sizes = [float(np.max(np.abs(as_array(leaf).astype("f8")), initial=0)) for leaf in leaves]
+    attributes = [value for each in updates.values() for u in each for value in u.attributes.values()]
+    sizes += [abs(value) for value in attributes if isinstance(value, float)]
+    # What both merge; the specification does not ask to compute with larger numbers, on the way included.
+    if not updates or sum(math.log2(size) for size in sizes if size > 1) > MOST:
+        return 0, ""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.safetensors")
         try:

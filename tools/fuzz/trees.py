@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from random import Random
 from typing import Any
 
@@ -96,6 +97,11 @@ def _rearranged(copy: Any, index: int, rng: Random, root: Any) -> Any:
     return copy
 
 
+def _as_float(value: int) -> float:
+    """The number as a float; the largest one where it is beyond all of them."""
+    return float(value) if abs(value) < 2**1023 else sys.float_info.max * (1 if value > 0 else -1)
+
+
 def _other(value: Any, rng: Random, root: Any) -> Any:
     """Another value in the place of one: near it, of another type, or from elsewhere in the same tree."""
     how = rng.randrange(10)
@@ -104,7 +110,7 @@ def _other(value: Any, rng: Random, root: Any) -> Any:
             return rng.choice((True, False, None, 0, 1, "true", 2, []))
         if isinstance(value, int):
             return rng.choice(
-                (value + 1, value - 1, -value, value * 2, float(value), str(value), 0, 1, rng.choice(NUMBERS))
+                (value + 1, value - 1, -value, value * 2, _as_float(value), str(value), 0, 1, rng.choice(NUMBERS))
             )
         if isinstance(value, float):
             return rng.choice((int(value), -value, value * 1e300, 0.0, str(value), rng.choice(NUMBERS)))

@@ -23,6 +23,7 @@ from extra import canonical, digests, folders, merges, valid
 from index import index
 from meeting import computed_files, merge_files
 from migrations import migrations
+from rules import rules
 from safetensors.numpy import load
 from vector import vectors
 
@@ -73,10 +74,12 @@ def table_files() -> Iterator[tuple[str, bytes]]:
 
 
 def extra_files() -> Iterator[tuple[str, bytes]]:
-    """Canonical JSON, digests, valid records at the edges, and a merge that rounds."""
+    """Canonical JSON, expressions of rules, digests, valid records at the edges, and a merge that rounds."""
     yield "vectors/canonical.json", (json.dumps(canonical(), indent=1, ensure_ascii=True) + "\n").encode()
+    yield "vectors/rules.json", (json.dumps(rules(), indent=1) + "\n").encode()
     yield "vectors/digests.json", (json.dumps(dict(digests(SPEC)), indent=1) + "\n").encode()
     yield from ((f"vectors/valid/{name}.safetensors", data) for name, data in valid().items())
+    yield "vectors/folders/one_file.safetensors", folders()["single"]["model.safetensors"]
     for folder, files in folders().items():
         yield from ((f"vectors/folders/{folder}/{name}", data) for name, data in files.items())
     yield from ((f"vectors/merges/{name}.safetensors", data) for name, data in merges().items())

@@ -31,9 +31,40 @@ VALUES: list[tuple[Any, str]] = [
 """Value, and its canonical JSON as the text of the specification has it."""
 
 
+TEXTS = [
+    ("-0", "0"),
+    ("-0.0", "-0.0"),
+    ("0e5", "0.0"),
+    ("-0E-1", "-0.0"),
+    ("1E5", "100000.0"),
+    ("1e2", "100.0"),
+    ("10.50", "10.5"),
+    ("1e-400", "0.0"),
+    ("-1e-400", "-0.0"),
+    ("1e15", "1000000000000000.0"),
+    ("100E-2", "1.0"),
+    ("2.2250738585072011e-308", "2.225073858507201e-308"),
+    ("9007199254740993", "9007199254740993"),
+    ("9007199254740993.0", "9007199254740992.0"),
+    ("123456789012345678901234567890", "123456789012345678901234567890"),
+    ("-12", "-12"),
+    ("2.4703282292062328e-324", "5e-324"),
+    ("2.4703282292062327e-324", "0.0"),
+    (" [ 1 ,\t2\r\n] ", "[1,2]"),
+    ('{"b":1,"a":{"d":2,"c":3}}', '{"a":{"c":3,"d":2},"b":1}'),
+    (r'"\u0041\ud83d\ude00\/\u000b\u007F"', '"A\U0001f600/\\u000b\x7f"'),
+    (r'"\u2028\u00E9"', '"\u2028\u00e9"'),
+    ('{"":[],"\u00e9":1,"e\u0301":2}', '{"":[],"e\u0301":2,"\u00e9":1}'),
+    ("true", "true"),
+    ("[[],{}]", "[[],{}]"),
+]
+"""Text of JSON, and its canonical form."""
+
+
 def canonical() -> list[dict[str, str]]:
     """Texts as JSON has them, in a form that is not canonical, and their canonical form."""
-    return [{"json": json.dumps(value, indent=1), "canonical": text} for value, text in VALUES]
+    made = [{"json": json.dumps(value, indent=1), "canonical": text} for value, text in VALUES]
+    return made + [{"json": given, "canonical": text} for given, text in TEXTS]
 
 
 def digests(spec: Path) -> Iterator[tuple[str, str]]:
@@ -94,6 +125,7 @@ def valid() -> dict[str, bytes]:
         "oldest_version": native({"version": "1.0", "updates": [LORA]}, TENSORS),
         "foreign_tensor": native(kept, TENSORS | {"x.rest": stored(numbers("valid.rest", 2), "F32")}),
         "deep": native(RECORD | {"recipe": [{"op": "x", "args": deep}]}, TENSORS),
+        "sixty_four_deep": native(RECORD | {"recipe": [{"op": "x", "args": {"inside": deep}}]}, TENSORS),
         "integer_scaling": native(RECORD | {"updates": [LORA | {"attributes": {"scaling": 2}}]}, TENSORS),
         "negative_zero": native(
             text(RECORD | {"updates": [LORA, LORA]}).replace("0.5", "-0", 1).replace("0.5", "-0.0"), TENSORS
@@ -117,8 +149,82 @@ def valid() -> dict[str, bytes]:
             RECORD | {"updates": [LORA, LORA | {"method": "prompt", "tensors": {"P": "q.A"}, "attributes": {}}, LORA]},
             TENSORS,
         ),
+        "other_metadata": pack(
+            _header(text(RECORD)) | {"__metadata__": {"adapterkit": text(RECORD), "format": "pt", "": "x"}},
+            layout(TENSORS)[1],
+        ),
+        "nulls": native(
+            json.dumps(RECORD | {"base": None, "foreign": None, "updates": [_at(path="q", rows=None)]}), TENSORS
+        ),
+        "empty_name": native(
+            RECORD | {"updates": [LORA | {"tensors": {"A": "", "B": "q.B"}}]},
+            {"": TENSORS["q.A"], "q.B": TENSORS["q.B"]},
+        ),
+        "one_tensor_twice": native(
+            RECORD | {"updates": [LORA | {"tensors": {"A": "t", "B": "t"}}]},
+            {"t": stored(numbers("valid.twice", 2, 2), "F32")},
+        ),
+        "foreign_of_any_bytes": native(kept | {"foreign": _ANY}, TENSORS | _ANY_TENSORS),
+        "unaligned": _unaligned(),
+        "minus_zero_in_a_header": pack(text(_header(text(RECORD))).replace("[0,", "[-0,"), layout(TENSORS)[1]),
+        "long_integers": native(
+            RECORD
+            | {
+                "updates": [
+                    LORA
+                    | {
+                        "method": "reft",
+                        "attributes": {"prefix_positions": 10**30},
+                        "tensors": {name: name for name in _REFT},
+                    }
+                ],
+                "recipe": [{"op": "x", "args": {"n": 10**400}}],
+            },
+            _REFT,
+        ),
+        "scaling_that_underflows": native(
+            text(RECORD | {"updates": [LORA, LORA]}).replace("0.5", "1e-400", 1).replace("0.5", "-1e-400"), TENSORS
+        ),
+        "experts_with_the_same_positions": native(
+            RECORD
+            | {
+                "updates": [
+                    LORA
+                    | {
+                        "method": "rows",
+                        "attributes": {},
+                        "target": {"path": "q", "layout": "e out *in"},
+                        "tensors": {"index": "index", "values": "values"},
+                    }
+                ]
+            },
+            {"index": stored(np.array([[0, 1], [1, 0]]), "I64"), "values": stored(numbers("valid.e", 2, 2, 3), "F32")},
+        ),
         "white_space": pack(f" \n{text(_header(' ' + text(RECORD) + chr(10)))}\t\r ", layout(TENSORS)[1]),
     }
+
+
+_ANY = {"format": "x", "data": {}, "tensors": {name: name for name in ("flag", "nan", "pair")}}
+_ANY_TENSORS = {
+    "flag": Stored("BOOL", (2,), b"\2\xff"),
+    "nan": Stored("F32", (), b"\0\0\xc0\x7f"),
+    "pair": Stored("C64", (1,), bytes(8)),
+}
+"""What is left from a foreign file: its values are not looked at."""
+
+_REFT = {
+    "projection": stored(numbers("valid.projection", 1, 3), "F32"),
+    "source": stored(numbers("valid.source", 1, 3), "F32"),
+}
+
+
+def _unaligned() -> bytes:
+    """A header whose length is odd, and numbers of four bytes that begin behind one byte."""
+    foreign = {"format": "x", "data": {}, "tensors": {"a": "a"}}
+    entries, data = layout({"a": Stored("U8", (1,), b"\7"), **TENSORS})
+    header = text({"__metadata__": {"adapterkit": text(RECORD | {"foreign": foreign})}, **entries}).encode()
+    header += b" " * (1 - len(header) % 2)
+    return struct.pack("<Q", len(header)) + header + data
 
 
 _NECK = LORA | {"method": "bottleneck", "tensors": {"down": "q.down", "up": "q.up"}, "attributes": {}}
@@ -169,6 +275,14 @@ def folders() -> dict[str, dict[str, bytes]]:
             f"part/{second}": two,
         },
         "folder_for_an_index": {"model.safetensors.index.json/x": b"{}", "model.safetensors": one},
+        "folder_for_a_file": {"model.safetensors/x": b"", "other.safetensors": one},
+        "config_64_deep": {"model.safetensors": one, "config.json": b'{"a":' + b"[" * 63 + b"]" * 63 + b"}"},
+        "hidden": {".a.safetensors": one},
+        "indexed_with_other_endings": {
+            "model.safetensors.index.json": index.replace(b".safetensors", b".bin"),
+            first.replace(".safetensors", ".bin"): one,
+            second.replace(".safetensors", ".bin"): two,
+        },
         "folder_for_a_config": {"model.safetensors": one, "config.json/x": b"{}"},
         "config_with_nan": {"model.safetensors": one, "config.json": b'{"limit": NaN, "most": Infinity}'},
     }

@@ -81,6 +81,7 @@ def meetings() -> Iterator[Meeting]:
     """Merges that come out, then those that are refused."""
     yield from _names()
     yield from _numbers()
+    yield from _quotients()
     yield from _refused()
     yield from _ordered()
     yield from _ordered_in_the_base()
@@ -117,6 +118,19 @@ def _names() -> Iterator[Meeting]:
     yield Meeting("bias_shorter_than_the_weight", _file(part, **BIAS), fused, changed, ("R-8.5",))
     held = {"weight": weight, "bias": bias}
     alone = _one("replacement", bias=_real("bias", 3))
+    tensor, scale = {"q.weight": weight}, _values("l", 3)[:, None]
+    module, parameter = ({"target": {"path": path}} for path in ("q", "q.weight"))
+    ia3 = _update("ia3", attributes={}) | {"tensors": {"l": "l"}}
+    twice = _file(LORA | module | {"tensors": {"A": "A", "B": "B"}}, ia3 | parameter, A=A, B=B, l=_real("l", 3))
+    both = {"q.weight": stored((W + DELTA) * scale, "F32")}
+    yield Meeting("two_targets_of_one_tensor", twice, tensor, both, ("R-10.4", "R-10.7"))
+    upper, lower = ({"target": {"path": "q", "rows": rows}} for rows in ([0, 3], [2, 5]))
+    overlap = _file(LORA | lower | {"tensors": {"A": "A", "B": "B"}}, ia3 | upper, A=A, B=B, l=_real("l", 3))
+    fifth = _values("fused", 5, 4)
+    fifth[2:] += DELTA
+    fifth[:3] *= scale
+    fused_alone = {"q.weight": fused["q.weight"]}
+    yield Meeting("rows_that_overlap", overlap, fused_alone, {"q.weight": stored(fifth, "F32")}, ("R-10.4",))
     yield Meeting(
         "bias_without_weight", alone, {"q.bias": held["bias"]}, {"q.bias": _real("bias", 3)}, ("R-10.6", "R-10.7")
     )
@@ -155,6 +169,35 @@ def _numbers() -> Iterator[Meeting]:
         base = {"q.weight": Stored(dtype, (1, 1), bytes(size))}
         file = _file(_update(), A=one, B=stored(zero + change, "F32"))
         yield Meeting(name, file, base, None, ("R-10.4",), "Malformed", "q.weight")
+
+
+def _quotients() -> Iterator[Meeting]:
+    """Norms of 0 are not divided by, rows without elements have nothing to divide, and a sum of no terms is 0."""
+    none, weight = Stored("F32", (3, 0), b""), {"q.weight": stored(W, "F32")}
+    zero = {"q.weight": stored(np.array([[0.0, 0.0], [1.0, 2.0]]), "F32")}
+    column = {"q.weight": stored(np.array([[0.0, 1.0], [0.0, 2.0]]), "F32")}
+
+    def refused(name: str, file: bytes, base: Tensors, where: str = "q.weight") -> Meeting:
+        return Meeting(name, file, base, None, ("R-10.13",), "Malformed", where)
+
+    empty = {"A": Stored("F32", (1, 0), b""), "B": _real("eB", 3, 1), "magnitude": _real("em", 3)}
+    yield Meeting("norm_of_no_elements", _one("dora", **empty), {"q.weight": none}, {}, ("R-10.13",))
+    bare = {"q.weight": none, "q.bias": stored(b, "F32")}
+    yield refused("norm_of_no_elements_of_a_bias", _one("dora_outputs", **empty), bare, "q.bias")
+    idle = {"A": stored(np.zeros((1, 2)), "F32"), "B": stored(np.zeros((2, 1)), "F32")}
+    without = idle | {"magnitude": stored(np.array([0.0, 1.0]), "F32")}
+    yield refused("norm_of_zero_without_magnitude", _one("dora", **without), zero)
+    yield refused("norm_of_zero_outputs", _one("weight_norm", out=_real("wo", 2)), zero)
+    yield refused("norm_of_zero_inputs", _one("weight_norm", into=_real("wi", 2)), column)
+    shifted = _one("weight_norm", {"eps": 0.5}, into=stored(np.array([3.0, 1.0]), "F32"))
+    half = {"q.weight": stored(np.array([[0.0, 0.5]]), "F32")}
+    yield Meeting("norm_of_zero_and_more", shifted, half, half, ("R-10.13",))
+    yield refused("reflection_at_zero", _one("hra", u=stored(np.zeros((4, 1)), "F32")), weight)
+    nothing = {"A": Stored("F32", (0, 4), b""), "B": none, "strength": _real("st", 1), "w_norm": _real("wn", 4)}
+    yield Meeting("sum_of_no_directions", _one("delora", **nothing), weight, {}, ("R-10.13",))
+    bases = {"alpha": Stored("F32", (0,), b""), "beta": Stored("F32", (0,), b"")}
+    bases |= {"A_bases": Stored("F32", (0, 1, 4), b""), "B_bases": Stored("F32", (0, 3, 1), b"")}
+    yield Meeting("sum_of_no_bases", _one("nola", **bases), weight, {}, ("R-10.13",))
 
 
 def _biases() -> Iterator[Meeting]:
@@ -235,6 +278,13 @@ def _refused() -> Iterator[Meeting]:
     alone = _one("dense", d=_real("bias", 3))
     yield shape("weight_that_stays", alone, {"q.weight": _real("W", 5, 4), "q.bias": bias}, "q: dense")
     yield shape("other_bias", _file(BIASED, **BIAS), {**weight, "q.bias": _real("b", 5)}, "q: lora", "R-8.6")
+    yield shape("other_rest", _one("dense", D=_real("D", 3, 5)), weight, "q: dense")
+    stack = {"A": _real("A", 2, 1, 4), "B": _real("B", 2, 3, 1), "bias": _real("sb", 2, 3)}
+    each = _one("lora", target={"path": "q", "layout": "e out *in"}, **stack)
+    more = {"q.weight": _real("W", 2, 3, 4), "q.bias": _real("sb", 3, 3)}
+    yield shape("bias_of_other_experts", each, more, "q: lora", "R-8.6")
+    behind = _file(BIASED | {"target": {"path": "q", "rows": [1, 4]}}, **BIAS)
+    yield shape("bias_below_the_rows", behind, {"q.weight": _real("W", 4, 4), "q.bias": bias}, "q[1:4]: lora", "R-8.6")
     columns = _one("boft", R=_real("R", 1, 1, 3, 3), s=_real("s", 3))
     yield shape("other_columns", columns, weight, "q: boft")
     place = {"index": stored(np.array([[0], [1]]), "I64"), "spectrum": _real("spectrum", 1)}
@@ -272,6 +322,9 @@ def _refused() -> Iterator[Meeting]:
     yield unmergeable("no_bias_to_replace", replaced, weight, "q: replacement", "R-10.6")
     yield Meeting("no_target", PLAIN, {"k.weight": stored(W, "F32")}, None, ("R-10.7",), "TargetNotFound", "q")
     yield Meeting("no_weight", PLAIN, {"q.bias": bias}, None, ("R-10.7",), "TargetNotFound", "q: lora")
+    nan = Stored("F32", (3, 2), np.full((3, 2), np.nan, "<f4").tobytes())
+    spoiled = _file(LORA | {"tensors": {"A": "A", "B": "B"}}, A=A, B=nan)
+    yield Meeting("factor_that_is_no_number", spoiled, weight, None, ("R-10.1",), "Malformed", "q: lora.B")
     whole = {"q.weight": stored(np.ones((3, 4)), "I32")}
     yield Meeting("whole_weight", PLAIN, whole, None, ("R-10.4",), "Unsupported", "q.weight")
     none = _file(_update(), A=_real("none", 0, 4), B=_real("none", 3, 0))
@@ -386,6 +439,21 @@ def computed() -> Iterator[Computed]:
     yield case("residual_comes_once", ended, reads, again, **{f"q.{name}": value for name, value in closed.items()})
     behind = lora | {"target": {"path": "q", "rows": [0, 3]}}
     yield case("weight_of_another_target", neck(changed, *first), _update("bottleneck"), behind)
+    placed = {"residual": "first", "norm": "last", "original_ln_after": False}
+    file = _file(_update("bottleneck", attributes=placed), down=parts["down"], up=parts["up"])
+    beside = held | {f"q.{name}": value for name, value in closed.items()}
+    yield Computed("norm_of_the_block_left_out", file, beside, ("R-10.10",), "Unsupported", "q")
+    zero = {"A": stored(np.zeros((1, 4)), "F32"), "B": _real("zB", 3, 1), "magnitude": _real("zm", 3)}
+    lost = {"q.weight": stored(np.diag([0.0, 1.0, 2.0, 3.0])[:3], "F64"), "q.x": stored(x, "F64")}
+    yield Computed("output_that_is_no_number", _one("grouped_dora", **zero), lost, ("R-10.13",), "Malformed", "q.y")
+    turned = lora, _update("ia3") | {"target": {"path": "q", "rows": [0, 3]}, "tensors": {"l": "l"}}
+    scale = _values("l", 3)
+    file = _file(*turned, A=A, B=B, l=_real("l", 3))
+    ended = held | {
+        "q.merged.weight": stored((w + DELTA) * scale[:, None], "F64"), "q.merged.bias": stored(bias * scale, "F64"),
+        "q.y": stored(changed * scale, "F64"),
+    }  # fmt: skip
+    yield Computed("targets_of_one_path_in_order", file, ended, ("R-7.4", "R-10.4"))
     router = _one("arrow", idle_A=_real("iA", 2, 4), idle_B=_real("iB", 3, 2))
     base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
     yield Computed("router_without_experts", router, base, ("R-10.12",), "UsageError", "q")

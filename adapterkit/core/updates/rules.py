@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ... import errors
 from ...errors import Malformed, ShapeMismatch, Unsupported
@@ -183,11 +183,11 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
             continue
         if rule.define:
             size = _compiled(rule.value)(names)
-            if size is False or size < 0 or dims.setdefault(rule.define, size) != size:
+            if not isinstance(size, int) or size is False or size < 0 or dims.setdefault(rule.define, size) != size:
                 why = f"{rule.define} is {dims.get(rule.define)}, and {rule.value} is {size}"
                 raise ShapeMismatch(why, where=rule.where or None, cure=_AGAIN)
         elif not _compiled(rule.require)(names):
-            known = ", ".join(f"{name}={names.value(name)}" for name in names_in(rule.require))
+            known = names.shown(rule.require)
             why = f"{rule.require} does not hold" + (f" with {known}" if known else "")
             why = f"{rule.meaning} ({why})" if rule.meaning else why
             raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
@@ -209,13 +209,13 @@ def check_fits(update: Update, shape: Shape) -> None:
     names = _Names(update, {**update.dims(stack), **seen}, stack)
     for rule in update.fits:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
-            known = ", ".join(f"{name}={names.value(name)}" for name in names_in(rule.require))
+            known = names.shown(rule.require)
             why = f"{rule.meaning}: {rule.require} does not hold with {known}; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 
-class _NoSize(Exception):
-    """An axis whose size no tensor shows."""
+class _NoValue(Exception):
+    """A part of an expression without a value: an axis without a size, a quotient by 0, a text among numbers."""
 
 
 class _Names:
@@ -224,19 +224,56 @@ class _Names:
     def __init__(self, update: Update, dims: Mapping[str, Any], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
 
-    def value(self, name: str) -> Any:
+    def value(self, name: str) -> int | str:
         name = name.removesuffix("_")
-        if name in self.dims:
-            return self.dims[name]
-        if name not in self.update.attributes:
-            raise _NoSize(name)
-        return self.update.attributes[name]
+        found = self.dims[name] if name in self.dims else self.update.attributes.get(name)
+        # A starred axis has several sizes, and rules compute with whole numbers.
+        if not isinstance(found, int | str):
+            raise _NoValue(name)
+        return int(found) if isinstance(found, bool) else found
 
-    def call(self, function: str, argument: str) -> Any:
-        if function == "block":
-            return block_size(self.value(argument))
-        tensor = getattr(self.update, argument)
-        return tensor is not None if function == "has" else len(tensor.shape) - self.stack
+    def axes(self, tensor: str) -> int | None:
+        """How many axes a tensor has without that of experts; None where it is absent."""
+        leaf = getattr(self.update, tensor)
+        return None if leaf is None else len(leaf.shape) - self.stack
+
+    def shown(self, expression: str) -> str:
+        """The values of the names that an expression reads, as far as they have one."""
+        return ", ".join(f"{name}={value}" for name in names_in(expression) if (value := self._known(name)) is not None)
+
+    def _known(self, name: str) -> int | str | None:
+        try:
+            return self.value(name)
+        except _NoValue:
+            return None
+
+
+class _Given(_Names):
+    """Names whose values are given one by one."""
+
+    def __init__(self, values: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+        self.values, self.given_axes = values, axes
+
+    def value(self, name: str) -> int | str:
+        found = self.values.get(name.removesuffix("_"))
+        if not isinstance(found, int | str):
+            raise _NoValue(name)
+        return int(found) if isinstance(found, bool) else found
+
+    def axes(self, tensor: str) -> int | None:
+        return self.given_axes.get(tensor)
+
+
+def value_of(expression: str, values: Mapping[str, Any], axes: Mapping[str, int]) -> int | str | None:
+    """Return the value of a rule's expression (spec/README.md, section 9), or None where it has none.
+
+    Args:
+        expression: the expression.
+        values: name -> the size of an axis, or the value of an attribute.
+        axes: present tensor -> how many axes it has, without that of experts.
+    """
+    value = _compiled(expression)(_Given(values, axes))
+    return None if value is False else value
 
 
 def names_in(expression: str) -> list[str]:
@@ -257,23 +294,42 @@ def _without_keywords(expression: str) -> str:
     return re.sub(r"\bin\b(?!')", "in_", expression)
 
 
-Evaluate = Callable[[_Names], Any]
+Evaluate = Callable[[_Names], int | str]
+"""Returns a number or a text; raises `_NoValue` where there is none."""
 
-_OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
-    ast.Gt: operator.gt, ast.GtE: operator.ge,
+
+def _floor(a: int, b: int) -> int:
+    if b == 0:
+        raise _NoValue("/")
+    return a // b
+
+
+def _modulo(a: int, b: int) -> int:
+    return a - _floor(a, b) * b
+
+
+def _power(base: int, exponent: int) -> int:
+    if not 0 <= exponent <= MOST_EXPONENT:
+        raise _NoValue("**")
+    return int(base**exponent)
+
+
+_OF_NUMBERS: dict[type[ast.AST], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: _floor, ast.Mod: _modulo,
+    ast.Pow: _power, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
+_OF_EQUALS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Eq: operator.eq, ast.NotEq: operator.ne}
 
 
 @cache
-def _compiled(expression: str) -> Evaluate:
+def _compiled(expression: str) -> Callable[[_Names], int | str | Literal[False]]:
+    """The function of an expression; False, which is no number here, where it has no value."""
     evaluate = _evaluator(ast.parse(_without_keywords(expression), mode="eval").body)
 
-    def guarded(names: _Names) -> Any:
+    def guarded(names: _Names) -> int | str | Literal[False]:
         try:
             return evaluate(names)
-        except (ZeroDivisionError, OverflowError, _NoSize):
+        except _NoValue:
             return False
 
     return guarded
@@ -286,27 +342,42 @@ def _evaluator(node: ast.expr) -> Evaluate:
             return lambda _: value
         case ast.Name(id=name):
             return lambda names: names.value(name)
-        case ast.Call(func=ast.Name(id="has" | "axes" | "block" as called), args=[ast.Name(id=argument)]):
-            return lambda names: names.call(called, argument)
+        case ast.Call(func=ast.Name(id="has"), args=[ast.Name(id=tensor)]):
+            return lambda names: int(names.axes(tensor) is not None)
+        case ast.Call(func=ast.Name(id="axes"), args=[ast.Name(id=tensor)]):
+            return lambda names: _number(names.axes(tensor))
+        case ast.Call(func=ast.Name(id="block"), args=[ast.Name(id=name)]):
+            return lambda names: block_size(_number(names.value(name)))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             inner = _evaluator(operand)
-            return lambda names: not inner(names)
+            return lambda names: int(not inner(names))
         case ast.BoolOp(op=op, values=values):
             parts, every = [_evaluator(value) for value in values], isinstance(op, ast.And)
-            return lambda names: (all if every else any)(part(names) for part in parts)
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = _evaluator(left), _evaluator(right)
-            return lambda names: _power(base(names), exponent(names))
+            return lambda names: int((all if every else any)(part(names) for part in parts))
         case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
-            function, first, second = _OPERATORS[type(op)], _evaluator(left), _evaluator(right)
-            return lambda names: function(first(names), second(names))
+            return _pair(type(op), _evaluator(left), _evaluator(right))
     raise ValueError(f"not part of the grammar of rules: {ast.unparse(node)}")
 
 
-def _power(base: int, exponent: int) -> int:
-    if not 0 <= exponent <= MOST_EXPONENT:
-        raise OverflowError(exponent)
-    return int(base**exponent)
+def _pair(op: type[ast.AST], left: Evaluate, right: Evaluate) -> Evaluate:
+    if op in _OF_NUMBERS:
+        function = _OF_NUMBERS[op]
+        return lambda names: int(function(_number(left(names)), _number(right(names))))
+    equals = _OF_EQUALS[op]
+
+    def compared(names: _Names) -> int:
+        one, other = left(names), right(names)
+        if type(one) is not type(other):
+            raise _NoValue("a text and a number")
+        return int(equals(one, other))
+
+    return compared
+
+
+def _number(value: int | str | None) -> int:
+    if not isinstance(value, int):
+        raise _NoValue(value)
+    return value
 
 
 _AGAIN = "Write the adapter again with the tool that made it"

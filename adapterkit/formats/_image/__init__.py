@@ -1,1 +1,1 @@
-"""What the formats of image models share: one file of tensors whose keys are a module's name and a slot."""
+"""The formats of image models share this: one file of tensors whose keys are a module's name and a slot."""

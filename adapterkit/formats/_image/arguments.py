@@ -37,7 +37,7 @@ OPTIONS = {
         "they count alpha / r times",
     ),
 }
-"""Where the forward of LyCORIS or of sd-scripts departs from what its tensors say."""
+"""Departures of LyCORIS's and sd-scripts' forward from what their tensors say."""
 
 
 @dataclass(frozen=True, slots=True)

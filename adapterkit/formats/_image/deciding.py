@@ -38,7 +38,7 @@ class Origin:
         naming: `native`, `comfyui` or `diffusers`; empty where nothing tells.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
-        metadata: of the file that the adapter was read from.
+        metadata: the metadata of the file that the adapter was read from.
     """
 
     naming: str = ""
@@ -139,6 +139,9 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
+    if FAMILY in origin.metadata:
+        # The caller, or the writer of the file, has said it: other evidence only chooses among the families named.
+        fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     if origin.naming:
         fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
     fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
@@ -239,7 +242,7 @@ def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
 
 
 def _outcome(family: Family, paths: Collection[str], naming: str) -> tuple[Any, ...]:
-    """What becomes of the names in the naming that is wanted."""
+    """Return the names in the naming that is wanted."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(

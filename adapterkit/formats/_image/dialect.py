@@ -1,4 +1,4 @@
-"""What the formats of image models are made of: a grammar of keys, rules of scalings, names."""
+"""The base class of the formats of image models: a grammar of keys, rules of scalings, names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import AdapterkitError, Malformed, Unsupported, UsageError
 from .._format import Departure, Format
+from .._padding import lora_among_zeros, refused
 from . import container
+from .bundles import PREFIX
 from .file import AGAIN, Key, Module, Rules
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from .._format import LayerFacts
     from .container import Metadata
     from .deciding import Origin
     from .file import Found
@@ -33,23 +36,52 @@ ALPHAS = {
 """The rule of the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
 
 
+def zero_padded(update: Update, layer: LayerFacts) -> Update:
+    """Return the update as its trainer's forward computes it at a convolution that pads otherwise than with zeros.
+
+    Raises:
+        Unsupported: no method here computes that.
+    """
+    if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
+        return update
+    changed = lora_among_zeros(update)
+    if changed is None or "dilation" in layer.padding:
+        raise refused(update, layer, "its trainer")
+    return changed
+
+
+PADDING = {
+    "convolution_padding": Departure(
+        "at a convolution whose padding_mode is not zeros, which only a live layer tells: the change reads zeros "
+        "around the input; methods other than LoRA are refused there",
+        "the change of the weight, with the padding of the layer, as it is merged",
+        zero_padded,
+    )
+}
+"""Beside the base's own forward, trainers call a convolution of theirs, with the layer's amount of padding alone."""
+
+
 class ImageFormat(Format, ABC):
     """One file of tensors; a subclass says what its keys look like, and how its modules are called.
 
     Class attributes:
         rules: how it says scalings, and its slots.
         naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
+        bundles: whether its files can have embeddings of tokens beside the LoRAs.
+        rows: whether its files adapt some rows of a fused weight.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
+    bundles: ClassVar[bool] = False
+    rows: ClassVar[bool] = False
 
     @classmethod
     def name(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
-    # What a dialect defines.
+    # Methods that each format defines.
 
     @abstractmethod
     def parse(self, key: str) -> Key | None:
@@ -79,7 +111,19 @@ class ImageFormat(Format, ABC):
 
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)
-        return in_naming(updates, self.naming, kept, origin, fold=fold) if self.naming else (dict(updates), [])
+        if not self.naming:
+            return dict(updates), []
+        return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
+
+    def prepared(self, updates: Updates) -> Updates:
+        """The same function in updates that its files have words for, where it has such forms of its own."""
+        return updates
+
+    def why_not(self, target: Target, update: Update, rules: Rules) -> str:
+        """Why its files have no words for an update at a target; empty where they have."""
+        from .encode import why_not
+
+        return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """The metadata to write, and whether they say the scalings, so that alphas are left out."""
@@ -93,7 +137,7 @@ class ImageFormat(Format, ABC):
         """The rules for writing a file of this name."""
         return self.rules
 
-    # What is the same for all.
+    # Methods that are the same for all.
 
     def read(
         self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None
@@ -135,12 +179,9 @@ class ImageFormat(Format, ABC):
         grouped: dict[str, dict[str, Key]] = {}
         for text in tensors:
             key = self.parse(text)
-            if key is None and text.startswith("bundle_emb."):
-                why = "an embedding of a token, which OneTrainer has put into the file of the LoRA"
-                cure = (
-                    "Save the LoRA without its embeddings, or take the keys bundle_emb.* out into a file of their own"
-                )
-                raise Unsupported(why, where=text, cure=cure)
+            if key is None and text.startswith(PREFIX):
+                why = f"an embedding of a token, which {self.name()} has no place for in a file of LoRAs"
+                raise Unsupported(why, where=text, cure="Take the keys bundle_emb.* out into a file of their own")
             if key is None:
                 cure = f"Take it out, or convert the file that it comes from; {self.name()} has no such keys"
                 raise Malformed("a key of no known slot", where=text, cure=cure)

@@ -129,7 +129,7 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
     """One update of the fused weight, and why there is none.
 
     Args:
-        parts: of distinct pieces.
+        parts: the updates, each of another piece.
         fold: scalings that differ may go into B, rounded.
     """
     unit, of = parts[0].unit, parts[0].run.of

@@ -183,7 +183,7 @@ def _check_bypassed(module: Module, update: Update) -> None:
 
 
 EPSILON = 2.0**-23
-"""What LyCORIS adds to a norm that it divides by: float32's own epsilon."""
+"""LyCORIS adds this to a norm that it divides by: float32's own epsilon."""
 
 
 def _loha(module: Module, rules: Rules) -> Found:
@@ -315,7 +315,7 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""What the slots of a law begin with, in order of application."""
+"""Beginnings of the slots of each method -> its reader, in order of application."""
 
 
 def _no_dora(module: Module) -> None:

@@ -43,7 +43,7 @@ def in_parts(
 
 
 def parts_of(path: str) -> list[str]:
-    """What diffusers calls a module of the native naming, or its parts; none where it is no such module."""
+    """Return diffusers' name of a module of the native naming, or of its parts; none if it is no such module."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
-from ...io.lazy import at_once
+from ...io.lazy import DTYPES, Lazy, at_once
 from ...naming.image import families, families_with, rooted
+from ...naming.resolver import WRAPPERS
 from .biases import check_biases
-from .deciding import FAMILY, denoiser_targets
+from .bundles import Bundle, split
+from .deciding import FAMILY, Origin, denoiser_targets
 from .file import rules_for
-from .header_alpha import with_alphas
+from .hints import Leftovers
 from .laws import decode
-from .leftovers import Leftovers
 from .placing import placed
 
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
-    from ...io.lazy import Lazy
     from .container import Metadata
     from .dialect import ImageFormat
     from .file import Found
@@ -34,9 +36,10 @@ def decoded(
     Raises:
         Malformed: a key is of another dialect, or two of them mean the same.
     """
-    tensors, metadata = with_alphas(dialect, at_once(tensors), metadata)
+    tensors, metadata = _with_alphas(dialect, at_once(tensors), metadata)
+    tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
     modules = dialect.modules(tensors)
-    targets = dialect.targets(modules, dict(metadata), base)
+    targets = {stem: _unwrapped(t) for stem, t in dialect.targets(modules, dict(metadata), base).items()}
     _check_distinct(targets)
     _check_apart(targets)
     check_biases(modules, dialect.switch)
@@ -48,11 +51,24 @@ def decoded(
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
     placed_there = updates if base is None else placed(updates, base)
+    bundle = Bundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
+    hints.keys |= bundle.keys
+    hints.shapes |= bundle.shapes
     hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
     data = hints.made(metadata, compat)
     kept = {key: tensors[key] for key in hints.kept}
     name = dialect.name()
-    return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
+    return Adapter(
+        {**placed_there, **bundle.updates}, None, (Step("read", {"format": name}),), Foreign(name, data, kept)
+    )
+
+
+def _unwrapped(target: Target) -> Target:
+    """A target without the words that torch.compile, FSDP and activation checkpointing put into paths."""
+    words = target.path.split(".")
+    if WRAPPERS.isdisjoint(words):
+        return target
+    return replace(target, path=".".join(word for word in words if word not in WRAPPERS))
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
@@ -123,3 +139,53 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
             why = f"it is the module {target}, as is {seen[target]}"
             raise Malformed(why, where=stem, cure="Take one of the two out of the file")
         seen[target] = stem
+
+
+# One alpha for all modules in the header, as some families' trainers write it.
+
+ALPHA = "alpha"
+"""The key, beside the slot of the same name."""
+
+CONFIG = "lora_adapter_metadata"
+"""diffusers' config in the header, which says every scaling itself."""
+
+
+def _with_alphas(
+    dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata
+) -> tuple[dict[str, Lazy], Metadata]:
+    """Return the tensors with the header's alpha at each LoRA, and the metadata without it.
+
+    Most loaders leave such an alpha out of account; only a family whose `header_alpha` is true has it. Alphas among the
+    tensors, or a config, say more than the header and are kept alone.
+    """
+    value = _finite(dict(metadata).get(ALPHA, ""))
+    parsed = [key for key in map(dialect.parse, tensors) if key is not None] if value else []
+    if not parsed or CONFIG in dict(metadata) or any(key.slot == ALPHA for key in parsed):
+        return dict(tensors), metadata
+    stems = dict.fromkeys(key.stem for key in parsed if key.slot == "down")
+    if not _has_header_alpha({rooted(stem)[1] for stem in stems}):
+        return dict(tensors), metadata
+    alpha = Lazy((), DTYPES["F32"], lambda: _float32(value))
+    added = {dialect.spell(stem, ALPHA): alpha for stem in stems}
+    return {**tensors, **added}, [(key, text) for key, text in metadata if key != ALPHA]
+
+
+def _has_header_alpha(names: Collection[str]) -> bool:
+    """Whether all families that have all of these modules take an alpha from the header."""
+    fitting = families_with(names)
+    return bool(fitting) and all(family.facts.header_alpha for family in fitting)
+
+
+def _finite(text: str) -> float:
+    """The number in a text; 0 where there is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) and abs(value) < 1e30 else 0.0
+
+
+def _float32(value: float) -> bytes:
+    import numpy as np
+
+    return np.array(value, "<f4").tobytes()

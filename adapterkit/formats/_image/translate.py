@@ -28,7 +28,7 @@ def in_diffusers(
 
 def in_naming(
     updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False,
-    fuse: bool = True,
+    fuse: bool = True, rows: bool = False,
 ) -> tuple[Changed, Losses]:  # fmt: skip
     """Move updates at modules of a U-Net or a transformer to the modules of another naming.
 
@@ -39,6 +39,7 @@ def in_naming(
         origin: what is known of where their names come from.
         fold: scalings of parts that differ may go into B.
         fuse: a LoKr of a fused weight goes to the module that diffusers fuses for it, instead of being cut.
+        rows: updates of some rows of a fused weight stay that; else they become updates of all its rows.
 
     Returns:
         the updates, and those that cannot be moved, with the reason; these stay where they were.
@@ -53,10 +54,16 @@ def in_naming(
         # Names that both namings have mean the wanted one, unless the file said which it has.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
-        if target in targets:
+        if target not in targets:
+            into.keep(target, found)
+        elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
             into.add(target, found, source)
         else:
-            into.keep(target, found)
+            # XLabs adapts the first three sevenths of linear1: the parts, and zeros for the others, make up its update.
+            named = replace(origin, families=(family.name,))
+            parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
+            for part, each in parts.items():
+                into.add(part, each, "" if lost else "diffusers")
     into.gather()
     return into.changed, into.losses
 
@@ -163,7 +170,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # What works on inputs alone does the same to every row.
+                # An update of inputs alone does the same to every row.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)

@@ -1,7 +1,7 @@
 """Names of modules with underscores for dots, as kohya and LyCORIS write them, and the parts of a pipeline before them.
 
-Undone against the modules of a base, walked forward; without one, against the tables of families that are known. What
-fits nothing, or several names, is an error.
+Names are resolved against the modules of a base, walked forward; without one, against the tables of families. A name
+that fits nothing, or several modules, is an error.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from .deciding import complete, families_in, narrowed, said
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
-STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|lora_te[1234]?|lycoris)_(.+)")
+STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lycoris)_(.+)")
 
 _PARTS = {
     "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
+    "Hunyuan_video_I2V_lora": ("transformer",),
     "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
-"""What stems begin with -> the parts of a pipeline that they may be in."""
+"""Prefix of a stem -> the parts of a pipeline that it may be in."""
 
-_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "lycoris")
-"""What stems of the U-Net or the transformer begin with."""
+_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lycoris")
+"""Prefixes of stems of the U-Net or the transformer."""
+
+_FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
+"""Prefix that only one family's own trainer writes -> the family."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
-"""What a file's metadata call the model -> where its T5 is."""
+"""Word for the model in a file's metadata -> the part that is its T5."""
 
 
 def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
@@ -66,7 +70,7 @@ def _together(
     Args:
         rest: the stems that are not resolved yet.
         words: all stems; their text encoders tell families apart.
-        metadata: of the file.
+        metadata: the file's metadata.
         of_base: the families of a base, if there is one.
 
     Raises:
@@ -81,6 +85,8 @@ def _together(
     if not fitting:
         return {}
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    own = {_FAMILIES.get(words[stem][0]) for stem in inside}
+    fitting = narrowed(fitting, lambda family: family.name in own)
     fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
@@ -168,7 +174,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Where lora_te3 is: FLUX's T5 is its second encoder, SD 3's its third; empty where nothing tells."""
+    """Return the part that lora_te3 is: FLUX's T5 is its second encoder, SD 3's its third; empty if nothing tells."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     told = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -217,9 +223,9 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
     """The stem of a path among others of one file; None where it is in no part of an image model.
 
     Args:
-        path: the target's.
-        paths: of all targets.
-        tag: what those of the denoiser begin with.
+        path: the target's path.
+        paths: the paths of all targets.
+        tag: the prefix of stems of the denoiser.
         lycoris: modules of other models have stems as well.
     """
     component, (_, rest) = component_of(path), rooted(path)

@@ -13,13 +13,13 @@ from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
+from ...naming.image import component_of
 from .biases import mixed_biases
+from .bundles import keyed
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
-from .encode import NO_SLOT_FOR_SCALING, encode, why_not
+from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
-from .folding import rewritten, without_effect
-from .hints import Hints, fingerprint, hints_of
-from .leftovers import still
+from .hints import Hints, fingerprint, hints_of, still
 from .placing import kernel_of
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ def encoded(
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     origin = origin_of(adapter, base)
-    updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin, on_loss)
+    given, tensors = keyed(adapter.updates, hints, origin) if dialect.bundles else (adapter.updates, {})
+    updates, lines = _expressible(dialect, rules, given, hints, origin, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
     if not hints.stems:
         metadata += _family(adapter.updates, origin)
-    tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
             there = rules_at(rules, stems[target, position])
@@ -129,9 +129,9 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """What a file can say, and a line for each thing that was left out or rewritten."""
+    """Return the updates that a file can say, and a line for each thing that was left out or rewritten."""
     updates, idle = without_effect(updates, rules)
-    updates, lines = rewritten(updates, rules, on_loss)
+    updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
@@ -161,7 +161,7 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """What to type where names cannot be translated."""
+    """Return the flags to type where names cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
@@ -181,13 +181,15 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
         slots: set[str] = set()
         before: Update | None = None
         for update in found:
-            why = why_not(update, rules)
+            why = dialect.why_not(target, update, rules)
             if not why and target.stacked:
                 why = "a stack of experts"
             if not why and target.layout != "out *in":
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+                if component_of(target.path) == "transformer_2":
+                    why = "a second transformer, for which a file of this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
                 why = "norms that are not behind a LoRA, a LoHa or a LoKr"
             before = update

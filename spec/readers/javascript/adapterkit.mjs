@@ -570,80 +570,81 @@ function applyRules(update, stacked) {
     if (rule.define) {
       const size = evaluateRule(rule.value, scope);
       if (!dims.has(rule.define)) dims.set(rule.define, size);
-      if (dims.get(rule.define) !== size || size === false || size < 0n) throw mismatch(rule.where ?? "", `${rule.define} is not ${rule.value}`);
+      if (dims.get(rule.define) !== size || typeof size !== "bigint" || size < 0n) throw mismatch(rule.where ?? "", `${rule.define} is not ${rule.value}`);
     } else if (!evaluateRule(rule.require, scope)) {
       throw new AdapterError(rule.error, rule.where ?? "", `${rule.require} does not hold`);
     }
   }
 }
 
-// Expressions of rules (README, section 9): or, and, not, comparisons, + -, * // %, **, names, words, has axes block.
-// What has no value, such as a quotient by 0, is undefined, and makes all undefined that needs it; in the end, false.
-function evaluateRule(text, { update, dims, stacked }) {
+// The value of an expression of a rule (README, section 9): an integer, a text, or undefined where a part has none.
+// `scope`: name(word) -> integer, text or undefined; axes(tensor) -> its number of axes, undefined where it is absent.
+export function valueOf(text, scope) {
   const tokens = text.match(/\w+|'[^']*'|\/\/|\*\*|[<>=!]=|[-+*%()<>,]/g);
   let at = 0;
   const next = (...words) => (words.includes(tokens[at]) ? tokens[at++] : undefined);
-  const name = (word) => (dims.has(word) ? dims.get(word) : update.attributes.get(word));
-  const blockOf = (p) => {
-    const near = BigInt(Math.round((1 + Math.sqrt(1 + 8 * Number(p))) / 2));
-    return [near - 1n, near, near + 1n].find((b) => b > 0n && b * (b - 1n) === 2n * p) ?? 0n;
-  };
+  const numbers = (f, ...values) => (values.every((value) => typeof value === "bigint") ? f(...values) : undefined);
   const atom = () => {
     const token = tokens[at++];
-    if (token === "(") {
-      const value = either();
-      at++;
-      return value;
-    }
+    if (token === "(") return [either(), at++][0];
     if (/^\d/.test(token)) return BigInt(token);
     if (token[0] === "'") return token.slice(1, -1);
-    if (tokens[at] !== "(") return name(token);
+    if (tokens[at] !== "(") return scope.name(token);
     const word = tokens[at + 1];
     at += 3;
-    if (token === "has") return update.tensors.has(word);
-    if (token === "axes") return BigInt(update.tensors.get(word).shape.length - (stacked ? 1 : 0));
-    return blockOf(name(word));
+    if (token === "has") return BigInt(scope.axes(word) !== undefined);
+    return token === "axes" ? scope.axes(word) : numbers(blockOfPairs, scope.name(word));
   };
-  const power = () => {
-    const base = atom();
-    if (!next("**")) return base;
-    const exponent = power();
-    return base === undefined || !(exponent >= 0n && exponent <= 63n) ? undefined : base ** exponent;
-  };
+  const raised = (a, b) => (b >= 0n && b <= 63n ? a ** b : undefined);
+  const power = (base = atom()) => (next("**") ? numbers(raised, base, power()) : base);
   const floor = (a, b) => a / b - (a % b !== 0n && a < 0n !== b < 0n ? 1n : 0n);
+  const operators = {
+    "+": (a, b) => a + b, "-": (a, b) => a - b, "*": (a, b) => a * b, "<": (a, b) => BigInt(a < b), ">": (a, b) => BigInt(a > b),
+    "//": (a, b) => (b ? floor(a, b) : undefined), "%": (a, b) => (b ? a - floor(a, b) * b : undefined),
+    "<=": (a, b) => BigInt(a <= b), ">=": (a, b) => BigInt(a >= b), "==": (a, b) => BigInt(a === b), "!=": (a, b) => BigInt(a !== b),
+  };
   const chain = (inner, ...words) => () => {
     let value = inner();
-    for (let operator; (operator = next(...words)); ) {
-      const [a, b] = [value, inner()];
-      const lost = a === undefined || b === undefined || ("//%".includes(operator) && !b);
-      value = lost ? undefined : { "+": () => a + b, "-": () => a - b, "*": () => a * b, "//": () => floor(a, b), "%": () => a - floor(a, b) * b }[operator]();
-    }
+    for (let word; (word = next(...words)); ) value = numbers(operators[word], value, inner());
     return value;
   };
   const sum = chain(chain(power, "*", "//", "%"), "+", "-");
   const comparison = () => {
     const one = sum();
-    const operator = next("==", "!=", "<", "<=", ">", ">=");
-    if (!operator) return one;
+    const word = next("==", "!=", "<", "<=", ">", ">=");
+    if (!word) return one;
     const other = sum();
-    if (one === undefined || other === undefined) return undefined;
-    return { "==": one === other, "!=": one !== other, "<": one < other, "<=": one <= other, ">": one > other, ">=": one >= other }[operator];
+    const texts = (word === "==" || word === "!=") && [one, other].every(isText);
+    return texts ? operators[word](one, other) : numbers(operators[word], one, other);
   };
-  const negated = () => {
-    if (!next("not")) return comparison();
-    const value = negated();
-    return value === undefined ? undefined : !value;
-  };
+  const inverted = (value) => (value === undefined ? undefined : BigInt(!value));
+  const negated = () => (next("not") ? inverted(negated()) : comparison());
   // Every part is computed, since its tokens have to be consumed; the first that decides or has no value counts.
   const joined = (inner, word, stop) => () => {
     const parts = [inner()];
     while (next(word)) parts.push(inner());
-    const decides = parts.findIndex((value) => value === undefined || Boolean(value) === stop);
-    return parts.at(decides); // the last where none does
+    const value = parts.at(parts.findIndex((each) => each === undefined || Boolean(each) === stop)); // the last where none
+    return parts.length === 1 || value === undefined ? value : BigInt(Boolean(value));
   };
-  const both = joined(negated, "and", false);
-  const either = joined(both, "or", true);
-  return either() ?? false;
+  const either = joined(joined(negated, "and", false), "or", true);
+  return either();
+}
+
+// The positive b with b (b - 1) / 2 = p, or 0: by Newton's method from above.
+function blockOfPairs(p) {
+  if (p < 0n) return 0n;
+  let b = p + 1n;
+  while (b * (b - 1n) > 2n * p) b = (b * b + 2n * p) / (2n * b - 1n);
+  return b * (b - 1n) === 2n * p ? b : 0n;
+}
+
+function evaluateRule(text, { update, dims, stacked }) {
+  const type = (word) => (update.method.attributes ?? []).find((a) => a.name === word)?.type;
+  const of = (word) => (dims.has(word) ? dims.get(word) : type(word) === "float" ? undefined : update.attributes.get(word));
+  const plainOf = (value) => (Array.isArray(value) ? undefined : typeof value === "boolean" ? BigInt(value) : value);
+  const name = (word) => plainOf(of(word));
+  const axes = (word) => (update.tensors.has(word) ? BigInt(update.tensors.get(word).shape.length - (stacked ? 1 : 0)) : undefined);
+  return valueOf(text, { name, axes }) ?? false;
 }
 
 function checkValues({ method, tensors, dims }) {

@@ -1,9 +1,10 @@
 // The command line of the reader, as README, section 16, asks: one line of JSON for each path, exit code 0.
 //
-//     node cli.mjs check FILE...               node cli.mjs base FOLDER...            node cli.mjs canonical FILE...
+//     node cli.mjs check FILE...               node cli.mjs base BASE...              node cli.mjs canonical FILE...
+//     node cli.mjs rules FILE...
 //     node cli.mjs compute ADAPTER BASE        node cli.mjs merge ADAPTER BASE
 
-import { readFileSync, readdirSync } from "node:fs";
+import { readFileSync, readdirSync, statSync } from "node:fs";
 import { join, relative } from "node:path";
 import * as run from "./run.mjs";
 
@@ -11,6 +12,7 @@ const methods = JSON.parse(readFileSync(new URL("../../1.1/methods.json", import
 const bytesOf = (path) => new Uint8Array(readFileSync(path));
 
 function base(folder) {
+  if (statSync(folder).isFile()) return run.baseFile(bytesOf(folder));
   const entries = readdirSync(folder, { recursive: true, withFileTypes: true }).filter((entry) => !entry.isDirectory());
   const files = entries.map((entry) => relative(folder, join(entry.parentPath, entry.name)).replaceAll("\\", "/"));
   return run.base(files, (name) => bytesOf(join(folder, name)));
@@ -21,6 +23,7 @@ const asked = {
   check: (path) => run.check(bytesOf(path), methods),
   base,
   canonical: (path) => run.canonicals(bytesOf(path)),
+  rules: (path) => run.rules(bytesOf(path)),
   compute: (...pair) => run.computed(...pair.map(bytesOf), methods),
   merge: (...pair) => run.merged(...pair.map(bytesOf), methods),
 }[verb];

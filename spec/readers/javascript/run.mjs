@@ -81,6 +81,9 @@ function outputsAt(path, entries, base) {
     ? (x) => stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), bias && part(bias, e), layout)(part(x, e))))
     : layerOf(W, bias, layout);
   const outputs = entries.flatMap((entry) => of(true, entry));
+  if (outputs.some(({ attributes }) => attributes.get("norm") && !attributes.get("original_ln_after"))) {
+    throw new AdapterError("Unsupported", entries[0].target.name, "leaves out a norm of the block around it (R-10.10)");
+  }
   if (!outputs.length) return { "merged.weight": weight, ...(bias && { "merged.bias": bias }), y: plain(x) };
   const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((name) => [name, at(name)]));
   const layer = outputs.reduce((before, update) => {
@@ -88,7 +91,9 @@ function outputsAt(path, entries, base) {
     const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, beside, inside);
     return Object.assign(through(false), { inside: through(true) });
   }, plain);
-  return { y: layer(x) };
+  const y = layer(x);
+  if (!y.data.every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.y`, "what comes out is no number");
+  return { y };
 }
 
 function compute(adapter, base) {
@@ -112,9 +117,13 @@ export async function check(bytes, methods) {
 
 // `files`: names of a folder's files, with `/` between parts; `read(name)`: the bytes of one.
 export async function base(files, read) {
-  const { tensors } = ak.readBase(files.toSorted(), read);
-  return { ok: true, tensors: Object.fromEntries([...tensors].map(([name, t]) => [name, [t.dtype, t.shape]])) };
+  return listed(ak.readBase(files.toSorted(), read).tensors);
 }
+
+// A base that is one file.
+export const baseFile = async (bytes) => listed(readSafetensors(bytes).tensors);
+
+const listed = (tensors) => ({ ok: true, tensors: Object.fromEntries([...tensors].map(([name, t]) => [name, [t.dtype, t.shape]])) });
 
 export async function computed(adapterBytes, baseBytes, methods) {
   const adapter = readAdapter(adapterBytes, methods);
@@ -137,4 +146,16 @@ export async function merged(adapterBytes, baseBytes, methods) {
 export async function canonicals(bytes) {
   const texts = JSON.parse(new TextDecoder().decode(bytes));
   return { ok: true, canonical: texts.map(({ json }) => ak.canonical(ak.parseJSON(json))) };
+}
+
+// The values of expressions of rules, for the axes, attributes and tensors that stand beside each, as canonical JSON.
+export async function rules(bytes) {
+  const cases = ak.parseJSON(new TextDecoder().decode(bytes));
+  const values = cases.map((each) => {
+    const given = new Map([...each.get("axes"), ...each.get("attributes")]);
+    const name = (word) => (typeof given.get(word) === "boolean" ? BigInt(given.get(word)) : given.get(word));
+    const known = (word) => (["bigint", "string"].includes(typeof name(word)) ? name(word) : undefined);
+    return ak.valueOf(each.get("expression"), { name: known, axes: (tensor) => each.get("tensors").get(tensor) });
+  });
+  return { ok: true, values: values.map((value) => ak.canonical(value ?? null)) };
 }

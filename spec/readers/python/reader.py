@@ -1,6 +1,7 @@
 """The library as a program that `adapterkit conformance` can call (README, section 16).
 
-python reader.py check FILE...               python reader.py base FOLDER...        python reader.py canonical FILE...
+python reader.py check FILE...               python reader.py base BASE...          python reader.py canonical FILE...
+python reader.py rules FILE...
 python reader.py compute ADAPTER BASE        python reader.py merge ADAPTER BASE
 """
 
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, canonical
-from adapterkit.errors import AdapterkitError, StorageError
+from adapterkit.core.updates.rules import value_of
+from adapterkit.errors import AdapterkitError, Malformed, StorageError
 from adapterkit.io.checkpoint import open_checkpoint
 from adapterkit.io.strict_json import load_json
 
@@ -60,6 +62,9 @@ def _outputs(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Any]:
         found = _merged(adapter, held) | {"y": _live(adapter, held)}
     else:
         found = {"y": _live(adapter, held)}
+        if not found["y"].isfinite().all():
+            (path,) = {target.path for target in adapter.updates}
+            raise Malformed("what comes out is no number", where=f"{path}.y", cure="Look at the factors")
     return {
         name: {"shape": list(value.shape), "values": value.double().reshape(-1).tolist()}
         for name, value in found.items()
@@ -132,6 +137,13 @@ def canonical_texts(path: str) -> dict[str, Any]:
     return {"ok": True, "canonical": [canonical(load_json(each["json"])) for each in texts]}
 
 
+def rules(path: str) -> dict[str, Any]:
+    """The values of expressions of rules, for the axes, attributes and tensors that stand beside each."""
+    cases = json.loads(Path(path).read_text("utf-8"))
+    found = [value_of(each["expression"], each["axes"] | each["attributes"], each["tensors"]) for each in cases]
+    return {"ok": True, "values": [canonical(value) for value in found]}
+
+
 def _told(run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     try:
         return run(*given)
@@ -147,6 +159,7 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "compute": compute,
     "merge": merge,
     "canonical": canonical_texts,
+    "rules": rules,
 }
 
 if __name__ == "__main__":

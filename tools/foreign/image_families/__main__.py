@@ -28,6 +28,7 @@ from families import _LTX, ENCODERS, FAMILIES, SD_SCRIPTS, WORDS, Family, State
 ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "spec" / "architectures"
 HOLE = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+|(?<=refiner\.)\d+|(?<=norms\.)\d+|(?<=experts\.)\d+"
+                  r"|(?<=adaLN_modulations\.)\d+|(?<=layernorm_list\.)\d+|(?<=adaln_modules\.)\d+"
                   r"|(?<=image\.)\d+|(?<=image_cond\.)\d+|(?<=^caption_projection\.)\d+(?=\.linear)")  # fmt: skip
 LETTERS = "nmkj"
 
@@ -86,6 +87,8 @@ def toml_of(name: str, family: Family) -> str:
         facts["diffsynth_head"] = family.diffsynth_head
     if family.header_alpha:
         facts["header_alpha"] = True
+    if family.whole_norms:
+        facts["whole_norms"] = True
     if family.counted:
         first = {key.partition(".")[0]: _name(places["native"]).partition(".")[0] for key, places in weights.items()
                  if "{n}" in key and "native" in places}  # fmt: skip
@@ -115,8 +118,12 @@ def toml_of(name: str, family: Family) -> str:
                 place = {"name": f"{block}.{fused}", "part": sum(rows[:at]) // unit, "parts": rows[at] // unit,
                          "of": sum(rows) // unit}  # fmt: skip
                 places["diffusers_fused"] = _place(place)
-    for places in weights.values() if family.comfyui else ():
+    for weight, places in weights.items() if family.comfyui else ():
         there = family.comfyui.get(_name(places.get("native", "")))
+        own = places.get("diffusers", weight)
+        if there is None and (renamed := family.comfyui.get(_name(own))) is not None:
+            # ComfyUI has diffusers' module under another name, with the rows in diffusers' order.
+            there = {**own, "name": renamed} if isinstance(own, dict) else renamed
         if there is not None:
             places["comfyui"] = there
     # A weight whose key is no name in diffusers needs its place in both namings.

@@ -32,7 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
-        distinctive, widths, beside, diffsynth_head, header_alpha: see spec/architectures/README.md.
+        distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -55,6 +55,7 @@ class Family:
     beside: dict[str, str] = field(default_factory=dict)
     diffsynth_head: int = 0
     header_alpha: bool = False
+    whole_norms: bool = False
     ratios: tuple[str, ...] = ()
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -145,6 +146,86 @@ def _pixart(state: State) -> State:
     return made
 
 
+_COGVIDEOX = {
+    "transformer.final_layernorm": "norm_final", "transformer.layers": "transformer_blocks",
+    "attention.dense": "attn1.to_out.0", "mlp.dense_h_to_4h": "ff.net.0.proj", "mlp.dense_4h_to_h": "ff.net.2",
+    "input_layernorm": "norm1.norm", "post_attention_layernorm": "norm2.norm",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+    "ofs_embed.0": "ofs_embedding.linear_1", "ofs_embed.2": "ofs_embedding.linear_2",
+    "mixins.patch_embed": "patch_embed", "mixins.final_layer.norm_final": "norm_out.norm",
+    "mixins.final_layer.linear": "proj_out", "mixins.final_layer.adaLN_modulation.1": "norm_out.linear",
+}  # fmt: skip
+"""SAT's words -> diffusers'."""
+_COGVIDEOX_IN_COMFYUI = {
+    **{f"{x}_embedding.linear_{n}": f"{x}_embedding_linear_{n}" for x in ("time", "ofs") for n in (1, 2)},
+    **{each: each for each in ("patch_embed.proj", "patch_embed.text_proj", "proj_out", "norm_final", "norm_out.linear",
+                               "norm_out.norm")},
+    **{
+        f"transformer_blocks.{{n}}.{word}": f"blocks.{{n}}.{other}"
+        for word, other in {
+            **{f"attn1.to_{x}": x for x in "qkv"}, "attn1.norm_q": "norm_q", "attn1.norm_k": "norm_k",
+            "attn1.to_out.0": "attn_out", "ff.net.0.proj": "ff_proj", "ff.net.2": "ff_out",
+            **{each: each for each in ("norm1.linear", "norm1.norm", "norm2.linear", "norm2.norm")},
+        }.items()
+    },
+}  # fmt: skip
+"""diffusers' names of CogVideoX -> ComfyUI's; `comfyui_keys.py` compares them with ComfyUI's own model."""
+
+
+def _cogvideox(state: State) -> State:
+    import torch
+
+    made = {}
+    for key, value in state.items():
+        parts, number = value.chunk(12), key.split(".")[-3 if "adaLN_modulations" in key else -2]
+        block = f"transformer_blocks.{number}"
+        if "adaLN_modulations" in key:
+            # The image's shift, scale and gate of attention and MLP stand before the text's.
+            made[f"{block}.norm1.linear.weight"] = torch.cat([*parts[0:3], *parts[6:9]])
+            made[f"{block}.norm2.linear.weight"] = torch.cat([*parts[3:6], *parts[9:12]])
+        elif "layernorm_list" in key:
+            made[f"{block}.attn1.norm_{'q' if 'query' in key else 'k'}.weight"] = value
+        elif ".query_key_value." in key:
+            made |= {f"transformer_blocks.{key.split('.')[2]}.attn1.to_{x}.weight": part
+                     for x, part in zip("qkv", value.chunk(3), strict=True)}  # fmt: skip
+        else:
+            word = next(word for word in _COGVIDEOX if word in key)
+            name = key.replace(word, _COGVIDEOX[word])
+            for other, ours in _COGVIDEOX.items():
+                name = name.replace(other, ours) if ".layers." in key else name
+            made[name] = value
+    return made
+
+
+def _cogview4(state: State) -> State:
+    import torch
+
+    words = {
+        "time_embed.0": "time_condition_embed.timestep_embedder.linear_1",
+        "time_embed.2": "time_condition_embed.timestep_embedder.linear_2",
+        "label_emb.0.0": "time_condition_embed.condition_embedder.linear_1",
+        "label_emb.0.2": "time_condition_embed.condition_embedder.linear_2",
+        "mixins.patch_embed": "patch_embed", "mixins.final_layer.linear": "proj_out",
+        "transformer.layers": "transformer_blocks", "attention.dense": "attn1.to_out.0",
+        "mlp.dense_h_to_4h": "ff.net.0.proj", "mlp.dense_4h_to_h": "ff.net.2",
+    }  # fmt: skip
+    made = {}
+    for key, value in state.items():
+        if "adaln_modules" in key:
+            made[f"transformer_blocks.{key.split('.')[3]}.norm1.linear.weight"] = value
+        elif "final_layer.adaln" in key:
+            made["norm_out.linear.weight"] = torch.cat([*reversed(value.chunk(2))])
+        elif ".query_key_value." in key:
+            made |= {f"transformer_blocks.{key.split('.')[2]}.attn1.to_{x}.weight": part
+                     for x, part in zip("qkv", value.chunk(3), strict=True)}  # fmt: skip
+        else:
+            name = key
+            for word, other in words.items():
+                name = name.replace(word, other)
+            made[name] = value
+    return made
+
+
 def _hunyuan_video_15(state: State) -> State:
     renamed = {}
     for key, value in state.items():
@@ -215,6 +296,7 @@ FAMILIES: dict[str, Family] = {
         ("FluxTransformer2DModel",), single.convert_flux_transformer_checkpoint_to_diffusers, _BFL, title="flux",
         config={"guidance_embeds": True}, rows=3072, counted=True, distinctive=True,
         ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"), sources=("black-forest-labs/flux: model.py",),
+        whole_norms=True,
     ),
     "flux2": Family(
         ("Flux2Transformer2DModel",), single.convert_flux2_transformer_checkpoint_to_diffusers,
@@ -246,7 +328,7 @@ FAMILIES: dict[str, Family] = {
         double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale single_blocks.#.linear1*7 single_blocks.#.linear2
         single_blocks.#.norm.{query,key}_norm:scale""",
         rows=3072, counted=True, ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"),
-        sources=("lodestone-rock/flow: chroma's model.py",),
+        sources=("lodestone-rock/flow: chroma's model.py",), whole_norms=True,
     ),
     "sd3": Family(
         ("SD3Transformer2DModel",), single.convert_sd3_transformer_checkpoint_to_diffusers,
@@ -363,8 +445,25 @@ FAMILIES: dict[str, Family] = {
         blocks.#.mlp_{x,y}.w{1,2} final_layer.mod final_layer.linear""",
         blocks=48, cases=_MOCHI_CASES, sources=("genmoai/mochi: asymm_models_joint.py",),
     ),
-    "cogvideox": Family(("CogVideoXTransformer3DModel",), kohya="diffusers", widths=(3072,)),
-    "cogview4": Family(("CogView4Transformer2DModel",), kohya="diffusers"),
+    "cogvideox": Family(
+        ("CogVideoXTransformer3DModel",), _cogvideox,
+        """{time,ofs}_embed.{0,2} mixins.patch_embed.{proj,text_proj} transformer.final_layernorm
+        mixins.final_layer.{norm_final,linear,adaLN_modulation.1}
+        transformer.layers.#.attention.query_key_value*3 transformer.layers.#.attention.dense
+        transformer.layers.#.mlp.{dense_h_to_4h,dense_4h_to_h}
+        transformer.layers.#.{input,post_attention}_layernorm mixins.adaln_layer.adaLN_modulations.#.1*12
+        mixins.adaln_layer.{query,key}_layernorm_list.#""",
+        config={"ofs_embed_dim": 512}, kohya="diffusers", widths=(3072,), comfyui=_COGVIDEOX_IN_COMFYUI,
+        sources=("diffusers: scripts/convert_cogvideox_to_diffusers.py",),
+    ),
+    "cogview4": Family(
+        ("CogView4Transformer2DModel",), _cogview4,
+        """time_embed.{0,2} label_emb.0.{0,2} mixins.patch_embed.{proj,text_proj}
+        mixins.final_layer.linear mixins.final_layer.adaln.1*2 mixins.adaln.adaln_modules.#.1
+        transformer.layers.#.attention.query_key_value*3 transformer.layers.#.attention.dense
+        transformer.layers.#.mlp.{dense_h_to_4h,dense_4h_to_h}""",
+        kohya="diffusers", sources=("diffusers: scripts/convert_cogview4_to_diffusers.py",),
+    ),
     "kandinsky5": Family(("Kandinsky5Transformer3DModel",), native="=", kohya="diffusers", widths=(4096, 1792)),
     "krea2": Family(
         ("Krea2Transformer2DModel",), single.convert_krea2_transformer_checkpoint_to_diffusers,
@@ -435,7 +534,7 @@ WORDS: dict[str, list[str]] = {
     "hidream": ["hidream"],
     "qwen_image": ["qwenimage", "loraqwen"],
     "wan": ["wan21", "wan22", "lorawan", "skyreelsv2"],
-    "hunyuan_video": ["hunyuanvideo", "lorahunyuan"],
+    "hunyuan_video": ["hunyuanvideo", "lorahunyuan", "framepack"],
     "hunyuan_video_15": ["hunyuanvideo15", "hv15"],
     "ltx": ["ltxv", "ltxvideo"],
     "ltx2": ["ltx2"],
@@ -477,8 +576,13 @@ ENCODERS: dict[str, dict[str, dict[str, str]]] = {
     "qwen_image": {"text_encoder": _llm("qwen25_7b", "model.language_model.")},
     "wan": {"text_encoder": {"kind": "t5", "comfyui": "umt5xxl"}},
     "hunyuan_video": {"text_encoder": _llm("llama"), "text_encoder_2": _CLIP_L},
+    "hunyuan_video_15": {
+        "text_encoder": _llm("qwen25_7b"), "text_encoder_2": {"kind": "t5", "comfyui": "byt5_small"},
+    },
     "ltx": {"text_encoder": _T5},
     "mochi": {"text_encoder": _T5},
+    "cogvideox": {"text_encoder": _T5},
+    "kandinsky5": {"text_encoder": _llm("qwen25_7b", "model.language_model."), "text_encoder_2": _CLIP_L},
     "cosmos": {"text_encoder": _llm("qwen3_06b")},
 }  # fmt: skip
 """Text encoders by diffusers' names: what they are, and what ComfyUI calls them (comfy/text_encoders)."""

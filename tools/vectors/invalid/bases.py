@@ -64,6 +64,11 @@ def _indexes() -> Iterator[Invalid]:
     raw = text({"weight_map": weight_map}).encode()
     yield Invalid("index_folders_swapped", {INDEX: raw, **parts}, where="a.weight", opens="base")
     yield _index("index_not_json", "", b'{"weight_map": ')
+    marked = b"\xef\xbb\xbf" + text({"weight_map": whole}).encode()
+    yield _index("index_mark", "", marked)
+    yield _index("index_half_surrogate", "", b'{"weight_map":{"a.weight":"\\ud800"}}')
+    yield _index("index_nan", "", b'{"weight_map":{"a.weight":"model-1.safetensors"},"x":NaN}')
+    yield _index("index_deep", "", b'{"weight_map":{"a.weight":"x"},"x":' + b"[" * 100 + b"]" * 100 + b"}")
     yield _index("index_list", "", b"[]")
     twice = b'{"weight_map":{"a.weight":"model-1.safetensors","a.weight":"model-2.safetensors"}}'
     yield _index("index_key_twice", "", twice)
@@ -76,8 +81,19 @@ def _folders() -> Iterator[Invalid]:
     config = {"model.safetensors": ONE, "config.json": b"{'model_type': 'llama'}"}
     index = text({"weight_map": {"a.weight": "model.safetensors"}}).encode()
     yield Invalid("config_not_json", config, opens="base")
+    for name, data in (
+        ("list", b"[]"), ("mark", b"\xef\xbb\xbf{}"), ("half_surrogate", b'{"a":"\\ud800"}'),
+        ("not_utf8", b'{"a":"\xff"}'),
+        ("comma", b'{"a":1,}'),
+    ):  # fmt: skip
+        content = {"model.safetensors": ONE, "config.json": data}
+        yield Invalid(f"config_{name}", content, opens="base", exact=True)
     deep = {"model.safetensors": ONE, "config.json": b'{"a":' + b"[" * 100 + b"]" * 100 + b"}"}
     yield Invalid("config_deep", deep, opens="base")
     yield Invalid("index_and_whole", {"model.safetensors": ONE, INDEX: index}, "UsageError", opens="base")
     yield Invalid("two_files_no_index", {FIRST: ONE, SECOND: TWO}, "UsageError", opens="base")
+    hidden = {".a.safetensors": ONE, "b.safetensors": TWO}
+    yield Invalid("two_files_one_hidden", hidden, "UsageError", opens="base")
+    yield Invalid("ending_in_capitals", {"a.SAFETENSORS": ONE}, "UsageError", opens="base")
+    yield Invalid("file_in_a_folder", {"part/model.safetensors": ONE}, "UsageError", opens="base")
     yield Invalid("no_weights", {"readme.txt": b"weights to follow\n"}, "UsageError", opens="base")

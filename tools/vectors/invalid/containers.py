@@ -58,6 +58,18 @@ def _headers() -> Iterator[Invalid]:
         pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}'),
         where="header",
     )
+    yield Invalid("tensor_twice_by_an_escape", pack(f'{{"h.0.w":{one},"h\\u002e0.w":{one}}}'), where="header")
+    yield Invalid("header_mark", pack(b"\xef\xbb\xbf{}"), where="header")
+    yield Invalid("header_utf8_of_a_surrogate", pack(b'{"\xed\xa0\x80":' + one.encode() + b"}"), where="header")
+    yield Invalid("header_utf8_too_long", pack(b'{"\xc1\xa1":' + one.encode() + b"}"), where="header")
+    yield Invalid("header_control", pack(f'{{"h\t":{one}}}'), where="header")
+    yield Invalid("header_form_feed", pack("{}\f"), where="header")
+    yield Invalid("header_comma", pack(f'{{"h.0.w":{one},}}'), where="header")
+    yield Invalid("header_comment", pack("{/**/}"), where="header")
+    yield Invalid("header_single_quotes", pack("{'h.0.w':" + one + "}"), where="header")
+    for name, number in (("zero", "00"), ("plus", "+0"), ("point", "0."), ("hexadecimal", "0x0"), ("exponent", "0e")):
+        spoiled = one.replace("[0]", f"[{number}]")
+        yield Invalid(f"header_number_{name}", pack(f'{{"h.0.w":{spoiled}}}'), where="header", exact=True)
     # As many fields as an entry has: one came twice, and one is missing.
     yield Invalid("entry_field_for_another", pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0]}}'), where="header")
 
@@ -75,6 +87,9 @@ def _entries() -> Iterator[Invalid]:
     yield Invalid("shape_huge", _entry(shape=[1 << 62, 1 << 62]), where="h.0.w")
     yield Invalid("shape_wraps_around", _entry(shape=[(1 << 62) + 1, 4]), where="h.0.w")
     yield Invalid("shape_beyond_64_bits", _entry(shape=[1 << 64]), where="h.0.w")
+    none = {"dtype": "U8", "data_offsets": [0, 0]}
+    yield Invalid("shape_beyond_63_bits", pack({"h.0.w": none | {"shape": [0, 1 << 63]}}), where="h.0.w", exact=True)
+    yield Invalid("shape_exponent", pack('{"h.0.w":{"dtype":"U8","shape":[0e0],"data_offsets":[0,0]}}'), where="h.0.w")
     yield Invalid("shape_float", _entry(shape=[1.0]), where="h.0.w")
     yield Invalid("shape_bool", _entry(shape=[True]), where="h.0.w")
     yield Invalid("shape_text", _entry(shape="1"), where="h.0.w")

@@ -50,6 +50,9 @@ def _records() -> Iterator[Invalid]:
     words = text(RECORD)
     yield Invalid("record_empty", native("", TENSORS), where="metadata adapterkit")
     yield Invalid("record_not_json", native(words[:-1], TENSORS), where="metadata adapterkit")
+    yield Invalid("record_mark", native("\ufeff" + words, TENSORS), where="metadata adapterkit", exact=True)
+    yield Invalid("record_control", native(words.replace('"q"', '"q\t"'), TENSORS), where="metadata adapterkit")
+    yield Invalid("record_two_values", native(words + "{}", TENSORS), where="metadata adapterkit")
     yield Invalid("record_list", native([RECORD], TENSORS), where="metadata adapterkit")
     twice = words.replace('"version":"1.0"', '"version":"2.0","version":"1.0"')
     yield Invalid("record_key_twice", native(twice, TENSORS), where="metadata adapterkit")
@@ -75,6 +78,9 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("version_newer_major", _record(lambda r: r.update(version="2.0")), "Unsupported", "version")
     yield Invalid("version_older_major", _record(lambda r: r.update(version="0.9")), "Unsupported", "version")
     yield Invalid("requires_unknown", _record(lambda r: r.update(requires=["fp4-factors"])), "Unsupported", "requires")
+    for name, fields, place in _FIELDS:
+        where = f"metadata adapterkit.{place}"
+        yield Invalid(name, _record(lambda r, fields=fields: r.update(fields)), where=where, exact=True)
     yield Invalid("requires_text", _record(lambda r: r.update(requires="x")), where="requires")
     yield Invalid("extensions_list", _record(lambda r: r.update(extensions=[])), where="extensions")
     newer = {"version": "1.9", "extensions": 5, "colour": "red"}
@@ -95,6 +101,20 @@ def _records() -> Iterator[Invalid]:
     foreign = {"format": "peft", "data": {}, "tensors": {"x": "absent"}}
     yield Invalid("foreign_tensor_absent", _record(lambda r: r.update(foreign=foreign)), where="foreign.x")
     yield Invalid("foreign_without_format", _record(lambda r: r.update(foreign={"data": {}})), where="foreign")
+
+
+_FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    ("requires_null", {"requires": None}, "requires"),
+    ("requires_number", {"requires": ["a", 5]}, "requires[1]"),
+    ("recipe_null", {"recipe": None}, "recipe"),
+    ("recipe_args_list", {"recipe": [{"op": "x", "args": []}]}, "recipe[0].args"),
+    ("base_id_number", {"base": {"id": 5}}, "base.id"),
+    ("extensions_null", {"extensions": None}, "extensions"),
+    ("foreign_tensor_number", {"foreign": {"format": "x", "data": {}, "tensors": {"t": 5}}}, "foreign.tensors"),
+    ("foreign_data_null", {"foreign": {"format": "x", "data": None, "tensors": {}}}, "foreign.data"),
+    ("updates_null", {"updates": None}, "updates"),
+]
+"""Name, fields of the record, and the path of the value that the schema does not allow."""
 
 
 def _places() -> Iterator[Invalid]:
@@ -119,6 +139,8 @@ def _places() -> Iterator[Invalid]:
     )
     yield Invalid("layout_stacked_without_experts", _target(layout="e out *in"), "ShapeMismatch", "q: lora")
     yield Invalid("rows_reversed", _target(rows=[3, 0]), where="rows")
+    far = 10**30
+    yield Invalid("rows_huge", _target(rows=[0, far]), "ShapeMismatch", f"q[0:{far}]: lora", exact=True)
     yield Invalid("rows_none", _target(rows=[2, 2]), where="rows")
     yield Invalid("rows_negative", _target(rows=[-3, 0]), where="rows")
     yield Invalid("rows_one", _target(rows=[3]), where="rows")
@@ -139,7 +161,11 @@ def _methods() -> Iterator[Invalid]:
     yield Invalid("method_empty", _update(method=""), where="method")
     yield Invalid("method_number", _update(method=1), where="method")
     yield Invalid("method_version_newer", _update(version=2), "Unsupported", "version")
+    yield Invalid("method_version_huge", _update(version=10**30), "Unsupported", "version")
     yield Invalid("method_version_zero", _update(version=0), where="version")
+    yield Invalid("method_version_float", _update(version=1.0), where="version")
+    raised = native(text(RECORD).replace('"version":1}', '"version":1e0}'), TENSORS)
+    yield Invalid("method_version_exponent", raised, where="metadata adapterkit.updates[0].version", exact=True)
     yield Invalid("method_version_text", _update(version="1"), where="version")
     yield Invalid("attribute_unknown", _update(attributes={"alpha": 16}), where="attributes")
     yield Invalid("attribute_text", _update(attributes={"scaling": "0.5"}), where="lora.scaling")
@@ -169,6 +195,9 @@ def _rules() -> Iterator[Invalid]:
     square, pairs = stored(numbers("invalid.square", 1, 3, 3), "F32"), stored(numbers("invalid.pairs", 1, 3), "F32")
     four, three = stored(numbers("invalid.four", 1, 4), "F32"), stored(numbers("invalid.rescale", 3), "F32")
     whole, part = stored(numbers("invalid.w1", 1, 2), "F32"), stored(numbers("invalid.w2", 3, 2), "F32")
+    place = {"index": stored(np.array([[0], [1]]), "I64"), "spectrum": stored(numbers("invalid.one", 1), "F32")}
+    wide = _with("fourierft", {"outputs": 1 << 32, "inputs": 1 << 32}, **place)
+    yield Invalid("rule_beyond_64_bits", wide, where="q: fourierft.outputs, inputs")
     yield Invalid("attribute_word", _with("oft", {"side": "top"}, square=square), "Unsupported", "q: oft.side")
     yield Invalid("attribute_below", _with("oft", {"terms": -1}, square=square), where="q: oft.terms")
     yield Invalid("attribute_fraction", _with("oft", {"terms": 3.0}, square=square), where="q: oft.terms")
@@ -288,6 +317,11 @@ def _values() -> Iterator[Invalid]:
     yield factor("nan_f8_e8m0", "F8_E8M0", 0xFF, 1)
     yield factor("nan_f8_e4m3fnuz", "F8_E4M3FNUZ", 0x80, 1)
     yield factor("nan_f8_e5m2fnuz", "F8_E5M2FNUZ", 0x80, 1)
+    twice = stored(np.array([[0, 1], [1, 1]]), "I64")
+    update = LORA | {"method": "rows", "attributes": {}, "target": {"path": "q", "layout": "e out *in"}}
+    experts = {"index": twice, "values": stored(numbers("invalid.experts", 2, 2, 3), "F32")}
+    content = native(RECORD | {"updates": [update | {"tensors": {name: name for name in experts}}]}, experts)
+    yield Invalid("index_twice_in_an_expert", content, where="q: rows.index", stage="values")
     yield pairs("index_beyond", [0, 3], [1, 1])
     yield pairs("pair_twice", [0, 2, 0], [1, 1, 1])
     yield index("index_twice", 1, 1)

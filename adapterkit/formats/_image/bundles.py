@@ -1,0 +1,150 @@
+"""Embeddings of tokens in a file of LoRAs: `bundle_emb.<token>.<slot>`, as OneTrainer writes and AUTOMATIC1111 reads.
+
+They are textual inversions beside the LoRAs. ComfyUI leaves such keys out and diffusers refuses the whole file, so that
+only kohya's and LyCORIS's files have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from ...core.adapter import Target
+from ...errors import Malformed, Unsupported
+from ...io.lazy import as_lazy
+from ...methods.textual_inversion import TextualInversion
+from .deciding import candidates, denoiser_targets
+from .file import AGAIN
+
+if TYPE_CHECKING:
+    from ...core.adapter import Updates
+    from ...core.updates import Update
+    from ...io.lazy import Lazy
+    from .deciding import Origin
+    from .hints import Hints
+
+PREFIX = "bundle_emb."
+EMBEDDING = "text_model.embeddings.token_embedding"
+
+PLACES = {"clip": EMBEDDING, "t5": "shared", "llm": "model.embed_tokens"}
+"""Kind of a text encoder -> its embedding."""
+
+SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
+"""OneTrainer's word for an encoder -> its kind."""
+
+ALONE = ("emb_params", "string_to_param.*")
+"""Slots of the one encoder of Stable Diffusion 1 and 2; the second comes from AUTOMATIC1111's files of embeddings."""
+
+USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""Word -> the encoder in diffusers' words, where no family says another."""
+
+
+def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
+    """Return the tensors of LoRAs, and those of embeddings."""
+    bundled = {key: leaf for key, leaf in tensors.items() if key.startswith(PREFIX)}
+    return {key: leaf for key, leaf in tensors.items() if key not in bundled}, bundled
+
+
+class Bundle:
+    """The embeddings of a file.
+
+    Attributes:
+        updates: target -> embeddings of the tokens, in the file's order.
+        keys: key that `keyed` would choose -> key of the file.
+        shapes: key -> shape of the file where that is no matrix.
+    """
+
+    def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
+        """Take keys apart.
+
+        Args:
+            tensors: the embeddings' tensors.
+            updates: the LoRAs' updates beside them, which tell the family.
+            origin: what is known of the file.
+
+        Raises:
+            Unsupported: an embedding is of no encoder's input: OneTrainer has some that are added to its output.
+            Malformed: it is no matrix of rows, or comes twice.
+        """
+        self.updates: dict[Target, tuple[Update, ...]] = {}
+        self.keys: dict[str, str] = {}
+        self.shapes: dict[str, list[int]] = {}
+        words = _words(updates, origin) if tensors else {}
+        slots = {slot for key in tensors for slot in [key.removeprefix(PREFIX).partition(".")[2]]}
+        for key, leaf in tensors.items():
+            token, _, slot = key.removeprefix(PREFIX).partition(".")
+            target = _place(key, slot, words)
+            if len(leaf.shape) not in (1, 2) or 0 in leaf.shape or not token:
+                raise Malformed(f"an embedding of shape {list(leaf.shape)}", where=key, cure=AGAIN)
+            if len(leaf.shape) == 1:
+                self.shapes[key] = list(leaf.shape)
+            found = self.updates.get(target, ())
+            if any(update.attributes["token"] == token for update in found):
+                raise Malformed("a second embedding of the same token", where=key, cure=AGAIN)
+            rows = leaf.reshape(-1, leaf.shape[-1])
+            self.updates[target] = (*found, TextualInversion(P=rows, token=token))  # type: ignore[arg-type]
+            default = slot if slot not in ALONE else "clip_l" if "clip_g" in slots else ALONE[0]
+            if slot == "clip_l" and slots == {"clip_l"} and "clip_g" not in words:
+                default = ALONE[0]
+            self.keys[f"{PREFIX}{token}.{default}"] = key
+
+
+def _words(updates: Updates, origin: Origin) -> dict[str, str]:
+    """OneTrainer's word -> the encoder in diffusers' words, as far as all families that fit agree on it."""
+    targets = denoiser_targets(updates, ())
+    fitting = candidates(updates, targets, origin) if targets else []
+    found: dict[str, set[str]] = {}
+    for family in fitting:
+        for name, encoder in family.facts.encoders.items():
+            word = encoder.comfyui if encoder.comfyui in USUAL else {"t5": "t5", "llm": "llama"}.get(encoder.kind, "")
+            found.setdefault(word, set()).add(name)
+    return {word: next(iter(names)) for word, names in found.items() if word and len(names) == 1}
+
+
+def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
+    if slot in ALONE:
+        return Target(f"text_encoder.{EMBEDDING}")
+    part = words.get(slot, USUAL.get(slot, ""))
+    if slot in SLOTS and part:
+        return Target(f"{part}.{PLACES[SLOTS[slot]]}")
+    why = "an embedding that OneTrainer has put into the file, and that is no input of a text encoder known here"
+    cure = "Save the LoRA without its embeddings, take this key out of the file, or name the family: --family (family=)"
+    raise Unsupported(why, where=key, cure=cure)
+
+
+def is_bundled(target: Target, update: object) -> bool:
+    """Whether an update is an embedding that a file of LoRAs can have beside them."""
+    part, _, rest = target.path.partition(".")
+    there = part.startswith("text_encoder") and rest in PLACES.values()
+    return there and isinstance(update, TextualInversion) and bool(update.token) and "." not in update.token
+
+
+def keyed(updates: Updates, hints: Hints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
+    """The updates without embeddings, and the embeddings by key; all are updates where there is no LoRA beside them."""
+    found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
+    found = {target: each for target, each in found.items() if each}
+    rest = {t: tuple(u for u in each if not is_bundled(t, u)) for t, each in updates.items()}
+    rest = {target: each for target, each in rest.items() if each}
+    if not rest or not found:
+        return updates, {}
+    words = _words(rest, origin)
+    tensors = {}
+    for target, each in found.items():
+        slot = _slot(target, found, words)
+        for update in each:
+            default = f"{PREFIX}{update.attributes['token']}.{slot}"
+            key, leaf = hints.keys.get(default, default), as_lazy(update.tensors["P"])
+            shape = hints.shapes.get(key)
+            tensors[key] = leaf.reshape(*shape) if shape and leaf.shape[0] == 1 else leaf
+    return rest, tensors
+
+
+def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
+    """OneTrainer's word for the encoder of an embedding; Stable Diffusion 1 and 2 have one, and no word for it."""
+    part, _, rest = target.path.partition(".")
+    kind = next(kind for kind, name in PLACES.items() if name == rest)
+    if kind != "clip":
+        return next(word for word, each in SLOTS.items() if each == kind)
+    own = next((word for word in USUAL if words.get(word, USUAL[word]) == part), "clip_l")
+    several = "clip_g" in words or any(other.path != target.path for other in found)
+    return own if own != "clip_l" or several else ALONE[0]

@@ -1,0 +1,242 @@
+"""Hold what adapterkit writes for ComfyUI against ComfyUI's own loader: it holds every key, and makes the same weights.
+
+    python tools/foreign/check_comfyui.py CHECKOUT [--method METHOD...] [WORD...]     families whose names have a word
+
+CHECKOUT is a folder with ComfyUI's source; comfyui_keys.py beside this file says what it needs. For each family that
+ComfyUI has a model of, an adapter in diffusers' names with one update for each module of the first blocks is written in
+ComfyUI's and in kohya's format. `comfy.lora.load_lora` must hold each key of the first, and `calculate_weight` there
+must make the change that the formula gives, within 1e-5, for a sample of the weights. ComfyUI's patches of the same
+adapter in diffusers' names, as far as it reads these, must make that change, too. Exit status 1 if something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfyui_keys
+import numpy as np
+from comfyui_keys import MODELS, ROOT, Absent, is_norm, key_map
+
+TOLERANCE = 1e-5
+METHODS = ("lora", "loha", "lokr", "diff", "diff_b", "norm")
+SAMPLE = 3
+"""Weights of a family that are computed; keys are compared for all."""
+
+RANDOM = np.random.default_rng(0)
+
+
+class Different(Exception):
+    """ComfyUI holds not every key, or makes another weight."""
+
+
+def main() -> int:
+    """Run the families that were asked for; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--method", action="append", choices=METHODS)
+    arguments = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(arguments.checkout)]
+    sys.meta_path.insert(0, Absent())
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    failed = 0
+    for name in MODELS:
+        if arguments.words and not any(word in name for word in arguments.words):
+            continue
+        for method in arguments.method or METHODS:
+            try:
+                print(f"ok      {name} {method}: {checked(name, method)}", flush=True)
+            except Exception as error:  # One family that fails must not stop the others.
+                failed += 1
+                print(f"WRONG   {name} {method}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return int(bool(failed))
+
+
+def checked(name: str, method: str) -> str:
+    """Check one family and method; return what was compared.
+
+    Raises:
+        Different: a key is not held, or a weight differs.
+        AdapterkitError: the file is refused.
+    """
+    import adapterkit as ak
+    from adapterkit.core.adapter import Adapter, Step, Target
+    from adapterkit.core.metadata import read_with
+    from adapterkit.errors import Unrepresentable
+    from adapterkit.formats._image.deciding import FAMILY
+    from adapterkit.naming.image import families
+
+    family = next(each for each in families() if each.name == name)
+    known, shapes = key_map(*MODELS[name][-1])
+    modules = modules_of(family, shapes, norms=method == "norm")
+    if not modules:
+        return "no such modules"
+    updates = {Target(f"{family.component}.{path}"): (made(method, size),) for path, size in modules.items()}
+    recipe = (Step("read", {"format": "diffusers"}),)
+    adapter = read_with(Adapter(updates, recipe=recipe), {FAMILY: name})
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        theirs: dict[str, Any] = {}
+        if method == "lora":
+            ak.write(adapter, Path(folder, "diffusers.safetensors"), "diffusers")
+            theirs, _ = patches(Path(folder, "diffusers.safetensors"), known)
+        for dialect in ("comfyui", "kohya") if method == "lora" else ("comfyui",):
+            path = Path(folder, f"{dialect}.safetensors")
+            try:
+                ak.write(adapter, path, dialect, on_loss="promote")
+            except Unrepresentable as refusal:
+                found.append(f"{dialect} refused ({refusal.items[0] if refusal.items else refusal})")
+                continue
+            held, lost = patches(path, known)
+            if lost and dialect == "comfyui":
+                raise Different(f"{dialect}: {len(lost)} keys are not held: {sorted(lost)[:3]}")
+            read = ak.read(path, family=name).load("cpu")
+            worst, also = 0.0, 0.0
+            for weight in sample(held, shapes):
+                own = calculated(held[weight], weight, shapes)
+                worst = max(worst, compared(own, formula(read, weight, shapes, known), weight))
+                if weight in theirs:
+                    also = max(also, compared(own, calculated(theirs[weight], weight, shapes), weight))
+            said = f"{len(held)} weights, {worst:.0e}"
+            said += f", {also:.0e} from diffusers' names" if theirs else ""
+            found.append(f"{dialect} {said}" + (f", {len(lost)} keys not held" if lost else ""))
+    return "; ".join(found)
+
+
+def modules_of(family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: bool) -> dict[str, tuple[int, ...]]:
+    """diffusers' modules of the first two blocks that ComfyUI's model has -> the shapes of their weights."""
+    from adapterkit.naming.architectures import fill
+
+    found: dict[str, tuple[int, ...]] = {}
+    wanted = family.wanted("comfyui")
+    for weight in family.architecture.record.weights:
+        place = family.architecture.place(weight, "diffusers")
+        # Weights that a shape decides (`ratio`) are another module in the last block.
+        others = (family.architecture.place(weight, each) for each in family.namings)
+        cases = any(each is not None and each.ratio for each in others)
+        if place is None or cases or (is_norm(place.name) or is_norm(weight)) != norms:
+            continue
+        for number in ("0", "1"):
+            path = fill(place.name, {f"{{{hole}}}": number if hole == "n" else "0" for hole in "nmkej"})
+            pieces = family.moves(path, "diffusers", wanted)
+            keys = [f"diffusion_model.{piece.path}.weight" for piece in pieces]
+            if not keys or any(key not in shapes for key in keys) or len(set(keys)) > 1:
+                continue
+            rows = sum(shapes[keys[0]][0] * piece.there.parts // piece.there.of for piece in pieces)
+            if (len(shapes[keys[0]]) > 1) == norms:
+                continue
+            if family.name in comfyui_keys.UNEVEN and any(not piece.there.whole for piece in pieces):
+                continue
+            found[path] = (rows, *shapes[keys[0]][1:])
+    return found
+
+
+def made(method: str, shape: tuple[int, ...]) -> Any:
+    """Return an update of a weight of this shape."""
+    from adapterkit.io.lazy import from_numpy
+    from adapterkit.methods import METHODS as LAWS
+
+    def leaf(*size: int) -> Any:
+        return from_numpy((0.1 * RANDOM.normal(size=size)).astype("f4"))
+
+    out, *rest = shape
+    if method == "norm":
+        return LAWS["dense"](D=leaf(*shape))
+    columns = int(np.prod(rest))
+    if method == "loha":
+        return LAWS["loha"](w1_a=leaf(out, 2), w1_b=leaf(2, columns), w2_a=leaf(out, 2), w2_b=leaf(2, columns))
+    if method == "lokr" and out % 4 == 0 and columns % 4 == 0 and len(rest) == 1:
+        return LAWS["lokr"](w1=leaf(4, 4), w2_a=leaf(out // 4, 2), w2_b=leaf(2, columns // 4))
+    if method == "diff":
+        return LAWS["dense"](D=leaf(*shape))
+    if method == "diff_b":
+        return LAWS["dense"](d=leaf(out))
+    return LAWS["lora"](A=leaf(2, *rest), B=leaf(out, 2))
+
+
+def patches(path: Path, known: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Return ComfyUI's patches of a file by weight, each with its rows, and the keys that it does not hold."""
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.utils
+
+    state = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path), safe_load=True))
+    used = set[str]()
+    found: dict[str, Any] = {}
+    for key, patch in comfy.lora.load_lora(Watched(state, used), known, log_missing=False).items():
+        weight, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
+        found.setdefault(weight, []).append((1.0, patch, 1.0, rows, None))
+    return found, set(state) - used
+
+
+class Watched(dict[str, Any]):
+    """A state dict that notes which of its keys are read."""
+
+    def __init__(self, state: Mapping[str, Any], used: set[str]) -> None:
+        super().__init__(state)
+        self.used = used
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self:
+            self.used.add(key)
+        return super().get(key, default)
+
+
+def sample(held: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Some of the weights, the same ones each time, none of them too large to compute."""
+    small = [key for key in held if key in shapes and np.prod(shapes[key]) < 1 << 25]
+    return sorted(small, key=lambda key: zlib.crc32(key.encode()))[:SAMPLE]
+
+
+def calculated(found: Any, weight: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The change that ComfyUI makes of a weight of zeros."""
+    import comfy.lora
+    import torch
+
+    zeros = torch.zeros(shapes[weight])
+    return comfy.lora.calculate_weight(found, zeros, weight).double().numpy()
+
+
+def formula(read: Any, weight: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]) -> Any:
+    """The change by the formulas of what adapterkit reads in the same file, at the rows that the targets say."""
+    path = weight.removeprefix("diffusion_model.")
+    whole = np.zeros(shapes[weight])
+    for target in read.updates:
+        name = target.path.partition(".")[2]
+        place = known.get("lora_unet_" + name.replace(".", "_"), known.get(f"diffusion_model.{name}", ""))
+        if not isinstance(place, str) or place != weight:
+            continue
+        for update in read.updates[target]:
+            if path.endswith(".bias"):
+                whole += update.bias_delta().numpy()
+            elif update.changes_weight:
+                whole += update.delta(whole.shape).double().numpy()
+    return whole
+
+
+def compared(own: Any, wanted: Any, weight: str) -> float:
+    """The largest relative difference of two changes.
+
+    Raises:
+        Different: it is too large.
+    """
+    error = float(np.abs(own - wanted).max() / (np.abs(wanted).max() or 1.0))
+    if not error <= TOLERANCE or not wanted.any():
+        raise Different(f"{weight} differs by {error:.1e}, of {np.abs(wanted).max():.1e}")
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
