@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .io import resolving as _resolving
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -82,6 +84,16 @@ __all__ = [
 
 _MODULES = ("hub", "onnx", "ops", "torch")
 """Parts of the package that are reached as such."""
+
+
+def _hub() -> _resolving.Hub:
+    """Return the hubs, imported at the first name on one of them."""
+    from . import hub
+
+    return hub
+
+
+_resolving.install(_hub)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from adapterkit.errors import UsageError
 from adapterkit.io.lazy import DTYPES
 from adapterkit.merging.arrays import NumpyArrays, TorchArrays
 from adapterkit.merging.blocks import Block
-from adapterkit.merging.workers import DEPTH, lane_for
+from adapterkit.merging.workers import DEPTH, pipeline_for
 
 WEIGHTS = "model*.safetensors"
 
@@ -70,7 +70,7 @@ def test_blocks_are_read_ahead_and_written_in_order(arrays: object, ahead: int) 
             self.at += nbytes
 
     blocks = [Block(None, row, row + 1, 8, 10) for row in range(8)]
-    lane = lane_for(arrays)  # type: ignore[arg-type]
+    lane = pipeline_for(arrays)  # type: ignore[arg-type]
     lane.through(blocks, DTYPES["F32"], DTYPES["F32"], read, compute, Written())
     assert np.array_equal(written, values * 2)
     order = {kind: [row for what, row in seen if what == kind] for kind in ("read", "write")}

@@ -108,7 +108,7 @@ def providers() -> Check:
         return check
     own = _version(both[0]) if both else check.found
     try:
-        runs_on: Callable[[str], bool] = import_module("adapterkit.onnx.providers").runs_on
+        from ..onnx.providers import runs_on
     except Exception as error:  # A package that it imports is broken; that package's own check reports it.
         return Check("onnxruntime", "warn", f"{own}, not tried: {type(error).__name__}", "Repair onnx first")
     built = import_module("onnxruntime").get_available_providers()

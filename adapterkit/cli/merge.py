@@ -140,7 +140,7 @@ def command(
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
         )  # fmt: skip
-    record = dict(report.record())
+    record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if read_from is not None:

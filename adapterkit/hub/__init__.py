@@ -5,6 +5,7 @@ Importing this package does not import huggingface_hub; that happens at the firs
 
 from __future__ import annotations
 
+from .hubs import hub_of
 from .pulling import Pulled, pull
 from .pushing import Pushed, outgoing, push
 from .reading import fetched, headers, streamed
@@ -12,6 +13,6 @@ from .remote import Remote, RemoteFile
 from .uris import Uri, parse
 
 __all__ = [
-    "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "outgoing", "parse", "pull", "push",
-    "streamed",
+    "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "hub_of", "outgoing", "parse", "pull",
+    "push", "streamed",
 ]  # fmt: skip

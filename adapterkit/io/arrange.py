@@ -15,11 +15,9 @@ from ..errors import Malformed
 from .lazy import DTYPES, DType, Lazy, Span, as_array, as_lazy, bytes_of, first_in, first_not_finite
 
 if TYPE_CHECKING:
-    import numpy as np
+    from .lazy import Array, Leaf
 
-    from .lazy import Leaf
-
-    Order = Callable[[], np.ndarray[Any, Any]]
+    Order = Callable[[], Array]
 
 AT_ONCE = 1 << 18
 """A tensor of up to this many bytes is read whole when runs of it are asked for: three small reads take longer."""

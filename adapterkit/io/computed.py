@@ -13,11 +13,8 @@ from ..errors import Malformed
 from .lazy import DTYPES, Buffer, DType, Lazy, as_lazy, check_finite
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from .lazy import Array as Array
     from .lazy import Leaf, Shape
-
-    Array = np.ndarray[Any, Any]
 
 
 def load(leaf: Leaf) -> Array:

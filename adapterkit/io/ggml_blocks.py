@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
-    import numpy as np
+    from .lazy import Array
 
-    Array = np.ndarray[Any, Any]
+    Array = Array
 
 BLOCKS = {
     "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
+    from .lazy import Array
 
-    Array = np.ndarray[Any, Any]
+    Array = Array
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
 """Candidate scales: how far beyond a run's largest number the range reaches, in quantization steps."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    Array = np.ndarray[Any, np.dtype[Any]]
+    """A numpy array of any shape and dtype."""
+
 
 @dataclass(frozen=True, slots=True)
 class DType:
@@ -247,7 +250,7 @@ class Lazy:
             return read_span(Span(self.span.path, self.span.offset + first * size, count * size))
         return memoryview(self.fetch())[first * size : (first + count) * size]
 
-    def numpy(self) -> np.ndarray[Any, Any]:
+    def numpy(self) -> Array:
         """Return the values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
         import numpy as np
 
@@ -273,7 +276,7 @@ class Lazy:
             why = f"arrays cannot have the shape {list(self.shape)}"
             raise Unsupported(why, path=self.file, cure="Take this tensor out: it has no elements")
 
-    def map(self, f: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], shape: Shape) -> Lazy:
+    def map(self, f: Callable[[Array], Array], shape: Shape) -> Lazy:
         """Rearrange the numbers: `f` reshapes, transposes or slices the storage array into `shape`."""
 
         def fetch() -> Buffer:
@@ -326,13 +329,13 @@ def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dty
     return value if value.is_floating_point() else value.long()
 
 
-def as_array(leaf: Leaf) -> np.ndarray[Any, Any]:
+def as_array(leaf: Leaf) -> Array:
     """Return any leaf as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
     tensor = as_lazy(leaf)
     return tensor.numpy().view(tensor.dtype.array)
 
 
-def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+def bytes_of(array: Array) -> memoryview:
     """Return the bytes of an array in C order; copies only if the array is not contiguous."""
     import numpy as np
 
@@ -344,13 +347,13 @@ def dtype_of(leaf: Leaf) -> DType:
     return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]
 
 
-def from_numpy(array: np.ndarray[Any, Any], dtype: str | None = None) -> Lazy:
+def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
     """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks (`BF16` held as uint16)."""
     kind = DTYPES[dtype] if dtype else next(d for d in DTYPES.values() if d.numpy == _little(array))
     return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
 
 
-def _little(array: np.ndarray[Any, Any]) -> str:
+def _little(array: Array) -> str:
     return str(array.dtype.newbyteorder("<").str)
 
 
@@ -440,7 +443,7 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 """
 
 
-def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, Any] | None = None) -> None:
+def check_finite(leaf: Leaf, where: str | None = None, values: Array | None = None) -> None:
     """Refuse a tensor that holds a NaN or an infinity.
 
     Args:
@@ -468,7 +471,7 @@ def first_not_finite(leaf: Leaf) -> Shape | None:
     return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
-def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:
+def first_in(values: Array, dtype: DType) -> Shape | None:
     """Like `first_not_finite`, for numbers that are already read, in the storage type of `dtype`."""
     bad = _not_finite(values, dtype)
     if not bad.any():
@@ -478,7 +481,7 @@ def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:
     return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), values.shape))
 
 
-def _not_finite(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+def _not_finite(values: Array, dtype: DType) -> Array:
     import numpy as np
 
     if dtype.name not in _BITS:

@@ -1,4 +1,4 @@
-"""Resolve a name to a local path, downloading it from a hub if needed. Local paths take precedence."""
+"""Resolve a name to a local path; local paths take precedence, and other names go to the installed hub."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, UsageError, shown, storage_error
 from .atomic import write_bytes
 from .inputs import read_input
+from .resolving import hub
 from .strict_json import load_json
+
+if TYPE_CHECKING:
+    from .resolving import StreamedBase
 
 NOTE = ".adapterkit-source.json"
 MAX_NOTE = 1 << 16
@@ -108,7 +111,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
 def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
     """Whether a hub with that scheme exists. `a:/b` may be a local path; only `a://b` must have a known scheme."""
     try:
-        import_module("adapterkit.hub.hubs").hub_of(scheme)
+        hub().hub_of(scheme)
     except UsageError as error:
         if strict:
             raise error.at(path=text) from None
@@ -142,8 +145,7 @@ def located(name: str | os.PathLike[str]) -> Path:
     """
     if not is_remote(name):
         return local(name)
-    path: Path = import_module("adapterkit.hub").fetched(os.fspath(name))
-    return path
+    return hub().fetched(os.fspath(name))
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
         yield local(name)
         return
     text = os.fspath(name)
-    with import_module("adapterkit.hub").headers(text) as path:
+    with hub().headers(text) as path:
         try:
             yield path
         except AdapterkitError as error:
@@ -197,16 +199,13 @@ def outgoing(
     Raises:
         AdapterkitError: as for `adapterkit.hub.push`; raised before anything is written if possible.
     """
-    hub = import_module("adapterkit.hub")
-    found: AbstractContextManager[Path] = hub.outgoing(os.fspath(name), overwrite, sources, unchanged)
-    return found
+    return hub().outgoing(os.fspath(name), overwrite, sources, unchanged)
 
 
-def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[Any]:
+def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
     """Return a context with a base on a hub whose weight files are downloaded one at a time; see `hub.streaming`.
 
     Raises:
         AdapterkitError: as for `located`, or the base cannot be streamed.
     """
-    found: AbstractContextManager[Any] = import_module("adapterkit.hub").streamed(name, out)
-    return found
+    return hub().streamed(name, out)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
+    """A value of JSON; a tuple counts as a list."""
 
 MAX_QUOTES = 1 << 23
 """Most quotation marks in a document. A tensor takes ten in a header, so 800,000 fit: eight times the largest model."""

@@ -21,11 +21,11 @@ from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..io.resolving import StreamedBase
     from .companions import Companions
     from .execute import Progress
     from .planned import Plan
     from .report import Report
-    from .streaming import Supply
     from .verification import Verification
 
     Base = Checkpoint | str | PathLike[str]
@@ -54,7 +54,7 @@ def plan(
     strict_base: bool = False,
     vocab: str | None = None,
 ) -> Plan:
-    """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
+    """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
 
     Raises:
         AdapterkitError: as `merge`, before anything is written.
@@ -100,7 +100,7 @@ def merge(
     strict_base: bool = False,
     vocab: str | None = None,
 ) -> Report:
-    """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
+    """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
     The output appears whole, by rename. An interrupted merge resumes when it is called again with the same arguments,
     and gives the same bytes.
@@ -108,52 +108,53 @@ def merge(
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path. Or a
-            place on a hub, such as `oci://registry/name:tag`: the output is pushed there when it is whole.
-        weights: one factor an adapter; 1 for each when not given.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device; or several, `cuda:0,cuda:1`,
-            which take the files in turn. Tested as torch's CPU device, not run on a card.
+        out: the folder to write, which must be empty or not exist; a `.safetensors` path if the base is one file; or
+            an address on a hub, such as `oci://registry/name:tag`, to which the complete output is pushed.
+        weights: one factor per adapter; 1 for each when not given.
+        device: `auto` (CUDA if available), `cpu`, `cuda:N` or any torch device; or several, `cuda:0,cuda:1`, which
+            take the files in turn. The device code was tested with torch's CPU device only, not on a GPU.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
         shard_size: bytes of an output file at most; the base's own sharding when not given.
-        engine: `local`: threads of this process; `ray`: one task an output file on the nodes of a Ray cluster, which
+        engine: `local`: threads of this process; `ray`: one task per output file on a Ray cluster, whose nodes must
             see the base, the adapters and the output under the same paths.
-        address: of the Ray cluster; the one that this process is connected to, or one of its own, when not given.
-        progress: called with (bytes done, bytes in all) from the calling thread.
+        address: the address of the Ray cluster. When not given, the cluster that this process is connected to, or a
+            new local one.
+        progress: called with (bytes done, total bytes) from the calling thread.
         tied: which layers an update changes where the base ties its head to its embedding. When not given, the layers
             that the tool which trained the adapter changed: PEFT's token rows change both, its other updates the one
             that they name. `untie`: as PEFT, and the head is written apart. `merge`: every update changes both. Or by
             kind, `rows=untie,embedding=merge` or a mapping, of `rows`, `embedding` and `head` (updates at either that
             are neither rows nor replacements), and `replacement` (`modules_to_save`).
-        allow_partial: leave targets that the base does not have out instead of refusing.
+        allow_partial: skip targets that the base does not have instead of refusing.
         overwrite: replace what is at `out`.
-        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits; `requantize`:
-            quantize the result again, in the same scheme; `original`: fold into the weights that are `onto`.
+        quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
+            bits; `requantize`: quantize the result again, in the same scheme; `original`: merge into `onto`.
         onto: the 16-bit weights that a quantized base was made from.
-        seed: round stochastically, the draws being a function of this number, the tensor and the element.
-        memory: bytes to hold beyond the imports at most; half of what is free when not given.
-        link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
-        tokenizer: `base`, `adapter` or a folder: whose vocabulary, added tokens and chat template go along, whole. When
-            not given, those of the adapter where its folder has a whole tokenizer that differs from the base's and
-            has no token beyond the base's embeddings; the report then warns.
+        seed: round stochastically; each draw depends on this number, the tensor and the element only.
+        memory: the most bytes to hold beyond the imports; half of the free memory when not given.
+        link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
+        tokenizer: `base`, `adapter` or a folder: where to copy the tokenizer from (vocabulary, added tokens and chat
+            template). When not given, the adapter's is taken if its folder has a complete tokenizer that differs from
+            the base's and has no token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
-        vocab: what to do where an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
+        vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
             embedding, the head and the config; rows that no adapter's file holds are the mean of the base's. `keep`:
-            leave the added tokens out. When not given: grow where the files hold all new rows, and refuse otherwise.
+            drop the added tokens. When not given: grow if the files hold all new rows, and refuse otherwise.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
-        rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
-            numbers, whole or from the front. `@FILE` reads rules from a file, one a line. The first rule that matches a
-            target's name is used; each must match a target of one of the adapters. `family:NAME` says a base's
-            `model_type` where it has no config, and names and shapes leave two readings; `rows:by_head` or
-            `rows:by_part` how a sharded MiniMax-H3 has the rows of its fused queries, keys and values.
-        stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
+        rename: rules for names that cannot be resolved, each `FROM=TO`: dotted names or prefixes of them, with `{n}`
+            and other placeholders for numbers. `@FILE` reads rules from a file, one per line. The first rule that
+            matches a target's name is used; each must match a target of one of the adapters. `family:NAME` names the
+            `model_type` of a base without a config, where names and shapes leave two readings; `rows:by_head` or
+            `rows:by_part` says how a sharded MiniMax-H3 stores the rows of its fused queries, keys and values.
+        stream: download a base from a hub one weight file at a time, verified, and delete each file after its use.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
-        NotMergeable: an update's law is not one of weights.
+        NotMergeable: a method changes outputs or the context, not weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
-        UsageError: arguments that make no sense together; a tied weight, and no choice nor file that tells.
+        UsageError: arguments contradict each other, or a tied weight is changed and nothing tells how (see `tied`).
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
     """
@@ -175,7 +176,7 @@ def merge(
     )
     _check_engine(engine, address, stream)
     target = Path(path_text(out))
-    with _supplied(base, target, stream) as (checkpoint, supply):
+    with _opened_base(base, target, stream) as (checkpoint, shards):
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
         from .quantized import Original, as_merged
@@ -186,7 +187,7 @@ def merge(
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint
 
-        # A streamed base is not here yet; of one that is quantized, the weights that are merged into count.
+        # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
         taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
         planned = make_plan(read, named, options)
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
@@ -195,10 +196,10 @@ def merge(
 
             recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), options, device)
             chosen = on_ray(recipe, named, address)
-        elif supply is not None:
-            from .streaming import supplied
+        elif shards is not None:
+            from .streaming import streamed_engine
 
-            chosen = supplied(device, supply)
+            chosen = streamed_engine(device, shards)
         else:
             chosen = local(device)
         return run_plan(planned, target, chosen, progress, started, overwrite)
@@ -218,26 +219,26 @@ def verify(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Verification:
-    """Computes the merge again and compares every element with what is on disk; writes nothing.
+    """Recompute a merge and compare every element with the files on disk; writes nothing.
 
-    Without a base it compares the files with the checksums that were taken while they were written.
+    Without a base, the files are compared with the checksums that were taken while they were written.
 
     Args:
-        merged: the output of a merge, by whatever tool; without a base, of this one.
-        base: the base it was made from; one that was merged onto other weights by `original`: those weights.
+        merged: the output of a merge by any tool; without a base, a merge by this library.
+        base: the base that was merged into; after `quantized="original"`, the 16-bit weights that were given as `onto`.
         adapters: the adapters.
-        weights: one factor an adapter; 1 for each when not given.
+        weights: one factor per adapter; 1 for each when not given.
         allow_partial: as in `merge`.
         progress: called with (bytes done, bytes in all).
         seed: as in `merge`.
-        sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
+        sample: compare this many changed and this many unchanged tensors, drawn at random; all when not given.
         rename: as in `merge`.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the result.
 
     Returns:
-        what was compared and every difference found; a difference is not an error. A base whose fingerprint is not the
-        one that the merge's record or an adapter names is one of them.
+        what was compared and every difference; a difference raises no error. A base whose fingerprint differs from the
+        one in the merge's record or in an adapter counts as a difference.
 
     Raises:
         UsageError: adapters or a sample without a base; there are no checksums.
@@ -273,8 +274,8 @@ def _check_engine(engine: str, address: str | None, stream: bool) -> None:
 
 
 @contextmanager
-def _supplied(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, Supply | None]]:
-    """The base, and who brings its files where they are fetched one at a time."""
+def _opened_base(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, StreamedBase | None]]:
+    """Yield the open base, and the downloader of its files if it is streamed."""
     if not stream:
         yield opened(base), None
         return
@@ -326,7 +327,10 @@ def _check_order(checkpoint: Checkpoint, several: Sequence[Source], error: Unkno
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
-    """The folder of each adapter, where it is one on this disk; of one that was read already, where its tensors lie."""
+    """Return the folder of each adapter, or None if it has no folder on this disk.
+
+    An `Adapter` that was read before is traced to the folder of its tensors.
+    """
     from ..core.adapter import Adapter
     from ..io.lazy import Lazy
 
@@ -347,7 +351,7 @@ def _accompanied(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None], fingerprint: str | None,
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
-    """The plan with the files beside the weights, and with what is wrong about the base."""
+    """Return the plan with its companion files, its fingerprint and all warnings."""
     from ..formats import warnings_of
     from ..naming.binding.bases import check_bases
     from .companions import companions
@@ -392,7 +396,7 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)
-    # Whether what is there is this very merge, done or nearly so, is known when it is planned.
+    # An existing output may be this same merge, finished or interrupted; `run_plan` decides that by the plan's digest.
     check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 

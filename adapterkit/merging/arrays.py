@@ -1,6 +1,6 @@
-"""The two array libraries a merge computes with: numpy on the CPU, where torch need not be imported, and torch.
+"""The two array libraries that a merge computes with: numpy on the CPU, without importing torch, and torch.
 
-Formulas are written in what both have in common; what differs (memory, casts, devices) is here.
+Formulas use only what both libraries have in common; this module holds the differences: memory, casts and devices.
 """
 
 from __future__ import annotations
@@ -9,73 +9,112 @@ import sys
 import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from ..errors import UsageError
 from ..io.lazy import DType, as_array, as_lazy, first_in, for_formulas
 
 if TYPE_CHECKING:
-    from ..io.lazy import Leaf
+    import torch
+
+    from ..io.lazy import Array, Leaf
 
 
 CAST_AT_A_TIME = 1024
 
 KEPT = 31 << 20
-"""Bytes; glibc takes no more than 32 MiB for its threshold."""
+"""Size of the allocation that raises glibc's threshold, in bytes; glibc caps the threshold at 32 MiB."""
+
+
+class Numbers(Protocol):
+    """An array of numpy or torch: the operations of both that a merge needs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Self: ...
+
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+
+    def __add__(self, other: Any, /) -> Self: ...
+
+    def __iadd__(self, other: Any, /) -> Self: ...
+
+    def __sub__(self, other: Any, /) -> Self: ...
+
+    def __mul__(self, other: Any, /) -> Self: ...
+
+    def __rmul__(self, other: Any, /) -> Self: ...
+
+    def __truediv__(self, other: Any, /) -> Self: ...
+
+    def __matmul__(self, other: Any, /) -> Self: ...
+
+    def __float__(self) -> float: ...
+
+    def reshape(self, shape: tuple[int, ...], /) -> Self: ...
+
+    def swapaxes(self, one: int, other: int, /) -> Self: ...
+
+    def sum(self) -> Self: ...
 
 
 class Arrays(Protocol):
-    """What the merge asks of an array library; `Any` is its array type."""
+    """The operations that a merge needs from an array library."""
 
-    def load(self, leaf: Leaf) -> Any:
-        """A leaf where the library computes: real numbers in float64, whole numbers in int64."""
+    def load(self, leaf: Leaf) -> Numbers:
+        """Load a leaf onto the device: real numbers in float64, integers in int64."""
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
-        """A flat array over bytes on the host; no copy."""
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
+        """View bytes in host memory as a flat array, without a copy."""
 
-    def empty(self, count: int) -> Any:
-        """A flat float64 array where the library computes."""
+    def empty(self, count: int) -> Numbers:
+        """Allocate a flat float64 array on the device."""
 
-    def assign(self, target: Any, values: Any) -> None:
-        """Writes values into an array of the same shape, cast to its dtype, to the nearest, wherever either lies."""
+    def assign(self, target: Numbers, values: Numbers) -> None:
+        """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
-        """Writes raw + change, summed in float64, into `out`, to the nearest; may use up `change`, a float64 array."""
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
+        """Write raw + change into `out`, summed in float64 and rounded to nearest; may overwrite `change`, float64."""
 
-    def finite(self, values: Any, dtype: DType) -> bool:
-        """Whether there is no NaN and no infinity among values of a dtype."""
+    def finite(self, values: Numbers, dtype: DType) -> bool:
+        """Whether values of a dtype hold no NaN and no infinity."""
 
-    def quiet(self) -> AbstractContextManager[Any]:
-        """A context for a worker: no warnings on overflow, which is checked for, and one thread each."""
+    def quiet(self) -> AbstractContextManager[None]:
+        """A context for a worker thread: one BLAS thread, and no overflow warnings, since results are checked."""
 
 
 class Workspace:
-    """One worker's memory, used again for every block of every tensor: fresh memory is slow to touch."""
+    """The memory of one worker, reused for every block of every tensor, since fresh pages are slow to touch."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._held: dict[str, Any] = {}
-        self._kept: Any = None
+        self._held: dict[str, Numbers] = {}
+        self._kept: Array | None = None
 
-    def take(self, count: int, use: str = "block") -> Any:
-        """Memory for `count` float64 numbers, as the last use of that name left it, where the library computes."""
+    def take(self, count: int, use: str = "block") -> Numbers:
+        """Return uninitialised memory for `count` float64 numbers on the device; each `use` has memory of its own."""
         held = self._held.get(use)
         if held is None or len(held) < count:
             held = self._held[use] = self.arrays.empty(count)
         return held[:count]
 
-    def keep(self, count: int, dtype: DType) -> Any:
-        """Other memory, on the host, as numpy sees it."""
+    def keep(self, count: int, dtype: DType) -> Array:
+        """Return separate host memory for `count` numbers, as a numpy array."""
         import numpy as np
 
         nbytes = count * dtype.itemsize
         if self._kept is None or len(self._kept) < nbytes:
             self._kept = np.empty(nbytes, np.uint8)
-        return self._kept[:nbytes].view(dtype.array)
+        kept: Array = self._kept[:nbytes].view(dtype.array)
+        return kept
 
 
 def arrays_for(device: str) -> Arrays:
-    """The library for a device: `auto` (CUDA where torch finds one), `cpu`, `cuda:N` or any other that torch knows.
+    """Return the library for a device: `auto` (CUDA if torch finds it), `cpu`, `cuda:N` or any other torch device.
 
     Raises:
         UsageError: there is no such device.
@@ -93,7 +132,7 @@ def arrays_for(device: str) -> Arrays:
 
 
 def devices_for(device: str) -> list[Arrays]:
-    """The libraries for one device or several, `cuda:0,cuda:1`.
+    """Return the libraries for one device or for several, such as `cuda:0,cuda:1`.
 
     Raises:
         UsageError: one of them is not there.
@@ -102,7 +141,7 @@ def devices_for(device: str) -> list[Arrays]:
 
 
 def _has_cuda() -> bool:
-    """Whether torch could find a CUDA device; asked of the driver first, which costs no import of torch."""
+    """Whether torch finds a CUDA device; looks for the driver first, which needs no import of torch."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
         return False
     import torch
@@ -117,37 +156,39 @@ class NumpyArrays:
         import numpy as np  # before the workers start, so that its BLAS can be held to one thread each
 
         self.np = np
-        # Freed at once, it tells glibc to keep what is freed below this size instead of giving the pages back: formulas
-        # make an array of a block's size at each step, and most of their time would go into fresh pages.
+        # Allocating and freeing one large array raises glibc's mmap threshold, so that smaller freed arrays are reused
+        # instead of unmapped. Formulas allocate a block at each step and would spend most time on fresh pages.
         np.empty(KEPT, np.uint8)
 
-    def load(self, leaf: Leaf) -> Any:
+    def load(self, leaf: Leaf) -> Numbers:
         values = as_array(leaf)
-        return values.astype("<f8" if as_lazy(leaf).dtype.floating else "<i8")
+        return cast(Numbers, values.astype("<f8" if as_lazy(leaf).dtype.floating else "<i8"))
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
-        return self.np.frombuffer(buffer, dtype=dtype.array)
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
+        return cast(Numbers, self.np.frombuffer(buffer, dtype=dtype.array))
 
-    def empty(self, count: int) -> Any:
-        return self.np.empty(count)
+    def empty(self, count: int) -> Numbers:
+        return cast(Numbers, self.np.empty(count))
 
-    def assign(self, target: Any, values: Any) -> None:
-        self.np.copyto(target, values, casting="unsafe")
+    def assign(self, target: Numbers, values: Numbers) -> None:
+        self.np.copyto(cast("Array", target), cast("Array", values), casting="unsafe")
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
-        self.np.add(raw, change, out=out, dtype=self.np.float64, casting="unsafe")
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
+        # numpy casts both ways inside the ufunc, a buffer at a time: no float64 image of the base is written.
+        one, other, into = cast("tuple[Array, Array, Array]", (raw, change, out))
+        self.np.add(one, other, out=into, dtype=self.np.float64, casting="unsafe")
 
-    def finite(self, values: Any, dtype: DType) -> bool:
-        return not dtype.floating or first_in(values.view(dtype.numpy), dtype) is None
+    def finite(self, values: Numbers, dtype: DType) -> bool:
+        return not dtype.floating or first_in(cast("Array", values).view(dtype.numpy), dtype) is None
 
-    def quiet(self) -> AbstractContextManager[Any]:
+    def quiet(self) -> AbstractContextManager[None]:
         return _Quiet(self.np)
 
 
 class _Quiet:
-    """numpy without warnings, casting a few hundred numbers at a time: they stay in a core's nearest cache."""
+    """numpy without warnings, and with a small buffer for casts, which then stays in the L1 cache."""
 
-    def __init__(self, np: Any) -> None:
+    def __init__(self, np: ModuleType) -> None:
         self.np, self.errors = np, np.errstate(all="ignore")
 
     def __enter__(self) -> None:
@@ -163,7 +204,7 @@ class TorchArrays:
     """torch on any device.
 
     Args:
-        device: where to compute; blocks come from the host and go back there.
+        device: the device to compute on; blocks are read into host memory and written from there.
     """
 
     def __init__(self, device: str) -> None:
@@ -171,51 +212,57 @@ class TorchArrays:
 
         self.torch, self.device = torch, torch.device(device)
 
-    def load(self, leaf: Leaf) -> Any:
-        return for_formulas(leaf, self.device, self.torch.float64)
+    def load(self, leaf: Leaf) -> Numbers:
+        return cast(Numbers, for_formulas(leaf, self.device, self.torch.float64))
 
-    def over(self, buffer: memoryview, dtype: DType) -> Any:
-        return self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch))
+    def over(self, buffer: memoryview, dtype: DType) -> Numbers:
+        return cast(Numbers, self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch)))
 
-    def empty(self, count: int) -> Any:
-        return self.torch.empty(count, dtype=self.torch.float64, device=self.device)
+    def empty(self, count: int) -> Numbers:
+        return cast(Numbers, self.torch.empty(count, dtype=self.torch.float64, device=self.device))
 
-    def assign(self, target: Any, values: Any) -> None:
-        target.copy_(self._once(values, target))
+    def assign(self, target: Numbers, values: Numbers) -> None:
+        into, given = cast("tuple[torch.Tensor, torch.Tensor]", (target, values))
+        into.copy_(self._once(given, into))
 
-    def add(self, raw: Any, change: Any, out: Any) -> None:
-        wide = raw.to(change.device)
-        change += wide.to(change.dtype) if raw.itemsize == 1 else wide
-        out.copy_(self._once(change, out))
+    def add(self, raw: Numbers, change: Numbers, out: Numbers) -> None:
+        base, total, into = cast("tuple[torch.Tensor, torch.Tensor, torch.Tensor]", (raw, change, out))
+        wide = base.to(total.device)
+        # torch promotes no 8-bit floats in an addition, so these are cast first.
+        total += wide.to(total.dtype) if base.itemsize == 1 else wide
+        into.copy_(self._once(total, into))
 
-    def _once(self, values: Any, target: Any) -> Any:
-        """float64 on its way to float16, which torch rounds twice and numpy once: made float32 with an odd last bit.
+    def _once(self, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Prepare float64 values for torch's cast to float16, which rounds twice, by way of float32.
 
-        What is not exact then lies on the same side of every float16, and halfway between two it never does.
+        Rounding to odd makes the second rounding harmless: an inexact float32 keeps an odd last bit, so it never lies
+        halfway between two float16 numbers and stays on the same side of each of them as the float64 value.
         Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819
         """
         if target.dtype != self.torch.float16 or values.dtype != self.torch.float64:
             return values
         near = values.float()
         wide = near.double()
+        # Truncate towards zero: bit patterns of floats are ordered by magnitude, so one less is the number below.
         bits = near.view(self.torch.int32) - (wide.abs() > values.abs()).int()
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
 
-    def finite(self, values: Any, dtype: DType) -> bool:
+    def finite(self, values: Numbers, dtype: DType) -> bool:
         if not dtype.floating:
             return True
-        wide = values.float() if values.itemsize == 1 else values
+        given = cast("torch.Tensor", values)
+        wide = given.float() if given.itemsize == 1 else given  # isfinite takes no 8-bit floats.
         return bool(self.torch.isfinite(wide).all())
 
-    def quiet(self) -> AbstractContextManager[Any]:
+    def quiet(self) -> AbstractContextManager[None]:
         return _OneThread(self.torch)
 
 
 class _OneThread:
-    """torch with one thread in this thread; the number of the thread that asked is put back."""
+    """torch with one thread per worker; the main thread gets its number of threads back."""
 
-    def __init__(self, torch: Any) -> None:
+    def __init__(self, torch: ModuleType) -> None:
         self.torch = torch
 
     def __enter__(self) -> None:
@@ -223,5 +270,6 @@ class _OneThread:
         self.torch.set_num_threads(1)
 
     def __exit__(self, *_: object) -> None:
+        # torch's number of threads belongs to a thread; a worker ends with its own.
         if threading.current_thread() is threading.main_thread():
             self.torch.set_num_threads(self.before)

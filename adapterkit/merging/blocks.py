@@ -1,23 +1,24 @@
-"""Blocks: the rows of a stored tensor that are computed at a time, and what of an update falls on them."""
+"""Cut stored tensors into blocks of rows that are computed one at a time, and cut updates to match."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..linalg.products import ROWS
 from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
     from ..core.updates import Update
+    from .arrays import Numbers
     from .planned_update import PlannedUpdate
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Stored rows `start` to `stop` of a tensor of `rows`, or of one expert's slice of it; offsets count elements."""
+    """Rows `start` to `stop` of a stored tensor with `rows` rows, or of one expert's slice; offsets count elements."""
 
     expert: int | None
     start: int
@@ -39,12 +40,13 @@ class Block:
 
 
 def blocks(output: Output) -> list[Block]:
-    """The blocks of an output tensor in file order; their cut depends on the tensor alone."""
+    """Return the blocks of an output tensor in file order; the cut depends only on the tensor and its updates."""
     shape = output.shape or (1,)
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
     rows, *rest = shape[1:] if stacked else shape
     width = math.prod(rest)
+    # One update that needs all rows of the weight, such as a rotation of its outputs, makes the tensor one block.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
@@ -56,12 +58,12 @@ def blocks(output: Output) -> list[Block]:
 
 
 def _even(rows: int) -> int:
-    """Rows of a block: whole runs of those that products are computed in, where there are as many."""
+    """Round a number of rows down to a multiple of `ROWS`, in which products are computed, if it is larger."""
     return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
-    """Consecutive blocks in runs of about `nbytes`: what one worker takes at a time."""
+    """Group consecutive blocks into runs of about `nbytes`; a worker takes one run at a time."""
     run: list[Block] = []
     elements = 0
     for block in blocks_:
@@ -75,23 +77,25 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
 
 
 def logical(fold: PlannedUpdate) -> tuple[int, ...]:
-    """The shape of one weight as the updates see it."""
+    """Return the shape of one weight in the view of the updates, `[out, in, *k]`."""
+    # A bias and a vector count as weights with one input.
     first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
     shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
     return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
 
 
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
-    """The stored rows of the block that the fold touches; None where it touches none."""
+    """Return the rows of the block that the planned update changes; None if it changes none."""
     if fold.target.rows is None or fold.axis == "in":
+        # An adapter that was trained on the first rows only changes none of the rows behind them.
         last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
         return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
     return (start, stop) if start < stop else None
 
 
-def view_of(work: Any, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Any:
-    """The touched part of a block as the updates see it: `[out, in, *k]`."""
+def view_of(work: Numbers, fold: PlannedUpdate, part: tuple[int, int], block: Block) -> Numbers:
+    """View the changed part of a block as the updates see it: `[out, in, *k]`."""
     if fold.bias:
         return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]
@@ -102,7 +106,7 @@ def view_of(work: Any, fold: PlannedUpdate, part: tuple[int, int], block: Block)
 
 
 def cut_to(update: Update, fold: PlannedUpdate, block: Block, part: tuple[int, int]) -> Update:
-    """The update for the touched part of a block."""
+    """Cut an update to the changed part of a block."""
     if block.expert is not None:
         update = update.expert(block.expert)
     if block.whole or fold.bias:

@@ -1,8 +1,8 @@
-"""Checksums of what was written: taken of the bytes in hand while they are written, kept in the output's own record.
+"""Checksums of written files: taken from the bytes in memory while they are written, kept in the output's record.
 
-Workers write a file in runs and out of order, so each run has a sha256 of its own, and a file the sha256 over those of
-its runs, in the order of its bytes: what is damaged later is found without the base, and to the run. Files that no
-adapter touches have none; they are the base's.
+Workers write a file in runs and out of order. So each run has a sha256, and a file has the sha256 over those of its
+runs, in file order. Later damage is found without the base and located to the run. Files that no adapter changes have
+no checksums, since they are copies of the base's.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from .verification import Difference, Verification
 if TYPE_CHECKING:
     from os import PathLike
 
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 Run = tuple[int, int, str]
-"""Where a run begins in its file, how many bytes it has, and their sha256."""
+"""(offset of a run in its file, its number of bytes, their sha256)."""
 
 KEY = "written"
-"""Where the record has the checksums."""
+"""The key of the record under which the checksums lie."""
 
 
-def record_of(runs: Iterable[Run]) -> dict[str, Any]:
-    """What the output's record says of one file."""
+def record_of(runs: Iterable[Run]) -> dict[str, JsonValue]:
+    """Return the entry of one file for the output's record."""
     ordered = sorted(runs)
     return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}
 
 
 def over(runs: Iterable[Run]) -> str:
-    """The checksum of a file out of those of its runs."""
+    """Return the checksum of a file, computed from those of its runs."""
     return sha256(b"".join(bytes.fromhex(digest) for _, _, digest in runs)).hexdigest()
 
 
 def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
-    """sha256 of a run of an open, unbuffered file.
+    """Return the sha256 of a run of an open, unbuffered file.
 
     Raises:
         EOFError: the file ends early.
@@ -61,7 +62,7 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
 
 
 def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress | None) -> Verification:
-    """Compares the files of a merge's output with the checksums in its record; see `adapterkit.verify`."""
+    """Compare the files of a merge's output with the checksums in its record; see `adapterkit.verify`."""
     folder = merged.root if isinstance(merged, Checkpoint) else Path(merged)
     written = _recorded(folder)
     total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
@@ -78,7 +79,7 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
 
 
 def _wrong(path: Path, runs: list[Run]) -> list[str]:
-    """What is wrong with a file."""
+    """Return one line for each fault of a file."""
     try:
         with open(path, "rb", buffering=0) as file:
             end = sum(nbytes for _, nbytes, _ in runs)
@@ -97,11 +98,11 @@ def _wrong(path: Path, runs: list[Run]) -> list[str]:
 
 
 def _recorded(folder: Path) -> dict[str, list[Run]]:
-    """File -> its runs, in order, without gaps.
+    """Return the runs of each recorded file, in file order and without gaps.
 
     Raises:
-        UsageError: there is no such record.
-        Malformed: it makes no sense.
+        UsageError: there is no record, or it has no checksums.
+        Malformed: the record is damaged.
     """
     path = folder / REPORT
     cure = "Give the base and the adapters: then everything is computed again"

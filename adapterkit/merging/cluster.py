@@ -1,7 +1,7 @@
-"""A merge on a Ray cluster: one task an output file, which may be done twice or elsewhere and gives the same bytes.
+"""Run a merge on a Ray cluster, one task per output file; tasks are idempotent and may run on any node.
 
-A task gets paths and options, some hundred bytes; it plans the whole merge itself from headers, checks that this is the
-driver's plan, and works on the shared file system. No weight goes through Ray's object store.
+A task receives only paths and options, a few hundred bytes. It plans the whole merge from headers, checks that its plan
+has the driver's digest, and works on the shared file system. No weight passes through Ray's object store.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from .report import Engine
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from ..core.adapter import Adapter
     from .execute import Progress
 
+    Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
+
 RETRIES = 16
-"""How often a task is started again when its worker or node is gone."""
+"""How often Ray restarts a task whose worker or node died."""
 
 THREADS = 2
-"""Threads of a task, which asks for one core: one computes while the other reads or writes."""
+"""Threads per task, each of which reserves one core: one thread computes while the other reads or writes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a task needs to make the driver's plan: `adapters` are paths, None for what the driver has in memory."""
+    """The arguments from which a task makes the driver's plan again; a None in `adapters` is an adapter in memory."""
 
     base: str
     quantized: str | None
@@ -44,7 +49,7 @@ class Recipe:
     names: tuple[tuple[str, float], ...] = ()
 
     def plan(self) -> Plan:
-        """The plan, made anew from what is on disk."""
+        """Make the plan from the files on disk."""
         from ..formats import read
         from ..io.checkpoint import open_checkpoint
         from .quantized import as_merged
@@ -59,9 +64,14 @@ class Recipe:
 
 
 def recipe_of(
-    base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Options, device: str
-) -> Recipe:
-    """What tells every node the same: absolute paths, which they all see."""
+    base: Checkpoint,
+    quantized: str | None,
+    onto: Base | None,
+    adapters: Sequence[Source],
+    options: Options,
+    device: str,
+) -> Recipe:  # fmt: skip
+    """Return the recipe of a merge, with absolute paths that all nodes can open."""
     from ..core.adapter import Adapter
 
     paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
@@ -70,7 +80,7 @@ def recipe_of(
 
 
 def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:
-    """The engine that hands the files of a plan to a cluster.
+    """Return an engine that distributes the files of a plan over a cluster.
 
     Raises:
         Unsupported: Ray is not installed.
@@ -93,7 +103,7 @@ def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address:
 
 
 def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
-    """The task: writes one file into the stage of `target`, unless that is done; returns its name.
+    """Run one task: write one file into the stage of `target` unless it is finished; return its name.
 
     Raises:
         Corrupt: the inputs are not those that the driver saw.
@@ -115,7 +125,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
 
 
 def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
-    """Paths of the adapters; one that is only in memory is written into the stage."""
+    """Return the paths of the adapters; adapters that exist only in memory are written into the stage first."""
     from ..formats import write
 
     paths = []
@@ -146,7 +156,7 @@ def _connected(address: str | None) -> Iterator[None]:
 
 
 def _run(plan: Plan, stage: StagingDir, recipe: Recipe, progress: Progress | None) -> None:
-    """Starts a task for every file that is not finished, and waits for all."""
+    """Start a task for each unfinished file and wait for all of them."""
     import ray
 
     task = ray.remote(write_file).options(max_retries=RETRIES, scheduling_strategy="SPREAD")
@@ -182,7 +192,7 @@ def _results(ready: Sequence[Any]) -> list[str]:
 
 
 def _end(waiting: Sequence[Any]) -> None:
-    """Ends tasks before their stage is removed."""
+    """Cancel tasks, so that none writes into the stage while it is removed."""
     import ray
 
     for reference in waiting:

@@ -1,7 +1,7 @@
-"""Files that go along with merged weights: the base's own, and the tokenizer of the base or of an adapter.
+"""Choose the files to copy beside merged weights: those of the base, and the tokenizer of the base or an adapter.
 
-A tokenizer is all or nothing: vocabulary, added tokens, settings and chat template come from one folder, since ids and
-templates of two folders need not agree.
+All files of a tokenizer come from one folder (vocabulary, added tokens, settings, chat template), because the token ids
+and templates of two folders may disagree.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from ..quant import SIDE_FILES, Dequantized
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 CARD = "README.md"
 
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
 }  # fmt: skip
-"""Other forms of the base's weights: left out of the output, where they would be stale."""
+"""Suffixes of weight files, which are not copied: beside the merged weights they would be stale."""
 
 VOCABULARIES = frozenset({
     "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
     "tekken.json", "tokenizer.tiktoken", "qwen.tiktoken", "source.spm",
 })  # fmt: skip
-"""Files without which there is no tokenizer."""
+"""Vocabulary files; a folder without any of them has no complete tokenizer."""
 
 TOKENIZER = VOCABULARIES | {
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
@@ -55,8 +56,8 @@ class Companions:
     Attributes:
         copies: (file, its name in the output).
         left_out: files of the base that are not copied.
-        tokenizer: where the tokenizer comes from, plain data; None where there is no choice.
-        warnings: what the caller should look at.
+        tokenizer: plain data that tells where the tokenizer comes from; None if no adapter has one.
+        warnings: one sentence each.
     """
 
     copies: tuple[tuple[Path, str], ...] = ()
@@ -68,13 +69,13 @@ class Companions:
 def companions(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | PathLike[str] | None
 ) -> Companions:
-    """The files to copy beside the weights of a merge into a folder.
+    """Return the files to copy beside the weights of a merge into a folder.
 
     Args:
         base: the base as the merge reads it.
-        adapters: the name and the folder of each adapter that is one.
-        chosen: `base`, `adapter`, a folder to take it from, or None: an adapter's tokenizer where it has a whole one
-            that fits the base.
+        adapters: (name, folder) of each adapter that has a folder.
+        chosen: where the tokenizer comes from: `base`, `adapter` or a folder. None takes an adapter's tokenizer if it
+            is complete and fits the base.
 
     Raises:
         UsageError: an unknown choice; `adapter` where no adapter has a whole tokenizer, or several have different ones.
@@ -105,8 +106,8 @@ def companions(
 
 def _tokenizer(
     base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
-) -> tuple[list[tuple[Path, str]], dict[str, Any] | None, list[str]]:
-    """The files of an adapter's tokenizer, where that is taken; what is said of it; warnings."""
+) -> tuple[list[tuple[Path, str]], dict[str, JsonValue] | None, list[str]]:
+    """Return the tokenizer files to take from an adapter, the record of that choice, and warnings."""
     own = _contents(base.root)
     found = [(name, folder, _contents(folder)) for name, folder in adapters]
     whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
@@ -140,12 +141,12 @@ def _tokenizer(
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a whole tokenizer."""
+    """Whether a folder holds a complete tokenizer."""
     return exists(folder) and folder.is_dir() and any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:
-    """The warning that tokenizers of several adapters are not taken.
+    """Return the warning that the tokenizers of several adapters differ, so that none is taken.
 
     Raises:
         UsageError: one of them was asked for.
@@ -157,7 +158,7 @@ def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder's tokenizer: name -> sha256 of its bytes."""
+    """Return the tokenizer files of a folder as name -> sha256."""
     import hashlib
 
     found = {}
@@ -177,7 +178,7 @@ def _is_token_file(name: str) -> bool:
 
 
 def _beyond(folder: Path, base: Checkpoint) -> int | None:
-    """The largest token of a folder's added tokens, where the base's embeddings have no row for it."""
+    """Return the largest token id of a folder's tokenizer if the base has no embedding row for it, else None."""
     rows = max((t.shape[0] for name, t in base.tensors.items() if is_embedding(name) and t.shape), default=None)
     largest = max((token for name in _NUMBERED for token in _tokens(folder / name)), default=-1)
     return largest if rows is not None and largest >= rows else None
@@ -187,7 +188,7 @@ _NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def _tokens(file: Path) -> list[int]:
-    """Numbers of tokens that a file names, its largest among them; none where it is not as transformers writes it."""
+    """Return token ids in a file, among them the largest; empty if transformers did not write the file."""
     try:
         said = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -207,7 +208,7 @@ def _tokens(file: Path) -> list[int]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders left out; links to files count, links to folders do not."""
+    """Yield the files below a folder, without hidden folders; links to files are followed, links to folders are not."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             yield from _files(entry)
@@ -216,10 +217,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuses a link that leads out of a folder: a downloaded model could name any file of this disk.
+    """Refuse a link to a file outside a folder: a downloaded model could otherwise copy any file of this disk.
 
-    The cache of huggingface_hub is made of such links: `snapshots/COMMIT/config.json` leads to `blobs/HASH` of the same
-    repository, which is allowed.
+    The cache of huggingface_hub consists of such links: `snapshots/COMMIT/config.json` leads to `blobs/HASH` of the
+    same repository, which is allowed.
     """
     if not file.is_symlink() and not file.parent.is_symlink():
         return

@@ -1,9 +1,10 @@
 """The arithmetic of a merge: one block of one stored tensor, float64 in the middle, rounded at the end.
 
 Every adapter is read against the base it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), whatever their order.
-Inside of one adapter the order counts: f_i is all of its targets at the tensor, one after another.
-float64 keeps each element of a 16-bit output within 0.501 units in the last place of the exact result, also where W and
-the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go by way of float32, hence not 0.5.
+Within one adapter the order counts: f_i applies all of its targets at the tensor, one after another.
+With float64 each element of a 16-bit output is within 0.501 units in the last place of the exact result, even where W
+and the change nearly cancel; float32 does not achieve that. The bound is not 0.5 because float64 is cast to bf16 and
+fp8 by way of float32.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Target, order_counts
 from ..core.updates import Additive, Update
@@ -25,8 +26,10 @@ from .blocks import Block, cut_to, logical, part_of, view_of
 from .planned import Output
 
 if TYPE_CHECKING:
+    import torch
+
     from ..io.lazy import DType, Leaf
-    from .arrays import Arrays, Workspace
+    from .arrays import Arrays, Numbers, Workspace
     from .planned_update import PlannedUpdate
 
 
@@ -34,73 +37,82 @@ Key = tuple[int, int]
 
 
 def key_of(seed: int, name: str) -> Key:
-    """The Philox key of a tensor: the first two little-endian words of the sha256 of `seed:name`."""
+    """Return the Philox key of a tensor: the first two little-endian words of the sha256 of `seed:name`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def stochastic(values: Any, first: int, key: Key, dtype: DType) -> Any:
-    """float64 values that `dtype` holds exactly, each one of the two nearest below and above; flat.
+def stochastic(values: Numbers, first: int, key: Key, dtype: DType) -> Numbers:
+    """Round stochastically to values that `dtype` holds exactly; returns a flat float64 array.
+
+    Each value becomes its neighbour below or above, with a probability that makes the expected value exact.
 
     Args:
-        values: flat float64 array; what is exact in the dtype, or not finite, stays as it is.
-        first: the number of the first element in its tensor.
-        key: of the tensor.
-        dtype: narrower than float64.
+        values: flat float64 array; values that are exact in the dtype, or not finite, stay as they are.
+        first: the index of the first element in its tensor.
+        key: the Philox key of the tensor, see `key_of`.
+        dtype: the type to round to, narrower than float64.
     """
     xp, unit = namespace(values), _unit(values, dtype)
     rounded = xp.floor(values / unit + draws(values, first, key)) * unit
-    return xp.where(xp.isfinite(values), rounded, values)
+    kept: Numbers = xp.where(xp.isfinite(values), rounded, values)
+    return kept
 
 
-def draws(like: Any, first: int, key: Key) -> Any:
-    """A number in [0, 1) for each element: word i mod 4 of Philox for the counter i div 4, over 2^32."""
+def draws(like: Numbers, first: int, key: Key) -> Numbers:
+    """Draw a number in [0, 1) for each element i: word i mod 4 of Philox at counter i div 4, divided by 2^32."""
     from array_api_compat import device
 
+    # Philox is a function of a counter, so that an element gets the same number in any block, on any worker and after a
+    # resumed merge. A counter gives four words; the block may begin and end within them.
     xp, start = namespace(like), first // 4
     places = xp.arange(start, (first + len(like) + 3) // 4, dtype=xp.int64, device=device(like))
     none = places * 0
     words = philox((places & WORD, places >> 32, none, none), key)
     flat = xp.reshape(xp.stack(list(words), axis=-1), (-1,))
-    return xp.astype(flat[first - 4 * start : first - 4 * start + len(like)], xp.float64) * 2.0**-32
+    numbers: Numbers = xp.astype(flat[first - 4 * start : first - 4 * start + len(like)], xp.float64) * 2.0**-32
+    return numbers
 
 
-def _unit(values: Any, dtype: DType) -> Any:
-    """The distance of two neighbours in `dtype` where each value lies: exact powers of two."""
+def _unit(values: Numbers, dtype: DType) -> Numbers:
+    """Return the spacing of `dtype` at each value, an exact power of two."""
     import ml_dtypes
 
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     xp = namespace(values)
-    mantissa = _frexp(values)
+    # A value over its mantissa is a power of two, exactly; half of that is the value's leading bit. Below the smallest
+    # normal number the spacing no longer shrinks.
+    mantissa: Any = _frexp(values)
     smallest = xp.zeros_like(values) + 2.0 ** int(info.minexp)
     safe = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest * 0 + 1, mantissa)
     power = xp.where((mantissa == 0) | ~xp.isfinite(values), smallest, values / safe * 0.5)
-    return xp.where(power < smallest, smallest, power) * 2.0 ** -int(info.nmant)
+    unit: Numbers = xp.where(power < smallest, smallest, power) * 2.0 ** -int(info.nmant)
+    return unit
 
 
-def _frexp(values: Any) -> Any:
-    """The mantissas, in [0.5, 1) or negative; frexp is not of the array standard, but of numpy and torch."""
-    if hasattr(values, "frexp"):
-        return values.frexp()[0]
+def _frexp(values: Numbers) -> Numbers:
+    """Return the mantissas, with magnitudes in [0.5, 1); frexp is not in the array API, but numpy and torch have it."""
     import numpy as np
 
-    return np.frexp(values)[0]
+    frexp = getattr(values, "frexp", partial(np.frexp, values))
+    mantissas: Numbers = frexp()[0]
+    return mantissas
 
 
-# What a fold's updates hold, loaded and checked; and factors so thin that those of several are put side by side.
+# Loading and checking the tensors of planned updates, and joining low-rank factors of several adapters.
 
 
 Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
-"""The largest number that is computed with."""
+"""The largest magnitude that a factor may have; its square still fits into float64."""
 
 THIN = 256
-"""Ranks up to which factors are put side by side with those of other adapters."""
+"""The largest rank at which factors of several adapters are joined into one product."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
-    """The fold's updates in memory, in float64.
+    """Load the updates of a planned update into memory, in float64.
 
     Raises:
         Malformed: a factor holds a NaN or an infinity.
@@ -108,12 +120,13 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     updates = [_load(update, fold, arrays) for update in fold.updates]
     if fold.seen is None:
         return updates
+    # Settled once, a change of the bias needs no weight any more; the weight is in memory only here.
     W = _whole_view(arrays.load(fold.seen), fold)
-    return [update.settled(W) for update in updates]
+    return [update.settled(_tensor(W)) for update in updates]
 
 
-def _whole_view(W: Any, fold: PlannedUpdate) -> Any:
-    """A stored weight as the updates see it; of stacked experts, all of them."""
+def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:
+    """View a stored weight as the updates see it, with all experts of a stack."""
     axis = int(fold.target.stacked)
     W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
     return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
@@ -129,11 +142,11 @@ def _load(update: Update, fold: PlannedUpdate, arrays: Arrays) -> Update:
         error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
-    return read.map(arrays.load)
+    return read.map(cast("Callable[[Leaf], Leaf]", arrays.load))
 
 
 def _check_size(update: Update) -> None:
-    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm, and write zeros."""
+    """Refuse numbers whose squares overflow float64: DoRA would divide by an infinite norm and write zeros."""
     for name, leaf in update.tensors.items():
         tensor = as_lazy(leaf)
         # The other types have no number above 2^128.
@@ -143,7 +156,7 @@ def _check_size(update: Update) -> None:
 
 
 def _read(leaf: Leaf) -> Leaf:
-    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
+    """Fetch the bytes of a leaf, so that checking and loading it read the disk only once."""
     if not isinstance(leaf, Lazy):
         return leaf
     data = leaf.fetch()
@@ -151,23 +164,24 @@ def _read(leaf: Leaf) -> Leaf:
 
 
 def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
-    """The Frobenius norm of what additive updates add."""
+    """Return the Frobenius norm of the change that additive updates make."""
     shape = logical(fold)
     experts = range(fold.shape[0]) if fold.target.stacked else (None,)
     norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
+        # Methods with factors give their norm without forming the product; a sum of updates has to be formed.
         if len(parts) == 1 and isinstance(parts[0], Additive):
             norms.append(parts[0].delta_norm(shape))
         else:
-            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
-            norms.append(math.sqrt(float((total * total).sum())))
+            total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            norms.append(math.sqrt(float((total * total).sum())))  # type: ignore[union-attr]
     # The square of a norm above 1e154 is no float any more; hypot scales first.
     return math.hypot(*norms)
 
 
 def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
-    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
+    """Whether all updates are low-rank products, so that multiplying joined factors is the fastest way."""
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
     pairs = [update.pair(logical(fold)) for update in updates if isinstance(update, Additive)]
@@ -175,35 +189,35 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
 
 
 def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
-    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same.
+    """Return the sum of weight * B @ A over all updates as one LoRA; all must have the same axis.
 
-    Its factors lie in the workspace, until the next ones do.
+    Its factors lie in the workspace and are overwritten by the next call.
     """
     from ..methods.lora import LoRA
 
     pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
     factors = [(w, *pair) for w, pair in pairs if pair is not None]
     rank, rows, width = sum(len(A) for _, _, A in factors), len(factors[0][1]), factors[0][2].shape[1]
-    A = workspace.take(rank * width, "A").reshape(rank, width)
-    B = workspace.take(rows * rank, "B").reshape(rows, rank)
+    A = workspace.take(rank * width, "A").reshape((rank, width))
+    B = workspace.take(rows * rank, "B").reshape((rows, rank))
     at = 0
     for weight, b, a in factors:
         here = slice(at, at := at + len(a))
         A[here], B[:, here] = a, weight * b
-    return LoRA(A=A, B=B, bias=None, scaling=1.0)
+    return LoRA(A=_tensor(A), B=_tensor(B), bias=None, scaling=1.0)
 
 
 def additive(updates: Iterable[Update]) -> list[Additive]:
-    """Those of them that are additive."""
+    """Return the additive updates among `updates`."""
     return [update for update in updates if isinstance(update, Additive)]
 
 
 LARGE = 1e30
-"""Norm of a change from which on results are checked, also where the output has float32's range."""
+"""From this norm of a change on, results are checked for overflow even if the output has float32's range."""
 
 
 class BlockMerger:
-    """Folds ready to be applied to the blocks of one output tensor: their factors loaded once, in float64.
+    """Apply planned updates to the blocks of one output tensor; their factors are loaded once, in float64.
 
     Raises:
         Malformed: a factor holds a NaN or an infinity.
@@ -220,15 +234,15 @@ class BlockMerger:
         return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
 
     def _is_small(self, fold: PlannedUpdate, updates: list[Update]) -> bool:
-        """Whether a sum is far from the largest float32, as far as that is cheap to tell.
+        """Whether a change is surely far below the largest float32; False if that is not cheap to tell.
 
-        The norm of a product of thin factors bounds each of its elements; an alpha of 1e308 is a finite number, too.
+        The norm of a low-rank product bounds each of its elements. The weight counts too: an alpha of 1e308 is finite.
         """
         thin = not fold.bias and is_thin(fold, updates)
         return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
-        """Squared norms of the changes that need no look at the base, by fold."""
+        """Return the squared norms of the changes that do not depend on the base, by index of the planned update."""
         # `**` raises where the square is no float any more; the product is infinite, and a report needs a number.
         largest = sys.float_info.max
         return {
@@ -237,69 +251,76 @@ class BlockMerger:
             if fold.additive and not fold.bias
         }
 
-    def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
-        """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.
+    def compute(self, raw: Numbers, out: Numbers, block: Block) -> dict[int, float]:
+        """Compute one block from the base's values `raw` into `out`, both flat.
+
+        Returns:
+            the squared norms of the changes that depend on the base, by index of the planned update.
 
         Raises:
-            Malformed: the result does not fit the output's dtype, or is NaN.
+            Malformed: the result overflows the output's dtype, or is NaN.
         """
+        # Merges are limited by memory bandwidth, so each case passes over as little memory as it can: a cast needs no
+        # float64 image of the block, a sum is added to the base within one operation, other formulas need the image.
         if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
             return {}
         if self._key is not None:
             work = self._image(raw, block)
             norms = self._fold(work, block)
-            self.arrays.assign(out, stochastic(work.reshape(-1), block.first, self._key, self.output.dtype))
+            self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
         elif self._sums:
             norms = {}
             self.arrays.add(raw, self._sum(block), out)
         else:
             work = self._image(raw, block)
             norms = self._fold(work, block)
-            self.arrays.assign(out, work.reshape(-1))
-        given, finite = self.output.source.dtype, self.arrays.finite
-        if self.watched and not finite(out, self.output.dtype) and finite(raw, given):
+            self.arrays.assign(out, work.reshape((-1,)))
+        source, finite = self.output.source.dtype, self.arrays.finite
+        # A NaN or an infinity that the base already has is kept; only those that the merge makes are refused.
+        if self.watched and not finite(out, self.output.dtype) and finite(raw, source):
             raise Malformed(
                 f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
             )  # fmt: skip
         return norms
 
-    def exact(self, raw: Any, block: Block) -> Any:
-        """The float64 result that `compute` rounds; flat."""
+    def exact(self, raw: Numbers, block: Block) -> Numbers:
+        """Return the float64 result that `compute` rounds, flat."""
         work = self._image(raw, block)
         self._fold(work, block)
-        return work.reshape(-1)
+        return work.reshape((-1,))
 
     @cached_property
     def _key(self) -> tuple[int, int] | None:
-        """Of stochastic rounding, where that was chosen and the output is narrower than float64."""
+        """The Philox key for stochastic rounding; None if that was not chosen, or if nothing is rounded."""
         seed, kind = self.output.seed, self.output.dtype
         rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
         return key_of(seed, self.output.name) if rounds and seed is not None else None
 
     @cached_property
     def _sums(self) -> bool:
-        """Whether the folds add up over whole blocks, whatever the base's values."""
+        """Whether all changes cover whole blocks and do not depend on the base, so that one sum is added to it."""
         return all(
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
         )
 
-    def _sum(self, block: Block) -> Any:
-        """What all folds add to the block, in float64; flat."""
+    def _sum(self, block: Block) -> Numbers:
+        """Return the sum of all changes of a block, flat, in float64."""
         total = self._shaped(self.workspace.take(block.elements), block)
         for position, (fold, updates, weight) in enumerate(self._terms):
             view = view_of(total, fold, (block.start, block.stop), block)
             cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
+            # The workspace holds an earlier block: the first change is written over it, the others are added.
             if position == 0:
-                cut.pop(0).delta_into(view, weight)
+                cut.pop(0).delta_into(_tensor(view), weight)
             _add(cut, view, weight)
-        return total.reshape(-1)
+        return total.reshape((-1,))
 
     @cached_property
     def _terms(self) -> list[Term]:
-        """What adds up, with weights; thin factors of several adapters side by side: one product is much faster."""
+        """The updates to sum, with weights; low-rank factors of several adapters are joined into one product."""
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:
             return terms
@@ -309,18 +330,20 @@ class BlockMerger:
         one = side_by_side(thin, self.workspace)
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
-    def _image(self, raw: Any, block: Block) -> Any:
-        """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
+    def _image(self, raw: Numbers, block: Block) -> Numbers:
+        """Return the block in float64, as `[rows, *rest]`, in memory that the next block reuses."""
         work = self.workspace.take(block.elements)
         self.arrays.assign(work, raw)
         return self._shaped(work, block)
 
-    def _shaped(self, flat: Any, block: Block) -> Any:
+    def _shaped(self, flat: Numbers, block: Block) -> Numbers:
         rest = self.output.shape[1 + (block.expert is not None) :]
-        return flat.reshape(block.stop - block.start, *rest)
+        return flat.reshape((block.stop - block.start, *rest))
 
-    def _fold(self, work: Any, block: Block) -> dict[int, float]:
+    def _fold(self, work: Numbers, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
+        # `work` changes in place, but every formula must see the base's weight. With one formula, which `_order` puts
+        # first, `work` still is the base's weight, so that the copy is saved.
         original = work * 1 if self._needs_original else work
         untouched = True
         for positions in self._ordered:
@@ -341,9 +364,9 @@ class BlockMerger:
         return norms
 
     def _fold_in_order(
-        self, positions: Sequence[int], work: Any, original: Any, block: Block, *, replace: bool
+        self, positions: Sequence[int], work: Numbers, original: Numbers, block: Block, *, replace: bool
     ) -> dict[int, float]:
-        """Fold several targets of one adapter, each into what the one before it gave."""
+        """Apply several targets of one adapter, each to the result of the one before it."""
         norms: dict[int, float] = {}
         changed = original * 1
         for position in positions:
@@ -355,7 +378,7 @@ class BlockMerger:
             cut = [cut_to(update, fold, block, part) for update in updates]
             new = _through(cut, view, fold.bias)
             if not fold.additive or fold.bias:
-                flat = (new - view).reshape(-1)
+                flat = (new - view).reshape((-1,))
                 norms[position] = fold.weight**2 * float(flat @ flat)
             view[...] = new
         weight = self.folds[positions[0]][0].weight
@@ -367,7 +390,7 @@ class BlockMerger:
 
     @cached_property
     def _ordered(self) -> list[list[int]]:
-        """Adapters with several targets at this tensor whose order counts: their folds, in order."""
+        """Indices of planned updates in order, for each adapter with several targets here whose order counts."""
         sources: dict[int, list[int]] = {}
         for position, (fold, _) in enumerate(self.folds):
             sources.setdefault(fold.source, []).append(position)
@@ -379,7 +402,10 @@ class BlockMerger:
 
     @cached_property
     def _order(self) -> list[int]:
-        """What is not a plain sum comes first: with weight 1 it is then taken as it is, without a difference."""
+        """Indices of the planned updates whose order does not count, those that are no plain sums first.
+
+        At weight 1 the first of them replaces the block, without the rounding of W + (new - W).
+        """
         apart = {position for positions in self._ordered for position in positions}
         return sorted(
             (position for position in range(len(self.folds)) if position not in apart),
@@ -391,15 +417,20 @@ class BlockMerger:
         return bool(self._ordered) or sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
 
 
-def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
+def _tensor(array: Numbers) -> torch.Tensor:
+    """Return an array under the type by which formulas name theirs, although they run on numpy's arrays, too."""
+    return cast("torch.Tensor", array)
+
+
+def _add(updates: Sequence[Additive], view: Numbers, weight: float) -> None:
     for update in updates:
         view += weight * update.delta(tuple(view.shape))
 
 
-def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
-    """Moves `view` by `weight` of the way from W to `new`; returns the squared norm of the move."""
+def _mix(new: Numbers, W: Numbers, view: Numbers, weight: float, *, replace: bool) -> float:
+    """Add weight * (new - W) to `view`; return the squared norm of that change."""
     change = new - W
-    flat = change.reshape(-1)
+    flat = change.reshape((-1,))
     norm = weight**2 * float(flat @ flat)
     if replace and weight == 1:
         view[...] = new
@@ -408,7 +439,7 @@ def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
     return norm
 
 
-def _through(updates: list[Update], W: Any, bias: bool) -> Any:
+def _through(updates: list[Update], W: Numbers, bias: bool) -> Numbers:
     for update in updates:
-        W = update.new_bias(W) if bias else update.new_weight(W)
+        W = cast("Numbers", update.new_bias(_tensor(W)) if bias else update.new_weight(_tensor(W)))
     return W

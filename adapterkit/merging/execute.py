@@ -1,6 +1,7 @@
-"""Carrying out a plan: workers read, compute and write at the same time; files are finished beside them.
+"""Execute a plan with worker threads that read, compute and write at the same time.
 
-Nothing a worker holds grows with the model: a block in, its float64 image, some blocks out; of a device, a few of each.
+The memory of a worker does not grow with the model: one block read, its float64 image, some blocks to write; for a
+device, `workers.DEPTH` of each.
 """
 
 from __future__ import annotations
@@ -29,31 +30,32 @@ def execute(
     files: Sequence[OutputFile], stage: StagingDir, devices: Sequence[Arrays], progress: Progress | None, threads: int,
     *, link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
-    """Writes every weight file that is not finished yet into the stage; returns the norms by file.
+    """Write every unfinished weight file into the stage; return the norms by file.
 
     Args:
-        files: of the plan.
-        stage: where they are written.
-        devices: what computes; of several, each takes every so many-th file.
-        progress: called with (bytes done, bytes in all).
-        threads: workers, one a device at least.
-        link: make files that nothing touches hard links.
-        checksums: take sums of what is written.
+        files: the files of the plan.
+        stage: the folder to write them into.
+        devices: the array libraries to compute with; several take the files in turn.
+        progress: called with (bytes done, total bytes).
+        threads: the number of workers; at least one per device is started.
+        link: write hard links to unchanged files of the base.
+        checksums: record checksums of the written bytes.
 
     Raises:
-        AdapterkitError: the first fault of any worker; the others stop.
+        AdapterkitError: the first error of any worker; the others stop.
     """
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
     crew = _Scheduler(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
+    # Each worker is one busy thread; threads of the BLAS within it would compete with the other workers for cores.
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
 
 
 class _Scheduler:
-    """Workers on a queue of jobs for each device, and one finisher that makes whole files durable."""
+    """Worker threads on one queue of jobs per device, and one thread that makes complete files durable."""
 
     def __init__(
         self, stage: StagingDir, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
@@ -61,10 +63,12 @@ class _Scheduler:
     ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
         self.link, self.checksums = link, checksums
+        # Bounded: a file is created at full size when its jobs are queued, so unbounded queues would create all files.
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.withheld: deque[tuple[OpenFile, list[Job], int]] = deque()
+        # The first failure of any thread; every loop looks at it at least each 0.1 s, so that all threads end soon.
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
@@ -78,6 +82,7 @@ class _Scheduler:
             self.failure = self.failure or error
             raise
         finally:
+            # Only now no worker can put a file any more, and None is the last item that the finisher gets.
             _join(crew)
             self.written.put(None)
             _join([finisher])
@@ -103,7 +108,7 @@ class _Scheduler:
             self._report(progress)
 
     def _start(self, planned: OutputFile, device: int, progress: Progress | None) -> None:
-        """Hands out the jobs of a file but the last."""
+        """Queue all jobs of a file but the last, which `_release` queues."""
         file = OpenFile(planned, self.stage.parts / planned.name)
         create(file.path, planned)
         jobs = jobs_of(file)
@@ -116,7 +121,10 @@ class _Scheduler:
         self.withheld.append((file, jobs[-1:], device))
 
     def _release(self, progress: Progress | None) -> None:
-        """Lets a file become whole only when those before it are finished: so no more than one is ever done again."""
+        """Queue the last job of the oldest file once all files before it are durable.
+
+        So an interrupted merge has at most one complete file that it must write again.
+        """
         while self.failure is None and self.unfinished:
             with self.settled:
                 self.settled.wait(0.1)
@@ -124,7 +132,7 @@ class _Scheduler:
         file, last, device = self.withheld.popleft()
         with self.settled:
             self.unfinished += 1
-        if not last:
+        if not last:  # A file without tensors has no jobs.
             self.written.put(file)
         for job in last:
             self._put(job, device, progress)
@@ -161,6 +169,7 @@ class _Scheduler:
             if job is None:
                 return
             made = hands.do(job)
+            # Called when the bytes are in the file, mostly on the writer's thread; this one takes the next job.
             made.written.add_done_callback(partial(self._done, job, made))
 
     def _done(self, job: Job, made: Made, written: Future[None]) -> None:
@@ -180,6 +189,7 @@ class _Scheduler:
             self.written.put(job.file)
 
     def _finish(self) -> None:
+        # A thread of its own: flushing a file to disk may take seconds, in which the workers go on.
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:

@@ -1,4 +1,4 @@
-"""What may be asked of a merge beside its inputs and its output: one record for planner, engines and nodes."""
+"""The options of a merge as one record, which the planner, the engines and the nodes of a cluster share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import StorageError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """As the arguments of `adapterkit.merge` of the same names."""
+    """Options of a merge; see the arguments of `adapterkit.merge` with the same names."""
 
     dtype: str | None = None
     shard_size: int | None = None
@@ -25,14 +25,14 @@ class Options:
     vocab: str | None = None
 
 
-# How much memory a merge may hold, and how many of its workers go into that.
+# The memory that a merge may hold, and the number of workers that fit into it.
 
 
 def allowed(memory: int | None) -> int:
-    """The bytes a merge may hold: what was asked for, or half of what the machine, or its container, has left.
+    """Return the bytes that a merge may hold: `memory`, or half of the free memory of the machine or container.
 
     Raises:
-        UsageError: not a positive number.
+        UsageError: `memory` is not positive.
     """
     if memory is None:
         return max(_available() // 2, 1)
@@ -42,15 +42,15 @@ def allowed(memory: int | None) -> int:
 
 
 def most_workers() -> int:
-    """How many threads compute at a time, memory aside."""
+    """Return the most threads to compute with, memory aside: one per processor, from 2 to 16."""
     return max(2, min(os.cpu_count() or 2, 16))
 
 
 def workers_within(memory: int, each: int, tensor: str) -> int:
-    """How many workers of `each` bytes fit, `most_workers()` at most.
+    """Return how many workers of `each` bytes fit into `memory`, at most `most_workers()`.
 
     Raises:
-        StorageError: not even one does.
+        StorageError: not even one fits.
     """
     if each > memory:
         raise StorageError(
@@ -77,7 +77,7 @@ def _of_machine() -> int:
 
 
 def _of_container() -> int:
-    """The limit of the control group less what is in use, where there is one."""
+    """Return the free memory of the control group (version 2); a huge number outside of one."""
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{word}").read_text().strip() for word in ("max", "current"))
         return max(int(limit) - int(used), 0)

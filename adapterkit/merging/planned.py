@@ -1,11 +1,11 @@
-"""What a merge will do, as a value: the files of the output, the tensors in them, and what is folded into each."""
+"""The plan of a merge as a value: the output files, their tensors, and the updates of each tensor."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,20 +22,21 @@ from .planned_updates import Source
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .requantize import Repacked, Stack
 
 BLOCK_ELEMENTS = 3 << 17
-"""Elements computed at a time: small enough that the float64 block stays in a core's cache."""
+"""Elements of a block: few enough that its float64 image, 3 MB, stays in a core's cache."""
 
 STEPS = 4
-"""Arrays of a block's size that a law which sees the weight holds on its way, beside the block."""
+"""Temporary arrays of a block's size that a formula of the weight needs beside the block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding.
+    """One tensor of the output, with the offset of its data in its file and the seed of stochastic rounding.
 
-    A `part` of a packed weight that is quantized again is computed with the other parts of it.
+    A tensor with a `part` belongs to a packed weight that is quantized again; all its parts are computed together.
     """
 
     name: str
@@ -53,13 +54,13 @@ class Output:
 
     @property
     def copied(self) -> bool:
-        """Whether its bytes are the base's."""
+        """Whether its bytes are copied from the base."""
         return not self.folds and self.part is None and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFile:
-    """One weight file of the output; `whole` is the file of the base whose bytes it has, if any."""
+    """One weight file of the output; `whole` is the file of the base that it is a copy of, if any."""
 
     name: str
     header: bytes
@@ -75,7 +76,7 @@ class OutputFile:
         """Bytes that are computed rather than copied."""
         return sum(output.nbytes for output in self.outputs if not output.copied)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         targets = sum(bool(output.folds) for output in self.outputs)
         copied = self.size - self.computed
         return {
@@ -86,24 +87,24 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What a merge will do.
+    """All decisions of a merge, made before any weight is read.
 
     Attributes:
         base: the open base.
         sources: the adapters.
         files: the weight files of the output.
-        tied: the choice for weights that the base ties, see `parse_tied`; None where the adapters' files decide.
-        config_changes: keys of `config.json` that the output changes; None where it leaves one out.
+        tied: the choice for weights that the base ties, see `parse_tied`; None if the adapters' files decide.
+        config_changes: keys of `config.json` with new values; None removes a key.
         dtype: the dtype all floating tensors are cast to, if any.
-        seed: of stochastic rounding; None rounds to the nearest.
+        seed: the seed of stochastic rounding; None rounds to nearest.
         memory: bytes that the merge may hold beyond the imports.
-        link: whether files of the base that nothing touches become hard links.
-        origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
-        checksums: whether sums are taken of what is written.
-        warnings: what the caller should look at, one sentence each.
+        link: whether unchanged files of the base become hard links.
+        origin: the uri of the base if it came from a hub; the downloaded folder may be deleted before the report.
+        checksums: whether checksums of the written bytes are recorded.
+        warnings: one sentence each.
         companions: the files beside the weights.
-        fingerprint: of the base's weights, see `io/checkpoint.py`; None where it was not taken.
-        vocabulary: what became of the vocabulary, plain data; None where it is the base's.
+        fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not taken.
+        vocabulary: plain data about a changed vocabulary; None if it is the base's.
     """
 
     base: Checkpoint
@@ -146,7 +147,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 of what decides the output: inputs by size, time and content, options, and the version of the code."""
+        """sha256 of everything that decides the output: base, adapters, options, and the version of the library."""
+        # A hash of the base would have to read all of it, as the merge does; a changed file has another size or time.
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
         head = [
@@ -163,50 +165,48 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors.
-
-        What is on its way to the disk is counted too.
-        """
+        """Bytes that a merge holds beyond the imports: blocks, float64 images, factors and write buffers."""
         return self._largest[0] * self.workers
 
     @property
     def workers(self) -> int:
-        """How many threads compute at a time: as many as the machine has cores and the memory room for.
+        """The number of threads that compute, limited by processors and memory.
 
         Raises:
-            StorageError: there is no room for one.
+            StorageError: the memory is too small for one.
         """
         return workers_within(self.memory, *self._largest)
 
     @property
     def _largest(self) -> tuple[int, str]:
         if self._held is None:
-            known: dict[Any, int] = {}
+            known: dict[Hashable, int] = {}
             computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
+            # The dataclass is frozen; this is a cache, as a mixture of experts has 45,000 outputs.
             object.__setattr__(self, "_held", max(computed, default=(0, "")))
         return cast("tuple[int, str]", self._held)
 
-    def lineage(self, digests: bool = True) -> dict[str, Any]:
-        """What the output's own record says: no paths, no times, so that equal merges write equal bytes.
+    def lineage(self, digests: bool = True) -> dict[str, JsonValue]:
+        """Return the record for the output; it has no paths and no times, so that equal merges write equal bytes.
 
         Args:
-            digests: with those of the adapters, for which all of their tensors are read.
+            digests: include the adapters' digests, which reads all of their tensors.
         """
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
             "adapterkit": __version__, "adapters": [source.record(digests) for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
+            "dtype": None if self.dtype is None else self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
             "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
             **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
         }  # fmt: skip
 
-    def record(self, digests: bool = True) -> dict[str, Any]:
-        """The plan as plain data.
+    def record(self, digests: bool = True) -> dict[str, JsonValue]:
+        """Return the plan as plain data.
 
         Args:
-            digests: with the digests of the plan and of the adapters, for which all tensors of the adapters are read;
-                null without.
+            digests: include the digests of the plan and of the adapters, which reads all tensors of the adapters; null
+                otherwise.
         """
         return {
             "base": str(self.base.root), "digest": self.digest if digests else None, "bytes": self.bytes,
@@ -216,8 +216,8 @@ class Plan:
         }  # fmt: skip
 
 
-def _held(output: Output, known: dict[Any, int]) -> int:
-    """`_block_bytes`, worked out once for all outputs of the same shapes and forms."""
+def _held(output: Output, known: dict[Hashable, int]) -> int:
+    """Return `_block_bytes`, computed once for all outputs of the same shapes and updates."""
     if output.part is not None:
         return output.part.held
     folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]
@@ -232,7 +232,7 @@ def _block_bytes(output: Output) -> int:
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
     leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
-    # Those of several adapters are held once more, side by side.
+    # Factors of several adapters are held a second time, joined by `compute.side_by_side`.
     factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(output.folds), 2)
     images = 1 if all(fold.additive for fold in output.folds) else 1 + STEPS
     return elements * (8 * images + output.dtype.itemsize + output.source.dtype.itemsize) + factors

@@ -1,4 +1,4 @@
-"""What one adapter does to one stored tensor of a base."""
+"""The change that one adapter makes to one stored tensor of a base."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedUpdate:
-    """What one adapter does to one stored tensor.
+    """The change that one adapter makes to one stored tensor.
 
     Attributes:
-        target: where and in which layout.
+        target: the target, with its layout and rows.
         updates: the updates to apply, in order.
-        weight: how much of the change is taken.
-        source: position of the adapter in the merge.
-        bias: the stored tensor is the target's bias, not its weight.
-        shape: of the stored tensor; fewer rows where the adapter was trained on its first rows only.
-        seen: the base's weight, where the change to its bias needs it.
+        weight: the factor of the change.
+        source: the adapter's position in the merge.
+        bias: whether the stored tensor is the target's bias instead of its weight.
+        shape: the stored tensor's shape, with fewer rows if the adapter was trained on its first rows only.
+        seen: the base's weight, if the change of its bias needs it.
     """
 
     target: Target
@@ -40,7 +40,7 @@ class PlannedUpdate:
 
     @property
     def axis(self) -> str:
-        """The axis of the update's view that runs along the stored tensor's rows."""
+        """The axis of the updates, `in` or `out`, that runs along the stored tensor's rows."""
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property

@@ -1,4 +1,4 @@
-"""What each adapter does to each stored tensor of a base."""
+"""Bind the adapters of a merge to the base and sort their updates by stored tensor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,13 +32,13 @@ class Source:
     """One adapter of a merge, bound to the base.
 
     Attributes:
-        name: of its file or folder.
-        given: as it was read.
-        adapter: bound to the base.
-        weight: how much of its change is taken.
-        missing: targets without a place in the base.
-        renamed: the first change of prefixes, as (taken off, put on).
-        rules: those by which its names became the base's.
+        name: the name of its file or folder.
+        given: the adapter as it was read.
+        adapter: the adapter, bound to the base.
+        weight: the factor of its change.
+        missing: targets that the base does not have.
+        renamed: the first change of a prefix, as (removed, added).
+        rules: the rules that turned its names into the base's.
     """
 
     name: str
@@ -51,16 +52,16 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Of the adapter as it was read. All of its tensors are read for it, when it is first asked for."""
+        """The digest of the adapter as it was read; computed at first use, since it reads all tensors."""
         if self._digest is None:
             object.__setattr__(self, "_digest", self.given.digest())
         return cast(str, self._digest)
 
-    def record(self, digests: bool = True) -> dict[str, Any]:
-        """What it is; of the base it was made for the name on a hub, and no path of somebody's disk.
+    def record(self, digests: bool = True) -> dict[str, JsonValue]:
+        """Return plain data about the adapter; it names the adapter's base by its name on a hub, never by a local path.
 
         Args:
-            digests: with its digest; null without, so that none of its tensors is read.
+            digests: include the digest; null otherwise, so that no tensor is read.
         """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
@@ -70,8 +71,8 @@ class Source:
             "ranks": list(self.adapter.ranks), "lineage": [step.op for step in self.adapter.recipe], **self._names(),
         }  # fmt: skip
 
-    def _names(self) -> dict[str, Any]:
-        """The rules by which names were changed; nothing where all are the base's own."""
+    def _names(self) -> dict[str, JsonValue]:
+        """Return the rules that changed names; empty if all names are the base's."""
         used = [rule for rule in self.rules if rule.kind != "exact"]
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
@@ -81,13 +82,13 @@ class Bindings:
     """The adapters of a merge, bound to the base.
 
     Attributes:
-        base: the base, with the rows that a vocabulary gains.
+        base: the base, with rows added if the vocabulary grows.
         sources: the bound adapters.
-        folds: output name -> what is folded into it.
+        folds: output name -> the planned updates of that tensor.
         names: output name -> the stored name that it is made from.
-        config_changes: what the output's config says otherwise.
+        config_changes: keys of `config.json` with new values.
         warnings: one sentence each.
-        vocabulary: what became of the vocabulary, plain data; None where it is the base's.
+        vocabulary: plain data about a changed vocabulary; None if it is the base's.
     """
 
     base: Checkpoint
@@ -113,7 +114,7 @@ def folds_by_tensor(
         base: the base.
         adapters: name, adapter and weight of each.
         tied: the choice for tied weights, see `parse_tied`.
-        allow_partial: leave out targets that the base does not have.
+        allow_partial: skip targets that the base does not have.
         rename: the user's rules for names.
         vocab: the choice for vocabularies that differ, see `Vocabulary`.
 
@@ -123,23 +124,23 @@ def folds_by_tensor(
     tied = parse_tied(tied)
     config = base.config
     if isinstance(base, Dequantized) and base.scheme == "gguf" and "lm_head.weight" not in base.tensors:
-        # llama.cpp computes with token_embd.weight where output.weight is missing, whatever else says so.
+        # llama.cpp uses token_embd.weight as the head if output.weight is missing, whatever the config says.
         config = {**(config or {}), "tie_word_embeddings": True}
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
-    # A rule need match one of the adapters only.
+    # A rule must match one of the adapters, not each of them, so the rules are parsed against all paths at once.
     paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
     rules = parse_renames(rename, None if allow_partial else paths)
     sources, folds = [], dict[str, list[PlannedUpdate]]()
     for position, (name, adapter, weight) in enumerate(adapters):
-        _refuse_other_laws(adapter)
+        _refuse_other_kinds(adapter)
         resize = partial(vocabulary.settle, position, name)
         bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rules, resize=resize, distinct=False)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
         shapes |= {alias: shapes[name] for alias, name in aliases.items()}
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
-            _refuse_other_laws((site.target, update) for update in site.updates)
+            _refuse_other_kinds((site.target, update) for update in site.updates)
         sources.append(Source(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
             for stored, fold in _folds(site, weight, position, base, aliases):
@@ -159,8 +160,11 @@ def folds_by_tensor(
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
 
-def _refuse_other_laws(updates: Iterable[tuple[Target, Update]]) -> None:
-    """Refuse updates that are not changes of weights: before any name is looked up, and by the base's shapes."""
+def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
+    """Refuse updates that do not change weights.
+
+    Called before names are resolved, for an early error, and after, since some methods depend on the base's shapes.
+    """
     for target, update in updates:
         if update.kind not in ("additive", "weight"):
             why = f"{update.method} changes {update.acts_on}, not weights"
@@ -183,7 +187,7 @@ def _folds(
 
 
 def _seen(site: Site, base: Checkpoint, aliases: Mapping[str, str]) -> Lazy | None:
-    """The weight that a change to its bias needs; it must be the base's own."""
+    """Return the weight that a change of its bias needs; no earlier update may change that weight."""
     needy = [
         position for position, update in enumerate(site.updates) if update.bias_sees_weight and update.changes_bias
     ]

@@ -1,7 +1,7 @@
-"""The plan of a merge: a value, made from headers alone, that says what every byte of the output will be.
+"""Make the plan of a merge from headers alone; the plan decides every byte of the output.
 
-Output files hold output tensors in order. A tensor is a stored tensor of the base, possibly with folds: what one
-adapter does to it. Everything without folds, and of the same dtype, is copied as bytes.
+Output files hold output tensors in order. An output tensor is a stored tensor of the base with its planned updates, if
+any. A tensor without updates that keeps its dtype is copied as bytes.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def make_plan(
     adapters: Sequence[tuple[str, Adapter, float]],
     options: Options,
 ) -> Plan:
-    """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
+    """Plan the merge of (name, adapter, weight) into a base; reads headers only.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
-        NotMergeable: an update's law is not one of weights.
-        UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
-        Unsupported: a targeted weight is not of a floating dtype.
+        NotMergeable: a method changes outputs or the context, not weights.
+        UsageError: a tied weight is changed and nothing tells how (see `tied`); options contradict each other.
+        Unsupported: a target's weight has no floating-point dtype.
     """
     stage("planning from headers")
+    # `as_merged` has set the types of a GGUF output, which are more than safetensors knows.
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
     bound = folds_by_tensor(base, adapters, options.tied, options.allow_partial, options.rename, options.vocab)
     base, folds, names, changes = bound.base, bound.folds, bound.names, bound.config_changes
@@ -54,6 +55,7 @@ def make_plan(
     changes |= config_changes(base)
     before = config_file(base)
     if cast is not None and before is not None:
+        # transformers renamed `torch_dtype` to `dtype`; the config keeps the key that it has.
         key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
     parts: dict[str, Repacked | Stack] = {}
@@ -72,12 +74,12 @@ def make_plan(
         base, bound.sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link,
         uri, options.checksums, tuple(bound.warnings), vocabulary=bound.vocabulary,
     )  # fmt: skip
-    planned.workers  # noqa: B018 - says before any work that the memory is too small
+    planned.workers  # noqa: B018 - raises if the memory is too small, before any work
     return planned
 
 
 def index_of(plan: Plan) -> bytes | None:
-    """The index file of a sharded output; the base's own bytes where it still holds true."""
+    """Return the index file of a sharded output, the base's own bytes if they are still correct; None for one file."""
     if len(plan.files) == 1 and plan.base.index is None:
         return None
     weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
@@ -105,11 +107,12 @@ def _files(
 
 
 def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
-    """The file as it is in the base, header too, where all of its tensors are all that is in it."""
+    """Return the output file as a copy of a base file with its header; None if a tensor in it changes or is missing."""
     spans = [output.source.span for output in outputs if output.copied]
     paths = {span.path for span in spans if span is not None and span.path not in ELSEWHERE}
     if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
         return None
+    # The copy keeps the header, so the file must end with its last tensor and hold no tensor that the output lacks.
     path = Path(paths.pop())
     start = min(span.offset for span in spans if span is not None)
     if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
@@ -127,14 +130,14 @@ def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]]
 
 
 def is_gguf_output(base: Checkpoint) -> bool:
-    """Whether a GGUF file is merged into one."""
+    """Whether the base is a GGUF file and the output is one, too."""
     return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
 
 
 def _grouping(
     base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
-    """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
+    """Yield (file name, tensor names in order, metadata) of each output file, sharded like the base without a size."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
     if is_gguf_output(base):
         if shard_size is not None:
@@ -153,9 +156,10 @@ def _grouping(
 
 
 def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
-    """The base's files, each with the tensors of it, in order; others go into the file `otherwise`."""
+    """Return the base's files with their tensors, in order; tensors without a file go into `otherwise`."""
     members: dict[Path, list[str]] = {file: [] for file in base.files}
-    # Tensors of one file share its path: to look a path up by its value takes as long as ten lookups of an object.
+    # Tensors of one file share one Path object. Hashing a path costs as much as ten lookups by id, and a mixture of
+    # experts has 45,000 tensors.
     lists: dict[int, list[str]] = {}
     for name in names:
         home = base.home.get(name, otherwise)
@@ -200,13 +204,13 @@ def _dtype(name: str | None) -> DType | None:
 
 def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:
     if cast is None and isinstance(base, Dequantized) and stored in base.packed and tensor.dtype.name == "F32":
-        return DTYPES["BF16"]
+        return DTYPES["BF16"]  # Schemes dequantize to float32; the output is to have 16 bits, see `quantized.WHY`.
     convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
     return cast if cast is not None and convertible else tensor.dtype
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    # F8_E8M0 holds scales: it has neither a sign nor 0, so that a sum rounded to it is another number.
+    # F8_E8M0 stores scales: it has neither a sign nor 0, so it cannot hold a sum.
     if not tensor.dtype.floating or tensor.dtype.torch.startswith("float8_e8"):
         raise Unsupported(
             f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,

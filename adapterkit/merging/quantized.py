@@ -1,11 +1,11 @@
-"""Quantized bases: what a merge may make of one, the choice explained, and what the output then says of itself."""
+"""Quantized bases: the three ways to merge into one, and the record of the choice in the output."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
@@ -13,6 +13,7 @@ from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
 
     Onto = Checkpoint | str | PathLike[str]
 
@@ -26,7 +27,7 @@ WHY = {
     "the first model, but not what the adapter was trained on: what it learnt to make up for the "
     "quantization comes along",
 }
-"""Choice -> what it does, and why one would."""
+"""Choice -> its effect and the reason to choose it, for the output's record."""
 
 EXPLAINED = (
     "Choose one: (1) quantized=/--quantized dequantize: fold into the dequantized weights, which the adapter was "
@@ -42,8 +43,8 @@ class Original(Checkpoint):
     """The 16-bit weights that are merged into instead of a quantized base.
 
     Attributes:
-        scheme: of the base.
-        weights: how many packed weights it has.
+        scheme: the quantization scheme of the base.
+        weights: the number of packed weights in the base.
     """
 
     scheme: str = ""
@@ -53,18 +54,18 @@ class Original(Checkpoint):
 def as_merged(
     base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None
 ) -> Checkpoint:
-    """The base as the merge reads it: itself, dequantized, or the weights that it was quantized from.
+    """Return the base as the merge reads it: as it is, dequantized, or the 16-bit weights that it was made from.
 
     Args:
         base: the base.
-        quantized: what was chosen for a quantized one, one of `WHY`.
-        onto: for `original`, where the 16-bit weights are.
-        dtype: for a GGUF file that is merged into one, the type of its matrices.
+        quantized: the choice for a quantized base, a key of `WHY`.
+        onto: the 16-bit weights, for `original`.
+        dtype: the type of the output's matrices, if base and output are GGUF files.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
-        Unsupported: it is quantized and nothing was chosen, or in a way that is not known.
-        UsageError: a choice that there is not.
+        Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
+        UsageError: an unknown choice, or `onto` without `original`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
@@ -76,6 +77,7 @@ def as_merged(
         )
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
+    # The default for GGUF bases: llama.cpp, which they are made for, loads nothing else.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
         quantized = "requantize"
     if quantized is None:
@@ -89,7 +91,7 @@ def as_merged(
 
 
 def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
-    """The base as the merge that gave `merged` must have read it: if quantized, whether it was quantized again."""
+    """Return the base as the merge that wrote `merged` must have read it: dequantized, or to be quantized again."""
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
@@ -110,7 +112,7 @@ def _original(base: Dequantized, onto: Checkpoint) -> Original:
 
 
 def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
-    """Whether the weights are called alike and have the same shapes."""
+    """Check that the 16-bit weights have the names and shapes of the base."""
     cure = "Give the weights that the base was quantized from"
     for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
         lost = sorted(set(one) - set(other))
@@ -122,13 +124,13 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
             raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
-def config_changes(base: Checkpoint) -> dict[str, Any]:
-    """What the output's config says otherwise: nothing of a quantization, unless it is quantized again."""
+def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
+    """Return the changes of `config.json`: the quantization is removed unless the output is quantized again."""
     return {"quantization_config": None} if isinstance(base, Dequantized) and not base.packs else {}
 
 
-def quantized_record(base: Checkpoint) -> dict[str, Any] | None:
-    """What was chosen, why, and for how many weights; None of a base that is not quantized."""
+def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
+    """Return the choice, its reason and the number of packed weights; None if the base is not quantized."""
     if isinstance(base, Original):
         choice, weights = "original", base.weights
     elif isinstance(base, Dequantized):

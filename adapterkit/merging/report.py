@@ -1,4 +1,4 @@
-"""From a plan to a finished output: weights, the base's other files, the output's own record, and the report."""
+"""Run a plan to a finished output: weights, companion files, the output's record, and the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.tables import html_table
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
@@ -28,24 +28,24 @@ from .requantize import damage_of
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        out: where the output is; a uri where it is on a hub.
-        plan: what was carried out.
-        norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
-        damage: of each weight that was quantized again, what that did to it: `error` and `kept`, see `damage_of`.
+        out: the path of the output, or its uri on a hub.
+        plan: the plan that was run.
+        norms: tensor -> Frobenius norm of each adapter's change, for the adapters that change it.
+        damage: weight that was quantized again -> `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
-        carried: the files beside the weights: the base's, and the tokenizer of an adapter where that was taken.
-        left_out: files of the base that are not in the output: its weights in another form, a tokenizer that was
-            not taken.
-        seconds: from the start of planning to the output being durable in place.
-        already: an earlier run made the same output from the same inputs; nothing was written.
+        carried: names of the companion files: those of the base, and an adapter's tokenizer if that was taken.
+        left_out: files of the base that were not copied: its weights in other forms, a tokenizer that was replaced.
+        seconds: the time from the start of planning to the durable output.
+        already: whether an earlier run wrote the same output from the same inputs, so that nothing was written.
     """
 
     out: Path | str
@@ -68,7 +68,7 @@ class Report:
         names = [f"norm of {source.name}'s change" for source in self.plan.sources]
         return html_table(repr(self), ("tensor", *names), rows)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The report as plain data."""
         return {
             "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
@@ -80,11 +80,11 @@ class Report:
 
 
 Engine = Callable[[Plan, StagingDir, "Progress | None"], dict[str, Norms]]
-"""Writes the weight files of a plan that are not finished yet into a stage; returns the norms by file."""
+"""Writes the unfinished weight files of a plan into a stage; returns the norms by file."""
 
 
 def local(device: str) -> Engine:
-    """The engine of this process: threads of its own."""
+    """Return the engine that runs a plan on threads of this process."""
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
@@ -99,7 +99,7 @@ def local(device: str) -> Engine:
 def run_plan(
     plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
 ) -> Report:
-    """Executes a plan into `out`; see `adapterkit.merge`."""
+    """Run a plan and put its output at `out`; see `adapterkit.merge`."""
     begin(f"merging into {out}")
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
@@ -114,15 +114,16 @@ def run_plan(
             _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
-            # What is finished stays: the same command goes on with it.
+            # Keep the finished files: running the same command again resumes.
             raise
         except (AdapterkitError, OSError, MemoryError):
+            # An interrupt is not among these: its stage stays, and the same command resumes.
             stage.discard()
             raise
 
 
 def _decided(plan: Plan) -> str:
-    """A digest of what decides the whole output folder: the plan's own, and the files that are copied beside."""
+    """Return a digest of everything that decides the output folder: the plan, and the companion files."""
     copies = plan.companions.copies
     try:
         beside = [[name, *listed([file])] for file, name in copies]
@@ -132,7 +133,7 @@ def _decided(plan: Plan) -> str:
 
 
 def _completed(plan: Plan, stage: StagingDir, started: float) -> Report:
-    """The report of an earlier run, whose output is in place and unchanged."""
+    """Return the report of an earlier run, whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -166,7 +167,7 @@ def _write(
 
 
 def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
-    """The norms of the changes, by weight, and what quantizing again did."""
+    """Split the numbers of the engine into the norms of the changes and the damage by quantizing again, by weight."""
     norms: Norms = {}
     damage = {}
     for output in plan.outputs():
@@ -179,12 +180,12 @@ def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]
     return norms, damage
 
 
-def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, JsonValue]:
     return {"damage": dict(damage)} if damage else {}
 
 
 def _carry(plan: Plan, out: Path) -> None:
-    """Copies the files that go along with the weights."""
+    """Copy the companion files into the output."""
     for file, name in plan.companions.copies:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -194,7 +195,7 @@ def _carry(plan: Plan, out: Path) -> None:
 
 
 def _copy(file: Path, to: Path) -> None:
-    """A copy that is on disk before the output is renamed into place."""
+    """Copy a file and flush it to disk: the output must be durable before it is renamed into place."""
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
@@ -220,7 +221,7 @@ def _write_records(plan: Plan, stage: StagingDir, norms: Norms, damage: Mapping[
 
 
 def _digest_of(card: Path) -> str | None:
-    """Of the base's model card that came along: who publishes the output tells it from one that was written for it."""
+    """Return the digest of the base's model card; a push then tells it from a card that was written for the output."""
     return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 

@@ -1,7 +1,7 @@
-"""Quantizing a merged weight again: the scheme's own formula on the merged numbers, and what of the change survives it.
+"""Quantize merged weights again by the scheme's formula, and measure how much of the change survives.
 
-A packed weight is several stored tensors. They are computed together, by one worker, in the file where they lie; the
-packed weights that no adapter touches are copied as they are.
+A packed weight consists of several stored tensors, which one worker computes together. Packed weights that no adapter
+changes are copied as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import DTYPES, Lazy
@@ -21,14 +21,15 @@ from .compute import BlockMerger
 from .planned import Output
 
 if TYPE_CHECKING:
+    from ..io.lazy import Array
     from .arrays import Workspace
     from .planned_update import PlannedUpdate
 
 HELD = 1 << 24
-"""Numbers of one merged weight that are kept; of larger weights blocks are merged each time that they are needed."""
+"""The largest number of elements of a merged weight to keep in memory; larger ones are merged again block by block."""
 
 NORMS = 4
-"""Norms that say what quantizing did: of the error, the merged weight, the change, and the change that is left."""
+"""The norms that measure quantizing: of its error, the merged weight, the change, and the change that remains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Repacked:
     Attributes:
         base: the dequantized base.
         packed: the weight as it is stored.
-        folds: what the adapters do to it.
+        folds: the planned updates of the weight.
     """
 
     base: Dequantized
@@ -47,12 +48,12 @@ class Repacked:
 
     @property
     def held(self) -> int:
-        """Bytes that computing it holds: its parts twice, and merged numbers."""
+        """The memory that computing it takes, in bytes: its parts twice, merged numbers, and temporaries of a step."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         return 2 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """The bytes of every member, and the squared norms: one a fold, then `NORMS` of them.
+        """Return the bytes of every member, and the squared norms: one per planned update, then `NORMS` more.
 
         Raises:
             Malformed: a factor or a merged number is not finite.
@@ -68,7 +69,7 @@ class Repacked:
         kept = {name: bytes(stored[name].fetch()) for name in self.packed.members if name not in parts}
         return parts | kept, norms
 
-    def _bytes(self, name: str, array: Any) -> bytes:
+    def _bytes(self, name: str, array: Array) -> bytes:
         import numpy as np
 
         data, wanted = np.ascontiguousarray(array).tobytes(), self._written(name).nbytes
@@ -96,20 +97,20 @@ class Repacked:
         return squares
 
 
-def _wide(rows: Any) -> Any:
-    """Numbers in float32 where they are narrower."""
+def _wide(rows: Array) -> Array:
+    """Return numbers in float32 if they are narrower or integers."""
     return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Weights one behind the other in one stored tensor, such as a layer's experts, some of which are merged into."""
+    """Consecutive weights in one stored tensor, such as the experts of a layer, of which some are changed."""
 
     weights: tuple[Repacked, ...]
 
     @property
     def packed(self) -> Packed:
-        """What names it: a weight under the name of the stored tensor."""
+        """The first weight, under the name of the stored tensor."""
         first = self.weights[0].packed
         return replace(first, name=first.members[0])
 
@@ -122,7 +123,7 @@ class Stack:
         return 2 * self.packed.written.nbytes + self.weights[0].held
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
-        """As `Repacked.compute`; the last norms are over all weights that are quantized again."""
+        """Like `Repacked.compute`; the last `NORMS` sum over all weights that are quantized again."""
         member, data, norms, squares = self.packed.name, bytearray(), dict[int, float](), [0.0] * NORMS
         at = 0
         for weight in self.weights:
@@ -135,12 +136,13 @@ class Stack:
             norms |= {at + fold: square for fold, square in found.items() if fold < count}
             squares = [square + found[count + number] for number, square in enumerate(squares)]
             at += count
+        # The stored tensor may be padded behind its last weight.
         data += bytes(self.packed.written.nbytes - len(data))
         return {member: bytes(data)}, norms | {at + number: square for number, square in enumerate(squares)}
 
 
 class _Merged:
-    """Rows of a merged weight in float32, in whatever runs they are asked for."""
+    """A merged weight in float32, of which any rows can be requested."""
 
     def __init__(self, packed: Packed, folds: tuple[PlannedUpdate, ...], workspace: Workspace) -> None:
         source = packed.lazy()
@@ -149,11 +151,11 @@ class _Merged:
         self.folder = BlockMerger(self.output, workspace)
         self.norms = self.folder.norms()
         self._seen: set[int] = set()
-        self._last: tuple[Block, Any] | None = None
+        self._last: tuple[Block, Array] | None = None
         self._width = packed.shape[-1]
 
-    def rows(self, start: int, stop: int) -> Any:
-        """Rows `start` to `stop` of the weight seen as `[rows, width]`."""
+    def rows(self, start: int, stop: int) -> Array:
+        """Return rows `start` to `stop` of the weight seen as `[rows, width]`."""
         import numpy as np
 
         if self._whole is not None:
@@ -171,7 +173,8 @@ class _Merged:
         return blocks(self.output)
 
     @cached_property
-    def _whole(self) -> Any:
+    def _whole(self) -> Array | None:
+        # Rows are requested at least twice, to pack them and to measure the damage: merge once what fits.
         count = math.prod(self.output.shape)
         if count > HELD:
             return None
@@ -180,7 +183,7 @@ class _Merged:
             self._merge(block, whole[block.first : block.first + block.elements])
         return whole
 
-    def _block(self, block: Block) -> Any:
+    def _block(self, block: Block) -> Array:
         import numpy as np
 
         if self._last is None or self._last[0] is not block:
@@ -189,13 +192,13 @@ class _Merged:
             self._last = (block, out)
         return self._last[1]
 
-    def _merge(self, block: Block, out: Any) -> None:
-        """Computes a block into numpy's memory."""
+    def _merge(self, block: Block, out: Array) -> None:
+        """Compute a block into a numpy array."""
         source = self.output.source
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
-        target = self.arrays.over(memoryview(out.view("u1")), self.output.dtype)
+        target = self.arrays.over(out.view("u1").data, self.output.dtype)
         for fold, square in self.folder.compute(raw, target, block).items():
-            if block.first not in self._seen:
+            if block.first not in self._seen:  # A block of a large weight is merged several times, and counts once.
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
 
@@ -203,11 +206,11 @@ class _Merged:
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[PlannedUpdate, ...]]
 ) -> tuple[dict[str, Lazy], dict[str, tuple[PlannedUpdate, ...]], dict[str, Repacked | Stack], frozenset[str]]:
-    """What a plan holds, with the stored tensors in place of packed weights.
+    """Replace packed weights by their stored tensors in the tables of a plan.
 
     Returns:
-        output name -> where it is from; -> what is folded into it, at the first member of a packed weight; -> what
-        packs it again; the names of all members, whose dtypes stay.
+        output name -> source tensor; output name -> planned updates, at the first member of a packed weight; output
+        name -> the packed weight to quantize again; the names of all members, which keep their dtypes.
 
     Raises:
         Unsupported: a packed weight would have to be written twice, or its scheme cannot quantize.
@@ -247,10 +250,12 @@ def repacked(
 
 
 def damage_of(norms: list[float]) -> dict[str, float]:
-    """What the norms say: the error relative to the merged weight, and how much of the change is left in it.
+    """Return the error relative to the merged weight, and `kept`, the part of the change that survived.
 
-    `kept` is the part of the change that survived along its own direction: 1 is all of it, 0 none.
+    `kept` is the projection of the remaining change on the intended one: 1 is all of it, 0 none.
     """
     error, merged, change, left = norms
+    # With R, M, W the new, the merged and the old weight, |R - M|^2 = |R - W|^2 + |M - W|^2 - 2 <R - W, M - W>, so that
+    # norms alone give the projection of R - W on M - W, and the weights need not be kept.
     kept = (left**2 + change**2 - error**2) / (2 * change**2) if change else 1.0
     return {"error": error / merged if merged else 0.0, "kept": kept}

@@ -1,7 +1,7 @@
-"""The stage of a merge: a hidden folder beside the output where a merge is built and resumed.
+"""The stage of a merge: a hidden folder beside the output in which the merge is built and resumed.
 
-A finished file lies under `out/`, its norms and checksums under `norms/`; whatever else is there is unfinished and
-written again. How the output gets into place is told in `io/staging.py`.
+Finished files lie under `out/`, their norms and checksums under `norms/`; everything else is unfinished and is written
+again. `io/staging.py` moves the output into place.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class StagingDir(Staging):
     """The stage of one output path.
 
     Args:
-        out: where the output will appear.
-        digest: of the plan; a stage of another plan is thrown away.
-        files: names of the files that are kept when an earlier run finished them; all else is written again.
-        single: the output is the one file in the stage, not the folder.
+        out: the path of the output.
+        digest: the digest of the plan; the stage of another plan is deleted.
+        files: names of the files that are kept if an earlier run finished them.
+        single: whether the output is the one file in the stage instead of the folder.
     """
 
     def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
@@ -42,7 +42,7 @@ class StagingDir(Staging):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the stage for this process; lay it out, or take over what an interrupted merge left.
+        """Lock the stage for this process; create it, or continue that of an interrupted merge.
 
         Raises:
             StorageError: another process is merging to the same output, or the folder cannot be written.
@@ -57,7 +57,7 @@ class StagingDir(Staging):
 
     @property
     def was_completed(self) -> bool:
-        """The output is in place and only the stage was left behind."""
+        """Whether the output is in place and only the stage remains."""
         return self.is_published and self._plan() == self.digest
 
     def finished(self, name: str) -> bool:
@@ -65,12 +65,12 @@ class StagingDir(Staging):
         return (self.out / name).exists()
 
     def norms_of(self, name: str) -> Norms:
-        """The norms that were found while a finished file was computed."""
+        """Return the norms that were recorded when a file was finished."""
         found: Norms = self._found(name)["norms"]
         return found
 
     def runs_of(self, name: str) -> list[tuple[int, int, str]]:
-        """The checksums of the runs of a finished file: where each begins, its bytes, their sha256."""
+        """Return the checksums of a finished file: (offset, number of bytes, sha256) of each run."""
         return [(start, nbytes, digest) for start, nbytes, digest in self._found(name)["runs"]]
 
     def _found(self, name: str) -> dict[str, Any]:
@@ -78,14 +78,16 @@ class StagingDir(Staging):
         return found
 
     def apart(self) -> StagingDir:
-        """The same stage, with unfinished files in a folder of their own: for one of several processes."""
+        """Return the same stage with a separate folder for unfinished files, for one of several processes."""
         stage = StagingDir(self.target, self.digest, self.files, single=self.single)
         stage.parts = self.parts / secrets.token_hex(8)
         stage.parts.mkdir()
         return stage
 
-    def finish(self, name: str, norms: Mapping[str, Any], runs: Sequence[tuple[int, int, str]] = ()) -> None:
-        """Makes a file of `parts/` durable and moves it to `out/`."""
+    def finish(
+        self, name: str, norms: Mapping[str, Sequence[float]], runs: Sequence[tuple[int, int, str]] = ()
+    ) -> None:
+        """Make a file in `parts/` durable and move it to `out/`."""
         part = self.parts / name
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -93,8 +95,9 @@ class StagingDir(Staging):
         os.replace(part, self.out / name)
 
     def link(self, name: str, file: Path) -> bool:
-        """Finishes a file as a hard link to one of the base; False where the file system has none between the two."""
+        """Finish a file as a hard link to a file of the base; return False if the file system does not allow that."""
         try:
+            # Caches of hubs consist of symbolic links; the output must not depend on the link.
             os.link(file.resolve(), self.parts / name)
         except OSError as error:
             if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
@@ -107,10 +110,10 @@ class StagingDir(Staging):
         """Make the whole output durable, rename it into place and remove the stage.
 
         Args:
-            made_from: a digest of what decided the output, kept with it for a later run.
+            made_from: a digest of everything that decided the output, recorded for a later run.
 
         Raises:
-            OSError: it cannot be; what was there before is there again.
+            OSError: the output cannot be put in place; the previous output is restored.
         """
         for folder, _, _ in os.walk(self.out):
             sync_folder(Path(folder))
@@ -122,16 +125,19 @@ class StagingDir(Staging):
             gone = [entry for entry in self.target.iterdir() if entry != self.folder]
         files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
         record = None if made_from is None else record_of(made_from, files)
-        # Every file was made durable when it was finished: to ask the disk for each once more takes time.
+        # Every file was flushed when it was written; a second fsync of each would only take time.
         self.publish(moves, gone, durable=True, record=record)
         self.discard()
 
     def discard(self, keep: Collection[str] = ()) -> None:
-        """Remove the stage; what says that the output is in place goes last, so that a kill here is understood."""
+        """Remove the stage.
+
+        The file `plan` is removed last: until then, a process that was killed here is seen as completed.
+        """
         super().discard({"plan", *keep})
 
     def _files(self) -> dict[str, Path]:
-        """The files of a folder, by the names that the record has for them."""
+        """Return the files of an output folder by their names in the record."""
         folder = Path() if self.inside else Path(self.target.name)
         return {str(folder / file.relative_to(self.out)): file for file in files_below(self.out)}
 

@@ -1,9 +1,9 @@
-"""Carrying out a plan whose base comes a file at a time: brought before it is used, given back after its last use."""
+"""Run a plan with a base on a hub: each base file is downloaded before its first use and deleted after its last."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
 from .arrays import devices_for
@@ -13,24 +13,17 @@ from .report import Engine
 from .staging_dir import Norms, StagingDir
 
 if TYPE_CHECKING:
+    from ..io.resolving import StreamedBase
     from .arrays import Arrays
     from .execute import Progress
 
 
-class Supply(Protocol):
-    """Who brings the base's files: `adapterkit.hub.reading.Shards`."""
-
-    def bring(self, paths: Iterable[str]) -> None: ...
-
-    def drop(self, paths: Iterable[str]) -> None: ...
-
-
-def supplied(device: str, supply: Supply) -> Engine:
-    """The engine of this process for a base that is not here: an output file at a time.
+def streamed_engine(device: str, base: StreamedBase) -> Engine:
+    """Return the engine that runs a plan on a streamed base, one output file at a time.
 
     Raises:
-        Unsupported: a tensor of the base is not one run of one file, as of quantized weights.
-        AdapterkitError: as `execute`, and what bringing a file raises.
+        Unsupported: a tensor of the base is not one run of bytes in one file, such as a quantized weight.
+        AdapterkitError: as for `execute`, or a download fails.
     """
 
     def run(plan: Plan, stage: StagingDir, progress: Progress | None) -> dict[str, Norms]:
@@ -39,7 +32,7 @@ def supplied(device: str, supply: Supply) -> Engine:
         uses = [_sources(file) for file in pending]
         done = plan.bytes - sum(file.size for file in pending)
         for position, file in enumerate(pending):
-            supply.bring(sorted(uses[position]))
+            base.bring(sorted(uses[position]))
             execute(
                 [file],
                 stage,
@@ -49,19 +42,19 @@ def supplied(device: str, supply: Supply) -> Engine:
                 checksums=plan.checksums,
             )
             done += file.size
-            supply.drop(uses[position].difference(*uses[position + 1 :]))
+            base.drop(uses[position].difference(*uses[position + 1 :]))
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
 
 
 def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
-    """Of several devices, the one whose turn it is."""
+    """Return the device whose turn it is, as a list of one."""
     return [devices[position % len(devices)]]
 
 
 def _sources(file: OutputFile) -> set[str]:
-    """The base's files that an output file is made from."""
+    """Return the paths of the base files that an output file is made from."""
     found = set()
     for output in file.outputs:
         tensors = [output.source, *(fold.seen for fold in output.folds if fold.seen is not None)]

@@ -1,14 +1,14 @@
 """Tied weights in a merge: which layers each update changes, and whether the output keeps one tensor for all of them.
 
-PEFT (0.21.2) attaches an update to the module that it names, so that the change at a tied embedding does not reach the
-head; its token rows are the exception and change both. `tied` overrides that, for all updates or by kind.
+PEFT (0.21.2) attaches an update to the named module only, so a change at a tied embedding does not reach the head;
+token rows are the exception and change both. `tied` overrides that, for all updates or by kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Target
 from ..core.updates import Additive, Update
@@ -19,13 +19,14 @@ from .planned_update import PlannedUpdate
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..io.lazy import Leaf
+    from ..io.lazy import Array, Leaf
+    from ..io.strict_json import JsonValue
 
 Folds = dict[str, list[PlannedUpdate]]
-"""Name of a layer's weight -> what is folded into it."""
+"""Name of a layer's weight -> its planned updates."""
 
 KINDS = ("rows", "embedding", "head", "replacement")
-"""Kinds of update that `tied` may speak of one by one."""
+"""The kinds of update for which `tied` can hold separate choices."""
 
 MERGE, UNTIE = "merge", "untie"
 
@@ -33,7 +34,7 @@ GRAMMAR = "merge, untie, or KIND=merge|untie with KIND one of rows, embedding, h
 
 
 def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
-    """The canonical text of a choice for tied weights; None where the adapters' files decide.
+    """Return the canonical text of a choice for tied weights; None if the adapters' files decide.
 
     Args:
         tied: `"merge"`, `"untie"`, `"rows=untie,embedding=merge"`, or a mapping of kinds to choices.
@@ -54,25 +55,25 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
 
 def settle_tie(
     tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
-    config: Mapping[str, Any] | None, warnings: list[str], rows: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Puts every fold on the tensors of the output that it changes.
+    config: Mapping[str, JsonValue] | None, warnings: list[str], rows: int,
+) -> dict[str, JsonValue]:  # fmt: skip
+    """Assign every planned update to the output tensors that it changes.
 
     Args:
         tie: the base's tie.
-        folds: by the names of the layers that the adapters name; in place, by the names of the output's tensors.
-        names: output name -> stored name; the head is added where the output has a tensor of its own for it.
-        adapters: those of the merge, in order, as `PlannedUpdate.source` counts them.
+        folds: planned updates by the layer names that the adapters use; changed in place to names of output tensors.
+        names: output name -> stored name; the head is added if the output gets a tensor for it.
+        adapters: the adapters of the merge, in the order of `PlannedUpdate.source`.
         tied: the canonical text of the choice, see `parse_tied`.
         config: the base's config.
-        warnings: gets a sentence for what is left out.
-        rows: of the tied tensor in the output.
+        warnings: a sentence is appended for each update that is left out.
+        rows: the number of rows of the tied tensor in the output.
 
     Returns:
-        changes to the config, which must say that the head is no longer tied.
+        changes of the config, which unties the head if that is needed.
 
     Raises:
-        UsageError: nothing tells what training did, or the changes do not fit on the tensors that there are.
+        UsageError: nothing tells which layers training changed, or one tensor would need two different changes.
     """
     own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
     if not own:
@@ -102,17 +103,17 @@ def settle_tie(
 
 
 def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
-    """Decide what one adapter does to each layer that reads a tied tensor; merges and injections ask here.
+    """Decide which updates of one adapter change each layer that reads a tied tensor; for merges and injections.
 
     Args:
         tie: the base's tie.
-        own: the adapter's folds, by the names that it has for the layers.
+        own: the adapter's planned updates, by its names for the layers.
         adapter: the adapter; its lineage tells which tool trained it.
         tied: the canonical text of the choice, see `parse_tied`.
-        warnings: gets a sentence for each update that is left out.
+        warnings: a sentence is appended for each update that is left out.
 
     Returns:
-        for each name of `tie.layers`, the folds that change it; a fold keeps the target that the adapter names.
+        for each name of `tie.layers`, the planned updates that change it, with the targets that the adapter names.
 
     Raises:
         UsageError: neither `tied` nor the adapter's lineage tells, or the changes cannot share one tensor.
@@ -120,6 +121,7 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
     if not own:
         return {}
     first = next(iter(own.values()))
+    # If all layers get the same change, the choices agree, and nothing has to be known about the tool.
     if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
         return {layer: own[layer] for layer in tie.layers}
     choice = _Choice(tie, own, adapter, tied)
@@ -155,7 +157,7 @@ class _Choice:
     tied: str | None
 
     def of(self, update: Update, name: str) -> str:
-        """The choice for an update at the layer `name`.
+        """Return the choice for an update at the layer `name`.
 
         Raises:
             UsageError: neither the caller nor the adapter's file tells.
@@ -177,10 +179,10 @@ class _Choice:
         return self._by_file(kind, name)
 
     def is_idle(self, folds: list[PlannedUpdate]) -> bool:
-        """Whether updates at a module that no layer calls, the `shared` of T5 and BART, did nothing in training.
+        """Whether updates at a module that no layer calls (`shared` of T5 and BART) had no effect in training.
 
-        PEFT puts its layer in the place of `shared`; the encoder and the decoder keep embeddings of their own. Token
-        rows are the exception: PEFT attaches them to every layer that is tied to it.
+        PEFT replaces `shared` by its layer, but the encoder and the decoder call embedding modules of their own. Token
+        rows are the exception: PEFT attaches them to every tied layer.
         """
         if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
             return False
@@ -218,13 +220,13 @@ class _Choice:
 
 
 def _extracted(adapter: Adapter) -> str | None:
-    """What two models say, where the adapter is their difference: whether the tuned one has a head of its own."""
+    """Return the choice that `extract` recorded, by whether the tuned model had a separate head; None otherwise."""
     said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
     return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Any]) -> set[str]:
-    """The formats that an adapter was read from, by its lineage; `create` for one that was made here."""
+    """Return the formats in an adapter's lineage; `create` or `extract` if this library made it."""
     found: set[str] = set()
     for step in recipe:
         op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
@@ -238,10 +240,10 @@ def _tools(recipe: Iterable[Any]) -> set[str]:
 
 
 def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
-    """One adapter's folds of one layer, the same change once.
+    """Return one adapter's planned updates of one layer, without duplicates.
 
     Raises:
-        UsageError: they are not sums, so that the order in which they are applied would decide.
+        UsageError: they are not plain sums, so the result would depend on their order.
     """
     kept: list[PlannedUpdate] = []
     for fold in folds:
@@ -260,7 +262,7 @@ def _together(folds: list[PlannedUpdate], tie: Tie) -> list[PlannedUpdate]:
 
 
 def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, rows: int) -> list[PlannedUpdate]:
-    """The folds of an untied head, with the factor that the model applies only while the head is tied."""
+    """Return the planned updates of an untied head, with the factor that the model applies only to a tied head."""
     if scale == 1:
         return head
     import numpy as np
@@ -275,12 +277,12 @@ def _unscaled(head: list[PlannedUpdate], own: Folds, tie: Tie, scale: float, row
 
 
 def _equal(one: Sequence[PlannedUpdate], other: Sequence[PlannedUpdate]) -> bool:
-    """Whether two layers go through the same changes."""
+    """Whether two layers get the same changes."""
     return one is other or (len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True)))
 
 
 def same(one: PlannedUpdate, other: PlannedUpdate) -> bool:
-    """Whether two folds change a stored tensor in the same way."""
+    """Whether two planned updates change a stored tensor in the same way."""
     if (one.source, one.weight, len(one.updates)) != (other.source, other.weight, len(other.updates)):
         return False
     pairs = zip(one.updates, other.updates, strict=True)
@@ -288,7 +290,7 @@ def same(one: PlannedUpdate, other: PlannedUpdate) -> bool:
 
 
 def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate) -> bool:
-    """Whether two updates, each in the view of its fold, change a stored tensor in the same way."""
+    """Whether two updates, each in the view of its target, change a stored tensor in the same way."""
     import numpy as np
 
     if a.method != b.method or a.attributes != b.attributes or a.tensors.keys() != b.tensors.keys():
@@ -303,15 +305,15 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
     return all(np.array_equal(x, y) for x, y in zip(*factors, strict=True))
 
 
-def _factors(update: Update, fold: PlannedUpdate) -> tuple[Any, Any] | None:
-    """Left and right with W + left @ right as stored, the scaling left out; None where the law has no such factors."""
+def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
+    """Return (left, right) with W + left @ right in the stored layout, without the scaling; None without factors."""
     from .arrays import NumpyArrays
     from .blocks import logical
 
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
         return None
     plain = update.replace(scaling=1.0) if "scaling" in update.attributes else update
-    pair: Any = plain.map(NumpyArrays().load).pair(logical(fold))
+    pair: Any = plain.map(cast("Callable[[Leaf], Leaf]", NumpyArrays().load)).pair(logical(fold))
     if pair is None:
         return None
     B, A = pair
@@ -323,7 +325,7 @@ def _same_leaf(one: Leaf, other: Leaf) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and (one is other or bytes(a.fetch()) == bytes(b.fetch()))
 
 
-def _bits(leaf: Leaf) -> Any:
+def _bits(leaf: Leaf) -> Array:
     import numpy as np
 
     lazy = as_lazy(leaf)
@@ -331,7 +333,7 @@ def _bits(leaf: Leaf) -> Any:
 
 
 def _starts_alike(fold: PlannedUpdate, first: PlannedUpdate) -> bool:
-    """Whether both begin with the same replacement and go on from it."""
+    """Whether both begin with the same replacement and `fold` has further updates."""
     alike = len(fold.updates) > 1 and fold.updates[0].shared_as == first.updates[0].shared_as == "replacement"
     return alike and _same_update(fold.updates[0], fold, first.updates[0], first)
 

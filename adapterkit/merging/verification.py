@@ -1,4 +1,4 @@
-"""Verification: the merge computed again, block by block, and compared with what is on disk, bit by bit."""
+"""Recompute a merge block by block and compare it bit by bit with the files on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from threadpoolctl import threadpool_limits
 
@@ -27,28 +27,28 @@ from .planning import make_plan
 from .ties import parse_tied
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array
+    from ..io.strict_json import JsonValue
     from .execute import Progress
 
 PIECE = 4 << 20
 """Elements compared at a time."""
 
 NEAREST = 0.5001
-"""Units in the last place: what is closer to the exact result is taken for the number nearest to it."""
+"""Units in the last place; an element closer than this to the exact result counts as correctly rounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One tensor that is not what the merge gives.
+    """One tensor that differs from the merge.
 
     Attributes:
         tensor: its name.
         why: what is wrong with it.
-        elements: how many elements differ, where they could be compared.
-        largest: the largest difference of two elements.
+        elements: the number of wrong elements, if they could be compared.
+        largest: the largest absolute error of an element.
     """
 
     tensor: str
@@ -56,17 +56,17 @@ class Difference:
     elements: int = 0
     largest: float = 0.0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {"tensor": self.tensor, "why": self.why, "elements": self.elements, "largest": self.largest}
 
 
 @dataclass(frozen=True, slots=True)
 class BaseDifference:
-    """A base that is not the one that was named.
+    """A base whose fingerprint differs from the recorded one.
 
     Attributes:
-        named_by: the adapter, or the merge's own record.
-        expected: the fingerprint that it names.
+        named_by: the adapter, or the file name of the merge's record.
+        expected: the recorded fingerprint.
         given: the fingerprint of the base that was given.
     """
 
@@ -74,21 +74,21 @@ class BaseDifference:
     expected: str
     given: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {"named_by": self.named_by, "expected": self.expected, "given": self.given}
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification compared and found.
+    """The result of a verification.
 
     Attributes:
-        tensors: how many were compared with the merge computed again.
-        targets: how many of them, or of the plan, adapters touch.
-        differences: what is wrong; of a comparison with checksums, files in place of tensors.
-        files: how many were compared with the checksums that were taken when they were written.
-        base: who names another base than the one that was given.
-        warnings: what an adapter says of its base that is not true of this one.
+        tensors: the number of tensors that were compared with the recomputed merge.
+        targets: the number of these that adapters change.
+        differences: the tensors that differ; the files that differ if checksums were compared.
+        files: the number of files that were compared with their recorded checksums.
+        base: the records that name another base.
+        warnings: properties of the base that an adapter names and the given base does not have.
     """
 
     tensors: int
@@ -111,7 +111,7 @@ class Verification:
     def ok(self) -> bool:
         return not self.differences and not self.base
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         found = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
         base = {"base": [difference.record() for difference in self.base]} if self.base else {}
@@ -130,7 +130,7 @@ def compare(
     base_differences: Sequence[BaseDifference] = (),
     rename: tuple[str, ...] = (),
 ) -> Verification:
-    """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
+    """Compare a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
     stage("comparing every element")
     vocab = _vocab(merged, base)
     options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
@@ -159,7 +159,7 @@ def compare(
 def compare_bases(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
 ) -> list[BaseDifference]:
-    """Where the merge's own record, or an adapter, names another base by its fingerprint."""
+    """Return a difference for the merge's record and each adapter that names another base by its fingerprint."""
     found, given = [], fingerprint(base)
     recorded = merge_record(merged).get("base_fingerprint")
     if isinstance(recorded, str) and recorded.startswith(PREFIX) and recorded != given:
@@ -172,12 +172,13 @@ def compare_bases(
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
-    """So many tensors that adapters touch and so many others, drawn anew each time; all of them without a number."""
+    """Draw `sample` changed and `sample` unchanged tensors, anew in each call; None takes all."""
     if sample is None:
         return outputs
     if sample <= 0:
         raise UsageError(f"a sample of {sample} tensors", cure="Give a positive number")
     groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
+    # Not seeded, so that repeated verifications cover more and more tensors.
     draw = random.SystemRandom().sample
     chosen = {o.name for group in groups for o in draw(group, min(sample, len(group)))}
     return [output for output in outputs if output.name in chosen]
@@ -188,7 +189,7 @@ def _names(plan: Plan) -> set[str]:
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """How the merge treated a tie: by its own record, or else by the names in its output."""
+    """Return how the merge treated a tie: by its record, or else by the names in its output."""
     record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
@@ -197,7 +198,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """How the merge treated an adapter's larger vocabulary: by its own record, or else by the rows in its output."""
+    """Return how the merge treated an adapter's larger vocabulary: by its record, or else by the rows in its output."""
     record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")
@@ -218,7 +219,7 @@ def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
 
 
 def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
-    """One part of a packed weight, bit by bit."""
+    """Compare one part of a packed weight bit by bit."""
     assert output.part is not None
     if (found.shape, found.dtype) != (output.shape, output.dtype):
         return Difference(output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}")
@@ -253,16 +254,19 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
         there = memoryview(found.read(block.first, block.elements))
         if bytes(there) != expected:
             exact = folder.exact(raw, block)
-            errors = _errors(exact, there, expected, output.dtype, 0 if output.seed is not None else NEAREST)
+            errors = _errors(
+                cast("Array", exact), there, expected, output.dtype, 0 if output.seed is not None else NEAREST
+            )
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
-def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, within: float) -> np.ndarray[Any, Any]:
-    """How far elements are from the exact result, of those that are not the nearest number to it.
+def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:
+    """Return the absolute errors of the elements that are not correctly rounded.
 
-    Of two numbers equally near, but for the last bits of float64, another library may have come to the other one.
+    An exact result halfway between two numbers may be rounded to either by another library, if its float64 result
+    differs in the last bits.
     """
     import ml_dtypes
     import numpy as np
@@ -273,5 +277,6 @@ def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, wi
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
     errors = np.abs(values - exact)
-    wrong: np.ndarray[Any, Any] = errors[~(errors <= within * unit)]
+    # Negated, so that a NaN counts as wrong.
+    wrong: Array = errors[~(errors <= within * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))

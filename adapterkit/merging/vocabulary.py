@@ -1,12 +1,12 @@
-"""Vocabularies that differ: adapters trained on more, or fewer, rows of the embedding and the head than the base has.
+"""Merge adapters that were trained on more, or fewer, rows of the embedding and the head than the base has.
 
-Tokens are added by `resize_token_embeddings` before training. The base as it is stored lacks their rows; an adapter's
-file may hold them: PEFT saves the whole resized layers beside its factors.
+`resize_token_embeddings` adds tokens before training. The stored base lacks their rows. An adapter's file may hold
+them: PEFT saves the complete resized layers beside its factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -21,20 +21,21 @@ from ..quant import Dequantized
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Buffer, Leaf
+    from ..io.lazy import Array, Buffer, Leaf
+    from ..io.strict_json import JsonValue
     from ..naming.binding import Site
     from ..naming.binding.fitting import Shapes
 
 GROW, KEEP = "grow", "keep"
 
 PADDING = 32
-"""A base is taken for a padded one when at most one row in so many is missing from the adapter.
+"""A base counts as padded if at most one row in this many is missing from the adapter.
 
 By their configs and tokenizers Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
 
 _BLOCK = 1 << 20
-"""Elements that are averaged at a time."""
+"""Elements per step when rows are averaged."""
 
 _ZEROS = "final_logits_bias"
 """A bias of BART and Marian over the vocabulary, `[1, rows]`; transformers fills it with zeros."""
@@ -53,17 +54,17 @@ def parse_vocab(vocab: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Use:
-    """What one adapter has at one tensor over the vocabulary.
+    """The updates of one adapter at one tensor over the vocabulary.
 
     Attributes:
-        position: of the adapter in the merge.
-        adapter: its name.
-        layer: the name that the adapter has for the tensor; a tied head's is not the stored one.
-        stored: the tensor.
+        position: the adapter's position in the merge.
+        adapter: the adapter's name.
+        layer: the adapter's name for the tensor; for a tied head, not the stored name.
+        stored: the stored name of the tensor.
         axis: the axis of the updates that runs over the vocabulary.
         updates: the updates.
-        rows: how many rows they were made for; None where they are rows of single tokens only.
-        tokens: the numbers of the tokens that have a row of their own.
+        rows: the number of rows that they were made for; None if they are rows of single tokens only.
+        tokens: the ids of the tokens with single rows.
     """
 
     position: int
@@ -76,13 +77,13 @@ class _Use:
     tokens: tuple[int, ...]
 
     def given(self, start: int, stop: int) -> set[int]:
-        """The rows from `start` to `stop` whose values the adapter holds."""
+        """Return the rows from `start` to `stop` whose values the adapter's file holds."""
         whole = any(isinstance(update, Replacement) and update.changes_weight for update in self.updates)
         held = set(range(start, min(stop, self.rows or 0))) if whole else set()
         return held | {token for token in self.tokens if start <= token < stop}
 
-    def values(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """(number, values) of each of these rows, as the adapter's training began with them."""
+    def values(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """Yield (row, values) of each row in `given`, with the values at the start of training."""
         wanted = self.given(start, stop)
         for update in self.updates:
             if isinstance(update, Replacement) and update.weight is not None and start < (self.rows or 0):
@@ -94,7 +95,7 @@ class _Use:
                 table = as_array(update.values)
                 yield from ((n, table[at]) for at, n in enumerate(self.tokens) if n in wanted)
 
-    def _whole(self, leaf: Leaf, start: int, stop: int) -> Any:
+    def _whole(self, leaf: Leaf, start: int, stop: int) -> Array:
         import numpy as np
 
         tensor = as_lazy(leaf)
@@ -131,16 +132,16 @@ class Vocabulary:
         """Give one adapter the vocabulary that it was trained on.
 
         Args:
-            position: of the adapter in the merge.
-            adapter: its name.
-            sites: where its targets lie.
-            shapes: of the base's tensors, tied names included.
+            position: the adapter's position in the merge.
+            adapter: the adapter's name.
+            sites: the places of its targets in the base.
+            shapes: the shapes of the base's tensors, tied names included.
 
         Returns:
-            the sites, cut to the base's rows with `keep`; the shapes, with the adapter's own number of rows.
+            the sites, cut to the base's rows with `keep`; the shapes, with the number of rows of the adapter.
 
         Raises:
-            ShapeMismatch: it has far fewer rows than the base.
+            ShapeMismatch: the adapter has far fewer rows than the base.
             NotMergeable: an update cannot be cut.
         """
         sites, shapes = list(sites), dict(shapes)
@@ -149,7 +150,7 @@ class Vocabulary:
             here = [(at, use) for at, use in uses if use.layer == layer]
             rows = {use.rows for _, use in here if use.rows is not None}
             table = self.tables[here[0][1].stored]
-            if len(rows) > 1:
+            if len(rows) > 1:  # The updates contradict each other; binding them to the base's shape reports that.
                 continue
             tokens = max((token for _, use in here for token in use.tokens), default=-1)
             needed = max(next(iter(rows), table[0]), tokens + 1)
@@ -170,15 +171,15 @@ class Vocabulary:
         return sites, shapes
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the part of a layer's weight or bias that an adapter was made for."""
+        """Return the shape of a layer's weight or bias with the number of rows that the adapter was made for."""
         rows = self.made_for.get((position, layer))
         return (rows, *shape[1:]) if shape and rows is not None else shape
 
     def grown(self) -> Checkpoint:
-        """The base with the rows that the adapters need.
+        """Return the base with the rows that the adapters need.
 
         Raises:
-            ShapeMismatch: nothing gives some of them, and the choice is not `grow`.
+            ShapeMismatch: no file holds some of the rows, and the choice is not `grow`.
             UsageError: two adapters have different rows for one new token.
             Unsupported: the base is quantized, and is to be quantized again.
         """
@@ -194,6 +195,7 @@ class Vocabulary:
             cure = 'Merge with --quantized dequantize (quantized="dequantize"), or --vocab keep (vocab="keep")'
             raise Unsupported("the vocabulary of a quantized model cannot grow", path=self.base.root, cure=cure)
         tensors = dict(self.base.tensors)
+        # Tables with one number of rows grow together: a separate head needs the rows of its embedding.
         for rows, needed in self.sizes.items():
             for name in self._growing(rows):
                 tensors[name] = self._grow(name, rows, needed)
@@ -201,12 +203,14 @@ class Vocabulary:
             self.warnings.append(f"the vocabulary grows from {rows} to {needed} rows; new rows of {tables}")
         return replace(self.base, tensors=tensors)
 
-    def config_changes(self, config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """The changes to a config that make its vocabulary as large as the grown one.
+    def config_changes(
+        self, config: Mapping[str, JsonValue] | None, changes: Mapping[str, JsonValue]
+    ) -> dict[str, JsonValue]:
+        """Return the changes of a config that set its vocabulary size to the grown one.
 
         Args:
-            config: the base's.
-            changes: those that are made anyway.
+            config: the config of the base.
+            changes: the other changes of the config.
         """
         found: dict[str, Any] = {}
         if config is None:
@@ -228,8 +232,8 @@ class Vocabulary:
                 found[key] = {**now[key], **dict.fromkeys(sizes, needed)}
         return found
 
-    def record(self) -> dict[str, Any] | None:
-        """What became of the vocabulary, plain data; None where it is the base's."""
+    def record(self) -> dict[str, JsonValue] | None:
+        """Return plain data about a changed vocabulary; None if it is the base's."""
         if self.sizes:
             rows, needed = next(iter(self.sizes.items()))
             return {"choice": GROW, "from": rows, "rows": needed, "filled": dict(self.filled)}
@@ -270,7 +274,7 @@ class Vocabulary:
         )
 
     def _growing(self, rows: int) -> list[str]:
-        """The tensors that grow with a vocabulary of so many rows: tables, and biases of heads."""
+        """Return the names of the tensors that grow with a vocabulary of `rows` rows: tables, and biases of heads."""
         tables = [name for name, shape in self.tables.items() if shape[0] == rows]
         biases = [
             name for name, tensor in self.base.tensors.items()
@@ -281,7 +285,7 @@ class Vocabulary:
         return tables + biases
 
     def _grow(self, name: str, rows: int, needed: int) -> Lazy:
-        """One tensor with its new rows.
+        """Return one tensor with its new rows.
 
         Raises:
             ShapeMismatch, UsageError: see `grown`.
@@ -290,7 +294,7 @@ class Vocabulary:
         if name.endswith(_ZEROS):
             self.filled[name] = "zeros"
             return _longer(tensor, (1, needed), lambda: bytes((needed - rows) * tensor.dtype.itemsize))
-        # A tied head's copy serves where the embedding's own is not in the file.
+        # A file may hold the rows of the tied head only; then they are the embedding's rows, too.
         uses = sorted((use for use in self._holding(name)), key=lambda use: use.layer != use.stored)
         given = set[int]().union(*(use.given(rows, needed) for use in uses))
         if len({use.position for use in uses if use.given(rows, needed)}) > 1:
@@ -333,7 +337,7 @@ class Vocabulary:
 
 
 def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int | None, tuple[int, ...]] | None:
-    """(rows, tokens with rows of their own) if the vocabulary can run along `axis` of the updates, else None."""
+    """Return (rows, ids of tokens with single rows) if `axis` of the updates can be the vocabulary, else None."""
     rows: set[int] = set()
     tokens: list[int] = []
     for update in updates:
@@ -353,7 +357,7 @@ def _rows_along(axis: str, updates: Sequence[Update], width: int) -> tuple[int |
 
 
 def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
-    """The updates for the first rows of the vocabulary.
+    """Cut the updates to the first rows of the vocabulary.
 
     Raises:
         NotMergeable: a method needs all rows of the weight at once.
@@ -380,7 +384,7 @@ def _cut(use: _Use, rows: int) -> tuple[Update, ...]:
 
 
 def _without_tokens(update: Rows, tokens: Sequence[int], rows: int) -> Rows:
-    """The rows of the tokens that the base has; there may be none left."""
+    """Drop the rows of tokens that the base does not have; the result may be empty."""
     kept = [at for at, token in enumerate(tokens) if token < rows]
     index, values = as_lazy(update.index), as_lazy(update.values)
     parts = {
@@ -398,8 +402,8 @@ def _first(tensor: Lazy, axis: int, count: int) -> Lazy:
     return tensor.map(lambda array: array[(*[slice(None)] * axis, slice(count))], shape)
 
 
-def _longer(tensor: Lazy, shape: tuple[int, ...], more: Any) -> Lazy:
-    """A tensor with the bytes of `more()` behind its own."""
+def _longer(tensor: Lazy, shape: tuple[int, ...], more: Callable[[], bytes]) -> Lazy:
+    """Return a tensor with the bytes of `more()` appended; `more` is called once, when it is needed."""
     size = tensor.dtype.itemsize
     own = tensor.nbytes // size
     more = cache(more)
@@ -416,21 +420,21 @@ def _longer(tensor: Lazy, shape: tuple[int, ...], more: Any) -> Lazy:
 
 
 def _fresh(tensor: Lazy, uses: Sequence[_Use], rows: int, needed: int, mean: bool) -> bytes:
-    """The new rows of a tensor in its dtype: those that adapters hold, the mean of the others."""
+    """Return the new rows of a tensor in its dtype: rows from adapters, and the mean row for the others."""
     import numpy as np
 
     table = np.zeros((needed - rows, *tensor.shape[1:]), np.float64)
     if mean:
         table[:] = _mean(tensor)
-    for use in reversed(uses):
+    for use in reversed(uses):  # The first use takes precedence, so it is written last.
         for number, row in use.values(rows, needed):
             table[number - rows] = row.astype(np.float64)
     narrow = table if tensor.dtype.name == "F64" else table.astype(np.float32)
     return bytes(bytes_of(narrow.astype(tensor.dtype.array)))
 
 
-def _mean(tensor: Lazy) -> Any:
-    """The mean row, in float64, of a tensor that need not fit into memory."""
+def _mean(tensor: Lazy) -> Array:
+    """Return the mean row of a tensor in float64, reading `_BLOCK` elements at a time."""
     import numpy as np
 
     rows, *rest = tensor.shape
@@ -445,10 +449,10 @@ def _mean(tensor: Lazy) -> Any:
 
 
 def _check_alike(name: str, uses: Sequence[_Use], rows: int, needed: int) -> None:
-    """Refuse adapters that have different rows for one new token: they may not even mean the same token.
+    """Refuse adapters with different rows for one new token: the id may even stand for different tokens.
 
     Raises:
-        UsageError: they do.
+        UsageError: two adapters have different rows for one token.
     """
     import numpy as np
 
@@ -468,4 +472,4 @@ def _flag(choice: str) -> str:
 
 
 _SIZES = ("vocab_size", "decoder_vocab_size")
-"""Fields of a config that say how many rows the tables have."""
+"""Keys of a config that hold the number of rows of the tables."""

@@ -1,4 +1,4 @@
-"""The workers of a merge: each takes runs of bytes, reads, computes, and has the result written."""
+"""The workers of a merge: each takes jobs, which are runs of output bytes, reads, computes and writes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
 from ..io.direct import OpenFiles, Writer, read_all
 from ..io.lazy import DType
-from .arrays import Arrays, TorchArrays, Workspace
+from .arrays import Arrays, Numbers, TorchArrays, Workspace
 from .blocks import Block, blocks, runs
 from .checksums import Run, digest_of
 from .compute import BlockMerger
@@ -25,15 +25,18 @@ from .planned import Output, OutputFile
 from .requantize import NORMS
 from .staging_dir import Norms
 
+if TYPE_CHECKING:
+    import torch
+
 RUN = 32 << 20
 """Output bytes that a worker takes at a time."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A run of bytes of one output file: blocks to compute of `output`, or `nbytes` to copy from `source`.
+    """A run of bytes of one output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
 
-    Or the `parts` of one packed weight, wherever in the file they are.
+    With `parts`, the job is one packed weight, whose parts may lie anywhere in the file.
     """
 
     file: OpenFile
@@ -48,7 +51,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class OpenFile:
-    """An output file being written: how many jobs are left, norms so far by output, fold and job, and checksums."""
+    """An output file that is being written: unfinished jobs, norms by output, job and planned update, and checksums."""
 
     plan: OutputFile
     path: Path
@@ -59,24 +62,25 @@ class OpenFile:
 
 
 def create(path: Path, planned: OutputFile) -> None:
-    """Makes the file with its header, at its full size."""
+    """Create the file with its header, at its full size."""
     with open(path, "wb") as file:
         file.write(planned.header)
         _reserve(file, planned.size)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Makes the file its full size with blocks of its own: no space is missed later, and writing is a third faster."""
+    """Allocate the blocks of a file: a full disk shows up now, and writing is a third faster."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except (AttributeError, OSError) as error:
+        # Some file systems cannot allocate blocks in advance, and macOS and Windows lack the call.
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         file.truncate(size)
 
 
 def jobs_of(file: OpenFile) -> list[Job]:
-    """The jobs of a file, in the order of its bytes."""
+    """Return the jobs of a file, in the order of its bytes; those of packed weights come last."""
     jobs: list[Job] = []
     together: dict[str, list[Output]] = {}
     for output in file.plan.outputs:
@@ -96,13 +100,13 @@ def jobs_of(file: OpenFile) -> list[Job]:
 
 
 def _of_parts(file: OpenFile, parts: list[Output]) -> Job:
-    """The job of one packed weight; its norms go by the part that names the folds."""
+    """Return the job of one packed weight; its norms are stored under the part that has the planned updates."""
     named = next((part for part in parts if part.folds), parts[0])
     return Job(file, parts[0].offset, sum(part.nbytes for part in parts), ("", 0), named, parts=tuple(parts))
 
 
 def _extend(jobs: list[Job], file: OpenFile, output: Output) -> None:
-    """Adds a tensor that is copied: to the copy before it, where the bytes lie on in both files, or as a new one."""
+    """Add the copy of a tensor; it extends the copy before it if the bytes are adjacent in both files."""
     span = output.source.span
     assert span is not None
     last = jobs[-1] if jobs and jobs[-1].output is None else None
@@ -125,10 +129,11 @@ def _pieces(job: Job) -> list[Job]:
 
 
 def norms_of(file: OpenFile) -> Norms:
-    """Norm by output and fold, summed in the order of the jobs so that it does not depend on which ended first."""
+    """Return the norms by output and planned update, summed in the order of the jobs, not in that of their ends."""
     found: Norms = {}
     for output in file.plan.outputs:
         squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
+        # Sums of floats depend on their order, and the record of equal merges must have equal bytes.
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square
@@ -137,65 +142,65 @@ def norms_of(file: OpenFile) -> Norms:
     return found
 
 
-# Lanes: blocks on their way from the disk through where they are computed and back, one or several at a time.
+# Pipelines move blocks from the disk to the device that computes them and back, one or several at a time.
 #
-# In the host's memory a block is computed where it was read. To a device blocks go by staging memory, pinned where the
-# device is CUDA, on a stream of their own; they are computed on a second and come back on a third, `DEPTH` of them at
-# a time. It is one code path for every device of torch, whose streams are empty forms on the CPU: there it is tested,
-# byte by byte against numpy. It has not been run on a card.
+# On the host, a block is computed in the memory that it was read into. A device gets its blocks through staging memory,
+# pinned for CUDA. It receives them on one stream, computes on a second and sends them back on a third, with `DEPTH`
+# blocks in flight. All devices of torch share this code. On torch's CPU device the streams do nothing; tests compare
+# the bytes with numpy there. It has not been run on a GPU.
 
 
 DEPTH = 3
-"""Blocks in flight: one is on its way there, one is computed, one is on its way back."""
+"""Blocks in flight: one is sent to the device, one is computed, one is sent back."""
 
 Host = Callable[[Block, memoryview], None]
-Compute = Callable[[Block, Any, Any], None]
+Compute = Callable[[Block, Numbers, Numbers], None]
 
 
 class Written(Protocol):
-    """Where the bytes of blocks go, one behind another."""
+    """A sink for the bytes of consecutive blocks."""
 
     def room(self, nbytes: int) -> memoryview:
-        """Memory for the next bytes."""
+        """Return memory for the next `nbytes` bytes."""
 
     def filled(self, nbytes: int) -> None:
-        """So many bytes of that memory are those of a block."""
+        """Write the first `nbytes` bytes of that memory."""
 
 
 class Pipeline(Protocol):
-    """One worker's way for blocks."""
+    """The path of one worker's blocks through a device."""
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """A context in which what is loaded and computed is so before any block that follows."""
+    def computing(self) -> AbstractContextManager[object]:
+        """A context whose loads and computations happen before those of any later block."""
 
     def through(
         self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
     ) -> None:
-        """Takes blocks all the way; returns when the last is written.
+        """Read, compute and write blocks; return when the last is handed to `written`.
 
         Args:
-            blocks: of one tensor.
+            blocks: blocks of one tensor.
             source: the dtype of the bytes that are read.
-            target: of the bytes that are written.
-            read: fills a block's bytes.
-            compute: computes a block from flat numbers into flat numbers.
-            written: where the bytes of the blocks go, in their order.
+            target: the dtype of the bytes that are written.
+            read: fills memory with the bytes of a block.
+            compute: computes a block from a flat array into a flat array.
+            written: the sink for the bytes, in the order of the blocks.
         """
 
 
-def lane_for(arrays: Arrays) -> Pipeline:
-    """The pipeline of one worker."""
+def pipeline_for(arrays: Arrays) -> Pipeline:
+    """Return the pipeline of one worker."""
     return DevicePipeline(arrays) if isinstance(arrays, TorchArrays) else HostPipeline(arrays)
 
 
 class HostPipeline:
-    """A block at a time, from a buffer that is used again for every block to where it is written from."""
+    """Compute one block at a time, from a reused buffer straight into the writer's memory."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
         self._raw = bytearray()
 
-    def computing(self) -> AbstractContextManager[Any]:
+    def computing(self) -> AbstractContextManager[object]:
         return nullcontext()
 
     def through(
@@ -215,19 +220,19 @@ def _grown(held: bytearray, nbytes: int) -> bytearray:
 
 
 class DevicePipeline:
-    """Several blocks at a time, each in a slot of its own; a slot is taken again when its last block is written."""
+    """Keep several blocks in flight, one per slot; a slot is reused once its block is handed to the writer."""
 
     def __init__(self, arrays: TorchArrays) -> None:
         self.torch, self.device = arrays.torch, arrays.device
         module = self.torch.get_device_module(self.device)
         self.streams: Any = module if hasattr(module, "Stream") else self.torch.cpu
-        # Without streams of its own, a device's copies must be over when they return.
-        self.apart = self.streams is not self.torch.cpu
+        # A device without streams gets blocking copies, since nothing else would order them.
+        self.has_streams = self.streams is not self.torch.cpu
         self.up, self.work, self.down = (self._stream() for _ in range(3))
         self.slots = [_Slot(self) for _ in range(DEPTH)]
 
-    def computing(self) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.streams.stream(self.work)
+    def computing(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = self.streams.stream(self.work)
         return context
 
     def through(
@@ -237,82 +242,90 @@ class DevicePipeline:
             slot = self.slots[position % DEPTH]
             slot.finish(written)
             slot.start(block, source, target, read, compute)
+        # Going on in turn, the slots end in the order of their blocks.
         for position in range(len(blocks), len(blocks) + DEPTH):
             self.slots[position % DEPTH].finish(written)
 
-    def _stream(self) -> Any:
-        return self.streams.Stream(device=self.device) if self.apart else self.streams.Stream()
+    def _stream(self) -> torch.Stream:
+        stream: torch.Stream = self.streams.Stream(device=self.device) if self.has_streams else self.streams.Stream()
+        return stream
 
 
 class _Slot:
-    """Memory for one block, on the host and on the device, and the events that say how far it is."""
+    """The memory for one block, on the host and on the device, and the events that mark its progress."""
 
     def __init__(self, pipeline: DevicePipeline) -> None:
-        self.lane, self.torch = pipeline, pipeline.torch
+        self.pipeline, self.torch = pipeline, pipeline.torch
         self.sent, self.computed, self.fetched = (pipeline.streams.Event() for _ in range(3))
         empty = self.torch.empty(0, dtype=self.torch.uint8)
-        self.given = self.made = self.there = self.result = empty
+        self.host_raw = self.host_result = self.device_raw = self.device_result = empty
         self.pending: Block | None = None
         self.nbytes = 0
 
     def start(self, block: Block, source: DType, target: DType, read: Host, compute: Compute) -> None:
-        """Reads a block and has everything else done to it; no waiting, where the device has streams."""
-        pipeline, nbytes, self.nbytes = self.lane, block.elements * source.itemsize, block.elements * target.itemsize
+        """Read a block and queue its transfers and its computation; does not wait if the device has streams."""
+        pipeline, nbytes = self.pipeline, block.elements * source.itemsize
+        self.nbytes = block.elements * target.itemsize
         self._make_room(nbytes, self.nbytes)
-        read(block, _bytes(self.given, nbytes))
+        read(block, _bytes(self.host_raw, nbytes))
         with pipeline.streams.stream(pipeline.up):
-            self.there[:nbytes].copy_(self.given[:nbytes], non_blocking=pipeline.apart)
+            self.device_raw[:nbytes].copy_(self.host_raw[:nbytes], non_blocking=pipeline.has_streams)
             self.sent.record(pipeline.up)
         with pipeline.computing():
+            # The device waits, not this thread, which reads the next block meanwhile.
             pipeline.work.wait_event(self.sent)
-            raw, out = self._over(self.there, nbytes, source), self._over(self.result, self.nbytes, target)
+            raw = self._over(self.device_raw, nbytes, source)
+            out = self._over(self.device_result, self.nbytes, target)
             compute(block, raw, out)
             self.computed.record(pipeline.work)
         with pipeline.streams.stream(pipeline.down):
             pipeline.down.wait_event(self.computed)
-            self.made[: self.nbytes].copy_(self.result[: self.nbytes], non_blocking=pipeline.apart)
+            result = self.device_result[: self.nbytes]
+            self.host_result[: self.nbytes].copy_(result, non_blocking=pipeline.has_streams)
             self.fetched.record(pipeline.down)
         self.pending = block
 
     def finish(self, written: Written) -> None:
-        """Waits for the slot's block, if there is one, and has it written."""
+        """Wait for the slot's block, if there is one, and hand it to the writer."""
         if self.pending is not None:
             self.fetched.synchronize()
-            written.room(self.nbytes)[:] = _bytes(self.made, self.nbytes)
+            written.room(self.nbytes)[:] = _bytes(self.host_result, self.nbytes)
             written.filled(self.nbytes)
             self.pending = None
 
-    def _make_room(self, given: int, made: int) -> None:
-        """Memory belongs to the stream that first writes it: the allocator may hand it out while others work."""
-        pipeline, pinned = self.lane, self.lane.device.type == "cuda"
-        if len(self.given) < given:
-            self.given = self.torch.empty(given, dtype=self.torch.uint8, pin_memory=pinned)
+    def _make_room(self, raw: int, result: int) -> None:
+        """Grow the memory to so many bytes before and after the computation."""
+        pipeline, pinned = self.pipeline, self.pipeline.device.type == "cuda"
+        # Device memory is allocated on the stream that first writes it: torch's allocator reuses freed memory in the
+        # order of the allocating stream only, so another stream could still be using it.
+        if len(self.host_raw) < raw:
+            self.host_raw = self.torch.empty(raw, dtype=self.torch.uint8, pin_memory=pinned)
             with pipeline.streams.stream(pipeline.up):
-                self.there = self.torch.empty(given, dtype=self.torch.uint8, device=pipeline.device)
-        if len(self.made) < made:
-            self.made = self.torch.empty(made, dtype=self.torch.uint8, pin_memory=pinned)
+                self.device_raw = self.torch.empty(raw, dtype=self.torch.uint8, device=pipeline.device)
+        if len(self.host_result) < result:
+            self.host_result = self.torch.empty(result, dtype=self.torch.uint8, pin_memory=pinned)
             with pipeline.computing():
-                self.result = self.torch.empty(made, dtype=self.torch.uint8, device=pipeline.device)
+                self.device_result = self.torch.empty(result, dtype=self.torch.uint8, device=pipeline.device)
 
-    def _over(self, data: Any, nbytes: int, dtype: DType) -> Any:
-        return data[:nbytes].view(getattr(self.torch, dtype.torch))
-
-
-def _bytes(tensor: Any, nbytes: int) -> memoryview:
-    return memoryview(tensor.numpy())[:nbytes]
+    def _over(self, data: torch.Tensor, nbytes: int, dtype: DType) -> Numbers:
+        return cast(Numbers, data[:nbytes].view(getattr(self.torch, dtype.torch)))
 
 
-# What one worker does with a job: reads, computes, and has written what comes of it.
+def _bytes(tensor: torch.Tensor, nbytes: int) -> memoryview:
+    return tensor.numpy().data[:nbytes]
+
+
+# A worker reads a job's bytes, computes them, and hands the result to its writer.
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
-        norms: squared, of the changes, by fold.
-        runs: checksums of what is written, where they are taken.
-        written: done when the bytes of the job are in the file, or has the OSError of why they are not.
+        norms: squared norms of the changes, by index of the planned update.
+        runs: checksums of the written bytes, if they are recorded.
+        written: completes when the bytes of the job are in the file, or with the OSError that prevented it.
     """
 
     norms: dict[int, float]
@@ -321,18 +334,18 @@ class Made:
 
 
 class Worker:
-    """What one worker holds: open files, a pipeline for blocks, memory for what is to be written."""
+    """One worker, with its open files, its pipeline and its writer."""
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
         self.open, self.writer = OpenFiles(), Writer()
-        self._lane: Pipeline | None = None
+        self._pipeline: Pipeline | None = None
 
     def do(self, job: Job) -> Made:
-        """Does one job; what it made may still be on its way to the disk.
+        """Do one job; its bytes may still be on their way to the disk when this returns.
 
         Raises:
-            Corrupt: a file has become shorter.
+            Corrupt: an input file became shorter.
             StorageError: a file cannot be read or written.
             Malformed: see `BlockMerger`.
             ShapeMismatch: a formula cannot be computed with the tensors of its update.
@@ -359,7 +372,7 @@ class Worker:
             raise ShapeMismatch(why, path=path, where=job.output.name, cure=cure) from error
 
     def close(self) -> None:
-        """Waits for what is on its way, and closes the files."""
+        """Wait for pending writes and close the files."""
         self.writer.close()
         self.open.close()
 
@@ -369,19 +382,20 @@ class Worker:
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
-        """The kernel copies without a look; what it copied is in memory now, and read again for its checksum."""
+        """Copy bytes in the kernel; for a checksum they are read again, from the page cache."""
         path, start = job.source
         source = self.open(path)
         self.writer.copy(source, start, job.nbytes, self.moved)
         return [(job.offset, job.nbytes, digest_of(source, start, job.nbytes))] if job.file.summed else []
 
     def _compute(self, output: Output, job: Job) -> tuple[dict[int, float], list[Run]]:
-        self._lane = pipeline = self._lane or lane_for(self.arrays)
+        self._pipeline = pipeline = self._pipeline or pipeline_for(self.arrays)
         with pipeline.computing():
             folder = BlockMerger(output, self.workspace)
+            # Norms that do not depend on the base are those of the whole tensor: one of its jobs counts them.
             norms = folder.norms() if job.order == 0 else {}
 
-        def compute(block: Block, raw: Any, out: Any) -> None:
+        def compute(block: Block, raw: Numbers, out: Numbers) -> None:
             for fold, square in folder.compute(raw, out, block).items():
                 norms[fold] = norms.get(fold, 0.0) + square
 
@@ -395,6 +409,7 @@ class Worker:
         runs: list[Run] = []
         for part in job.parts:
             data = memoryview(made[part.name])
+            # Parts lie apart in the file, so each is a run of its own.
             self.writer.finish()
             self.writer.begin(str(job.file.path), part.offset)
             self.writer.write(data)
@@ -413,7 +428,7 @@ class Worker:
 
 
 class _Summed:
-    """The writer, and a look at what goes into it on the way."""
+    """A sink that passes bytes to the writer and sums them on the way."""
 
     def __init__(self, writer: Writer, moved: Callable[[int], None], summed: bool) -> None:
         self.writer, self.moved = writer, moved
@@ -431,7 +446,7 @@ class _Summed:
         self.moved(nbytes)
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
-        """The checksum of all that went through, of so many bytes at `offset`."""
+        """Return the checksum of all bytes that went through, as one run of `nbytes` bytes at `offset`."""
         return [] if self.digest is None else [(offset, nbytes, self.digest.hexdigest())]
 
 

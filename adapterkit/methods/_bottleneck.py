@@ -12,6 +12,8 @@ from ._gates import row_shares
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class Sublayer(OutputUpdate):
     """h' = h + change(h), or h + change(residual) in parallel; h is the sub-layer's output before its residual."""
@@ -36,15 +38,15 @@ class Sublayer(OutputUpdate):
             why = f"stands parallel to a layer of {list(shape[:2])} outputs and inputs"
             raise ShapeMismatch(why, cure="Name the residual to read")
 
-    def changed(self, h: Any, layer: Any) -> Any:
+    def changed(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the change for the adapter's input."""
         raise AssertionError("each make defines it")
 
-    def after(self, h: Any, layer: Any) -> Any:
+    def after(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the adapter's output after its optional norm."""
         return h
 
-    def inside(self, x: Any, layer: Any) -> Any:
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
         hidden, residual = layer.hidden(x), layer.residual(x)
         if self.parallel:
             return hidden + self.after(self.changed(x if residual is None else residual, layer), layer)
@@ -80,27 +82,28 @@ class Narrow(Sublayer):
     non_linearity: str = attribute("relu", among=ACTIVATIONS)
     scaling: float = 1.0
 
-    def change(self, h: Any, layer: Any) -> Any:
+    def change(self, h: Tensor, layer: Layer) -> Tensor:
         """Down, the activation, and up: `[..., hidden]` to `[..., hidden]`."""
         raise AssertionError("each bottleneck defines it")
 
-    def changed(self, h: Any, layer: Any) -> Any:
+    def changed(self, h: Tensor, layer: Layer) -> Tensor:
         change = self.ungated(h, layer)
         if self.gate is None:
             return change
-        return change * row_shares(biased(layer.mix(h, self.gate), self.gate_bias, layer), layer.channel)
+        shares: Tensor = row_shares(biased(layer.mix(h, self.gate), self.gate_bias, layer), layer.channel)
+        return change * shares
 
-    def ungated(self, h: Any, layer: Any) -> Any:
+    def ungated(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the scaled change for the adapter's input."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor
         return change if factor is None else change * layer.per_channel(factor)
 
-    def after(self, h: Any, layer: Any) -> Any:
+    def after(self, h: Tensor, layer: Layer) -> Tensor:
         return h if self.norm_after is None else layer_norm(h, self.norm_after, self.norm_after_bias, layer.channel)
 
 
-def biased(h: Any, bias: Any, layer: Any) -> Any:
+def biased(h: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
     """Return a mix's output plus its bias, if there is one."""
     return h if bias is None else h + layer.per_channel(bias)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class AcrossGroups(OutputUpdate):
@@ -48,7 +49,7 @@ class AcrossGroups(OutputUpdate):
             why = f"made for {inputs} channels in {groups} groups and a kernel of {kernel}; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
-    def read(self, x: Any, layer: Any) -> Any:
+    def read(self, x: Tensor, layer: Layer) -> Tensor:
         """Return scaling * B @ A(x), which adds to the layer's output."""
         h = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
         return layer.mix(h, self.across()) * self.scaling

@@ -13,6 +13,8 @@ from ..linalg.products import product
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class LowRank(Additive):
     """W' = W + B @ A; a subclass returns both factors from `pair`.  No method itself."""
@@ -37,7 +39,7 @@ class LowRank(Additive):
         return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
     @of_pair
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         B, A = self.pair(layer.shape)
         return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B)
 

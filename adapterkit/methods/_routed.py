@@ -11,6 +11,8 @@ from ..linalg.namespace import namespace
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class Routed(OutputUpdate):
     """A change of a linear layer's output; subclasses have the axes `out` and `in`."""
@@ -22,7 +24,7 @@ class Routed(OutputUpdate):
         return cast(int, self.dims()["out"])
 
 
-def mixed(x: Any, shares: Any, A: Tensor, B: Tensor, layer: Any) -> Any:
+def mixed(x: Tensor, shares: Tensor, A: Tensor, B: Tensor, layer: Layer) -> Tensor:
     """Return the sum over e of shares[..., e] * B[e] @ A[e] @ x, for A `[experts, r, in]`, B `[experts, out, r]`."""
     experts, r, inputs = A.shape
     h = layer.mix(x, A.reshape(experts * r, inputs))

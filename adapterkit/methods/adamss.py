@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 GROUPS = 5
@@ -60,7 +61,7 @@ class AdaMSS(LowRank):
     def bias_delta(self) -> Tensor | None:
         return None if self.basis_bias is None else self._placed() @ (self._rows() @ self.basis_bias)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y, d = super().forward(x, layer), self.bias_delta()
         return y if d is None else y + layer.per_channel(d)
 

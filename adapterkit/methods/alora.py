@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class ALoRA(Routed):
@@ -44,12 +45,13 @@ class ALoRA(Routed):
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         change = layer.mix(layer.mix(x, self.A), self.B)
         change = change if self.bias is None else change + layer.per_channel(self.bias)
         active = self._active(layer.call["input_ids"], x)
         xp = namespace(x)
-        return layer(x) + xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
+        added: Tensor = xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
+        return layer(x) + added
 
     def _active(self, ids: Any, x: Any) -> Any:
         """Return a mask of the positions of x from an invocation on; they belong to the last tokens of the sequence."""

@@ -7,13 +7,15 @@ https://aclanthology.org/2025.acl-short.54), the mean of general experts was sub
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.updates import Rule, attribute, tensor
 from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..core.updates.layer import Layer
 
 
 class Arrow(Routed):
@@ -66,9 +68,10 @@ class Arrow(Routed):
         super().check_against(shape)
         self.dims()
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         assert self.A is not None
         assert self.B is not None
+        assert self.prototypes is not None
         likeness = abs(layer.mix(x, self.prototypes))
         shares = softmax_among(likeness / self.temperature, best(likeness, self.top_k)) * self.strengths
         return layer(x) + self.scaling * mixed(x, shares, self.A, self.B, layer)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class Bottleneck(Narrow):
@@ -37,6 +38,6 @@ class Bottleneck(Narrow):
             down=down, down_bias=zeros[:1].repeat(rank), up=W.new_zeros(hidden, rank), up_bias=zeros, **attributes
         )
 
-    def change(self, h: Any, layer: Any) -> Any:
+    def change(self, h: Tensor, layer: Layer) -> Tensor:
         inner = ACTIVATIONS[self.non_linearity](biased(layer.mix(h, self.down), self.down_bias, layer))
         return biased(layer.mix(inner, self.up), self.up_bias, layer)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class Compacter(Narrow):
@@ -55,7 +56,7 @@ class Compacter(Narrow):
             up_left=up_left, up_right=W.new_zeros(n, 1, hidden // n), up_bias=W.new_zeros(hidden), **attributes,
         )  # fmt: skip
 
-    def change(self, h: Any, layer: Any) -> Any:
+    def change(self, h: Tensor, layer: Layer) -> Tensor:
         down, up = self._matrix("down"), self._matrix("up")
         inner = ACTIVATIONS[self.non_linearity](biased(layer.mix(h, down), self.down_bias, layer))
         return biased(layer.mix(inner, up), self.up_bias, layer)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class GatedLoRA(OutputUpdate):
@@ -32,5 +33,6 @@ class GatedLoRA(OutputUpdate):
         A, gate = (random((count, W.shape[1])) / W.shape[1] ** 0.5 for count in (rank, 1))
         return cls(A=A, B=W.new_zeros(len(W), rank), gate=gate, gate_bias=W.new_zeros(1), **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
-        return layer(x) + x @ self.A.mT @ self.B.mT * row_shares(x @ self.gate.mT + self.gate_bias)
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        shares: Tensor = row_shares(x @ self.gate.mT + self.gate_bias)
+        return layer(x) + x @ self.A.mT @ self.B.mT * shares

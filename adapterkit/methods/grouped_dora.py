@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class GroupedDoRA(AcrossGroups):
@@ -38,7 +39,7 @@ class GroupedDoRA(AcrossGroups):
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
         return cls(**fresh_pair(W, rank, groups, random), magnitude=norm, **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         factor, y, b = layer.per_channel(self.magnitude / self._norm(layer.weight)), layer(x), layer.bias
         if b is None:
             return (y + self.read(x, layer)) * factor

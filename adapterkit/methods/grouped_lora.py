@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class GroupedLoRA(AcrossGroups):
@@ -36,6 +37,6 @@ class GroupedLoRA(AcrossGroups):
         groups = attributes.pop("groups", cls.sizes["groups"])
         return cls(**fresh_pair(W, rank, groups, random), **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer(x) + self.read(x, layer)
         return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class Invertible(OutputUpdate):
@@ -59,7 +60,7 @@ class Invertible(OutputUpdate):
             why = f"made for {self._size} channels in the last axis; the layer's weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return layer(self._backward(x)) if self.reverse else self._forward(layer(x))
 
     def _forward(self, y: Any) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class Lily(Routed):
@@ -40,7 +41,7 @@ class Lily(Routed):
         A, router = random((rank, W.shape[1])) / W.shape[1] ** 0.5, random((len(B), rank)) / rank**0.5
         return cls(A=A, B=B, router=router, **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         h = layer.mix(x, self.A)
         shares = softmax(layer.mix(h, self.router)).reshape(-1, len(self.router)).mean(0)
         B = (shares[:, None, None] * self.B).sum(0)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class LoRA(Additive):
@@ -62,6 +63,6 @@ class LoRA(Additive):
         return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
     @of_pair
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer(x) + layer.mix(layer.op(x, self.A), self.B) * self.scaling
         return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

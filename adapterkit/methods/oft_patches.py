@@ -21,6 +21,8 @@ from ._low_rank import block_diagonal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class OFTPatches(OutputUpdate):
     """The layer of another input: its patches times blockdiag(R), summed."""
@@ -47,7 +49,7 @@ class OFTPatches(OutputUpdate):
             why = f"{n} blocks of {size} for patches of {width} numbers; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         if high * wide == 1:
             return layer(layer.mix(x, self._mix(channels, 1)))

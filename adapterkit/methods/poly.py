@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class Poly(Routed):
@@ -40,7 +41,7 @@ class Poly(Routed):
         logits = 1e-3 * random((tasks, splits * skills))
         return cls(A=A, B=W.new_zeros(splits, skills, rank, out), logits=logits, **attributes)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tasks = layer.call["task_ids"]
         if tasks.shape != x.shape[:1]:
             why = f"tasks of {list(tasks.shape)} for an input of {list(x.shape)}"
@@ -48,8 +49,8 @@ class Poly(Routed):
         splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
-        A = (shares * self.A).sum(2).reshape(-1, splits * part, r)
-        B = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
+        A: Tensor = (shares * self.A).sum(2).reshape(-1, splits * part, r)
+        B: Tensor = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
         if x.ndim == 2:
             return layer(x) + (x[:, None] @ A @ B)[:, 0] / r
         rows = (slice(None), *[None] * (x.ndim - 3))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.updates import Random
+    from ..core.updates.layer import Layer
 
 
 class ReFT(OutputUpdate):
@@ -67,7 +68,7 @@ class ReFT(OutputUpdate):
         if len(shape) > 2:
             raise ShapeMismatch("a kernel's layer has no axis of positions", cure="Target a module of sequences")
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tied = self.source, self.source_bias, self.projection
         own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
         last = tied if self.suffix_source is None else own
@@ -89,20 +90,22 @@ class ReFT(OutputUpdate):
 Law = Callable[[Any], Any]
 
 
-def changed_at_ends(y: Any, layer: Any, counts: tuple[int, int], first: Law, last: Law) -> Any:
+def changed_at_ends(y: Tensor, layer: Layer, counts: tuple[int, int], first: Law, last: Law) -> Tensor:
     """Apply `first` at the first positions of y `[..., positions, channels]` and `last` at the last ones.
 
     If the model's call has a mask `[rows, positions]`, each row's positions are those that it does not hide.
     """
     mask: Any = (getattr(layer, "call", None) or {}).get("attention_mask")
     if getattr(mask, "ndim", 0) == 2 and tuple(mask.shape) == tuple(y.shape[:-1]):
-        return _masked(y, mask, counts, first, last)
+        changed: Tensor = _masked(y, mask, counts, first, last)
+        return changed
     begin, end = counts
     # Slices relative to the end, because a graph's sequences have no length before they run.
     before = y[..., :-end, :] if end else y
     behind = y[..., -end:, :] if end else y[..., :0, :]
     parts = [first(before[..., :begin, :]), before[..., begin:, :], last(behind)]
-    return namespace(y).concat(parts, axis=-2)
+    joined: Tensor = namespace(y).concat(parts, axis=-2)
+    return joined
 
 
 def _masked(y: Any, mask: Any, counts: tuple[int, int], first: Law, last: Law) -> Any:

@@ -14,6 +14,8 @@ from ..core.updates import Additive, of_pair, tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class Residual(Additive):
     """W' = W - scaling * B @ A, or W - scaling * D."""
@@ -40,7 +42,7 @@ class Residual(Additive):
         return -self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     @of_pair
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         if self.A is None or self.B is None:
             return super().forward(x, layer)
         return layer(x) - layer.mix(layer.op(x, self.A), self.B) * self.scaling

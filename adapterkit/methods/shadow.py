@@ -17,6 +17,8 @@ from ..linalg.activations import ACTIVATIONS, sigmoid
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class Shadow(OutputUpdate):
     """One block's part, and the network, which all blocks share."""
@@ -60,7 +62,7 @@ class Shadow(OutputUpdate):
             why = f"for {self.channels} channels that go through a block; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Target the model's blocks")
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         shadow = layer.call["shadow"]
         s = shadow.state(self)
         if s.shape != x.shape:

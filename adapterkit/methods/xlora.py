@@ -15,6 +15,8 @@ from ._routed import Routed, best, mixed, softmax_among
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..core.updates.layer import Layer
+
 
 class XLoRA(Routed):
     """The classifier, at the whole model; with its experts, at each layer that they change."""
@@ -61,7 +63,7 @@ class XLoRA(Routed):
     def lacks_experts(self) -> bool:
         return self.A is None
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         assert self.A is not None
         assert self.B is not None
         shares = self._shares(layer.call["hidden_states"], len(self.A)) * self.strengths

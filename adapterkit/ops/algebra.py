@@ -1,4 +1,4 @@
-"""Exact algebra of adapters: scale, negate, add, subtract, average, stack; sums of factors, most of all."""
+"""Exact algebra of adapters: scale, negate, add, subtract, average and stack, on low-rank factors where possible."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from ..io.computed import Array
+    from ..io.lazy import DType, Lazy
     from .alignment import Place
 
     Term = tuple[Additive, float]
 
 
 def added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
-    """Additive updates as one LoRA, and what has no thin factors as one dense difference, or apart when stacking."""
+    """Sum updates with low-rank factors to one LoRA, and others to one dense difference; stacking keeps the others."""
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
     for update, weight in terms:
@@ -40,6 +41,8 @@ def added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
         rest += [(update, weight)] if lora is None else []
     made: list[Update] = []
     if thin:
+        # Beyond the rank of the weight, joined factors only take space, so the sum is cut to that rank, without a loss.
+        # Stacking promises to compute nothing and keeps them all.
         whole = len(place.shape) < 2 or sum(_rank(place, u) for u, _ in thin) > _most(place)
         made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
     if stacking:
@@ -48,11 +51,12 @@ def added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
 
 
 def _lora(place: Place, update: Additive) -> LoRA | None:
-    """The LoRA that another method comes down to; None where it has no factors, or none that are thin."""
+    """Return an update as a LoRA; None if it has no low-rank factors."""
     if not update.changes_weight or type(update).pair is Additive.pair:
         return None
     change = Change(place.target, place.shape, (update,))
     deltas = list(change.deltas())
+    # Factors as wide as the weight would take more space than the dense difference.
     if any(delta.rest is not None or delta.rank >= min(delta.shape) for delta in deltas):
         return None
     kind = wide(list(update.tensors.values()))
@@ -60,10 +64,10 @@ def _lora(place: Place, update: Additive) -> LoRA | None:
 
 
 def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """Factors beside one another; leaves stay unread."""
+    """Join factors into one LoRA, without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
-    # The largest, so that no ratio to it overflows.
+    # One scaling for all factors: the largest, so that no ratio to it overflows.
     scaling = max(factors, key=abs) or 1.0
     ratios = [factor / scaling for factor in factors]
     lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
@@ -75,7 +79,7 @@ def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _reduced(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
-    """The sum at the rank of the weight, worked out; for ranks that add up to more than that."""
+    """Compute the sum and cut it to the rank of the weight, for factors whose ranks add up to more."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
@@ -83,7 +87,7 @@ def _reduced(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
 
 
 def _dense(place: Place, terms: Sequence[Term]) -> Update:
-    """The sum as one dense difference, worked out when it is read."""
+    """Return the sum as one dense difference that is computed when it is read."""
     if len(terms) == 1 and isinstance(terms[0][0], Dense):
         update, weight = terms[0]
         return update.scaled(weight) or update
@@ -92,6 +96,7 @@ def _dense(place: Place, terms: Sequence[Term]) -> Update:
     changes = [Change(target, place.shape, (update,), weight) for update, weight in terms]
     if any(change.changes_weight for change in changes):
         lead = (changes[0].experts,) if target.stacked else ()
+        # Computed when it is read: dense differences of all targets together are as large as the model.
         fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
     if any(change.changes_bias for change in changes):
         lead = (changes[0].experts,) if target.stacked else ()
@@ -100,7 +105,7 @@ def _dense(place: Place, terms: Sequence[Term]) -> Update:
 
 
 def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
-    """The sum of changes, experts stacked; one of them in memory at a time beside the sum."""
+    """Return the sum of changes, experts stacked; only one change is in memory beside the sum."""
     import numpy as np
 
     result = np.zeros(shape)
@@ -126,24 +131,23 @@ def _most(place: Place) -> int:
     return min(place.shape[0], math.prod(place.shape[1:]))
 
 
-# Exact algebra of adapters: scale, negate, add, subtract, average, stack; of factors, mostly without a base.
+# The public operations. A sum is defined as the merge of several adapters: W' = W + sum_i weight_i * (f_i(W) - W).
 #
-# A sum means what merging several adapters means: W' = W + sum_i weight_i * (f_i(W) - W). Thin factors are put beside
-# one another, so that ranks add up and nothing is computed before it is read; PEFT's "linear" sums A and B apart,
-# which adds products B_i @ A_j that belong to nobody.
+# Low-rank factors are joined, so that ranks add up and nothing is computed before it is read. PEFT's "linear" sums the
+# A and the B separately instead, which adds products B_i @ A_j of different adapters.
 
 
 def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
-    """The adapter that changes every weight `factor` times as much.
+    """Return the adapter that changes every weight `factor` times as much.
 
     Args:
         adapter: an adapter or its path.
         factor: any finite number.
-        base: for laws that need its weights.
+        base: the base, for methods that need its weights.
 
     Raises:
-        NotMergeable: a law is not one of weights.
-        UsageError: a law needs the weights and no base was given; the factor is not finite.
+        NotMergeable: a method does not change weights.
+        UsageError: a method needs the weights and no base was given; the factor is not finite.
     """
     _check_weights([factor], 1)
     (read,), found = places([adapter], base=base)
@@ -152,7 +156,7 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
 
 
 def negate(adapter: Source, *, base: Base | None = None) -> Adapter:
-    """The adapter that takes away what this one adds; see `scale`."""
+    """Return the adapter with the opposite changes; see `scale`."""
     return scale(adapter, -1.0, base=base)
 
 
@@ -163,27 +167,29 @@ def add(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """The sum of adapters, exactly: ranks add up, to what the weight has at most; what has no factors is summed whole.
+    """Return the exact sum of adapters: ranks add up, at most to the weight's rank; other changes are summed dense.
 
     Args:
         adapters: adapters or their paths, of any methods, ranks and targets.
-        weights: one factor an adapter; 1 for each when not given.
-        base: settles names and layouts, and is what laws that need weights are taken at.
-        disjoint: adapters that share no target are meant to.
+        weights: one factor per adapter; 1 for each when not given.
+        base: resolves names and layouts, and gives the weights to methods that need them.
+        disjoint: allow adapters that share no target.
 
     Returns:
-        at each target the methods that were there where one adapter has it alone, else a LoRA, a dense rest, or both.
+        an adapter that keeps the methods at targets of one adapter only, and has a LoRA, a dense difference or both at
+        all others.
 
     Raises:
-        UsageError: weights do not match the adapters; no common targets; a law needs the weights and there is no base.
-        NotMergeable: a law is not one of weights.
-        ShapeMismatch: adapters are of different weights.
+        UsageError: weights do not match the adapters; no common targets; a method needs the weights and no base was
+            given.
+        NotMergeable: a method does not change weights.
+        ShapeMismatch: the adapters were made for different weights.
     """
     return _combined("add", adapters, _checked(weights, adapters), base, disjoint, stacking=False)
 
 
 def subtract(one: Source, other: Source, *, base: Base | None = None, disjoint: bool = False) -> Adapter:
-    """What `one` adds, less what `other` adds; see `add`."""
+    """Return the changes of `one` minus those of `other`; see `add`."""
     return add([one, other], [1.0, -1.0], base=base, disjoint=disjoint)
 
 
@@ -194,7 +200,7 @@ def average(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """The weighted mean of adapters; one that lacks a target counts as no change there. See `add`.
+    """Return the weighted mean of adapters; an adapter without a target counts as no change there. See `add`.
 
     Raises:
         UsageError: the weights sum to 0.
@@ -213,12 +219,12 @@ def stack(
     base: Base | None = None,
     disjoint: bool = False,
 ) -> Adapter:
-    """Adapters put beside one another: ranks add up whatever they are, and what has no thin factors is kept apart.
+    """Join adapters without computing anything: ranks add up without limit, and other updates are kept side by side.
 
-    The same function as `add`, whatever the ranks; prompts and other contexts are put behind one another.
+    The result is the same function as that of `add`. Prompts and other contexts are concatenated.
 
     Raises:
-        AdapterkitError: as `add`.
+        AdapterkitError: as for `add`.
     """
     return _combined("stack", adapters, _checked(weights, adapters), base, disjoint, stacking=True)
 
@@ -232,19 +238,19 @@ def _combined(
 
 
 def summed_at(place: Place, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
-    """The sum at one target."""
+    """Return the sum at one target."""
     try:
-        held_ = [_parted(found, weight) for found, weight in zip(place.updates, weights, strict=True) if found]
-        heads = [(head, weight) for head, _, weight in held_ if head]
-        lawful, lowered = _mixed(place, heads, stacking)
-        terms = [(update, weight) for _, tail, weight in held_ for update in tail] + lowered
-        return (*lawful, *(_alone(place, terms) if len(held_) == 1 else added(place, terms, stacking)))
+        parts = [_parted(updates, weight) for updates, weight in zip(place.updates, weights, strict=True) if updates]
+        heads = [(head, weight) for head, _, weight in parts if head]
+        heads_mixed, lowered = _mixed(place, heads, stacking)
+        terms = [(update, weight) for _, tail, weight in parts for update in tail] + lowered
+        return (*heads_mixed, *(_alone(place, terms) if len(parts) == 1 else added(place, terms, stacking)))
     except AdapterkitError as error:
         raise error.at(where=str(place.target)) from None
 
 
 def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
-    """Updates up to the last that is not additive, and the additive ones behind, whose change is its own."""
+    """Split updates after the last that is not additive: the changes behind it depend on no weight."""
     last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
     return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
 
@@ -252,13 +258,15 @@ def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 def _mixed(
     place: Place, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
-    """The weighted mixture of laws that are not additive, and what of it became additive at the base."""
+    """Mix updates that are not additive: return those of the result, and those that became additive at the base."""
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
         return heads[0][0] if heads else (), []
     updates, weights = [head for head, _ in heads], [weight for _, weight in heads]
     every = [update for head in updates for update in head]
     if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
         return tuple(every), []
+    # Refuse what can never be summed, then try a mixture of one method, which needs no base, and only then ask for
+    # the base.
     for update in every:
         check_kind(update, place.target, True, _DOING)
     mixture = _mixture(place, updates, weights)
@@ -271,7 +279,7 @@ def _mixed(
 
 
 def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
-    """One update of the method that all share, where the method can say it."""
+    """Return one update of the common method, if all share one and it can hold the mixture; else None."""
     methods = {type(update) for head in updates for update in head}
     if len(methods) > 1 or any(len(head) > 1 for head in updates):
         return None
@@ -281,14 +289,14 @@ def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Seque
     return None if made is None else made.map(lambda values: _stored(values, kind))
 
 
-def _stored(values: Any, kind: Any) -> Any:
+def _stored(values: Array, kind: DType) -> Lazy:
     from ..io.lazy import from_numpy
 
     return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)
 
 
 def _alone(place: Place, terms: Sequence[Term]) -> list[Update]:
-    """One adapter's additive updates, each of its own method where that can be scaled."""
+    """Scale one adapter's additive updates, keeping each method that can be scaled."""
     made: list[Update] = []
     for update, weight in terms:
         scaled = update if weight == 1 else update.scaled(weight)

@@ -1,4 +1,4 @@
-"""The targets of several adapters side by side, and what each of them has there."""
+"""Align several adapters by target."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Place:
     """One target of several adapters.
 
     Attributes:
-        target: where.
-        updates: what each adapter has there, in the order of the adapters; `()` for those that have nothing.
+        target: the target.
+        updates: the updates of each adapter there, in the order of the adapters; `()` for an adapter without any.
         base: the base, if one was given.
     """
 
@@ -48,11 +48,11 @@ class Place:
 
     @cached_property
     def shape(self) -> Shape:
-        """Of one weight, `[out, in, *k]`, as far as base and updates tell it; `[out]` where only a bias is changed.
+        """The shape of one weight, `[out, in, *k]`, from the base or the updates; `[out]` if only a bias changes.
 
         Raises:
-            ShapeMismatch: the adapters are of different weights.
-            UsageError: nothing tells it.
+            ShapeMismatch: the adapters were made for different weights.
+            UsageError: neither the base nor the updates tell the shape.
         """
         known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
@@ -60,13 +60,14 @@ class Place:
             raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
         changing = [any(update.changes_weight for update in found) for found in self.updates]
         for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
+            # A method may know the inner axes of a convolution only as one product, so sizes are compared.
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
                 why = f"made for weights of {list(longest)} and of {list(shape)}"
                 raise ShapeMismatch(why, where=str(self.target), cure="These adapters are not of one base")
         return longest
 
     def changes(self, weights: Sequence[float] | None = None) -> tuple[Change | None, ...]:
-        """What each adapter adds here, times its weight; None for those that have nothing here.
+        """Return each adapter's change, times its weight; None for adapters without updates here.
 
         Raises:
             AdapterkitError: an update is not additive; see `at_base.additive`.
@@ -81,8 +82,9 @@ class Place:
 
 
 def side_by_side(changes: Sequence[Change | None]) -> Iterator[tuple[Delta | None, ...]]:
-    """What several adapters add to one weight after another: one, or each expert's; None for who changes no weight."""
+    """Yield the changes of several adapters for one weight, or for each expert's; None for an adapter without one."""
     running = [None if change is None or not change.changes_weight else change.deltas() for change in changes]
+    # A generator is true, so this holds if any adapter changes the weight; the rows end with the generators.
     while any(running):
         row = tuple(None if each is None else next(each, None) for each in running)
         if not any(row):
@@ -99,20 +101,20 @@ def places(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> tuple[list[Adapter], list[Place]]:
-    """The adapters, read and bound to the base if there is one, and their targets side by side.
+    """Read adapters, bind them to the base if there is one, and align them by target.
 
     Args:
         adapters: adapters or their paths.
-        base: binds all of them to one base's names and layouts, and lowers laws that need its weights.
-        lower: make every update additive, or refuse; the word for what is done with them, `"combined"`.
-        disjoint: adapters that share no target are no fault.
+        base: binds all adapters to one base's names and layouts, and gives the weights to methods that need them.
+        lower: make every update additive, or refuse it with this participle in the message, such as `"combined"`.
+        disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
         strict_base: refuse a base that is not the one that an adapter names.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
-        ShapeMismatch: adapters say differently how the base stores a weight.
+        ShapeMismatch: adapters disagree about how the base stores a weight.
         NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
     """
     if not adapters:
@@ -126,6 +128,8 @@ def places(
         check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
     given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
+    # One adapter may name a stack of experts, or a fused weight, that another names part by part. A base settles the
+    # experts when the adapters are bound.
     if base is None and len(read) > 1:
         read = by_expert(read)
     if len(read) > 1:
@@ -140,7 +144,7 @@ def places(
 
 
 def source_adapter(source: Source, base: Base | None) -> Adapter:
-    """The adapter, read where it is a path, and validated."""
+    """Return the adapter, reading it from a path if needed, validated."""
     if isinstance(source, Adapter):
         source.validate()
         return source
@@ -169,7 +173,7 @@ def is_model(source: str | PathLike[str]) -> bool:
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
-    """The adapters, those of image models in one naming: each tool has names of its own for the same modules."""
+    """Rename adapters of image models to one naming, since each tool has different names for the same modules."""
     if len(adapters) < 2:
         return adapters
     from ..formats._image.naming import in_one_naming
@@ -179,7 +183,7 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:
-    """Adapters of one model that share no target are mostly named differently, and must not be summed in silence."""
+    """Refuse adapters without a common target: mostly they are of one model under different names."""
     first = {target.path for target in adapters[0].updates}
     for adapter in adapters[1:]:
         paths = {target.path for target in adapter.updates}

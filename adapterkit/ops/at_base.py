@@ -1,13 +1,13 @@
-"""Laws of weights at a base: what they add there, W' - W, as a dense difference that is worked out when it is read.
+"""Turn formulas of the weight into their difference at a base, W' - W, a dense update computed when it is read.
 
-Kinds decide: additive updates need no base; other laws of weights can be added up at a given base only; laws of outputs
-and contexts never.
+Additive updates need no base. Other weight updates can be summed at a given base only, and updates of outputs or
+contexts not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive, Update
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from ..naming.binding import Site
     from .lowering import Base
 
+A = TypeVar("A")
+"""An array of numpy or torch."""
+
 
 def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]]:
-    """The adapter in the names and layouts of the base, and where each target lies; a tied head has its own name, too.
+    """Bind an adapter to the base; return it in the base's names and layouts, and the place of each target.
 
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
@@ -43,16 +46,16 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
-    """The adapter with additive updates only: other laws of weights become their difference at the base.
+    """Return the adapter with additive updates only; other weight updates become their difference at the base.
 
     Args:
-        adapter: bound to the base, if there is one.
-        base: where W comes from.
-        doing: what is done with it, for messages: `"added"`.
+        adapter: the adapter, bound to the base if there is one.
+        base: the base that holds W.
+        doing: a participle for messages, such as `"added"`.
 
     Raises:
-        NotMergeable: a law is not one of weights.
-        UsageError: a law needs W and there is no base.
+        NotMergeable: a method does not change weights.
+        UsageError: a method needs W and no base was given.
     """
     if all(isinstance(update, Additive) for _, update in adapter):
         return adapter
@@ -65,14 +68,14 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
 
 
 class Weights:
-    """What a base has at targets that are bound to it, as formulas see it."""
+    """The weights and biases of a base at bound targets, in the view of formulas."""
 
     def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
         self.base = opened(base)
         self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
 
     def at(self, target: Target, expert: int | None, bias: bool) -> Array:
-        """A weight `[out, in * k]` or a bias `[out]`, float64; one of a stack.
+        """Return a weight `[out, in * k]` or a bias `[out]` in float64; one expert's if experts are stacked.
 
         Raises:
             UsageError: the base has no bias there.
@@ -88,35 +91,36 @@ class Weights:
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
-    """Refuses what has no difference of weights, and without a base what has none but at one."""
+    """Refuse updates that do not change weights and, without a base, those that need its weights."""
     where = f"{target}: {update.method}"
     if update.kind not in ("additive", "weight"):
         why = f"{update.method} changes {update.acts_on}, not weights: it cannot be {doing}"
         raise NotMergeable(why, where=where, cure="Attach such adapters side by side in a live model")
     if update.kind == "weight" and not based:
-        why = f"{update.method} is a law of the weight that it finds: what it adds there can be {doing} at a base only"
+        why = f"the change of {update.method} depends on the base's weight: it can be {doing} at a base only"
         raise UsageError(why, where=where, cure="Pass base=/--base")
 
 
 def _at_base(site: Site, base: Checkpoint) -> tuple[Update, ...]:
-    """The updates of a site with those up to the last that needs W as a difference, worked out when it is read."""
+    """Replace the updates up to the last that needs W by their difference, computed when it is read."""
     last = max((i + 1 for i, update in enumerate(site.updates) if not isinstance(update, Additive)), default=0)
-    lawful, rest = site.updates[:last], site.updates[last:]
-    if not lawful:
+    needing, rest = site.updates[:last], site.updates[last:]
+    if not needing:
         return rest
     fields = {}
     for name, stored, bias in (("D", site.weight, False), ("d", site.bias, True)):
-        changing = tuple(u for u in lawful if (u.changes_bias if bias else u.changes_weight))
+        changing = tuple(u for u in needing if (u.changes_bias if bias else u.changes_weight))
         if stored is not None and changing:
             W = _tensor(base, stored)
             shape = _seen(W.shape, site.target, bias)
+            # float32 holds the difference of 16-bit weights; a base in float64 keeps its precision.
             wide = DTYPES["F64" if W.dtype.name == "F64" else "F32"]
-            fields[name] = computed(shape, wide, _difference(site, lawful, base, stored, bias))
+            fields[name] = computed(shape, wide, _difference(site, needing, base, stored, bias))
     return (Dense(**fields), *rest)  # type: ignore[arg-type]
 
 
 def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
-    """The shape of a stored tensor in the target's view, stack included."""
+    """Return the shape of a stored tensor in the target's view, with the axis of experts."""
     axis = len(shape) - 1 if bias else int(target.stacked)
     seen = shape if bias else viewed(shape, target)
     assert seen is not None
@@ -124,7 +128,9 @@ def _seen(shape: Shape, target: Target, bias: bool) -> Shape:
     return seen if rows is None else (*seen[:axis], rows[1] - rows[0], *seen[axis + 1 :])
 
 
-def _difference(site: Site, updates: tuple[Update, ...], base: Checkpoint, stored: str, bias: bool) -> Any:
+def _difference(
+    site: Site, updates: tuple[Update, ...], base: Checkpoint, stored: str, bias: bool
+) -> Callable[[], Array]:
     def make() -> Array:
         import numpy as np
 
@@ -140,12 +146,14 @@ def _difference(site: Site, updates: tuple[Update, ...], base: Checkpoint, store
     return make
 
 
-def _settled(updates: list[Any], site: Site, base: Checkpoint) -> list[Any]:
-    """The updates with what their changes to the bias take from the weight, each after those before it, worked out."""
+def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update]:
+    """Return the updates with their changes of the bias computed; each sees the weight as changed by those before."""
     import numpy as np
 
     assert site.weight is not None
-    W, done = view_of(load(_tensor(base, site.weight)), site.target), []
+    # Formulas name torch's tensors, and run on numpy's arrays, too.
+    W: Any = view_of(load(_tensor(base, site.weight)), site.target)
+    done = []
     for update in updates:
         done.append(update.settled(W))
         if not update.changes_weight:
@@ -157,26 +165,28 @@ def _settled(updates: list[Any], site: Site, base: Checkpoint) -> list[Any]:
     return done
 
 
-def _through(updates: list[Any], W: Any, expert: int | None, bias: bool) -> Any:
+def _through(updates: list[Update], W: Any, expert: int | None, bias: bool) -> Any:
     for update in updates:
         W = part(update, expert).new_bias(W) if bias else part(update, expert).new_weight(W)
     return W
 
 
-def view_of(W: Any, target: Target, bias: bool = False) -> Any:
-    """A stored tensor, of numpy or torch, as the target's updates see it; no copy."""
+def view_of(W: A, target: Target, bias: bool = False) -> A:
+    """View a stored tensor, of numpy or torch, as the target's updates see it; no copy."""
+    view: Any = W
     if bias:
-        return W if target.rows is None else W[..., slice(*target.rows)]
+        view = view if target.rows is None else view[..., slice(*target.rows)]
+        return cast(A, view)
     if target.layout == "in out *k":
-        W = W.swapaxes(0, 1)
+        view = view.swapaxes(0, 1)
     elif target.layout == "e in out *k":
-        W = W.swapaxes(1, 2)
-    if target.rows is None:
-        return W
-    rows = slice(*target.rows)
-    return W[:, rows] if target.stacked else W[rows]
+        view = view.swapaxes(1, 2)
+    if target.rows is not None:
+        rows = slice(*target.rows)
+        view = view[:, rows] if target.stacked else view[rows]
+    return cast(A, view)
 
 
 def _tensor(base: Checkpoint, name: str) -> Lazy:
-    """A stored tensor by its name, or by the name of a head that is tied to it."""
+    """Return a stored tensor by its name, or by the name of a tied head."""
     return base.tensors[aliases(base).get(name, name)]

@@ -1,7 +1,7 @@
-"""The changes of one weight by several adapters, some rows at a time: their products are formed as often as needed.
+"""The changes of one weight by several adapters, a block of rows at a time; products are formed in each pass.
 
-A product of rank 16 takes 0.02 s for 4096 x 4096, and 134 MB in float64; eight of them take a gigabyte. Formulas that
-look at every entry go over blocks of rows, twice or three times, and hold one block.
+A product of rank 16 for 4096 x 4096 takes 0.02 s, and 134 MB in float64; eight of them take a gigabyte. Formulas that
+look at every entry pass over blocks of rows two or three times and hold one block in memory.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 ENTRIES = 1 << 18
-"""Entries of all changes in a block: 2 MB in float64, so that the arrays that a formula makes of it stay in caches."""
+"""Entries of all changes in a block: 2 MB in float64, so that the temporaries of a formula stay in caches."""
 
 
 class Blocks:
     """The changes of one weight, side by side.
 
-    Iterating gives `(rows, changes)`: a slice of rows, and the changes in them, float64 `[T, rows, columns]`. The array
-    is written over by the next block, and may be written to.
+    Iteration yields `(rows, changes)`: a slice of rows, and the changes in them, float64 `[T, rows, columns]`. The
+    array may be modified; the next block overwrites it.
 
     Attributes:
-        shape: of one change, `[out, in * k]`; a bias has one row.
-        count: T, how many changes there are.
-        size: entries of one change.
+        shape: the shape of one change, `[out, in * k]`; a bias has one row.
+        count: T, the number of changes.
+        size: the number of entries of one change.
     """
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
@@ -41,7 +41,7 @@ class Blocks:
 
     @classmethod
     def of(cls, changes: Array) -> Blocks:
-        """Of the changes of a bias, `[T, out]`, as one row each."""
+        """Return blocks of the changes of a bias, `[T, out]`, as one row each."""
         return cls([_whole(change[None]) for change in changes])
 
     def __iter__(self) -> Iterator[tuple[slice, Array]]:
@@ -57,13 +57,15 @@ class Blocks:
             yield rows, block
 
     def sample(self) -> Array:
-        """Entries at random, the same ones of each change, `[T, n]`; all entries of a small change."""
+        """Draw random entries, the same of each change, `[T, n]`; all entries of a small change."""
         import numpy as np
 
         out, columns = self.shape
         if self.size <= WHOLE:
             return np.stack([delta.dense().reshape(-1) for delta in self.deltas])
         count = max(WHOLE, self.size // SHARE)
+        # A fixed seed, as the sample decides on the time only. Entries of a product are computed one by one, with n
+        # operations per rank, instead of forming rows.
         random = np.random.default_rng(0)
         i, j = random.integers(out, size=count), random.integers(columns, size=count)
         found = np.empty((self.count, count))
@@ -76,12 +78,12 @@ class Blocks:
     def select(
         self, key: Callable[[Array], Array], wanted: Sequence[Callable[[int, int], int]], each: int = 1
     ) -> list[Selected]:
-        """The k-th largest numbers of series that are a function of the changes.
+        """Return the k-th largest numbers of series that are computed from the changes.
 
         Args:
-            key: a function of changes `[T, ...]` whose result has one series on each place of its first axis.
-            wanted: k from a series' length and how many of its numbers are not zero; `each` of them a series, in order.
-            each: how many numbers of one series are looked for.
+            key: a function of changes `[T, ...]`; its result holds one series per index of the first axis.
+            wanted: functions of a series' length and its number of nonzero values that return k; `each` per series.
+            each: how many numbers to find per series.
         """
         import numpy as np
 
@@ -107,7 +109,7 @@ class Blocks:
 
 
 def _form(delta: Delta, rows: slice, D: Array) -> None:
-    """Some rows of a change, into D."""
+    """Write some rows of a change into D."""
     import numpy as np
 
     if delta.rest is not None and not delta.rank:

@@ -1,4 +1,4 @@
-"""Results: computed factors and sums as updates, and the lineage of adapters made of several."""
+"""Build results: updates from computed factors and sums, and adapters with the lineages of several others."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType, Shape
+    from ..io.strict_json import JsonValue
 
 
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
 ) -> LoRA:
-    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros make their ranks one, not 0.
+    """Return a LoRA of B `[out, r]` and A `[r, in * k]`, one pair per stacked expert, padded with zeros to one rank.
 
     Args:
-        target: where it goes.
-        shape: of one weight, `[out, in, *k]`.
+        target: the target of the LoRA.
+        shape: the shape of one weight, `[out, in, *k]`.
         pairs: (B, A) of each weight.
-        bias: what is added to the bias, `[out]` or `[e, out]`, if anything.
+        bias: the change of the bias, `[out]` or `[e, out]`, or None.
         dtype: the type to store.
     """
     import numpy as np
 
+    # At least 1: formats and PEFT know no LoRA of rank 0.
     rank = max(1, *(len(A) for _, A in pairs))
     B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
     A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
@@ -43,7 +45,7 @@ def low_rank(
 
 
 def dense(target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType) -> Dense:
-    """A dense difference `[out, in * k]` of each weight, and of the bias; each may be absent."""
+    """Return a dense update from differences `[out, in * k]` of each weight and one of the bias; each may be None."""
     import numpy as np
 
     D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
@@ -53,16 +55,16 @@ def dense(target: Target, shape: Shape, changes: Sequence[Array] | None, bias: A
 
 
 def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
-    """B and A of a decomposition, the singular values shared evenly between the two."""
+    """Return B and A from a singular value decomposition, with the singular values shared evenly."""
     root = S**0.5
     return U * root, root[:, None] * Vh
 
 
 def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
-    """The type of computed results: the one asked for, else float64 where a leaf is of it, else float32.
+    """Return the dtype of computed results: `dtype`, else float64 if any tensor has it, else float32.
 
     Raises:
-        Unsupported: no floating type is called that.
+        Unsupported: there is no floating type of that name.
     """
     from ..io.lazy import dtype_of
 
@@ -79,7 +81,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 def of_several(
     adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: Any
 ) -> Adapter:
-    """An adapter made of several: their base where they agree on it, and their lineages inside its first step."""
+    """Return an adapter made of several: with their base if they agree, and their lineages inside its first step."""
     bases = [adapter.base for adapter in adapters]
     base = bases[0] if all(other == bases[0] for other in bases) else None
     lineages = [[_plain(step) for step in adapter.recipe] for adapter in adapters]
@@ -88,13 +90,14 @@ def of_several(
     if carried:
         args |= {METADATA: carried}
     families = {family for adapter in adapters for family in model_types_of(adapter)}
+    # Two families of models would contradict each other in the result.
     if len(families) == 1:
         args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
 
 
-def _plain(step: Step) -> dict[str, Any]:
+def _plain(step: Step) -> dict[str, JsonValue]:
     return {"op": step.op, "args": dict(step.args)}
 
 

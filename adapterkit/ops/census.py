@@ -1,4 +1,4 @@
-"""Counts over all targets, taken before any target is computed: thresholds of whole adapters, and majorities."""
+"""Statistics over all targets, taken before any target is computed: thresholds of whole adapters, and majorities."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Census:
     """Numbers of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether formulas are run to feed it; their results are not used then.
-        partial: whether samples are of a few targets.
-        majority: the sign of most entries over all targets, 1 or -1; worked out when it is first asked for.
+        counting: whether formulas run only to feed the census, and their results are ignored.
+        partial: whether samples come from a few targets only.
+        majority: the sign of most entries over all targets, 1 or -1; computed at first use.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class Census:
         self._majority: int | None = None
 
     def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
-        """Fills the census.
+        """Fill the census.
 
         Args:
-            once: runs the formula at all targets, or at some of them for a sample if told so; called with False about
-                twice a stage.
-            stages: how often numbers are looked for that depend on those of the stage before; 0 for sums alone.
+            once: runs the formula at all targets, or at a few of them if its argument is True; called with False about
+                twice per stage.
+            stages: the number of searches, each of which depends on the one before; 0 if only sums are needed.
         """
         self.counting = True
         for _ in range(stages):
@@ -60,13 +60,14 @@ class Census:
         wanted: Sequence[Callable[[int, int], int]],
         key: Callable[[Array], Array] | None = None,
     ) -> None:
-        """Counts numbers of the changes at one weight; each series goes on at the next weight.
+        """Feed the changes of one weight into series that continue over all weights.
 
         Args:
-            series: what each series is called, such as the adapter that it is of.
+            series: the names of the series, such as the index of an adapter.
             blocks: the changes.
-            wanted: how many of the largest are looked for in each series, from how many there are and are not zero.
-            key: from changes `[T, ...]` to the series on the first axis; their magnitudes if not given.
+            wanted: for each series a function of the number of values and of nonzero values, which returns how many of
+                the largest to keep.
+            key: a function of changes `[T, ...]` that returns the series on the first axis; magnitudes if not given.
         """
         import numpy as np
 
@@ -87,36 +88,36 @@ class Census:
                 selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
 
     def threshold(self, series: Hashable) -> float:
-        """The smallest of a series' numbers that are kept; infinite where none is."""
+        """Return the smallest kept number of a series; infinity if none is kept."""
         found = self._selections[series].found
         assert found is not None
         return found.value
 
     def knows(self, series: Hashable) -> bool:
-        """Whether a number of an earlier stage was found."""
+        """Whether the threshold of a series is known, from an earlier stage."""
         return series in self._selections and self._selections[series].found is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Adds to a sum over all targets."""
+        """Add to a sum over all targets."""
         if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value
 
     def sum_of(self, name: Hashable) -> float:
-        """A sum over all targets."""
+        """Return a sum over all targets."""
         return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
-        """Says how all targets are gone over for the majority, which few combinations need: see `majority`."""
+        """Set the function that passes over all targets to compute `majority`, which few combinations need."""
         self._vote = vote
 
     @property
     def voting(self) -> bool:
-        """Whether formulas are run for `add_votes` alone."""
+        """Whether formulas run only for `add_votes`."""
         return self._votes is not None
 
     def add_votes(self, signs: int) -> None:
-        """The sum of the elected signs at one weight."""
+        """Add the sum of the elected signs at one weight."""
         with self._lock:
             assert self._votes is not None
             self._votes += signs
@@ -126,6 +127,7 @@ class Census:
         with self._lock:
             if self._majority is None:
                 assert self._vote is not None
+                # The poll shares the thresholds, which are known by now, and runs once; other threads wait for it.
                 poll = Census()
                 poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)

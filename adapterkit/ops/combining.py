@@ -1,11 +1,11 @@
-"""One adapter of several, by any of the methods in `methods/`: what is asked is settled here, formulas are there."""
+"""Combine several adapters into one by any of the combiners; this module checks and resolves the arguments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from ..core.adapter import Adapter
 from ..errors import UsageError
@@ -21,81 +21,86 @@ from .parameters import Asked, one_of, peft_result, resolved
 
 if TYPE_CHECKING:
     from .alignment import Place, Source
+    from .combiners._combiner import Value
     from .lowering import Base
+    from .parameters import Setting
     from .resizing import Report
 
 
 def combine(
     adapters: Sequence[Source],
     method: str = "linear",
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[Setting] | None = None,
     *,
     base: Base | None = None,
     rank: int | str | None = None,
     dtype: str | None = None,
     seed: int = 0,
     compat: str | None = None,
-    data: Callable[..., Any] | None = None,
-    each: Sequence[Mapping[str, Any]] | None = None,
+    data: Callable[..., object] | None = None,
+    each: Sequence[Mapping[str, Value]] | None = None,
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
     workers: int | None = None,
     report: Report | None = None,
-    before: Callable[[Adapter], Any] | None = None,
-    progress: Callable[[int, int], Any] | None = None,
-    **parameters: Any,
+    before: Callable[[Adapter], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    **parameters: Setting,
 ) -> Adapter:
-    """One adapter made of several.
+    """Combine several adapters into one.
 
     Args:
-        adapters: adapters or their paths, of any additive methods, ranks and targets. One that has nothing at a target
-            takes no part there.
-        method: a name in `COMBINERS`; a plug-in and another method may be put together, `knots_ties`.
-        weights: one an adapter, 1 if not given. Each a number, a list of numbers from the first layer to the last, or
-            a mapping of globs of targets to either; the first glob that fits counts, and where none does it is 1.
-        base: settles names and layouts, and is what laws and methods that need weights are taken at.
-        rank: cut the result to it, target by target: the best approximation, or near to it where the result is a large
-            matrix without low-rank factors. `"fit"`: cut such a matrix alone, to the largest rank of the inputs, so
-            that every result is a LoRA; ranks that add up exactly stay.
-        dtype: the type of computed results; float32 where not given, float64 where a tensor is of it.
-        seed: of what a method draws at random, together with target and adapter's position alone.
-        compat: `mergekit` or `peft`: their names, their choices.
-        data: for methods that look at samples or scores; `COMBINERS[name].data` says what it must be.
-        each: parameters of single adapters, one mapping an adapter: `[{"density": 0.5}, {}]`.
-        disjoint: adapters that share no target are meant to.
+        adapters: adapters or their paths, of any additive methods, ranks and targets. An adapter without a target takes
+            no part there.
+        method: a name in `COMBINERS`, or a plug-in joined with another combiner, such as `knots_ties`.
+        weights: one per adapter, 1 if not given. Each is a number, a list of numbers from the first layer to the last,
+            or a mapping of globs of targets to either; the first glob that matches counts, and without a match it is 1.
+        base: resolves names and layouts, and gives the weights to methods and combiners that need them.
+        rank: cut the result to this rank, target by target. The result is the best approximation, or close to it for
+            large matrices without low-rank factors. `"fit"`: cut only such matrices, to the largest rank of the inputs,
+            so that every result is a LoRA; exact results keep the sum of the ranks.
+        dtype: the dtype of computed results; when not given, float64 if any tensor has it, else float32.
+        seed: the seed of random draws; a draw depends on it, the target and the adapter's position only.
+        compat: `mergekit` or `peft`: use that tool's method names and defaults.
+        data: samples or scores, for methods that need them; `COMBINERS[name].data` says what it must be.
+        each: parameters of single adapters, one mapping per adapter: `[{"density": 0.5}, {}]`.
+        disjoint: allow adapters that share no target.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
             used.
         strict_base: refuse a base that is not the one that an adapter names.
-        workers: targets that are worked on at a time; one a processor if not given, 16 at most. Together they hold no
-            more than 256 MB, or one target's result. Numbers do not depend on it. Methods with `data` take one.
+        workers: targets to compute at a time; one per processor if not given, at most 16. Together they hold at most
+            256 MB, or one target's result. The result does not depend on it. Methods with `data` use one.
         report: called with a `Cut` for each target whose result was cut to a rank, with norms of result and error.
-        before: called before any work, with the result's targets, methods, shapes and types; its tensors cannot be
-            read. What it raises, such as a format that cannot hold such a result, ends the combination.
-        progress: called with (bytes of the targets that are done, bytes of all), weights counted in float32.
-        parameters: the method's; given like weights.
+        before: called before any work with the outline of the result: its targets, methods, shapes and dtypes, without
+            readable tensors. An error that it raises, such as `Unrepresentable` of a format, ends the combination.
+        progress: called with (bytes of finished targets, total bytes), counting weights as float32.
+        parameters: parameters of the method; each may be given in the same forms as a weight.
 
     Returns:
-        LoRA where the method works on factors, else a dense difference, computed when it is read. Where a result is
-        zero although the changes are not, or too small for its type, the lineage's last step says so in `warnings`.
+        an adapter of LoRA if the method works on factors, else of dense differences that are computed when they are
+        read. A result that is zero although the changes are not, or too small for its dtype, is named in `warnings` of
+        the lineage's last step.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         Unsupported: an unknown method or peer.
         UsageError: weights, parameters or data that do not fit; no common targets; a rank above the possible.
-        NotMergeable: a law is not one of weights.
-        ShapeMismatch: adapters are of different weights.
+        NotMergeable: a method does not change weights.
+        ShapeMismatch: the adapters were made for different weights.
         Malformed: a NaN or an infinity.
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
         raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
     name, values = resolved(method, compat, len(adapters))
     values |= parameters
-    peers_rank = values.pop("rank", None)
+    peers_rank = cast("int | str | None", values.pop("rank", None))
     cut = peers_rank if rank is None else rank
+    # For combiners that make factors of a rank, such as `ctm`, `rank` is a parameter and no cut of the result.
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank in (None, FIT) else {"rank": rank}), FIT if rank == FIT else None
     _check_given(name, adapters, base, data, seed)
+    # One value of each setting is enough to find wrong parameters before any adapter is read.
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
     # A sum keeps updates as they are; one that is cut to a rank is computed from the changes like any other result.
@@ -129,8 +134,8 @@ def combine(
     )
 
 
-def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: Any, seed: Any) -> None:
-    """Refuses what the method cannot do with; see `combine`."""
+def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:
+    """Refuse arguments that the method cannot use; see `combine`."""
     cls = COMBINERS[name]
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
@@ -148,8 +153,8 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Choose another")
 
 
-def _check_rank(rank: Any, found: Sequence[Place]) -> None:
-    """Refuses a rank that no weight can have."""
+def _check_rank(rank: object, found: Sequence[Place]) -> None:
+    """Refuse a rank that no weight can have."""
     if rank is None or rank == FIT:
         return
     most = max(min(place.shape[0], math.prod(place.shape[1:])) for place in found)

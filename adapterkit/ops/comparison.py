@@ -1,7 +1,7 @@
-"""Comparison: are two adapters the same function of a base, and if not, how do their changes lie to one another.
+"""Compare two adapters: whether they are the same function of a base, and how their changes relate.
 
-Norms, angles and subspaces come from QR of the factors and small cores; only the signs of single elements are looked at
-one by one, a few rows of the product at a time.
+Norms, angles and subspaces come from small cores by QR of the factors. Only the signs of single elements need the
+products, which are formed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -26,32 +26,34 @@ from .prefetch import one_blas_thread
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.computed import Array
+    from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
     from .alignment import Source
     from .lowering import Base
 
 PIECE = 1 << 15
-"""Elements of two changes that are looked at one by one at a time: few enough to stay in a core's cache."""
+"""Elements per step when single elements are compared: few enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """How the changes of two adapters at one target compare. What cannot be told is None.
+    """How the changes of two adapters at one target compare. Unknown figures are None.
 
     Attributes:
-        target: where.
-        bits: method, values and the bytes of all tensors are the same.
-        equal: the two change the weight and the bias alike, within the tolerance; None where only a base could tell.
+        target: the target.
+        bits: whether methods, attributes and the bytes of all tensors are the same.
+        equal: whether both make the same change within the tolerance; None if only a base could tell.
         relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
         norm_a: Frobenius norm of the first change, of weight and bias.
-        norm_b: of the second.
-        effective_rank_a: exponential of the entropy of the singular values: Roy and Vetterli 2007; of the weight alone,
-            as is what follows; of stacked experts the mean.
-        effective_rank_b: of the second.
-        cosine: of the angle between the two as vectors.
-        overlap_out: how much of the span of outputs of the one with fewer dimensions lies in the other's, 0 to 1.
-        overlap_in: the same for inputs.
-        sign_conflict: share of the elements that both change which they move in opposite directions.
-        interference: share of the sum of absolute changes that is lost when both are added.
+        norm_b: Frobenius norm of the second change.
+        effective_rank_a: exponential of the entropy of the singular values of the first weight's change (Roy and
+            Vetterli 2007); the mean over stacked experts.
+        effective_rank_b: the same of the second.
+        cosine: cosine of the angle between the two changes of weight and bias, seen as vectors.
+        overlap_out: the part of the smaller output space that lies in the larger one, 0 to 1; the mean over experts.
+        overlap_in: the same for input spaces.
+        sign_conflict: the share of the weight's elements that both change in which the signs differ.
+        interference: the share of the weight's summed absolute changes that cancels when both are added.
     """
 
     target: str
@@ -68,7 +70,7 @@ class Likeness:
     sign_conflict: float | None = None
     interference: float | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -77,11 +79,10 @@ class Comparison:
     """Two adapters compared.
 
     Attributes:
-        targets: one entry a target of either.
-        relative_error: of all targets together: the difference's norm relative to the larger adapter's; None where a
-            target's is.
-        cosine: of all targets together.
-        tolerance: the relative error up to which changes count as the same.
+        targets: one entry per target of either adapter.
+        relative_error: the difference's norm over all targets, relative to the larger adapter's; None if a target's is.
+        cosine: the cosine of the angle between the changes of all targets together.
+        tolerance: the largest relative error at which changes count as the same.
     """
 
     targets: tuple[Likeness, ...]
@@ -104,7 +105,7 @@ class Comparison:
         said = [each.equal for each in self.targets]
         return False if False in said else None if None in said else True
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {
             "equal": self.equal, "relative_error": self.relative_error, "cosine": self.cosine,
             "tolerance": self.tolerance, "targets": [each.record() for each in self.targets],
@@ -115,21 +116,21 @@ def compare(
     one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True,
     rename: str | Sequence[str] = (), strict_base: bool = False,
 ) -> Comparison:  # fmt: skip
-    """Compares two adapters, of whatever formats and methods, target by target.
+    """Compare two adapters of any formats and methods, target by target.
 
     Args:
         one: an adapter or its path.
-        other: the other.
-        base: settles names and layouts, and is what laws that need weights are compared at.
-        tolerance: relative error up to which changes count as the same.
-        signs: look at single elements too, which takes the time of forming both changes.
+        other: the other adapter or its path.
+        base: resolves names and layouts, and gives the weights to methods that need them.
+        tolerance: the largest relative error at which changes count as the same.
+        signs: compare single elements, too, for which both changes must be formed.
         rename: rules for names of both, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
         strict_base: refuse a base that is not the one that an adapter names.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         UsageError: no target in common, or a shape that only the base knows.
-        ShapeMismatch: the two are of different weights.
+        ShapeMismatch: the adapters were made for different weights.
         Malformed: a factor holds a NaN or an infinity.
     """
     stage("comparing the updates")
@@ -158,11 +159,11 @@ def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
     return all(_same_leaf(as_lazy(left), as_lazy(right)) for left, right in pairs)
 
 
-def _outline(updates: Sequence[Update]) -> list[Any]:
+def _outline(updates: Sequence[Update]) -> list[object]:
     return [(type(update), update.attributes, [*update.tensors]) for update in updates]
 
 
-def _same_leaf(one: Any, other: Any) -> bool:
+def _same_leaf(one: Lazy, other: Lazy) -> bool:
     if one is other or (one.span is not None and one.span == other.span):
         return True
     return (one.shape, one.dtype) == (other.shape, other.dtype) and bytes(one.fetch()) == bytes(other.fetch())
@@ -173,7 +174,7 @@ def _likeness(place: Place, tolerance: float, signs: bool, sums: list[float]) ->
     try:
         additive_place = lowered(place)
     except AdapterkitError as error:
-        # Laws without a difference of weights, or with one at a base only: the same fields are the same law.
+        # The update has no difference of weights, or one at a base only. Equal fields still mean the same function.
         additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
@@ -204,7 +205,7 @@ def _only(adapter: Adapter) -> tuple[Update, ...]:
 
 
 def _same_numbers(place: Place) -> bool:
-    """Whether updates are of the same methods and values, and their tensors hold the same numbers in whatever types."""
+    """Whether updates have the same methods and attributes, and tensors with the same numbers in any dtypes."""
     one, other = place.updates
     if _outline(one) != _outline(other):
         return False
@@ -219,6 +220,7 @@ def _measured(place: Place, bits: bool, tolerance: float, signs: bool, sums: lis
     narrow = wide([leaf for update in place.all_updates for leaf in update.tensors.values()]).name == "F32"
     weights = [_weight(pair, signs, narrow) for pair in side_by_side(changes)]
     totals = [math.fsum(each[i] for each in weights) + extra for i, extra in enumerate(_of_biases(biases))]
+    # The difference of two equal products can be rounding noise; equal bytes have none.
     if bits:
         totals[3] = 0.0
     for i, value in enumerate(totals):
@@ -264,13 +266,13 @@ def _of_biases(biases: Sequence[Array | None]) -> list[float]:
 
 
 def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, float]:
-    """Elements that both change; those against one another; the sum of absolute changes, apart and together.
+    """Return counts of elements that both change and of opposite signs, and sums of absolute changes, apart and added.
 
     Args:
-        one: a change.
-        other: the other.
-        narrow: whether the factors are of 32 bits or less. Their products are formed in float32 then, which takes half
-            the time; a sign is wrong only where a sum is its own rounding, and the shares agree to 1e-6.
+        one: the first change.
+        other: the second change.
+        narrow: whether the factors have 32 bits or less. Products are then formed in float32, in half the time; only
+            elements that are pure rounding can get a wrong sign, and the shares agree to 1e-6.
     """
     import numpy as np
 
@@ -287,7 +289,7 @@ def _elements(one: Delta, other: Delta, narrow: bool) -> tuple[int, int, float, 
 
 
 def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
-    """Two changes in float32, times a power of two common to both; None where one is too small beside the other."""
+    """Return two changes in float32, times a common power of two; None if one is too small beside the other."""
     import numpy as np
 
     sizes = [_largest(delta) for delta in (one, other)]
@@ -296,7 +298,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     shift = -math.frexp(max(sizes))[1]
     made = []
     for delta in (one, other):
-        # Half of it on each side, and the factors brought to one size: neither is to underflow.
+        # The scale is moved between the factors so that A is near 1: neither factor underflows in float32.
         sides = math.frexp(float(np.abs(delta.A).max()) or 1.0)[1] if delta.rank else 0
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         made.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))

@@ -1,11 +1,11 @@
-"""How much of a change is kept: by rank, by share of its energy, by error, or by its singular values, as kohya does."""
+"""Criteria for how much of a change to keep: a rank, a share of energy, an error, or kohya's three rules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 
@@ -18,18 +18,18 @@ NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One of these, or none: then everything is kept. With one of kohya's three, `rank` is the most that is kept.
+    """One criterion; without any, everything is kept. With one of kohya's three, `rank` is an upper limit.
 
     Attributes:
-        rank: singular values to keep.
-        energy: share of the squared Frobenius norm to keep, up to 1.
-        error: relative Frobenius norm of what may be left out.
-        frobenius: Frobenius norm of what may be left out.
+        rank: the number of singular values to keep.
+        energy: the share of the squared Frobenius norm to keep, up to 1.
+        error: the largest Frobenius norm to drop, relative to the change.
+        frobenius: the largest Frobenius norm to drop.
         sv_ratio: kohya's: singular values above the largest over this number are kept.
         sv_cumulative: kohya's: share of the sum of singular values to keep at least.
         sv_fro: kohya's: share of the Frobenius norm to keep at least; `energy` is its square.
-        scope: `target`: each weight for itself. `all`: largest singular values first, wherever they are; `rank` is
-            then that of the average weight, and the other three are of the adapter as one.
+        scope: `target`: each weight separately. `all`: the largest singular values of all weights; `rank` is then the
+            mean rank, and energy, error and frobenius apply to the adapter as a whole.
     """
 
     rank: int | None = None
@@ -42,10 +42,10 @@ class Criterion:
     scope: str = "target"
 
     def check(self, *, needed: bool = True) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
-            UsageError: not exactly one of them is given, or it is out of its range.
+            UsageError: not exactly one criterion is given, or it is out of range.
         """
         given = self.record()
         chosen = [name for name in given if name != "rank" or not self._by_values]
@@ -71,8 +71,8 @@ class Criterion:
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} {value} is not a number from 0", where=name, cure="Choose another")
 
-    def record(self) -> dict[str, Any]:
-        """The one that was chosen, for a lineage."""
+    def record(self) -> dict[str, float]:
+        """Return the chosen values, for a lineage."""
         named = {
             "rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius,
             "sv_ratio": self.sv_ratio, "sv_cumulative": self.sv_cumulative, "sv_fro": self.sv_fro,
@@ -84,13 +84,13 @@ class Criterion:
         return any(value is not None for value in (self.sv_ratio, self.sv_cumulative, self.sv_fro))
 
     def keeps_all(self, small: int) -> bool:
-        """Whether nothing of a matrix whose smaller side is `small` may be lost."""
+        """Whether a matrix with the smaller side `small` must be kept exactly."""
         if self._by_values:
             return (self.rank or small) >= small and 1 in (self.sv_cumulative, self.sv_fro)
         return (self.rank or 0) >= small or self.energy == 1 or 0 in (self.error, self.frobenius)
 
     def check_possible(self, most: int) -> None:
-        """Refuses a rank that no weight can have.
+        """Refuse a rank that no weight can have.
 
         Raises:
             UsageError: the rank is above `most`, the largest that is possible.
@@ -100,10 +100,10 @@ class Criterion:
             raise UsageError(why, where="rank", cure=f"Choose a rank up to {most}")
 
     def counts(self, spectra: Sequence[Array], norms: Sequence[float]) -> list[int]:
-        """How many singular values of each weight are kept, at least one each, or in scope `all` one overall.
+        """Return how many singular values of each weight to keep: at least one each, or one in all in scope `all`.
 
         Args:
-            spectra: singular values of each weight, largest first; all of them, or the first so many.
+            spectra: singular values of each weight, largest first; all of them, or the first ones.
             norms: Frobenius norms of the weights' changes.
         """
         if self.scope == "target":
@@ -112,16 +112,17 @@ class Criterion:
 
         pooled = np.concatenate(list(spectra))
         owner = np.repeat(np.arange(len(spectra)), [len(S) for S in spectra])
+        # Stable, so that of equal singular values the same ones are kept on every platform.
         order = np.argsort(-pooled, kind="stable")
         kept = owner[order[: self._count(pooled[order], math.hypot(*norms), len(spectra))]]
         return [int(count) for count in np.bincount(kept, minlength=len(spectra))]
 
     def reached(self, S: Array, norm: float) -> bool:
-        """Whether the first singular values, which may not be all, are enough."""
+        """Whether the known singular values, which may be only the first ones, are enough for the criterion."""
         return len(S) >= self._count(S, norm, 1, beyond=1)
 
     def _count(self, S: Array, norm: float, weights: int, beyond: int = 0) -> int:
-        """The smallest number of singular values that is enough; all of them, and `beyond`, where even they are not."""
+        """Return the smallest sufficient number of singular values; if all do not suffice, their number + `beyond`."""
         if self._by_values:
             count = self._of_values(S, norm, beyond)
             return count if self.rank is None else min(count, self.rank)
@@ -134,7 +135,7 @@ class Criterion:
         return enough[0] if enough else len(S) + beyond
 
     def _of_values(self, S: Array, norm: float, beyond: int) -> int:
-        """How many kohya keeps, one at least; all, and `beyond`, where values that are not known might decide.
+        """Return how many kohya keeps, at least one; all plus `beyond` if unknown singular values could decide.
 
         From resize_lora.py of https://github.com/kohya-ss/sd-scripts.
         """
@@ -154,19 +155,19 @@ class Criterion:
         return min(int(np.searchsorted(shares, least)) + 1, len(S) + beyond)
 
     def _limit(self, norm: float) -> float | None:
-        """The Frobenius norm that may be left out."""
+        """Return the largest Frobenius norm to drop."""
         if self.energy is not None:
             return math.sqrt(1 - self.energy) * norm
         return self.frobenius if self.error is None else self.error * norm
 
 
 def _left_out(S: Array, norm: float) -> list[float]:
-    """The Frobenius norms of what is left out when 0, 1, ... singular values are kept."""
+    """Return the Frobenius norms that are dropped if 0, 1, ... singular values are kept."""
     import numpy as np
 
     squares = np.concatenate([S, [0.0]]) ** 2
     tails = np.cumsum(squares[::-1])[::-1]
     unseen = max(norm**2 - float(tails[0]), 0.0)
-    # What rounding alone leaves of the difference is nothing.
+    # A difference of squares below this is rounding noise: nothing lies outside the known singular values.
     unseen = 0.0 if unseen <= 1e-14 * norm**2 else unseen
     return [math.sqrt(float(tail) + unseen) for tail in tails]

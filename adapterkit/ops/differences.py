@@ -1,4 +1,4 @@
-"""Differences of two models' tensors, in types wide enough that nothing of a small change is lost."""
+"""Subtract tensors of two models in dtypes wide enough that small changes are not rounded away."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 PIECE = 64 << 20
-"""Bytes of a table that are compared at a time."""
+"""Bytes of a table that are compared in one step."""
 
 CACHED = 1 << 15
-"""Numbers that are looked at together while they are in a core's cache."""
+"""Numbers per step of a sum, few enough to stay in a core's cache."""
 
 
 def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
-    """tuned - base, in float32: of 16-bit weights that is almost always exact.
+    """Return tuned - base in float32, which is almost always exact for 16-bit weights.
 
     Args:
-        name: of the two, for messages.
-        tuned: the weight as it is now.
-        base: as it was, of the same shape.
-        exact: give float64 where float32 rounds any of it.
+        name: the name of the weight, for messages.
+        tuned: the weight of the tuned model.
+        base: the weight of the base, with the same shape.
+        exact: return float64 if float32 would round any element.
 
     Raises:
         Malformed: a NaN or an infinity in one of them.
@@ -33,12 +33,13 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     import numpy as np
 
     one, other = floats_of(tuned), floats_of(base)
-    # Where nothing else is asked of the tuned weight, the difference takes its place.
+    # The check for rounding below needs the tuned weight again; without it, the difference overwrites it.
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):
             check_finite(tensor, name)
-    # The larger of the two less the rounded difference is exact (Dekker 1971), so it tells whether anything was lost.
+    # By Dekker 1971, subtracting the rounded difference from the larger operand is exact, so equality proves that
+    # nothing was rounded. Which operand is larger differs by element, so both are tried.
     if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
         return D
     wide: Array = one.astype(np.float64) - other
@@ -46,14 +47,14 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
 
 
 def left(D: Array, B: Array, A: Array) -> float:
-    """The Frobenius norm of D - B @ A, some rows at a time."""
+    """Return the Frobenius norm of D - B @ A, computed in blocks of rows."""
     step = max(1, 8 * CACHED // max(D.shape[1], 1))
     B, A = B.astype(D.dtype), A.astype(D.dtype)
     return math.hypot(*(frobenius(D[i : i + step] - B[i : i + step] @ A) for i in range(0, len(D), step)))
 
 
 def frobenius(D: Array) -> float:
-    """The Frobenius norm, summed in float64; infinite where a square is too large for it."""
+    """Return the Frobenius norm, summed in float64; infinity if a square overflows."""
     import numpy as np
 
     flat = D.reshape(-1)
@@ -63,16 +64,16 @@ def frobenius(D: Array) -> float:
 
 
 def too_large() -> Malformed:
-    """The error for a change whose norm cannot be computed."""
+    """Return the error for a change whose norm overflows."""
     why = "a change whose numbers are too large for float64"
     return Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
 
 
 def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
-    """How many rows the base has; the tuned table may have more.
+    """Return the number of rows of the base's table; the tuned table may have more.
 
     Raises:
-        ShapeMismatch: they differ in more than that.
+        ShapeMismatch: the shapes differ in another way.
     """
     grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
     if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
@@ -106,7 +107,7 @@ def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
 
 
 def _piece(tensor: Lazy, start: int, stop: int) -> Array:
-    """Some rows of a table, in float64, without reading the others where they lie in one run."""
+    """Return some rows of a table in float64; other rows are not read if the table is one run of bytes."""
     import numpy as np
 
     rows, width = tensor.shape
@@ -122,11 +123,12 @@ def _piece(tensor: Lazy, start: int, stop: int) -> Array:
 
 
 def floats_of(tensor: Lazy) -> Array:
-    """The numbers of a tensor in float32, or float64 if they are of it."""
+    """Return the numbers of a tensor in float32, or in float64 if that is its dtype."""
     import numpy as np
 
     values = tensor.numpy()
     if tensor.dtype.name == "BF16":
+        # bf16 is the upper half of a float32, so its bits are shifted into place.
         wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
         return wide
     return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)

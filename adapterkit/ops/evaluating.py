@@ -1,4 +1,4 @@
-"""The formula of a way to combine, at one target after another; dense results are computed when they are read."""
+"""Evaluate the formula of a combiner at all targets; dense results are computed when they are read."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
     from .sketching import Decomposition
 
 FIT = "fit"
-"""The rank of results that have no low-rank factors is that of the largest input; all others stay exact."""
+"""Cut results without low-rank factors to the largest rank of the inputs, and keep all others exact."""
 
 
 SAMPLED = 16
-"""Targets that tell about where a threshold of all of them is; what they tell decides on the time alone."""
+"""Targets to sample for a first guess of a threshold over all of them; a bad guess only costs time."""
 
 
 class Evaluation:
-    """The formula at one target after another, several of them at a time.
+    """Evaluates the formula at all targets, several at a time.
 
     Attributes:
-        cuts: what became of each target whose result was cut to a rank.
-        notes: a line for each target whose result is zero although the changes are not, or too small for its type.
+        cuts: a `Cut` for each target whose result was cut to a rank.
+        notes: a line for each target whose result is zero although the changes are not, or too small for its dtype.
     """
 
     def __init__(
         self, asked: Asked, found: Sequence[Place], dtype: DType, rank: int | str | None, seed: int,
-        data: Callable[..., Any] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
-        progress: Callable[[int, int], Any] | None = None, workers: int | None = None,
+        data: Callable[..., object] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
+        progress: Callable[[int, int], object] | None = None, workers: int | None = None,
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
         self.base, self.factor, self.fallback, self.progress = base, factor, fallback, progress
@@ -70,10 +70,10 @@ class Evaluation:
         self.cuts: list[Cut] = []
         self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
-        self.asks: Callable[..., Any] | None = None
+        self.asks: Callable[..., object] | None = None
 
     def updates(self, read: Sequence[Adapter]) -> dict[Target, tuple[Update, ...]]:
-        """The combined updates of every target."""
+        """Return the combined updates of every target."""
         method = self.asked.method(self.found[0].target)
         if isinstance(method, Learned):
             self.learned = method.learn(self._trial(read))
@@ -87,9 +87,9 @@ class Evaluation:
         return made
 
     def outline(self, read: Sequence[Adapter]) -> Adapter:
-        """The result before it is computed: its targets, methods, shapes and types, with tensors that cannot be read.
+        """Outline the result before it is computed: targets, methods, shapes and dtypes, without readable tensors.
 
-        Ranks are the largest that there can be.
+        Ranks are upper bounds.
         """
         made = {place.target: self._outline_at(place) for place in self.found}
         return outlined(made, read[0])
@@ -113,7 +113,7 @@ class Evaluation:
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: Place, method: Combiner) -> list[float] | None:
-        """The weights of a plain sum, where that is all there is to do."""
+        """Return the weights of a plain sum if the result is one that needs no computing, else None."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
 
@@ -139,14 +139,14 @@ class Evaluation:
                 self.progress(done, total)
 
     def _cost(self, place: Place) -> int:
-        """About how many bytes the work on a target holds: the result, if it has to be held, and blocks or factors."""
+        """Estimate the bytes that computing a target takes: blocks or factors, and the result if it is held."""
         out, columns = place.shape[0], math.prod(place.shape[1:])
         if self.rank is not None and self.asked.method(place.target).dense:
             return out * columns * self.dtype.itemsize + (32 << 20)
         return 24 * (out + columns) * sum(self._ranks(place))
 
     def _ranks(self, place: Place) -> list[int]:
-        """The rank of each adapter at a target, as far as it has low-rank factors there."""
+        """Return the rank of each adapter's LoRA updates at a target."""
         found = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
@@ -159,11 +159,13 @@ class Evaluation:
             why = "what is counted over the whole adapter cannot differ from target to target"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
+        # A sample of a few targets saves a pass over all only if there are many more.
         self.census.partial = len(self.found) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
     def _pass(self, census: Census, few: bool = False) -> None:
-        """Runs the formula at all targets, or at a few of them, for a census alone."""
+        """Run the formula at all targets, or at a few of them, to feed a census."""
+        # Every n-th target: magnitudes change along the depth of a model, so its first layers are no sample.
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: Place) -> None:
@@ -200,10 +202,10 @@ class Evaluation:
         return (update,), cut
 
     def _look(self, place: Place, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
-        """Notes a result that is zero, or that its type holds as zero, where the changes are not."""
+        """Note a result that is zero, or becomes zero in its dtype, although the changes are not."""
         import numpy as np
 
-        # A bound on the entries: it tells what is surely too small, without forming a product.
+        # A bound on the entries shows without a product that all of them are too small.
         given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
         if not given:
             return
@@ -223,7 +225,7 @@ class Evaluation:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
 
     def _lazily(self, place: Place, changes: Sequence[Change | None]) -> Update:
-        """A dense difference that is computed when it is read: all of them together would be a whole model."""
+        """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
         from ..io.computed import computed, held
 
         first = next(change for change in changes if change is not None)
@@ -234,6 +236,7 @@ class Evaluation:
         def make() -> Array:
             import numpy as np
 
+            # Narrower dtypes are computed in float32 and rounded once, when the result is stored.
             kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
             D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
             with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
@@ -247,7 +250,7 @@ class Evaluation:
     def _standings(
         self, place: Place, changes: Sequence[Change | None], census: Census | None = None
     ) -> Iterator[tuple[Combiner, FormulaContext, list[Delta]]]:
-        """The method, where it stands, and the changes, for each weight: one, or each expert's."""
+        """Yield the combiner, its context and the changes for the weight, or for each expert's weight."""
         method = self.asked.method(place.target)
         for number, row in enumerate(side_by_side(changes)):
             present = tuple(t for t, delta in enumerate(row) if delta is not None)
@@ -255,7 +258,7 @@ class Evaluation:
             yield method, at, [delta for delta in row if delta is not None]
 
     def _matrix(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Delta:
-        """The combined change of a weight."""
+        """Return the combined change of a weight."""
         import numpy as np
 
         from .combiners._changes import whole
@@ -269,7 +272,7 @@ class Evaluation:
         return method.matrix(deltas, weights, at)
 
     def _into(self, D: Array, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> None:
-        """The combined change of a weight, written to D `[out, in * k]`."""
+        """Write the combined change of a weight to D `[out, in * k]`."""
         if not isinstance(method, Entrywise) or len(place.shape) == 1:
             D[...] = self._matrix(method, place, at, deltas).dense()
             return
@@ -285,7 +288,7 @@ class Evaluation:
     def _cut(
         self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
-        """The result at the rank that was asked for, its norm, and the norm of what that lost."""
+        """Return the result at the requested rank, its norm before, and the norm of the loss."""
         from .lowrank import svd
 
         uncut = self.rank is None or min(deltas[0].shape) == 1
@@ -308,7 +311,7 @@ class Evaluation:
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
     def _held(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Array | None:
-        """The result of one weight in memory; None where that is too large for it."""
+        """Return the result of one weight as an array; None if it exceeds `MEMORY`."""
         import numpy as np
 
         (out, columns), size = deltas[0].shape, self.dtype.itemsize
@@ -321,14 +324,14 @@ class Evaluation:
         return D
 
     def _rank_of(self, deltas: Sequence[Delta]) -> int:
-        """The rank to cut to at one weight."""
+        """Return the rank to cut to at one weight."""
         if isinstance(self.rank, int):
             return min(self.rank, *deltas[0].shape)
         largest = max((each.rank for each in deltas if each.rest is None), default=0)
         return min(largest or self.fallback or min(deltas[0].shape), *deltas[0].shape)
 
     def _bias(self, place: Place, changes: Sequence[Change | None], census: Census | None = None) -> Array | None:
-        """The combined change of the bias, `[out]` or `[e, out]`."""
+        """Return the combined change of the bias, `[out]` or `[e, out]`; None if no adapter changes it."""
         import numpy as np
 
         method = self.asked.method(place.target)
@@ -347,7 +350,7 @@ class Evaluation:
         return np.stack(made) if place.target.stacked else made[0]
 
     def _stored(self, place: Place, found: Sequence[Delta] | None, bias: Array | None) -> Update:
-        """An update of what was computed: a LoRA where that is smaller, else a dense difference."""
+        """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype)
         rank, (out, columns) = max(delta.rank for delta in found), found[0].shape
@@ -384,10 +387,11 @@ class Evaluation:
         return [w * float(c) for w, c in zip(self.asked.weights_at(target), self.learned[target], strict=True)]
 
     def _trial(self, read: Sequence[Adapter]) -> Trial:
-        """What a learning method may try: sums with coefficients, by the method's own formula."""
+        """Return the functions by which a learning combiner evaluates coefficients with its own formula."""
         import numpy as np
 
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
+            # `_weights` multiplies the weights by these, so that a trial runs the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
@@ -410,7 +414,7 @@ class Evaluation:
 
 @contextmanager
 def _errors_at(place: Place) -> Iterator[None]:
-    """Errors within the block name the target, and those of LAPACK are typed."""
+    """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
     import numpy as np
 
     try:
@@ -424,14 +428,14 @@ def _errors_at(place: Place) -> Iterator[None]:
 
 
 def _size(X: Array) -> float:
-    """The largest magnitude."""
+    """Return the largest magnitude."""
     import numpy as np
 
     return float(np.abs(X).max()) if X.size else 0.0
 
 
 def _bound(delta: Delta) -> float:
-    """A bound on the magnitudes of a change."""
+    """Return a bound on the magnitudes of a change."""
     rest = 0.0 if delta.rest is None else _size(delta.rest)
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
 
@@ -441,7 +445,7 @@ def _small(place: Place, bound: float, dtype: str) -> str:
 
 
 def _bytes(place: Place) -> int:
-    """The size of a target's weight in float32, as a measure of the work there is."""
+    """Return the size of a target's weight in float32, as a measure of work."""
     return 4 * math.prod(place.shape)
 
 
@@ -450,12 +454,12 @@ def _approximation(found: Decomposition, norm: float, lost: float) -> tuple[Delt
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:
-    """B and A, at the rank of the weight where there are more."""
+    """Return B and A, cut to the rank of the weight if they have a larger one."""
     from .lowrank import svd
 
     return (delta.B, delta.A) if delta.rank <= min(delta.shape) else balanced(*svd(delta))
 
 
 def _scaling(updates: Sequence[Update]) -> float | None:
-    """The factor beside the one pair of factors that an adapter has at a target, if it has one."""
+    """Return the scaling of an adapter's single update at a target; None if it has several or no scaling."""
     return getattr(updates[0], "scaling", None) if len(updates) == 1 else None

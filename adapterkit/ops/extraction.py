@@ -1,8 +1,8 @@
-"""Extraction: what fine-tuning changed in a base, as an adapter; tensor by tensor, in memory for one a processor.
+"""Extract the changes of fine-tuning as an adapter, tensor by tensor; one tensor per processor is in memory.
 
-Matrices become LoRA of a given rank or error, from differences taken in float32 or wider, whatever the checkpoints
-hold: subtracting in 16 bits loses most of a small change. What is no matrix (norms, biases) is kept as it is, and of
-token embeddings the rows that changed, new tokens among them.
+Matrices become LoRA of a given rank or error. Differences are taken in float32 or wider, because subtracting in 16 bits
+loses most of a small change. Other tensors (norms, biases) are kept whole, and token embeddings keep their changed and
+new rows.
 """
 
 from __future__ import annotations
@@ -71,32 +71,31 @@ def extract(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """The adapter that makes a base what a tuned model is.
+    """Return the adapter that turns a base into a tuned model.
 
-    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit
-    where they are of 32 bits or less. An energy of 1 and an error of 0 do so everywhere.
+    A matrix whose smaller side is at most the rank is kept at full rank: merging then restores the tuned weights, bit
+    by bit if they have 32 bits or less. An energy of 1 or an error of 0 keeps all matrices so.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
         base: the weights that they were tuned from.
-        rank: of the factors of each changed matrix.
-        energy: the share of each change's squared Frobenius norm to keep at least.
-        error: the relative Frobenius error to allow at most.
-        targets: globs of dotted paths to look at, all of them where none is given; the rest is taken as unchanged.
-        embeddings: `rows`: changed and new rows as they are, or the whole table if most of them changed. `low-rank`: as
-            any matrix, where no token is new.
-        method: of changed matrices: `lora`; `dora`, the norm of each row and a LoRA of its
-            direction; `loha`, two products of the rank, multiplied entry by entry, that come
-            nearer than a LoRA of it; `lokr`, the nearest Kronecker product, of which `rank` is w2's; or `shira`, the
-            largest entries, as many as a LoRA of the rank has numbers. All but the first are of linear layers only.
-        dtype: the type of the factors; float32 where not given, and what is exact for factors of full rank.
-        workers: tensors that are worked on at a time; not given, one a processor, 16 at most. Each takes about four
-            times its size in float32.
-        report: called with a `Cut` for each target that changed.
-        progress: called with (bytes of the tuned weights done, bytes in all).
-        rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Other names of the same
-            weights, such as those of another version of transformers, are found without rules where they can be proven.
-
+        rank: the rank of the factors of each changed matrix.
+        energy: the least share of each change's squared Frobenius norm to keep.
+        error: the largest relative Frobenius error.
+        targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
+        embeddings: `rows`: keep changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
+            table like any matrix if no token is new.
+        method: the method for changed matrices: `lora`; `dora`, the norm of each row and a LoRA of its direction;
+            `loha`, a Hadamard product of two products of the rank, which comes closer than a LoRA; `lokr`, the nearest
+            Kronecker product, with `rank` for w2; or `shira`, the largest entries, as many as a LoRA of the rank has
+            numbers. All but `lora` are for linear layers only.
+        dtype: the dtype of the factors; float32 if not given, or the exact dtype for factors of full rank.
+        workers: tensors to extract at a time; one per processor if not given, at most 16. Each takes about four times
+            its size in float32.
+        report: called with a `Cut` for each changed target.
+        progress: called with (bytes of finished tuned weights, total bytes).
+        rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Names of another version
+            of transformers and similar ones are resolved without rules if that is unambiguous.
         strict_base: refuse a base that the tuned weights, by the record of their merge, were not made from.
 
     Returns:
@@ -105,7 +104,7 @@ def extract(
     Raises:
         CheckFailed: the base is not the one that the tuned weights were merged from, and `strict_base`.
         UsageError: not exactly one of rank, energy and error is given, or it is out of range; nothing changed.
-        Unsupported: an unknown method, or a kernel or stack of experts for one that has no form for it.
+        Unsupported: the method is unknown, or it cannot express a convolution or stacked experts.
         TargetNotFound: one model has a weight that the other lacks.
         ShapeMismatch: a weight has another shape, beyond rows of new tokens.
         Malformed: a NaN or an infinity in a weight that changed.
@@ -126,7 +125,7 @@ def extract(
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
-    # Threads of the BLAS inside of threads of ours would wait for one another. The limit reaches loaded libraries only.
+    # BLAS threads would compete with the workers. threadpoolctl limits loaded libraries only, so numpy comes first.
     import numpy as np  # noqa: F401
 
     with (
@@ -135,7 +134,7 @@ def extract(
     ):
         for name, found in zip(names, results, strict=True):
             for target, update, cut in found:
-                # Whole parameters first: that is the order in which PEFT has them.
+                # Replacements come first, as PEFT applies them.
                 both = (*updates.get(target, ()), update)
                 updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
                 if report is not None:
@@ -155,7 +154,7 @@ def extract(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Extraction:
-    """Two models, and what is wanted of their difference."""
+    """One extraction: two models, and the options for their difference."""
 
     tuned: Checkpoint
     base: Checkpoint
@@ -166,23 +165,23 @@ class _Extraction:
 
     @property
     def aliases(self) -> Mapping[str, str]:
-        """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
+        """Name of a head that the base ties, and that the tuned model may store -> name of its stored embedding."""
         return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
-        """Which layers the changes are of, where the base ties its head to its embedding; an argument of the lineage.
+        """Return which tied layers the changes apply to, for the lineage; empty if the base ties no head.
 
-        A tuned model that has one tensor for both changed both by it.
+        A tuned model with one tensor for both layers changed both.
         """
         tie = find_tie(self.base.tensors, self.base.config)
         return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}
 
     def names(self, globs: tuple[str, ...]) -> list[str]:
-        """The tuned tensors to look at, file by file.
+        """Return the names of the tuned tensors to extract, file by file.
 
         Raises:
-            TargetNotFound: the two models do not hold the same weights; a glob matches nothing.
-            UsageError: the rank is above what any weight has.
+            TargetNotFound: a model lacks a weight of the other; a glob matches nothing.
+            UsageError: the rank is above that of all weights.
         """
         known = {*self.base.tensors, *self.aliases}
         for name, holder in [(n, "base") for n in self.tuned.tensors if n not in known] + [
@@ -201,7 +200,7 @@ class _Extraction:
         return names
 
     def changes(self, name: str) -> Iterator[tuple[Target, Update, Cut]]:
-        """What fine-tuning did to one tensor: nothing, or one update."""
+        """Yield the update of one tensor, or nothing if it did not change."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
             yield from self._rows(name, tuned, base)
@@ -217,7 +216,7 @@ class _Extraction:
             yield from self._matrix(name, tuned, base)
 
     def _target(self, name: str, rank: int) -> Target:
-        """The target of a tensor, in the layout in which the base stores it."""
+        """Return the target of a tensor, with the layout of the base."""
         path = _path(name)
         in_out = stored_in_out(path, self.base.config) or is_embedding(name)
         # A parameter of three axes that is no module's weight holds one matrix an expert.
@@ -225,7 +224,7 @@ class _Extraction:
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
     def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
-        """A parameter that is kept whole: its values are the tuned model's own bytes."""
+        """Yield a parameter that is kept whole, with the bytes of the tuned model."""
         field = "bias" if name.endswith(".bias") else "weight"
         layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
         target = Target(_path(name), layout)
@@ -235,7 +234,7 @@ class _Extraction:
             yield target, update, Cut(str(target), update.method, None, None, size, 0.0)
 
     def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
-        """The difference in the form that is wanted; a LoRA, or one of each expert's."""
+        """Yield the difference of a matrix as an update of the chosen method."""
         target = self._target(name, len(tuned.shape))
         exact = self.criterion.keeps_all(min(tuned.shape))
         D = view_of(difference(name, tuned, base, exact=exact), target)
@@ -258,7 +257,7 @@ class _Extraction:
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
-        """A DoRA: the tuned rows' norms, and a LoRA towards the tuned rows at the norms that they had."""
+        """Return a DoRA: the norms of the tuned rows, and a LoRA of the change of their directions."""
         import numpy as np
 
         if D.ndim > 2:
@@ -272,13 +271,15 @@ class _Extraction:
         kind = result_type([], self.dtype)
         B, A = (held(factor, kind) for factor in balanced(U, S, Vh))
         update = DoRA(A=A, B=B, magnitude=held(after, kind))  # type: ignore[arg-type]
+        # Cut and rounded factors change the norms of the rows, by which DoRA divides: the error is measured by its own
+        # formula with the stored numbers.
         V = W + load(B) @ load(A)
         sizes = np.sqrt((V * V).sum(1))
         made = V * (load(update.magnitude) / np.where(sizes > 0, sizes, 1.0))[:, None]
         return target, update, Cut(str(target), "dora", min(D.shape), len(S), frobenius(D), frobenius(tuned - made))
 
     def _formed(self, target: Target, D: Array) -> tuple[Target, Update, Cut]:
-        """Another method's update of the difference `[out, in]`."""
+        """Return the difference `[out, in]` as an update of a method in `FORMS`."""
         if D.ndim > 2:
             why = f"{self.method} of a weight of {D.ndim} axes"
             raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
@@ -289,7 +290,7 @@ class _Extraction:
         return target, update, cut
 
     def _pair(self, D: Array, name: str) -> tuple[Array, Array]:
-        """B and A of one difference; of full rank it is itself one of the two, and nothing is lost."""
+        """Return B and A of one difference; at full rank one of them is the difference, so that nothing is lost."""
         import numpy as np
 
         small = min(D.shape)
@@ -300,7 +301,7 @@ class _Extraction:
         return balanced(*dominant(D, self.criterion, seed_of(name)))
 
     def _rows(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
-        """The rows of a table that changed or are new, or the whole table where that is most of them."""
+        """Yield the changed and new rows of a table, or the whole table if most rows changed."""
         old = check_rows(name, tuned, base)
         index, square = changed_rows(name, tuned, base)
         new = range(old, tuned.shape[0])
@@ -320,10 +321,10 @@ class _Extraction:
 
 
 def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -> Checkpoint:
-    """The tuned model with its tensors under the base's names, as far as names alone differ.
+    """Return the tuned model with its tensors under the base's names.
 
     Raises:
-        TargetNotFound: two readings of a name fit, or a rule matches no name.
+        TargetNotFound: a name is ambiguous, or a rule matches no name.
         UsageError: two tensors become one.
     """
     known = {*base.tensors, *aliases(base)}
@@ -353,25 +354,25 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
 
 
 def _path(name: str) -> str:
-    """The target's path of a stored tensor: the module's, or a parameter's own."""
+    """Return the target path of a stored tensor: that of its module, or its own if it is a bare parameter."""
     return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
 
 
 def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
-    """float64 where a difference of full rank is of it, as it has to be; else float32."""
+    """Return float64 if a difference of full rank has that dtype, which must be kept; else float32."""
     exact = any(B.dtype == A.dtype == "float64" and len(A) in (len(B), A.shape[1]) for B, A in pairs)
     return DTYPES["F64" if exact else "F32"]
 
 
 def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
-    """The strings in the headers of a tuned model's files, as an argument of the lineage; empty without any."""
+    """Return the metadata in the headers of a tuned model's files, as an argument of the lineage; empty without any."""
     pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
     found = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
     return {METADATA: found} if found else {}
 
 
 def _reference(base: Checkpoint) -> BaseRef:
-    """What the adapter says of its base."""
+    """Return the reference to the base."""
     config = base.config
     digest = None if config is None else config_hash(config)
     return BaseRef(id=str((config or {}).get("_name_or_path") or base.root.name), config_hash=digest)

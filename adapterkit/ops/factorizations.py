@@ -1,4 +1,4 @@
-"""Forms other than a LoRA for the difference of a matrix: the nearest of each, with its error."""
+"""Approximate the difference of a matrix by other methods than LoRA: LoHa, LoKr and SHiRA."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 SWEEPS = 12
-"""Rounds of least squares over the four factors of a Hadamard product."""
+"""Rounds of alternating least squares over the four factors of a Hadamard product."""
 
 RIDGE = 1e-9
-"""What is added to the squares, as a part of them, so that directions of no weight do no harm."""
+"""Relative regularization of least squares, so that singular systems can be solved."""
 
 
 def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """Two products of the rank, multiplied entry by entry, near to `D [out, in]`, and nearer than a LoRA of the rank.
+    """Approximate `D [out, in]` by a Hadamard product of two low-rank products, better than by a LoRA of that rank.
 
-    From that LoRA times ones, by alternating least squares: with three factors held, the rows of the fourth are found
-    by small systems of equations, and no step makes the error larger. The nearest of all has no closed formula.
+    Alternating least squares starts from the best LoRA times ones. With three factors fixed, the rows of the fourth
+    solve small linear systems, and no step increases the error. The best approximation has no closed formula.
 
     Raises:
-        UsageError: an energy or an error was asked for, which no choice of a rank can promise.
+        UsageError: the criterion is an energy or an error, which no rank guarantees.
     """
     import numpy as np
 
@@ -46,6 +46,8 @@ def loha(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
     D = D.astype(np.float64, copy=False)
     a, b = balanced(*dominant(D, Criterion(rank=rank), seed))
     c, d = np.zeros((len(D), rank)), np.random.default_rng(seed).standard_normal((rank, D.shape[1]))
+    # The second product starts as all ones. Its other directions are random with weight zero, so that least squares can
+    # use them.
     c[:, 0], d[0] = 1.0, 1.0
     for _ in range(SWEEPS):
         c = _least_squares(D, a @ b, d)
@@ -70,13 +72,13 @@ def _least_squares(D: Array, H: Array, R: Array) -> Array:
 
 
 def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
-    """The Kronecker product nearest to `D [out, in]`, of sides as LyCORIS splits them; `rank` is that of w2.
+    """Return the Kronecker product nearest to `D [out, in]`, with LyCORIS's split of the sides; `rank` is that of w2.
 
-    With D's blocks as rows of a matrix it is that matrix's first singular pair: Van Loan and Pitsianis 1993,
-    https://doi.org/10.1007/978-94-015-8196-7_17. Cutting w2 to a rank comes after it.
+    With the blocks of D as rows of a matrix, it is the first singular pair of that matrix: Van Loan and Pitsianis 1993,
+    https://doi.org/10.1007/978-94-015-8196-7_17. w2 is cut to the rank afterwards.
 
     Raises:
-        UsageError: an energy or an error was asked for, which no choice of a rank can promise.
+        UsageError: the criterion is an energy or an error, which no rank guarantees.
     """
     rank = _rank(criterion, "Kronecker product")
     (a, m), (c, n) = (even_split(side) for side in D.shape)
@@ -92,7 +94,7 @@ def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
 
 
 def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
-    """The largest entries of `D [out, in]`: as many as a LoRA of the rank has, or as an energy or an error needs."""
+    """Keep the largest entries of `D [out, in]`: as many as a LoRA of the rank has, or as the criterion needs."""
     import numpy as np
 
     flat = D.reshape(-1)

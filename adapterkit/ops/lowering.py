@@ -1,6 +1,6 @@
-"""Lowering: what an adapter adds to each weight, as a pair of thin factors wherever there is one, else whole.
+"""Lower updates to changes of weights: a pair of low-rank factors if there is one, else a dense array.
 
-All arithmetic on adapters runs on what this gives, in float64 numpy arrays.
+All arithmetic on adapters uses these changes, as float64 numpy arrays.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..core.updates import Additive
+from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, ShapeMismatch
 from ..io.computed import load
 
@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     Base = Checkpoint | str | PathLike[str]
 
 
+U = TypeVar("U", bound=Update)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
     """A change of one weight: D = B @ A + rest, all float64.
 
     Attributes:
-        B: `[out, r]`; r is at most the smaller side, of each update, and 0 where there is no low-rank part.
+        B: `[out, r]`; r is at most the smaller side per update, and 0 without a low-rank part.
         A: `[r, in * k]`.
-        rest: `[out, in * k]`, or None where B @ A is all.
+        rest: `[out, in * k]`, or None if D = B @ A.
     """
 
     B: Array
@@ -45,7 +48,7 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """The inner size of B @ A; nothing is said of the rest."""
+        """The inner size of B @ A, without the rest."""
         return len(self.A)
 
     def dense(self) -> Array:
@@ -59,13 +62,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """What one adapter adds at one target: the sum of its additive updates, times a weight. Nothing is read yet.
+    """The change that one adapter makes at one target: the sum of its additive updates times a weight, not read yet.
 
     Attributes:
-        target: where.
-        shape: of one weight, `[out, in, *k]`.
+        target: the target.
+        shape: the shape of one weight, `[out, in, *k]`.
         updates: the terms of the sum.
-        weight: how much of it is meant.
+        weight: the factor of the sum.
     """
 
     target: Target
@@ -83,39 +86,41 @@ class Change:
 
     @property
     def experts(self) -> int | None:
-        """How many weights are stacked here; None for one alone."""
+        """The number of stacked weights; None if the target is a single weight."""
         return int(self.updates[0].dims(True)["e"]) if self.target.stacked else None  # type: ignore[arg-type]
 
     def deltas(self) -> Iterator[Delta]:
-        """The change of the weight, or of each expert's, in order, one at a time.
+        """Yield the change of the weight, or of each stacked expert in order.
 
         Raises:
             Malformed: a NaN or an infinity.
         """
+        # Tensors of a stack are read once for all of its experts.
         changing = [loaded(update, self.target) for update in self.updates if update.changes_weight]
         for expert in (None,) if self.experts is None else range(self.experts):
             yield _sum([_delta(part(update, expert), self.shape, self.weight) for update in changing])
 
     def bias(self) -> Array | None:
-        """The change of the bias, `[out]` or `[e, out]`; None where it stays as it is."""
+        """Return the change of the bias, `[out]` or `[e, out]`; None if it does not change."""
         changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
         terms: list[Any] = [self.weight * self._bias_of(update) for update in changing]
         return sum(terms) if terms else None
 
-    def _bias_of(self, update: Additive) -> Any:
-        """The change of the bias, of each expert apart where experts are stacked: formulas are for one weight."""
+    def _bias_of(self, update: Additive) -> Array:
+        """Return one update's change of the bias; for stacked experts one by one, as formulas are for one weight."""
         import numpy as np
 
         if self.experts is None:
-            return update.bias_delta()
+            change: Any = update.bias_delta()
+            return np.asarray(change)
         return np.stack([np.asarray(part(update, expert).bias_delta()) for expert in range(self.experts)])
 
 
-def loaded(update: Any, target: Target) -> Any:
-    """An update over numpy arrays, float64.
+def loaded(update: U, target: Target) -> U:
+    """Return an update with its tensors as float64 numpy arrays.
 
     Raises:
-        Malformed: a NaN or an infinity; names target, method and field.
+        Malformed: a tensor holds a NaN or an infinity; names target, method and field.
     """
     tensors = {}
     for name, leaf in update.tensors.items():
@@ -126,8 +131,8 @@ def loaded(update: Any, target: Target) -> Any:
     return update.replace(**tensors)
 
 
-def part(update: Any, expert: int | None) -> Any:
-    """One expert's update, where experts are stacked."""
+def part(update: U, expert: int | None) -> U:
+    """Return one expert's update; the update itself if `expert` is None."""
     return update if expert is None else update.expert(expert)
 
 
@@ -148,6 +153,7 @@ def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
+        # Factors wider than the matrix would cost more than it does; it becomes one factor, an identity the other.
         if len(A) > min(out, columns):
             D, identity = B @ A, np.eye(min(out, columns))
             B, A = (D, identity) if columns < out else (identity, D)

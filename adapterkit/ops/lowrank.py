@@ -1,7 +1,7 @@
-"""Algebra of products of thin factors: everything by QR of the factors and decompositions of small cores.
+"""Algebra of low-rank products, by QR of the factors and decompositions of small cores.
 
-B @ A of rank r is never formed: with thin QR, B = Q_B R_B and A^T = Q_A R_A, it is Q_B (R_B R_A^T) Q_A^T, and what is
-asked of it (norms, angles, singular values) is asked of the small matrix in the middle.
+B @ A of rank r is never formed. With thin QR, B = Q_B R_B and A^T = Q_A R_A, it is Q_B (R_B R_A^T) Q_A^T, so that
+norms, angles and singular values are those of the small matrix in the middle.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .differences import too_large
 from .lowering import Delta
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 TALL = 4
-"""Matrices of at least so many rows a column are made orthonormal by their Gram matrix."""
+"""Matrices with at least this many rows per column are made orthonormal by their Gram matrix."""
 
 INDEPENDENT = 1e-11
-"""How far the second Gram matrix may be from an identity: condition numbers to about 200, an error of 1e-14."""
+"""The largest distance of the second Gram matrix from the identity: condition numbers to 200, errors of 1e-14."""
 
 CONDITION = 1e3
-"""A bound on the condition number, in the Frobenius norm, up to which one round gives R to 1e-11."""
+"""The largest condition number, in the Frobenius norm, at which one round gives R to 1e-11."""
 
 TINY_SQUARE = 1e-200
-"""Squares of norms from here to its inverse are far from what overflows, or loses digits, in a Gram matrix."""
+"""Squared norms from this to its inverse neither overflow nor lose digits in a Gram matrix."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +47,7 @@ class Core:
 
 
 def core(deltas: Sequence[Delta]) -> Core:
-    """Changes with thin factors in the coordinates that all of them span."""
+    """Return changes with low-rank factors in common coordinates of all of them."""
     import numpy as np
 
     left, R_B = orthonormal(np.hstack([delta.B for delta in deltas]))
@@ -56,7 +56,7 @@ def core(deltas: Sequence[Delta]) -> Core:
 
 
 def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ...]:
-    """Each change in the coordinates that R_B and R_A belong to."""
+    """Return each change in the coordinates of R_B and R_A."""
     import numpy as np
 
     ends = np.cumsum([delta.rank for delta in deltas])
@@ -67,7 +67,7 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
-    """The matrices in the middle alone, `[p, q]` each, for what norms, angles and singular values are asked of."""
+    """Return only the cores, `[p, q]` each, which suffice for norms, angles and singular values."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
@@ -78,11 +78,10 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 
 
 def orthonormal(X: Array) -> tuple[Array, Array]:
-    """Q `[m, n]` with orthonormal columns and R `[n, n]` whose product is X, `[m, n]`.
+    """Decompose X `[m, n]` into Q `[m, n]` with orthonormal columns and R `[n, n]`.
 
-    By two rounds of Cholesky's decomposition of the Gram matrix (Yamamoto et al. 2015), which takes a third of the time
-    of Householder's reflections. It is exact to rounding as long as the columns are far from dependent; the second Gram
-    matrix, an identity but for the square of the condition number times the rounding, tells, and else QR is taken.
+    Two rounds of Cholesky decomposition of the Gram matrix (Yamamoto et al. 2015) take a third of the time of QR. They
+    are exact to rounding if the columns are far from dependent; otherwise QR is used.
     """
     import numpy as np
 
@@ -92,6 +91,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     L, sizes = found
     Q = X @ (np.linalg.inv(L).T / sizes[:, None])
     G = Q.T @ Q
+    # After one round, G differs from the identity by rounding times the squared condition number, which so shows.
     if np.abs(G - np.eye(n)).max() > INDEPENDENT:
         return _plain_qr(X)
     second = np.linalg.cholesky(G)
@@ -99,7 +99,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
 
 
 def _triangle(X: Array) -> Array:
-    """R of the decomposition, without Q."""
+    """Return R of the decomposition, without Q."""
     import numpy as np
 
     found = _cholesky(X)
@@ -112,7 +112,7 @@ def _triangle(X: Array) -> Array:
 
 
 def _cholesky(X: Array) -> tuple[Array, Array] | None:
-    """L and the norms of columns: the Gram matrix of the columns at norm 1 is L L^T; None where QR is better."""
+    """Return L and the column norms; L L^T is the Gram matrix of the normalized columns. None if QR is better."""
     import numpy as np
 
     m, n = X.shape
@@ -123,6 +123,7 @@ def _cholesky(X: Array) -> tuple[Array, Array] | None:
     squares = G.diagonal()
     if not TINY_SQUARE < squares.min() <= squares.max() < 1 / TINY_SQUARE:
         return None
+    # Columns are scaled to norm 1, since factors of several adapters may differ much in size.
     sizes = np.sqrt(squares)
     try:
         return np.linalg.cholesky(G / sizes / sizes[:, None]), sizes
@@ -138,7 +139,7 @@ def _plain_qr(X: Array) -> tuple[Array, Array]:
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
-    """The same of changes that may have no thin factors: then the coordinates are those of the weight itself."""
+    """Like `core`, but changes may be dense: then the coordinates are those of the weight itself."""
     import numpy as np
 
     if all(delta.rest is None for delta in deltas):
@@ -148,10 +149,10 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
 
 
 def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The cores, if their numbers are finite: decompositions do not converge on others.
+    """Return the cores if their numbers are finite, since decompositions do not converge otherwise.
 
     Raises:
-        Malformed: factors are so large that their product is not.
+        Malformed: factors are so large that their product overflows.
     """
     import numpy as np
 
@@ -163,23 +164,24 @@ def _finite(found: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def svd(delta: Delta) -> tuple[Array, Array, Array]:
-    """The thin singular value decomposition of a change: U `[out, r]`, S `[r]`, largest first, Vh `[r, in * k]`."""
+    """Return the thin SVD of a change: U `[out, r]`, S `[r]`, largest first, and Vh `[r, in * k]`."""
     import numpy as np
 
     if delta.rest is not None:
-        return _plain(np.linalg.svd(delta.dense(), full_matrices=False))
+        U, S, Vh = np.linalg.svd(delta.dense(), full_matrices=False)
+        return U, S, Vh
     own = core([delta])
     U, S, Vh = np.linalg.svd(own.cores[0], full_matrices=False)
     return own.left @ U, S, Vh @ own.right
 
 
 def norm(delta: Delta) -> float:
-    """The Frobenius norm."""
+    """Return the Frobenius norm."""
     return _size(delta.dense()) if delta.rest is not None else _size(cores([delta])[0])
 
 
 def distance(one: Delta, other: Delta) -> float:
-    """The Frobenius norm of the difference, to rounding also where the two are nearly the same."""
+    """Return the Frobenius norm of the difference, exact to rounding even if the two are nearly equal."""
     if one.rest is not None or other.rest is not None:
         return _size(one.dense() - other.dense())
     first, second = cores([one, other])
@@ -188,7 +190,3 @@ def distance(one: Delta, other: Delta) -> float:
 
 def _size(matrix: Array) -> float:
     return math.sqrt(float((matrix * matrix).sum()))
-
-
-def _plain(found: Any) -> tuple[Array, Array, Array]:
-    return found[0], found[1], found[2]

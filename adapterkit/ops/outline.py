@@ -1,9 +1,9 @@
-"""What a combination will look like, before anything is computed: a format can refuse it then."""
+"""Outline a combination before it is computed, so that a format can refuse it early."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unrepresentable
@@ -14,43 +14,44 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Target
     from ..core.updates import Update
-    from ..io.lazy import DType, Leaf
+    from ..io.lazy import Buffer, DType, Leaf
 
 
 def unread(leaf: Leaf) -> Lazy:
-    """A tensor of the same shape and type that cannot be read."""
+    """Return a tensor of the same shape and dtype that cannot be read."""
     known = as_lazy(leaf)
     return unknown(known.shape, known.dtype)
 
 
 def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
-    """A tensor that is not computed yet, and cannot be read."""
+    """Return a tensor that is not computed yet and cannot be read."""
 
-    def fetch() -> Any:
+    def fetch() -> Buffer:
         raise NotComputed
 
     return Lazy(tuple(shape), dtype, fetch)
 
 
 def outlined(updates: dict[Target, tuple[Update, ...]], like: Adapter) -> Adapter:
-    """An adapter of such updates, none of whose tensors can be read."""
+    """Return an adapter with these updates, without readable tensors."""
     blank = {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
     return like.replace(updates=blank)
 
 
-def check_writable(outline: Adapter, write: Callable[[Adapter], Any], what: str) -> None:
-    """Refuse a result that a format cannot hold; a writer refuses what it cannot say before it reads any tensor.
+def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
+    """Refuse a result that a format cannot hold; writers check that before they read any tensor.
 
     Args:
         outline: see `outlined`.
-        write: writes an adapter to a folder that is thrown away.
+        write: writes an adapter to a temporary folder.
         what: the format and the method, for messages.
 
     Raises:
-        Unrepresentable: in one line, with the first of the updates that have no place in the format.
+        Unrepresentable: the format cannot hold some updates; the message names the first.
     """
     try:
         write(outline)
+    # The writer has accepted the outline and went on to read a tensor.
     except NotComputed:
         return
     except Unrepresentable as error:

@@ -1,9 +1,7 @@
-"""The parameters of a combination: weights and settings, checked, by target or depth, and other tools' names for them.
+"""Check the weights and parameters of a combination, resolve them per target, and translate other tools' names.
 
-Numbers that differ from target to target: by glob, or along the depth of the model; and the methods they make.
-
-A number may be given as itself, as a list (interpolated over the layers, first to last), or as a mapping of globs of
-target paths to either, of which the first that fits counts.
+A parameter may be a value, a list that is interpolated over the layers from first to last, or a mapping of globs of
+target paths to either, of which the first match counts.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError, nearest
 from .combiners import COMBINERS
@@ -25,25 +23,31 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from .combiners._combiner import Value
 
-    Setting = Any
+    Setting = Value | Sequence[float] | Mapping[str, "Setting"]
+    """A value, a list over the layers, or a mapping of globs to either."""
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 class Depths:
-    """How deep each target lies: 0 in the first layer, 1 in the last."""
+    """The depth of each target: 0 in the first layer, 1 in the last."""
 
     def __init__(self, targets: Iterable[Target]) -> None:
         self.layers = {str(target): _layer(target) for target in targets}
         self.last = max((layer for layer in self.layers.values() if layer is not None), default=0)
 
     def known(self, target: Target) -> float | None:
-        """The same, or None where the target is in no numbered layer."""
+        """Return the depth, or None for a target outside numbered layers."""
         return None if self.layers[str(target)] is None else self.of(target)
 
     def of(self, target: Target) -> float:
-        """Raises UsageError: the target is in no numbered layer."""
+        """Return the depth of a target.
+
+        Raises:
+            UsageError: the target lies outside numbered layers.
+        """
         layer = self.layers[str(target)]
         if layer is None:
             why = "a list of numbers for a target that is in no numbered layer"
@@ -51,8 +55,8 @@ class Depths:
         return layer / self.last if self.last else 0.0
 
 
-def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Any) -> Any:
-    """What a setting is at a target; `otherwise` where no glob fits."""
+def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Value) -> Value:
+    """Return the value of a setting at a target; `otherwise` if no glob matches."""
     if isinstance(setting, Mapping):
         for glob, value in setting.items():
             if fnmatchcase(str(target), glob) or fnmatchcase(target.path, glob):
@@ -60,14 +64,14 @@ def at_target(setting: Setting, target: Target, depths: Depths, otherwise: Any) 
         return otherwise
     if isinstance(setting, (list, tuple)):
         return _between(setting, depths.of(target))
-    return setting
+    return cast("Value", setting)
 
 
 def plain(setting: Setting, where: str) -> Setting:
-    """A setting as plain data.
+    """Return a setting as plain data.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it has another type.
     """
     if isinstance(setting, Mapping):
         if not setting or not all(isinstance(glob, str) for glob in setting):
@@ -86,7 +90,7 @@ def plain(setting: Setting, where: str) -> Setting:
 
 
 def check_globs(setting: Setting, targets: Sequence[Target], where: str) -> None:
-    """Refuses a glob that no target fits."""
+    """Refuse a glob that no target matches."""
     if not isinstance(setting, Mapping):
         return
     for glob in setting:
@@ -107,10 +111,10 @@ def _layer(target: Target) -> int | None:
     return None if found is None else int(found.group(1))
 
 
-# What other tools call their ways to combine, in this one's methods and parameters.
+# Other tools' names of methods, with the combiner and the parameters that reproduce each.
 
 
-Known = Mapping[str, tuple[str, Mapping[str, Any]]]
+Known = Mapping[str, tuple[str, Mapping[str, str | bool]]]
 
 PEFT: Known = {
     "linear": ("factors", {"then": "linear"}),
@@ -149,25 +153,27 @@ MERGEKIT: Known = {
     "ramplus_tl": ("ramplus_tl", {}),
     "arcee_fusion": ("arcee_fusion", {}),
 }
-"""`merge_method` of mergekit, for differences to a base."""
+"""`merge_method` of mergekit, applied to differences from a base."""
 
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
 
-def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Any]]:
-    """A method's name and the parameters with it, of a peer's name, one put together (`knots_ties`), or its own.
+def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Setting]]:
+    """Resolve the name of a method to a combiner and its parameters.
 
     Args:
-        name: as the peer, or adapterkit, calls it.
-        compat: the peer.
-        count: how many adapters there are; PEFT takes one alone as `linear`, whatever is asked for.
+        name: the peer's name, a name in `COMBINERS`, or a joined name such as `knots_ties`.
+        compat: the peer, or None.
+        count: the number of adapters; PEFT treats every method as `linear` for a single one.
 
     Raises:
-        Unsupported: no method, or no peer, of that name.
+        Unsupported: the peer is unknown.
+        UsageError: the peer has no such method.
     """
     from .combiners import COMBINERS
 
     if compat is not None:
+        # PEFT takes a single adapter as `linear` before it looks at the combination type.
         return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
     plug, _, rest = name.partition("_")
     if name not in COMBINERS and plug in COMBINERS and rest in COMBINERS and COMBINERS[plug].plug:
@@ -175,7 +181,7 @@ def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[s
     return name, {}
 
 
-def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
+def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Setting]]:
     from .combiners import COMBINERS
 
     if compat not in PEERS:
@@ -185,24 +191,24 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
         cure = nearest(name, known) or f"Known: {', '.join(known)}"
         raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)
     method, values = known[name]
-    inner = COMBINERS[values["then"]] if "then" in values else COMBINERS[method]
+    inner = COMBINERS[str(values["then"])] if "then" in values else COMBINERS[method]
     return method, {**inner.compat.get(compat, {}), **values}
 
 
 def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tuple[int | None, float]:
-    """What PEFT makes of a combination beside its formula: the rank it cuts to, and a factor of the result.
+    """Return the rank to which PEFT cuts a combination, and the factor by which it multiplies the result.
 
-    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, so that the scaling is to be 1.
-    Where that config has `use_rslora`, the scaling is alpha / sqrt(rank), and the result is sqrt(rank) times as large
-    (PEFT 0.21.2). This is what the model then computes, and so it is computed here.
+    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, to get a scaling of 1. If that
+    config has `use_rslora`, the scaling is alpha / sqrt(rank) instead, and the result is sqrt(rank) times as large
+    (PEFT 0.21.2). The model then computes with that, so it is reproduced here.
 
     Args:
         name: the combination type.
-        adapters: in their order.
-        rank: the rank that was asked for.
+        adapters: the adapters, in order.
+        rank: the requested rank, or None.
 
     Returns:
-        the rank to cut to, None for none; and the factor.
+        the rank to cut to, or None; and the factor.
     """
     ranks = [_rank(adapter) for adapter in adapters]
     is_cut = name.endswith("svd") and len(adapters) > 1
@@ -212,36 +218,36 @@ def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tup
 
 
 def _config(adapter: Adapter) -> Mapping[str, Any]:
-    """The config of PEFT that an adapter was read with; only there it says whether its scalings were rsLoRA's."""
+    """Return the PEFT config that an adapter was read with, or an empty mapping; it holds `use_rslora`."""
     foreign = adapter.foreign
     config = foreign.data.get("config") if foreign is not None and foreign.format == "peft" else None
     return config if isinstance(config, Mapping) else {}
 
 
 def _rank(adapter: Adapter) -> int:
-    """The rank that PEFT allocates for an adapter: its config's largest."""
+    """Return the rank that PEFT allocates for an adapter: the largest in its config."""
     config = _config(adapter)
     pattern = config.get("rank_pattern")
     told = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     return max([rank for rank in told if isinstance(rank, int)], default=max(adapter.ranks, default=1))
 
 
-# What is asked of a combination: weights and parameters, checked, and as they are at each target.
+# The arguments of one combination, checked, and their values at each target.
 
 
 class Asked:
-    """Weights and parameters of a method.
+    """The weights and parameters of one combination.
 
     Attributes:
-        weights: one setting an adapter.
-        each: parameters of single adapters.
-        targets: all of them.
-        varies: whether a parameter differs from target to target.
+        weights: one setting per adapter.
+        each: parameters of single adapters, one mapping per adapter.
+        targets: all targets.
+        varies: whether a parameter may differ between targets.
     """
 
     def __init__(
-        self, name: str, values: Mapping[str, Any], weights: Sequence[Any] | None,
-        each: Sequence[Mapping[str, Any]] | None, found: Sequence[Place], count: int,
+        self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
+        each: Sequence[Mapping[str, Value]] | None, found: Sequence[Place], count: int,
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}
@@ -257,8 +263,8 @@ class Asked:
         settings = [*self.values.values(), *(value for _, value in apart)]
         self.varies = any(isinstance(value, (Mapping, list)) for value in settings)
 
-    def _own(self, each: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-        """Parameters of single adapters, checked."""
+    def _own(self, each: Sequence[Mapping[str, Setting]], count: int) -> list[dict[str, Setting]]:
+        """Check the parameters of single adapters."""
         if each and len(each) != count:
             raise UsageError(
                 f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
@@ -276,14 +282,14 @@ class Asked:
     def method(self, target: Target) -> Combiner:
         return made(COMBINERS[self.name], self._at(target))
 
-    def _at(self, target: Target) -> dict[str, Any]:
-        """The parameters that were given, as they are at a target."""
+    def _at(self, target: Target) -> dict[str, Value]:
+        """Return the given parameters with their values at a target."""
         own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
         return {key: value for key, value in own.items() if value is not None}
 
     @property
     def counts(self) -> bool:
-        """Whether numbers of whole adapters are needed first: at any target, by any adapter's own parameters."""
+        """Whether any target, with the parameters of any adapter, needs counts over whole adapters first."""
         targets = self.targets if self.varies else self.targets[:1]
         values = [(self._at(target), own) for target in targets for own in self.each_at(target) or [{}]]
         return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
@@ -301,27 +307,29 @@ class Asked:
 
     def weights_at(self, target: Target) -> list[float]:
         found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]
+        numbers: list[float] = []
         for weight in found:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise UsageError(f"weight {weight!r} is no finite number", where=str(target), cure="Give a number")
-        return [float(weight) for weight in found]
+            numbers.append(float(weight))
+        return numbers
 
-    def record(self, method: Combiner) -> dict[str, Any]:
+    def record(self, method: Combiner) -> dict[str, Setting]:
         return {**method.values(), **self.values}
 
 
-def _each_checked(cls: type[Combiner], key: str, value: Any) -> Any:
-    """A parameter of a single adapter: every number of a list or a mapping is checked."""
+def _each_checked(cls: type[Combiner], key: str, value: Setting) -> Setting:
+    """Check a parameter of a single adapter; of a list or a mapping every number."""
     if isinstance(value, Mapping):
         return {glob: _each_checked(cls, key, inner) for glob, inner in value.items()}
     if isinstance(value, list):
-        return [cls.checked(key, inner) for inner in value]
+        return [cast("float", cls.checked(key, inner)) for inner in value]
     return cls.checked(key, value)
 
 
-def one_of(value: Any, key: str) -> Any:
-    """One of the values that a setting takes, to check the method with."""
+def one_of(value: Setting, key: str) -> Value:
+    """Return one value of a setting, for checking the combiner before the targets are known."""
     value = plain(value, key)
     while isinstance(value, (Mapping, list)):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
-    return value
+    return cast("Value", value)

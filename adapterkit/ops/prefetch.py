@@ -1,9 +1,9 @@
-"""A pool of threads whose results come in order, and the limit to one BLAS thread that goes with it.
+"""Compute results ahead on a pool of threads, in order, and limit the BLAS to one thread meanwhile.
 
-A BLAS library starts a thread per processor for each product. On factors that gains nothing: TSV on 224 targets of
-4096 x 4096 takes 33 s with one thread, 37 s with two, and over 240 s with two where another program has one of the
-cores, because BLAS threads spin while they wait for each other. A pool of targets with one BLAS thread each has no such
-fault.
+A BLAS library starts a thread per processor for each product. For low-rank factors that gains nothing: TSV on 224
+targets of 4096 x 4096 takes 33 s with one BLAS thread, 37 s with two, and over 240 s with two while another program
+uses one of the cores, because BLAS threads spin while they wait for each other. A pool with one BLAS thread per target
+avoids that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MEMORY = 256 << 20
-"""Bytes that the workers of a pool may hold together, if one of them alone does not need more."""
+"""Bytes that the workers of a pool may hold together, unless a single item needs more."""
 
 
 @contextmanager
@@ -33,14 +33,14 @@ def ahead(
     workers: int,
     cost: Callable[[Item], int] | None = None,
 ) -> Iterator[Iterator[Result]]:
-    """The results of `work`, one an item and in their order, while later ones are worked on.
+    """Yield an iterator over the results of `work` in the order of the items; later items are computed ahead.
 
     Args:
-        work: what is done with each; an error is raised when its turn comes.
-        items: what there is to do.
-        workers: threads, and how many results may wait.
-        cost: the bytes that work on an item holds; the sum over the items that run stays below `MEMORY`, but an item
-            that needs more than that runs alone.
+        work: computes the result of an item; an error is raised when the result is requested.
+        items: the items.
+        workers: the number of threads, and of results that may wait.
+        cost: returns the bytes that an item holds while it is computed. The sum over running items stays below
+            `MEMORY`; an item that needs more than that runs alone.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -66,12 +66,12 @@ def ahead(
 
 
 def most_workers() -> int:
-    """Workers where the caller does not say: one a processor that this process may use, 16 at most."""
+    """Return the default number of workers: one per processor that this process may use, at most 16."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
 
 
 class _Budget:
-    """Bytes that several threads share; a thread waits until its part is free."""
+    """A number of bytes that threads share; a thread waits until enough are free."""
 
     def __init__(self, total: int) -> None:
         self.total, self.used, self.changed = total, 0, Condition()
@@ -79,6 +79,7 @@ class _Budget:
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
         with self.changed:
+            # An item that exceeds the whole budget runs when no other does; otherwise it would wait forever.
             self.changed.wait_for(lambda: self.used == 0 or self.used + count <= self.total)
             self.used += count
         try:
@@ -91,13 +92,12 @@ class _Budget:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Within the block BLAS uses one thread, in the whole process.
-
-    threadpoolctl sets a number that the process shares, and restores what it found. Where two threads do that at once,
-    the second would find 1 and restore 1 last, for good; so the first to enter sets it, and the last to leave restores.
-    """
+    """Limit the BLAS of the whole process to one thread within the block."""
     from threadpoolctl import threadpool_limits
 
+    # threadpoolctl sets a number of the process and later restores the one before. With two nested or overlapping
+    # blocks, the second would find 1 and might restore it last, for good. So the first block sets the limit, and the
+    # last one to end restores it.
     with _LOCK:
         if not _LIMIT:
             _LIMIT.append(threadpool_limits(1, "blas"))

@@ -1,4 +1,4 @@
-"""Recipes: what to combine and how, in a YAML file close to mergekit's.
+"""Read recipes: YAML files, close to mergekit's, that say what to combine and how.
 
     merge_method: ties
     models:
@@ -8,7 +8,7 @@
         parameters:
           weight: [0.2, 0.8]           # first layer to last
     parameters: {lambda: 0.7}
-    base_model: models/base            # where a law needs it
+    base_model: models/base            # if a method needs it
     compat: mergekit                   # its defaults instead of the papers'
 
 A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
@@ -35,7 +35,7 @@ SPELLINGS = {
     "tol": "tolerance",
     "normalize_weights": "normalize",
 }
-"""mergekit's names of parameters -> ours, where these differ."""
+"""mergekit's names of parameters -> ours, if they differ."""
 
 FLAGS: Mapping[str, tuple[str, str, str]] = {
     "normalize": ("denominator", "weights", "none"),
@@ -78,7 +78,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 """Keys of mergekit's files that ask for something else than a combination -> what that is, and what to do."""
 
 WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
-"""Keys whose values are text; YAML takes `on` or `1e3` for something else."""
+"""Keys with text values; YAML reads `on` and `1e3` as other types."""
 
 MODEL = ("model", "adapter", "parameters")
 SLICE = ("sources", "parameters", "base_model")
@@ -87,10 +87,10 @@ SOURCE = ("model", "adapter", "parameters", "layer_range")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A combination in words.
+    """The arguments of `combine` from a recipe.
 
     Attributes:
-        adapters: paths.
+        adapters: the paths of the adapters.
         options: keyword arguments of `combine`.
         places: the key in the file that names each adapter.
         tokenizer: what `tokenizer_source` or `tokenizer` says; it is for a merge, adapters have none.
@@ -125,11 +125,11 @@ class Recipe:
 
 @places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
-    """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
+    """Read a recipe from a file; its relative paths start at the working directory, as on the command line.
 
     Raises:
-        Malformed: it is no YAML, or no recipe.
-        UsageError: an unknown key, method or parameter.
+        Malformed: the file is not YAML, or not a recipe.
+        UsageError: a key, method or parameter is unknown.
     """
     from ..io.inputs import read_input
     from ..io.strict_yaml import MAX_BYTES, load_yaml
@@ -141,8 +141,8 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     return recipe(load_yaml(data, path=path), Path(path))
 
 
-def recipe(found: Any, path: Path | None = None) -> Recipe:
-    """A recipe from plain data; see `read_recipe`."""
+def recipe(found: object, path: Path | None = None) -> Recipe:
+    """Return a recipe from plain data; see `read_recipe`."""
     if isinstance(found, Mapping):
         for key, (what, cure) in REFUSED.items():
             if key in found:
@@ -349,7 +349,7 @@ def _own(
 
 
 def _tokenizer(top: Mapping[str, Any], path: Path | None) -> str | None:
-    """Whose tokenizer a merge by this recipe takes."""
+    """Return the source of the tokenizer for a merge by this recipe: `base`, a folder, or None."""
     if "tokenizer" in top and "tokenizer_source" in top:
         cure = "Leave tokenizer_source out"
         raise UsageError(
@@ -378,7 +378,7 @@ def _tokenizer(top: Mapping[str, Any], path: Path | None) -> str | None:
     return found
 
 
-def _mapping(found: Any, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
+def _mapping(found: object, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise Malformed("a mapping was expected", where=where, path=path, cure="See adapterkit combine --help")
     for key in found:
@@ -395,8 +395,8 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     return said[0]
 
 
-def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
-    """Parameters in our spelling."""
+def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
+    """Return parameters under our names."""
     if found is None:
         return {}
     if not isinstance(found, Mapping):
@@ -407,6 +407,7 @@ def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
             continue
+        # mergekit ignores a switch that the method does not read, and so does this reader.
         if key in FLAGS and not switches.get(key, True):
             continue
         if key in ARGUMENTS:
@@ -417,17 +418,15 @@ def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path
 
 
 def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
-    """The method's own parameters that are true or false, and mergekit's switches that it does not look at.
+    """Return the boolean parameters of the method (True) and the switches of mergekit that it ignores (False).
 
-    Returns:
-        name -> whether it means something. A recipe of mergekit's may set `normalize` and `rescale` for any method, and
-        those that do not know them ignore them.
+    mergekit accepts `normalize` and `rescale` for any method; methods that do not read them ignore them.
     """
     from .combiners import COMBINERS
     from .parameters import resolved
 
     name, values = resolved(str(method), compat)
-    classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]
+    classes = [COMBINERS[str(each)] for each in (name, values.get("then")) if each is not None]
     fields = {n: f.metadata["kind"] for cls in classes for n, f in cls.parameters().items()}
     ignored = [
         key for key, (ours, _, _) in FLAGS.items()
@@ -444,7 +443,7 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
 
 
 def _filtered(value: Any, where: str, path: Path | None) -> Any:
-    """mergekit's list of `{filter, value}` as a mapping of globs: its filters are parts of names."""
+    """Turn mergekit's list of `{filter, value}` into a mapping of globs; a filter matches any part of a name."""
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value
     made: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Other ranks: the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
+"""Change ranks: find the best factors of a smaller rank, by QR of the factors and the SVD of a small core.
 
-No product of factors has a smaller error in the Frobenius norm than the first singular values' (Eckart and Young 1936).
+No product of that rank has a smaller Frobenius error than the first singular values (Eckart and Young 1936).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..io.computed import Array
     from ..io.lazy import DType
+    from ..io.strict_json import JsonValue
     from .alignment import Source
     from .lowering import Base
     from .sketching import Decomposition
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What became of the change of one target.
+    """The effect of a rank cut on the change of one target.
 
     Attributes:
-        target: where.
-        method: what it is now; empty where nothing is left.
-        before: rank of the factors that were there, or the smaller side of the weight: the rank that it can have.
-        rank: of the factors that are there now; None where the change is kept whole.
-        norm: Frobenius norm of the change as it was.
-        error: Frobenius norm of what was lost, rounding of the new factors included.
+        target: the target.
+        method: the method of the new update; empty if nothing remains.
+        before: the rank of the old factors; without factors, the smaller side of the weight.
+        rank: the rank of the new factors; None if the change is kept whole.
+        norm: the Frobenius norm of the old change.
+        error: the Frobenius norm of the loss, rounding of the new factors included.
     """
 
     target: str
@@ -54,10 +55,10 @@ class Cut:
 
     @property
     def relative(self) -> float:
-        """The error as a part of the norm."""
+        """The error relative to the norm."""
         return self.error / self.norm if self.norm else 0.0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         return {
             "target": self.target, "method": self.method, "before": self.before, "rank": self.rank, "norm": self.norm,
             "error": self.error, "relative_error": self.relative,
@@ -81,29 +82,29 @@ def resize(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """The adapter with each change of thin factors as a LoRA of a smaller rank; everything else is kept as it is.
+    """Cut each change with low-rank factors to a LoRA of a smaller rank; everything else is kept as it is.
 
     Args:
         adapter: an adapter or its path; several low-rank updates of one target become one.
-        rank: the rank to keep; targets of a smaller one keep theirs.
-        energy: the share of each change's squared Frobenius norm to keep at least.
-        error: the relative Frobenius error to allow at most.
-        frobenius: the Frobenius error to allow at most.
-        sv_ratio: kohya's: keep singular values above the largest over this number. With each of kohya's three, `rank`
-            is the most that is kept.
-        sv_cumulative: kohya's: the share of the sum of singular values to keep at least.
-        sv_fro: kohya's: the share of the Frobenius norm to keep at least.
-        scope: `target`: each target for itself. `all`: the largest singular values of the adapter, wherever they are;
-            `rank` is then the mean rank, and a target that gets none is left out.
-        base: settles names, and shapes that the adapter does not tell.
-        dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
-        report: called with a `Cut` for each target that is changed.
+        rank: the rank to keep; targets with a smaller rank keep theirs.
+        energy: the least share of each change's squared Frobenius norm to keep.
+        error: the largest relative Frobenius error.
+        frobenius: the largest Frobenius error.
+        sv_ratio: kohya's: keep singular values above the largest divided by this number. With any of kohya's three,
+            `rank` is an upper limit.
+        sv_cumulative: kohya's: the least share of the sum of singular values to keep.
+        sv_fro: kohya's: the least share of the Frobenius norm to keep.
+        scope: `target`: each target separately. `all`: the largest singular values of the whole adapter; `rank` is then
+            the mean rank, and a target that gets none is dropped.
+        base: resolves names, and gives shapes that the adapter does not tell.
+        dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
+        report: called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
         strict_base: refuse a base that is not the one that the adapter names.
 
     Raises:
         CheckFailed: the base is not the one that the adapter names, and `strict_base`.
-        UsageError: not exactly one of them is given, or it is out of range; the rank is above what any weight has.
+        UsageError: not exactly one criterion is given, or it is out of range; the rank is above that of all weights.
     """
     stage("decomposing the updates")
     criterion = Criterion(rank, energy, error, frobenius, sv_ratio, sv_cumulative, sv_fro, scope)
@@ -125,28 +126,28 @@ def promote(
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Adapter:
-    """The adapter with every change of a matrix as a LoRA, of whatever method it was.
+    """Turn every change of a matrix into a LoRA, whatever its method.
 
-    Without a rank, energy or error the change stays what it is to rounding: methods of thin factors become a LoRA of
-    their rank, others one of the rank that their change has.
+    Without a criterion the change is exact to rounding: methods with low-rank factors become a LoRA of their rank,
+    others a LoRA of the rank of their change.
 
     Args:
         adapter: an adapter or its path.
         rank: the rank to keep.
-        energy: as in `resize`, and so are the next three.
-        error: see there.
-        frobenius: see there.
-        scope: see there.
-        base: what laws that need weights are taken at; without it they are kept as they are.
-        dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
-        report: called with a `Cut` for each target that is changed.
+        energy: as for `resize`.
+        error: as for `resize`.
+        frobenius: as for `resize`.
+        scope: as for `resize`.
+        base: the base, for methods that need its weights; without it these are kept as they are.
+        dtype: the dtype of the new factors; when not given, float64 if any factor has it, else float32.
+        report: called with a `Cut` for each changed target.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
         strict_base: refuse a base that is not the one that the adapter names.
 
     Raises:
         CheckFailed: the base is not the one that the adapter names, and `strict_base`.
-        UsageError: more than one of the four is given, or it is out of range.
-        NotMergeable: with a base, a law that is not one of weights.
+        UsageError: more than one criterion is given, or it is out of range.
+        NotMergeable: a base is given, and a method does not change weights.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope=scope)
     criterion.check(needed=False)
@@ -155,7 +156,7 @@ def promote(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One target: updates that are kept, and those that become one LoRA, each weight's change decomposed."""
+    """One target: updates to keep, and updates that become one LoRA, with the decomposed change of each weight."""
 
     place: Place
     kept: tuple[Update, ...]
@@ -165,9 +166,9 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """One weight's change: as it is, decomposed as far as it is kept, its norm, and the norm of what is cut off it.
+    """One weight's change: as it is, its decomposition as far as that is kept, its norm, and the norm of the cut part.
 
-    The latter is None where only the part that is kept was worked out.
+    `cut` is None if only the kept part was computed.
     """
 
     delta: Delta
@@ -176,11 +177,11 @@ class _Weight:
     cut: float | None = None
 
     def first(self, count: int) -> _Weight:
-        """With the first so many singular values alone."""
+        """Keep only the first `count` singular values."""
         return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
 
     def lost(self, made: Delta) -> float:
-        """The distance to what is stored: what is cut off is at right angles to what is kept, so the squares add up."""
+        """Return the distance to the stored factors; cut and kept parts are orthogonal, so that squares add up."""
         if self.cut is None:
             return distance(self.delta, made)
         return math.hypot(self.cut, distance(Delta(*balanced(*self.found)), made))
@@ -210,7 +211,7 @@ def _resized(
 def _made(
     found: Sequence[Place], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
 ) -> Iterator[tuple[Place, tuple[Update, ...]]]:
-    """Each place's new updates; in scope `all` the factors of all of them are held until the ranks are known."""
+    """Yield the new updates of each place; scope `all` keeps all factors in memory until the ranks are known."""
     parts: Iterator[_Part | None] = (_part(place, criterion, every) for place in found)
     if criterion.scope == "all":
         parts = iter(_rationed(list(parts), criterion))
@@ -222,10 +223,10 @@ def _made(
 
 
 def _part(place: Place, criterion: Criterion, every: bool) -> _Part | None:
-    """A place's decomposed change, cut where it is cut for itself; None where there is nothing to change."""
+    """Decompose the change of a place, and cut it in scope `target`; None if there is nothing to change."""
     updates = place.updates[0]
     own = _own(place, every)
-    # Without a criterion, what is a LoRA already is as it should be.
+    # Without a criterion, a single LoRA stays as it is.
     if not own or (not criterion.record() and len(own) == 1 and isinstance(own[0], LoRA)):
         return None
     change = Change(place.target, place.shape, tuple(own))
@@ -234,7 +235,7 @@ def _part(place: Place, criterion: Criterion, every: bool) -> _Part | None:
 
 
 def _own(place: Place, every: bool) -> list[Additive]:
-    """The additive updates of a matrix behind the last that is none: what stands before that may be undone there."""
+    """Return the additive updates of a matrix after the last other update, which may depend on those before it."""
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
     own = [update for update in updates[last:] if isinstance(update, Additive) and update.changes_weight]
@@ -251,12 +252,13 @@ def _decomposed(delta: Delta, place: Place, criterion: Criterion) -> _Weight:
     whole = _Weight(delta, found, _size(S), 0.0)
     if criterion.record():
         return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
+    # Dense changes often have a lower rank than their sides allow; singular values that are rounding noise are cut.
     least = S[:1] * 1e-15 * max(delta.shape)
     return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 
 
 def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | None]:
-    """Every part with the singular values that it may keep when all of them compete."""
+    """Cut all parts to the largest singular values among all of them."""
     every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts
@@ -265,7 +267,7 @@ def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | N
 
 
 def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
-    """The kept updates and the new LoRA; none where it got no rank and changes no bias."""
+    """Return the kept updates and the new LoRA, which is dropped if it got no rank and changes no bias."""
     place, bias = part.place, part.change.bias()
     rank = max(len(weight.found[1]) for weight in part.weights)
     before = max(w.delta.rank if w.delta.rest is None else min(w.delta.shape) for w in part.weights)
@@ -288,7 +290,7 @@ def _check_rank(criterion: Criterion, found: Sequence[Place], every: bool) -> No
 
 
 def _relative(cuts: Sequence[Cut]) -> float:
-    """The error of all targets together, relative to their changes."""
+    """Return the error over all targets, relative to the norm of their changes."""
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
 
@@ -298,7 +300,7 @@ def _size(S: Array) -> float:
 
 
 def seed_of(name: str) -> int:
-    """A seed for the random vectors of one target: the same wherever and in whatever order it is worked on."""
+    """Return a seed for the random vectors of one target; it does not depend on the order of the targets."""
     import zlib
 
     return zlib.crc32(name.encode())

@@ -1,15 +1,15 @@
-"""The k-th largest of numbers too many to hold, exactly, by going over them a few times.
+"""Find the exact k-th largest of more numbers than fit into memory, in a few passes.
 
-A sample tells an interval that holds the number but for a probability of 1e-8. Going over all numbers, those above the
-interval are counted, and those inside it are kept, or, where they are too many, counted by their leading bits; then one
-bin of those is the next interval. The bits of positive doubles are ordered as the doubles are. What the sample says
-decides on the time alone: an interval that does not hold the number is replaced by what is beside it.
+A sample gives an interval that contains the number, except with a probability of 1e-8. A pass counts the numbers above
+the interval and keeps those inside. If these are too many, it counts them in bins by their leading bits, and one bin is
+the next interval; bits of positive doubles are ordered as the doubles are. A bad sample only costs time: if the
+interval does not contain the number, the range beside it is searched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 HELD = 1 << 19
-"""Numbers of one series that are kept to be sorted."""
+"""The most numbers of one series to keep in memory."""
 
 BINS = 1 << 16
-"""Bins of an interval that holds more than that."""
+"""Bins of an interval with more numbers than that."""
 
 SHARE = 256
-"""One number of so many is in a sample, of tensors above `WHOLE`."""
+"""A sample has one number in this many, for tensors above `WHOLE`."""
 
 WHOLE = 1 << 12
-"""Tensors of at most so many entries are sampled whole."""
+"""Tensors with at most this many entries are sampled whole."""
 
 DEVIATIONS = 6.0
-"""Standard deviations that the interval reaches to both sides of where the sample has the number."""
+"""Half the width of the interval around the sample's estimate, in standard deviations."""
 
 WIDER = 1.25
-"""By how much the interval is wider to both sides where the sample is of a few targets: layers differ in size."""
+"""Factor that widens the interval to both sides if only a few targets were sampled: layers differ in magnitude."""
 
 LARGEST = 0x7FEFFFFFFFFFFFFF
 """The bits of the largest double."""
@@ -46,10 +46,10 @@ class Selected:
     """One number of a series.
 
     Attributes:
-        value: the k-th largest; infinite where k is 0, and 0 where k is at least the number of all.
-        above: how many are larger.
-        equal: how many are as large.
-        total: how many there are.
+        value: the k-th largest number; infinity if k is 0, the smallest number if k is the number of all or more.
+        above: how many numbers are larger.
+        equal: how many numbers are equal to it.
+        total: how many numbers there are.
     """
 
     value: float
@@ -63,9 +63,9 @@ class Selection:
     """The search for one number of a series that is fed in pieces, the same ones in each round.
 
     Attributes:
-        wanted: k, from how many numbers there are and how many of them are not zero.
-        partial: whether samples are of a part of the series, which may be larger or smaller than the rest.
-        found: the number; None as long as another round is needed.
+        wanted: a function of the number of values and of nonzero values that returns k.
+        partial: whether the samples come from a part of the series, whose magnitudes may differ from the rest.
+        found: the result; None as long as another pass is needed.
     """
 
     wanted: Callable[[int, int], int]
@@ -84,12 +84,12 @@ class Selection:
     _lock: Any = field(default_factory=Lock)
 
     def sample(self, values: Array, of: int) -> None:
-        """Before the first round: numbers drawn from `of` of them."""
+        """Add a sample before the first pass: `values`, drawn from `of` numbers."""
         with self._lock:
             self._samples.append((values, of / max(values.size, 1)))
 
     def begin(self) -> None:
-        """Begins a round."""
+        """Begin a pass."""
         import numpy as np
 
         if self._samples:
@@ -101,12 +101,13 @@ class Selection:
         self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
-        """More numbers, none of them negative."""
+        """Take more numbers, none of them negative; threads may call this at the same time."""
         import numpy as np
 
         lo, hi = _double(self._lo), _double(self._hi)
         larger = values > hi
         above = int(np.count_nonzero(larger))
+        # `larger` implies `values >= lo`, so that xor selects the numbers from lo to hi.
         inside = values[(values >= lo) ^ larger] if above else values[values >= lo]
         bins = None
         if self._bins is not None:
@@ -124,7 +125,7 @@ class Selection:
                 self._values.append(inside)
 
     def end(self) -> None:
-        """Ends a round: the number is found, or the next interval."""
+        """End a pass: set `found`, or the next interval."""
         import numpy as np
 
         k = min(self.wanted(self._total, self._nonzero), self._total)
@@ -164,7 +165,7 @@ class Selection:
         self._lo, self._hi, self._expected = lo, hi, expected
 
     def _guess(self) -> None:
-        """The interval, from a sample of pieces in which a number stands for as many as the piece has a number."""
+        """Set the first interval from the samples, in which each number stands for the share of its piece."""
         import numpy as np
 
         values = np.concatenate([v for v, _ in self._samples])
@@ -198,8 +199,8 @@ def _double(bits: int) -> float:
     return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
 
-def settle(selections: Any, once: Callable[[], Any]) -> None:
-    """Calls `once`, which feeds all numbers, until every selection has found its number."""
+def settle(selections: Sequence[Selection], once: Callable[[], object]) -> None:
+    """Call `once`, which feeds all numbers, until every selection has its result."""
     while open_ := [each for each in selections if each.found is None]:
         for each in open_:
             each.begin()

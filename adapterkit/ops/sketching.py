@@ -1,61 +1,64 @@
-"""The first singular values of a large matrix, by a randomized sketch that says how good it is, else exactly.
+"""Compute the first singular values of a large matrix by a randomized sketch with an error bound, or else exactly.
 
-Subspace iteration from random vectors: Halko, Martinsson and Tropp 2011, https://doi.org/10.1137/090771806. That no
-other factors of the rank have a much smaller error is shown by bounds on what the best of them could keep. With Q the
-basis that was found and R = D - Q Q^T D, the k first squares of singular values of D sum to at most those of Q^T D, and
+The sketch is subspace iteration from random vectors: Halko, Martinsson and Tropp 2011,
+https://doi.org/10.1137/090771806. A bound on the best factors of the same rank shows that the error is near the
+smallest possible one. With the basis Q and R = D - Q Q^T D, the sum of the first k squared singular values of D is at
+most that of Q^T D plus the smaller of
 
-- k times the largest square of R: Ky Fan 1949, on D^T D = (Q^T D)^T (Q^T D) + R^T R; or, if that is less,
-- what the largest square of R exceeds each of them by, and the k first singular values of R D^T Q: the same on D D^T.
+- k times the largest squared singular value of R: Ky Fan 1949, on D^T D = (Q^T D)^T (Q^T D) + R^T R;
+- the amounts by which that square exceeds each of them, plus the first k singular values of R D^T Q: the same on D D^T.
 
-The largest square of R is bounded by powers of R^T R on random vectors: Dixon 1983, https://doi.org/10.1137/0720053,
-which is wrong with a probability of 1e-8 at most.
+Powers of R^T R on random vectors bound the largest square: Dixon 1983, https://doi.org/10.1137/0720053. The bound fails
+with a probability of at most 1e-8.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .differences import frobenius, left, too_large
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..io.computed import Array
     from .criteria import Criterion
 
     Decomposition = tuple[Array, Array, Array]
 
 SMALL = 384
-"""Below this size a matrix is decomposed exactly."""
+"""Matrices with a smaller side up to this are decomposed exactly."""
 
 GUESS = 32
-"""Singular values to begin with where only an energy or an error is given."""
+"""The first guess of the rank if only an energy or an error is given."""
 
 EXCESS = 0.02
-"""How much larger than the smallest possible an error may be, relative to it."""
+"""The allowed relative excess over the smallest possible error."""
 
 EXACT = 1e-6
-"""A relative error that is as good as none: of changes that are of low rank but for rounding."""
+"""A relative error that counts as none: that of a low-rank change with rounding noise."""
 
 DEPENDENT = 1e-9
-"""Squares of columns below this part of the largest are too near to its rounding for a basis by the Gram matrix."""
+"""Eigenvalues of a Gram matrix below this fraction of the largest are too close to its rounding noise."""
 
 TESTS = 8
 POWERS = 24
-"""Random vectors of the bound, and how often the rest is applied to them at most."""
+"""The number of random vectors of the bound, and the most powers of R^T R that are applied to them."""
 
 
 def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
-    """The part of a matrix that a criterion keeps: U `[m, k]`, S `[k]`, Vh `[k, n]`.
+    """Return the part of a matrix that a criterion keeps: U `[m, k]`, S `[k]`, Vh `[k, n]`.
 
     Args:
         D: `[m, n]`, float32 or float64.
-        criterion: what to keep; its scope is this matrix alone.
-        seed: of the random vectors.
+        criterion: the criterion; its scope is this matrix.
+        seed: the seed of the random vectors.
 
     Returns:
-        factors whose error in the Frobenius norm is at most 1 + EXCESS times that of the best ones of that rank, but
-        for a probability of 1e-8.
+        factors whose Frobenius error is at most 1 + EXCESS times that of the best factors of that rank, except with a
+        probability of 1e-8.
 
     Raises:
         Malformed: the square of its norm is too large for float64.
@@ -67,6 +70,8 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
         raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
+    # Try a cheap sketch, then a better one. If neither is good, a given rank is computed exactly; for an energy or an
+    # error the guess is doubled, as long as a sketch is cheaper than the exact decomposition.
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
             Q, rows, found = _sketch(D, min(width, small), rounds, random)
@@ -82,15 +87,15 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
 
 
 def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, float]:
-    """The first singular values and vectors of a matrix: the best where it is small, else near to that.
+    """Return the first singular values and vectors of a matrix: exact if it is small, else close to the best.
 
     Args:
         D: `[m, n]`, float32 or float64.
-        rank: how many.
-        seed: of the random vectors.
+        rank: the number of singular values.
+        seed: the seed of the random vectors.
 
     Returns:
-        the decomposition, the Frobenius norm of the matrix, and that of the error, which is measured.
+        the decomposition, the Frobenius norm of the matrix, and that of the error.
 
     Raises:
         Malformed: the square of its norm is too large for float64.
@@ -112,7 +117,7 @@ def approximated(D: Array, rank: int, seed: int) -> tuple[Decomposition, float, 
 def streamed(
     rows: Callable[[], Iterable[tuple[slice, Array]]], shape: tuple[int, int], rank: int, seed: int
 ) -> tuple[Decomposition, float, float]:
-    """The same of a matrix that is too large to hold; `rows` gives it a few rows at a time, and is called six times."""
+    """Like `approximated`, for a matrix too large for memory; `rows` yields blocks of rows and is called six times."""
     import numpy as np
 
     m, n = shape
@@ -145,7 +150,7 @@ def streamed(
 
 
 def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
-    """The norm of what singular values leave out; measured, where too little is left for a difference of squares."""
+    """Return the norm of what singular values leave out; measured if a difference of squares is too inexact."""
     square = norm**2 - float((S.astype("<f8") ** 2).sum())
     if square < 1e-6 * norm**2 and measure is not None:
         return measure()
@@ -153,7 +158,7 @@ def _lost(norm: float, S: Array, measure: Callable[[], float] | None) -> float:
 
 
 def exact(D: Array) -> Decomposition:
-    """The whole thin decomposition; of large matrices by the eigenvectors of the smaller Gram matrix, in float64."""
+    """Return the full thin decomposition in float64; large matrices use the eigenvectors of the smaller Gram matrix."""
     import numpy as np
 
     D = D.astype(np.float64, copy=False)
@@ -170,15 +175,16 @@ def _by_gram(D: Array) -> Decomposition:
         U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
-    # Projections on the vectors, not roots of small squares: the product of the three is D to rounding.
+    # Singular values are the norms of projections instead of roots of eigenvalues, whose small ones are rounding noise:
+    # so the product of the three factors is D to rounding.
     rows = U.T @ D
     S = np.sqrt((rows * rows).sum(1))
     order = np.argsort(-S, kind="stable")
     return U[:, order], S[order], rows[order] / np.maximum(S[order], np.finfo(float).tiny)[:, None]
 
 
-def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Array, Decomposition]:
-    """A basis Q `[m, width]` of most of the range, Q^T D, and the decomposition of D's projection on Q."""
+def _sketch(D: Array, width: int, rounds: int, random: np.random.Generator) -> tuple[Array, Array, Decomposition]:
+    """Return a basis Q `[m, width]` of most of the range, Q^T D, and the decomposition of D's projection on Q."""
     import numpy as np
 
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
@@ -190,9 +196,10 @@ def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Arra
 
 
 def _basis(block: Array) -> Array:
-    """Orthonormal columns of the same range, by the Gram matrix (Stathopoulos and Wu 2002): far faster than by QR."""
+    """Return orthonormal columns with the same span, by the Gram matrix (Stathopoulos and Wu 2002)."""
     import numpy as np
 
+    # Far faster than QR, but useless for columns that are nearly dependent, which the eigenvalues show.
     wide = block.astype(np.float64, copy=False)
     squares, vectors = np.linalg.eigh(wide.T @ wide)
     if squares[0] <= DEPENDENT * squares[-1]:
@@ -202,9 +209,9 @@ def _basis(block: Array) -> Array:
 
 
 def _good(
-    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: Any
+    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: np.random.Generator
 ) -> bool:  # fmt: skip
-    """Whether no factors of that rank can have an error much smaller than the first `count` of these."""
+    """Whether no factors of rank `count` can have a much smaller error than the first `count` of these."""
     U, S, Vh = first(found, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
@@ -219,7 +226,7 @@ def _good(
 
 
 def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
-    """What of D D^T lies between the range of Q and the rest of the space: the sum of `count` singular values."""
+    """Return the sum of the first `count` singular values of R D^T Q, which mixes Q's span with the rest."""
     import numpy as np
 
     block = D @ rows.T
@@ -227,8 +234,8 @@ def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
     return float(np.sqrt(np.linalg.eigvalsh(block.T @ block)[-count:].clip(0)).sum())
 
 
-def _largest_squares(D: Array, Q: Array, random: Any) -> Iterator[float]:
-    """Bounds on the square of the largest singular value of R = D - Q Q^T D, each tighter than the one before."""
+def _largest_squares(D: Array, Q: Array, random: np.random.Generator) -> Iterator[float]:
+    """Yield bounds on the largest squared singular value of R = D - Q Q^T D, each tighter than the one before."""
     import numpy as np
 
     x = random.standard_normal((D.shape[1], TESTS), dtype=np.float32).astype(D.dtype)
@@ -242,12 +249,13 @@ def _largest_squares(D: Array, Q: Array, random: Any) -> Iterator[float]:
         if size == 0:
             yield 0.0
             return
+        # Powers are kept as a logarithm and the vectors at norm 1: neither overflows.
         log += math.log(size)
         x /= size
         yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)
 
 
 def first(found: Decomposition, count: int) -> Decomposition:
-    """The first so many singular values and vectors."""
+    """Return the first `count` singular values and vectors."""
     U, S, Vh = found
     return U[:, :count], S[:count], Vh[:count]

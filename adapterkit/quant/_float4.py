@@ -6,7 +6,7 @@ Two tools store it: one stores the second scale itself, the other its inverse.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import ShapeMismatch
 from ..io.lazy import Lazy
@@ -29,8 +29,6 @@ from ._scheme import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -48,14 +46,14 @@ class Float4(Packed):
     second: Lazy
     divide: bool
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         second = finite(numbers(self.second), self.members[2])
         scale = finite(rows_of(self.scale, start, stop), self.members[1])
         scale = finite(scale / second if self.divide else scale * second, self.members[2])
         levels = np.array(E2M1, np.float32)[nibbles(rows_of(self.stored, start, stop))]
-        return cast("np.ndarray[Any, Any]", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
+        return cast("Array", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         """Keep the second scale, because fused layers share it, unless a number is too large for it."""

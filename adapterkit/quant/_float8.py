@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import ShapeMismatch
 from ..io.lazy import Lazy, Shape
 from ._scheme import DAMAGED, STEP, Packed, divided, finite, joined, numbers, rows_of, sixteen_bits
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -34,7 +32,7 @@ class Scaled(Packed):
     grid: tuple[int, int]
     experts: int
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         q = rows_of(self.stored, start, stop).astype(np.float32)
@@ -44,7 +42,7 @@ class Scaled(Packed):
         at = expert * self.grid[0] + positions % height // self.block[0]
         scales = _values(self.scale, int(at[0]), int(at[-1]) + 1, self.grid[1], self.members[1])
         across = np.repeat(scales, self.block[1], axis=1)[:, :width]
-        return cast("np.ndarray[Any, Any]", (q * across[at - at[0]]).astype(self.dtype.array))
+        return cast("Array", (q * across[at - at[0]]).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         stored, scale = joined([self._band(merged, start, stop) for start, stop in self._bands()], (0, 0))
@@ -154,7 +152,7 @@ def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[t
     return block, (down, across), experts
 
 
-def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> np.ndarray[Any, Any]:
+def _values(scale: Lazy, start: int, stop: int, width: int, name: str) -> Array:
     """Return rows of a grid of scales in float32; bytes are exponents of two."""
     import numpy as np
 

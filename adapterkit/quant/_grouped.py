@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..errors import ShapeMismatch
 from ..io.lazy import Lazy
 from ._scheme import DAMAGED, Packed, divided, numbers, steps
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ._scheme import Array, Merged
 
 BITS = (2, 4, 8)
@@ -41,24 +39,24 @@ class Grouped(Packed):
     """Number of rows that share a word."""
 
     @abstractmethod
-    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def whole(self, start: int, stop: int) -> Array:
         """Return q of some rows, `[rows, columns]`, int32."""
 
     @abstractmethod
-    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
+    def zeros(self, start: int, stop: int) -> Array | int:
         """Return the zero points of some rows, `[rows, groups]`, int32."""
 
     @abstractmethod
-    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def scales(self, start: int, stop: int) -> Array:
         """Return the scales of some rows, `[rows, groups]`, float32."""
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         at, zeros = self._group_of(), self.zeros(start, stop)
         q = self.whole(start, stop) - (zeros if isinstance(zeros, int) else zeros[:, at])
         values = q.astype(np.float32) * self.scales(start, stop)[:, at]
-        return cast("np.ndarray[Any, Any]", values.astype(self.dtype.array))
+        return cast("Array", values.astype(self.dtype.array))
 
     @property
     def span(self) -> tuple[int, int]:
@@ -123,7 +121,7 @@ class Grouped(Packed):
         np.add.at(errors, at, ((q - zeros[:, at]) * scales[:, at] - values).T.astype(float) ** 2)
         return _Grid(q, zeros, scales, errors.T)
 
-    def _group_of(self) -> np.ndarray[Any, Any]:
+    def _group_of(self) -> Array:
         import numpy as np
 
         columns = self.shape[-1]
@@ -167,7 +165,7 @@ def words(q: Array, bits: int) -> Array:
     return np.asarray(np.bitwise_or.reduce(split, axis=-1).view(np.int32))
 
 
-def unpacked(words: np.ndarray[Any, Any], bits: int, count: int | None = None) -> np.ndarray[Any, Any]:
+def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
     """Unpack unsigned numbers of `bits` bits from 32-bit words along the last axis, lowest bits first; int32."""
     import numpy as np
 
@@ -176,6 +174,6 @@ def unpacked(words: np.ndarray[Any, Any], bits: int, count: int | None = None) -
     return split.reshape(*words.shape[:-1], -1)[..., :count].astype(np.int32)
 
 
-def whole(tensor: Lazy) -> np.ndarray[Any, Any]:
+def whole(tensor: Lazy) -> Array:
     """Read all of a stored tensor."""
     return numbers(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)

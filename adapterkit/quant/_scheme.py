@@ -12,12 +12,10 @@ from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, DType, Lazy, Shape
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array as Array
     from ..io.lazy import Buffer
 
-    Array = np.ndarray[Any, Any]
     Merged = Callable[[int, int], Array]
 
 DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
@@ -73,7 +71,7 @@ class Packed(ABC):
         return None
 
     @abstractmethod
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         """Return rows of the weight as `[rows, width]`, where width is its last axis, in `dtype`'s numpy type.
 
         Raises:
@@ -184,7 +182,7 @@ def expect(shape: Shape, wanted: Shape, name: str) -> None:
         raise ShapeMismatch(f"of shape {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
 
 
-def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
+def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
     """Read a run of a stored tensor's elements, flat, in a dtype for arithmetic."""
     import numpy as np
 
@@ -192,13 +190,13 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> np.ndarra
     return np.frombuffer(tensor.read(first, size), dtype=tensor.dtype.array)
 
 
-def rows_of(tensor: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+def rows_of(tensor: Lazy, start: int, stop: int) -> Array:
     """Read rows `start` to `stop` of a stored tensor as `[rows, width]`."""
     width = tensor.shape[-1]
     return numbers(tensor, start * width, (stop - start) * width).reshape(stop - start, width)
 
 
-def finite(scales: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+def finite(scales: Array, name: str) -> Array:
     """Return the scales in float32, or in float64 if they are.
 
     Raises:
@@ -212,7 +210,7 @@ def finite(scales: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     return wide
 
 
-def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.ndarray[Any, Any]:
+def nibbles(packed: Array, *, high_first: bool = False) -> Array:
     """Split bytes into their halves along the last axis, which becomes twice as long."""
     import numpy as np
 

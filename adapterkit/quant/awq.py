@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
 from ..io.lazy import Lazy
@@ -15,8 +15,6 @@ from ._grouped import Grouped, unpacked, whole, words
 from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array
 
@@ -54,13 +52,13 @@ class _Words(Grouped):
     scale: Lazy
     granule = 8
 
-    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def whole(self, start: int, stop: int) -> Array:
         return _outputs(self.stored, start, stop)
 
-    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def zeros(self, start: int, stop: int) -> Array:
         return _outputs(self.zero, start, stop)
 
-    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def scales(self, start: int, stop: int) -> Array:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
 
     def kept(self, scales: Array) -> Array:
@@ -73,7 +71,7 @@ class _Words(Grouped):
         return dict(zip(self.members, joined(pieces, (1, 1, 1)), strict=True))
 
 
-def _outputs(stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+def _outputs(stored: Lazy, start: int, stop: int) -> Array:
     """Unpack outputs `start` to `stop` from words, `[outputs, rows of the stored tensor]`."""
     first = start // 8
     held = whole(stored)[:, first : -(-stop // 8)].copy()

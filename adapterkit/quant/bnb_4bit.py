@@ -22,8 +22,6 @@ from ..io.strict_json import load_json
 from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -58,7 +56,7 @@ class _Blocks:
     above: _Blocks | None = None
     offset: float = 0.0
 
-    def of(self, first: int, stop: int) -> np.ndarray[Any, Any]:
+    def of(self, first: int, stop: int) -> Array:
         """Return the scales of blocks `first` to `stop`, float32."""
         import numpy as np
 
@@ -68,7 +66,7 @@ class _Blocks:
         scaled = finite(numbers(self.table), self.name)[values] * self.above.each(first, stop)
         return finite(scaled + np.float32(self.offset), self.name)
 
-    def each(self, first: int, stop: int) -> np.ndarray[Any, Any]:
+    def each(self, first: int, stop: int) -> Array:
         """Return the scale of every element from `first` to `stop`."""
         import numpy as np
 
@@ -94,16 +92,16 @@ class _Levels(Packed):
     absmax: _Blocks
 
     @cached_property
-    def levels(self) -> np.ndarray[Any, Any]:
+    def levels(self) -> Array:
         return finite(numbers(self.code), self.name)
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         width = self.shape[-1]
         first, end = start * width, stop * width
         pairs = numbers(self.stored, first // 2, -(-end // 2) - first // 2)
         q = nibbles(pairs, high_first=True)[first % 2 :][: end - first]
         values = self.levels[q] * self.absmax.each(first, end)
-        return cast("np.ndarray[Any, Any]", values.astype(self.dtype.array).reshape(stop - start, width))
+        return cast("Array", values.astype(self.dtype.array).reshape(stop - start, width))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import Unsupported
 from ..io.lazy import Lazy
@@ -24,8 +24,6 @@ from ._scheme import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -53,12 +51,12 @@ class _Rows(Packed):
     stored: Lazy
     scale: Lazy
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         scale = finite(numbers(self.scale, start, stop - start), self.members[1])
         q = rows_of(self.stored, start, stop).astype(np.float32)
-        return cast("np.ndarray[Any, Any]", (q * scale[:, None] * np.float32(ONE_127TH)).astype(self.dtype.array))
+        return cast("Array", (q * scale[:, None] * np.float32(ONE_127TH)).astype(self.dtype.array))
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         pieces = [_quantized(merged(start, stop)) for start, stop in steps(self.shape)]

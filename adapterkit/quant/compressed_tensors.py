@@ -30,8 +30,6 @@ from ._scheme import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -81,7 +79,7 @@ class _Whole(Grouped):
     packed: bool
     granule = 32
 
-    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def whole(self, start: int, stop: int) -> Array:
         import numpy as np
 
         found = rows_of(self.stored, start, stop)
@@ -89,7 +87,7 @@ class _Whole(Grouped):
             return found.astype(np.int32)
         return unpacked(found, self.bits, self.shape[-1]) - (1 << self.bits - 1)
 
-    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
+    def zeros(self, start: int, stop: int) -> Array | int:
         import numpy as np
 
         if self.zero is None:
@@ -99,7 +97,7 @@ class _Whole(Grouped):
         rows = unpacked(whole(self.zero).swapaxes(0, 1).copy(), self.bits, self.shape[0]) - (1 << self.bits - 1)
         return rows.swapaxes(0, 1)[start:stop]
 
-    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def scales(self, start: int, stop: int) -> Array:
         return finite(self._of(self.scale, start, stop), self.members[1])
 
     @property
@@ -129,7 +127,7 @@ class _Whole(Grouped):
         axes = (0, 0, 0)[: len(pieces[0])]
         return dict(zip(self.members, joined(pieces, axes), strict=False))
 
-    def _of(self, stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _of(self, stored: Lazy, start: int, stop: int) -> Array:
         """Return rows of a tensor that has one number per row and group, or one in all."""
         import numpy as np
 

@@ -32,8 +32,6 @@ from ..naming.gguf import (
 from ._scheme import Packed, Scheme, numbers, steps
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Buffer
     from ..naming.architectures import Place
@@ -237,7 +235,7 @@ class _Tensor(Packed):
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed:
         return replace(self, stored=parts.get(self.members[0], self.stored), kind=self.new)
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         if self.order is None:
             return self._read(start, stop)
         if len(self.shape) < 2:
@@ -417,7 +415,7 @@ class Split(Packed):
         pieces = tuple(replace(piece, stored=parts.get(piece.member, piece.stored)) for piece in self.pieces)
         return replace(self, pieces=pieces)
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         out = np.empty((stop - start, self.shape[-1]), np.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import Unsupported
 from ..io.lazy import Lazy
@@ -15,8 +15,6 @@ from ._grouped import BITS, Grouped, unpacked, whole, words
 from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array
 
@@ -52,13 +50,13 @@ class _Columns(Grouped):
     less: int
     granule = 32
 
-    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def whole(self, start: int, stop: int) -> Array:
         return unpacked(whole(self.stored)[:, start:stop].swapaxes(0, 1).copy(), self.bits)
 
-    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def zeros(self, start: int, stop: int) -> Array:
         return unpacked(whole(self.zero), self.bits)[:, start:stop].swapaxes(0, 1) + self.less
 
-    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def scales(self, start: int, stop: int) -> Array:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
 
     @property

@@ -17,9 +17,8 @@ from ._grouped import whole
 from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array
 
 WORD = ".W_q"
 PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
@@ -56,16 +55,16 @@ class _Groups(Packed):
     bits: int
     form: tuple[int, int]
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         zero, scale = (whole(part).astype(self.dtype.array) for part in (self.zero, self.scale))
         for part, place in ((zero, 2), (scale, 1)):
             finite(part, self.members[place])
-        values: np.ndarray[Any, Any] = ((self._unpacked().astype(self.dtype.array) - zero) * scale).reshape(self.shape)
+        values: Array = ((self._unpacked().astype(self.dtype.array) - zero) * scale).reshape(self.shape)
         return np.asarray(values.reshape(-1, self.shape[-1])[start:stop])
 
-    def _unpacked(self) -> np.ndarray[Any, Any]:
+    def _unpacked(self) -> Array:
         """Return q as `[groups, size]` or `[size, groups]`; the first rows are in the highest bits."""
         import numpy as np
 

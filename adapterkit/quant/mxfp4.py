@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..errors import Malformed
 from ..io.lazy import DTYPES, Lazy
@@ -28,8 +28,6 @@ from ._scheme import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array, Merged
 
@@ -57,7 +55,7 @@ class _Experts(Packed):
     stored: Lazy
     scale: Lazy
 
-    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
         height = self.shape[1]
@@ -77,7 +75,7 @@ class _Experts(Packed):
             found.append(joined(pieces, (1, 1)))
         return {name: np.stack(parts) for name, parts in zip(self.members, zip(*found, strict=True), strict=True)}
 
-    def _of(self, expert: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def _of(self, expert: int, start: int, stop: int) -> Array:
         """Return inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
         import numpy as np
 
@@ -91,7 +89,7 @@ class _Experts(Packed):
         levels = np.array(E2M1, np.float32)[nibbles(packed)]
         values = np.ldexp(levels, scale.astype(np.int32)[..., None] - 127).reshape(outs, -1)
         part = values[:, start - first * GROUP : stop - first * GROUP].swapaxes(0, 1)
-        return cast("np.ndarray[Any, Any]", part.astype(self.dtype.array))
+        return cast("Array", part.astype(self.dtype.array))
 
 
 def quantized(values: Array) -> tuple[Array, Array]:

@@ -19,8 +19,6 @@ from ._grouped import Grouped
 from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..io.checkpoint import Checkpoint
     from ._scheme import Array
 
@@ -71,13 +69,13 @@ class _Bytes(Grouped):
     scale: Lazy
     zero: Lazy | None
 
-    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def whole(self, start: int, stop: int) -> Array:
         return rows_of(self.stored, start, stop).astype("i4")
 
-    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
+    def zeros(self, start: int, stop: int) -> Array | int:
         return 0 if self.zero is None else rows_of(self.zero, start, stop).astype("i4")
 
-    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def scales(self, start: int, stop: int) -> Array:
         return finite(rows_of(self.scale, start, stop), self.members[1])
 
     @property

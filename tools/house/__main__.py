@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "adapterkit"
-HARD = ("merging", "io", "onnx", "hub")
+HARD = ("merging", "ops", "io", "onnx", "hub")
 """Packages whose code is hard, where a comment that says why is worth most."""
 
 TRACED = """

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ...errors import ShapeMismatch
 from .update import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .layer import Layer
 
 
 class OutputUpdate(Update):
@@ -68,11 +73,11 @@ class OutputUpdate(Update):
         if self.channels not in (None, shape[0]):
             raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
 
-    def inside(self, x: Any, layer: Any) -> Any:
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
         """Return the new value of `layer.hidden(x)`."""
         return self.forward(x, layer)
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return layer.close(self.inside(x, layer), x, self.whole)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from ...errors import NotMergeable
 from .update import Update
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from .layer import Layer
 
 _Function = TypeVar("_Function")
 
@@ -82,7 +85,7 @@ class Additive(Update):
         return b if d is None else b + d
 
     @of_pair
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         d = self.bias_delta()
         y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
         return y if d is None else y + layer.per_channel(d)
@@ -117,7 +120,7 @@ class WeightUpdate(Update):
         """
         return None
 
-    def forward(self, x: Any, layer: Any) -> Any:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         y = layer.op(x, self.new_weight(layer.weight))
         settled = self.settled(layer.weight) if self.bias_sees_weight else self
         return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))

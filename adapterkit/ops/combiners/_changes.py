@@ -1,4 +1,4 @@
-"""What formulas of combining do with the changes of one weight: inner products, sums of factors, small cores."""
+"""Operations of combiners on the changes of one weight: inner products, sums of factors, small cores."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from ...io.computed import Array
 
 TINY = 1e-12
-"""A sum of weights below this part of their magnitudes is none."""
+"""A sum of weights below this fraction of their magnitudes counts as zero."""
 
 NOISE = 1e-13
-"""Singular values below this part of the largest are rounding."""
+"""Singular values below this fraction of the largest are rounding noise."""
 
 
 def shares(weights: Array) -> Array:
-    """Weights over their sum.
+    """Divide weights by their sum.
 
     Raises:
-        UsageError: they have none.
+        UsageError: the sum is zero.
     """
     whole = weights.sum()
     if abs(whole) < TINY * abs(weights).sum() or whole == 0:
@@ -32,13 +32,14 @@ def shares(weights: Array) -> Array:
 
 
 def gram(deltas: Sequence[Delta]) -> Array:
-    """<D_s, D_t> for all pairs, `[T, T]`: of factors, where all have them, without forming a product of them."""
+    """Return <D_s, D_t> for all pairs, `[T, T]`; if all changes have factors, no product of them is formed."""
     import numpy as np
 
     if any(delta.rest is not None for delta in deltas):
         flat = np.stack([delta.dense().ravel() for delta in deltas])
         product: Array = flat @ flat.T
         return product
+    # <B_s A_s, B_t A_t> is the sum of (B_s^T B_t) * (A_s A_t^T): matrices of ranks, not of the weight's size.
     found = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
@@ -47,7 +48,7 @@ def gram(deltas: Sequence[Delta]) -> Array:
 
 
 def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
-    """sum_t coefficients[t] * D_t, factors beside one another."""
+    """Return sum_t coefficients[t] * D_t, with the factors joined."""
     import numpy as np
 
     scaled = [delta.scaled(float(c)) for delta, c in zip(deltas, coefficients, strict=True)]
@@ -57,14 +58,14 @@ def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
 
 
 def whole(D: Array) -> Delta:
-    """A change without thin factors, `[out, in * k]`."""
+    """Return a change without low-rank factors from an array `[out, in * k]`."""
     import numpy as np
 
     return Delta(np.zeros((len(D), 0)), np.zeros((0, D.shape[1])), D)
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """left @ core @ right as a pair of thin factors, singular values evenly shared, noise left out."""
+    """Return left @ core @ right as two factors that share the singular values evenly, without rounding noise."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)

@@ -1,4 +1,4 @@
-"""What a way to combine is: a formula over the changes of one weight, and its parameters."""
+"""The base classes of combiners: a formula over the changes of one weight, and its parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, cast, dataclass_transform
 
 from ...errors import UsageError, nearest
 from ._changes import between, gram, mixed
@@ -33,12 +33,12 @@ def parameter(
     """A field that a user may set.
 
     Args:
-        default: the paper's; its type is the parameter's, if `kind` does not say another.
-        meaning: in words, for lists.
-        among: the only values that will do.
-        least: the smallest number that will do.
-        most: the largest.
-        kind: the type where the default is None.
+        default: the value from the paper; its type is that of the parameter, unless `kind` is given.
+        meaning: a description for lists.
+        among: the allowed values; empty allows all.
+        least: the smallest allowed number.
+        most: the largest allowed number.
+        kind: the type, if the default is None.
     """
     facts = {"meaning": meaning, "among": tuple(among), "least": least, "most": most, "kind": kind or type(default)}
     return dataclasses.field(default=default, metadata=facts)
@@ -50,26 +50,26 @@ DEPENDENCES = {
     "size": "fixed sizes that entries are compared with: twice the changes do not make twice the result",
     "seed": "random numbers",
 }
-"""What the result of a method may depend on beside the changes; tests prove each, and its absence."""
+"""Properties beside the changes that the result of a combiner may depend on; tests prove each, and its absence."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
 class Combiner(ABC):
-    """A way to make one change of several. Subclasses are frozen dataclasses of parameters.
+    """A formula that makes one change of several. Subclasses are frozen dataclasses of parameters.
 
     Attributes:
-        title: what the method is called in print.
-        paper: where it is from.
-        data: what `data=` must be, in words, for methods that look at more than the adapters.
-        takes: how many adapters there may be, at least and at most.
-        dense: whether the result has no thin factors even where the changes have.
-        compat: peer -> parameters with which it computes what that peer computes.
-        plug: the parameter that names another method, for those that work on top of one.
+        title: the name of the method in print.
+        paper: the source of the formula.
+        data: a description of the `data=` argument, for methods that need more than the adapters.
+        takes: the smallest and the largest number of adapters; None for no limit.
+        dense: whether the result has no low-rank factors even if the changes have.
+        compat: peer -> the parameters that reproduce that peer.
+        plug: the parameter that names another combiner, for those that work on top of one.
         single: parameters that may differ from adapter to adapter.
-        based: whether the formula looks at the weights of the base, which must be given then.
-        depends: what the result depends on beside the changes, of `DEPENDENCES`.
-        stages: how often numbers of whole adapters are counted, where later ones depend on earlier ones.
-        sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
+        based: whether the formula needs the weights of the base.
+        depends: the properties that the result depends on beside the changes; keys of `DEPENDENCES`.
+        stages: the number of counting passes over all targets; each may use the counts of those before.
+        sequential: whether `data=` also gets an adapter of the targets that are done, in the order of the targets.
     """
 
     title: ClassVar[str] = ""
@@ -85,26 +85,27 @@ class Combiner(ABC):
     depends: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
+        # Subclasses need no decorator, so that a plug-in cannot forget it and silently lose its parameters.
         super().__init_subclass__()
         dataclass(frozen=True, kw_only=True, eq=False)(cls)
 
     @classmethod
-    def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
+    def parameters(cls) -> dict[str, dataclasses.Field[Value]]:
         """Name -> field with its default and facts."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """What every parameter is where nothing is said, `then` of plug-ins included."""
-        own = {name: field.default for name, field in cls.parameters().items()}
+    def defaults(cls) -> dict[str, Value]:
+        """Return the default of every parameter, with `then` of plug-ins."""
+        own = {name: cast("Value", field.default) for name, field in cls.parameters().items()}
         return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 
     @classmethod
-    def checked(cls, name: str, value: Any) -> Value:
-        """A value for a parameter, in the parameter's type.
+    def checked(cls, name: str, value: object) -> Value:
+        """Check a value for a parameter and return it in the parameter's type.
 
         Raises:
-            UsageError: the method has no such parameter, or the value will not do.
+            UsageError: the combiner has no such parameter, or the value is not allowed.
         """
         known = cls.parameters()
         if name not in known:
@@ -118,8 +119,8 @@ class Combiner(ABC):
             raise UsageError(f"{value!r} is not {_KINDS[facts['kind']]}", where=name, cure=_said(known[name]))
         outside = not isinstance(fits, (bool, str)) and not facts["least"] <= fits <= facts["most"]
         if outside or (facts["among"] and fits not in facts["among"]):
-            raise UsageError(f"{value!r} will not do", where=name, cure=_said(known[name]))
-        return fits  # type: ignore[no-any-return]
+            raise UsageError(f"{value!r} is not allowed", where=name, cure=_said(known[name]))
+        return fits
 
     def values(self) -> dict[str, Value]:
         """The parameters as plain data."""
@@ -131,37 +132,37 @@ class Combiner(ABC):
 
     @property
     def counts(self) -> bool:
-        """Whether numbers of the whole adapters are needed before anything can be computed."""
+        """Whether the formula needs counts over whole adapters before it can compute any target."""
         return False
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
-        """The factor of each adapter, where the method is a sum whatever the changes are: that needs no computing."""
+        """Return the factor of each adapter if the result is always such a sum, which needs no computing; else None."""
         return None
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
-        """Checks parameters together; raises UsageError."""
+        """Check parameters that constrain each other; raise UsageError."""
 
     @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
-        """The combined change of a weight.
+        """Return the combined change of a weight.
 
         Args:
-            deltas: the changes of one weight, of the adapters that have one there.
-            weights: one an adapter.
-            at: where this is, with what is drawn or counted there.
+            deltas: the changes of one weight, by the adapters that change it.
+            weights: one weight per change.
+            at: the place of the weight, with its random numbers and counts.
         """
 
     def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
-        """The combined change of a bias, `[T, out]` to `[out]`: a weighted mean, where a formula is one of matrices."""
+        """Combine the changes of a bias, `[T, out]`, to `[out]`: the weighted mean, unless a subclass overrides it."""
         return weights @ changes / len(changes)
 
 
 class Mixture(Combiner):
-    """Methods whose result is sum_t c_t * D_t, with c from inner products: exact on factors, whose ranks add up."""
+    """Combiners with the result sum_t c_t * D_t, c from inner products; exact on factors, whose ranks add up."""
 
     @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        """c `[T]` from the inner products of the changes, `[T, T]`, and the weights given, `[T]`."""
+        """Return c `[T]` from the inner products of the changes, `[T, T]`, and the weights, `[T]`."""
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
         return mixed(deltas, self.coefficients(gram(deltas), weights))
@@ -171,7 +172,7 @@ class Mixture(Combiner):
 
 
 class Spectral(Combiner):
-    """Methods of singular values and spaces: the formula sees small cores, `[T, p, q]`, of one pair of bases."""
+    """Combiners of singular values and subspaces: the formula sees small cores, `[T, p, q]`, in common coordinates."""
 
     @abstractmethod
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -187,10 +188,10 @@ class Spectral(Combiner):
 
 
 class PlugIn(Combiner):
-    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's.
+    """Combiners that transform the changes for another combiner, `then`, which gets all unknown parameters.
 
     Attributes:
-        within: what the other's parameters are by default, where it has them and the paper says so.
+        within: defaults from the paper for parameters of the other combiner, if it has them.
     """
 
     plug: ClassVar[str | None] = "then"
@@ -217,11 +218,11 @@ class PlugIn(Combiner):
         return self.inner.vector(changes, weights, at)
 
 
-def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
-    """A method with checked parameters.
+def made(cls: type[Combiner], values: Mapping[str, object]) -> Combiner:
+    """Return a combiner with checked parameters.
 
     Raises:
-        UsageError: an unknown parameter, or a value that will not do.
+        UsageError: a parameter is unknown, or its value is not allowed.
     """
     if not issubclass(cls, PlugIn):
         method = cls(**{name: cls.checked(name, value) for name, value in values.items()})
@@ -229,7 +230,7 @@ def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
         return method
     own = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
     rest = {name: value for name, value in values.items() if name not in own and name != "then"}
-    plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
+    plugged: Any = cls(**own, settings=rest, then=cast(str, values.get("then", cls.then)))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
@@ -239,15 +240,16 @@ def made(cls: type[Combiner], values: Mapping[str, Any]) -> Combiner:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: object, kind: type) -> Value:
+    # In Python True is an integer: `density=True` must not pass for 1.
     if isinstance(value, bool) or kind in (bool, str):
-        return value if type(value) is kind else None
+        return cast("Value", value) if type(value) is kind else None
     if kind is int:
         return value if isinstance(value, int) else None
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _said(field: dataclasses.Field[Any]) -> str:
+def _said(field: dataclasses.Field[Value]) -> str:
     facts = field.metadata
     if facts["among"]:
         return f"One of: {', '.join(facts['among'])}"

@@ -1,4 +1,4 @@
-"""Methods entry by entry: each change made sparse, signs put to the vote, what agrees summed or averaged."""
+"""Base classes of entrywise combiners: make changes sparse, elect signs, sum or average the entries that agree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESCALE = "what is kept is divided by its probability (inverse), or brought to t
 
 
 class Entrywise(Combiner):
-    """Methods that look at every entry: the formula sees blocks of rows of all changes of a tensor."""
+    """Combiners that look at every entry: the formula sees blocks of rows of all changes of a tensor."""
 
     scale: float = parameter(1.0, SCALE)
 
@@ -47,23 +47,23 @@ class Entrywise(Combiner):
 
     @abstractmethod
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
-        """The function that makes one block of the result of a block of the changes.
+        """Return the function that computes one block of the result from a block of the changes.
 
         Args:
-            blocks: the changes; a formula that needs numbers of the whole tensor goes over them before it returns.
-            weights: one an adapter.
-            at: where this is.
+            blocks: the changes; a formula that needs statistics of the whole tensor passes over them here.
+            weights: one weight per change.
+            at: the place of the tensor.
 
         Returns:
-            a function of changes `[T, rows, columns]`, which it may write over, and of the slice of their rows. It is
-            called with the rows in their order.
+            a function of changes `[T, rows, columns]`, which it may modify, and of the slice of their rows; called
+            with the rows in order.
         """
 
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
-        """Feeds `at.census`, where numbers of whole adapters are needed."""
+        """Feed `at.census`, for formulas that need statistics of whole adapters."""
 
     def rows(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Iterator[tuple[slice, Array]]:
-        """The result, some rows at a time."""
+        """Yield the result, a block of rows at a time."""
         made = self.formula(blocks, weights, at)
         for rows, changes in blocks:
             yield rows, made(changes, rows)
@@ -88,9 +88,9 @@ class Entrywise(Combiner):
 
 
 class Sparse(Entrywise):
-    """lambda * sum_t w_t M_t S(D_t), over a denominator if any; M_t is 1 where an entry has the elected sign.
+    """lambda * sum_t w_t M_t S(D_t) / denominator; M_t is 1 for entries with the elected sign, else 0.
 
-    S keeps some entries: those of a mask that a subclass makes, `mask`. `rescale` says how they are scaled up.
+    S keeps the entries of `mask`, which a subclass defines, and scales them up as `rescale` says.
     """
 
     sign: str = parameter("none", SIGN, among=SIGNS)
@@ -100,11 +100,11 @@ class Sparse(Entrywise):
 
     @abstractmethod
     def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
-        """The function that tells which entries are kept.
+        """Return the function that selects the entries to keep.
 
         Returns:
-            a function of changes `[T, rows, columns]` and of the slice of their rows, to a mask of that shape, or None
-            where all are kept, and the probability that each had to be kept, 1 where that was not by chance.
+            a function of changes `[T, rows, columns]` and of the slice of their rows. It returns a mask of that shape,
+            or None to keep all, and each entry's probability of being kept; 1 if the choice is not random.
         """
 
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
@@ -120,7 +120,7 @@ class Sparse(Entrywise):
             at.census.add_votes(self._signs(blocks, weights, at))
 
     def _kept(self, blocks: Blocks, at: FormulaContext) -> Formula:
-        """The function that makes a block of the changes sparse, and scales what is kept; it writes over them."""
+        """Return the function that makes a block of the changes sparse and scales kept entries, in place."""
         import numpy as np
 
         mask, how = self.mask(blocks, at), getattr(self, "rescale", "none")
@@ -136,6 +136,8 @@ class Sparse(Entrywise):
 
         if how != "norm":
             return kept
+        # The norms of a whole tensor are known only after a pass over it, so every block is masked twice. Random masks
+        # depend on seed and position alone, and are the same in both passes.
         before, after = np.zeros(blocks.count), np.zeros(blocks.count)
         for rows, changes in blocks:
             before += np.abs(changes).sum((1, 2))
@@ -145,7 +147,7 @@ class Sparse(Entrywise):
         return lambda changes, rows: kept(changes, rows) * factors
 
     def _votes(self, kept: Array, weights: Array) -> Array:
-        """A number of the sign that each entry's votes have, zero where they cancel."""
+        """Return a number with the sign of each entry's votes; zero if they cancel."""
         import numpy as np
 
         if self.sign == "total":
@@ -154,7 +156,7 @@ class Sparse(Entrywise):
         return np.asarray(np.tensordot(np.sign(weights), signs, 1) if self.weighted_vote else signs.sum(0, np.int32))
 
     def _signs(self, blocks: Blocks, weights: Array, at: FormulaContext) -> int:
-        """The sum of the signs of all entries of a tensor."""
+        """Return the sum of the elected signs over all entries of a tensor."""
         import numpy as np
 
         kept, total = self._kept(blocks, at), 0
@@ -167,7 +169,7 @@ class Sparse(Entrywise):
         return -1 if self._signs(blocks, weights, at) < 0 else 1
 
     def _fused(self, kept: Array, weights: Array, majority: Callable[[], int]) -> Array:
-        """The sum over what agrees, over the denominator."""
+        """Return the sum of the entries with the elected sign, divided by the denominator."""
         import numpy as np
 
         if self.sign == "none":
@@ -177,7 +179,8 @@ class Sparse(Entrywise):
         votes = self._votes(kept, weights)
         elected = np.where(votes >= 0, 1.0, -1.0)
         if self.zero_sign == "majority":
-            # Where nothing was kept any sign gives zero: a majority is counted only where entries cancel exactly.
+            # A majority takes a pass over all targets. An entry of which nothing was kept is zero with any sign, so
+            # that the majority is needed only if kept entries cancel exactly.
             tied = (votes == 0) & kept.any(0)
             if tied.any():
                 elected[tied] = majority()
@@ -197,7 +200,7 @@ class Sparse(Entrywise):
 
 
 def count_of(density: float, total: int, how: str) -> int:
-    """How many of `total` entries a density keeps."""
+    """Return how many of `total` entries a density keeps; `how` is one of `COUNTS`."""
     if density >= 1:
         return total
     if how == "reference":
@@ -206,7 +209,7 @@ def count_of(density: float, total: int, how: str) -> int:
 
 
 def largest(D: Array, kept: int) -> Array:
-    """Which entries are among the `kept` largest magnitudes; those as large as the smallest of them, too."""
+    """Return a mask of the `kept` largest magnitudes, with all that equal the smallest of them."""
     import numpy as np
 
     if kept <= 0:
@@ -219,7 +222,7 @@ def largest(D: Array, kept: int) -> Array:
 
 
 def rescaled(D: Array, mask: Array, chance: Array | float, how: str) -> Array:
-    """D where the mask is set, which it is by `chance`, scaled so that its mean, or its L1 norm, stays."""
+    """Return the entries of D in the mask, scaled to keep the expected value (`inverse`) or the L1 norm (`norm`)."""
     import numpy as np
 
     kept = D * mask
@@ -232,11 +235,11 @@ def rescaled(D: Array, mask: Array, chance: Array | float, how: str) -> Array:
 
 
 TINY = 1e-7
-"""L1 norms below this are not brought to one another."""
+"""With an L1 norm below this, nothing is rescaled."""
 
 
 def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
-    """The smallest magnitude that a density keeps of each change of a tensor, `[T, 1, 1]`."""
+    """Return the smallest magnitude that a density keeps of each change of a tensor, `[T, 1, 1]`."""
     import numpy as np
 
     wanted = [lambda total, _, density=density: count_of(density, total, how) for density in densities]
@@ -245,15 +248,15 @@ def thresholds(blocks: Blocks, densities: Sequence[float], how: str) -> Array:
 
 
 def ranks(sizes: Array) -> Array:
-    """The place of each number in its row, `[rows, columns]`, 0 for the smallest; none is negative.
+    """Return the rank of each magnitude within its row, `[rows, columns]`, 0 for the smallest.
 
-    Rows are sorted as whole numbers, a magnitude's bits with its column in the last of them: that takes a third of the
-    time of sorting places by magnitude. Magnitudes within 2^-40 of each other are taken as equal, and equal ones are in
-    the order of their columns.
+    Magnitudes within 2^-40 of each other count as equal, and equal ones are ranked in the order of their columns.
     """
     import numpy as np
 
     rows, columns = sizes.shape
+    # Bits of positive doubles are ordered as the doubles are. With the column in the last bits, sorting integers gives
+    # the order, too, in a third of the time of an argsort.
     low = np.uint64((1 << max(columns - 1, 1).bit_length()) - 1)
     keys = np.ascontiguousarray(sizes, "<f8").view("<u8") & ~low
     keys |= np.arange(columns, dtype=np.uint64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 from ...errors import UsageError
 from ._changes import mixed
@@ -25,15 +25,15 @@ SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the lo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """What a learning method may try.
+    """The functions with which a learning combiner evaluates coefficients.
 
     Attributes:
-        targets: all of them, in order.
-        count: adapters.
-        seed: of random steps.
-        combined: coefficients `[T]` a target -> the adapter that they make.
-        score: what the caller says of it.
-        products: a target and a gradient `[out, in, *k]` -> its inner products with the adapters' changes there, `[T]`.
+        targets: all targets, in order.
+        count: the number of adapters, T.
+        seed: the seed of random steps.
+        combined: coefficients `[T]` per target -> the combined adapter.
+        score: an adapter -> the caller's loss.
+        products: a target and a gradient `[out, in, *k]` -> its inner products with the adapters' changes, `[T]`.
     """
 
     targets: Sequence[Target]
@@ -51,10 +51,10 @@ class Trial:
         return _number(said[0] if isinstance(said, tuple) else said)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """The loss, and its gradient by the coefficients, `[T]` a target; zero where the caller gave none.
+        """Return the loss and its gradient by the coefficients, `[T]` per target; zero for targets without a gradient.
 
         Raises:
-            UsageError: the caller gives no gradients, or at places that are no targets.
+            UsageError: the caller returns no gradients, or one at an unknown target.
         """
         import numpy as np
 
@@ -71,9 +71,10 @@ class Trial:
         return _number(said[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
-        """The loss and its gradient by coefficients that hold everywhere, by central differences."""
+        """Return the loss and its gradient by coefficients that all targets share, by central differences."""
         import numpy as np
 
+        # 2 T + 1 scores per step, so this is for coefficients that all targets share.
         ends = [
             [self.loss(self.everywhere(coefficients + way * step * unit)) for way in (1, -1)]
             for unit in np.eye(self.count)
@@ -83,13 +84,13 @@ class Trial:
 
 
 class Learned(Combiner):
-    """A method that looks for coefficients of a sum before anything is computed."""
+    """A combiner that learns the coefficients of a sum before anything is computed."""
 
     data: ClassVar[str | None] = SCORE
 
     @abstractmethod
     def learn(self, trial: Trial) -> dict[Target, Array]:
-        """The coefficients of each target, `[T]`."""
+        """Return the coefficients of each target, `[T]`."""
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
         return list(weights)
@@ -124,9 +125,15 @@ class Adam:
 def descend(
     trial: Trial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
-    """Free numbers `[targets, T]` after so many steps; `shape` makes coefficients of them, and their Jacobian's action.
+    """Run Adam on free numbers `[targets, T]` and return the coefficients with the least loss, not the last ones.
 
-    The best that was met counts, not the last.
+    Args:
+        trial: evaluates coefficients.
+        start: the free numbers to begin with.
+        steps: the number of steps.
+        rate: the learning rate.
+        per: `task`: all targets share coefficients, and gradients are measured; else the caller gives gradients.
+        shape: turns free numbers into coefficients `[targets, T]` and their Jacobian `[targets, T, T]`.
     """
     import numpy as np
 
@@ -147,7 +154,7 @@ def descend(
 
 
 def inner(change: Change | None, G: Array) -> float:
-    """<D, G> with G `[out, in * k]`, `[e, ...]` where experts are stacked; factors stay apart."""
+    """Return <D, G> without forming the product of factors; G is `[out, in * k]`, `[e, ...]` if experts are stacked."""
     if change is None or not change.changes_weight:
         return 0.0
     total = 0.0
@@ -158,7 +165,7 @@ def inner(change: Change | None, G: Array) -> float:
     return total
 
 
-def _number(said: Any) -> float:
+def _number(said: SupportsFloat) -> float:
     import math
 
     loss = float(said)

@@ -35,5 +35,6 @@ def joined(parts: list[Decomposition]) -> Decomposition:
     """Decompositions beside one another, their vectors made orthonormal together."""
     import numpy as np
 
+    # Directions of different tasks are not orthogonal; the polar factor is the nearest matrix whose columns are.
     U, S, Vh = zip(*parts, strict=True)
     return polar(np.hstack(U)), np.concatenate(S), polar(np.vstack(Vh))

@@ -1,4 +1,4 @@
-"""Arcee Fusion: of one change only the entries that stand out, by their size and how much their row's softmax moves.
+"""Arcee Fusion: keep the entries of one change that stand out, by their size and by how their row's softmax moves.
 
 I = |D| KL(softmax(W + D) || softmax(W)), the divergence being that of a row; D is kept where I is at least the median
 plus 1.5 interquartile ranges of its tensor. It looks at whole weights, so it is possible at a given base only.
@@ -59,13 +59,14 @@ def _divergence(one: Array, other: Array) -> Array:
 def _softmax(X: Array) -> Array:
     import numpy as np
 
+    # Subtracting the maximum leaves the shares as they are and keeps exp from overflowing.
     powers = np.exp(X - X.max(-1, keepdims=True))
     shares: Array = powers / powers.sum(-1, keepdims=True)
     return shares
 
 
 def _threshold(importance: Array) -> float:
-    """The median and 1.5 interquartile ranges, quartiles being entries, the lower one where one lies between two."""
+    """Return the median plus 1.5 interquartile ranges; a quartile between two entries is the lower one."""
     import numpy as np
 
     places = [int(quartile * (len(importance) - 1)) for quartile in (0.25, 0.5, 0.75)]
@@ -74,4 +75,4 @@ def _threshold(importance: Array) -> float:
 
 
 LEAST = 1e-8
-"""What is added to each probability."""
+"""A small number added to each probability, so that its logarithm is finite."""

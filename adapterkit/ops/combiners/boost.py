@@ -41,6 +41,7 @@ class SubspaceBoosting(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
+        # The pass only feeds the census of the inner combiner; its results are ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged])

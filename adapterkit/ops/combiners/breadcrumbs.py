@@ -79,6 +79,8 @@ class _Between:
         found = blocks.select(np.abs, wanted, each=2)
         self.spans = list(spans)
         self.ends = [(found[2 * t], found[2 * t + 1]) for t in range(len(spans))]
+        # Magnitudes equal to an end are ranked by their position, counted over the blocks in order: so exactly the
+        # wanted number of entries is kept, even if many are equal.
         self.seen = [[0, 0] for _ in spans]
 
     def __call__(self, sizes: Array, rows: slice) -> Array:

@@ -41,4 +41,5 @@ def _softmax(values: Array) -> tuple[Array, Array]:
 
     powers = np.exp(values - values.max(1, keepdims=True))
     shares = powers / powers.sum(1, keepdims=True)
+    # The Jacobian of a softmax s is diag(s) - s s^T.
     return shares, shares[:, :, None] * np.eye(shares.shape[1]) - shares[:, :, None] * shares[:, None, :]

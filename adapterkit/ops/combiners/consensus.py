@@ -38,6 +38,7 @@ class Consensus(Entrywise):
             changes *= weights[:, None, None]
             total = changes.sum(0)
             matter = (np.abs(changes) >= levels * np.abs(total - changes)).sum(0)
+            # If fewer adapters change this target than must agree, all of them must.
             kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
             return kept
 

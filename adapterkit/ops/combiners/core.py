@@ -48,6 +48,7 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
+    # Decomposed in the small common coordinates; sides of the weight's size occur only in the products below.
     U = np.linalg.svd(rows, full_matrices=False)[0]
     Vh = np.linalg.svd(columns, full_matrices=False)[2]
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

@@ -72,5 +72,6 @@ def _first(X: Array, rank: int) -> Array:
     """The first left singular vectors of [X_1 .. X_T]."""
     import numpy as np
 
+    # Left singular vectors of matrices side by side are the eigenvectors of the sum of their Gram matrices.
     vectors: Array = np.linalg.eigh((X @ X.swapaxes(1, 2)).sum(0))[1]
     return vectors[:, ::-1][:, :rank]

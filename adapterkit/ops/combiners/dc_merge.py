@@ -47,6 +47,7 @@ class DCMerge(Spectral):
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
         merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)
+        # A row and a column of M stand for directions of two tasks; only pairs of the same task are kept.
         owner = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
         own = owner[: U.shape[1], None] == owner[: V.shape[0]]
         return np.asarray(self.scale * U @ (merged * own) @ V)

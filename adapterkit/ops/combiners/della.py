@@ -58,6 +58,7 @@ class Della(Sparse):
                     chance[t] = ranks(np.abs(changes[t]))
                     chance[t] *= 2 * epsilon / max(columns - 1, 1)
                     chance[t] += density - epsilon
+                    # The stream starts at the block's first entry: the result does not depend on the cut.
                     kept[t] = at.uniform(t, (count, columns), rows.start * columns) < chance[t]
             return kept, chance
 

@@ -1,6 +1,6 @@
-"""A and B apart: another method on the A of all tasks, and on their B; the product has terms B_s A_t that are nobody's.
+"""Combine all A and all B separately by another combiner; the product has terms B_s A_t of different tasks.
 
-What PEFT does for `linear`, `ties`, `dare_*` and `magnitude_prune`: https://huggingface.co/docs/peft/developer_guides/model_merging.
+PEFT does so for `linear`, `ties`, `dare_*` and `magnitude_prune`: https://huggingface.co/docs/peft/developer_guides/model_merging.
 With c_t = w_t * scaling_t, A gets the weights sign(c) sqrt|c| and B sqrt|c|.
 """
 

@@ -1,6 +1,6 @@
 """Iso-CTS: common directions of the sum and each task's own, orthonormal, with one singular value for all.
 
-Of R directions, k are the first of the sum; each task gives (R - k) / T of what is left of it outside of those.
+The first k of R directions are those of the sum; each task adds (R - k) / T of its remainder outside of them.
 Marczak et al. 2025, https://arxiv.org/abs/2502.04959; k / R = 0.8 as in https://github.com/danielm1405/iso-merging.
 """
 

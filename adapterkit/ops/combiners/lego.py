@@ -88,6 +88,7 @@ def _seeds(gram: Array, chances: Array) -> Array:
 
 
 def _distances_to(gram: Array, points: Array) -> Array:
+    # |x - y|^2 from inner products: points have as many numbers as a row and a column of the weight, but they are few.
     sizes = gram.diagonal()
     found: Array = sizes[:, None] - 2 * gram[:, points] + sizes[points]
     return found

@@ -43,6 +43,7 @@ class LoraHub(Learned):
         for _ in range(self.steps - 1):
             tried = np.clip(best + step * random.standard_normal(trial.count), -self.bound, self.bound)
             cost = self._cost(trial, tried)
+            # The one-fifth rule: one better child in five leaves the step as it is, more make it longer.
             step *= 1.5 if cost < least else 1.5**-0.25
             if cost < least:
                 best, least = tried, cost

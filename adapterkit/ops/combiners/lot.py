@@ -34,6 +34,7 @@ class LOT(Combiner):
         from ..lowering import Delta
 
         grams = [w * gram_of(at, t, delta.shape[1]) for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))]
+        # Directions in which no task has inputs get no change: the pseudo-inverse is zero there.
         below = np.linalg.pinv(sum(grams), self.tolerance, hermitian=True)
         maps = [G @ below for G in grams]
         A = np.vstack([delta.A @ through for delta, through in zip(deltas, maps, strict=True)])

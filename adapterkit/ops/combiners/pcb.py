@@ -131,5 +131,6 @@ def _signed(scores: Array) -> Array:
     """Positive and negative parts of scores, and the positive ones again."""
     import numpy as np
 
+    # Selections find the k-th largest of numbers that are not negative, so each sign is a series of its own.
     positive = np.maximum(scores, 0.0)
     return np.concatenate([positive, np.maximum(-scores, 0.0), positive])

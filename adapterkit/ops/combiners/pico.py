@@ -75,6 +75,7 @@ def _damped(delta: Delta, U: Array, factors: Array) -> Delta:
     from ..lowering import Delta
 
     def through(X: Array) -> Array:
+        # (I + U diag(factors) U^T) X, without forming the square matrix of the outputs.
         result: Array = X + U @ (factors[:, None] * (U.T @ X))
         return result
 

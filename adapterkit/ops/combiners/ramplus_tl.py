@@ -1,4 +1,4 @@
-"""Reinforced agent merging plus, tensor by tensor: what one task alone changed is also scaled up, by what it shares.
+"""Reinforced agent merging plus, tensor by tensor: entries of one task only are scaled up by the share of common ones.
 
 Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha), rho_t being how many of the entries that it changed
 others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. r and alpha
@@ -49,7 +49,7 @@ class RAMPlus(Entrywise):
         return formula
 
     def _factors(self, blocks: Blocks) -> Array:
-        """Of each task's own entries, `[T]`."""
+        """Return the factor of each task's own entries, `[T]`."""
         import numpy as np
 
         shared, own = np.zeros(blocks.count, int), np.zeros(blocks.count, int)

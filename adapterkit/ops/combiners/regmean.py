@@ -75,6 +75,7 @@ def gram_of(at: FormulaContext, t: int, columns: int) -> Array:
     if at.part not in ("weight", "bias"):
         raise UsageError("inputs of stacked experts", where=where, cure="Choose a method without data")
     said: Any = at.asks(at.present[t], where)
+    # The caller may return a torch tensor on any device; torch is not imported for this.
     X = np.asarray(said.detach().cpu() if hasattr(said, "detach") else said, np.float64)
     if X.ndim < 2 or X.shape[-1] != columns or not np.isfinite(X).all():
         why = f"inputs of shape {list(X.shape)} for a weight of {columns} columns, or not all finite"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 NOISE = 1e-12
-"""A share of a task's change in a direction that is what float64 leaves of none."""
+"""Relative threshold for rounding noise of a task's change in a direction."""
 
 
 class SVC(PlugIn):
@@ -37,6 +37,7 @@ class SVC(PlugIn):
         from ._spectra import leading
 
         merged = self.inner.matrix(deltas, weights, at)
+        # The pass only feeds the census of the inner combiner; its results are ignored.
         if at.census.counting:
             return merged
         common = whole_core([merged, *deltas])

@@ -63,6 +63,7 @@ class TIES(Sparse):
     def count(self, blocks: Blocks, weights: Array, at: FormulaContext) -> None:
         super().count(blocks, weights, at)
         densities = at.each(self, "density")
+        # The pass for a majority comes after the thresholds are known, and must not count them again.
         if not at.census.voting:
             wanted = [lambda total, _, d=density: count_of(d, total, self.kept) for density in densities]
             at.census.count(at.present, blocks, wanted)

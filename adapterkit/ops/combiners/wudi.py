@@ -45,6 +45,7 @@ class WUDI(Spectral):
         sizes = (each * each).sum((1, 2))
         grams = np.stack([M.T @ M / size if size else 0 * (M.T @ M) for M, size in zip(each, sizes, strict=True)])
         start, G = each.sum(0), grams.sum(0)
+        # start + (sum_t D_t G_t - start G) G^+ solves D G = sum_t D_t G_t, and is the solution nearest to `start`.
         pull = (each @ grams).sum(0) - start @ G
         result: Array = self.scale * (start + pull @ np.linalg.pinv(G, self.tolerance, hermitian=True))
         return result

@@ -1,0 +1,74 @@
+"""The hub as the packages below it see it: a protocol, and the hub that the top of the package installs.
+
+Functions that take a path also take a name on a hub, such as `hf://org/repo`. The hubs are built from the packages that
+these functions are in, so none of those can import a hub; they call the installed one instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+
+class StreamedBase(Protocol):
+    """A base on a hub whose weight files are downloaded one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The local folder, or the one file, with all headers."""
+
+    def bring(self, paths: Iterable[str]) -> None:
+        """Download weight files unless they are there."""
+
+    def drop(self, paths: Iterable[str]) -> None:
+        """Free the disk space of weight files."""
+
+
+class Hub(Protocol):
+    """The functions that resolve names on hubs; `adapterkit.hub` implements them."""
+
+    def hub_of(self, scheme: str) -> object:
+        """Return the hub of a scheme.
+
+        Raises:
+            UsageError: the scheme is unknown.
+        """
+
+    def fetched(self, name: str) -> Path:
+        """Return a local path of something on a hub, downloading it if needed."""
+
+    def headers(self, name: str) -> AbstractContextManager[Path]:
+        """Return a context with a local path for reading headers."""
+
+    def outgoing(
+        self,
+        name: str,
+        overwrite: bool = False,
+        sources: Sequence[str | os.PathLike[str]] = (),
+        unchanged: Callable[[], object] = ...,
+    ) -> AbstractContextManager[Path]:
+        """Return a context with a local path whose content is pushed to a hub at the end."""
+
+    def streamed(self, name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
+        """Return a context with a base whose weight files are downloaded one at a time."""
+
+
+class _Installed:
+    load: Callable[[], Hub] | None = None
+
+
+def install(load: Callable[[], Hub]) -> None:
+    """Set the function that returns the hub; it is called at each name on a hub, so that it may import lazily."""
+    _Installed.load = load
+
+
+def hub() -> Hub:
+    """Return the installed hub."""
+    # `adapterkit/__init__.py` installs it, and Python runs that file before any other of the package.
+    assert _Installed.load is not None
+    return _Installed.load()
