@@ -239,6 +239,8 @@ class _Proof:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
+        # Changes that are not finite cannot be compared: the adapter is at fault then, not its writer.
+        Adapter(asked).check_values()
         raise Miswritten(
             f"{self.name} wrote something else than the adapter has here: {why}", where=where, cure=_REPORT
         )
