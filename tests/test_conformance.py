@@ -410,6 +410,27 @@ def test_a_context_vector_is_judged_by_its_numbers(tmp_path):
     assert "embeddings is missing" in outcomes[0].why
 
 
+@pytest.mark.parametrize(
+    ("wrong", "passed"), [(None, None), ("unsupported elsewhere", None), ("a number", False), ("another error", False)]
+)
+def test_a_path_without_a_formula_is_counted_apart(wrong, passed, reader, tmp_path):
+    """Of `psoft` only the path without A and B needs torch; the numbers of all other paths still have to be right."""
+    (case,) = [case for case in COMPUTED if case["case"] == "methods/psoft"]
+    line = json.loads(json.dumps(reader.compute(*(str(VECTORS / name) for name in case["inputs"]))))
+    other = next(path for path in line["outputs"] if path != "own")
+    unsupported = {"ok": False, "error": "Unsupported", "where": ""}
+    line["outputs"]["own"] = unsupported
+    if wrong == "a number":
+        line["outputs"][other]["merged.weight"]["values"][0] += 1
+    elif wrong == "another error":
+        line["outputs"][other] = {"ok": False, "error": "Malformed", "where": other}
+    elif wrong:
+        line["outputs"][other] = unsupported
+    (outcome,) = conformance(answering(line), suite_of([case], tmp_path))
+    assert outcome.passed is passed
+    assert passed is False or "no formula for" in outcome.why
+
+
 def test_the_page_s_file_is_what_it_says(tmp_path):
     """Appendix A, built from its own lines, merges as appendix B says."""
     page = (SPEC / "README.md").read_text("utf-8").partition("## Appendix A")[2]
