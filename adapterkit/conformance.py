@@ -223,8 +223,8 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
 def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> Outcome:
     """Compare all numbers of a method's vector.
 
-    A program may have no formula for a path, and says Unsupported there. Where all other paths are right, the case is
-    counted apart.
+    A program may have no formula for a path, and says Unsupported there. The case is then counted apart if all other
+    paths are right.
     """
     import numpy as np
 
