@@ -149,7 +149,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 10  # and layers with several updates, and refusals
+    assert len(computed) == len(FORMULAS) + 12  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -450,9 +450,9 @@ def computed_at_q(reader, folder, arrays, layout, *updates):
 def test_a_weight_of_experts_with_one_axis_each_is_a_product(reader, tmp_path):
     """And it is computed in 64 bits whatever its type is."""
     rng = np.random.default_rng(0)
-    W, x, l = rng.normal(size=(2, 4)).astype("f4"), rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 4))
-    got = computed_at_q(reader, tmp_path, {"weight": W, "x": x}, "e out *in", ("ia3", {"l": l}))["y"]
-    wanted = x * (W.astype("f8") * l)[:, None]
+    W, x, factors = rng.normal(size=(2, 4)).astype("f4"), rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 4))
+    got = computed_at_q(reader, tmp_path, {"weight": W, "x": x}, "e out *in", ("ia3", {"l": factors}))["y"]
+    wanted = x * (W.astype("f8") * factors)[:, None]
     np.testing.assert_allclose(np.reshape(got["values"], got["shape"]), wanted, rtol=0, atol=1e-14)
 
 
