@@ -149,7 +149,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 10  # and layers with several updates, and refusals
+    assert len(computed) == len(FORMULAS) + 12  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -408,6 +408,72 @@ def test_a_context_vector_is_judged_by_its_numbers(tmp_path):
     outcomes = conformance(answering({"ok": True, "outputs": {"": {}}}), suite_of(cases, tmp_path))
     assert [each.passed for each in outcomes] == [False]
     assert "embeddings is missing" in outcomes[0].why
+
+
+@pytest.mark.parametrize(
+    ("wrong", "passed"), [(None, None), ("unsupported elsewhere", None), ("a number", False), ("another error", False)]
+)
+def test_a_path_without_a_formula_is_counted_apart(wrong, passed, reader, tmp_path):
+    """Of `psoft` only the path without A and B needs torch; the numbers of all other paths still have to be right."""
+    (case,) = [case for case in COMPUTED if case["case"] == "methods/psoft"]
+    line = json.loads(json.dumps(reader.compute(*(str(VECTORS / name) for name in case["inputs"]))))
+    other = next(path for path in line["outputs"] if path != "own")
+    unsupported = {"ok": False, "error": "Unsupported", "where": ""}
+    line["outputs"]["own"] = unsupported
+    if wrong == "a number":
+        line["outputs"][other]["merged.weight"]["values"][0] += 1
+    elif wrong == "another error":
+        line["outputs"][other] = {"ok": False, "error": "Malformed", "where": other}
+    elif wrong:
+        line["outputs"][other] = unsupported
+    (outcome,) = conformance(answering(line), suite_of([case], tmp_path))
+    assert outcome.passed is passed
+    assert passed is False or "no formula for" in outcome.why
+
+
+def computed_at_q(reader, folder, arrays, layout, *updates):
+    """What the library's reader computes at a path `q` for updates, each a method with its tensors."""
+    tensors = {f"{at}.{name}": array for at, (_, fields) in enumerate(updates) for name, array in fields.items()}
+    listed = [
+        {
+            "target": {"path": "q", "layout": layout}, "method": method, "version": 1, "attributes": {},
+            "tensors": {name: f"{at}.{name}" for name in fields},
+        }
+        for at, (method, fields) in enumerate(updates)
+    ]  # fmt: skip
+    record = {"version": "1.1", "updates": listed}
+    save_file(tensors, folder / "a.safetensors", {"adapterkit": json.dumps(record)})
+    save_file({f"q.{name}": array for name, array in arrays.items()}, folder / "b.safetensors")
+    return reader.compute(str(folder / "a.safetensors"), str(folder / "b.safetensors"))["outputs"]["q"]
+
+
+def test_a_weight_of_experts_with_one_axis_each_is_a_product(reader, tmp_path):
+    """And it is computed in 64 bits whatever its type is."""
+    rng = np.random.default_rng(0)
+    W, x, factors = rng.normal(size=(2, 4)).astype("f4"), rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 4))
+    got = computed_at_q(reader, tmp_path, {"weight": W, "x": x}, "e out *in", ("ia3", {"l": factors}))["y"]
+    wanted = x * (W.astype("f8") * factors)[:, None]
+    np.testing.assert_allclose(np.reshape(got["values"], got["shape"]), wanted, rtol=0, atol=1e-14)
+
+
+def test_a_weight_that_is_no_number_is_named_before_the_output(reader, tmp_path):
+    """The norm of a row of zeros divides it: the fault is the weight's, also where an update of the output reads it."""
+    rng = np.random.default_rng(0)
+    dora = {"A": np.zeros((1, 3)), "B": np.zeros((4, 1)), "magnitude": np.ones(4)}
+    bottleneck = {"down": rng.normal(size=(2, 4)), "up": rng.normal(size=(4, 2))}
+    arrays = {"weight": np.zeros((4, 3)), "x": rng.normal(size=(2, 3))}
+    got = computed_at_q(reader, tmp_path, arrays, "out *in", ("dora", dora), ("bottleneck", bottleneck))
+    assert got == {"ok": False, "error": "Malformed", "where": "q.weight"}
+
+
+def test_poly_of_rank_0_changes_nothing(reader, tmp_path):
+    """A sum of no terms stays 0 where it is divided by their number (R-10.13)."""
+    rng = np.random.default_rng(0)
+    poly = {"A": np.zeros((1, 2, 3, 0)), "B": np.zeros((1, 2, 0, 4)), "logits": rng.normal(size=(2, 2))}
+    W, x = rng.normal(size=(4, 3)), rng.normal(size=(2, 3))
+    arrays = {"weight": W, "x": x, "call.task_ids": np.array([0, 1])}
+    got = computed_at_q(reader, tmp_path, arrays, "out *in", ("poly", poly))["y"]
+    np.testing.assert_allclose(np.reshape(got["values"], got["shape"]), x @ W.T, rtol=0, atol=1e-14)
 
 
 def test_the_page_s_file_is_what_it_says(tmp_path):

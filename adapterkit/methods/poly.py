@@ -49,6 +49,8 @@ class Poly(Routed):
         splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
+        if not r:
+            return layer(x)  # A sum of no terms, divided by their number: the specification's.
         A: Tensor = (shares * self.A).sum(2).reshape(-1, splits * part, r)
         B: Tensor = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
         if x.ndim == 2:

@@ -443,9 +443,18 @@ def computed() -> Iterator[Computed]:
     file = _file(_update("bottleneck", attributes=placed), down=parts["down"], up=parts["up"])
     beside = held | {f"q.{name}": value for name, value in closed.items()}
     yield Computed("norm_of_the_block_left_out", file, beside, ("R-10.10",), "Unsupported", "q")
+    necks = {name: tensor for name, tensor in (parts | two).items() if name not in "AB"}
+    behind = again | {"attributes": placed | {"original_ln_after": True}}
+    file = _file(_update("bottleneck", attributes=placed), behind, **necks)
+    yield Computed("norm_left_out_before_another", file, beside, ("R-10.10",), "Unsupported", "q")
     zero = {"A": stored(np.zeros((1, 4)), "F32"), "B": _real("zB", 3, 1), "magnitude": _real("zm", 3)}
     lost = {"q.weight": stored(np.diag([0.0, 1.0, 2.0, 3.0])[:3], "F64"), "q.x": stored(x, "F64")}
     yield Computed("output_that_is_no_number", _one("grouped_dora", **zero), lost, ("R-10.13",), "Malformed", "q.y")
+    norms = _update("dora") | {"tensors": {name: name for name in zero}}
+    file = _file(norms, _update("bottleneck"), **zero, down=parts["down"], up=parts["up"])
+    flat = lost | {"q.weight": stored(np.zeros((3, 4)), "F64")}
+    rules = ("R-10.4", "R-10.13")
+    yield Computed("weight_that_is_no_number_before_an_output", file, flat, rules, "Malformed", "q.weight")
     turned = lora, _update("ia3") | {"target": {"path": "q", "rows": [0, 3]}, "tensors": {"l": "l"}}
     scale = _values("l", 3)
     file = _file(*turned, A=A, B=B, l=_real("l", 3))

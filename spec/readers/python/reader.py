@@ -61,6 +61,15 @@ def _outputs(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Any]:
     elif kinds <= {"additive", "weight"}:
         found = _merged(adapter, held) | {"y": _live(adapter, held)}
     else:
+        weights = adapter.replace(
+            updates={
+                target: kept
+                for target, own in adapter.updates.items()
+                if (kept := tuple(update for update in own if update.kind in ("additive", "weight")))
+            }
+        )
+        if weights.updates:
+            _merged(weights, held)  # Its faults come before those of outputs.
         found = {"y": _live(adapter, held)}
         if not found["y"].isfinite().all():
             (path,) = {target.path for target in adapter.updates}
@@ -103,6 +112,7 @@ def _live(adapter: Adapter, held: Mapping[str, Tensor]) -> Tensor:
     import torch
     from vector_layers import layer_and_path
 
+    held = {name: value.double() if value.is_floating_point() else value for name, value in held.items()}
     first = next(iter(adapter.updates))
     residuals = (getattr(update, "residual", "") for _, update in adapter)
     residual = next((str(path) for path in residuals if path), "")

@@ -27,7 +27,7 @@ class Stored(nn.Module):
             y = functional.embedding(x, W if self.layout == "in out *k" else W.mT)
             return y if b is None else y + b
         if self.layout.startswith("e "):
-            y = x @ (W.mT if self.layout == "e out *in" else W)
+            y = x * W[:, None] if W.ndim == 2 else x @ (W.mT if self.layout == "e out *in" else W)
             return y if b is None else y + b[:, None]
         if W.ndim == 1:
             return x * W if b is None else x * W + b
