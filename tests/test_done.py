@@ -165,8 +165,8 @@ READING = {
 }  # fmt: skip
 """Commands that write nothing."""
 
-ELSEWHERE = {"export": "test_onnx_export.py"}
-"""Commands that need transformers: their tests."""
+ELSEWHERE = {"export": "test_onnx_export.py", "ui": "test_ui.py"}
+"""Commands that need transformers or a browser's requests: their tests."""
 
 
 def test_every_command_that_writes_is_here() -> None:
