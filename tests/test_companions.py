@@ -145,7 +145,7 @@ def test_a_base_that_is_not_the_adapters_is_warned_of_or_refused(tmp_path: Path)
     assert said["warnings"] == ["wrong was made for org/other; this base is org/right"]
     refused = run("merge", base, wrong, "-o", tmp_path / "refused", "--strict-base")
     assert refused.exit_code == 1
-    assert "--strict-base (strict_base=True)" in refused.output
+    assert "--strict-base" in refused.output
     assert not (tmp_path / "refused").exists()
 
     cached = tmp_path / "models--org--other" / "snapshots" / "0" / "x"
