@@ -135,7 +135,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         targets: those of the denoiser.
         origin: what is known of where the names come from.
     """
-    paths = list(dict.fromkeys(_module(rooted(target.path)[1]) for target in targets))
+    paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
@@ -152,8 +152,8 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     return narrowed(fitting, lambda family: complete(family, paths))
 
 
-def _module(path: str) -> str:
-    """The module of a path: whole norms of FLUX are named by their parameter, `scale`."""
+def module_of(path: str) -> str:
+    """Return the module of a path: whole norms of FLUX are named by their parameter, `scale`."""
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 

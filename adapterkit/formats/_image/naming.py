@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ...naming.image import component_of, families_of, rooted
 from ...naming.image import families as all_families
-from .deciding import Origin, denoiser_targets, families_of_all
+from .deciding import Origin, denoiser_targets, families_of_all, module_of
 from .translate import in_diffusers
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
     """Targets behind the name of their part of a pipeline, in diffusers' words: `transformer.x_embedder`."""
     found: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
-        component = component_of(target.path)
+        component = component_of(module_of(target.path))
         place = target if component is None else replace(target, path=f"{component}.{rooted(target.path)[1]}")
         found[place] = (*found.get(place, ()), *each)
     return found
