@@ -117,7 +117,7 @@ RAISED = {
 @pytest.mark.parametrize("case", RAISED)
 def test_exceptions_become_one_line_and_an_exit_code(case: str, peft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error, code, text = RAISED[case]
-    monkeypatch.setattr("adapterkit.detect", explode(error))
+    monkeypatch.setattr("adapterkit.formats.detect", explode(error))
     result = run("inspect", peft, "--json")
     assert result.exit_code == code
     assert text in result.stderr
@@ -127,13 +127,13 @@ def test_exceptions_become_one_line_and_an_exit_code(case: str, peft: Path, monk
 
 @pytest.mark.parametrize("how", [{"word": "--debug"}, {"env": {"ADAPTERKIT_DEBUG": "1"}}])
 def test_debug_shows_the_traceback(how: dict[str, object], peft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterkit.detect", explode(RuntimeError("odd")))
+    monkeypatch.setattr("adapterkit.formats.detect", explode(RuntimeError("odd")))
     words = ["inspect", peft, *([how["word"]] if "word" in how else [])]
     assert "Traceback (most recent call last)" in run(*words, env=how.get("env")).stderr
 
 
 def test_debug_is_off_when_its_variable_says_so(peft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterkit.detect", explode(RuntimeError("odd")))
+    monkeypatch.setattr("adapterkit.formats.detect", explode(RuntimeError("odd")))
     assert "Traceback" not in run("inspect", peft, env={"ADAPTERKIT_DEBUG": "0"}).stderr
 
 

@@ -23,6 +23,7 @@ SETUP = """(async () => {
   const verbs = {
     check: async (path) => run.check(await bytesOf(path), methods),
     canonical: async (path) => run.canonicals(await bytesOf(path)),
+    rules: async (path) => run.rules(await bytesOf(path)),
     compute: async (one, other) => run.computed(await bytesOf(one), await bytesOf(other), methods),
     merge: async (one, other) => run.merged(await bytesOf(one), await bytesOf(other), methods),
     base: async (folder, files) => {

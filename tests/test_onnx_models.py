@@ -207,7 +207,7 @@ def test_names_of_wrappers_and_of_attention_differ(exported, tmp_path):
     with pytest.raises(TargetNotFound):
         ak.onnx.inject(folder / "dynamo.onnx", Adapter({Target("layers.0.attn.k_proj"): (lora(8, 8),)}), tmp_path / "o")
     report = ak.onnx.inject(folder / "dynamo.onnx", adapter, tmp_path / "out.onnx")
-    assert report.found[0].target.path == "layers.0.attn.q_proj"
+    assert report.found[0].target.path == "layers.0.self_attn.q_proj"
 
 
 def converted():

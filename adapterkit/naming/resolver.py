@@ -634,13 +634,13 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
             off = "".join(f"{word}." for word in words[:cut])
             # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
             whole = cut <= keep or not on
-            if whole and "#" not in on and (not on or not off or _exchange(off, on)):
+            if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
                 found.add((off, on))
     return found
 
 
 @lru_cache(maxsize=1 << 10)
-def _exchange(off: str, on: str) -> bool:
+def exchangeable(off: str, on: str) -> bool:
     """Whether one prefix may stand for another: they end in other words, and do not name two different things.
 
     `roberta.` is not `bert.` under another name, a vision tower is no language model, and an encoder no decoder.

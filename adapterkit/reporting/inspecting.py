@@ -131,7 +131,7 @@ def inspected(
         why = "base_weights= is for an ONNX model; an adapter's base is base="
         raise UsageError(why, where="base_weights", cure="Pass the base: --base BASE (base=)")
     if rename and base is None:
-        raise UsageError("rename= is for names in a base", where="rename", cure="--rename requires --base")
+        raise UsageError("rename= is for names in a base", where="rename", cure="Pass the base: --base BASE (base=)")
     with headers_of(src) as path, inputs_kept():
         modules = adapter_modules(path) if base is None else {}
         if format is None and not modules and not _is_adapter(path):

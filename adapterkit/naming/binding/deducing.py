@@ -15,7 +15,7 @@ from ...core.updates import Update
 from ...errors import AdapterkitError, TargetNotFound, UsageError
 from ..architectures import Architecture, architecture_of, shape_of, with_names
 from ..layouts import stored_in_out
-from ..resolver import Move, Names, resolve
+from ..resolver import Move, Names, exchangeable, resolve
 from .fitting import Shapes, fits
 from .moving import moved
 
@@ -52,7 +52,8 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
             continue
         except AdapterkitError:
             continue
-        if reading:
+        # Any family's file can be read with the base's prefixes. That must not place an encoder in a decoder.
+        if reading and (every or all(_may_be(path, move.path) for path, moves in reading for move in moves)):
             readings.setdefault(reading, []).append(architecture)
     most = max(map(len, readings), default=0)
     best = {reading: known for reading, known in readings.items() if len(reading) == most}
@@ -83,6 +84,15 @@ def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Archi
     config = {"model_type": architecture.record.model_types[0]}
     fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
     return tuple(sorted(moves.items())) if fit else ()
+
+
+def _may_be(name: str, place: str) -> bool:
+    """Whether two names may be of one module, by what stands before the words that they end in together."""
+    ours, theirs = name.split("."), place.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return not ours or not theirs or exchangeable(".".join([*ours, ""]), ".".join([*theirs, ""]))
 
 
 def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: bool) -> bool:
