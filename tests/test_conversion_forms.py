@@ -71,7 +71,11 @@ FORMS = {
 
 def changes(adapter, base):
     """What is added to each weight, and to its bias."""
-    biases = {t.path: u.scaling * load(u.bias) for t, u in adapter if u.tensors.get("bias") is not None}
+    biases: dict = {}
+    for target, update in adapter:
+        for field, by in (("bias", getattr(update, "scaling", 1.0)), ("d", 1.0)):  # `d` is a dense change of a bias.
+            if update.tensors.get(field) is not None:
+                biases[target.path] = biases.get(target.path, 0) + by * load(update.tensors[field])
     return {
         target.path: of_whole(target, adapter.delta(target.path, base).numpy()) for target in adapter.updates
     }, biases
@@ -90,6 +94,10 @@ def says(adapter, folder, name, base):
     return True
 
 
+OF_FLUX = ("bfl_control", "xlabs")
+"""Formats whose files are of FLUX alone, which the names of some modules do not say."""
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_goes_from_each_into_each(form, tmp_path):
     found, shapes = FORMS[form]
@@ -102,13 +110,13 @@ def test_every_form_goes_from_each_into_each(form, tmp_path):
     for first in able:
         read = ak.read(where(tmp_path / "first" / first, first), first, base)
         # A reader may put parts together, or take them apart: then it is another form.
-        as_it_was = read.updates.keys() == adapter.updates.keys()
+        as_it_was = [(t, u.method) for t, u in read] == [(t, u.method) for t, u in adapter]
         for second in ak.FORMATS:
             there = where(tmp_path / first / second, second)
             if not says(read, tmp_path / first / second, second, base):
                 assert second not in able or not as_it_was, (first, second)
                 continue
-            assert second in able or not as_it_was, (first, second)
+            assert second in able or not as_it_was or first in OF_FLUX, (first, second)
             for got, wanted in zip(changes(ak.read(there, second, base), base), expected, strict=True):
                 assert got.keys() == wanted.keys(), (first, second)
                 for path, value in wanted.items():

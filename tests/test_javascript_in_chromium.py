@@ -27,6 +27,7 @@ SETUP = """(async () => {
     compute: async (one, other) => run.computed(await bytesOf(one), await bytesOf(other), methods),
     merge: async (one, other) => run.merged(await bytesOf(one), await bytesOf(other), methods),
     base: async (folder, files) => {
+      if (!files.length) return run.baseFile(await bytesOf(folder));
       const held = new Map(await Promise.all(files.map(async (name) => [name, await bytesOf(`${folder}/${name}`)])));
       return run.base(files, (name) => held.get(name));
     },
