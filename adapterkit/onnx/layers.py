@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Unsupported
+from ..errors import Malformed, Unsupported
 from .building import Array, Branch, Building, element_type, kind_of, takes_over
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
@@ -78,9 +78,15 @@ class Layer:
 
     @classmethod
     def operand_of(cls, node: ir.Node) -> ir.Value:
-        """Return the weight in the form in which the node takes it."""
+        """Return the weight in the form in which the node takes it.
+
+        Raises:
+            Malformed: the node leaves it out, although its operator requires it.
+        """
         found = node.inputs[cls.position]
-        assert found is not None
+        if found is None:
+            why = f"a {node.op_type} without its input {cls.position}, the weight"
+            raise Malformed(why, where=node.name or node.op_type, cure="The graph is damaged: export it again")
         return found
 
     @classmethod
