@@ -173,7 +173,7 @@ def test_inspect_is_what_the_command_prints(folder: Path, monkeypatch: pytest.Mo
     held = ak.read("a")
     assert ak.inspect(held).totals == ak.inspect("a").totals
     assert ak.inspect("a", base="base.safetensors").data["names"]["fits"] is True
-    with pytest.raises(ak.AdapterkitError, match="--rename requires --base"):
+    with pytest.raises(ak.AdapterkitError, match="--base BASE"):
         ak.inspect("a", rename="x=y")
     found = ak.names("base.safetensors", "a")
     assert repr(found).startswith("NameMap(")
