@@ -276,7 +276,8 @@ def value_of(expression: str, values: Mapping[str, Any], axes: Mapping[str, int]
     return None if value is False else value
 
 
-def names_in(expression: str) -> list[str]:
+@cache
+def names_in(expression: str) -> tuple[str, ...]:
     """Return the axes and attributes that an expression reads, in order."""
     tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -286,7 +287,7 @@ def names_in(expression: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != "block"
     }
     names = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | asked)
-    return list(dict.fromkeys(name.id.removesuffix("_") for name in names))
+    return tuple(dict.fromkeys(name.id.removesuffix("_") for name in names))
 
 
 def _without_keywords(expression: str) -> str:
