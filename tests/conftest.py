@@ -29,14 +29,12 @@ from adapterkit.naming.binding.fitting import viewed
 collect_ignore = ["plugin"]
 """Tests of a package that has to be installed; `test_testing_kit.py` runs them."""
 
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
-    "repository",
-    max_examples=25,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    "repository", max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=SLOW
 )
+settings.register_profile("long", max_examples=200, deadline=None, database=None, suppress_health_check=SLOW)
+"""`pytest --hypothesis-profile long`: other examples each time, and many more."""
 settings.load_profile("repository")
 
 SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
