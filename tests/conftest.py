@@ -5,12 +5,13 @@ import json
 import math
 import os
 import re
-from functools import cache, partial
+from functools import cache, lru_cache
 from itertools import combinations, cycle, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jinja2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -287,3 +288,6 @@ os.environ.setdefault("ADAPTERKIT_PATIENCE", "600")
 # What fsync is for, a machine that loses its power, no test can show; waiting for the disk is a fifth of the suite's
 # time. The call stays a call (`faulty_disk` meets and counts it), and a closed descriptor is still an error.
 os.fsync = lambda descriptor: os.fstat(descriptor) and None
+
+# PEFT writes a card beside each adapter: compiling its one template takes longer than all the rest of saving.
+jinja2.Environment.compile = lru_cache(8)(jinja2.Environment.compile)
