@@ -324,7 +324,12 @@ class _Known:
             return False
         off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
         lost = set[str]().union(*(_modalities(word) for word in off)) - {"text"} - _modalities(own)
-        return any(lost & _modalities(word) for word in self.words)
+        return bool(lost and lost & self.modalities)
+
+    @cached_property
+    def modalities(self) -> frozenset[str]:
+        """Which of vision, text and audio the family's words mention."""
+        return frozenset[str]().union(*(_modalities(word) for word in self.words))
 
     @cached_property
     def words(self) -> frozenset[str]:
