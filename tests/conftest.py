@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis.core
 import jinja2
 import numpy as np
 import pytest
@@ -291,3 +292,6 @@ os.fsync = lambda descriptor: os.fstat(descriptor) and None
 
 # PEFT writes a card beside each adapter: compiling its one template takes longer than all the rest of saving.
 jinja2.Environment.compile = lru_cache(8)(jinja2.Environment.compile)
+
+# Hypothesis reads and tokenizes a test's source twice for each of its parameters: a tenth of the time of such tests.
+hypothesis.core.function_digest = lru_cache(None)(hypothesis.core.function_digest)
