@@ -586,6 +586,10 @@ def _shapes_of_outputs() -> Iterator[Computed]:
     file = _one("reft", {"prefix_positions": 1}, source=stored(source, "F32"), projection=stored(projection, "F32"))
     held = base | {"q.x": stored(_values("c3", 2, 3, 4), "F64"), "q.call.mask": stored(mask, "I64")}
     yield Computed("positions_under_a_mask", file, held | {"q.y": stored(ended, "F64")}, ("R-10.9",))
+    added = {"q.added": stored(_values("cr", 2, 3), "F64"), "q.merged.weight": stored(w + DELTA, "F64")}
+    lora = _file(_update() | {"attributes": {"scaling": 0.5}}, A=A, B=B)
+    held = base | added | {"q.y": stored(x @ (w + DELTA).T, "F64")}
+    yield Computed("residual_that_nothing_reads", lora, held, ("R-10.9",))
 
 
 def computed_files() -> Iterator[tuple[str, bytes]]:

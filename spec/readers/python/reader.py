@@ -114,6 +114,8 @@ def _changed(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     _check_types(adapter, held)
     (hidden,) = {_hidden(update) for own in outputs.values() for update in own if _hidden(update)} or {None}
     given = suited(held, first.layout, hidden)
+    if not any(isinstance(update, Sublayer) for own in outputs.values() for update in own):
+        given = {name: value for name, value in given.items() if name not in ("added", "norm_weight", "norm_bias")}
     if not outputs:
         y = _live(adapter, given) if "x" in given else None
         return merged if y is None or not y.isfinite().all() else merged | {"y": y}
@@ -166,7 +168,9 @@ def _check_outputs(
         )
         strange |= axes < 2 or len(beside) > 1 or (tokens and any(_reads(update, given) for update in own))
         strange |= axes > 3 and any(isinstance(update, ReFT) for update in own)
-        strange |= conv and target.layout == "in out *k" and any(isinstance(update, AcrossGroups) for update in own)
+        grouped = [update for update in own if isinstance(update, AcrossGroups)]
+        strange |= bool(grouped) and conv and target.layout == "in out *k"
+        strange |= any(given["x"].shape[1 if conv else -1] != update.A.shape[1] for update in grouped)
         strange |= "added" in given and any(
             isinstance(b, Sublayer) and not isinstance(a, Sublayer) for a, b in pairwise(own)
         )
