@@ -94,6 +94,8 @@ def suits(x: Tensor, W: Tensor, b: Tensor | None, layout: str) -> bool:
     sizes = [int(size) for size in W.shape]
     if "in out" in layout and len(sizes) > 1 + stacked:
         sizes[stacked], sizes[1 + stacked] = sizes[1 + stacked], sizes[stacked]
+    if len(sizes) <= stacked:
+        return False
     lead, (out, *inner) = sizes[:stacked], sizes[stacked:]
     if b is not None and list(b.shape) != [*lead, out]:
         return False
