@@ -54,6 +54,19 @@ def test_every_must_of_the_text_is_a_numbered_requirement():
     assert [part for part in parts if "MUST" in part and not re.search(r"\*\*R-\d+\.\d+\*\*", part)] == []
 
 
+def test_what_is_not_defined_is_listed_in_one_place():
+    """The text decides, refuses or says free; all that is free is in the list behind R-13.4."""
+    text = (SPEC / "README.md").read_text("utf-8")
+    entries = "".join(path.read_text("utf-8") for path in sorted((SPEC / "methods").glob("*.toml")))
+    assert not re.findall(r"not defined|no defined result|undefined|MAY (?:refuse|be refused)", text + entries)
+    listed = text.partition("This list is closed.")[2].partition("\n## 14")[0]
+    places = re.findall(r"^\| (R-\d+\.\d+|section \d+|`bound_to`) \|", listed, re.MULTILINE)
+    rules = [part for part in re.split(r"\n(?=\* |\n)", text) if part.startswith("* **R-")]
+    free = {part.split("**")[1] for part in rules if re.search(r"\bfree\b", part)}
+    assert free - {"R-13.4"} <= set(places)
+    assert len(free) > 3
+
+
 def test_the_index_lists_all_vectors_of_the_container():
     listed = {name for case in INDEX["cases"] for name in case["inputs"]}
     held = {
@@ -149,7 +162,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 12  # and layers with several updates, and refusals
+    assert len(computed) == len(FORMULAS) + 35  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():

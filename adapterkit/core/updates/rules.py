@@ -206,6 +206,7 @@ def check_fits(update: Update, shape: Shape) -> None:
     # An axis more than the shape string says is that of experts; a star stands for any number of axes.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
+    seen["kernel"] = max(len(shape) - 2, 0)
     names = _Names(update, {**update.dims(stack), **seen}, stack)
     for rule in update.fits:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
