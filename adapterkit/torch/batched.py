@@ -151,8 +151,8 @@ def rank_of(part: Part, layer: Layer) -> int:
 def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
     """The rank of an update's factors at a layer of this shape; None where it has none.
 
-    Where the formula reads no values, the rank is found without them, once for each form of update and shape of layer:
-    a model has thousands of layers, but few shapes.
+    A formula that reads no values is asked once for each form of update and shape of layer: a model has thousands of
+    layers, but few shapes.
     """
     key = update.form, tuple(shape)
     if key not in _RANKS:
@@ -170,7 +170,7 @@ def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
 
 _RANKS: dict[Hashable, int | None] = {}
 MOST_RANKS = 4096
-"""Of how many forms and shapes a rank is remembered."""
+"""Ranks that are remembered at the same time."""
 
 
 def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept) -> Tensor:
