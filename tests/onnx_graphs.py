@@ -1,5 +1,7 @@
 """Small graphs of every kind of layer, written by onnx's own helper, and the torch layers that they are of."""
 
+import contextlib
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 onnxruntime.set_default_logger_severity(4)
+
+with contextlib.suppress(ImportError, AttributeError):
+    # torch's exporter parses the source of its 500 operators anew for every export, a second of processor time. It
+    # makes its own table of what it gets here, and does not change that.
+    from torch.onnx._internal.exporter import _registration
+
+    _registration.onnxscript_apis.get_torchlib_ops = cache(_registration.onnxscript_apis.get_torchlib_ops)
 
 IDS = np.array([[0, 3], [15, 7]])
 LAYERS = {
