@@ -233,12 +233,13 @@ def test_xlora_behind_a_past(case, experts, tmp_path, tmp_path_factory, close):
     _, path = pretrained(tmp_path_factory, llama)
     report = ak.onnx.inject(path, tmp_path / "router", tmp_path / "out.onnx", experts=experts)
     assert "past_input_ids takes the tokens" in report.note
+    session = ak.onnx.Session(report.out)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     for own in (torch.ones_like(mask), mask):
         positions = (own.cumsum(-1) - 1).clamp(min=0)
         wanted = model(input_ids=IDS, attention_mask=own, position_ids=positions, use_cache=False).logits
         for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
-            got = in_steps(ak.onnx.Session(report.out), IDS, cuts, own, positions, 1, 4)
+            got = in_steps(session, IDS, cuts, own, positions, 1, 4)
             close(got[own.bool()], wanted[own.bool()], tolerance=1e-5)
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
