@@ -37,7 +37,7 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)")
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)")
 
 
 class Kohya(ImageFormat):
