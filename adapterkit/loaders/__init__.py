@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..core.metadata import read_with
 from ..core.updates import Additive
 from ..errors import AdapterkitError, Malformed, Unrepresentable
 from ..formats import FORMATS, Format
@@ -150,6 +151,30 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
     """
     seen = _File.of(adapter, format, path)
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
+
+
+def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
+    """Return an adapter that is written with a format's usual keys, where the tool of that format holds not its own.
+
+    ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
+    conversion to the format in which a file was read would keep the keys.
+
+    Args:
+        adapter: what was read.
+        format: the format in which it was read, and is to be written.
+        path: the file or folder.
+    """
+    tool, writer = loaders().get(format), FORMATS[format]()
+    if tool is None or not isinstance(writer, ImageFormat) or adapter.foreign is None:
+        return adapter
+    seen = _File.of(adapter, format, path)
+    if not seen.keys or _loads(tool, seen)[0] == "yes":
+        return adapter
+    written = _written(writer, seen, "refuse")
+    if written is None or _loads(tool, written)[0] != "yes":
+        return adapter
+    pairs: Any = adapter.foreign.data.get("metadata") or ()
+    return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})
 
 
 @dataclass(frozen=True, slots=True)
