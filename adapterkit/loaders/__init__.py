@@ -90,7 +90,7 @@ class Answer:
     Attributes:
         tool: the name of its file in `spec/loaders`.
         title: the tool and the version that is known.
-        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`.
+        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`; `unknown`.
         why: why it does not load all, and how its result differs.
         convert: arguments of `adapterkit convert` after which it loads all; empty where none is known.
     """
@@ -154,7 +154,7 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
-    """Return an adapter that is written with a format's usual keys, where the tool of that format holds not its own.
+    """Return an adapter that is written with a format's usual keys, where the tool of that format holds none it has.
 
     ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
     conversion to the format in which a file was read would keep the keys.
@@ -168,10 +168,8 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     if tool is None or not isinstance(writer, ImageFormat) or adapter.foreign is None:
         return adapter
     seen = _File.of(adapter, format, path)
-    if not seen.keys or _loads(tool, seen)[0] == "yes":
-        return adapter
-    written = _written(writer, seen, "refuse")
-    if written is None or _loads(tool, written)[0] != "yes":
+    known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
+    if not known or any(_holds(tool, family, key) for family in known for key in seen.keys):
         return adapter
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})
@@ -259,6 +257,8 @@ def _numbers(adapter: Adapter) -> list[Any]:
 
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     """Whether a tool holds every key of a file of an image model."""
+    if not seen.families and denoiser_targets(seen.adapter.updates, ()):
+        return "unknown", "its modules are of no family that is known here, so that the names which it holds are not"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):

@@ -325,6 +325,7 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         )
     ],
     "ace_step1": [("ACEStep", "ldm.ace.model:ACEStepTransformer2DModel", ACE1)],
+    "omnigen2": [("Omnigen2", "ldm.omnigen.omnigen2:OmniGen2Transformer2DModel", {"num_layers": 2})],
     "stable_cascade": [("StableCascade_C", "ldm.cascade.stage_c:StageC", {"blocks": [[1, 1], [1, 1]]})],
 }
 """Family -> ComfyUI's classes of the model and of its network, and the network's arguments."""

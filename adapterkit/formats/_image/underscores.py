@@ -151,8 +151,8 @@ def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # The trainer of Wan's Fun models writes lora_unet__blocks_0.
-    return found[1], found[2].lstrip("_")
+    # The trainer of Wan's Fun models writes lora_unet__blocks_0, an older one of FLUX lora_unet_..._to_q_.
+    return found[1], found[2].strip("_")
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
