@@ -66,7 +66,9 @@ _BARE = {"lora_A": "down", "lora_B": "up"}
 """Slots that only a prefix tells from loralib's, which has the same."""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
-_OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model|pipe\.dit)\.)?(.+?))\.({_ENDS})")
+_OTHER = re.compile(
+    rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model|pipe\.dit)\.)?(.+?))\.({_ENDS})"
+)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -473,7 +473,9 @@ def modules(family: Any, naming: str, weights: set[str]) -> list[str]:
     for weight in family.architecture.record.weights:
         place, native = (family.architecture.place(weight, each) for each in (naming, "native"))
         holes = native is not None and "{" in native.name
-        there = native is None or holes or f"diffusion_model.{native.name}.weight" in weights or family.component != "unet"
+        there = (
+            native is None or holes or f"diffusion_model.{native.name}.weight" in weights or family.component != "unet"
+        )
         if place is not None and not is_norm(place.name) and not is_norm(weight) and there:
             found.append(place.name)
     return list(dict.fromkeys(found))

@@ -38,7 +38,8 @@ STEM = re.compile(
 _PARTS = {
     "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
     "Hunyuan_video_I2V_lora": ("transformer",),
-    "lora_prior_unet": ("unet",), "lora_prior_te": ("text_encoder",), "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
+    "lora_prior_unet": ("unet",), "lora_prior_te": ("text_encoder",),
+    "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
@@ -100,7 +101,9 @@ def _together(
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     tags = {words[stem][0] for stem in inside}
     own = {_FAMILIES.get(tag) for tag in tags}
-    fitting = narrowed(fitting, lambda family: family.name in own or not tags.isdisjoint(family.facts.prefixes.values()))
+    fitting = narrowed(
+        fitting, lambda family: family.name in own or not tags.isdisjoint(family.facts.prefixes.values())
+    )
     fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
@@ -257,7 +260,7 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
         lycoris: modules of other models have stems as well.
     """
     component, (_, rest) = component_of(path), rooted(path)
-    own = _prefixes(paths)
+    own = prefixes_of(paths)
     if component in own and tag == "lora_unet":
         return f"{own[component]}_{flatten(rest)}"
     if component in ("unet", "transformer"):
@@ -270,7 +273,7 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
     return f"lycoris_{flatten(path)}" if lycoris and component is None else None
 
 
-def _prefixes(paths: Iterable[str]) -> Mapping[str, str]:
+def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
     """Part of a pipeline -> what its keys begin with, where the family of one of the paths has a prefix of its own."""
     unusual = [family for family in families() if family.facts.prefixes]
     inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
