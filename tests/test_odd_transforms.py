@@ -1,19 +1,21 @@
-"""Odd situations of models that a tool rewrites: scripts, fused norms, exports, copies of single layers.
+"""Odd situations of models that a tool rewrites or differentiates: scripts, fused norms, copies, autocast.
 
 Each gives what the formula gives, or a typed error, as in test_odd_situations.py, which lists those of single modules.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import Unsupported
+from adapterkit.errors import AdapterkitError, Unsupported
 from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -159,8 +161,135 @@ def _():
     return other(X), functional.linear(hidden, model[1].weight * 2, model[1].bias * 2)
 
 
-def test_there_are_ten():
-    assert len(SITUATIONS) >= 10
+# Differentiation and precision.
+
+
+def single(method="lora", **rest):
+    """A layer in float32 with a trained adapter, and its formula over the adapter's own tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    fields = {"A": draw(2, 16).float(), "B": draw(8, 2, seed=50).float(), "scaling": 0.25}
+    if method == "dora":
+        fields["magnitude"] = draw(8, seed=9).float().abs() + 0.5
+    adapter = Adapter({Target("0"): (METHODS[method](**fields),)})
+    handle = ak.torch.inject(model, adapter, trainable=True, **rest)
+
+    def formula(x, A, B, magnitude=None):
+        V = model[0].weight + 0.25 * B @ A
+        if magnitude is not None:
+            V = V * (magnitude / V.detach().norm(dim=1)).unsqueeze(1)
+        return functional.linear(x, V, model[0].bias)
+
+    return model, handle, formula
+
+
+def wide():
+    """An input beyond which the functions that keep no activations are used."""
+    return torch.randn(600, 16, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 20).reshape(-1, 16)
+
+
+for method in ("lora", "dora"):
+
+    @odd(f"forward-mode differentiation of an input, {method}")
+    def _(method=method):
+        model, handle, formula = single(method)
+        t = draw(3, 16, seed=3).float()
+        _, got = torch.func.jvp(model, (X.float(),), (t,))
+        _, wanted = torch.func.jvp(lambda x: formula(x, *handle.parameters()), (X.float(),), (t,))
+        return got, wanted
+
+    @odd(f"forward-mode differentiation of the adapter, {method}")
+    def _(method=method):
+        model, handle, formula = single(method)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        values = {name: p.detach() for name, p in zip(names, handle.parameters(), strict=True)}
+        along = {name: draw(*p.shape, seed=4).float() for name, p in values.items()}
+        _, got = torch.func.jvp(lambda d: torch.func.functional_call(model, d, (X.float(),)), (values,), (along,))
+        _, wanted = torch.func.jvp(lambda d: formula(X.float(), *d.values()), (values,), (along,))
+        return got, wanted
+
+    @odd(f"gradients of a gradient's length, {method}")
+    def _(method=method):
+        model, handle, formula = single(method)
+
+        def of(run):
+            x = X.float().requires_grad_()
+            (slope,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+            return torch.cat(
+                [g.flatten() for g in torch.autograd.grad(slope.square().sum(), list(handle.parameters()))]
+            )
+
+        got, wanted = of(model), of(lambda x: formula(x, *handle.parameters()))
+        scale = wanted.abs().max()
+        return got / scale, wanted / scale
+
+    @odd(f"selective checkpointing that keeps products, {method}")
+    def _(method=method):
+        model, handle, formula = single(method)
+        keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        contexts = functools.partial(create_selective_checkpoint_contexts, keep)
+        x = wide()
+        y = checkpoint(model, x.requires_grad_(), use_reentrant=False, context_fn=contexts)
+        got = torch.autograd.grad(y.square().mean(), list(handle.parameters()))
+        wanted = torch.autograd.grad(formula(x, *handle.parameters()).square().mean(), list(handle.parameters()))
+        scale = max(float(g.abs().max()) for g in wanted)
+        return torch.cat([g.flatten() / scale for g in got]), torch.cat([g.flatten() / scale for g in wanted])
+
+    @odd(f"an input written over between forward and backward, {method}", raises=RuntimeError, match="inplace")
+    def _(method=method):
+        model, _, _ = single(method)
+        x = X.float().clone()
+        y = model(x)
+        x.mul_(2)
+        y.sum().backward()
+
+
+@odd("factors written over between forward and backward, DoRA's keep what they were")
+def _():
+    model, handle, formula = single("dora")
+    A, B, magnitude = handle.parameters()
+    wanted = torch.autograd.grad(formula(X.float(), A, B, magnitude).sum(), [A, B, magnitude])
+    y = model(X.float())
+    with torch.no_grad():
+        B.mul_(2)
+    got = torch.autograd.grad(y.sum(), [A, B, magnitude])
+    return torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in wanted])
+
+
+OF_OTHER_LAYERS = ("bottleneck", "compacter")
+"""Methods whose update is one of the output."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_gives_what_the_layer_itself_gives(dtype, train):
+    """Attention kernels refuse queries of another dtype than the keys."""
+    seen = []
+    for method in sorted(METHODS):
+        model = nn.Sequential(nn.Linear(16, 16))
+        try:
+            adapter = ak.torch.create(model, method, targets=["0"])
+            ak.torch.inject(model, adapter, trainable=True)
+        except AdapterkitError:
+            continue
+        if method == "poly":  # It asks the call for task_ids.
+            continue
+        model.train(train)
+        with torch.autocast("cpu", dtype):
+            assert model(X.float()).dtype == dtype, method
+        seen.append(method)
+    assert {"dora", "ia3", "oft", "boft", "hira", "glora", *OF_OTHER_LAYERS} <= set(seen)
+
+
+def test_autocast_leaves_layers_that_it_does_not_narrow():
+    model = nn.Sequential(nn.Embedding(7, 16))
+    ak.torch.inject(model, ak.torch.create(model, "dora", targets=["0"]), trainable=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.tensor([1, 2])).dtype == torch.float32
+
+
+def test_there_are_twenty():
+    assert len(SITUATIONS) >= 20
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
