@@ -226,9 +226,10 @@ for method in ("lora", "dora"):
     @odd(f"selective checkpointing that keeps products, {method}")
     def _(method=method):
         model, handle, formula = single(method)
+        model.double()
         keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
         contexts = functools.partial(create_selective_checkpoint_contexts, keep)
-        x = wide()
+        x = wide().double()
         y = checkpoint(model, x.requires_grad_(), use_reentrant=False, context_fn=contexts)
         got = torch.autograd.grad(y.square().mean(), list(handle.parameters()))
         wanted = torch.autograd.grad(formula(x, *handle.parameters()).square().mean(), list(handle.parameters()))
