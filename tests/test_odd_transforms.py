@@ -101,6 +101,10 @@ def _():
     return torch.jit.script(model)(X), functional.linear(X, model[0].weight, model[0].bias)
 
 
+def linear(layer):
+    return functional.linear(X.to(layer.weight.dtype), changed(layer.weight), layer.bias)
+
+
 def normed(bias=True):
     """A convolution and its norm, as they are at inference."""
     torch.manual_seed(0)
@@ -148,6 +152,19 @@ def _():
     wanted = model[1](functional.conv2d(x, changed(model[0].weight), model[0].bias))
     inject(model, "0", 8, 4, 3, 3).merge_()
     return fuse_conv_bn_eval(model[0], model[1])(x), wanted
+
+
+@odd("a copied layer in another dtype, with parameters made anew")
+def _():
+    model = one()
+    inject(model)
+    layer = copy.deepcopy(model[0])
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        layer.float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    return layer(X.float()), linear(model[0].float())
 
 
 @odd("a copied model takes a checkpoint by assign=True")

@@ -215,7 +215,11 @@ class ForwardHook:
         `fuse_conv_bn_eval` does that: it scales a copy's weight and leaves its adapter as it was.
         """
         now = self.module._parameters
-        if "weight" in copied and all(now.get(name) is not copied.get(name) for name in ("weight", "bias")):
+        if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
+            return
+        if _cast_of(now.get("weight"), copied["weight"]):  # Conversions may make new parameters, too.
+            self.copied = dict(now)
+        else:
             cure = "Call handle.merge_() before a layer is fused with its norm"
             why = "a copy of one layer got another weight and bias, which its adapter was not made for"
             raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
@@ -521,6 +525,14 @@ def _in_order(parts: list[Part]) -> bool:
         for switch, count in switches.items()
         if count > 1
     )
+
+
+def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
+    """Whether a tensor has another's numbers, possibly in another dtype or on another device."""
+    if new is None or old is None or new.shape != old.shape or new.is_meta or old.is_meta:
+        return False
+    dtype = min(new.dtype, old.dtype, key=lambda each: each.itemsize)
+    return torch.equal(new.detach().to(old.device, dtype), old.detach().to(dtype))
 
 
 def _narrowed(y: Any, kind: str) -> Any:
