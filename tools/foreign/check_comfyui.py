@@ -165,7 +165,7 @@ def made(method: str, shape: tuple[int, ...]) -> Any:
         A = 0.1 * np.random.default_rng(rest).normal(size=(2, *rest))
         magnitude = from_numpy((1 + RANDOM.random(out)).astype("f4"))
         return LAWS["dora"](A=from_numpy(A.astype("f4")), B=leaf(out, 2), magnitude=magnitude)
-    if method == "oft":
+    if method == "oft" and size > 1:
         return LAWS["oft"](square=leaf(out // size, size, size), side="out")
     if method == "boft" and size > 1:
         factors = 2 if out // size % 2 == 0 else 1
