@@ -90,6 +90,11 @@ def convert(
             adapter = adapter.bind(checkpoint, rename=rename)
         else:
             (adapter,) = renamed([adapter], rename)
+        if name == to:
+            from .io.locations import located
+            from .loaders import spelled_anew
+
+            adapter = spelled_anew(adapter, name, located(source))
     warnings = [*warnings_of(adapter), *base_warnings([source], [adapter], checkpoint)]
     return destination.write(
         adapter, on_loss, profile=profile, max_error=max_error, base=checkpoint, made_from=made_from, warnings=warnings

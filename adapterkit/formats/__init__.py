@@ -288,7 +288,14 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+    from ._image import container
+    from ._others import other_file
+
     source = _existing(path)
+    other = other_file(container.names(source))
+    if other is not None:
+        kind, key = other
+        raise UnknownFormat(f"{kind.name}, which is not read: {kind.why}", path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
         why = "its keys end as an adapter's do, but no family that is known has all of its modules"

@@ -117,7 +117,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
+        prefixes: part of the pipeline -> what kohya's keys of it begin with, if not `lora_unet` or `lora_te`.
         beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
+        modules: part in `beside` -> templates of its modules, whose names kohya's keys flatten.
         diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
         header_alpha: an alpha in the header of a file without alphas counts for every module.
         whole_norms: diffusers' loader takes whole scales of the norms of queries and keys.
@@ -135,7 +137,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
     encoders: dict[str, Encoder] = {}
+    prefixes: dict[str, str] = {}
     beside: dict[str, str] = {}
+    modules: dict[str, list[str]] = {}
     diffsynth_head: int = 0
     header_alpha: bool = False
     whole_norms: bool = False
