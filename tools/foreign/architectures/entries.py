@@ -105,9 +105,9 @@ def _one_by_one(key: tuple[Any, ...], groups: Mapping[tuple[Any, ...], Any]) -> 
 
 
 def _said(several: list[tuple[Piece, Piece]], config: Any) -> Iterator[tuple[Piece, Piece, str | None]]:
-    """The pieces of one tensor, each with the order of its rows: `interleaved`, or whose heads have them in Meta's order.
+    """The pieces of one tensor, each with the order of its rows; None where they keep it.
 
-    It is None where rows keep their order.
+    The order is `interleaved`, or the heads that have the rows in Meta's order.
 
     Raises:
         ValueError: the rows stand in an order, or in parts, that the files have no words for.
@@ -124,7 +124,7 @@ def _said(several: list[tuple[Piece, Piece]], config: Any) -> Iterator[tuple[Pie
             _of(a), _of(b)
             yield a, b, None
         return
-    heads, count = _heads(first.name, size, config)
+    heads, count = _heads(first.name, config)
     order = np.arange(size).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)  # As `naming.heads.rope_pairs`.
     if size != first.of or size % (2 * count) or not np.array_equal(np.argsort(there - start), order):
         raise ValueError(f"{first.name}: its rows stand in an order of their own")
@@ -153,7 +153,7 @@ def _every_other(several: list[tuple[Piece, Piece]], there: Any) -> Iterator[tup
         )  # fmt: skip
 
 
-def _heads(name: str, rows: int, config: Any) -> tuple[str, int]:
+def _heads(name: str, config: Any) -> tuple[str, int]:
     """Which heads share the rows of a projection, and how many there are."""
     vision = getattr(config, "vision_config", None)
     if vision is not None and "vision" in name:
