@@ -30,7 +30,10 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows by what a rotary embedding turns, in query or in key heads."""
+"""Orders of rows by what a rotary embedding turns, in the heads that `SHARED` names."""
+
+SHARED = ("query", "kv", "vision")
+"""Which heads share the rows of a place: those that ask, those that answer, or those of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
 """Orders of rows by the heads of a linear attention."""
@@ -62,7 +65,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
             has all queries, then all keys, then all values of a fused weight that holds them group by group; the
             README has the others.
-        heads: which heads share the rows, `query` or `kv`; only with `rope`.
+        heads: which heads share the rows, `query`, `kv` or those of the `vision` tower; only with `TURNED`.
         columns: the order of the inputs, in the words of `rows`.
         beside: template of a second tensor, which has the rows of the weight that the first one lacks.
         ratio: the weight is the tensor only where that has so many outputs an input: the last block's modulation is
@@ -489,7 +492,7 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
     known = (None, "qkv", *TURNED, *LINEAR, *SPLIT)
-    if place.rows not in known or (place.rows in TURNED) != (place.heads in ("query", "kv")):
+    if place.rows not in known or (place.rows in TURNED) != (place.heads in SHARED):
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
     if place.columns not in (None, "linear_value"):
         yield f"{naming}: {place.name} has columns {place.columns!r}"
