@@ -369,8 +369,12 @@ def _compared(
             difference = difference_of(got, results)
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
+        seen = plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0
+        for name in _conditions(opened(out).model, feeds):
+            other = _flipped(wanted, out, name, feeds, both, judged)
+            difference = max(difference, other)
         # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
-        if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
+        if seen:
             return Outcome(difference, None, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
         unseen = Outcome(difference, why, reference, clipped)
@@ -380,6 +384,42 @@ def _compared(
         raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
+
+
+def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
+    """Return the inputs that choose a branch of an If, as in optimum's decoders with and without a past."""
+    read = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "If"]
+    names = dict.fromkeys(root.name or "" for value in read for root in _roots(value))
+    return [name for name in names if name in feeds and feeds[name].dtype == np.bool_]
+
+
+def _roots(value: ir.Value | None) -> list[ir.Value]:
+    """Return the graph inputs that a condition is computed from by nodes of one input, such as Squeeze."""
+    while value is not None and (node := value.producer()) is not None:
+        value = node.inputs[0] if node.inputs else None
+    return [] if value is None else [value]
+
+
+def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, judged: bool) -> float:
+    """Compare both graphs in the other branch of an If; return 0 if the original graph does not run there.
+
+    Raises:
+        CheckFailed: the difference is larger than rounding explains, or only the written graph fails.
+    """
+    other = {name: ~feeds[name]}
+    try:
+        results = session_of(wanted).run(None, {**feeds, **other})
+    except Exception:  # onnxruntime's errors have no common base class; sizes may only fit one branch.
+        return 0.0
+    try:
+        got = session_of(str(out)).run(None, {**both, **other})
+    except Exception as error:
+        why = f"the graph does not run with {name}={bool(other[name].flat[0])} ({first_line(error)})"
+        raise CheckFailed(why, path=out, cure=_REPORT) from None
+    difference = difference_of(got, results)
+    if judged:
+        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference))
+    return difference
 
 
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -84,6 +84,7 @@ class Report:
         saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
             check did not run.
         warnings: sentences for the user, each with a cure.
+        parts: for a folder of graphs, the report of each changed graph, by its name.
     """
 
     out: Path
@@ -95,9 +96,22 @@ class Report:
     reference: float | None = None
     saturation: Saturation | None = None
     warnings: tuple[str, ...] = ()
+    parts: Mapping[str, Report] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return the same as plain data."""
+        if self.parts:
+            targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
+            files = [file.relative_to(self.out).as_posix() for file in self.files]
+            return {
+                **replace(self, parts={}).record(),
+                "files": files,
+                "targets": targets,
+                "graphs": {
+                    name: {"targets": len(part.found), "difference": part.difference, "note": part.note}
+                    for name, part in self.parts.items()
+                },
+            }
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
@@ -120,6 +134,7 @@ def inject(
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -127,9 +142,11 @@ def inject(
     """Attach an adapter to a graph, so that each target computes the adapter's formulas.
 
     Args:
-        model: an ONNX file or an in-memory model, which is not changed.
+        model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
+            decoders. Nothing of it is changed.
         adapter: the adapter, or its path.
-        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder.
+        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
+            a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
             adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
@@ -143,6 +160,7 @@ def inject(
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names,
             instead of a warning in the report.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        allow_partial: leave out targets that the graph lacks; at least one must be there.
         check: run the result in onnxruntime and compare it with merged weights; a mapping gives the inputs by name,
             True makes them up.
         overwrite: replace an existing `out`.
@@ -159,6 +177,16 @@ def inject(
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
+    from .folders import folder_of, graphs_in, inject_folder, left_out
+
+    if (folder := folder_of(model, out)) is not None:
+        return inject_folder(
+            folder, adapter, out, mode=mode, base_weights=base_weights, call=call, experts=experts, tied=tied,
+            strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
+            made_from=made_from,
+        )  # fmt: skip
+    if isinstance(model, str | PathLike) and Path(model).is_dir():
+        (model,) = graphs_in(Path(model)) or (model,)
     source = opened(model)
     read, base = loaded(adapter, base_weights)
     wrong = base_warnings([(name_of(adapter), read)], base, strict_base)
@@ -166,6 +194,9 @@ def inject(
     read = with_experts(read, [loaded(expert, None)[0] for expert in experts])
     (read,) = renamed([read], rename)
     rest, context = parted(read)
+    if allow_partial:
+        rest, lost = left_out(source.model, rest, base, tying)
+        wrong = (*wrong, *lost)
     if context and mode == "slots":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)

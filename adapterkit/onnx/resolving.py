@@ -195,6 +195,98 @@ def resolve(
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
+def taken(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None
+) -> tuple[Adapter, tuple[Target, ...]]:
+    """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
+
+    Args:
+        model: the graph: one of several that make up a model, or one that holds a part of the adapter's layers.
+        adapter: updates of weights and of outputs of layers.
+        base: the weights that the graph was exported from, to look for lost names by numbers.
+        config: the base's config.
+
+    Raises:
+        TargetNotFound: a target may be one of the layers whose names are lost, which only numbers can tell; or two
+            targets are one layer of the graph.
+    """
+    spots = spots_of(model)
+    known = by_name(spots)
+    modules = _modules(model, adapter, known)
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    lost: tuple[Target, ...] = ()
+    if layered.updates:
+        lost = _lost(layered, known, config)
+        if lost and base is not None:
+            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
+        elif lost:
+            _check_named(layered, lost, spots)
+    gone = set(lost)
+    return adapter.replace(updates={t: u for t, u in adapter.updates.items() if t not in gone}), lost
+
+
+def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
+    """Return the targets whose names a graph lacks."""
+    fewest: tuple[Target, ...] = tuple(adapter.updates)
+    for names in (known, *(_aliased(known, *pair) for pair in ATTENTION_NAMES)):
+        shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
+        modules = [name.removesuffix(".weight") for name in shapes]
+        try:
+            bound = find_sites(adapter, shapes, partial=True, modules=modules, config=config)
+        except TargetNotFound:  # None of them is there.
+            continue
+        if len(bound.missing) < len(fewest):
+            fewest = tuple(bound.missing)
+            _check_apart(bound.sites, bound.origins)
+    return fewest
+
+
+def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
+    """Refuse two targets at one layer: an encoder's graph names layers without the word that tells them apart."""
+    seen: dict[tuple[Any, ...], Target] = {}
+    for site, origin in zip(sites, origins, strict=True):
+        first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
+        if first.path != origin.path:
+            why = f"{first} and {origin} are both the layer {site.target.path} of the graph"
+            cure = "Name the folder of all graphs of the model, so that each takes its own part"
+            raise TargetNotFound(why, where=str(origin), cure=cure)
+
+
+def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Sequence[Spot]) -> bool:
+    from .matching import by_values
+
+    alone = adapter.replace(updates={target: adapter.updates[target]})
+    missing = TargetNotFound("the base has no weight there", where=str(target))
+    try:
+        by_values(alone, base, spots, missing)
+    except TargetNotFound as error:
+        if error is missing or "no layer of the graph has this weight" not in error.why:
+            raise
+        return False
+    return True
+
+
+def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]) -> None:
+    """Refuse to take targets for missing where the graph has layers of their shape whose names are lost."""
+    nameless = [spot for spot in spots if not is_named(spot)]
+    for target in lost if nameless else ():
+        plain = replace(target, layout="out *in")
+        alike = sum(fits(plain, adapter.updates[target], spot.shape) for spot in nameless)
+        if alike:
+            why = f"it may be one of {alike} layers of the graph whose names are lost"
+            cure = "Pass the weights that it was exported from: --base-weights DIR (base_weights=)"
+            raise TargetNotFound(why, where=str(target), cure=cure)
+
+
+NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
+"""Names that exporters make up."""
+
+
+def is_named(spot: Spot) -> bool:
+    """Whether something tells which module a layer is."""
+    return any(not NUMBERED.match(name) for method in METHODS for name in spot.names.get(method, ()))
+
+
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
     """Return the node that reads a target's weight, if its operator is not a known layer; else None."""
     layers = {spot.node for spot in spots}
@@ -362,8 +454,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
     try:
         return _placed(adapter, known, config)
     except TargetNotFound as error:
-        for one, other in (("self_attn", "attn"), ("attn", "self_attn")):
-            also = {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
+        for pair in ATTENTION_NAMES:
+            also = _aliased(known, *pair)
             try:
                 sites = _placed(adapter, also, config)
             except TargetNotFound:
@@ -377,6 +469,15 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 
         known |= by_values(adapter, base, spots, error)
         return _placed(adapter, known, config)
+
+
+ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
+"""onnxruntime-genai's builder calls every attention `attn`."""
+
+
+def _aliased(known: Known, one: str, other: str) -> Known:
+    """Return the same names, and those with another word for attentions."""
+    return {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
