@@ -340,8 +340,10 @@ def plan(
     from .folders import folder_of, graphs_in, plan_folder
 
     if (folder := folder_of(model, "")) is not None and len(graphs_in(folder)) > 1:
-        options = {"base_weights": base_weights, "tied": tied, "strict_base": strict_base}
-        return plan_folder(folder, adapters, weights=weights, rename=rename, allow_partial=allow_partial, **options)
+        return plan_folder(
+            folder, adapters, weights=weights, rename=rename, allow_partial=allow_partial, base_weights=base_weights,
+            tied=tied, strict_base=strict_base,
+        )  # fmt: skip
     if isinstance(model, str | PathLike) and Path(model).is_dir():
         (model,) = graphs_in(Path(model)) or (model,)
     source = opened(model)
@@ -406,11 +408,12 @@ def fold(
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
     # All targets of a node are folded together, because its weight is rounded only once.
-    by_spot: dict[Any, list[PlannedUpdate]] = {}
+    # Queries, keys and values of one packed layer are spots of one node.
+    by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
-            by_spot.setdefault(spot, []).append((place, factor))
-    for spot, at in by_spot.items():
+            by_node.setdefault((spot.node, spot.kind), (spot, []))[1].append((place, factor))
+    for spot, at in by_node.values():
         Folding(spot, at, building, fresh).done(quantized, damage)
     settle(fresh.values())
     return list(fresh.values())
@@ -419,10 +422,16 @@ def fold(
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
     made: dict[Any, ir.Value] = {}
-    spots = {
-        spot: as_float(spot, building, made) if is_packed(spot) else spot
-        for spot in dict.fromkeys(spot for place in found for spot in place.spots)
-    }
+    nodes: dict[Any, Spot] = {}
+    spots: dict[Spot, Spot] = {}
+    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+        if not is_packed(spot):
+            spots[spot] = spot
+            continue
+        key = spot.node, spot.kind
+        if key not in nodes:
+            nodes[key] = as_float(spot, building, made)
+        spots[spot] = replace(nodes[key], names=spot.names, rows=spot.rows, shape=spot.shape)
     return [replace(place, spots=tuple(spots[spot] for spot in place.spots)) for place in found]
 
 

@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .heads import in_heads
 from .layers import (
     RECURRENT,
     Attention,
@@ -60,9 +61,10 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
 # found by the numbers of their weights, if the base is available. Nothing is guessed.
 
 
-METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
+METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
 """How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the
-node's name, equal numbers, equal rows of a weight that packs several layers, or the nearest numbers."""
+node's name, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight that
+packs several layers, or the nearest numbers."""
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
@@ -227,18 +229,15 @@ def taken(
 
 def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
     """Return the targets whose names a graph lacks."""
-    fewest: tuple[Target, ...] = tuple(adapter.updates)
-    for names in (known, *(_aliased(known, *pair) for pair in ATTENTION_NAMES)):
-        shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
-        modules = [name.removesuffix(".weight") for name in shapes]
-        try:
-            bound = find_sites(adapter, shapes, partial=True, modules=modules, config=config)
-        except TargetNotFound:  # None of them is there.
-            continue
-        if len(bound.missing) < len(fewest):
-            fewest = tuple(bound.missing)
-            _check_apart(bound.sites, bound.origins)
-    return fewest
+    names = _in_words_of(adapter, known)
+    shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
+    modules = [name.removesuffix(".weight") for name in shapes]
+    try:
+        bound = find_sites(adapter, shapes, partial=True, modules=modules, config=config)
+    except TargetNotFound:  # None of them is there.
+        return tuple(adapter.updates)
+    _check_apart(bound.sites, bound.origins)
+    return tuple(bound.missing)
 
 
 def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
@@ -414,6 +413,7 @@ Known = dict[str, tuple[str, list[Spot]]]
 def by_name(spots: Sequence[Spot]) -> Known:
     """Return all names of weights, each from the first method that has it."""
     known: Known = {}
+    spots = [*spots, *in_heads(spots)]
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
         for spot in spots:
@@ -451,17 +451,10 @@ Config = Mapping[str, Any] | None
 
 
 def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None, config: Config) -> Placed:
+    known |= _in_words_of(adapter, known)
     try:
         return _placed(adapter, known, config)
     except TargetNotFound as error:
-        for pair in ATTENTION_NAMES:
-            also = _aliased(known, *pair)
-            try:
-                sites = _placed(adapter, also, config)
-            except TargetNotFound:
-                continue
-            known |= also
-            return sites
         if base is None:
             cure = f"{error.cure}; pass the base's weights to find layers by their numbers"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
@@ -475,9 +468,17 @@ ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
 """onnxruntime-genai's builder calls every attention `attn`."""
 
 
-def _aliased(known: Known, one: str, other: str) -> Known:
-    """Return the same names, and those with another word for attentions."""
-    return {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
+def _in_words_of(adapter: Adapter, known: Known) -> Known:
+    """Return a graph's names, with its attentions under the adapter's word for them.
+
+    This comes before any family's naming: one of them has `attn.q_proj` as well, with rows in another order.
+    """
+    for one, other in ATTENTION_NAMES:
+        asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
+        there = any(f".{other}." in f".{name}" for name in known)
+        if asked and not there and any(f".{one}." in f".{name}" for name in known):
+            return {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
+    return known
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:

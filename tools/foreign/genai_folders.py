@@ -12,6 +12,7 @@ It prints the largest difference of the logits, relative to the largest one. `ch
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,11 @@ SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
 METHODS = ("lora", "dora", "ia3")
-TYPES = {"fp32": ("fp32", ()), "fp16": ("fp16", ()), "int4": ("int4", ("int4_accuracy_level=1",)),
-         "int4default": ("int4", ()),
-         "int4asym": ("int4", ("int4_accuracy_level=1", "int4_is_symmetric=false", "int4_algo_config=rtn")),
-         "int4kquant": ("int4", ("int4_accuracy_level=1", "int4_algo_config=k_quant_mixed"))}  # fmt: skip
+TYPES = {
+    "fp32": ("fp32", ()), "fp16": ("fp16", ()), "int4": ("int4", ()),
+    "int4asym": ("int4", ("is_symmetric=false",)),
+    "int4kquant": ("int4", ("algo_config=k_quant_mixed",)),
+}  # fmt: skip
 
 
 def configs() -> dict[str, tuple[Any, list[str]]]:
@@ -40,7 +42,7 @@ def configs() -> dict[str, tuple[Any, list[str]]]:
         "llama": (t.LlamaConfig(**grouped), apart),
         "qwen2": (t.Qwen2Config(**grouped), apart),
         "qwen3": (t.Qwen3Config(**grouped, head_dim=16), apart),
-        "phi3": (t.Phi3Config(**grouped), ["qkv_proj", "o_proj", "gate_up_proj"]),
+        "phi3": (t.Phi3Config(**grouped, original_max_position_embeddings=128), ["qkv_proj", "o_proj", "gate_up_proj"]),
         "gemma": (t.GemmaConfig(**grouped, head_dim=16), apart),
     }
 
@@ -155,6 +157,25 @@ def with_packed(model: Any, folder: Path) -> None:
             getattr(block, part).weight.data = torch.from_numpy(rows.copy())
 
 
+def exact(folder: Path) -> Path:
+    """Return a copy that runs on the CPU, and whose packed layers do not round what they read."""
+    import onnx
+
+    copy = folder.with_name(f"{folder.name}.exact")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        kept = [each for each in node.attribute if each.name != "accuracy_level"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, copy / "model.onnx")
+    return copy
+
+
 def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, file: Path | None) -> dict[str, Any]:
     """Return how far a folder is from PEFT."""
     import onnxruntime_genai as og
@@ -173,11 +194,8 @@ def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, fil
         theirs = model.generate(
             torch.tensor([PROMPT]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
         )[0]
-    config = json.loads((changed / "genai_config.json").read_text())
-    for options in [config["model"]["decoder"]["session_options"]]:
-        options["provider_options"] = []
-    (changed / "genai_config.json").write_text(json.dumps(config))
-    held = og.Model(str(changed))
+    copy = exact(changed)
+    held = og.Model(str(copy))
     params = og.GeneratorParams(held)
     params.set_search_options(max_length=len(PROMPT) + 8, do_sample=False)
     generator = og.Generator(held, params)
