@@ -233,3 +233,38 @@ def test_the_check_takes_sizes_from_the_config(tmp_path, monkeypatch):
     with pytest.raises(CheckFailed):
         ak.onnx.inject(tmp_path / "model", adapter(), tmp_path / "out")
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_layer_that_the_builder_cuts(tmp_path, method):
+    """Phi-3 has one layer for gate and up, the builder's graph two."""
+    rng, names = np.random.default_rng(5), ("gate_proj", "up_proj")
+    W = {name: rng.normal(size=(6, 4)).astype("f4") for name in names}
+    stem = "model.layers.0.mlp."
+    held = [numpy_helper.from_array(np.ascontiguousarray(W[n].T), f"{stem}{n}.MatMul.weight") for n in names]
+    nodes = [
+        helper.make_node("MatMul", ["x", f"{stem}{n}.MatMul.weight"], [n], name=f"/model/layers.0/mlp/{n}/MatMul")
+        for n in names
+    ]
+    nodes.append(helper.make_node("Mul", list(names), ["y"]))
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", size]) for n, size in (("x", 4), ("y", 6)))
+    graph = helper.make_graph(nodes, "g", [x], [y], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    A, B, scale = (torch.from_numpy(rng.normal(size=size).astype("f4")) for size in ((2, 4), (12, 2), (12,)))
+    update = METHODS["lora"](A=A, B=B, scaling=0.5) if method == "lora" else METHODS["ia3"](l=scale)
+    adapter_ = Adapter({Target(f"{stem}gate_up_proj"): (update,)})
+    whole = update.map(lambda leaf: leaf.numpy().astype("f8")).new_weight(np.concatenate([W[n] for n in names]))
+    given = rng.normal(size=(3, 4)).astype("f4")
+    wanted = (given @ whole[:6].T) * (given @ whole[6:].T)
+    ak.onnx.inject(tmp_path / "m.onnx", adapter_, tmp_path / "c.onnx")
+    ak.onnx.merge(tmp_path / "m.onnx", adapter_, tmp_path / "f.onnx")
+    ak.onnx.inject(tmp_path / "m.onnx", adapter_, tmp_path / "s.onnx", mode="slots")
+    for name in ("c", "f", "s"):
+        feeds = ak.onnx.fit(tmp_path / "s.onnx", adapter_) if name == "s" else {}
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        got = session.run(None, {"x": given, **feeds})[0]
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())

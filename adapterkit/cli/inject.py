@@ -24,8 +24,9 @@ from ._writing import is_done, refuse_place
 @click.option("-o", "--out", metavar="OUT.onnx", required=True, help="File to write; for a folder, a folder.")
 @_options.allow_partial
 @click.option(
-    "--mode", type=click.Choice(["constant", "slots"]), default="constant", show_default=True,
-    help="Write the adapter into the graph, or make its tensors inputs that may be left out.",
+    "--mode", type=click.Choice(["constant", "slots", "rows"]), default="constant", show_default=True,
+    help="Write the adapter into the graph, make its tensors inputs that may be left out, or stack these over "
+    "adapters, one for each row of a batch.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .model_file import Source, inline, opened
 from .operands import attribute
 from .providers import session_of
 from .resolving import resolve
+from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import slots_of
@@ -149,7 +150,7 @@ class Outcome:
 
 def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
-    given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None,
+    given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> Outcome:  # fmt: skip
     """Compare the written graph with the original graph with merged weights.
 
@@ -164,6 +165,7 @@ def checked_injection(
         given: inputs to run on, by name.
         alone: True if there is no second way to make the change, e.g. for prefixes of attentions.
         tying: as for the injection.
+        by_rows: the slots are stacks of adapters; then a batch with the adapter in one row is tried as well.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -193,7 +195,42 @@ def checked_injection(
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
     bare = bare and other is not None
+    if by_rows and other is not None:
+        mixed = _compared_by_rows(other, plain, out, fed, known, bare)
+        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+        return whole if mixed is None else replace(whole, difference=max(mixed, whole.difference or 0.0))
     return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+
+
+def _compared_by_rows(
+    wanted: bytes, plain: bytes, out: Path, fed: Feeds, known: Sizes, bare: bool
+) -> float | None:  # fmt: skip
+    """Run two rows, the adapter in the first one alone; compare each with the graph that has its numbers.
+
+    Raises:
+        CheckFailed: a row differs by more than rounding explains.
+        Unsupported: no made-up batch runs, so that nothing shows that rows are the first axis.
+    """
+    stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
+    why = "no inputs"
+    for sizes in (*(sizes for sizes in SIZES if sizes[0] == 2), (2, 1, 4, 4)):
+        try:
+            session = _session(plain, bare)
+            feeds = made_up(session, sizes, known)
+            base, merged = session.run(None, feeds), _session(wanted, bare).run(None, feeds)
+            got = _session(str(out), bare).run(None, {**feeds, **stack, INDEX: np.array([0, 1])})
+        except Exception as error:  # onnxruntime's errors have no common base class.
+            why = first_line(error)
+            continue
+        rows = [(a, m, b) for a, m, b in zip(got, merged, base, strict=True) if np.shape(a)[:1] == (2,)]
+        first = difference_of([a[:1] for a, _, _ in rows], [m[:1] for _, m, _ in rows])
+        second = difference_of([a[1:] for a, _, _ in rows], [b[1:] for _, _, b in rows])
+        if rows and difference_of([m for _, m, _ in rows], [b for _, _, b in rows]) > 0:
+            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second)))
+            return max(first, second)
+        why = "no output has rows that the adapter changes"
+    cure = "Export the graph with an open batch size, or inject with --mode slots, mode='slots'"
+    raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: Source) -> Feeds:
@@ -203,7 +240,7 @@ def _fed(beside: Path, out: Path, source: Source) -> Feeds:
         CheckFailed: the file leaves a slot of the graph unfilled.
     """
     feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
-    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys()
+    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys() - {INDEX}
     if empty := sorted(slots - feeds.keys()):
         raise CheckFailed(f"nothing fills the slot {empty[0]!r}", path=out, cure=_REPORT)
     return feeds

@@ -6,21 +6,58 @@ rows each has; or a Split tells by its sizes. So nothing is guessed, and no weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from ..core.adapter import Adapter, Target
+from ..naming.binding.moving import cut_rows
 from .operands import attribute, is_constant, numbers
 
 if TYPE_CHECKING:
+    from ..core.updates import Update
     from .resolving import Spot
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 
+FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers of Phi-3, by their last word -> those that the builder makes of them, in the order of rows."""
+
 PACKED = "qkv_proj"
 """The word that the builder puts in place of these."""
+
+
+def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
+    """Cut updates of a layer that a graph has in parts only.
+
+    Args:
+        adapter: the adapter.
+        rows_of: how many rows the layer of a path has in the graph; None if there is none.
+
+    Returns:
+        the adapter, and the targets of parts -> the target that they are of.
+    """
+    whole: dict[Target, Target] = {}
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, held in adapter.updates.items():
+        stem, _, word = target.path.rpartition(".")
+        sizes = [rows_of(f"{stem}.{part}") for part in FUSED.get(word, ())]
+        plain = target.rows is None and not target.stacked
+        plain = plain and all(update.kind != "output" and update.cuts("out") for update in held)
+        if not sizes or None in sizes or not plain or rows_of(target.path) is not None:
+            updates[target] = held
+            continue
+        start = 0
+        for part, size in zip(FUSED[word], sizes, strict=True):
+            assert size is not None
+            own = replace(target, path=f"{stem}.{part}")
+            whole[own] = target
+            updates[own] = tuple(cut_rows(update, start, start + size, 1, False) for update in held)
+            start += size
+    return (adapter.replace(updates=updates) if whole else adapter), whole
+
 
 BETWEEN = {
     "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Cast", "Transpose", "Identity",

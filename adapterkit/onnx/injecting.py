@@ -64,7 +64,7 @@ def _no_order() -> NoReturn:
 ORIGINAL = "adapterkit.original"
 """Metadata key under which a rewritten model stores what is needed to restore the original."""
 
-MODES = ("constant", "slots")
+MODES = ("constant", "slots", "rows")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +148,8 @@ def inject(
         out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
             a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
-            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
+            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows` stacks these
+            inputs over several LoRAs, so that each row of a batch can have its own.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a network beside the model, the `config.json` there (or beside the graph) describes it.
         call: word -> name of a graph value, for inputs of the model's call that the graph names differently.
@@ -197,7 +198,7 @@ def inject(
     if allow_partial:
         rest, lost = left_out(source.model, rest, base, tying)
         wrong = (*wrong, *lost)
-    if context and mode == "slots":
+    if context and mode != "constant":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
@@ -222,7 +223,8 @@ def inject(
         if check is not False:
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
-            told = checked_injection(model, rest, base, path, beside, given, alone=alone, tying=tying)
+            options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
+            told = checked_injection(model, rest, base, path, beside, given, **options)
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(
@@ -248,9 +250,10 @@ def _beside(out: Path, adapter: Any) -> Path:
 def _slots(mode: str, building: Building) -> Any:
     if mode == "constant":
         return None
+    from .rowwise import RowSlots
     from .slots import Slots
 
-    return Slots(building)
+    return Slots(building) if mode == "slots" else RowSlots(building)
 
 
 def keep_original(source: Source) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
-from .heads import in_heads
+from .heads import in_heads, in_parts
 from .layers import (
     RECURRENT,
     Attention,
@@ -173,6 +173,7 @@ def resolve(
     tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
+    adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     try:
@@ -214,6 +215,8 @@ def taken(
     """
     spots = spots_of(model)
     known = by_name(spots)
+    whole_adapter = adapter
+    adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     lost: tuple[Target, ...] = ()
@@ -223,8 +226,21 @@ def taken(
             lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
         elif lost:
             _check_named(layered, lost, spots)
-    gone = set(lost)
-    return adapter.replace(updates={t: u for t, u in adapter.updates.items() if t not in gone}), lost
+    gone = dict.fromkeys(whole.get(target, target) for target in lost)
+    kept = {t: updates for t, updates in whole_adapter.updates.items() if t not in gone}
+    return whole_adapter.replace(updates=kept), tuple(gone)
+
+
+def _rows_of(known: Known) -> Callable[[str], int | None]:
+    """Return how many rows a graph's layer of some path has."""
+
+    def rows_of(path: str) -> int | None:
+        at = known.get(f"{path}.weight") or next(
+            (one for name, one in known.items() if same_end(name, f"{path}.weight")), None
+        )
+        return None if at is None else at[1][0].shape[0]
+
+    return rows_of
 
 
 def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:

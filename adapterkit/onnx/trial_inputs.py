@@ -101,7 +101,7 @@ def _name_sizes(entry: Any, known: Sizes, named: dict[str, int]) -> None:
     if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
         return
     for axis, word in zip(entry.shape, words, strict=True):
-        if word in known and isinstance(axis, str):
+        if word is not None and word in known and isinstance(axis, str):
             named.setdefault(axis, known[word])
 
 
