@@ -206,26 +206,32 @@ def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, fil
         generator.set_active_adapter(adapters, "one")
     generator.append_tokens(np.array([PROMPT], dtype=np.int32))
     got = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
-    told = {"difference": float(abs(got - wanted).max() / abs(wanted).max())}
+    found = {"difference": float(abs(got - wanted).max() / abs(wanted).max())}
     while not generator.is_done():
         generator.generate_next_token()
     written = list(generator.get_sequence(0))
-    told["same_tokens"] = [int(one) for one in theirs][: len(written)] == [int(one) for one in written]
-    return told
+    found["same_tokens"] = [int(one) for one in theirs][: len(written)] == [int(one) for one in written]
+    return found
+
+
+def told(home: Path, words: list[str]) -> dict[str, Any]:
+    """Return what a comparison came to."""
+    try:
+        return compare(home, words[0], words[1], words[2], Path(words[3]), Path(words[4]) if len(words) > 4 else None)
+    except Exception as error:  # Whatever the library raises is what came of the folder.
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main() -> int:
-    """Run the command line."""
-    words = sys.argv[1:]
-    if words[0] == "make":
-        make(Path(words[1]))
-        return 0
-    try:
-        file = Path(words[6]) if len(words) > 6 else None
-        told = compare(Path(words[1]), words[2], words[3], words[4], Path(words[5]), file)
-    except Exception as error:  # Whatever the library raises is what came of the folder.
-        told = {"error": f"{type(error).__name__}: {error}"[:300]}
-    print(json.dumps(told))
+    """Run the command line; `compare DIR` alone answers lines of words on standard input."""
+    verb, home, *words = sys.argv[1:]
+    if verb == "make":
+        make(Path(home))
+    elif words:
+        print(json.dumps(told(Path(home), words)))
+    else:
+        for line in sys.stdin:
+            print(f"told {json.dumps(told(Path(home), json.loads(line)))}", flush=True)
     return 0
 
 

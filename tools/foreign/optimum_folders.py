@@ -137,28 +137,35 @@ def compare(folder: Path, name: str, adapter: str, changed: Path) -> dict[str, A
     with torch.no_grad():
         wanted = model(**forward).logits.numpy()
         theirs = model.generate(**given, **more) if writes else None
-    told: dict[str, Any] = {"difference": 0.0}
+    found: dict[str, Any] = {"difference": 0.0}
     for way in ways:
         graphs = kind.from_pretrained(changed, **way)
         got = np.asarray(graphs(**forward).logits.detach())
-        told["difference"] = max(told["difference"], float(abs(got - wanted).max() / abs(wanted).max()))
+        found["difference"] = max(found["difference"], float(abs(got - wanted).max() / abs(wanted).max()))
         if writes:
             same = bool(torch.equal(theirs, graphs.generate(**given, **more)))
-            told["same_tokens"] = same and told.get("same_tokens", True)
-    return told
+            found["same_tokens"] = same and found.get("same_tokens", True)
+    return found
+
+
+def told(home: Path, words: list[str]) -> dict[str, Any]:
+    """Return what a comparison came to."""
+    try:
+        return compare(home, words[0], words[1], Path(words[2]))
+    except Exception as error:  # Whatever the library raises is what came of the folder.
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def main() -> int:
-    """Run the command line."""
-    words = sys.argv[1:]
-    if words[0] == "make":
-        make(Path(words[1]))
-        return 0
-    try:
-        told = compare(Path(words[1]), words[2], words[3], Path(words[4]))
-    except Exception as error:  # Whatever optimum raises is what came of the folder.
-        told = {"error": f"{type(error).__name__}: {error}"[:300]}
-    print(json.dumps(told))
+    """Run the command line; `compare DIR` alone answers lines of words on standard input."""
+    verb, home, *words = sys.argv[1:]
+    if verb == "make":
+        make(Path(home))
+    elif words:
+        print(json.dumps(told(Path(home), words)))
+    else:
+        for line in sys.stdin:
+            print(f"told {json.dumps(told(Path(home), json.loads(line)))}", flush=True)
     return 0
 
 
