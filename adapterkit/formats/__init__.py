@@ -267,7 +267,8 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
-    beside = sorted(path.parent.iterdir()) if path.is_file() else ()
+    # Beside a graph, no format keeps anything that is read with it.
+    beside = sorted(path.parent.iterdir()) if path.is_file() and path.suffix.lower() != ".onnx" else ()
     return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
