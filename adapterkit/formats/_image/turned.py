@@ -81,7 +81,7 @@ def of_flux(target: Target) -> bool:
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Targets whose OFT sd-scripts would read otherwise: a weight without all its parts, blocks unlike the others'."""
+    """Yield targets whose OFT sd-scripts reads differently: parts missing, or other numbers of blocks or constraints."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:
