@@ -81,7 +81,7 @@ def of_flux(target: Target) -> bool:
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Yield targets whose OFT sd-scripts reads differently: parts missing, or other numbers of blocks or constraints."""
+    """Yield targets whose OFT sd-scripts reads differently: parts missing, other numbers of blocks or constraints."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:
