@@ -329,7 +329,7 @@ def told_apart(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield parameter -> wrappers around it, for a module whose adapted parameters are these; the first is innermost."""
+    """Yield parameter -> wrappers around it, for a module with these adapted parameters; the first is innermost."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 

@@ -27,7 +27,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class BoftFamily(Family):
-    """BOFT."""
+    """The family of the peft_type BOFT."""
 
     peft_type = "BOFT"
     method = BOFT
