@@ -36,7 +36,7 @@ def expressible(
         if on_loss != "drop":
             cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
             places = [(target, position) for target, position, _ in losses]
-            raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
+            raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:

@@ -120,7 +120,7 @@ def expressible(
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
-        raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
+        raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
     return kept, [f"left out {item}" for item in items]

@@ -203,7 +203,7 @@ class _Proof:
         try:
             got.validate()
         except AdapterkitError as error:
-            raise Miswritten(f"{self.name} wrote what is no adapter: {error.why}", where=error.where) from error
+            raise Miswritten(f"{self.name} wrote an invalid adapter: {error.why}", where=error.where) from error
         if _shared(ours, theirs) < 1:
             way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
             ours, theirs = way(ours), way(theirs)

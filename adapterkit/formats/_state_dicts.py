@@ -85,7 +85,7 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
         why = "no alpha" if unknown is None else f"unknown name {unknown!r}"
         raise Malformed(why, path=file, cure=f"It is {example}")
     if not finite(settings["alpha"], f"{file.name}: alpha"):
-        why = "alpha is zero, so that the adapter would do nothing"
+        why = "alpha is zero, so the adapter would do nothing"
         raise Malformed(why, path=file, where="alpha", cure="Correct it")
     return settings
 

@@ -176,7 +176,7 @@ def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
         if up is not None and len({piece.path for piece in pieces}) == 3:
             size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
             if rows % (3 * size):
-                why = f"{rows} rows are no queries, keys and values of heads of {size}"
+                why = f"{rows} rows are not queries, keys and values of heads of {size}"
                 raise Malformed(why, where=module.keys["up"], cure=AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
         found[stem] = replace(module, keys=keys)

@@ -106,7 +106,7 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     kind = model.get("mlp_class_name", MLP[0])
     if kind not in MLP:
-        why = f"a model with {kind}, for whose names there is no table"
+        why = f"a model with {kind} whose names are not in the table"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
     alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")

@@ -90,7 +90,7 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     enabled = settings.get("enable_lora")
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
-        raise Malformed(f"{enabled!r} is no list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
+        raise Malformed(f"{enabled!r} is not a list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:

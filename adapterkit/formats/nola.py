@@ -109,7 +109,7 @@ class Nola(Format):
             lost.append(f"scalings that stand for more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
         if lost and (on_loss != "drop" or len(alphas) != 1):
             cure = "Write adapterkit's own format, which stores the random matrices themselves"
-            raise Unrepresentable("what files of NOLA's reference implementation cannot say", items=lost, cure=cure)
+            raise Unrepresentable("files of NOLA's reference implementation cannot express this", items=lost, cure=cure)
         save(path, in_order(tensors, hints), "model_state_dict")
         write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
         return lost
@@ -203,7 +203,7 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
         weight, seed, mix = (slots[factor + slot] for slot in ("weight", "seed", "coefficients"))
         if len(weight.shape) != 2 or len(mix.shape) != 1 or seed.shape != (1,) or seed.dtype.name != "I64":
             shapes = f"{list(weight.shape)}, {list(seed.shape)} and {list(mix.shape)}"
-            why = f"{shapes} are no weight, seed and coefficients"
+            why = f"{shapes} are not a weight, a seed and coefficients"
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":

@@ -71,7 +71,7 @@ class TensorRtLlm(Format):
         try:
             rows = _rows(weights, config)
             if base is None:
-                why = "the arrays do not say how wide a module is, so that A and B cannot be told apart"
+                why = "the arrays do not say how wide a module is, so A and B cannot be told apart"
                 raise UsageError(why, where=CONFIG, cure="Give the base by base= or --base")
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:

@@ -76,7 +76,7 @@ def scaling(module: Module, rank: int, rules: Rules) -> float:
         return 1.0
     alpha = module.number("alpha")
     if alpha == 0 and not (rules.alpha_needed or rules.by_formula):
-        why = "its alpha is 0, so that nothing would be left of it"
+        why = "its alpha is 0, so the adapter would do nothing"
         raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     if rank < 1:
         raise ShapeMismatch("a rank of 0", where=module.where, cure=AGAIN)
@@ -118,7 +118,7 @@ def _through(module: Module) -> Lazy:
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
     if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
-        why = f"{list(mid.shape)} and {list(down.shape)} are no core and factor of one rank"
+        why = f"{list(mid.shape)} and {list(down.shape)} are not a core and a factor of one rank"
         raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
@@ -225,7 +225,7 @@ def _oft(module: Module, rules: Rules) -> Found:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
     if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
-        raise ShapeMismatch(f"{list(blocks.shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+        raise ShapeMismatch(f"{list(blocks.shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
     if "rescale" in module.tensors:
@@ -296,7 +296,7 @@ def _t_lora(module: Module, _: Rules) -> Found:
 
 
 def _reshape(module: Module, _: Rules) -> Found:
-    why = "it enlarges the weight that it adapts, so that no base has it"
+    why = "it enlarges the weight that it adapts, so no base has that weight"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
 
 
@@ -320,7 +320,7 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
 
 def _no_dora(module: Module) -> None:
     if "dora" in module.tensors:
-        why = "a magnitude on another law than LoRA's"
+        why = "a magnitude on another method than LoRA"
         raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS, and extract a LoRA")
 
 
@@ -335,13 +335,13 @@ def _flat(module: Module, slot: str, axes: int) -> Lazy:
     """Return a tensor without the axes of size 1 after its first."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
-        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", where=module.keys[slot], cure=AGAIN)
+        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", where=module.keys[slot], cure=AGAIN)
     return leaf.reshape(*leaf.shape[:axes])
 
 
 def _turned(leaf: Lazy) -> Lazy:
     if len(leaf.shape) != 2:
-        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", cure=AGAIN)
+        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", cure=AGAIN)
     return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
 
 

@@ -55,7 +55,7 @@ def rows_of(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
             continue
         shape = module.tensors["oft_blocks"].shape
         if len(shape) != 3:
-            raise ShapeMismatch(f"{list(shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+            raise ShapeMismatch(f"{list(shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
         start = 0 if number == "0" else found[f"{bare}.{int(number) - 1}"][1]
         found[stem] = (start, start + shape[0] * shape[1])
     return found

@@ -150,7 +150,7 @@ def _expressible(
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
             cure = f"Let it go into a factor, rounded once, with on_loss='fold'/--on-loss fold. Or: {cure}"
-        why = f"{dialect.name()} has no words for these updates"
+        why = f"{dialect.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
     kept = {target: found for target, found in updates.items() if target not in lost}
@@ -195,7 +195,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
             before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}
-                why = "several updates of one law on one module" if own & slots else ""
+                why = "several updates of one method on one module" if own & slots else ""
                 slots |= own
             if why:
                 yield target, why

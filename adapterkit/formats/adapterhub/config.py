@@ -62,7 +62,7 @@ def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None)
         why, _, place = str(error).partition(" - at ")
         raise Malformed(why, where=place.strip("`").removeprefix("$.") or "name", cure=_REWRITE) from None
     if not settings.name or re.search(r"[./\\\0]", settings.name):
-        why = f"{settings.name[:60]!r} is no name of an adapter: it is empty or holds a dot or a slash"
+        why = f"{settings.name[:60]!r} is not a valid adapter name: it is empty or holds a dot or a slash"
         raise Malformed(why, where="name", cure="Load and save it under another name")
     return settings
 
@@ -93,7 +93,7 @@ def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, typ
     family = family_of_architecture(architecture)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        why = f"{str(architecture)[:60]!r} is no architecture that this version knows"
+        why = f"{str(architecture)[:60]!r} is an architecture that this version does not know"
         raise Unsupported(why, where=f"{at}.architecture", cure=f"Known: {known}, union")
     for name, value in own.items():
         if value and name not in {**family.read, **family.harmless, "architecture": ""}:

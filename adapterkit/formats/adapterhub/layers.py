@@ -219,13 +219,13 @@ def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Targe
     for target, found in updates.items():
         word = role(target.path, family or "")
         if family is None:
-            why = "nothing tells which layers of the base these are; pass the base"
+            why = "it is not known which layers of the base these are; pass the base"
         elif word is None:
             why = f"not a layer of {family} that the library adapts"
         elif (word == "qkv") != (target.rows is not None):
             why = "all of a fused weight" if target.rows is None else "some rows of a weight"
         elif target.rows is not None and not _third(target.rows):
-            why = "rows that are no third of a fused weight"
+            why = "rows that are not a third of a fused weight"
         else:
             continue
         yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))

@@ -134,7 +134,7 @@ def _block(said: Any, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        raise Malformed(f"{str(kind)[:60]!r} with children is no block of the library's", where=at, cure=_BLOCKS)
+        raise Malformed(f"{str(kind)[:60]!r} with children is not a block of the library", where=at, cure=_BLOCKS)
     found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
 
@@ -155,7 +155,7 @@ def _child(said: Any, at: str, depth: int) -> Setup | str:
     names = said.get("children")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or not name or re.search(r"[./\\,\0]", name):
-        raise Malformed(f"{str(name)[:60]!r} is no name of an adapter", where=at, cure="Save it under another name")
+        raise Malformed(f"{str(name)[:60]!r} is not a valid adapter name", where=at, cure="Save it under another name")
     return name
 
 

@@ -30,7 +30,7 @@ def invocation_of(file: Gguf) -> Lazy | None:
     if value is None:
         return None
     if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
-        raise Malformed(f"{value.type} is no sequence of tokens, or an empty one", where=INVOCATION, cure=DAMAGED)
+        raise Malformed(f"{value.type} is not a sequence of tokens, or is empty", where=INVOCATION, cure=DAMAGED)
     import numpy as np
 
     return from_numpy(np.array(value.value, dtype=np.int64))
@@ -63,7 +63,7 @@ class Invocation:
         own = _tokens(update)
         if own != self.tokens:
             return "an invocation other than the first update's: a file has one for all"
-        return "an invocation of numbers that are no u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+        return "an invocation of numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
 
     def values(self) -> dict[str, Value]:
         """Return the key-value of the tokens."""

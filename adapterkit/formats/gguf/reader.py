@@ -47,7 +47,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     invocation = invocation_of(file)
     alpha = file.values.get(ALPHA, Value("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
-        raise Malformed(f"{alpha.value!r} is no finite f32", where=ALPHA, cure=DAMAGED)
+        raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=DAMAGED)
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
@@ -130,5 +130,5 @@ def _own(held: Mapping[Target, tuple[Pair, ...]], place: Place, invocation: Lazy
 def _text(file: Gguf, key: str) -> str:
     value = file.values.get(key)
     if value is None or value.type != "string":
-        raise Malformed("no such text", where=key, cure="This is no adapter of llama.cpp's")
+        raise Malformed("no such text", where=key, cure="This is not an adapter of llama.cpp")
     return str(value.value)

@@ -276,7 +276,7 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
         raise UsageError(f"the file does not say whether this adapts {which}", where=where, cure="Pass base=/--base")
-    why = f"nothing tells whether this adapts {which}: both have the same shape"
+    why = f"it is not known whether this adapts {which}: both have the same shape"
     raise Unsupported(why, where=where, cure="Merge it with PEFT itself")
 
 

@@ -201,7 +201,7 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
             why = f"{_WORDS[name]} where the config has none"
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
-        raise Unsupported("LoRA-XS with another law or a bias", where=keys["R"].text, cure="Save it without them")
+        raise Unsupported("LoRA-XS with another method or a bias", where=keys["R"].text, cure="Save it without them")
 
 
 _WORDS = {

@@ -145,7 +145,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
             f"{update.method} on a parameter" if is_parameter(target, paths, base) else family.why_not(target, update)
         )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
-        return "token rows on a module that is adapted as well, or is no embedding"
+        return "token rows on a module that is adapted as well, or is not an embedding"
     return ""
 
 

@@ -114,7 +114,7 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
 def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, int], experts: int) -> None:
     gaps = [f"{name}: has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]]
     if gaps and not experts:
-        why = "all experts are in one stack, and nothing tells how many there are"
+        why = "all experts are in one stack, and their number is not known"
         raise Unrepresentable(why, items=gaps, cure="Give the base by base= or --base")
 
 

@@ -78,7 +78,7 @@ def _tail(path: str) -> str:
 def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
     rows = shapes[site.weight][0] if site.weight is not None else 0
     if not rows or rows % (3 * size):
-        why = f"{rows} rows are no queries, keys and values of heads of {size}"
+        why = f"{rows} rows are not queries, keys and values of heads of {size}"
         raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
     target = replace(site.target, rows=None)
     updates = tuple(_reordered(update, site, rows, size) for update in site.updates)

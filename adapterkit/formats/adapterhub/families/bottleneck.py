@@ -241,7 +241,7 @@ def _coupling(updates: Updates) -> dict[str, Any]:
 def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
     (a, second), (b, first) = update.F_down.shape, update.G_down.shape
     if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "not behind the embeddings, or nothing tells; pass the base"
+        return "not behind the embeddings, or it is not known; pass the base"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "halves of sizes that no reduction factor gives"
     return ""

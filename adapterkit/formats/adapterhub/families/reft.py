@@ -140,7 +140,7 @@ def _check(part: Part) -> None:
         why = f"an unknown non_linearity {word[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
     if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
-        why = "nothing tells NoReFT from DiReFT: the library does not write whether the projection is subtracted"
+        why = "NoReFT and DiReFT cannot be told apart: the library does not write whether the projection is subtracted"
         cure = (
             "Say which it is: --compat noreft or --compat direft, compat= in Python; or write subtract_projection into "
             "`config`, true for NoReFT, false for DiReFT"

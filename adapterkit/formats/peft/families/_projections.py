@@ -148,7 +148,7 @@ def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
 def _outputs(file: File, key: Key) -> int:
     shape = file.tensors[key].shape
     if len(shape) != 1:
-        raise ShapeMismatch(f"{list(shape)} is no vector", where=key.text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(f"{list(shape)} is not a vector", where=key.text, cure="Save the adapter again with PEFT")
     return shape[0]
 
 

@@ -50,6 +50,6 @@ class PveraFamily(Projections):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.own.sample_at_inference:
-            why = "PVeRA that draws at random in each forward pass has no law of its own"
+            why = "PVeRA that draws at random in each forward pass has no fixed formula"
             raise Unsupported(why, where="sample_at_inference", cure="Set it to false, to take the mean")
         yield from super().decode(file)

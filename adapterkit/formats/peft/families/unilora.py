@@ -137,7 +137,7 @@ def _modules(file: File) -> list[str]:
     named = [path for path in paths if names_module(settings.target_modules, path)]
     ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
-        why = "the file leaves the positions out, and nothing tells the order of the modules that they follow"
+        why = "the file leaves the positions out, and the order of the modules is not known"
         cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
         cure += "save the adapter from PEFT with save_indices=True"
         raise Unsupported(why, where=THETA, cure=cure)
