@@ -194,11 +194,11 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 
 
 _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")
-"""Possible prefixes of names in a U-Net or a transformer; a name may also have none."""
+"""Prefixes that names of a U-Net or a transformer may have; or none."""
 
 
 def _rest(stem: str) -> str:
-    """Return a module's name without such a prefix."""
+    """A module's name without what stands before it."""
     return stem.removeprefix(next((root for root in _ROOTS if stem.startswith(root)), ""))
 
 

@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows that follow from a rotary embedding, in query or key heads."""
+"""Orders of rows by what a rotary embedding turns, in query or key heads."""
 
 LINEAR = ("linear_value", "linear_qkv")
 """Orders of rows that follow from the heads of a linear attention."""
@@ -117,10 +117,10 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs divided by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
-        beside: module, or prefix of names, in another part of the pipeline -> its name in ComfyUI.
-        diffsynth_head: rows of one head, if DiffSynth's files store fused queries, keys and values head by head.
-        header_alpha: in a file without alphas, an alpha in the header counts for every module.
-        whole_norms: diffusers' loader takes whole scales of the query and key norms.
+        beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
+        diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
+        header_alpha: an alpha in the header of a file without alphas counts for every module.
+        whole_norms: diffusers' loader takes whole scales of the norms of queries and keys.
     """
 
     component: str = "transformer"

@@ -43,8 +43,8 @@ class Heads:
         query: the number of query heads.
         kv: the number of key and value heads.
         dim: rows of a head.
-        linear: the heads of the linear attention that the model has besides.
-        rotary: rows of a head that a rotary embedding turns; 0 if not known.
+        linear: the heads of a linear attention beside it.
+        rotary: rows of a head that a rotary embedding turns; 0 where that is not known.
     """
 
     query: int
@@ -93,7 +93,7 @@ def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
     return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
 
 
-def linear_heads(keys: Any, values: Any, key_dim: Any, value_dim: Any) -> LinearHeads | None:
+def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
     """Return the heads of a linear attention; None if these are not counts, or the values are not shared evenly."""
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None

@@ -6,7 +6,7 @@ FLUX's, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def has_encoders(family: Family, parts: Mapping[str, str]) -> bool:
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
 
 
-def narrowed(families: list[Family], fits: Any) -> list[Family]:
+def narrowed(families: list[Family], fits: Callable[[Family], object]) -> list[Family]:
     """Keep the families that fit; all if none fits, because the evidence is then about another kind of model."""
     return [family for family in families if fits(family)] or families
 

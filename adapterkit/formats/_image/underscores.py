@@ -137,7 +137,7 @@ def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # The trainer of Wan's Fun models writes a second underscore: lora_unet__blocks_0.
+    # The trainer of Wan's Fun models writes lora_unet__blocks_0.
     return found[1], found[2].lstrip("_")
 
 

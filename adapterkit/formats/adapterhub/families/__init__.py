@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ....core.registry import Registry
 from ._family import Family
@@ -18,7 +18,7 @@ def family_of(update: Update) -> type[Family] | None:
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
-def family_of_architecture(architecture: Any) -> type[Family] | None:
+def family_of_architecture(architecture: object) -> type[Family] | None:
     """Return the family that an `architecture` names; None if there is none."""
     if architecture is None:
         architecture = "bottleneck"
