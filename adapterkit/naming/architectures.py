@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows by what a rotary embedding turns, in query or key heads."""
+"""Orders of rows by what a rotary embedding turns, in query or in key heads."""
 
 LINEAR = ("linear_value", "linear_qkv")
 """Orders of rows that follow from the heads of a linear attention."""
