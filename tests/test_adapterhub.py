@@ -450,8 +450,8 @@ GPT2 = "h__0__attn__c_attn"
 
 LOSSES = {
     "method": (adapter(x=ak.METHODS["dense"](D=from_numpy(ONE))), "dense is not among the methods"),
-    "nowhere": (adapter(x__y=lora()), "nothing tells which layers"),
-    "ambiguous": (adapter(layers__0__mlp__up_proj=lora()), "nothing tells which layers"),
+    "nowhere": (adapter(x__y=lora()), "not known which layers"),
+    "ambiguous": (adapter(layers__0__mlp__up_proj=lora()), "not known which layers"),
     "ranks": (adapter(**{QUERY: lora(), QUERY.replace("0", "1"): lora(r=3)}), "another method, rank or scaling"),
     "scaling": (adapter(**{QUERY: lora(r=3, scaling=NO_ALPHA)}), "no alpha gives its scaling"),
     "whole_fused": (adapter(**{GPT2: lora(24)}), "all of a fused weight"),

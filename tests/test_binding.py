@@ -261,7 +261,7 @@ def test_delta_of_a_convolution_has_its_kernel():
 def test_delta_of_a_law_that_needs_the_weight(base):
     W, scale = normal(3, 4), normal(3)
     given = adapter(q=IA3(l=from_numpy(scale)))
-    with pytest.raises(UsageError, match="the law of ia3 needs the weight") as raised:
+    with pytest.raises(UsageError, match="the formula of ia3 needs the weight") as raised:
         given.delta("q")
     assert raised.value.cure == "Pass base=/--base"
     got = given.delta("q", base=base({"q.weight": W}))

@@ -259,7 +259,7 @@ def test_a_setup_lacks_nothing_when_it_is_written(tmp_path):
         (Setup("Stack", ("a", "b")), {"a": a}, UsageError, "'b' is in the setup"),
         (Setup("Fuse", ("a", "a")), {"a": a}, UsageError, "'a,a' is in the setup"),
         (Setup("Split", ("a",)), {"a": a}, UsageError, "not one of splits"),
-        (Setup("Stack", ("a.b",)), {"a.b": a}, UsageError, "no name of an adapter"),
+        (Setup("Stack", ("a.b",)), {"a.b": a}, UsageError, "not a valid adapter name"),
         (Setup("Stack", ("a",)), {"a": dora()}, Unrepresentable, "dora"),
     ):
         with pytest.raises(error, match=words) as raised:

@@ -308,7 +308,7 @@ BROKEN = [
     (BOFT | {"boft_block_num": 2}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, "one must be 0"),
     (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "is not what boft_block_size"),
     (BOFT, {"boft_R": (2, 2, 4, 4), "boft_s": (6, 1)}, "is not what boft_block_size"),
-    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "no scale of outputs"),
+    (BOFT, {"boft_R": (1, 2, 4, 4), "boft_s": (6,)}, "not a scale of outputs"),
     (BOFT, {"boft_R": (1, 2, 4, 4)}, "partner is not in the file: boft_s"),
     ({"peft_type": "HRA", "r": 2}, {"hra_u": (8, 3)}, "rank 2"),
     ({"peft_type": "HIRA", "r": 2}, {"hira_A": (3, 8), "hira_B": (6, 3)}, "rank 2"),

@@ -1,4 +1,4 @@
-"""The formats: one module each, found by its file name; and the three verbs over all of them."""
+"""Read, write and detect adapters in any format. Each format is one module, found by its file name."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
 
 MEMBER = "adapter_config.json"
-"""The file that makes a subfolder an adapter of its own."""
+"""The file that marks a subfolder as an adapter of its own."""
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
 @inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
-    """The name of the one format whose headers are at `path`, or in the one file of tensors of a folder.
+    """Return the name of the one format whose headers are at `path`, or in the only file of tensors of a folder.
 
     Raises:
         StorageError: nothing is there.
-        UnknownFormat: no format recognises it, or several do; names the candidates.
+        UnknownFormat: no format recognises it, or several do; the error names the candidates.
     """
     return _only(_searched(path, FORMATS)[1], path)
 
@@ -67,30 +67,30 @@ def read(
     strict_base: bool = False,
     family: str | None = None,
 ) -> Adapter:
-    """Reads an adapter in any format, lazily, and validates it.
+    """Read an adapter in any format, lazily, and validate it.
 
     Args:
-        path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` is the
-            adapter that lies in the subfolder `name`.
-        format: its format; found from its headers when not given.
+        path: a file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` means
+            the adapter in the subfolder `name`.
+        format: its format; None detects it from the headers.
         base: the base, for formats that need one to resolve names.
-        compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
-            formats have further readings, for files that do not say which of two things they hold.
-        alpha: LoRA's alpha, for a file that does not tell it.
-        rank: the rank that is expected; the file tells it, and another is an error.
-        strict: refuse every setting of the file that its format does not have, also the harmless ones.
-        experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
+        compat: `"formula"` reads the paper's formula even if the tool that trained the adapter computed another. Some
+            formats have further readings, for files that do not say which of two contents they hold.
+        alpha: LoRA's alpha, for a file that does not state it.
+        rank: the expected rank; the file has the rank, and a different one is an error.
+        strict: refuse every setting that the format does not have, even harmless ones.
+        experts_order: the layout of stacked experts' factors, if the file and the base do not tell: `"rank_major"`
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
-        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
+        strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names.
         family: the family of the image, video or audio model, such as `"flux"`, for a file whose names fit several.
 
     Returns:
-        the adapter; what came from a hub says so in its lineage, with the commit.
+        the adapter; if it came from a hub, its lineage says so, with the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
-        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
+        CheckFailed: with `strict_base`, the base is not the one that the adapter names.
         UsageError: `strict_base` without a base.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
@@ -125,13 +125,13 @@ def read(
                 recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
             )
     except AdapterkitError as error:
-        # A reader names the file where it knows a better one than the path that was given.
+        # A reader names the file if it knows a more exact one than the given path.
         raise error.at(path=path) from None
     return adapter
 
 
 def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
-    """The reading that `experts_order` asks for; a format that has no such choice keeps its own."""
+    """Return the reading that `experts_order` selects; a format without such a choice keeps its own."""
     known = FORMATS["peft"].experts_orders
     if order not in known:
         raise UsageError(f"unknown experts_order {order!r}", cure=f"Known: {', '.join(sorted(known))}")
@@ -154,33 +154,33 @@ def write(
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+    """Write an adapter; see `Format.write`. Validate it first, and return what was left out or rewritten.
 
-    The output is staged beside `path` and renamed into place when it is whole, whatever the format: after an error
-    `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
-    replaced and all others stay.
+    The output is staged beside `path` and renamed into place when it is complete, in every format: after an error
+    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
+    others stay.
 
-    Before that the output is read back and compared with the adapter: a writer that wrote anything else, whatever the
-    format, is an error.
+    Before the rename, the output is read back and compared with the adapter. If the writer wrote anything else, in
+    whatever format, that is an error.
 
     Args:
-        adapter: what to write.
+        adapter: the adapter to write.
         path: file or folder.
         format: the format to write.
         base: the base, for formats that need one to resolve names or order rows.
-        on_loss: what to do with what the format cannot say; see `Format.write`.
-        profile: a consumer that takes only a part of the format, e.g. `"vllm"`; scalings and ranks that it would not
-            heed are folded for it, what it cannot run is refused.
-        max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
-            nothing but low ranks for it; None accepts none.
-        overwrite: replace what is at `path`; False refuses where something is there.
-        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.io.staging`.
+        on_loss: what to do with updates that the format cannot express; see `Format.write`.
+        profile: a consumer that supports only a part of the format, such as `"vllm"`. Scalings and ranks that it
+            ignores are folded for it; updates that it cannot run are refused.
+        max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
+            approximate by a low rank; None allows no error.
+        overwrite: replace what is at `path`; False refuses if something is there.
+        made_from: a digest of all inputs of the output, kept with it for a later run; see `adapterkit.io.staging`.
 
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
             disk is full.
-        Miswritten: what the writer wrote is not what the adapter says; names target and field.
-        UsageError: the format needs the base to be read, so that without it nothing proves what was written.
+        Miswritten: the written files do not mean the same as the adapter; the error names target and field.
+        UsageError: the format needs the base to be read back, and no base was given.
         AdapterkitError: see `Format.write`.
     """
     from ..core.adapter import check_adapter
@@ -231,7 +231,7 @@ def write(
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """Return the same function at this base, in methods that the format has where a missing bias allows it."""
+    """Replace methods that the format lacks by equal ones without a bias, if the base has no bias there."""
     from ..naming.binding.fitting import biasless
 
     if base is None or all(update.method in writer.methods for _, update in adapter):
@@ -248,7 +248,7 @@ def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) ->
 
 
 def files_of(adapter: Adapter) -> set[Path]:
-    """The files that tensors of an adapter are still to be read from."""
+    """Return the files that tensors of an adapter are still to be read from."""
     leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
     leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
     spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
@@ -256,9 +256,9 @@ def files_of(adapter: Adapter) -> set[Path]:
 
 
 def files_read(source: str | PathLike[str]) -> list[Path]:
-    """The files that reading an adapter or a base at a local path can touch; of a place on a hub there are none.
+    """List the local files that reading an adapter or a base can touch; for a place on a hub, none.
 
-    In a folder these are the files of tensors and those that some format or a base keeps beside them.
+    In a folder these are the files of tensors and the files that some format or a base keeps beside them.
     """
     if is_remote(source):
         return []
@@ -274,17 +274,17 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder.
+    """List all formats whose headers are at `path`, or in the only file of tensors of a folder.
 
     Raises:
         StorageError: nothing is there.
-        UnknownFormat: the folder holds several named adapters in subfolders; names them.
+        UnknownFormat: the folder holds several named adapters in subfolders; the error lists them.
     """
     return tuple(_searched(path, FORMATS)[1])
 
 
 def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
-    """The one format that was found at a path."""
+    """Return the one format that was found at a path; raise if there is none or more than one."""
     if len(found) == 1:
         return found[0]
     if found:
@@ -306,7 +306,7 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
-    """What to read, the formats that recognise it, and the subfolder's name where it is the only one of a folder."""
+    """Return the path to read, the formats that recognise it, and the name of its subfolder if it has only one."""
     source = _existing(path)
     file, found = _recognised(source, names)
     members = [] if found or not source.is_dir() else members_of(source)
@@ -320,7 +320,7 @@ def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, li
 
 
 def members_of(folder: Path) -> list[str]:
-    """The names of the subfolders with an adapter_config.json: PEFT and AdapterHub save each named adapter in its own.
+    """List the subfolders with an adapter_config.json; PEFT and AdapterHub save each named adapter in its own.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -338,13 +338,13 @@ def _holds_only(folder: Path, member: str) -> bool:
 
 
 def _as_member(adapter: Adapter, member: str) -> Adapter:
-    """Names the subfolder in the lineage's step `read`."""
+    """Record the subfolder's name in the lineage's step `read`."""
     *steps, last = adapter.recipe
     return adapter.replace(recipe=(*steps, replace(last, args={**last.args, "subfolder": member})))
 
 
 def unknown_fields(adapter: Adapter) -> list[str]:
-    """The names of the settings that the file held, that its format does not have, and that were kept."""
+    """List the settings of the file that its format does not have and that were kept."""
     return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
 
 
@@ -356,7 +356,7 @@ def warnings_of(adapter: Adapter) -> list[str]:
 
 
 def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
-    """What is at a path and the formats that recognise it; of a folder that none does, its one file of tensors."""
+    """Return the path to read and the formats that recognise it; if none recognises a folder, its only tensor file."""
     names = tuple(names)
     files = [source]
     if source.is_dir():
@@ -364,7 +364,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
-            # A command detects the format, tells an adapter from a base, and reads: each format is asked once.
+            # A command detects the format, tells an adapter from a base, and reads. The cache asks each format once.
             found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
             if found:
                 return file, found
@@ -386,7 +386,7 @@ def _existing(path: str | PathLike[str]) -> Path:
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """Puts the commits of what was pulled from a hub into the lineage, and into the adapter's base."""
+    """Record the commits of files pulled from a hub in the lineage, and in the adapter's base."""
     from ..core.adapter import BaseRef, Step
 
     source, below = source_of(path), None if base is None else source_of(base.folder)

@@ -1,4 +1,4 @@
-"""Endings of keys that only adapters have, for files that no format recognises or whose names cannot be resolved."""
+"""Find keys with endings that only adapters have, in files that no format recognises or whose names are unknown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALPHA = re.compile(r"(.+)\.(alpha)")
 
 
 def adapter_modules(path: Path) -> dict[str, dict[str, Any]]:
-    """Module -> slot -> tensor of a file in which every key ends as only an adapter's do; else nothing.
+    """Return module -> slot -> tensor if every key of a file ends as only an adapter's do; else nothing.
 
     Args:
         path: a file of tensors; anything else has no modules.

@@ -1,4 +1,4 @@
-"""Folders of a config beside one file of tensors, as several libraries have them."""
+"""Read and make folders with a config and one file of tensors, a layout that several libraries share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder, where it or one of its files is named."""
+    """Return the folder, whether the path names the folder or one of its files."""
     return path if path.is_dir() else path.parent
 
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
-    """Key -> tensor of a safetensors file or a torch file.
+    """Return key -> tensor of a safetensors file or a torch file.
 
     Raises:
-        Malformed: it is damaged, or a folder.
+        Malformed: the file is damaged, or is a folder.
     """
     if path.is_dir():
         raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
@@ -36,7 +36,7 @@ def make_folder(folder: Path) -> None:
     """Make the folder of an adapter, with its parents.
 
     Raises:
-        UsageError: it has the name of a file of tensors.
+        UsageError: the path has the name of a file of tensors.
         StorageError: the folder cannot be made.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a format is: a name, what it can express, and three functions."""
+"""Define a format: its name, what it can express, and three functions: sniff, read and write."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ T = TypeVar("T")
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
 LEFT_OUT, CHANGED = "left out ", "changed "
-"""How lines begin that report a loss; see `Format.write`."""
+"""Beginnings of the lines that report a loss; see `Format.write`."""
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
+"""Endings of files of tensors. Hubs keep a one-file adapter in a folder, beside a card. Not for files of a base."""
 
 
 FORMULA = "formula"
-"""The value of `compat` that reads a file by the paper's formula, where the tool that trained it computed another."""
+"""The value of `compat` that reads a file by the paper's formula, if the tool that trained it computed another."""
 
 
 UNKNOWN = "unknown_fields"
-"""In the lineage's step `read`: names of the fields that the reader kept without knowing them."""
+"""In the lineage's step `read`: names of unknown fields that the reader kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """One place where a tool's forward departs from the paper's formula, and so one place with two readings.
+    """A place where a tool's forward departs from the paper's formula, so that there are two readings.
 
     Attributes:
-        trained: what the tool's forward computed in training; the default reading.
-        formula: what `compat="formula"` reads.
-        at_layer: for a departure that only the adapted layer tells: returns an update as the tool computes it there,
-            or unchanged. Readers without the base read the formula, and the engines ask again; see `_trained`.
+        trained: the formula that the tool's forward computed in training; the default reading.
+        formula: the formula that `compat="formula"` reads.
+        at_layer: for a departure that depends on the adapted layer: returns an update as the tool computes it there,
+            or unchanged. Readers without the base read the formula, and the engines call this later; see `_trained`.
     """
 
     trained: str
@@ -52,12 +52,12 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """What decides which function a tool trained at a layer.
+    """The facts about a layer that decide which function a tool trained there.
 
     Attributes:
-        shape: of its weight, `[out, in, *k]`.
-        padding: how it pads its input, for messages; empty for zeros around an undilated kernel, and where nothing
-            tells, as in a file of weights.
+        shape: the shape of its weight, `[out, in, *k]`.
+        padding: how the layer pads its input, for messages; empty for zeros around an undilated kernel, and if
+            unknown, as in a file of weights.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class LayerFacts:
 
 
 def derived(compute: Callable[[], T]) -> T:
-    """A class attribute that is worked out when it is first asked for: to detect a format takes only `sniff`."""
+    """Make a class attribute that is computed when first used: detecting a format needs only `sniff`."""
     return cast(T, _Derived(compute))
 
 
@@ -82,30 +82,30 @@ class _Derived(Generic[T]):
 
 
 class Format:
-    """A dialect on disk. Subclass it in a module of its own; the module's name is the format's name.
+    """A format on disk. Subclass it in a module of its own; the module's name is the format's name.
 
-    Of a file in whatever format all these modules are imported, to sniff. What only reading and writing take, they
-    import there, where it is more than a little.
+    Detecting a file imports every format module. So import heavy modules that only reading and writing need inside
+    those functions.
 
     Class attributes:
-        url: where the dialect is described.
+        url: a page that describes the format.
         description: one line for tables.
-        methods: names of the methods it can express.
-        departures: where the tool's forward departs from the paper's formula, by name. The format's entry in
+        methods: names of the methods that it can express.
+        departures: the tool's departures from the paper's formula, by name. The format's entry in
             spec/formats lists the same, each with the test that runs the tool's forward.
-        compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
-            `"formula"`, and names for what a file does not say about itself.
-        options: further arguments of `formats.read` that `read` takes by name: `alpha`, `rank`, `strict`, `family`.
-        experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
-        differences: whether it holds a difference of any weight, so that laws may be written as that.
-        identities: whether a difference of weights may become a LoRA of full rank, as the tool itself converts it. In
-            all other formats that is refused: the file would be as large as the base.
-        profiles: names of consumers that take only a part of the dialect, for which can be written.
-        dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
-        file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
-        owns: names, or patterns of names, of the files that an adapter of this format can have in its folder, and of
-            those that it has beside its file of tensors. When an adapter in a folder is replaced these go, even if
-            the new one does not have them; all other files in the folder stay.
+        compat: readings that a caller can select instead of the default one, the formula of the tool's forward:
+            `"formula"`, and names for facts that a file does not state about itself.
+        options: further arguments of `formats.read` that `read` accepts: `alpha`, `rank`, `strict`, `family`.
+        experts_orders: layouts of stacked experts that its files do not tell apart; `compat` accepts these names, too.
+        differences: whether it can hold a difference of any weight, so that any method can be written as one.
+        identities: whether a difference of weights may become a LoRA of full rank, as the tool itself converts it. All
+            other formats refuse that, because the file would be as large as the base.
+        profiles: names of consumers that support only a part of the format; `fit` adapts an adapter to one of them.
+        dtypes: its element types, if it does not support all; tensors of other types may be rounded to one of these.
+        file: the name of its one file, if only a folder is given; empty if the format chooses the name itself.
+        owns: names, or patterns of names, of files that belong to an adapter of this format: those in its folder, or
+            beside its file of tensors. Replacing an adapter in a folder removes them, even if the new adapter does not
+            have them; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -123,28 +123,28 @@ class Format:
     owns: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
-        """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
+        """Whether the headers at `path` are this format's: no false negatives, no data read, no error raised."""
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
 
     def sniff_loosely(self, path: Path) -> bool:
-        """Whether `path` can be read as this format although its headers are not the format's alone.
+        """Whether `path` can be read as this format although other formats may have the same headers.
 
-        Asked only where no format's `sniff` recognises the path.
+        Called only if no format's `sniff` recognises the path.
         """
         return False
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        """Reads an adapter, lazily.
+        """Read an adapter, lazily.
 
         Args:
             path: file or folder.
-            compat: another reading than what the tool's forward computed: `"formula"` for the paper's, or one of
-                `self.compat` that says what the file does not.
-            base: the base, where the dialect alone does not tell names or layouts.
+            compat: a reading other than the default, the formula of the tool's forward: `"formula"` for the paper's, or
+                one of `self.compat` that states a fact the file does not.
+            base: the base, if the file alone does not tell names or layouts.
 
         Raises:
-            Malformed: something in the input is unaccounted for or breaks the dialect's rules.
-            Unsupported: it needs what this version does not know.
+            Malformed: the input has something unknown, or breaks the format's rules.
+            Unsupported: the input needs a feature that this version does not have.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
@@ -153,31 +153,31 @@ class Format:
     ) -> list[str]:
         """Write an adapter, atomically, and return one line for each thing that was left out or rewritten.
 
-        `formats.write` reads back what was written: it must be the same targets with the same function. Two kinds of
-        lines report a loss: `left out TARGET: why` an update that is not in the file, `changed TARGET:METHOD.FIELD why`
-        a field of no consequence for the function that has another value there.
+        `formats.write` reads the output back: it must have the same targets and the same function. Two kinds of lines
+        report a loss. `left out TARGET: why` is an update that is not in the file. `changed TARGET:METHOD.FIELD why` is
+        a field with another value there that does not change the function.
 
         Args:
-            adapter: what to write.
-            path: file or folder, as the dialect has it.
-            on_loss: what to do with what the dialect cannot say: `refuse`, `fold`, `promote` or `drop`.
-            base: the base, where rewriting needs its weights.
+            adapter: the adapter to write.
+            path: a file or a folder, depending on the format.
+            on_loss: what to do with updates that the format cannot express: `refuse`, `fold`, `promote` or `drop`.
+            base: the base, if rewriting needs its weights.
 
         Raises:
-            Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
+            Unrepresentable: the format cannot express it, and `on_loss` does not allow a rewriting.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be written")
 
     def fit(
         self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> tuple[Adapter, list[str]]:
-        """The same function, said so that a consumer of a part of the dialect computes it; one line for each change.
+        """Rewrite an adapter so that one consumer computes the same function; return one line for each change.
 
         Args:
-            adapter: what is to be written.
+            adapter: the adapter that will be written.
             profile: the consumer, one of `profiles`.
-            base: the base, which tells where the consumer looks for experts.
-            on_loss: `drop` leaves out what the consumer cannot run.
+            base: the base; it tells in which modules the consumer looks for experts.
+            on_loss: `drop` leaves out updates that the consumer cannot run.
 
         Raises:
             Unrepresentable: the consumer cannot run it.

@@ -1,8 +1,8 @@
-"""Two groups of updates of one weight, compared as functions without dense matrices.
+"""Compare two groups of updates of one weight as functions, without dense matrices.
 
-Additive updates answer a few fixed random inputs, B @ (A @ x); others a fixed random weight. All in float64. The error
-that is allowed is what rounding to the element types explains: roundings of single elements are independent, so they
-add up as the root of a sum of squares.
+Additive updates are applied to a few fixed random inputs, B @ (A @ x); others to a fixed random weight. All is float64.
+The allowed error is the rounding to the element types: roundings of single elements are independent, so they add up as
+the root of a sum of squares.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 PROBES = 4
-"""Random inputs."""
+"""Number of random inputs."""
 
 SIGMAS = 8.0
-"""Multiple of the expected rounding error that is allowed; chance reaches about five in a million numbers."""
+"""Multiple of the expected rounding error that is allowed; chance exceeds it in about five in a million numbers."""
 
 ALONE = 2.0**-20
-"""Relative error of a whole change that is allowed: scalings and alphas pass through float32 several times."""
+"""Relative error of a whole change that is allowed, because scalings and alphas pass through float32 several times."""
 
 BLOCK = 1 << 16
-"""Numbers that are compared at once: with what is computed from them they fit a processor's second cache."""
+"""Numbers compared at once; with the intermediate results they fit a processor's second cache."""
 
 FLOAT32 = 2.0**-22
 """Relative error of a product and a difference in float32."""
 
 UNSQUARED = 2.0**-30
-"""Part of the largest number that is allowed as rounding where numbers are too large to be squared."""
+"""Fraction of the largest number that is allowed as rounding if numbers are too large to be squared."""
 
 NOTHING = 2.0**-1000
 """Changes below this are equal: float64 loses its precision there, and no weight is so small."""
 
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 _LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
-"""Smallest normal numbers: below them, precision is absolute."""
+"""Smallest normal numbers; below them, precision is absolute."""
 
 
 def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
-    """Why two groups of updates of one weight are not the same function; empty where they are.
+    """Say why two groups of updates of one weight are not the same function; empty if they are.
 
     Args:
-        asked: target -> updates, as they were to be written.
-        got: as they were read back.
-        base: tells shapes that updates do not.
-        dtypes: element types of the format, if it does not have all: others are rounded to these.
+        asked: target -> updates that were to be written.
+        got: target -> updates that were read back.
+        base: the base, for shapes that updates do not tell.
+        dtypes: element types of the format, if it does not have all; others are rounded to these.
 
     Raises:
-        ShapeMismatch: what was to be written does not fit the base.
+        ShapeMismatch: the adapter that was to be written does not fit the base.
     """
     import numpy as np
 
@@ -85,15 +85,15 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
             return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
-    except ValueError as error:  # A formula that does not take the shape after all.
+    except ValueError as error:  # A formula rejected the shape only when it was computed.
         return f"the two cannot be compared ({error})"
 
 
 def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
-    """Whether the groups are LoRAs of the same A whose scaling * B is the same; False decides nothing.
+    """Whether the groups are LoRAs with equal A and equal scaling * B; False decides nothing.
 
     Folding a scaling into B is the most frequent rewriting. The products with random inputs would take ten times as
-    long as the conversion itself, and A need not be read for it.
+    long as the conversion itself, and this check does not need to read A.
     """
     from ._proof import equal
 
@@ -110,10 +110,10 @@ def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) ->
 def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
     """Whether scaling * B of two LoRAs is the same; see `_near`. False decides nothing.
 
-    Every number is compared, as the quotient of the scalings times one B beside the other B: so nothing overflows or
-    vanishes that is stored. float32 is exact enough for numbers of at most 32 bits; its own error is taken off what is
-    allowed. The blocks stay in the processor's cache. In float64 and whole this took longer than all the rest of a
-    conversion.
+    Every number is compared: the quotient of the scalings times one B, against the other B. So no stored number
+    overflows or vanishes. float32 is exact enough for numbers of at most 32 bits; its own error is subtracted from the
+    allowed error. The blocks stay in the processor's cache: in float64 and as a whole, this took longer than the rest
+    of a conversion.
     """
     import numpy as np
 
@@ -145,9 +145,9 @@ def _in_order(group: Updates) -> Iterator[Update]:
 
 
 def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
-    """Relative rounding error of a stored number, and the smallest number for which it holds.
+    """Return the relative rounding error of a stored number, and the smallest number for which it holds.
 
-    Writers that compute round to the type that a tensor has; a format that lacks this type rounds to one of its own.
+    A writer that computes rounds to the tensor's own type; if the format lacks this type, to one of the format's.
     """
     kinds = _kinds(asked) or _kinds(got)
     if dtypes and not kinds <= dtypes:
@@ -171,7 +171,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """The weight that both groups change, which answers the probes for each of them."""
+    """The weight that both groups change; computes each group's response to the probes."""
 
     asked: Updates
     got: Updates
@@ -180,7 +180,7 @@ class _Weight:
     least: float
 
     def check_base(self) -> None:
-        """Refuse an adapter that is made for another shape than the base's: writers may not have looked at the base.
+        """Refuse an adapter that does not have the base's shapes: a writer may not have looked at the base.
 
         Raises:
             ShapeMismatch: an update does not fit.
@@ -196,7 +196,7 @@ class _Weight:
                         raise ShapeMismatch(why, where=str(target), cure=cure)
 
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
-        """("weight" or "bias", expert) -> answer; targets that are rows of the weight are put together."""
+        """Return ("weight" or "bias", expert) -> answer; targets that are rows of the weight are joined."""
         found: dict[tuple[str, int], _Answer] = {}
         for target, updates in group.items():
             loaded = [update.map(_values) for update in updates]
@@ -221,7 +221,7 @@ class _Weight:
             yield "bias", self._rounded(new - b, new)
 
     def _has_bias(self, target: Target, updates: list[Update]) -> bool:
-        """Whether there is a bias to compare: a factor on the bias changes nothing where the base has none."""
+        """Whether there is a bias to compare: a factor on the bias has no effect if the base has none."""
         adds = any(update.changes_bias and update.needs_bias for update in updates)
         return adds or self.base is None or not biasless(self.base, target.path)
 
@@ -230,7 +230,7 @@ class _Weight:
         return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
 
     def _sum(self, updates: list[Any], shape: tuple[int, ...]) -> _Answer:
-        """D @ x of additive updates; of thin ones by their factors."""
+        """Compute D @ x of additive updates; low-rank updates by their factors."""
         import numpy as np
 
         x = _random((math.prod(shape[1:]), PROBES))
@@ -245,7 +245,7 @@ class _Weight:
         return answer
 
     def _change(self, updates: list[Any], W: Array) -> _Answer:
-        """W' - W of updates that see the weight."""
+        """Compute W' - W of updates that see the weight."""
         new: Any = W
         for update in updates:
             new = update.new_weight(new)
@@ -255,7 +255,7 @@ class _Weight:
         import numpy as np
 
         rounding = self.unit * float(np.abs(numbers).max(initial=0.0))
-        # Not `**`, which raises where the square is no float.
+        # `**` raises if the square is not a float; `*` does not.
         return _Answer(value, np.full(value.shape, rounding * rounding))
 
     def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
@@ -269,7 +269,7 @@ class _Weight:
 
     @property
     def _outputs(self) -> int:
-        """How many outputs the weight has, as far as the targets of both groups tell it: some are rows of it."""
+        """Return how many outputs the weight has, as far as the targets of both groups tell it; some are rows of it."""
         targets = (target for group in (self.asked, self.got) for target in group)
         return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
 
@@ -281,11 +281,11 @@ class _Weight:
             shape = weight_shape(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
-        # Blocks of equal changes are equal: the largest weight stands for all that the updates fit.
+        # Blocks of equal changes are equal, so one weight of the largest size stands for all that the updates fit.
         for update in every:
             if (shape := update.largest_shape()) is not None:
                 return shape
-        # A factor for each input fits any number of outputs, and the other way round: any number will do to compare.
+        # A factor per input fits any number of outputs, and the reverse: any number will do for the comparison.
         dims = [update.dims(target.stacked) for update in every]
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
@@ -308,7 +308,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
     import numpy as np
 
     for key in dict.fromkeys((*ours, *theirs)):
-        # A group that leaves a part alone changes it by zero.
+        # A group that does not change a part counts as a change of zero there.
         known = ours.get(key) or theirs[key]
         none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
         one, other = ours.get(key, none), theirs.get(key, none)
@@ -316,7 +316,7 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
             return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
         a, b = one.value, other.value
         error = np.abs(a - b)
-        # Squares of numbers beyond 1e154 are infinite, and infinity times 0 is NaN: there the largest number decides.
+        # Squares of numbers above 1e154 are infinite, and infinity times 0 is NaN; then the largest number decides.
         rounding = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares))
         rounding = np.where(np.isfinite(rounding), rounding, UNSQUARED * np.abs(a).max(initial=0.0))
         allowed = rounding + ALONE * np.maximum(np.abs(a), np.abs(b)) + NOTHING
@@ -327,9 +327,9 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
 
 
 def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Why two groups of updates of outputs or of context differ; empty where they are the same.
+    """Say why two groups of output or context updates differ; empty if they are the same.
 
-    Context is compared as the virtual tokens that it gives, because writers replace networks by what they compute.
+    Context is compared by its virtual tokens, because writers replace networks by what they compute.
     """
     if [update.method for update in asked] == [update.method for update in got]:
         return _unlike_fields(asked, got, unit, least)
@@ -345,7 +345,7 @@ def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: f
 
 
 def _tokens(updates: list[Update]) -> dict[str, Array] | None:
-    """Formula -> the virtual tokens of all updates in order; None where they depend on a task or on the input."""
+    """Return formula -> the virtual tokens of all updates in order; None if they depend on a task or on the input."""
     import numpy as np
 
     found: dict[str, list[Any]] = {}
@@ -373,7 +373,7 @@ def _near(one: Array, other: Array, unit: float, least: float) -> bool:
 
 
 def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Why updates of the same methods differ, field by field."""
+    """Say why updates of the same methods differ, field by field."""
     for one, other in zip(asked, got, strict=True):
         if one.attributes != other.attributes:
             return "another attribute"

@@ -1,6 +1,6 @@
-"""LoRAs on rows of one weight, such as gate and up of a fused weight, as one LoRA of the whole weight.
+"""Join LoRAs on rows of one weight, such as gate and up of a fused weight, into one LoRA of the whole weight.
 
-Factors are put side by side, never multiplied. Rows without an update get zeros.
+Factors are placed side by side, never multiplied. Rows without an update get zeros.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Put plain LoRAs on rows of a weight together, for formats that have no words for rows.
+    """Join plain LoRAs on rows of a weight, for formats that cannot address rows.
 
     Args:
         updates: target -> updates.
-        base: tells how many rows a weight has; without it nothing is joined.
+        base: the base, for the number of rows of a weight; without it nothing is joined.
 
     Returns:
-        the updates, in which targets that could not be joined are as they were, and one line for each LoRA whose rank
-        had to grow. Where all parts have the same A, the rank stays.
+        the updates, with targets that could not be joined unchanged, and one line for each LoRA whose rank had to grow.
+        The rank does not grow if all parts have the same A.
     """
     groups: dict[Target, list[Target]] = {}
     for target, given in updates.items():
@@ -58,14 +58,14 @@ def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Ta
 
 
 def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """Put several plain LoRAs of one target together, such as gate and up of a weight that holds them interleaved.
+    """Join several plain LoRAs of one target, such as gate and up of a weight that holds them interleaved.
 
     Args:
         updates: target -> updates.
 
     Returns:
-        the updates, and one line for each LoRA whose rank had to grow. Where all have the same A and change different
-        rows, the rank stays.
+        the updates, and one line for each LoRA whose rank had to grow. The rank does not grow if all have the same A
+        and change different rows.
     """
     made = dict(updates)
     lines = []
@@ -88,7 +88,7 @@ def _summed(given: Sequence[Any], axis: int) -> LoRA:
 
 
 def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
-    """Whether no row is other than zero in two of them, so that their sum is exact."""
+    """Whether every row is zero in all of them but one, so that their sum is exact."""
     from ..io.lazy import as_array
 
     held = sum((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
@@ -132,7 +132,7 @@ def _joined(parts: Sequence[tuple[Target, Any]], out: int) -> LoRA:
 
 
 def _scaled(B: Lazy, factor: float) -> Lazy:
-    # Two scalings in one pair of factors: the quotient goes into B, in float32 at least.
+    # The factors are shared, so the quotient of the scalings goes into B, in float32 at least.
     return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
 
 

@@ -1,4 +1,4 @@
-"""What a format's reader leaves behind in an adapter for its writer, as a typed record."""
+"""Keep what a reader could not express in an adapter, as a typed record for the writer of the same format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A002 - the public contract's word
-    """The leftovers of an adapter that was read from this format; a record of defaults for any other.
+    """Return the leftovers of an adapter that was read from this format; a record of defaults for any other.
 
     Raises:
-        Malformed: they are damaged.
+        Malformed: the leftovers are damaged.
     """
     if adapter.foreign is None or adapter.foreign.format != format:
         return record()
@@ -32,21 +32,21 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
 
 
 class Leftovers(TypedDict, total=False):
-    """What reading leaves behind for the same format: at least the order of keys."""
+    """The leftovers of reading that every format keeps for its writer: at least the order of keys."""
 
     order: list[str]
 
 
 def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
-    """What reading a file of a format left behind; nothing for adapters of other formats.
+    """Return the leftovers of an adapter that was read from this format, as a dict; empty for any other.
 
     Raises:
-        Malformed: it is damaged.
+        Malformed: the leftovers are damaged.
     """
     return dict(leftovers(adapter, name, shape))
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
-    """The tensors in the order in which they were read, where that is known; others behind them."""
+    """Return the tensors in the order in which they were read, if that is known; new ones come last."""
     read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
     return {**read, **tensors}

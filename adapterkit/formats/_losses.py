@@ -1,4 +1,4 @@
-"""What a dialect of many methods has no words for: refused with the list, or left out."""
+"""Refuse updates that a format cannot express, with a list of them, or leave them out."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from ..core.updates import Update
 
 Loss = tuple["Target", int, str]
-"""Target, position among its updates, and why it cannot be said."""
+"""Target, position among its updates, and the reason why the format cannot express it."""
 
 
 def expressible(
     updates: Updates, find: Callable[[Updates], Iterable[Loss]], *, dialect: str, place: str, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """The updates that a dialect can say beside each other, and a line for each that was left out.
+    """Return the updates that a format can express together, and a line for each that was left out.
 
     Args:
-        updates: what is to be written.
-        find: what cannot be said of some updates; asked again about those that are left.
-        dialect: whose words they are, for messages.
-        place: what is written, for messages.
-        on_loss: `drop` leaves them out.
+        updates: the updates to write.
+        find: finds the updates that cannot be expressed; called again on those that remain.
+        dialect: the format's name, for messages.
+        place: what is written, such as a file of this format, for messages.
+        on_loss: `drop` leaves such updates out.
 
     Raises:
-        Unrepresentable: some cannot be said and `on_loss` is not `drop`, or none can.
+        Unrepresentable: some cannot be expressed and `on_loss` is not `drop`, or none can.
     """
     lines: list[str] = []
     while losses := [*find(updates)]:
@@ -36,7 +36,7 @@ def expressible(
         if on_loss != "drop":
             cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
             places = [(target, position) for target, position, _ in losses]
-            raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
+            raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:

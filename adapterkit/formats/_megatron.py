@@ -1,4 +1,4 @@
-"""LoRA as Megatron has it: pairs of fused weights, or, in canonical LoRA, a pair for each weight in them."""
+"""Convert LoRA in Megatron's layout: pairs of fused weights or, in canonical LoRA, a pair for each weight in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Modules = Mapping[str, tuple[str, ...]]
 
 
 def is_of(keys: list[str], modules: Modules) -> bool:
-    """Whether keys are of this family of modules."""
+    """Whether keys belong to this set of modules."""
     ends = tuple(module + end for module in modules for end in SLOTS)
     return any(key.endswith(ends) for key in keys)
 
@@ -34,10 +34,10 @@ def is_of(keys: list[str], modules: Modules) -> bool:
 def decode(
     tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
 ) -> tuple[dict[Target, tuple[LoRA, ...]], dict[str, Any]]:
-    """The updates, and what is to be remembered of the names.
+    """Return the updates, and the facts about names that the writer needs.
 
     Raises:
-        Malformed: a key is none of these modules'.
+        Malformed: a key belongs to none of these modules.
         ShapeMismatch: shapes do not fit the heads.
     """
     own = _OwnNames(base)
@@ -77,7 +77,7 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
-    """Why these modules do not say an update."""
+    """Return a function that says why these modules cannot express an update."""
     known = {weight for weights in modules.values() for weight in weights}
 
     def why(target: Target, update: Pair) -> str:
@@ -92,7 +92,7 @@ def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
 def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
-    """The tensors by key, and whether weights are fused; canonical where their pairs have no A in common."""
+    """Return key -> tensor, and whether weights are fused; canonical if their pairs have no A in common."""
     if LAYER.fullmatch(f"{prefix}0.x") is None:
         raise Malformed(f"leftovers of Megatron are damaged: names begin with {prefix!r}", cure="Drop them")
     layers = _by_layer(pairs)
@@ -132,7 +132,7 @@ def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
 
 
 def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
-    """Whether pairs of weights are one pair of the fused weight; also where there are none of them."""
+    """Whether pairs of single weights make one pair of the fused weight; also true if there are none."""
     own = [found[weight] for weight in weights if weight in found]
     if not own:
         return True
@@ -143,7 +143,7 @@ def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
 
 
 class _OwnNames:
-    """The base's own names, where it is given: a prefix may stand before them."""
+    """The base's own names, if it is given; they may have a prefix."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.modules: dict[str, list[str]] | None = None
@@ -159,20 +159,20 @@ class _OwnNames:
             return name
         found = self.modules.get(name, [])
         if len(found) != 1:
-            why = f"{len(found)} modules of the base are called so"
+            why = f"{len(found)} modules of the base have this name"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return found[0]
 
 
 def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -> Callable[[], Heads]:
-    """The base's heads, when they are needed: by its config, or as they were when the adapter was read."""
+    """Return a function for the base's heads: from its config, or as they were when the adapter was read."""
     from ..naming.heads import heads_of
 
     def heads() -> Heads:
         if base is None and hints.get("heads"):
             return Heads(*hints["heads"])
         if base is None:
-            why = "how many heads the base has decides on the order of rows here"
+            why = "the order of rows here depends on the base's number of heads"
             raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
         return heads_of(base.config, where)
 

@@ -1,4 +1,4 @@
-"""The one number that a file has for the scalings of all its modules, and what is folded where it does not serve."""
+"""Choose the one number that a file has for the scalings of all modules, and fold the scalings that do not fit it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def of_one_alpha(
     first: float | None = None,
     one_rank: bool = False,
 ) -> tuple[float, Pairs, list[str]]:
-    """What a dialect of one alpha can say of an adapter: the alpha, the updates, and a line for each change.
+    """Return what a format with one alpha can express of an adapter: alpha, updates, and a line for each change.
 
     Args:
-        adapter: what is to be written.
-        why: the reason that speaks against an update; empty where none does.
-        dialect: its name, for messages.
-        on_loss: what to do with what it cannot say.
+        adapter: the adapter to write.
+        why: returns the reason against an update; empty if there is none.
+        dialect: the format's name, for messages.
+        on_loss: what to do with updates that it cannot express.
         first: the alpha that was read.
-        one_rank: all modules have one rank.
+        one_rank: all modules must have the same rank.
 
     Raises:
         Unrepresentable: see `expressible` and `one_number`.
@@ -47,7 +47,7 @@ def of_one_alpha(
 def one_alpha(
     pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
-    """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
+    """Choose the one alpha of a file whose scaling is alpha / rank; see `one_number`."""
     from .peft.alphas import exact_alpha
 
     def rank(update: Pair) -> int:
@@ -60,7 +60,7 @@ def one_alpha(
 
 
 def of_one_rank(pairs: Pairs) -> Pairs:
-    """The same functions of one rank: the others gain zeros."""
+    """Give all updates the same rank without changing the functions: smaller ranks are padded with zeros."""
     rank = max(map(rank_of, pairs.values()))
     return {target: to_rank(update, rank) for target, update in pairs.items()}
 
@@ -75,19 +75,19 @@ def one_number(
     default: float,
     first: float | None = None,
 ) -> tuple[float, Pairs, list[str]]:
-    """The one number that a file has for the scalings of all its modules; scalings that it does not give go into B.
+    """Choose the one number for the scalings of all modules; scalings that it does not give are folded into B.
 
     Args:
         pairs: the updates.
-        of: the number that gives exactly an update's scaling; None where none does.
-        gives: the scaling that a number gives.
-        dialect: its name, for messages.
+        of: returns the number that gives exactly an update's scaling; None if there is none.
+        gives: returns the scaling that a number gives.
+        dialect: the format's name, for messages.
         on_loss: whether scalings may be folded.
-        default: where no update has one.
-        first: the number to take when it serves as many updates as any other: the one that was read.
+        default: the number if there is none for any update.
+        first: the number that was read; preferred if it fits as many updates as any other.
 
     Raises:
-        Unrepresentable: scalings differ and `on_loss` allows no folding.
+        Unrepresentable: scalings differ and `on_loss` does not allow folding.
     """
     count = Counter(number for number in map(of, pairs.values()) if number)
     ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
@@ -103,10 +103,10 @@ def one_number(
 
 
 def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
-    """The same functions with a scaling of 1, which is all that a dialect has, and a line for each that was folded.
+    """Fold all scalings into B, for a format without scalings; return a line for each that was folded.
 
     Raises:
-        Unrepresentable: some have another, and `on_loss` allows no folding.
+        Unrepresentable: a scaling is not 1, and `on_loss` does not allow folding.
     """
     needy = [target for target, update in pairs.items() if update.scaling != 1]
     if needy and on_loss not in FOLDING:
@@ -117,7 +117,7 @@ def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, li
 
 
 def folded(update: Pair, scaling: float) -> Pair:
-    """The same function with another scaling; the quotient of the two goes into B, rounded once to its own type."""
+    """Give an update another scaling without changing its function; the quotient goes into B, rounded once."""
     if update.scaling == scaling:
         return update
     factor = update.scaling / scaling
@@ -126,11 +126,11 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """A number as tools write it that have whole ones: 16, not 16.0, while a float holds every whole number."""
+    """Return an int if the number is whole, as tools write it: 16, not 16.0; only while a float holds every integer."""
     return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
 FOLDING = ("fold", "promote")
-"""What `on_loss` says where a scaling may be folded."""
+"""Values of `on_loss` that allow folding a scaling."""
 
 _ALLOW = "Allow it with on_loss='fold'/--on-loss fold"

@@ -1,7 +1,7 @@
-"""Convolutions that pad otherwise than with zeros, under trainers that compute their change with zeros.
+"""Read updates of convolutions that do not pad with zeros, if the trainer computed the change with zeros.
 
-PEFT, sd-scripts and LyCORIS make a convolution of their own, or call `torch.nn.functional.conv2d`, with the layer's
-amount of padding alone. So what they add to the layer's output reads zeros around the input, whatever the layer reads.
+PEFT, sd-scripts and LyCORIS build their own convolution, or call `torch.nn.functional.conv2d`, and copy only the
+layer's amount of padding. So their change reads zeros around the input, whatever the layer itself reads there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters of A and B: what dialects of language models have in common, one pair of factors a module.
+"""Shared code of formats of language models that store one pair of factors, A and B, for each module.
 
-Most of them know LoRA alone, or DoRA beside it, keep few numbers, and differ in names, in the order of axes and rows,
-and in where the scaling is.
+Most of them support only LoRA, or DoRA beside it, and store few numbers. They differ in names, in the order of axes and
+rows, and in the place of the scaling.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Slots = dict[str, Any]
 """Field -> tensor."""
 
 EXACT = 1 << 53
-"""Up to here a float holds every integer; JSON and YAML allow integers of any length."""
+"""A float holds every integer up to here; JSON and YAML allow integers of any length."""
 
 LARGEST_RANK = 1 << 31
 
@@ -37,16 +37,16 @@ DAMAGED = "Write the file again with the tool that made it"
 
 
 def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
-    """Module -> field -> tensor, by the ends of keys.
+    """Return module -> field -> tensor, by the endings of keys.
 
     Args:
-        tensors: by key.
-        slots: end of a key -> field; fields A and B must both be there.
-        what: the dialect, for messages.
+        tensors: key -> tensor.
+        slots: ending of a key -> field; fields A and B must both be there.
+        what: the format, for messages.
 
     Raises:
-        Malformed: a key has another end, or a module lacks a factor.
-        Unsupported: numbers that factors are not made of.
+        Malformed: a key has another ending, or a module lacks a factor.
+        Unsupported: a factor has a dtype that factors cannot have.
     """
     groups: dict[str, Slots] = {}
     for key, tensor in tensors.items():
@@ -66,15 +66,15 @@ def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) ->
 
 
 def pair(slots: Slots, scaling: float) -> Pair:
-    """A DoRA where there is a magnitude, else a LoRA."""
+    """Make a DoRA if there is a magnitude, else a LoRA."""
     return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
 
 
 def check_factors(where: str, slots: Slots) -> int:
-    """The rank of a pair of matrices in their own axis order.
+    """Return the rank of a pair of matrices in their own axis order.
 
     Raises:
-        ShapeMismatch: they are no such pair.
+        ShapeMismatch: they are not such a pair.
     """
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
@@ -90,18 +90,18 @@ def expressible(
     methods: tuple[type[Pair], ...] = (LoRA,),
     dtypes: Collection[str] = REAL,
 ) -> tuple[Pairs, list[str]]:
-    """The updates that a dialect can say, and a line for each that was left out.
+    """Return the updates that a format can express, and a line for each that was left out.
 
     Args:
-        adapter: what is to be written.
-        dialect: its name, for messages.
-        on_loss: what to do with what it cannot say.
-        why: the reason that speaks against an update of one of the methods; empty where none does.
-        methods: those it knows.
-        dtypes: element types of factors that its reader takes, see `grouped`, or that its writer converts.
+        adapter: the adapter to write.
+        dialect: the format's name, for messages.
+        on_loss: what to do with updates that it cannot express.
+        why: returns the reason against an update of one of the methods; empty if there is none.
+        methods: the methods that it supports.
+        dtypes: element types of factors that its reader accepts, see `grouped`, or that its writer converts.
 
     Raises:
-        Unrepresentable: some cannot be said and `on_loss` is not `drop`, or none can.
+        Unrepresentable: some cannot be expressed and `on_loss` is not `drop`, or none can.
     """
     kept: Pairs = {}
     items: list[str] = []
@@ -120,20 +120,20 @@ def expressible(
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
-        raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
+        raise Unrepresentable(f"{dialect} cannot express these updates", items=items, cure=cure, places=places)
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
     return kept, [f"left out {item}" for item in items]
 
 
 def _kinds(update: Pair) -> set[str]:
-    """The element types of the factors; token numbers are no factor."""
+    """Return the element types of the factors; token numbers are not a factor."""
     fields = update.tensor_fields()
     return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
-    """Why a plain matrix's pair does not say an update: slices, kernels, experts, a bias of its own."""
+    """Say why a plain matrix's pair cannot express an update: slices, kernels, experts, a bias of its own."""
     if target.rows is not None:
         return "a slice of a weight"
     if target.stacked and not stacked:
@@ -150,7 +150,7 @@ def rank_of(update: Pair, stacked: bool = False) -> int:
 
 
 def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
-    """The same function with more rows of A and columns of B: zeros."""
+    """Pad A with rows and B with columns of zeros to a larger rank."""
     if rank_of(update, stacked) == rank:
         return update
     lead = int(stacked)
@@ -158,7 +158,7 @@ def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
-    """The same update of a weight whose rows stand in another order."""
+    """Return the update for a weight whose rows are in another order."""
     changes = {}
     for name, leaf in update.tensors.items():
         axis = update.tensor_fields()[name].metadata["axes"].index("out")
@@ -168,28 +168,28 @@ def in_row_order(update: Pair, order: Order) -> Pair:
 
 
 def of_rows(update: Pair, start: int, stop: int) -> Pair:
-    """The update of some rows of a fused weight, with the same A."""
+    """Return the update of some rows of a fused weight, with the same A."""
     names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     tensors = update.tensors
     return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
 
 
 def over_rows(updates: Iterable[Pair]) -> Pair:
-    """The update of a fused weight out of updates with the same A and scaling, one below another."""
+    """Stack updates with the same A and scaling into the update of a fused weight."""
     first, *others = updates
     names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
     held = [name for name in names if name in first.tensors]
     return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
 
 
-def finite(value: Any, where: str) -> float:
+def finite(value: object, where: str) -> float:
     """Check a number from a file's settings, such as alpha or a scale.
 
     Returns:
         the number as a float, exactly.
 
     Raises:
-        Malformed: it is no number, not finite, or an integer that a float does not hold exactly.
+        Malformed: it is not a number, not finite, or an integer that a float does not hold exactly.
     """
     exact = (type(value) is int and abs(value) <= EXACT) or (isinstance(value, float) and math.isfinite(value))
     if not exact:
@@ -198,11 +198,11 @@ def finite(value: Any, where: str) -> float:
     return float(value)
 
 
-def whole_rank(value: Any, where: str) -> int:
+def whole_rank(value: object, where: str) -> int:
     """Check a rank from a file's settings.
 
     Raises:
-        Malformed: it is no integer from 1 to 2 ** 31.
+        Malformed: it is not an integer from 1 to 2 ** 31.
     """
     if type(value) is not int or not 1 <= value <= LARGEST_RANK:
         cure = f"Write an integer from 1 to {LARGEST_RANK} there"
@@ -211,7 +211,7 @@ def whole_rank(value: Any, where: str) -> int:
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
-    """How the base stores a weight: its shape says so, else the name of an embedding does."""
+    """Return the layout in which the base stores a weight: by its shape, else by the name of an embedding."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     out, in_ = update.B.shape[0], update.A.shape[1]
     if weight is not None and len(weight.shape) == 2 and out != in_:

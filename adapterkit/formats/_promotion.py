@@ -1,8 +1,8 @@
-"""Promotion: what a format has no words for is said by a wider method that it knows, and asked for again.
+"""Promotion: rewrite updates that a format cannot express by a wider method that it has, and try the writer again.
 
-A writer refuses before it writes anything, and says which updates it cannot say (`Unrepresentable.places`). Changes of
-thin factors become the LoRA of exactly their factors, of a larger rank: no decomposition. Others become the difference
-of weights where the format has that, and the nearest LoRA only where the caller accepts an error.
+A writer refuses before it writes anything, and says which updates it cannot express (`Unrepresentable.places`).
+Low-rank changes become the LoRA of exactly their factors, with a larger rank: no decomposition. Others become a
+difference of weights if the format has that, and the nearest LoRA only if the caller accepts an error.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from ..ops.lowering import Delta
     from ._format import Format
 
-ACCEPT = "Accept an error by max_error=/--max-error, give the base to laws that see the weight, or write another format"
+ACCEPT = "Accept an error by max_error=/--max-error, give the base to formulas that need it, or write another format"
 
 _REPORT = "Nothing was written. Report it, or write adapterkit's own format"
 _SLACK = 1e-4
-"""Relative tolerance of a stated error; a hundredth of it is what rounding to float32 explains where none is stated."""
+"""Relative tolerance of a stated error. If none is stated, a hundredth of it covers rounding to float32."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
 Made = tuple["Target", "Update", str]
-"""Where, what stands for all updates there, and a line about it."""
+"""(target, the update that replaces all updates there, a line that reports it)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Promotion:
-    """What may be done.
+    """The ways in which updates may be rewritten.
 
     Attributes:
         lora: whether the format has LoRA.
         dense: whether the format has differences of weights.
         identities: whether a difference of weights may become a LoRA of full rank.
-        whole: whether the format has whole parameters, and may have the base's with a difference added.
-        max_error: the relative Frobenius error of each change that is accepted; None accepts none.
-        base: what laws that see the weight are taken at.
+        whole: whether the format has whole parameters; the base's with a difference added may then be written.
+        max_error: the accepted relative Frobenius error of each change; None accepts none.
+        base: the base whose weights formulas are applied to, if they see the weight.
     """
 
     lora: bool
@@ -67,10 +67,10 @@ class Promotion:
         return cls(lora, writer.differences, writer.identities, whole, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
-        """Writes, and where that is refused writes what can be promoted in another way; one line for each change.
+        """Write; if that is refused, rewrite the updates that can be promoted and write again. One line for each.
 
         Raises:
-            Unrepresentable: nothing that is refused can be promoted any more.
+            Unrepresentable: no refused update can be promoted further.
         """
         lines: list[str] = []
         while True:
@@ -80,7 +80,7 @@ class Promotion:
                 refused = {target for target, _ in refusal.places}
                 changed, said = self._promoted(adapter, refused)
                 if not said:
-                    # What is refused may be a LoRA that has no place beside the others.
+                    # The writer may refuse a LoRA that conflicts with the others, so try to promote all targets.
                     changed, said = self._promoted(adapter, {*adapter.updates} if refused else set())
                 if not said:
                     if any(not _is_vector(adapter.updates.get(target, ())) for target in refused):
@@ -89,7 +89,7 @@ class Promotion:
                 adapter, lines = changed, lines + said
 
     def suggest(self, adapter: Adapter, refusal: Unrepresentable) -> None:
-        """Put promotion first in a refusal's cure, where it writes all that was refused without any loss."""
+        """Put promotion first in a refusal's cure, if it can write all refused updates without any loss."""
         refused = {target for target, _ in refusal.places}
         found = [adapter.updates.get(target, ()) for target in refused]
         if found and all(self._is_exact(each) for each in found):
@@ -97,7 +97,7 @@ class Promotion:
             refusal.cure = f"{promote}. Or: {refusal.cure}" if refusal.cure else promote
 
     def _is_exact(self, found: Sequence[Update]) -> bool:
-        """Whether updates come down to one LoRA or one difference of weights, and are not one already."""
+        """Whether updates can be combined into one LoRA or one difference of weights, and are not one already."""
         if not found or (len(found) == 1 and isinstance(found[0], LoRA)):
             return False
         if len(found) == 1 and isinstance(found[0], Dense):
@@ -116,7 +116,7 @@ class Promotion:
         return (adapter.replace(updates=updates) if lines else adapter), lines
 
     def _one(self, adapter: Adapter, target: Target) -> Made | None:
-        """What stands for all updates of a target; None where nothing does, or they are as wide as can be."""
+        """Return one update that replaces all of a target; None if there is none, or they are as wide as possible."""
         found = adapter.updates[target]
         said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
         if len(found) == 1 and isinstance(found[0], LoRA):
@@ -136,7 +136,7 @@ class Promotion:
             return None
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
-        """What stands for a difference of weights in a format that has none; None where nothing does."""
+        """Return the update that replaces a difference of weights in a format without them; None if there is none."""
         from ..naming.binding import weight_shape
 
         shape = weight_shape(target, [update], self.base)
@@ -152,7 +152,7 @@ class Promotion:
         return None
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
-        """The LoRA of the smallest rank within the error that is accepted."""
+        """Return the LoRA of the smallest rank within the accepted error."""
         from ..ops import promote
 
         cuts: list[Any] = []
@@ -169,7 +169,7 @@ class Promotion:
 
 
 def _is_vector(found: Sequence[Update]) -> bool:
-    """Whether all updates are differences of norms or biases, which no LoRA is near to."""
+    """Whether all updates are differences of norms or biases, which a LoRA cannot approximate."""
     return bool(found) and all(isinstance(update, Dense) and not _is_matrix(update) for update in found)
 
 
@@ -179,9 +179,9 @@ def _is_matrix(update: Dense) -> bool:
 
 
 def _by_identity(update: Dense, shape: Sequence[int]) -> LoRA:
-    """A difference as a LoRA of full rank: the identity times D, or D times the identity where D has fewer inputs.
+    """Write a difference as a LoRA of full rank: the identity times D, or D times the identity for fewer inputs.
 
-    Of a difference of the bias alone both factors are zero, of rank 1. diffusers converts the `diff` of Wan's head so.
+    A difference of the bias alone gets two zero factors of rank 1; diffusers converts the `diff` of Wan's head so.
     """
     out, columns = shape[0], math.prod(shape[1:])
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
@@ -208,7 +208,7 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
-    """The base's parameter at a target, as it is stored; None where the base has none of this name and shape."""
+    """Return the base's parameter at a target, as it is stored; None if the base has none of this name and shape."""
     from ..core.adapter import Adapter
     from ..naming.binding import bind
 
@@ -221,12 +221,12 @@ def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
 
 
 def _sum(weight: Lazy, update: Dense) -> Lazy:
-    """A weight and its difference, rounded once to the weight's type."""
+    """Add a difference to a weight, rounded once to the weight's dtype."""
     return held(load(weight) + load(update.tensors["D"]) * update.scaling, weight.dtype)
 
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
-    """The LoRA of the factors of all updates together; None where one of them has no factors, or no known shape."""
+    """Return the LoRA of the factors of all updates together; None if one has no factors, or no known shape."""
     from ..naming.binding import weight_shape
     from ..ops.building import low_rank
     from ..ops.lowering import Change
@@ -240,14 +240,14 @@ def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None
     def made() -> LoRA | None:
         deltas = [*change.deltas()]
         if any(delta.rest is not None for delta in deltas):
-            return None  # A method of thin factors may have none at this weight, as LoKr in convolutions has none.
+            return None  # A low-rank method may have no factors at this weight, as LoKr in convolutions.
         return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
     return _when_read(made)
 
 
 def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
-    """B and A, of rank 1 at least: dialects have no pair of rank 0."""
+    """Return B and A, with rank 1 at least, because formats have no pair of rank 0."""
     import numpy as np
 
     out, columns = delta.shape
@@ -255,7 +255,7 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
-    """What all updates add to the weight, whole."""
+    """Return everything that all updates add to the weight, as one difference."""
     from ..ops.alignment import places
     from ..ops.building import dense
 
@@ -277,7 +277,7 @@ def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base
     """Check by random inputs that the promoted update is the sum of the given ones.
 
     Raises:
-        Miswritten: it is not.
+        Miswritten: it is not the sum.
     """
     from ._functions import unlike
 
@@ -287,15 +287,15 @@ def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base
 
 
 def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
-    """Check that a promoted update differs from the adapter's change by no more than the error that is stated.
+    """Check that a promoted update differs from the adapter's change by no more than the stated error.
 
-    The original's formula is applied anew, to the base's weight where it needs one. A stated error of 0 is rounding.
+    The original's formula is applied again, to the base's weight if it needs one. A stated error of 0 allows rounding.
 
     Args:
         alone: the adapter with one target.
-        target: where the promoted update goes.
+        target: the target of the promoted update.
         promoted: a LoRA or a difference of weights.
-        stated: the relative Frobenius error that is reported.
+        stated: the relative Frobenius error that is reported to the caller.
         base: the base, for formulas that need the weight.
 
     Raises:
@@ -339,9 +339,9 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """An update whose shapes are known and whose numbers are made again each time: no adapter is held whole.
+    """Make an update with known shapes whose values are computed at each access, so no adapter is held in memory.
 
-    None where `make` gives None.
+    None if `make` returns None.
     """
     first = make()
     if first is None:

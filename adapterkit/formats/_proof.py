@@ -1,8 +1,8 @@
-"""Proof of a writer: what it wrote is read back and compared with what it was asked to write.
+"""Prove a writer: read back what it wrote and compare it with the adapter that it was asked to write.
 
-It stands once, behind every format, those of plug-ins included, so that a writer that drops a scaling, renames a target
-or transposes a factor fails by itself instead of handing out a wrong file. Tensors that were only moved are compared as
-they are; where a writer folded, fused or parted them, the functions are compared (`_functions`).
+This check runs once, after every format's writer, plug-ins included. So a writer that drops a scaling, renames a target
+or transposes a factor fails instead of producing a wrong file. Tensors that were only moved are compared directly; if a
+writer folded, fused or split them, the functions are compared (`_functions`).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from ._format import Format
 
 SINGLE = 2.0**-22
-"""Relative error that a scaling may have: many formats hold it, or alpha, in float32."""
+"""Allowed relative error of a scaling, because many formats store it, or alpha, in float32."""
 
 WHOLE, RUN = 1 << 16, 1 << 12
-"""Tensors of at most so many bytes are compared whole; of larger ones, three runs of so many."""
+"""Tensors of at most WHOLE bytes are compared whole; of larger ones, three runs of RUN bytes."""
 
 COMPUTED = 1 << 20
-"""Tensors of at most so many bytes are computed again to compare some of them with what is on the disk."""
+"""Tensors of at most this many bytes are computed again, to compare a sample of them with the bytes on disk."""
 
 MOST_CHOICES = 256
-"""Ways in which updates that are reported as left out may be missing from one weight."""
+"""Limit on the subsets of reported updates that are tried as missing from one weight."""
 
 SPOTS = 32
-"""Places at which a file of tensors is read from disk, however many tensors it has: each takes 70 us."""
+"""Places at which a file of tensors is read from disk, however many tensors it has; each takes 70 us."""
 
 
 @inputs_kept()
@@ -56,20 +56,20 @@ def prove(
     base: Checkpoint | None,
     files: Mapping[str, Written],
 ) -> None:
-    """Check that what was written is what was asked for, but for what `lines` report.
+    """Check that the written files mean the same as the adapter, except for losses that `lines` report.
 
     Args:
-        name: of the format.
-        writer: of the format; its `read` reads the file back.
+        name: the name of the format.
+        writer: the format; its `read` reads the file back.
         asked: the adapter that was to be written.
-        path: what was written.
-        lines: what the writer returned; see `Format.write`.
-        base: the base, where it was given to the writer; reading gets it too.
-        files: files that were written -> what their tensors were written from.
+        path: the written file or folder.
+        lines: the lines that the writer returned; see `Format.write`.
+        base: the base, if the writer got one; reading gets it, too.
+        files: written files -> the tensors that were written to them.
 
     Raises:
-        Miswritten: the file is of another adapter, or cannot be read; names target and field.
-        Unrepresentable: the file does not say how a base stores a weight, and is read as if it were the other way.
+        Miswritten: the file does not have this adapter, or cannot be read; the error names target and field.
+        Unrepresentable: the file cannot state how a base stores a weight, and is read with the other layout.
         UsageError: the file cannot be read without the base.
     """
     report = list(lines)
@@ -80,8 +80,8 @@ def prove(
     try:
         proof.check(asked, got)
     except Miswritten:
-        # Some formats keep only a layer's number: their readers give the usual names (`model.layers.0...`), or, with
-        # a base, that base's own. A base of the asked names shows whether only the prefix differs.
+        # Some formats store only a layer's number. Their readers give the usual names (`model.layers.0...`) or, with a
+        # base, that base's own. A base with the adapter's names shows whether only the prefix differs.
         if base is not None:
             raise
         with suppress(AdapterkitError):
@@ -100,7 +100,7 @@ def _named(line: str) -> Iterator[str]:
 
 
 def _in_parts(name: str) -> Iterator[str]:
-    """The names of a module in the naming of parts, with the rows of it that are meant."""
+    """Yield the names of a module in the naming of parts, with its rows."""
     from ._image.naming import parts_of
 
     path, bracket, rows = name.partition("[")
@@ -108,15 +108,15 @@ def _in_parts(name: str) -> Iterator[str]:
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
-    """The adapter in the file; without a base, one of the adapter's own names and shapes stands in where it is needed.
+    """Read the adapter back; if reading needs a base and there is none, one with the adapter's names stands in.
 
     Raises:
-        Miswritten: it cannot be read.
+        Miswritten: the file cannot be read.
         TargetNotFound: the base does not have a target of the adapter.
-        UsageError: it cannot be read without the base.
+        UsageError: the file cannot be read without the base.
     """
     foreign = asked.foreign
-    # A file that is damaged in a way that its tool forgives is written again as it was.
+    # The reading must be the same: a damaged file that its tool forgives is written again as it was.
     compat = foreign.data.get("compat") if foreign is not None and foreign.format == name else None
     try:
         return writer.read(path, compat=compat, base=base)
@@ -128,12 +128,12 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         if readable is not None and base is None:
             return readable
         if readable is not None:
-            raise  # The base lacks a target of the adapter, which is no fault of the writer.
+            raise  # The base lacks a target of the adapter, which is not the writer's fault.
         if base is None and isinstance(error, UsageError):
-            why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
+            why = f"without the base {name} cannot read back what it writes, so nothing proves it: {error.why}"
             raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
         if base is not None:
-            # An adapter that does not fit this base is no fault of the writer either; the reader binds what it reads.
+            # An adapter that does not fit this base is not the writer's fault either; the reader binds what it reads.
             from ..naming.binding import bind
 
             bind(asked, base)
@@ -141,7 +141,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
 
 def stand_in(adapter: Adapter) -> Checkpoint:
-    """A base of an adapter's own names, and shapes as far as it tells them; it holds no numbers."""
+    """Make a base with an adapter's names, and shapes as far as the adapter tells them; it holds no values."""
     from ..io.checkpoint import Checkpoint
     from ..naming.binding import view_shape
 
@@ -175,13 +175,13 @@ def _empty(shape: tuple[int, ...]) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Proof:
-    """A comparison of what was asked with what was read back.
+    """A comparison of the adapter to write with the adapter that was read back.
 
     Attributes:
-        name: of the format.
-        base: the base, if there is one.
-        left_out: words of the lines that report updates that were left out; targets are among them.
-        changed: attributes that are reported to be changed, as `target:method.attribute`.
+        name: the name of the format.
+        base: the base; None if there is none.
+        left_out: words of the lines that report updates that were left out; targets are among these words.
+        changed: attributes that are reported as changed, as `target:method.attribute`.
         dtypes: element types of the format, if it does not have all of them.
     """
 
@@ -195,7 +195,7 @@ class _Proof:
         """Check all targets.
 
         Raises:
-            Miswritten: one differs.
+            Miswritten: a target differs.
         """
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
@@ -203,7 +203,7 @@ class _Proof:
         try:
             got.validate()
         except AdapterkitError as error:
-            raise Miswritten(f"{self.name} wrote what is no adapter: {error.why}", where=error.where) from error
+            raise Miswritten(f"{self.name} wrote an invalid adapter: {error.why}", where=error.where) from error
         if _shared(ours, theirs) < 1:
             way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
             ours, theirs = way(ours), way(theirs)
@@ -213,7 +213,7 @@ class _Proof:
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
         for group in there.values():
-            # Some formats have all modules of a kind, with zeros for those that nothing changes.
+            # Some formats store all modules of a kind, with zeros for those without an update.
             self._check_path({}, group)
 
     def _check_path(self, asked: Updates, got: Updates) -> None:
@@ -239,14 +239,14 @@ class _Proof:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
             raise Miswritten(f"{self.name} wrote a target that the adapter does not have", where=where, cure=_REPORT)
-        # Changes that are not finite cannot be compared: the adapter is at fault then, not its writer.
+        # Changes that are not finite cannot be compared; then the adapter is at fault, not its writer.
         Adapter(asked).check_values()
         raise Miswritten(
             f"{self.name} wrote something else than the adapter has here: {why}", where=where, cure=_REPORT
         )
 
     def _as_reported(self, target: Target, asked: tuple[Update, ...], got: tuple[Update, ...]) -> tuple[Update, ...]:
-        """The updates with the values that they were read back with in those fields that are reported as changed."""
+        """Return the updates with the values that were read back in the fields that are reported as changed."""
         if not self.changed or [u.method for u in asked] != [u.method for u in got]:
             return asked
         return tuple(
@@ -255,19 +255,19 @@ class _Proof:
         )
 
     def _choices(self, asked: Updates) -> list[Updates]:
-        """All updates; or, where some are reported as left out, every choice of them."""
+        """Return all updates; if some are reported as left out, every subset that leaves some of those out."""
         choices: list[Updates] = [asked]
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                # Rows of one weight may all be left out. Of many, all or none are tried: their choices are too many.
+                # Rows of one weight may all be left out. Many rows have too many subsets: then all or none are tried.
                 before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
                 choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
         return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:
-    """The first target that differs, and the field, where the methods are the same."""
+    """Name the first target that differs, and the field, if the methods are the same."""
     for target in dict.fromkeys((*asked, *got)):
         ours, theirs = asked.get(target, ()), got.get(target, ())
         if [u.method for u in ours] != [u.method for u in theirs]:
@@ -279,7 +279,7 @@ def _difference(asked: Updates, got: Updates) -> str:
 
 
 def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
-    """What brings targets of several names for the same modules to one; first of all nothing."""
+    """Return functions that bring different names of the same modules to one; the first changes nothing."""
     from ._image.deciding import families_of_all
     from ._image.naming import in_components, in_parts
 
@@ -301,13 +301,13 @@ def _bound(updates: Updates, base: Checkpoint) -> Updates:
 
 
 def _shared(asked: Updates, got: Updates) -> float:
-    """How much of what was asked for is there by name."""
+    """Return the fraction of the requested targets that are there by name."""
     ours, theirs = ({(target.path, target.layout) for target in updates} for updates in (asked, got))
     return len(ours & theirs) / len(ours)
 
 
 def _by_path(updates: Updates) -> dict[str, dict[Target, tuple[Update, ...]]]:
-    """Path -> its targets: one, or rows of one weight."""
+    """Return path -> its targets: one, or several with rows of one weight."""
     found: dict[str, dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         found.setdefault(target.path, {})[target] = each
@@ -319,7 +319,7 @@ def _same(asked: tuple[Update, ...], got: tuple[Update, ...]) -> bool:
 
 
 def differing(asked: Update, got: Update) -> str:
-    """The first field in which two updates differ; empty where they are the same."""
+    """Return the first field in which two updates differ; empty if they are equal."""
     if type(asked) is not type(got):
         return "method"
     for name in asked.attribute_fields():
@@ -338,7 +338,7 @@ def _close(one: Any, other: Any) -> bool:
 
 
 def equal(one: Leaf | None, other: Leaf | None) -> bool:
-    """Whether two tensors are of one type and shape and hold the same bits; of large ones, wherever it is looked."""
+    """Whether two tensors have the same dtype, shape and bits; of large tensors, only samples are compared."""
     if one is other:
         return True
     if one is None or other is None:
@@ -358,16 +358,16 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
 
 
 def _check_bytes(name: str, file: str, written: Written) -> None:
-    """Compare what is on disk with what was to be written there, here and there.
+    """Compare samples of the bytes on disk with the tensors that were to be written.
 
     Raises:
-        Miswritten: it differs.
+        Miswritten: they differ.
     """
     held = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
     for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
         tensor = written.sources[key]
         if tensor.span is None and leaf.nbytes > COMPUTED:
-            continue  # it would be computed again
+            continue  # It would be computed again, which takes too long.
         size = leaf.dtype.itemsize
         count = min(leaf.nbytes, RUN) // size
         first = leaf.nbytes // size - count

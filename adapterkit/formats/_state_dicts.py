@@ -1,4 +1,4 @@
-"""State dicts of torch on disk, and the alpha that they do not hold, in a small file beside them."""
+"""Read and write torch state dicts, and the small file beside them with the alpha that they do not hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._pairs import finite
 
 
 def keys_of(path: Path) -> list[str]:
-    """The keys of a file of torch's or of safetensors, for detection; none where it is neither."""
+    """Return the keys of a torch or safetensors file, for detection; none if it is neither."""
     try:
         if not path.is_file():
             return []
@@ -30,25 +30,25 @@ def keys_of(path: Path) -> list[str]:
 
 
 def load(path: Path) -> dict[str, Lazy]:
-    """The tensors of a file, by key.
+    """Load the tensors of a file, by key.
 
     Raises:
-        Malformed: it is damaged, or no state dict.
+        Malformed: it is damaged, or not a state dict.
     """
     return safetensors.read(path) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) -> None:
-    """Writes a state dict atomically: as safetensors by that suffix, else as `torch.save` does.
+    """Write a state dict atomically: as safetensors if the path has that suffix, else as `torch.save` does.
 
     Args:
         path: the file.
-        tensors: by key, in the order in which they are to stand.
-        wrapper: the one key of a dict around them.
+        tensors: key -> tensor, in the order to write.
+        wrapper: the one key of a dict around the tensors.
 
     Raises:
         StorageError: it cannot be written.
-        UsageError: the suffix asks for safetensors, which the format's reader does not take.
+        UsageError: the suffix is of safetensors, which the format's reader does not accept.
     """
     if path.suffix == ".safetensors":
         if wrapper is not None:
@@ -59,22 +59,22 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
 
     loaded: dict[int, torch.Tensor] = {}
     state = {key: loaded.setdefault(id(leaf), as_torch(leaf)) for key, leaf in tensors.items()}
-    # The archive's root is called after the file, so that the staged file must have its name.
+    # The archive's root is named after the file, so the staged file must have the same name.
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
         except RuntimeError as error:
-            # torch's zip writer is C++ and hides the errno. Plain tensors in memory leave it no other reason to fail.
+            # torch's zip writer is C++ and hides the errno. With plain tensors in memory, only the disk can fail.
             raise unwritten(error, part) from error
     return None
 
 
 def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str, Any]:
-    """What a file of settings beside a state dict says; `alpha` is among it, and not zero.
+    """Read a file of settings beside a state dict; it must have an `alpha` that is not zero.
 
     Raises:
-        UsageError: it is not there, and the state dict does not hold alpha.
-        Malformed: it says something else, or an alpha that is none.
+        UsageError: the file is missing, and the state dict does not hold alpha.
+        Malformed: it has other content, or an invalid alpha.
     """
     if not file.exists():
         why = f"the tensors do not say alpha; {file.name} beside them must"
@@ -85,11 +85,11 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
         why = "no alpha" if unknown is None else f"unknown name {unknown!r}"
         raise Malformed(why, path=file, cure=f"It is {example}")
     if not finite(settings["alpha"], f"{file.name}: alpha"):
-        why = "alpha is zero, so that the adapter would do nothing"
+        why = "alpha is zero, so the adapter would do nothing"
         raise Malformed(why, path=file, where="alpha", cure="Correct it")
     return settings
 
 
 def write_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Writes a file of settings."""
+    """Write a file of settings."""
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())

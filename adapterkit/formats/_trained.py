@@ -1,7 +1,7 @@
-"""Departures that only the adapted layer tells: which function a tool trained at a layer of this kernel and padding.
+"""Apply departures that depend on the adapted layer: the function that a tool trained at its kernel and padding.
 
-A file of OFT or LoRA does not say whether its layer is a convolution, or how that pads its input. The engines know it,
-so they ask here before they compute. An adapter that was not read from a tool's file, or was read with
+A file of OFT or LoRA does not say whether its layer is a convolution, or how the layer pads its input. The engines know
+it, so they call this before they compute. An adapter that was not read from a tool's file, or was read with
 `compat="formula"`, means its formula everywhere.
 """
 
@@ -28,11 +28,11 @@ def as_trained(
     """Return the updates as the tools that trained them computed them at one layer.
 
     Args:
-        updates: of one target.
+        updates: the updates of one target.
         recipe: the adapter's lineage; it names the formats that the adapter was read from.
-        shape: of the layer's weight, `[out, in, *k]`.
+        shape: the shape of the layer's weight, `[out, in, *k]`.
         target: the target, for errors.
-        padding: how the layer pads its input, where that is known and is not zeros around an undilated kernel.
+        padding: how the layer pads its input, if that is known and is not zeros around an undilated kernel.
 
     Raises:
         Unsupported: no method here computes what the tool computed at this layer.
@@ -70,7 +70,7 @@ def sites_as_trained(
     """Return the sites with their updates as trained, by the shapes of the base's tensors alone.
 
     Args:
-        sites: bound to a base; stacked ones and rows of a weight stay as they are.
+        sites: sites bound to a base; stacked ones and rows of a weight stay as they are.
         recipe: the adapter's lineage.
         shapes: name of a tensor of the base -> its stored shape.
 

@@ -1,4 +1,4 @@
-"""YAML of adapters' configs: a mapping of names, read and written."""
+"""Read and write the YAML of adapters' configs: mappings with text keys."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LIMIT = strict_yaml.MAX_BYTES
 
 
 def load_yaml(data: bytes, where: str) -> dict[str, Any]:
-    """A mapping with text for keys.
+    """Parse a mapping with text for keys.
 
     Raises:
-        Malformed: it is not one, is too large, or asks for more than plain values.
+        Malformed: it is not a mapping, is too large, or has more than plain values.
     """
     value = strict_yaml.load_yaml(data, where=where)
     if not isinstance(value, dict):
@@ -23,7 +23,7 @@ def load_yaml(data: bytes, where: str) -> dict[str, Any]:
 
 
 def dump_yaml(value: dict[str, Any], read: str = "") -> bytes:
-    """The same the other way, keys in their order; the text that was read, where it says the same."""
+    """Write a mapping, keys in their order; returns `read`, the text that was read, if it still means the same."""
     import yaml
 
     if read and load_yaml(read.encode(), "what was read") == value:

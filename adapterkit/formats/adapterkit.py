@@ -27,12 +27,12 @@ SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
-"""Bytes of a record that stands in a file of its own."""
+"""Largest size in bytes of a record in a file of its own."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
 NUMBER = "(0|[1-9][0-9]{0,3})"
-"""A MAJOR or MINOR; without leading zeros, so that one version has one spelling."""
+"""A MAJOR or MINOR number without leading zeros, so that one version has one spelling."""
 
 Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^1\.{NUMBER}$"})]
 Row = Annotated[int, msgspec.Meta(ge=0)]
@@ -92,7 +92,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Native(Format):
-    """adapterkit's own format; says everything an `Adapter` can hold."""
+    """adapterkit's own format; it can express everything that an `Adapter` can hold."""
 
     url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
     description = f"adapterkit's own: one safetensors file, spec {SPEC}"
@@ -122,14 +122,14 @@ class Native(Format):
     ) -> list[str]:
         unknown = [f"{t}: {u.method} is no method" for t, u in adapter if u.method not in METHODS]
         if unknown:
-            cure = "Write what it is made of, each by itself"
-            raise Unrepresentable("a file holds updates of methods alone", items=unknown, cure=cure)
+            cure = "Write the updates that it is made of, each by itself"
+            raise Unrepresentable("a file holds only updates of methods", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         record = encode_record(adapter, tensors)
         try:
             plain = msgspec.to_builtins(record)
         except (TypeError, RecursionError) as error:
-            why = f"a value that JSON cannot say ({first_line(error)})"
+            why = f"a value that JSON cannot express ({first_line(error)})"
             raise Malformed(why, where=f"metadata {KEY}", cure="Leave it out, or give plain values") from None
         text = canonical(plain)
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
@@ -141,7 +141,7 @@ def _file(path: Path) -> Path:
 
 
 def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
-    """The adapter that a record says of tensors.
+    """Return the adapter that a record describes, with these tensors.
 
     Raises:
         Malformed, Unsupported: as for a file.
@@ -150,7 +150,7 @@ def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
 
 
 def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
-    """The record of an adapter; fills `tensors` with what it names. A shared leaf is stored once."""
+    """Return the record of an adapter; adds the tensors that it names to `tensors`. A shared leaf is stored once."""
     names: dict[int, str] = {}
 
     def store(name: str, leaf: Leaf) -> str:
@@ -171,13 +171,13 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
 
 def version_of(adapter: Adapter) -> str:
-    """The oldest version of the spec that has all that an adapter says, so that older readers can read it."""
+    """Return the oldest version of the spec that can express an adapter, so that older readers can read it."""
     return max((METHODS[update.method].since[update.stated_version - 1] for _, update in adapter), default="1.0")
 
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
-    # Defaults are left out by identity, so that an equal layout must be the very object.
+    # msgspec omits a default only if it is the same object, so an equal layout must be replaced by that object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
     version = update.stated_version
@@ -198,7 +198,7 @@ def _unused(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _parse(text: str) -> Record:
-    """The record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
+    """Parse the record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
     try:
         fields = load_json(text)
         if not isinstance(fields, dict):
@@ -208,7 +208,7 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        # msgspec says `$.updates[0].tensors[...]`, with dots in the place of a key of a mapping.
+        # msgspec writes `$.updates[0].tensors[...]`, with dots in place of a mapping's key.
         where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
@@ -284,7 +284,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
 
 
 def _check_names(what: str, given: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
-    """Check that an update has only names that its method knows, and all that have no default."""
+    """Check that an update has only names that its method knows, and all names without a default."""
     for name in given:
         if name not in fields:
             raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")

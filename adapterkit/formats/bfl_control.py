@@ -1,6 +1,6 @@
 """Black Forest Labs' control LoRA for FLUX: their own names, `lora_B.bias`, and whole scales of norms; no alpha.
 
-Its LoRA of `img_in` reads more channels than the base's: it fits the base whose `img_in` was enlarged with zeros.
+Its LoRA of `img_in` reads more channels than the base has; it fits a base whose `img_in` was enlarged with zeros.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BflControl(ImageFormat):
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """In the authors' names; a whole norm is its parameter `scale` there, which diffusers calls a weight."""
+        """Rename to the authors' names; they call a whole norm's parameter `scale`, diffusers calls it a weight."""
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
         return {_scale(target, found): found for target, found in changed.items()}, losses
 
@@ -82,12 +82,12 @@ class BflControl(ImageFormat):
 
 
 def _scale(target: Target, found: Iterable[Update]) -> Target:
-    """The parameter of a whole norm; any other target as it is."""
+    """Return the parameter of a whole norm; any other target unchanged."""
     whole = all(update.method == "replacement" for update in found)
     norm = _NORM.fullmatch(f"{rooted(target.path)[1]}.scale")
     return replace(target, path=f"{target.path}.scale") if whole and norm else target
 
 
 def _of_flux(name: str) -> bool:
-    """Whether FLUX has a module of this name: HunyuanVideo's blocks begin alike."""
+    """Whether FLUX has a module of this name; blocks of HunyuanVideo have the same beginning."""
     return any(family.name == "flux" for family in families_of(name, "native"))

@@ -1,8 +1,8 @@
-"""ComfyUI's own names: the model's dotted paths behind `diffusion_model.`, with any of the slots its loader knows.
+"""ComfyUI's own names: the model's dotted paths after `diffusion_model.`, with any slot that its loader knows.
 
 ai-toolkit, musubi-tuner and others write the same with `lora_A` and `lora_B`, and no alpha. DiffSynth, the Lightning
-distillations, fal and ACE-Step leave the prefix out or write PEFT's; their names must all be those of one known family,
-since nothing else tells such a file from one of another kind of model.
+distillations, fal and ACE-Step omit the prefix or write PEFT's. Their names must all be those of one known family,
+because nothing else tells such a file from one of another kind of model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _BARE = {"lora_A": "down", "lora_B": "up"}
-"""Slots that only a prefix tells from loralib's, which has the same."""
+"""Slots that loralib has, too; only a prefix shows that a file is ComfyUI's."""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
 _OTHER = re.compile(
@@ -72,7 +72,7 @@ _OTHER = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Encoder -> ComfyUI's word for its CLIP, where the family is not known."""
+"""Encoder -> ComfyUI's name of its CLIP, if the family is not known."""
 
 
 class Comfyui(ImageFormat):
@@ -118,7 +118,7 @@ class Comfyui(ImageFormat):
         others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
-        # Names that a U-Net has too, such as time_embedding.linear_1, do not make a transformer one.
+        # Names that a U-Net has too, such as time_embedding.linear_1, do not prove a transformer.
         parts = {each.component for each in fitting if not each.facts.generic}
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
         fitting = narrowed(fitting, lambda family: said(family, metadata))
@@ -127,7 +127,7 @@ class Comfyui(ImageFormat):
         return {stem: Target(others.get(stem) or _path(stem, part, fitting)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """In ComfyUI's naming; the families that fit, by all that is known, tell the words for text encoders."""
+        """Rename to ComfyUI's naming; the families that fit decide the names of text encoders."""
         targets = denoiser_targets(updates, ())
         self._fitting = tuple(family.name for family in candidates(updates, targets, origin)) if targets else ()
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -151,21 +151,21 @@ class Comfyui(ImageFormat):
 
 
 def _apart(update: Update) -> tuple[Update, ...]:
-    """A LoRA with a bias as a LoRA and a change of the bias, as ComfyUI itself takes BFL's control LoRAs apart."""
+    """Split a LoRA with a bias into a LoRA and a change of the bias, as ComfyUI does with BFL's control LoRAs."""
     if not isinstance(update, LoRA) or update.bias is None:
         return (update,)
     return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
 def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
-    """The modules with all queries first, then all keys, then all values, where DiffSynth has them head by head.
+    """Reorder rows that DiffSynth has head by head: first all queries, then all keys, then all values.
 
-    DiffSynth trains MiniMax-H3 with the rows of the authors' shards; all other tools reorder these when they load them.
-    Shapes are the same, so that only PEFT's adapter name in the keys tells its files. The keys lose that name here: it
-    would tell the file that is written to be DiffSynth's.
+    DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder these when
+    they load them. Shapes are the same, so only PEFT's adapter name in the keys identifies such files. That name is
+    removed from the keys, because it would mark the written file as DiffSynth's.
 
     Raises:
-        Malformed: rows are not those of whole heads.
+        Malformed: the rows are not those of whole heads.
     """
     fitting = families_with({_rest(stem) for stem in modules})
     if not fitting or not all(family.facts.diffsynth_head for family in fitting):
@@ -179,7 +179,7 @@ def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
         if up is not None and len({piece.path for piece in pieces}) == 3:
             size, rows = family.facts.diffsynth_head, up.shape[0] if up.shape else 0
             if rows % (3 * size):
-                why = f"{rows} rows are no queries, keys and values of heads of {size}"
+                why = f"{rows} rows are not queries, keys and values of heads of {size}"
                 raise Malformed(why, where=module.keys["up"], cure=AGAIN)
             module = replace(module, tensors={**module.tensors, "up": _by_part(up, size)})
         found[stem] = replace(module, keys=keys)
@@ -187,7 +187,7 @@ def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
 
 
 def _by_part(leaf: Lazy, size: int) -> Lazy:
-    """Rows that stand head by head, in the order of all queries, all keys and all values."""
+    """Reorder rows from head by head to all queries, all keys and all values."""
 
     def ordered(array: Any) -> Any:
         parts = array.reshape(-1, 3, size, *array.shape[1:]).swapaxes(0, 1)
@@ -208,12 +208,12 @@ def _rest(stem: str) -> str:
 
 
 def _families(names: Collection[str]) -> list[str]:
-    """The families that have all of these names, generic ones aside."""
+    """List the families that have all of these names, except generic ones."""
     return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
 
 
 def _path(stem: str, part: str, fitting: Sequence[Family]) -> str:
-    """The target of a module, given the part that is the U-Net or transformer and the families that fit."""
+    """Return the target of a module, given the part that is the U-Net or transformer and the families that fit."""
     root, rest = rooted(stem)
     if not stem.startswith("text_encoders."):
         return f"{part}.{_rest(stem)}"
@@ -239,7 +239,7 @@ def _path(stem: str, part: str, fitting: Sequence[Family]) -> str:
 
 @lru_cache(maxsize=64)
 def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Text encoder and kind -> ComfyUI's word and diffusers' prefix, by the families that all targets fit."""
+    """Return text encoder and kind -> ComfyUI's name and diffusers' prefix, by the families that fit all targets."""
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
     kinds = encoder_kinds(targets)
@@ -258,14 +258,14 @@ def component_is_encoder(path: str) -> bool:
 
 
 def _encoder(component: str, rest: str, paths: frozenset[str], named: tuple[str, ...]) -> tuple[str, str]:
-    """ComfyUI's word for a text encoder, and the module's name there; an empty word where that is not known."""
+    """Return ComfyUI's name of a text encoder, and the module's name there; an empty name if it is not known."""
     kind = encoder_kind(rest)
     word, prefix = _words(paths, named).get((component, kind), ("", ""))
     if not word:
         word = {"clip": _ENCODERS.get(component, ""), "t5": "t5xxl"}.get(kind, "")
     if kind == "llm":
         before = next(each for each in reversed(LLM_PREFIXES) if rest.startswith(f"{each}layers."))
-        # A name that diffusers' model does not have would come back as another.
+        # A name that diffusers' model does not have would be read back as another name.
         word = word if before == prefix else ""
         rest = f"model.{rest.removeprefix(before)}"
     return word, rest

@@ -1,4 +1,4 @@
-"""diffusers: the LoRA of a pipeline in one file, its parts told by the first word of a key; three generations of keys.
+"""diffusers: the LoRA of a pipeline in one file; the first word of a key names the part; three generations of keys.
 
 Since 0.35 the header may hold PEFT's config of each part, `lora_adapter_metadata`; without it every scaling is 1.
 """
@@ -84,7 +84,7 @@ class Diffusers(ImageFormat):
     rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
     _whole_norms: bool = True
-    """Whether the family that is written can be one whose loader takes whole norms; `renamed` finds out."""
+    """Whether the loader of the adapter's family takes whole norms; set by `renamed`."""
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
         if write:
@@ -92,7 +92,7 @@ class Diffusers(ImageFormat):
         return folder_file(path, FILES)
 
     def rules_in(self, file: Path, hints: Hints) -> Rules:
-        """Torch files have no header for scalings; alphas are written where the file that was read had them."""
+        """Return the rules for writing: torch files have no header for scalings, so alphas that were read are kept."""
         if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
             return self.rules
         return replace(self.rules, slots=tuple(slot for slot in self.rules.slots if slot != "alpha"))
@@ -144,7 +144,7 @@ class Diffusers(ImageFormat):
         return stem
 
     def prepared(self, updates: Updates) -> Updates:
-        """Changes of biases beside a LoRA become its bias, as diffusers' own converter has it."""
+        """Turn changes of biases beside a LoRA into its bias, as diffusers' own converter does."""
         return _with_biases(updates)
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
@@ -160,7 +160,7 @@ class Diffusers(ImageFormat):
         return super().why_not(target, update, rules)
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """In diffusers' naming; a part of a pipeline has LoKr alone, or none."""
+        """Rename to diffusers' naming; refuse a part of a pipeline that mixes LoKr with other methods."""
         fitting = candidates(updates, denoiser_targets(updates, ()), origin)
         self._whole_norms = not fitting or any(family.facts.whole_norms for family in fitting)
         changed, losses = super().renamed(updates, kept, origin, fold=fold)
@@ -216,7 +216,7 @@ def _path(stem: str) -> str:
 
 
 def _with_biases(updates: Updates) -> Updates:
-    """LoRAs with the changes of biases that stand beside them for their bias; then all of their part have one."""
+    """Join changes of biases with the LoRAs beside them; then all LoRAs of the part get a bias."""
     joined: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
@@ -241,11 +241,11 @@ def _has_bias(update: Update) -> bool:
 
 @lru_cache(maxsize=4)
 def _settings(text: str) -> dict[str, Settings]:
-    """PEFT's settings of each part, out of the header.
+    """Parse PEFT's settings of each part from the header.
 
     Raises:
-        Malformed: it is no JSON object of configs.
-        Unsupported: a config asks for what this version does not know.
+        Malformed: it is not a JSON object of configs.
+        Unsupported: a config needs a feature that this version does not have.
     """
     from .peft.config import parse
 
@@ -266,7 +266,7 @@ def _settings(text: str) -> dict[str, Settings]:
 
 
 def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, Any]]) -> bool:
-    """Whether configs, or none, say these ranks and scalings."""
+    """Whether the configs, or defaults if there are none, give these ranks and scalings."""
     if not settings:
         parts: dict[str, set[int]] = {}
         for stem, (rank, scaling, _) in scales.items():
@@ -283,7 +283,7 @@ def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float
 
 
 def _composed(scales: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
-    """The header's configs, every field behind the name of its part."""
+    """Make the header's configs; the name of its part is before every field."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
         part, _, name = stem.partition(".")
@@ -303,7 +303,7 @@ def _fields(part: str, found: Mapping[str, tuple[int, float, Any]]) -> dict[str,
     )
     if inexact:
         items = [f"{part}.{name}: no alpha gives its scaling exactly" for name in inexact]
-        raise Unrepresentable("diffusers says a scaling as alpha / r", items=items, cure="Write kohya's format")
+        raise Unrepresentable("diffusers stores a scaling as alpha / r", items=items, cure="Write kohya's format")
     flags = {
         "use_dora": [isinstance(update, DoRA) for _, _, update in found.values()],
         "lora_bias": [getattr(update, "bias", None) is not None for _, _, update in found.values()],

@@ -1,6 +1,6 @@
 """kohya's sd-scripts: LoRA, LoCon and OFT for Stable Diffusion, FLUX and their text encoders, in one file.
 
-A key is a module's path with underscores for dots, behind a word for the part of the pipeline, and a slot.
+A key is a word for the part of the pipeline, a module's path with underscores for dots, and a slot.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Kohya(ImageFormat):
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
+        """Rename: XL's U-Net to LDM's naming, that of SD 1 and 2 to diffusers', transformers to their authors'."""
         from ._image.deciding import candidates, denoiser_targets
         from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        # A base's names are walked when such a file is read, whatever they are.
+        # Names of a base are kept, because a reader resolves stems against the base's own names, whatever they are.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
         turned_there = [t for t, each in others.items() if any(isinstance(update, OFT) for update in each)]
         if turned_there and not origin.families:
@@ -121,7 +121,7 @@ class Kohya(ImageFormat):
 
 
 def _foreign(key: str) -> bool:
-    """Whether a key with one of kohya's words before it has a slot of LyCORIS' own."""
+    """Whether a key with one of kohya's prefixes has a slot that only LyCORIS has."""
     found = _KEY.fullmatch(key)
     slot = found[2] if found else ""
     return bool(found) and slot.startswith(LYCORIS) and not key.startswith("oft_unet_")
@@ -131,4 +131,4 @@ LYCORIS = (
     "hada_", "lokr_", "oft_blocks", "a1.", "a2.", "b1.", "b2.", "bm.", "w_norm", "b_norm", "diff", "on_input",
     "q_layer", "p_layer", "lambda_layer", "rescale",
 )  # fmt: skip
-"""Beginnings of slots that LyCORIS has and sd-scripts does not."""
+"""Prefixes of slots that LyCORIS has and sd-scripts does not."""

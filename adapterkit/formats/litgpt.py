@@ -1,6 +1,6 @@
 """litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
 
-q, k and v are one weight there, q before k before v, and the pairs of those that are adapted stand in one A and one B.
+q, k and v are one weight there, in this order; the pairs of those that are adapted share one A and one B tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 @cache
 def _qkv() -> Table:
-    """Own template -> litgpt's name of the fused weight, and which part of it."""
+    """Return own template -> litgpt's name of the fused weight, and the part of it."""
     return Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
@@ -106,7 +106,7 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     kind = model.get("mlp_class_name", MLP[0])
     if kind not in MLP:
-        why = f"a model with {kind}, for whose names there is no table"
+        why = f"a model with {kind} whose names are not in the table"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
     rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
     alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
@@ -145,7 +145,7 @@ def _split(
 
 
 class _Writer:
-    """Pairs of one rank and scaling as litgpt has them; what it turns on for all layers and a layer lacks is zero."""
+    """Encodes pairs of one rank and scaling. litgpt turns modules on for all layers, so missing pairs become zeros."""
 
     def __init__(
         self,
@@ -203,12 +203,12 @@ class _Writer:
 
 
 def _below(own: str) -> str:
-    """A module's name below its layer."""
+    """Return a module's name below its layer."""
     return own.partition("layers.")[2].partition(".")[2] or own
 
 
 def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of the base's matrices, by names without what stands before a language model's."""
+    """Return the shapes of the base's matrices, by names without the prefix of a language model."""
     tensors = {} if base is None else base.tensors
     own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
     return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
@@ -223,7 +223,7 @@ def _named(path: str) -> str | None:
 
 
 def _flag(target: Target) -> str:
-    """Which setting turns a module on."""
+    """Return the setting that turns a module on."""
     foreign = next(filter(None, map(_named, without_prefix(target.path))))
     if f".{QKV}." in foreign:
         return foreign.rpartition(".")[2]
@@ -251,7 +251,7 @@ def _saved_heads(hints: Mapping[str, Any], base: Checkpoint | None) -> Heads | N
 
 
 def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> int:
-    """How many layers the base has, as far as known; at least those that are adapted."""
+    """Count the base's layers, as far as known; at least the adapted ones."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )
@@ -260,7 +260,7 @@ def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> i
 
 
 def _text(path: Path, *, needed: bool) -> str:
-    """A file of settings; nothing where there is none and it can be done without."""
+    """Read a file of settings; empty if it is missing and not needed."""
     if not path.exists():
         if needed:
             cure = "Fetch it: it says rank, alpha and what is adapted"
@@ -273,7 +273,7 @@ def _text(path: Path, *, needed: bool) -> str:
 
 
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
-    """Writes the folder; without its settings, which come last, it is no adapter."""
+    """Write the folder, its settings last; without them an interrupted folder is not taken for an adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     make_folder(folder)
     save(file, tensors, "model")

@@ -1,8 +1,8 @@
-"""loralib's checkpoints: a torch file of `lora_A` and `lora_B`, with `loralib.json` beside it for what it does not say.
+"""loralib's checkpoints: a torch file of `lora_A` and `lora_B`, with `loralib.json` beside it for alpha and blocks.
 
-An embedding's B A is the transpose of what is added to its weight. A `MergedLinear` has the pairs of equal blocks of
-its outputs in one A and one B; the file says neither which blocks nor how many there are. A `Conv2d` multiplies A and B
-of its kernel's rows, which is a LoRA of a larger rank.
+For an embedding, B A is the transpose of the change of its weight. A `MergedLinear` has the pairs of equal blocks of
+its outputs in one A and one B; the file states neither which blocks nor how many there are. A `Conv2d` multiplies A and
+B per row of its kernel, which is a LoRA of a larger rank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SETTINGS = "loralib.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] where there is a MergedLinear'
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
-"""Words in the keys of other tools that end alike."""
+"""Words in the keys of other tools whose keys have the same endings."""
 
 
 class Settings(TypedDict, total=False):
@@ -90,7 +90,7 @@ def _decode(
 ) -> Iterator[tuple[Target, LoRA]]:
     enabled = settings.get("enable_lora")
     if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
-        raise Malformed(f"{enabled!r} is no list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
+        raise Malformed(f"{enabled!r} is not a list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
     for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:
@@ -103,10 +103,10 @@ def _decode(
 
 
 def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
-    """Whether a pair is that of the one block that a MergedLinear adapts, and not of a whole weight.
+    """Whether a pair belongs to the one block that a MergedLinear adapts, and not to a whole weight.
 
     Raises:
-        UsageError: there is no base to tell.
+        UsageError: there is no base to decide.
     """
     if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
         return False
@@ -139,7 +139,7 @@ def _merged(
 
 
 def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
-    """W + B A, seen as the weight is: for each row a of the kernel its own rows of B, its own columns of A."""
+    """Decode W + B A in the weight's view: each row a of the kernel has its own rows of B and columns of A."""
     out, in_, k, _ = shape
     A, B = slots["A"], slots["B"]
     rank = A.shape[0] // k
@@ -186,7 +186,7 @@ def _spelled(
 def _enabled(
     path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
 ) -> list[bool]:
-    """Which equal blocks of a weight's outputs have a pair; the same ones in all weights of a file."""
+    """Return which equal blocks of a weight's outputs have a pair; they must be the same in all weights of a file."""
     size = found[0][0][1] - found[0][0][0]
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if enabled is None and weight is not None:

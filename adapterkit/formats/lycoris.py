@@ -1,6 +1,6 @@
 """LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, whole differences, and LoCon beside them, in one file.
 
-Keys are built as kohya's; `lycoris_` stands before modules of any model at all.
+Keys are built as kohya's; the prefix `lycoris_` is for modules of any model.
 """
 
 from __future__ import annotations

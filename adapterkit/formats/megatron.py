@@ -1,6 +1,6 @@
-"""Megatron-Bridge's and NeMo 2's LoRA: a state dict, torch's or safetensors, with `megatron.json` beside it for alpha.
+"""Megatron-Bridge's and NeMo 2's LoRA: a torch or safetensors state dict, with `megatron.json` beside it for alpha.
 
-Plain LoRA adapts fused weights, canonical LoRA each weight in them. A checkpoint that is spread over ranks is to be
+Plain LoRA adapts fused weights, canonical LoRA each weight in them. A checkpoint that is distributed over ranks must be
 gathered first.
 """
 
@@ -27,7 +27,7 @@ PREFIX = "decoder.layers."
 
 
 class Hints(Leftovers, total=False):
-    """What names begin with, whether weights are fused, heads and alpha."""
+    """The prefix of names, whether weights are fused, heads and alpha."""
 
     prefix: str
     fused: bool

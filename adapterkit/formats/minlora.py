@@ -1,6 +1,6 @@
 """minLoRA's checkpoints: a torch file of parametrizations, with `minlora.json` beside it for the alpha.
 
-An embedding's factors stand the other way round; a convolution's A has its kernel in one axis with its inputs.
+An embedding's factors are swapped; a convolution's A has its kernel and its inputs in one axis.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) 
 
 
 def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> dict[str, Any]:
-    """The pair with a convolution's kernel as axes of its own, as the base has it."""
+    """Return the pair with a convolution's kernel as axes of its own, as the base has it."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) < 3:
         return dict(slots)

@@ -1,6 +1,6 @@
 """NeMo 1's LoRA: a `.nemo` archive, a tar of `model_config.yaml` and `model_weights.ckpt`; LoRA and canonical LoRA.
 
-The archive's config says alpha and heads. One that is split over ranks is to be gathered first.
+The archive's config states alpha and heads. An archive that is split over ranks must be gathered first.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ FORMAT = "nemo"
 CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"
 PREFIX = "model.decoder.layers."
 LARGEST = 8 << 30
-"""Bytes that the tensors of an archive may take."""
+"""Limit in bytes on the tensors of an archive."""
 EXPANDED = 64
-"""How many times the archive's own size its tensors may take."""
+"""Limit on the size of the tensors, as a multiple of the archive's own size."""
 MEMBERS = 64
 PIECE = 2 << 20
-"""Bytes that are read at once; headers of members take a few hundred."""
+"""Limit on bytes that are read at once; headers of members take a few hundred."""
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
 class Hints(Leftovers, total=False):
-    """What names begin with, whether weights are fused, heads, alpha, the config and its text."""
+    """The prefix of names, whether weights are fused, heads, alpha, the config and its text."""
 
     prefix: str
     fused: bool
@@ -116,7 +116,7 @@ def _name(member: tarfile.TarInfo) -> str:
 
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
-    """The config and the tensors; these are in memory, as the archive has no place to leave them in."""
+    """Load the config and the tensors; tensors are kept in memory, because the extracted file is temporary."""
     parts: dict[str, bytes] = {}
     try:
         with _archive(path) as (archive, plain), tempfile.TemporaryDirectory() as folder:
@@ -151,9 +151,9 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
 
 
 class _Bounded(io.RawIOBase):
-    """The content of an archive, decompressed: no large piece at once, and not far beyond the archive's own size.
+    """The decompressed content of an archive, with limits on a single read and on the total size.
 
-    `tarfile` reads the header of a member whole, whatever size that claims, and skips a member by reading it.
+    `tarfile` reads the header of a member whole, whatever size it claims, and skips a member by reading it.
     """
 
     def __init__(self, source: Any, limit: int) -> None:
@@ -185,10 +185,10 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
-    """Open the archive in a file, which may be compressed as `tarfile` knows it.
+    """Open the archive in a file, which may be compressed in any way that `tarfile` supports.
 
     Yields:
-        the archive, and the file itself where it is not compressed.
+        the archive, and the file itself if it is not compressed.
     """
     with open_input(path) as file:
         head = file.read(6)
@@ -201,9 +201,9 @@ def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
 
 
 def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
-    """Copy a member's content; out of a file that is not compressed the kernel does it, in a third of the time.
+    """Copy a member's content; if the file is not compressed, the kernel copies it, in a third of the time.
 
-    The data of a sparse member is not one run of the file.
+    A sparse member is excluded, because its data is not one run of the file.
     """
     done = 0
     if plain is not None and member.sparse is None:
@@ -222,7 +222,7 @@ def _held(tensor: Lazy) -> Lazy:
 
 
 def _check(config: Mapping[str, Any]) -> float:
-    """Alpha, once nothing else is in the way."""
+    """Return alpha, after checking that the config has nothing unsupported."""
     tuning = (config.get("peft") or {}).get("lora_tuning") if isinstance(config.get("peft"), dict) else None
     if not isinstance(tuning, dict):
         raise Malformed("no peft.lora_tuning", where=CONFIG, cure="Give an archive of a LoRA")
@@ -249,7 +249,7 @@ def _heads(config: Mapping[str, Any]) -> Callable[[], Heads]:
 def _config(
     hints: Mapping[str, Any], base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
 ) -> dict[str, Any]:
-    """What was read, where alpha, rank and variant are still the same; else what NeMo looks for."""
+    """Return the config that was read if alpha, rank and variant are unchanged; else one with the fields NeMo needs."""
     read = dict(hints.get("config", {}))
     if not read and base is not None and base.config is not None:
         heads = heads_of(base.config, "config.json")
@@ -287,7 +287,7 @@ def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
-    """A member that is the same whoever writes it, and when."""
+    """Add a member with fixed owner and time, so that equal content gives equal bytes."""
     member = tarfile.TarInfo(name)
     member.size = size
     archive.addfile(member, content)

@@ -1,8 +1,8 @@
-"""Files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
+"""Read and write files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
-A torch file `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and `p2_nola` in
-MLPs. It holds the seed of torch's generator for each factor, not the random matrices, so they are drawn once more, by
-torch. Neither LoRA's alpha nor the kind of device that drew them is in it: both are read from `nola.json` beside it.
+A file is a torch dict `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and
+`p2_nola` in MLPs. It holds the seed of torch's generator for each factor instead of the random matrices, so torch draws
+them again. LoRA's alpha and the kind of device that drew the matrices are read from `nola.json` beside it.
 Seeds stay with an adapter that was read from such a file; only such an adapter can be written as one again.
 """
 
@@ -34,12 +34,12 @@ FORMAT = "nola"
 
 SETTINGS = "nola.json"
 LARGEST = 4 << 30
-"""Bytes that the random matrices of one factor may take."""
+"""Limit in bytes on the random matrices of one factor."""
 
 _PARTS: dict[str, tuple[str, int | None]] = {
     "nola_query": ("c_attn", 0), "nola_value": ("c_attn", 2), "p1_nola": ("c_fc", None), "p2_nola": ("c_proj", None),
 }  # fmt: skip
-"""Part -> module beside it, and which third of its outputs."""
+"""Part -> module beside it, and the third of its outputs that it changes."""
 
 _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
@@ -51,14 +51,14 @@ _SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What `nola.json` says: `lora_alpha` of the training, and where the model was: on the CPU or on a CUDA device."""
+    """The content of `nola.json`: `lora_alpha` of the training, and the device of the model, `cpu` or `cuda`."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
     device: Literal["cpu", "cuda"]
 
 
 class Hints(Leftovers, total=False):
-    """The settings of the file that the adapter was read from; its seeds are tensors beside."""
+    """The settings of the file that the adapter was read from; its seeds are kept as tensors."""
 
     alpha: float
     device: Literal["cpu", "cuda"]
@@ -108,27 +108,27 @@ class Nola(Format):
         if len(alphas) > 1:
             lost.append(f"scalings that stand for more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
         if lost and (on_loss != "drop" or len(alphas) != 1):
-            cure = "Write adapterkit's own format, which says the random matrices themselves"
-            raise Unrepresentable("what files of NOLA's reference implementation cannot say", items=lost, cure=cure)
+            cure = "Write adapterkit's own format, which stores the random matrices themselves"
+            raise Unrepresentable("files of NOLA's reference implementation cannot express this", items=lost, cure=cure)
         save(path, in_order(tensors, hints), "model_state_dict")
         write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
         return lost
 
 
 def _place(target: Target) -> tuple[str, int | None]:
-    """A module, and which third of its outputs; as in `_PARTS`."""
+    """Return a module and the third of its outputs, as in `_PARTS`."""
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
 def _stems(seeds: Mapping[str, Any]) -> dict[tuple[str, int | None], str]:
-    """Place -> what the keys of a pair begin with."""
+    """Return place -> prefix of the keys of a pair."""
     found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
     return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
 
 
 def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Any], device: str) -> str:
-    """Why an update cannot stand in such a file."""
+    """Say why such a file cannot express an update."""
     if not isinstance(update, NOLA):
         return "another method"
     factors = {"A": (update.alpha, update.A0, update.A_bases), "B": (update.beta, update.B0, update.B_bases)}
@@ -160,7 +160,7 @@ def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Any]) -> dict[str, Laz
 
 
 def _alpha(update: NOLA, known: float) -> float:
-    """LoRA's alpha: the file's own where it gives the scaling, to the bit."""
+    """Return LoRA's alpha: the file's own if it gives exactly this scaling."""
     rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
     return known if known / rank == update.scaling else update.scaling * rank
 
@@ -178,10 +178,10 @@ def _settings(path: Path) -> Settings:
 
 
 def _groups(tensors: Mapping[str, Lazy]) -> dict[tuple[str, str], dict[str, Lazy]]:
-    """(path of an attention or MLP, part) -> factor and slot -> tensor.
+    """Return (path of an attention or MLP, part) -> factor and slot -> tensor.
 
     Raises:
-        Malformed: a key is of something else, or one is missing.
+        Malformed: a key is not NOLA's, or one is missing.
     """
     groups: dict[tuple[str, str], dict[str, Lazy]] = {}
     for key, tensor in tensors.items():
@@ -203,7 +203,7 @@ def _check(where: str, slots: Mapping[str, Lazy]) -> None:
         weight, seed, mix = (slots[factor + slot] for slot in ("weight", "seed", "coefficients"))
         if len(weight.shape) != 2 or len(mix.shape) != 1 or seed.shape != (1,) or seed.dtype.name != "I64":
             shapes = f"{list(weight.shape)}, {list(seed.shape)} and {list(mix.shape)}"
-            why = f"{shapes} are no weight, seed and coefficients"
+            why = f"{shapes} are not a weight, a seed and coefficients"
             raise ShapeMismatch(why, where=f"{where}.lora_{factor}", cure="Save the checkpoint again")
         size = math.prod(weight.shape) * mix.shape[0] * mix.dtype.itemsize
         if size > LARGEST or mix.dtype.name != "F32":
@@ -227,7 +227,7 @@ def _update(slots: Mapping[str, Lazy], settings: Settings) -> NOLA:
 
 
 def _bases(slots: Mapping[str, Lazy], factor: str, device: str) -> Lazy:
-    """The random matrices of one factor, drawn when they are fetched."""
+    """Return the random matrices of one factor, drawn when they are fetched."""
     seed, shape = slots[f"{factor}seed"], (*slots[f"{factor}coefficients"].shape, *slots[f"{factor}weight"].shape)
 
     def fetch() -> bytes:

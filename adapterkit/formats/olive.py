@@ -1,6 +1,6 @@
-"""Olive's adapters, by `olive convert-adapters`: values for a graph's inputs, LoRA alone, the scaling inside B.
+"""Olive's adapters, by `olive convert-adapters`: values for a graph's inputs; only LoRA, with the scaling inside B.
 
-Both factors stand the other way round than PEFT has them. The container is `.onnx_adapter`, `.npz` or `.safetensors`.
+Both factors are transposed compared with PEFT. The container is `.onnx_adapter`, `.npz` or `.safetensors`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale
 
 
 class Hints(Leftovers, total=False):
-    """The two versions of an .onnx_adapter."""
+    """The two version numbers of an .onnx_adapter."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -89,7 +89,7 @@ class Olive(Format):
 
 
 def has_olives_names(path: Path) -> bool:
-    """Whether all values of an `.onnx_adapter` are called as Olive calls them."""
+    """Whether all values of an `.onnx_adapter` have Olive's names."""
     try:
         return _all_olives(read_ort_adapter(path).tensors)
     except AdapterkitError:

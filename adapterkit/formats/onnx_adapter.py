@@ -1,7 +1,7 @@
-"""onnxruntime's adapters: `.onnx_adapter`, named values for a graph's inputs, with a record of ours beside it.
+"""onnxruntime's adapters: `.onnx_adapter`, named values for a graph's inputs, with adapterkit's record beside it.
 
-The file knows names and numbers alone. What they mean, of which method and at which target, is in a file of its name
-and `.json`: the record that adapterkit's own files carry. Without one, Olive's names are read by the format `olive`.
+The file has only names and numbers. Their meaning, method and target, is in a file of the same name with `.json`: the
+record that adapterkit's own files have. A file without one may have Olive's names; the format `olive` reads it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMAT = "onnx_adapter"
 
 
 class Hints(Leftovers, total=False):
-    """The two versions."""
+    """The two version numbers."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
     model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -89,12 +89,12 @@ class OnnxAdapter(Format):
 def write_slots_record(
     adapter: Adapter, names: Sequence[Mapping[str, str]], others: Iterable[str], path: Path
 ) -> Path:  # fmt: skip
-    """Writes the record beside a file whose values are those of a graph's slots.
+    """Write the record beside a file whose values are those of a graph's slots.
 
     Args:
-        adapter: what the file holds.
-        names: of each update, in order: field -> name of its slot.
-        others: names of the values that are no tensors of updates: their scalings, which the record has as well.
+        adapter: the adapter in the file.
+        names: for each update, in order: field -> name of its slot.
+        others: names of the values that are not tensors of updates: scalings, which the record has as well.
         path: the file.
     """
     record = encode_record(adapter.replace(foreign=None), {})
@@ -106,7 +106,7 @@ def write_slots_record(
 
 
 def sidecar(path: Path) -> Path:
-    """The record beside a file."""
+    """Return the path of the record beside a file."""
     return path.with_name(path.name + ".json")
 
 

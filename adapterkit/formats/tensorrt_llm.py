@@ -1,7 +1,7 @@
 """TensorRT-LLM's pair of arrays: `model.lora_weights.npy` and `model.lora_config.npy`; LoRA, the scaling inside B.
 
-A row of the first holds A and B of one module, flat, with zeros up to the longest; a row of the second its number,
-layer and rank. How wide a module is follows from the base.
+A row of the first array holds A and B of one module, flat, padded with zeros; a row of the second has its number, layer
+and rank. The width of a module follows from the base.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TensorRtLlm(Format):
         try:
             rows = _rows(weights, config)
             if base is None:
-                why = "the arrays do not say how wide a module is, so that A and B cannot be told apart"
+                why = "the arrays do not say how wide a module is, so A and B cannot be told apart"
                 raise UsageError(why, where=CONFIG, cure="Give the base by base= or --base")
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:
@@ -94,7 +94,7 @@ class TensorRtLlm(Format):
 
 
 def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
-    """(number of the module, layer, rank) of each row."""
+    """Return (number of the module, layer, rank) of each row."""
     if weights.dtype.name not in _REAL or config.dtype.name != "I32":
         raise Unsupported(f"weights of {weights.dtype}, config of {config.dtype}", where=WEIGHTS, cure=DAMAGED)
     if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
@@ -135,7 +135,7 @@ def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -
 
 
 def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
-    """(module below a layer, layer) -> paths in the base."""
+    """Return (module below a layer, layer) -> paths in the base."""
     places: dict[tuple[str, int], list[str]] = {}
     for name in dict.fromkeys(modules_of(base.tensors)):
         found = OWN.fullmatch(name)
@@ -148,7 +148,7 @@ def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int,
     names = [modules()[module], *([FUSED] if modules()[module] == "mlp.gate_proj" else [])]
     found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
     if len(found) != 1:
-        why = f"{len(found)} modules of the base are called so"
+        why = f"{len(found)} modules of the base have this name"
         raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
     return found[0]
 
@@ -158,7 +158,7 @@ def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy
 
 
 def _swapped(B: Lazy) -> Lazy:
-    """The two halves of the outputs the other way round."""
+    """Swap the two halves of the outputs."""
     half = B.shape[0] // 2
     return joined([part(B, half, B.shape[0]), part(B, 0, half)])
 
@@ -199,7 +199,7 @@ def _why_not(target: Target, update: Pair) -> str:
 
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
-    """Writes the folder; without its config, which comes last, it is no adapter."""
+    """Write the folder, its config last; without it an interrupted folder is not taken for an adapter."""
     make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)

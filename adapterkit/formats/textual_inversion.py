@@ -1,7 +1,7 @@
 """Textual inversion: embeddings of new tokens, as AUTOMATIC1111, diffusers, kohya and SDXL's trainers write them.
 
-AUTOMATIC1111 has a torch file around `string_to_param`; diffusers one tensor under the token itself; kohya
-`emb_params`, without the token; for SDXL there is one tensor an encoder, `clip_l` and `clip_g`. SD 3's has `t5xxl` too.
+AUTOMATIC1111 has a torch file with the tensors in `string_to_param`; diffusers one tensor under the token itself; kohya
+`emb_params`, without the token; SDXL's files one tensor an encoder, `clip_l` and `clip_g`. SD 3's have `t5xxl` too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Key of an encoder's tensor -> the part of the pipeline."""
 
 _BESIDE = ("adapter_config.json", "config.json")
-"""Files beside which a tensor is something else."""
+"""Files that show that a tensor beside them is something else."""
 
 
 class TextualInversionFiles(Format):
-    """The four dialects; what is written is the dialect that was read, else diffusers' or SDXL's."""
+    """The four forms of files; an adapter is written in the form that was read, else in diffusers' or SDXL's."""
 
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
@@ -86,7 +86,7 @@ FORMAT = "textual_inversion"
 
 
 def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, Any] | None]:
-    """Tensors, metadata, and what stands around the tensors in AUTOMATIC1111's files."""
+    """Return tensors, metadata, and the dict around the tensors in AUTOMATIC1111's files."""
     if path.suffix not in TORCH and not is_torch_file(path):
         return *container.load(path), None
     value = read_torch_value(path)
@@ -118,14 +118,14 @@ def _plain(value: Any) -> bool:
 
 
 def _dialect(tensors: Mapping[str, Lazy]) -> str:
-    """Which of the dialects these tensors are; empty for none."""
+    """Return which of the forms these tensors have; empty for none."""
     if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
         return ""
     if tensors.keys() <= ENCODERS.keys():
         return "sdxl"
     if tensors.keys() == {KOHYA}:
         return "kohya"
-    # A token is one word of a prompt; names of parameters have dots, their parts are no tokens.
+    # A token is one word of a prompt and has no dots; names of parameters have dots.
     return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
 
 
@@ -156,14 +156,14 @@ def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, 
 
 
 def _token(tensors: Mapping[str, Lazy], wrapper: dict[str, Any] | None, dialect: str, path: Path) -> str:
-    """The token: the key itself, the name inside the file, or, as its tools take it, the name of the file."""
+    """Return the token: the key itself, the name inside the file, or the name of the file, as its tools do."""
     if wrapper is not None:
         return str(wrapper.get("name") or path.stem)
     return next(iter(tensors)) if dialect == "diffusers" else path.stem
 
 
 def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
-    """Part of the pipeline -> embeddings, and a line for each update that was left out."""
+    """Return part of the pipeline -> embeddings, and a line for each update that was left out."""
     found: dict[str, TextualInversion] = {}
     items = []
     for target, update in adapter:
@@ -188,7 +188,7 @@ def _token_of(found: Mapping[str, TextualInversion]) -> str:
 
 
 def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
-    """The tensors under the keys and in the shapes that were read, where those are a file's of this kind."""
+    """Return the tensors under the keys and in the shapes that were read, if such files have them."""
     words = {part: name for name, part in ENCODERS.items()}
     kept = wrapped or "wrapper" not in data
     old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
@@ -210,7 +210,7 @@ def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, 
 
 
 def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
-    """A line for each part, where the file's name is the token: only diffusers' files hold it."""
+    """Return a line for each part if the file's name becomes the token; only diffusers' files hold the token."""
     token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
     why = f"is {token!r}, the name of the file, not {_token_of(found)!r}"
     changed = [part for part, update in found.items() if update.token != token]

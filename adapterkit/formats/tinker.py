@@ -1,6 +1,6 @@
-"""Tinker's adapters: PEFT's folder, but for the names of the head and for experts, which share factors in one stack.
+"""Tinker's adapters: PEFT's folder, except for the head's name and for stacked experts that share factors.
 
-A folder without either is PEFT's own, and read as such.
+A folder without either is PEFT's own, and is read as such.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PREFIX = "base_model.model."
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = Experts(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's that would change what the tensors mean."""
+"""Fields of PEFT's config that would change the meaning of the tensors."""
 
 
 class Hints(Leftovers, total=False):
@@ -130,7 +130,7 @@ def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -
     paths = _STACKS.back(name, count)
     if paths is None:
         raise Malformed("a stack by a name that is not known", where=name, cure=DAMAGED)
-    # One factor of all experts is one leaf, so that it is stored once wherever it goes.
+    # A factor of all experts is one leaf, so it is stored once, however many updates share it.
     only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     for index, path in enumerate(paths):
         one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
@@ -138,7 +138,7 @@ def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -
 
 
 class _OwnNames:
-    """The base's own names: Tinker's lack the prefix of a language model inside a larger one."""
+    """The base's own names; Tinker's lack the prefix of a language model inside a larger one."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         own = None if base is None else dict.fromkeys(modules_of(base.tensors))
@@ -149,7 +149,7 @@ class _OwnNames:
 
 
 class _Same(Table):
-    """A table in which every name of a language model is its own."""
+    """A table that maps every name of a language model to itself."""
 
     def __init__(self) -> None:
         super().__init__({})

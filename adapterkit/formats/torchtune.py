@@ -1,6 +1,6 @@
-"""torchtune's own adapter checkpoints, `adapter_model.pt`: a torch file in torchtune's names and Meta's order of rows.
+"""torchtune's own adapter checkpoints, `adapter_model.pt`: a torch file with torchtune's names and Meta's row order.
 
-The file says no alpha; `torchtune.json` beside it does, or the `adapter_config.json` that torchtune writes there.
+The file does not state alpha; `torchtune.json` beside it does, or the `adapter_config.json` that torchtune writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude
 
 
 class Hints(Leftovers, total=False):
-    """Alpha, heads, and whether rows are turned."""
+    """Alpha, heads, and whether rows are in Meta's order."""
 
     alpha: float
     heads: dict[str, int | bool]
@@ -111,7 +111,7 @@ class _Order:
         if "turned" not in self.known:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
-                why = "the base's family and heads decide on the order of rows here"
+                why = "the order of rows here depends on the base's family and heads"
                 raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
             model = config.get("model_type")
             if model not in meta_order():

@@ -1,7 +1,7 @@
 """XLabs' LoRA for FLUX: in the processors of attentions, without an alpha.  https://github.com/XLabs-AI/x-flux
 
-`qkv_lora1` and `proj_lora1` are of the image's stream, 2 of the text's; a single block's `qkv_lora` adapts the first
-three sevenths of linear1, its `proj_lora` linear2.
+`qkv_lora1` and `proj_lora1` are of the image's stream, those with 2 of the text's. In a single block, `qkv_lora` adapts
+the first three sevenths of linear1, and `proj_lora` adapts linear2.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What bases call things, as data: layouts that shapes cannot tell, and which head is tied to which embedding."""
+"""Names and layouts of bases, as data: how weights are stored where shapes cannot tell, and which heads are tied."""

@@ -1,7 +1,7 @@
-"""Architectures as data: what each tool calls the weights of a model family, and how the layouts relate.
+"""Load architectures: what each tool calls the weights of a model family, and how the layouts relate.
 
-One TOML file a family, `spec/architectures/<family>.toml`; its format is in `spec/architectures/README.md`. A file is
-read when a base of its family is bound, and no other file is.
+Each family has one TOML file, `spec/architectures/<family>.toml`; `spec/architectures/README.md` has the format. A file
+is read when a base of its family is bound, and no other file is.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ SHARED = ("query", "kv", "vision")
 """Which heads share the rows of a place: those that ask, those that answer, or those of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
-"""Orders of rows by the heads of a linear attention."""
+"""Orders of rows that follow from the heads of a linear attention."""
 
 SPLIT = ("latent", "linear_qkvz")
-"""Ways to share the rows of a weight between two tensors."""
+"""Ways to divide the rows of one weight between two tensors."""
 
 QKV = ("query", "key", "value")
 """The weights in a fused projection, in the order of their rows."""
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where one naming keeps a weight.
+    """The place of a weight in one naming.
 
     Attributes:
         name: template of a module, or of a parameter, with holes such as `{n}` for numbers; `{e}` is an expert's.
         stacked: all experts lie in one tensor, along its first axis.
-        part: the first of `of` equal runs of rows of the tensor that the weight is; None where it is the whole tensor.
-        parts: how many of these runs the weight is.
+        part: the weight starts at this one of the tensor's `of` equal runs of rows; None if it is the whole tensor.
+        parts: how many of these runs the weight covers.
         of: how many equal runs of rows the tensor has.
         interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
         qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
             how many rows each has follows from the base's heads.
-        groups: of `qkv`: the rows stand group by group instead: the queries that share a key, the key, the value.
+        groups: only with `qkv`: rows stand group by group: the queries that share a key, then the key, then the value.
         half: the experts of two weights share one row of numbers: this weight has the first half of them (0) or the
             second (1).
-        flat: the tensor has one axis, the inputs: the weight has one row.
+        flat: the tensor has one axis, the inputs; the weight then has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
             has all queries, then all keys, then all values of a fused weight that holds them group by group; the
@@ -68,8 +68,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         heads: which heads share the rows, `query`, `kv` or those of the `vision` tower; only with `TURNED`.
         columns: the order of the inputs, in the words of `rows`.
         beside: template of a second tensor, which has the rows of the weight that the first one lacks.
-        ratio: the weight is the tensor only where that has so many outputs an input: the last block's modulation is
-            narrower than those of the others, under the same name.
+        ratio: the weight is this tensor only if the tensor has so many outputs per input. The last block's modulation
+            is narrower than that of the others, under the same name.
     """
 
     name: str
@@ -94,9 +94,9 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
     Attributes:
-        kind: `clip`, `t5` or `llm`, whose modules it has.
-        comfyui: what ComfyUI calls it; empty where ComfyUI does not have it.
-        prefix: of an `llm`, what stands before `layers.` in diffusers' names.
+        kind: `clip`, `t5` or `llm`: the kind of model whose modules it has.
+        comfyui: its name in ComfyUI; empty if ComfyUI does not have it.
+        prefix: only for an `llm`: the prefix of `layers.` in diffusers' names.
     """
 
     kind: str
@@ -105,20 +105,20 @@ class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The facts of a family that is a part of a pipeline of diffusers: what it is called, and how it is recognised.
+    """The facts of a family that is a part of a diffusers pipeline: its names, and how to recognise it.
 
     Attributes:
         component: the part: `unet` or `transformer`.
-        title: the family's name in messages; its file's name where there is none.
+        title: the family's name in messages; empty to use the name of its file.
         classes: values of `_class_name` in the config of a diffusers model.
-        words: what metadata of files call the family, letters and digits alone: `flux1`.
-        sd_scripts: sd-scripts trains it, so that only such families have its OFT.
+        words: names of the family in files' metadata, letters and digits only: `flux1`.
+        sd_scripts: sd-scripts trains it; only such families have the OFT of sd-scripts.
         kohya: the naming that sd-scripts and tools like it flatten into their keys.
-        distinctive: no language model has such names, so that they tell the part without a prefix.
-        generic: the names have any numbers of blocks; the family is meant only where no other has all names.
-        widths: inputs of its blocks in the models that were published.
+        distinctive: no language model has such names, so they identify the part without a prefix.
+        generic: the names allow any number of blocks; the family is chosen only if no other has all names.
+        widths: inputs of its blocks in the published models.
         blocks: first word of a name -> how many blocks the largest published model has.
-        ratios: weight -> its outputs by its inputs.
+        ratios: weight -> its outputs divided by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
         prefixes: part of the pipeline -> what kohya's keys of it begin with, if not `lora_unet` or `lora_te`.
         beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
@@ -166,7 +166,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of `namings`: what a tool calls the weights of families that have files of their own."""
+    """One file of `namings`: a tool's names for the weights of families that have files of their own."""
 
     format: int
     naming: str
@@ -175,16 +175,16 @@ class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str] = []
 
     def places(self) -> dict[str, Place]:
-        """Key of a weight -> its place."""
+        """Return key of a weight -> its place."""
         return {key: Place(place) if isinstance(place, str) else place for key, place in self.weights.items()}
 
 
 class Architecture:
-    """The namings of one family, to be looked up by a name in any of them.
+    """The namings of one family; looks up a name in any of them.
 
     Args:
         record: the content of its file.
-        apart: the naming `WEIGHT` is one of its namings.
+        apart: `WEIGHT` is one of its namings.
     """
 
     def __init__(self, record: Record, *, apart: bool = False) -> None:
@@ -194,12 +194,12 @@ class Architecture:
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
-        """The namings that the file has, in order of first use."""
+        """List the namings that the file has, in order of first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
         return tuple(dict.fromkeys([*self.record.keyed, *named, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
-        """Where a naming keeps a weight; None where it has no such weight."""
+        """Find the place of a weight in a naming; None if the naming has no such weight."""
         if naming == WEIGHT:
             hub = self.place(weight, "hub")
             return hub if hub is not None and hub == Place(hub.name) else Place(weight)
@@ -213,7 +213,7 @@ class Architecture:
         return Place(found) if isinstance(found, str) else found
 
     def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
-        """The weights that a naming keeps under a concrete name, each with its place and the numbers in the holes."""
+        """Find the weights that a naming keeps under a name, each with its place and the numbers in the holes."""
         found = []
         for weight, place, words in self._index(naming).get(shape_of(name), ()):
             numbers = _numbers(words, name.split("."))
@@ -222,7 +222,7 @@ class Architecture:
         return found
 
     def namings_with(self, name: str) -> tuple[str, ...]:
-        """The namings that may have a concrete name, the families' own last."""
+        """List the namings that may have a concrete name, the family's own last."""
         shape = shape_of(name)
         if shape not in self._namings:
             every = dict.fromkeys((*self.namings, WEIGHT))
@@ -230,7 +230,7 @@ class Architecture:
         return self._namings[shape]
 
     def templates(self, naming: str) -> Iterator[str]:
-        """The names of a naming, with `#` in every hole."""
+        """Yield the names of a naming, with `#` in every hole."""
         return iter(self._index(naming))
 
     def _index(self, naming: str) -> Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]:
@@ -254,7 +254,7 @@ class Architecture:
 
 
 def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
-    """The architecture of a base by the `model_type` of its config; None where no file is for it.
+    """Load the architecture of a base by the `model_type` of its config; None if no file describes it.
 
     Raises:
         Malformed: the file is damaged.
@@ -267,13 +267,13 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
 
 
 def is_family(module: str) -> bool:
-    """Whether a module of transformers, such as `llama` or `blip_2`, is of a family that has a file."""
+    """Whether a module of transformers, such as `llama` or `blip_2`, belongs to a family that has a file."""
     return module in _modules()
 
 
 @cache
 def _modules() -> frozenset[str]:
-    """The families by the names of their modules; for most, the file's name without dashes."""
+    """List the families by the names of their modules; mostly the file's name without dashes."""
     return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml")) | {"kosmos2", "openai"}
 
 
@@ -291,14 +291,14 @@ def _of_type(model_type: str) -> Architecture | None:
 
 
 def expert_count(config: Mapping[str, Any] | None) -> int:
-    """How many experts a layer of a base has, by its config; 0 where the config does not say."""
+    """Return how many experts a layer of a base has, by its config; 0 if the config does not say."""
     config = config or {}
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
 
 
 def of_gguf(name: str) -> list[Architecture]:
-    """The families whose models llama.cpp's converter gives a `general.architecture`, sorted by their names."""
+    """List the families that llama.cpp's converter writes under a `general.architecture`, sorted by name."""
     quoted = f'"{name}"'
     return [
         _loaded(file)
@@ -308,7 +308,7 @@ def of_gguf(name: str) -> list[Architecture]:
 
 
 def gguf_architectures() -> list[str]:
-    """Every `general.architecture` that a family has, sorted."""
+    """List every `general.architecture` that a family has, sorted."""
     found = (
         re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
     )
@@ -316,7 +316,7 @@ def gguf_architectures() -> list[str]:
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
-    """The families with a naming in which one of these names is a stack of experts, whatever stands before it."""
+    """Yield the families in which one of these names is a stack of experts, whatever its prefix."""
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
@@ -326,9 +326,9 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_names(names: Iterable[str]) -> Iterator[Architecture]:
-    """The families of models in which one of these names stands, in any naming, whatever stands before it.
+    """Yield the families that have one of these names in any naming, whatever its prefix.
 
-    The end of a name from its last number on is looked for: `mlp.experts.gate_up_proj`.
+    Names are compared from their last number on: `mlp.experts.gate_up_proj`.
     """
     tails = {shape_of(name).rpartition("#.")[2] for name in names}
     for file in sorted(folder().glob("*.toml")):
@@ -338,23 +338,23 @@ def with_names(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 def with_naming(naming: str) -> Iterator[Architecture]:
-    """The families that have places in a naming of one tool."""
+    """Yield the families that have places in one tool's naming."""
     words = f" {naming} = ".encode()
     return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What stands before the weights in the file of a part of a pipeline."""
+    """The facts at the start of a file for a part of a pipeline, before its weights."""
 
     family: str
     pipeline: Pipeline
 
 
 def of_pipelines() -> Iterator[tuple[Head, str]]:
-    """The families that are parts of pipelines of diffusers: the head and the whole text of each file.
+    """Yield the families that are parts of diffusers pipelines: the head and the whole text of each file.
 
-    There are some thirty of these files, and to parse all takes longer than to read an adapter. The weights are parsed
-    when they are asked for, by `named`.
+    There are about thirty of these files, and parsing all takes longer than reading an adapter. The weights are
+    parsed when `named` asks for them.
 
     Raises:
         Malformed: a file is damaged.
@@ -370,14 +370,14 @@ def of_pipelines() -> Iterator[tuple[Head, str]]:
 
 @cache
 def texts_of_models() -> tuple[str, ...]:
-    """The files of all other families: language models, and what else transformers has."""
+    """Return the files of all other families: language models, and other models of transformers."""
     texts = (file.read_text(encoding="utf-8") for file in sorted(folder().glob("*.toml")))
     return tuple(text for text in texts if "\n[pipeline]\n" not in text)
 
 
 @cache
 def named(family: str) -> Architecture:
-    """The architecture of a family by the name of its file."""
+    """Return the architecture of a family by the name of its file."""
     return _loaded(folder() / f"{family}.toml")
 
 
@@ -388,7 +388,7 @@ def _loaded(path: Path) -> Architecture:
 
 @cache
 def _head(file: Path) -> str:
-    """The start of a file, in which its lists of names are."""
+    """Read the start of a file, which holds its lists of names."""
     with file.open("rb") as stream:
         return stream.read(1 << 12).decode("utf-8", "replace")
 
@@ -417,7 +417,7 @@ def load(path: Path) -> Architecture:
 
 @cache
 def namings(where: Path | None = None) -> tuple[Naming, ...]:
-    """The namings that lie beside the families: those of tools that know several.
+    """Load the namings that are stored beside the families: those of tools that support several families.
 
     Args:
         where: their folder.
@@ -430,7 +430,7 @@ def namings(where: Path | None = None) -> tuple[Naming, ...]:
 
 
 def namings_of(name: str) -> tuple[Naming, ...]:
-    """The files of one tool's naming, each for other model types."""
+    """Return the files of one tool's naming, each for other model types."""
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
@@ -449,7 +449,7 @@ def _decoded(path: Path, kind: type[_T]) -> _T:
 
 
 def faults(record: Record) -> Iterator[str]:
-    """What is wrong with a file beyond its form: every naming must be one to one with the weights."""
+    """Yield the faults of a file that its schema cannot show; every naming must be one to one with the weights."""
     if record.format != FORMAT:
         yield f"format {record.format}, and this version reads format {FORMAT}"
     architecture = Architecture(record)
@@ -510,23 +510,23 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
 
 @cache
 def folder() -> Path:
-    """Where the files are: in an installed package beside this module, in a checkout in `spec`."""
+    """Return the folder of the files: beside this module in an installed package, in `spec` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
 
 
 def shape_of(name: str) -> str:
-    """A name with `#` for each number that is a word of its own."""
+    """Return a name with `#` for each number that is a word of its own."""
     return _NUMBER.sub("#", name)
 
 
 def fill(template: str, numbers: Mapping[str, str]) -> str:
-    """A template with numbers in its holes."""
+    """Fill the holes of a template with numbers."""
     return HOLE.sub(lambda hole: numbers[hole[0]], template)
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
-    """The number in each hole; None where a word that is no hole differs."""
+    """Read the number in each hole; None if a word that is not a hole differs."""
     numbers: dict[str, str] = {}
     for pattern, word in zip(template, words, strict=True):
         if pattern.startswith("{"):

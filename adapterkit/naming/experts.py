@@ -1,4 +1,4 @@
-"""Experts that a dialect holds in one stack and the base one by one."""
+"""Map names of single experts to a stack and back, for formats that stack experts the base stores one by one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Experts:
         self._stacks = {_regex(stack): own for own, stack in pairs.items()}
 
     def there(self, own: str) -> tuple[str, int] | None:
-        """The stack's name and the expert's number; None for what is no expert's."""
+        """Return the stack's name and the expert's number; None if the name is not an expert's."""
         for pattern, stack in self._own.items():
             if found := pattern.fullmatch(own):
                 return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
         return None
 
     def back(self, stack: str, count: int) -> list[str] | None:
-        """The own names of a stack's experts, by number; None for what is no stack."""
+        """Return the own names of a stack's experts, by number; None if the name is not a stack's."""
         for pattern, own in self._stacks.items():
             if found := pattern.fullmatch(stack):
                 name = found["prefix"] + own.replace("{n}", found["n"])

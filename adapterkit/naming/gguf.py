@@ -1,7 +1,7 @@
-"""GGUF files: which family one is of, and how its rows relate to those of the family's own weights.
+"""Find the family of a GGUF file, and map the order of its rows to the family's own weights.
 
-Names and orders of rows are data, the naming `gguf` of spec/architectures, which `tools/foreign/architectures` finds by
-converting tiny models with llama.cpp itself. What has no place there is refused, never guessed.
+Names and orders of rows are data: the naming `gguf` of spec/architectures, which `tools/foreign/architectures` measures
+by converting tiny models with llama.cpp itself. A tensor without a place there is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ ARCHITECTURE = "general.architecture"
 
 
 def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
-    """The family of a model or adapter file.
+    """Find the family of a model or adapter file.
 
-    Several families share one `general.architecture` (Llama, Mistral and Mixtral are all `llama`): the one that knows
-    most of the file's names is taken; of those that know as many the one with the fewest weights that GGUF lacks, and
-    then the one with the fewest names that the file lacks.
+    Several families share one `general.architecture` (Llama, Mistral and Mixtral are all `llama`). The family that
+    knows most of the file's names is taken; among equals, the one with the fewest weights that GGUF lacks, and then the
+    one with the fewest names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.
         modules: names of its tensors without `.weight` and the like.
-        keys: of its key-values.
+        keys: names of its key-values.
 
     Raises:
-        Unsupported: no family has it.
+        Unsupported: no family has this architecture.
     """
     families = of_gguf(name)
     if not families:
@@ -65,42 +65,42 @@ def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int
 
 
 def is_projector(values: Mapping[str, Any]) -> bool:
-    """Whether a file's key-values say that it is the vision or audio part of a model, an `mmproj` file."""
+    """Whether a file's key-values describe the vision or audio part of a model, an `mmproj` file."""
     kind, name = values.get("general.type"), values.get(ARCHITECTURE)
     return kind == "mmproj" or name == "clip"
 
 
 def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
-    """(key, place, numbers) of the one weight that a module of a file is; None where it is none, or holds several."""
+    """Return (key, place, numbers) of the one weight that a file's module is; None if it is none, or holds several."""
     found = family.find(module, NAMING)
     return found[0] if len(found) == 1 else None
 
 
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-"""Tensor -> those that llama.cpp's converter joins to it by `--fuse-qkv` and `--fuse-gate-up-exps`, in their order.
+"""Tensor -> the tensors that llama.cpp's converter joins into it with `--fuse-qkv` and `--fuse-gate-up-exps`, in order.
 
-The rows of each part lie as they would in a tensor of its own; experts' gate and up are joined expert by expert.
+The rows of each part are as in a tensor of its own; gate and up of experts are joined expert by expert.
 """
 
 
 def fused_places(family: Architecture, module: str) -> list[tuple[str, Place, dict[str, str]]]:
-    """What `place_of` says of the parts of a tensor that the converter joined; empty for any other tensor."""
+    """Return `place_of` of each part of a tensor that the converter joined; empty for any other tensor."""
     stem, _, leaf = module.rpartition(".")
     found = [place_of(family, f"{stem}.{part}") for part in FUSED.get(leaf, ())]
     return [each for each in found if each is not None] if None not in found else []
 
 
 def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> list[int]:
-    """How many rows each part of a joined tensor has.
+    """Return how many rows each part of a joined tensor has.
 
     Args:
         module: the tensor, without `.weight`.
-        rows: of the tensor, or of one expert in it.
+        rows: the rows of the tensor, or of one expert in it.
         values: the file's key-values.
         name: its `general.architecture`.
 
     Raises:
-        Unsupported: the key-values do not tell, or tell another number of rows.
+        Unsupported: the key-values do not state it, or state another number of rows.
     """
     if module.endswith("ffn_gate_up_exps"):
         return [rows // 2, rows // 2]
@@ -108,17 +108,17 @@ def fused_rows(module: str, rows: int, values: Mapping[str, Any], name: str) -> 
     value = values.get(f"{name}.attention.value_length", heads.dim)
     found = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * (value if type(value) is int else heads.dim)]
     if sum(found) != rows:
-        why = f"{rows} rows, and the heads have {found[0]} for queries, {found[1]} for keys and {found[2]} for values"
+        why = f"{rows} rows, but the heads have {found[0]} for queries, {found[1]} for keys and {found[2]} for values"
         raise Unsupported(why, where=module, cure=_MERGE)
     return found
 
 
 def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
-    """Row i of the file's tensor is row `order[i]` of the weight; None where both have the same order.
+    """Return the order in which row i of the file is row `order[i]` of the weight; None if both have the same order.
 
     Raises:
-        ShapeMismatch: so many heads do not share the rows evenly.
-        Unsupported: the rows lie in two tensors, or nothing tells the heads of a linear attention.
+        ShapeMismatch: the rows cannot be divided evenly among so many heads.
+        Unsupported: the rows are in two tensors, or the heads of a linear attention are unknown.
     """
     if place.rows is None:
         return None
@@ -126,7 +126,7 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
         return rope_pairs(rows, sharing(heads, place.heads, where), where)
     if place.rows == "rotary":
         if not heads.rotary:
-            why = "nothing says how many rows of a head are turned, and the order of rows depends on it"
+            why = "the number of rotary rows of a head is unknown, and the order of rows depends on it"
             raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
         return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
@@ -140,7 +140,7 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
 
 
 def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows | None:
-    """Column i of the file's tensor is column `order[i]` of the weight; None where both have the same order.
+    """Return the order in which column i of the file is column `order[i]` of the weight; None if both are the same.
 
     Raises:
         ShapeMismatch, Unsupported: as for `row_order`.
@@ -151,20 +151,20 @@ def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows |
 def rows_apart(
     place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
 ) -> tuple[tuple[Rows, Rows], bool, int]:
-    """The rows of a weight that each of two tensors has, in the tensors' order.
+    """Return the rows of a weight that each of two tensors has, in the tensors' order.
 
     Args:
-        place: of the weight.
-        shapes: of the two tensors.
-        heads: gives those of the model, where they are needed.
-        where: for errors.
+        place: the place of the weight.
+        shapes: the shapes of the two tensors.
+        heads: returns the model's heads; called only if they are needed.
+        where: the tensor, for errors.
 
     Returns:
-        the rows of both, whether the first has its heads' matrices transposed, and the width of a row.
+        the rows of both; whether the first tensor has its heads' matrices transposed; the width of a row.
 
     Raises:
         Unsupported: the two tensors do not go together.
-        ShapeMismatch: so many heads do not share the rows evenly.
+        ShapeMismatch: the rows cannot be divided evenly among so many heads.
     """
     first, second = shapes
     if place.rows == "latent" and len(first) == len(second) == 3 and (first[0], first[1]) == (second[0], second[2]):
@@ -177,16 +177,16 @@ def rows_apart(
 
 def _linear(heads: Heads, where: str) -> LinearHeads:
     if heads.linear is None:
-        why = "nothing says how many key and value heads the linear attention has, and the order of rows depends on it"
+        why = "the key and value heads of the linear attention are unknown, and the order of rows depends on it"
         raise Unsupported(why, where=where, cure="Give the base, with its config.json, by base= or --base")
     return heads.linear
 
 
 def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
-    """The heads that a model file's key-values say.
+    """Return the heads that a model file's key-values state.
 
     Raises:
-        Unsupported: they do not say one number for all layers.
+        Unsupported: they do not state one number for all layers.
     """
     query = _in_attention(values.get(f"{name}.attention.head_count"))
     kv = _in_attention(values.get(f"{name}.attention.head_count_kv", query))
@@ -198,27 +198,27 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
     linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
     if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
-        linear[3] //= linear[1]  # All value heads together.
+        linear[3] //= linear[1]  # The key-value counts the rows of all value heads together.
     rotary = values.get(f"{name}.rope.dimension_count")
     turned = rotary if type(rotary) is int and rotary > 0 else 0
     return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def _in_attention(count: object) -> object:
-    """The number of heads of all layers that have any: hybrid models have a list, with 0 for other layers."""
+    """Return the heads of all layers that have any; hybrid models list a number a layer, 0 without attention."""
     several = {each for each in count if each != 0} if isinstance(count, list | tuple) else {count}
     return several.pop() if len(several) == 1 else count
 
 
 def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
-    """(general.architecture, family) of the GGUF file that llama.cpp makes of a base.
+    """Return (general.architecture, family) of the GGUF file that llama.cpp makes of a base.
 
     Args:
         config: the base's config.
 
     Raises:
         UsageError: there is no config.
-        Unsupported: llama.cpp's converter is not known to take the family.
+        Unsupported: llama.cpp's converter is not known to support the family.
     """
     from .architectures import architecture_of
 

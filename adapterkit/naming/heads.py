@@ -1,7 +1,7 @@
-"""Attention heads, and the orders in which dialects keep the rows that belong to them.
+"""Compute the orders in which formats store the rows that belong to attention heads.
 
-An order is a list of row numbers: row i of the dialect's tensor is row `order[i]` of the base's own. Rows are outputs:
-of B, of a magnitude, of a bias.
+An order is a list of row numbers: row i of the format's tensor is row `order[i]` of the base's own. Rows are outputs:
+rows of B, of a magnitude, of a bias.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LARGEST = 1 << 24
 LINEAR_FIELDS = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
 )  # fmt: skip
-"""Fields of a config that say the heads of a linear attention."""
+"""Fields of a config that state the heads of a linear attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearHeads:
-    """The heads of a linear attention: how many keys and values, and the width of each."""
+    """The heads of a linear attention: the numbers of keys and values, and the width of each."""
 
     keys: int
     values: int
@@ -37,11 +37,11 @@ class LinearHeads:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many heads ask, how many answer, and the width of each.
+    """The numbers of query heads and of key and value heads, and the width of each.
 
     Attributes:
-        query: heads that ask.
-        kv: heads that answer.
+        query: the number of query heads.
+        kv: the number of key and value heads.
         dim: rows of a head.
         linear: the heads of a linear attention beside it.
         rotary: rows of a head that a rotary embedding turns; 0 where that is not known.
@@ -57,27 +57,27 @@ class Heads:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Rows of q, k and v."""
+        """Return the numbers of rows of q, k and v."""
         return self.query * self.dim, self.kv * self.dim, self.kv * self.dim
 
 
 def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
-    """The heads of a base, by its config.
+    """Return the heads of a base, by its config.
 
     Args:
-        config: of transformers; in one of several models, that of the language model.
-        where: what needs them, for messages.
+        config: a config of transformers; for a config of several models, that of the language model is used.
+        where: the tensor or file that needs them, for messages.
 
     Raises:
-        UsageError: there is no config, or it does not say.
-        Malformed: what it says is no count.
+        UsageError: there is no config, or it does not state the heads.
+        Malformed: a value is not a count.
     """
     if config is None:
-        raise UsageError("how many heads the base has decides on the order of rows here", where=where, cure=_GIVE)
+        raise UsageError("the order of rows here depends on the base's number of heads", where=where, cure=_GIVE)
     inner = config.get("text_config")
     own = inner if isinstance(inner, dict) else config
     query = _count(own, ("num_attention_heads", "n_head"), where)
-    # Falcon's config says num_kv_heads = num_attention_heads where its first generation shares one key among all heads.
+    # Falcon's config says num_kv_heads = num_attention_heads even if its first generation shares one key among all.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
     kv = 1 if one else _count(own, ("num_key_value_heads", "num_kv_heads"), where, query)
     width = _count(own, ("hidden_size", "n_embd"), where, 0)
@@ -97,8 +97,8 @@ def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
     return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
 
 
-def linear_heads(keys: Any, values: Any, key_dim: Any, value_dim: Any) -> LinearHeads | None:
-    """Return the heads of a linear attention; None where these are no counts, or the values are not shared evenly."""
+def linear_heads(keys: object, values: object, key_dim: object, value_dim: object) -> LinearHeads | None:
+    """Return the heads of a linear attention; None if these are not counts, or the values are not shared evenly."""
     counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
     return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
@@ -133,12 +133,12 @@ def sharing(heads: Heads, which: str | None, where: str) -> int:
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:
-    """Meta's order, in which the two rows that a rotary embedding turns together stand side by side.
+    """Return Meta's order, in which the two rows that a rotary embedding turns together stand side by side.
 
     transformers' order is the first halves of a head, then the second ones.
 
     Raises:
-        ShapeMismatch: so many heads do not share the rows evenly.
+        ShapeMismatch: the rows cannot be divided evenly among so many heads.
     """
     import numpy as np
 
@@ -149,18 +149,18 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
 
 
 def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
-    """Return the order in which llama.cpp keeps the queries and keys of models with M-RoPE that turn adjacent rows.
+    """Return the order in which llama.cpp keeps the queries and keys of M-RoPE models that turn adjacent rows.
 
-    Its kernel turns a row of the first half with one of the second half: in each head, the even ones of the turned rows
-    come first, then the odd ones, then those that are not turned.
+    Its kernel turns a row of the first half with one of the second half. So in each head the even ones of the turned
+    rows come first, then the odd ones, then those that are not turned.
 
     Raises:
-        ShapeMismatch: so many heads do not share the rows evenly.
+        ShapeMismatch: the rows cannot be divided evenly among so many heads.
     """
     import numpy as np
 
     if rows % heads or rotary % 2 or not 0 < rotary <= rows // heads:
-        why = f"{rows} rows are not those of {heads} heads with {rotary} turned rows"
+        why = f"{rows} rows do not match {heads} heads with {rotary} rotary rows"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     each = np.arange(rows // heads)
     one = np.concatenate([each[:rotary:2], each[1:rotary:2], each[rotary:]])
@@ -169,7 +169,7 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
 
 
 def by_group(heads: Heads) -> Rows:
-    """Megatron's order of q, k and v in one weight: for each group its queries, its key, its value."""
+    """Return Megatron's order of q, k and v in one weight: for each group its queries, its key, its value."""
     import numpy as np
 
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
@@ -178,13 +178,13 @@ def by_group(heads: Heads) -> Rows:
 
 
 def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
-    """Return llama.cpp's order of what belongs to the value heads of a linear attention.
+    """Return llama.cpp's order of the rows that belong to the value heads of a linear attention.
 
-    transformers has the value heads that share a key side by side; llama.cpp has the first value head of each key, then
-    the second ones, because ggml repeats keys that way (llama.cpp #19468).
+    transformers stores the value heads that share a key side by side. llama.cpp stores the first value head of each
+    key, then the second ones, because ggml repeats keys that way (llama.cpp #19468).
 
     Raises:
-        ShapeMismatch: the value heads do not share the rows evenly.
+        ShapeMismatch: the rows cannot be divided evenly among the value heads.
     """
     import numpy as np
 
@@ -200,28 +200,28 @@ def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
 
     values = heads.values * heads.value_dim
     if rows != 2 * heads.keys * heads.key_dim + values:
-        why = f"{rows} rows are not those of {heads.keys} key and {heads.values} value heads"
+        why = f"{rows} rows do not match {heads.keys} key and {heads.values} value heads"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     return np.concatenate([np.arange(rows - values), rows - values + by_value_head(values, heads, where)])
 
 
 def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
-    """Return the rows of the queries, keys and values, and those of the gates, in a weight that has them key by key.
+    """Return the rows of queries, keys and values, and the rows of gates, in a weight that has them key by key.
 
-    transformers has for each key head its query, its key, its values and their gates (Qwen3-Next's `in_proj_qkvz`).
+    transformers stores for each key head its query, its key, its values and their gates (Qwen3-Next's `in_proj_qkvz`).
     """
     import numpy as np
 
     each = heads.values // heads.keys * heads.value_dim
     if rows != heads.keys * 2 * (heads.key_dim + each):
-        why = f"{rows} rows are not those of {heads.keys} key and {heads.values} value heads"
+        why = f"{rows} rows do not match {heads.keys} key and {heads.values} value heads"
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     parts = np.split(np.arange(rows).reshape(heads.keys, -1), np.cumsum([heads.key_dim, heads.key_dim, each]), axis=1)
     return np.concatenate([part.reshape(-1) for part in parts[:3]]), parts[3].reshape(-1)
 
 
 def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
-    """Return the rows of the keys and those of the values in a weight that has them head by head, as DeepSeek's MLA."""
+    """Return the rows of keys and the rows of values in a weight that has them head by head, as DeepSeek's MLA."""
     import numpy as np
 
     rows = np.arange(heads * (keys + values)).reshape(heads, -1)
@@ -229,7 +229,7 @@ def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
 
 
 def undone(order: Rows) -> Rows:
-    """The order that takes an order back."""
+    """Return the inverse of an order."""
     import numpy as np
 
     return np.argsort(order, kind="stable")

@@ -1,7 +1,7 @@
-"""Families of image and video models: their names in several namings, and what the parts of a pipeline are called.
+"""Translate names of image and video models between namings, and name the parts of their pipelines.
 
-The names are data, `spec/architectures/*.toml`. `diffusers` is the naming of diffusers; `native` is that of the model's
-authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
+The names are data, `spec/architectures/*.toml`. `diffusers` is the naming of diffusers. `native` is that of the model's
+authors as ComfyUI loads it (LDM, BFL, Stability). A file may have others.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from .pieces import Piece, Run, merged
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
-"""Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
+"""Stands for the naming that sd-scripts flattens into its keys; the family's file says which one that is."""
 
 
 COMFYUI = "comfyui"
-"""The naming that ComfyUI's key maps hold: `native` in most families, else a naming of its own that extends it."""
+"""The naming of ComfyUI's key maps: `native` in most families, else a naming of its own that extends it."""
 
 FUSED = "diffusers_fused"
-"""The naming of diffusers after `fuse_qkv_projections`, into which it loads a LoKr of a fused weight."""
+"""The naming of diffusers after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight into it."""
 
 
 class Family:
-    """One family that is a part of a pipeline of diffusers.
+    """A family that is a part of a diffusers pipeline.
 
     Args:
         head: the facts in its file.
-        text: the file.
+        text: the whole text of the file.
     """
 
     def __init__(self, head: Head, text: str) -> None:
@@ -49,7 +49,7 @@ class Family:
         return architectures.named(self.name)
 
     def __contains__(self, path: object) -> bool:
-        """Whether a module is called so in one of the namings."""
+        """Whether a module has this name in one of the namings."""
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
@@ -60,11 +60,11 @@ class Family:
         return self._names[part]
 
     def unflattened(self, flat: str, naming: str) -> list[str]:
-        """The names of a naming that `flat`, with underscores for dots, can stand for."""
+        """List the names of a naming that `flat`, with underscores for dots, can stand for."""
         return self.names(naming).unflattened(flat) if self.may_have(flat) else []
 
     def may_have(self, name: str) -> bool:
-        """Whether the words of a name, dotted or flattened, are in the file at all; this spares parsing most files."""
+        """Whether the file contains the words of a name, dotted or flattened; this spares parsing most files."""
         return all(word in self.text for word in _WORD.findall(name))
 
     @property
@@ -72,13 +72,13 @@ class Family:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """The naming itself, or the one that `kohya` or `comfyui` stands for."""
+        """Return the naming itself, or the one that `kohya` or `comfyui` stands for."""
         if naming == COMFYUI and (f"{COMFYUI} = " not in self.text or COMFYUI not in self.namings):
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
 
     def names(self, naming: str) -> Names:
-        """All names of one naming; none where the family does not have it."""
+        """Return all names of one naming; none if the family does not have it."""
         naming = self.wanted(naming)
         if naming not in self._names:
             places = (self.architecture.place(weight, naming) for weight in self.architecture.record.weights)
@@ -86,19 +86,19 @@ class Family:
         return self._names[naming]
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
-        """The naming that has all of these names, the preferred one first; empty where none has."""
+        """Find the naming that has all of these names, the preferred one first; empty if none has."""
         preferred = self.wanted(preferred)
         order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
-        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows.
+        """Find the rows of a module in another naming; empty if not all rows have a place.
 
         Args:
             path: the module.
             ours: its naming.
             theirs: the other one.
-            ratio: its outputs by its inputs, where that decides which weight it is.
+            ratio: its outputs divided by its inputs, if that decides which weight it is.
         """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
@@ -113,7 +113,7 @@ class Family:
         return found if complete else ()
 
     def ratio(self, path: str) -> float | None:
-        """A module's outputs by its inputs, where the file says it."""
+        """Return a module's outputs divided by its inputs, if the file says it."""
         for naming in self.namings:
             for weight, place, _ in self.architecture.find(path, naming):
                 if weight in self.facts.ratios:
@@ -122,7 +122,7 @@ class Family:
 
 
 def _pattern(template: str) -> str:
-    """A template of an architecture as a pattern: `#` for its holes."""
+    """Turn a template of an architecture into a pattern: `#` for its holes."""
     return architectures.HOLE.sub("#", template)
 
 
@@ -134,16 +134,16 @@ def _run(place: Place) -> Run:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """The families whose names are known, generic ones last."""
+    """List the families whose names are known, generic ones last."""
     found = [Family(head, text) for head, text in architectures.of_pipelines()]
     return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
-    """Whether modules are called as those of image, video and audio models are, more than as those of other models.
+    """Whether modules are named more like those of image, video and audio models than like those of other models.
 
-    For models that have no file here: the last two words of each name, such as `attn.to_q`, are counted in the files of
-    pipelines and in all others. `to_q` stands in the audio tower of a language model, too.
+    This is for models without a file. The last two words of each name, such as `attn.to_q`, are counted in the files
+    of pipelines and in all others, because the audio tower of a language model has a `to_q`, too.
     """
     ends = {".".join(path.split(".")[-2:]) + '"' for path in paths}
     texts = [family.text for family in families()], architectures.texts_of_models()
@@ -153,7 +153,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
 @cache
 def encoders() -> dict[str, Names]:
-    """The names of the text encoders, which are called the same everywhere."""
+    """Return the names of the text encoders, which are the same everywhere."""
     llm = ("llama", "qwen3", "gemma2")
     blocks = {
         _pattern(weight).removeprefix("model.")
@@ -182,25 +182,25 @@ def encoders() -> dict[str, Names]:
 
 
 LLM_PREFIXES = ("", "model.", "model.language_model.")
-"""What may stand before `layers.` in a language model that is a text encoder: its backbone alone, or a whole model."""
+"""Possible prefixes of `layers.` in a language model that is a text encoder: its backbone alone, or a whole model."""
 
 
 def encoder_kind(rest: str) -> str:
-    """`clip`, `t5` or `llm`, whose module a name inside a text encoder is; empty where it is none's."""
+    """Return `clip`, `t5` or `llm`, the text encoder that has a module of this name; empty if none has."""
     return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
-"""Further names of tensors that the files of architectures have under one name."""
+"""Further names of tensors that the architecture files list under one name."""
 
 
 def families_with(names: Collection[str]) -> list[Family]:
-    """The published families that have all of these modules, in any naming; none without a name."""
+    """List the published families that have all of these modules, in any naming; empty if `names` is empty."""
     return [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
 
 
 def families_of(path: str, naming: str) -> list[Family]:
-    """The families in which a module of this naming is called `path`."""
+    """List the families in which a module of this naming is called `path`."""
     return [family for family in families() if path in family and path in family.names(naming)]
 
 
@@ -234,25 +234,25 @@ PARTS = tuple(word for word, part in ROOTS.items() if word == part)
 
 @cache
 def beside() -> dict[str, str]:
-    """ComfyUI's names of modules outside the denoiser, or the start of these names -> the same in diffusers."""
+    """Return ComfyUI's names of modules outside the denoiser, or prefixes of them -> the same in diffusers."""
     return {theirs: ours for family in families() for ours, theirs in family.facts.beside.items()}
 
 
 def in_other_words(path: str, words: Mapping[str, str]) -> str:
-    """A path whose beginning is exchanged; empty where it has none of these beginnings."""
+    """Replace the prefix of a path by `words`; empty if it has none of these prefixes."""
     found = next((word for word in words if path == word or path.startswith(f"{word}.")), "")
     return words[found] + path[len(found) :] if found else ""
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """A path in two: the part of a pipeline that it begins with, dot included or nothing, and the name inside it."""
+    """Split a path into the part of a pipeline that it begins with, dot included or empty, and the name inside it."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
 
 @lru_cache(maxsize=1 << 16)
 def component_of(path: str) -> str | None:
-    """The part of a pipeline that a dotted path is in: named in the path, or told by the tables."""
+    """Return the part of a pipeline that a dotted path is in, by its prefix or by the tables."""
     root, rest = rooted(path)
     if root:
         component = ROOTS[root[:-1]]
@@ -264,7 +264,7 @@ def component_of(path: str) -> str | None:
 
 
 def denoiser_of(paths: Iterable[str]) -> str:
-    """`unet` where one of the names is a U-Net's, else `transformer`."""
+    """Return `unet` if one of the names is a U-Net's, else `transformer`."""
     unets = [family for family in families() if family.component == "unet" and not family.facts.generic]
     return "unet" if any(path in family for path in paths for family in unets) else "transformer"
 
@@ -280,7 +280,7 @@ def is_not_xl(paths: Collection[str]) -> bool:
 
 
 def _only(family: str, other: str, paths: Collection[str]) -> bool:
-    """Whether a name is one family's and none is another's alone."""
+    """Whether a name belongs to one family, and none belongs only to the other."""
     one, two = (next(each for each in families() if each.name == name) for name in (family, other))
     told = {(path in one, path in two) for path in paths}
     return (True, False) in told and (False, True) not in told

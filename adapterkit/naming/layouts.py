@@ -1,8 +1,8 @@
-"""Weights that a base stores the other way round, by the `model_type` of its config.
+"""Say which weights a base stores as [in, out], by the `model_type` of its config.
 
-Only what shapes cannot tell: a square weight looks the same both ways. Sources: `Conv1D` in transformers' modelling
-files of these families, and for experts that are stored `[expert, in, out]` the places that are `transposed` in
-spec/architectures.
+Only facts that shapes cannot tell: a square weight looks the same both ways. Sources: `Conv1D` in transformers'
+modelling files of these families; for experts that are stored `[expert, in, out]`, the places that are `transposed`
+in spec/architectures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN_OUT = {
 
 
 def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
-    """Whether the base stores this target `in` first; None where nothing says that the family does so anywhere."""
+    """Whether the base stores this target `in` first; None if the family is not known to do so anywhere."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     if globs is not None:
         return any(fnmatchcase(path, glob) for glob in globs)
@@ -39,7 +39,7 @@ def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
 
 @cache
 def _transposed(family: Architecture) -> tuple[str, ...]:
-    """The endings, from a layer's number on, of the names whose tensors are transposed."""
+    """Return the names of transposed tensors, each from a layer's number on."""
     places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
     names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
     return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

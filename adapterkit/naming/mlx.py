@@ -1,7 +1,7 @@
-"""Names of MLX-LM's models where they are not a hub's own: mostly experts, which MLX holds in one stack.
+"""Translate names between MLX-LM's models and a hub: mostly experts, which MLX stores in one stack.
 
-They are data, the naming `mlx` of spec/architectures. A folder of MLX-LM does not say its family. Without a base, all
-families that have a name are asked, and must give the same answer.
+The names are data, the naming `mlx` of spec/architectures. A folder of MLX-LM does not name its family. Without a base,
+all families that have a name are tried, and must give the same answer.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ NAMING = "mlx"
 
 
 def to_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
-    """Where a target's parts are in MLX-LM's model; None where the name is a hub's own there too.
+    """Find a target's parts in MLX-LM's model; None if the name is the same there as on a hub.
 
     Args:
-        name: of the target, in any naming of its family.
-        config: the base's, if known.
-        experts: how many experts a stack by this name has.
+        name: the target's name, in any naming of its family.
+        config: the base's config, if known.
+        experts: how many experts a stack of this name has.
 
     Raises:
-        UsageError: families that have the name differ, and the config would tell which.
+        UsageError: the families that have the name differ, and there is no config to tell which is meant.
     """
     return _translated(name, config, experts, NAMING)
 
 
 def from_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
-    """Where the parts of a module of MLX-LM's model are on a hub, expert after expert; arguments as in `to_mlx`."""
+    """Find the parts of a module of MLX-LM's model on a hub, expert after expert; arguments as in `to_mlx`."""
     return _translated(name, config, experts, WEIGHT)
 
 
 def _translated(name: str, config: Mapping[str, Any] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
     found: dict[tuple[Move, ...], str] = {}
     families = [each for each in _families(config) if naming != WEIGHT or each.find(name, NAMING)]
-    # Where a hub has one tensor an expert, its names are taken: a family with stacks has none, and refuses them later.
+    # Prefer families that a hub stores with one tensor an expert; one with stacks has no such names, and fails later.
     apart = [each for each in families if naming == WEIGHT and _on_hub(each, name)]
     for family in apart or families:
         moves = translate(name, family, naming, experts)
@@ -55,7 +55,7 @@ def _translated(name: str, config: Mapping[str, Any] | None, experts: int, namin
 
 
 def _on_hub(family: Architecture, name: str) -> bool:
-    """Whether a hub keeps the weights of a module of MLX-LM's model under names of their own."""
+    """Whether a hub stores the weights of a module of MLX-LM's model under names of their own."""
     places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
     return all(place is not None and place.of is None and not place.stacked for place in places)
 

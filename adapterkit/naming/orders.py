@@ -1,7 +1,7 @@
-"""The order in which a model declares its modules, by the `model_type` of its config.
+"""Return modules in the order in which a model declares them, by the `model_type` of its config.
 
-Checkpoints are sorted by name and do not tell it; what a tool numbers or draws module by module depends on it. Source:
-the modelling files of transformers.
+Checkpoints are sorted by name and do not record this order. Tools that number modules or draw random values module by
+module depend on it. Source: the modelling files of transformers.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
-    """Names of a base's tensors in the order in which its model declares them; empty where its files do not keep it."""
+    """List a base's tensors in the order in which its model declares them; empty if its files do not keep it."""
     one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
     return tuple(base.tensors) if base is not None and one else ()
 
 
 TORCH = frozenset({".bin", ".pt", ".pth"})
-"""Endings of torch files, which hold a state dict as it was."""
+"""Endings of torch files, which keep a state dict in its order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Endings of modules' paths in order: before the layers, inside each of them, and behind them."""
+    """Endings of modules' paths in order: before the layers, inside each layer, and after the layers."""
 
     before: tuple[str, ...]
     inside: tuple[str, ...]
     after: tuple[str, ...] = ("lm_head",)
 
     def place(self, path: str) -> tuple[int, tuple[int, ...], int] | None:
-        """What to sort a path by; None where it ends like none of these."""
+        """Return the sort key of a path; None if it has none of these endings."""
         for stage, endings in enumerate((self.before, self.inside, self.after)):
             for position, ending in enumerate(endings):
                 if path == ending or path.endswith(f".{ending}"):
@@ -84,13 +84,13 @@ ORDERS = {
 def in_order(
     paths: Collection[str], config: Mapping[str, Any] | None, declared: Sequence[str] = ()
 ) -> list[str] | None:
-    """The paths as the base's model declares them; None where nothing tells.
+    """Sort paths in the order in which the base's model declares them; None if the order is not known.
 
     Args:
-        paths: of modules.
-        config: the base's config, whose family the table may have.
-        declared: names of the base's tensors in the order of a state dict, see `declared_by`; safetensors files are
-            sorted instead.
+        paths: paths of modules.
+        config: the base's config; the table may have its family.
+        declared: names of the base's tensors in the order of a state dict, see `declared_by`; safetensors files do
+            not keep it.
     """
     if len(paths) == 1:
         return list(paths)

@@ -1,6 +1,6 @@
-"""Names of modules as data: dotted patterns, in which `#` stands for a number, and what a flattened name can mean.
+"""Describe module names as dotted patterns, with `#` for a number, and find what a flattened name can mean.
 
-kohya and LyCORIS write every dot as an underscore, which cannot be undone but against a list of the names there are.
+kohya and LyCORIS write every dot as an underscore; only a list of the existing names can undo that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
-"""A number that stands between separators; the 1 of `attn1` is none."""
+"""A number that stands between separators; the 1 of `attn1` does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,12 @@ class Names:
         return isinstance(name, str) and bool(self.patterns_of(name))
 
     def patterns_of(self, name: str) -> list[str]:
-        """The patterns that a dotted name fits."""
+        """List the patterns that a dotted name fits."""
         candidates = self.by_dots.get(_shape(name), ())
         return [pattern for pattern in candidates if fill(pattern, numbers(pattern, name)) == name]
 
     def unflattened(self, flat: str) -> list[str]:
-        """The dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
+        """List the dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
         found: dict[str, None] = {}
         for pattern in self.by_underscores.get(_shape(flat), ()):
             name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
@@ -41,7 +41,7 @@ class Names:
 
 
 def names_of(patterns: Iterable[str]) -> Names:
-    """The names that patterns describe."""
+    """Return the names that patterns describe."""
     dots: dict[str, list[str]] = {}
     underscores: dict[str, list[str]] = {}
     kept = dict.fromkeys(patterns)
@@ -53,22 +53,22 @@ def names_of(patterns: Iterable[str]) -> Names:
 
 @lru_cache(maxsize=1 << 16)
 def _shape(name: str) -> str:
-    """A name with `#` for its numbers; every family and naming is asked for the same names."""
+    """Replace numbers in a name by `#`; cached, because every family and naming is asked for the same names."""
     return _NUMBER.sub("#", name)
 
 
 def flatten(name: str) -> str:
-    """A dotted name with underscores for dots."""
+    """Return a dotted name with underscores for dots."""
     return name.replace(".", "_")
 
 
 def numbers(pattern: str, name: str) -> list[str]:
-    """What stands in `name` where `pattern` has its `#`; the two are equal but for numbers."""
+    """Return the numbers in `name` at the places of `#` in `pattern`; the two must be equal otherwise."""
     words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
     return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
 
 
 def fill(pattern: str, given: Iterable[str]) -> str:
-    """A pattern with numbers for its `#`, in order."""
+    """Fill the `#` of a pattern with numbers, in order."""
     values = iter(given)
     return re.sub("#", lambda _: next(values, "#"), pattern)

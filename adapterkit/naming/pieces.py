@@ -1,4 +1,4 @@
-"""Runs of rows: how the rows of one naming's weights lie in another's, in equal parts of a fused weight."""
+"""Runs of rows: map the rows of one naming's weights to another's, in equal parts of a fused weight."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether these are all rows of the weight."""
+        """Whether the run is all rows of the weight."""
         return self.parts == self.of
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a module in one naming, and where another naming has them.
+    """Rows of a module in one naming, and the same rows in another naming.
 
     Attributes:
         path: the other naming's module.
-        here: the rows in the one naming.
-        there: the rows in the other.
+        here: the rows in the first naming.
+        there: the rows in the other naming.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Piece:
 
 
 def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Pieces in order of their rows; those that lie side by side on both sides are one piece."""
+    """Sort pieces by their rows, and join those that are adjacent on both sides."""
     found: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.here.start):
         last = found[-1] if found else None

@@ -1,10 +1,10 @@
-"""Rules that a user gives: `FROM=TO`, templates of dotted names; `{n}` and other holes stand for numbers.
+"""Parse and apply the user's rules for names: `FROM=TO`, dotted names with holes such as `{n}` for numbers.
 
-Every verb takes them the same way. `@FILE` in place of a rule reads rules from a file: one a line, without
-blank lines and lines that start with `#`.
+Every verb takes the same rules. `@FILE` in place of a rule reads rules from a file, one a line; blank lines and lines
+that start with `#` are skipped.
 
-`family:NAME` in place of a rule says which family's file a base is read by: for bases without a config that names one.
-`rows:by_head` and `rows:by_part` say how a base has the rows of fused queries, keys and values, where nothing tells.
+`family:NAME` in place of a rule says which family's file to use, for bases whose config names no family. `rows:by_head`
+and `rows:by_part` say in which order a base has the rows of fused queries, keys and values, if it is not known.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    """One rule. It renames a name that is FROM, or begins with it, whole words only; the rest stays as it is.
+    """One rule. It renames a name that is FROM, or begins with it, whole words only; the rest of the name stays.
 
     Attributes:
-        text: as the user wrote it.
+        text: the rule as the user wrote it.
         pattern: matches a name, with a group for each hole and one for the rest.
-        to: what FROM becomes, with the holes in it.
-        family: a model type, of a rule that says the base's family and renames nothing; else empty.
-        rows: likewise of a rule that says how rows of fused queries, keys and values stand: `by_head` or `by_part`.
+        to: the replacement of FROM, with the holes in it.
+        family: for a rule that names the base's family and renames nothing: a model type; else empty.
+        rows: for a rule on the order of rows of fused queries, keys and values: `by_head` or `by_part`; else empty.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Rename:
     rows: str = ""
 
     def apply(self, name: str) -> str | None:
-        """The name by this rule; None where the rule is not about it."""
+        """Return the name after this rule; None if the rule does not match it."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
@@ -51,7 +51,7 @@ class Rename:
 
 
 def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
-    """Replace each `@FILE` among rules by the rules in that file; one rule may be given without a list.
+    """Replace each `@FILE` among rules by the rules in that file; a single rule may be given without a list.
 
     Raises:
         StorageError: a file cannot be read.
@@ -67,7 +67,7 @@ def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]
 
 
 def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
-    """The rules as plain text, those of files included: for plans and records, which must not depend on a file.
+    """Return the rules as plain text, with those of files inlined; plans and records must not depend on a file.
 
     Raises:
         StorageError, Malformed: see `read_rules`.
@@ -80,12 +80,12 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
     Args:
         rename: one rule or several, each `FROM=TO`, `@FILE` or `family:NAME`. An empty FROM puts TO before every name;
-            an empty TO takes FROM off. Rules that are parsed already are passed through, and not looked for in `names`.
-        names: all names that the rules are for; None skips the search for rules that match none of them.
+            an empty TO removes FROM. Parsed rules are passed through, and not looked for in `names`.
+        names: all names that the rules are for; None skips the check that every rule matches one of them.
 
     Raises:
-        UsageError: a rule without `=`, with more than one, with other characters than names have, or with a hole in
-            TO that FROM does not have; a family that has no file.
+        UsageError: a rule without `=`, with more than one, with characters that names do not have, or with a hole in
+            TO that FROM does not have; or a family that has no file.
         TargetNotFound: a rule matches none of `names`.
         StorageError, Malformed: see `read_rules`.
     """
@@ -106,7 +106,7 @@ def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | N
 
 
 def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
-    """The name by the first rule that matches it, and that rule; the name itself and None where no rule matches."""
+    """Return the name after the first rule that matches it, and that rule; if none matches, the name and None."""
     for rule in rules:
         found = rule.apply(name)
         if found is not None:
@@ -115,7 +115,7 @@ def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
 
 
 def family_of(rules: Sequence[Rename]) -> Architecture | None:
-    """The family that the rules say a base is of; None where they say none."""
+    """Return the family that the rules name for a base; None if they name none."""
     return next((architecture_of({"model_type": rule.family}) for rule in rules if rule.family), None)
 
 

@@ -1,7 +1,7 @@
-"""The resolver: from the names of an adapter to those of a base, proven by names and shapes, never guessed.
+"""Map the names of an adapter to those of a base, proven by names and shapes, never guessed.
 
-For each target it tries, in this order: a rule of the user; the name as it is; the name without what training wraps
-around modules; the architecture of the base's family; a change of prefixes that gives every target a place. Two
+For each target it tries, in this order: a rule of the user; the exact name; the name without words that wrappers such
+as FSDP insert; the architecture of the base's family; a change of prefixes that gives every target a place. Two
 readings that both fit are refused.
 """
 
@@ -20,24 +20,24 @@ from .renames import Rename, renamed_by
 from .tables import without_prefix
 
 Fits = Callable[[str, str], bool]
-"""(name in the adapter, name in the base) -> whether the shapes there fit each other."""
+"""(name in the adapter, name in the base) -> whether the shapes fit each other."""
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-"""Words that torch.compile, FSDP, activation checkpointing and Fabric put into paths; no model has them itself."""
+"""Words that torch.compile, FSDP, activation checkpointing and Fabric insert into paths; no model has them itself."""
 
 PERHAPS = frozenset({"module", "default"})
-"""Words of DistributedDataParallel and of adapters' names, which a model may have itself."""
+"""Words of DistributedDataParallel and of adapters' names that a model may also have itself."""
 
 
 class Part(NamedTuple):
-    """Which rows of a fused weight belong to one of its parts.
+    """The rows of a fused weight that belong to one of its parts.
 
     Attributes:
-        number: of the part, from 0.
+        number: the number of the part, from 0.
         of: how many equal parts there are.
-        interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
-        heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
-        groups: with `heads`: the rows stand group by group, the queries of a key, the key, the value.
+        interleaved: the part has every `of`-th row from row `number` on; otherwise it is one run of rows.
+        heads: the parts are all queries, all keys and all values, with unequal sizes that follow from the base's heads.
+        groups: only with `heads`: rows stand group by group: the queries that share a key, the key, the value.
     """
 
     number: int
@@ -49,16 +49,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Where one part of a target goes.
+    """The place of one part of a target in the base.
 
     Attributes:
         path: the name in the base.
-        take: which part of the target's rows goes there; None for all.
-        into: which part of the rows there it is, likewise.
-        expert: which slice of a target that is a stack; None for all of it.
-        slot: which slice of a stack in the base; None for all of it.
-        turn: places, without their names, that tell the order of the rows in the adapter and in the base; None where
-            they are the same.
+        take: the part of the target's rows that goes there; None for all.
+        into: the part of the rows there that it becomes; None for all.
+        expert: the slice of a target that is a stack; None for all of it.
+        slot: the slice of a stack in the base; None for all of it.
+        turn: places, without their names, with the order of the rows in the adapter and in the base; None if both are
+            the same.
     """
 
     path: str
@@ -70,13 +70,13 @@ class Move:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a change of the name alone."""
+        """Whether the move only changes the name."""
         return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule that was used.
+    """A rule that was used.
 
     Attributes:
         kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
@@ -97,10 +97,10 @@ class Resolution:
     """The map from an adapter to a base.
 
     Attributes:
-        moves: name in the adapter -> where its parts go.
+        moves: name in the adapter -> the places of its parts.
         missing: names without a place.
         rules: the rules that were used, in the order in which they were tried.
-        prefixes: the changes of prefixes among them, as (taken off, put on).
+        prefixes: the changes of prefixes among them, as (removed, added).
     """
 
     moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
@@ -115,10 +115,10 @@ class Names:
 
     Attributes:
         paths: dotted paths of its modules with a weight or a bias, and of its parameters.
-        outer: paths of any modules, for the targets in `anywhere`.
+        outer: paths of all modules, for the targets in `anywhere`.
         anywhere: targets that may be any module.
         shapes: the templates of `paths`, each with one path as an example.
-        known: family -> what its file says of these names, worked out when it is first needed.
+        known: family -> the names that its file gives for this base; computed when first needed.
         experts: how many experts a layer has by the base's config; 0 where it does not say.
     """
 
@@ -135,9 +135,9 @@ class Names:
 
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
-        """The same names without the words of wrappers, and short name -> full name; None if no name has such a word.
+        """Return the names without wrappers' words, and short name -> full name; None if no name has such a word.
 
-        A state dict that was saved inside FSDP or torch.compile has them, and one of PEFT's models `base_layer`.
+        A state dict that was saved inside FSDP or torch.compile has such words, and one of PEFT's models `base_layer`.
         """
         off = WRAPPERS | {"base_layer"}
         # One search per word in one string: a search per name takes 40 times as long for the 90,000 names of a large
@@ -170,10 +170,10 @@ def resolve(
     Args:
         targets: the names in the adapter.
         base: the names in the base.
-        architecture: of the base's family, where there is a file for it.
+        architecture: the architecture of the base's family, if there is a file for it.
         renames: the user's rules; the first that matches a name is used.
-        partial: targets may be left without a place.
-        fits: whether the shapes of a target and of a place fit; asked where names alone leave more than one reading.
+        partial: allow targets without a place.
+        fits: whether the shapes of a target and of a place fit; called if names alone leave more than one reading.
 
     Returns:
         the moves of all targets that have a place.
@@ -212,7 +212,7 @@ def resolve(
 
 
 Left = list[tuple[str, str]]
-"""(target, its name so far): what is still without a place."""
+"""(target, its name so far) of targets still without a place."""
 
 
 def _by_renames(targets: Sequence[str], base: Names, renames: Sequence[Rename], resolution: Resolution) -> Left:
@@ -244,7 +244,7 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
-    """Take wrappers' words off; what then has a place is placed, what has none goes on without them."""
+    """Remove wrappers' words; targets that then have a place are placed, and the others go on without those words."""
     if not left:
         return left
     known = {word for shape in _shapes(base) for word in shape.split(".")}
@@ -300,7 +300,7 @@ def _spot(move: Move) -> tuple[str, Part | None, int | None]:
 
 
 class _Known:
-    """What a family's file says of a base: the names of each naming, moved by the base's own prefix."""
+    """The names that a family's file gives for a base, moved by the base's own prefix."""
 
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
@@ -308,12 +308,12 @@ class _Known:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # A base that has the names of one naming as they are needs no prefix; looking for one could only mislead.
+        # A base with the exact names of one naming needs no prefix; a search for one could only mislead.
         plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
         self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
-        """Every distinct way to place a name, with the namings that it goes from and to."""
+        """Return every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         for own in _variants(name):
             if self.loses_a_part(name, own):
@@ -329,7 +329,7 @@ class _Known:
         return found
 
     def loses_a_part(self, name: str, own: str) -> bool:
-        """Whether a name without its prefix lost the one word that says which part of a model it is in.
+        """Whether a name lost, with its prefix, the one word that says which part of a model it is in.
 
         `model.vision_tower.blocks.0` of an ERNIE is not the `blocks.0` that Cosmos files have: that family calls the
         part `visual`.
@@ -347,12 +347,12 @@ class _Known:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """The words of the family's names, in all namings."""
+        """Return the words of the family's names, in all namings."""
         every = (self.architecture.templates(naming) for naming in self.architecture.namings)
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
     def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
-        """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
+        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one."""
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
         for off, on in sorted(trials):
@@ -372,7 +372,7 @@ class _Known:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])
 
     def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
-        """How many experts the weight has in the base; of a stack the base's config tells it."""
+        """Return how many experts the weight has in the base; for a stack, the base's config tells it."""
         if place.stacked:
             return self.base.experts
         first = self._path(place, {**numbers, "{e}": "0"}, naming)
@@ -385,7 +385,7 @@ class _Known:
 
 
 Found = tuple[str, Place, dict[str, str]]
-"""(key of a weight, its place in the naming that a name is in, numbers in the holes)."""
+"""(key of a weight, its place in the naming of the name, numbers in the holes)."""
 
 
 def moves_to(
@@ -396,26 +396,26 @@ def moves_to(
     experts: Callable[[Place, Mapping[str, str]], int],
     orders: bool = True,
 ) -> tuple[Move, ...] | None:
-    """Where the weights of one name go in another naming; None where it lacks one of them.
+    """Find the places of one name's weights in another naming; None if that naming lacks one of them.
 
     Args:
         architecture: the family.
-        weights: what `Architecture.find` says of the name.
+        weights: the result of `Architecture.find` for the name.
         naming: the other naming.
-        path: a place's name with numbers in its holes.
-        experts: how many experts the weight of a place has.
-        orders: say where rows stand in another order; False for a caller that sees to that itself.
+        path: returns a place's name with numbers in its holes.
+        experts: returns how many experts the weight of a place has.
+        orders: report rows that are in another order; False for a caller that handles orders itself.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
         theirs = architecture.place(weight, naming)
         if theirs is None or (orders and (ours.beside or theirs.beside)):
-            return None  # Rows that lie in two tensors are no part of one.
+            return None  # Rows that are spread over two tensors are not a part of one.
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None
         if ours.half is not None:
-            # The number counts the experts of two weights. It belongs to one of them.
+            # The number counts the experts of two weights that share the rows; it belongs to one of the two.
             count = experts(theirs, numbers)
             own = int(numbers["{e}"]) - ours.half * count
             if not 0 <= own < count:
@@ -435,15 +435,15 @@ def moves_to(
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
-    """Where a name of any of a family's namings goes in one of them, with no base at hand; None where it has no place.
+    """Find the place of a name in one of its family's namings, without a base; None if it has no place.
 
-    Rows keep their order: formats put rows into the order of their files themselves.
+    Rows keep their order, because formats put rows into the order of their files themselves.
 
     Args:
-        name: of a target.
+        name: the name of a target.
         architecture: the family.
         naming: the naming to go to.
-        experts: how many experts a stack by this name has.
+        experts: how many experts a stack of this name has.
 
     Raises:
         TargetNotFound: two readings of the name lead to different places.
@@ -465,7 +465,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 
 def part_of(place: Place) -> Part | None:
-    """The part of a tensor that a place is; None where it is the whole tensor."""
+    """Return the part of a tensor that a place is; None if it is the whole tensor."""
     if place.qkv is not None:
         return Part(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
@@ -474,7 +474,7 @@ def part_of(place: Place) -> Part | None:
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
-    """Parts that lie side by side in one tensor on both sides are not taken apart."""
+    """Join moves of parts that are adjacent on both sides in one tensor."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
     plain = all(move.turn is None for move in moves)
@@ -484,7 +484,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 
 
 def _variants(name: str) -> Iterator[str]:
-    """A name, and what it is under another head or under none: prefixes off, then `model.` on."""
+    """Yield a name, and its names under another head or none: without prefixes, then with `model.` added."""
     yield name
     words = name.split(".")
     for cut in range(1, min(len(words), 4)):
@@ -492,7 +492,7 @@ def _variants(name: str) -> Iterator[str]:
             break
         yield ".".join(words[cut:])
     yield f"model.{name}"
-    # A language model inside a larger one. Any other word may be a vision tower's, whose layers have the same names.
+    # A language model inside a larger one. Any other word may name a vision tower, whose layers have the same names.
     yield from without_prefix(name)
 
 
@@ -501,8 +501,8 @@ def _by_prefixes(
 ) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
 
-    Where the base's `family` is known, its file says what else its parts are called. A word that only another family
-    has is then no name of a part: `model.text_model.` of an Idefics is not the `language_model.model.` of a LLaVA.
+    If the base's `family` is known, its file lists the names of its parts. A word that only another family uses is then
+    not the name of a part: `model.text_model.` of an Idefics is not the `language_model.model.` of a LLaVA.
     """
     templates = _trials(left, base)
     if family is not None:
@@ -510,16 +510,16 @@ def _by_prefixes(
             name: {p for p in pairs if _keeps_parts(*p) and not family.loses_a_part(name, _swap(name, *p))}
             for name, pairs in templates.items()
         }
-    # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
+    # The shortest prefix goes first: a longer common ending is better proof. `decoder.layers` is
     # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
     prefixes = sorted(
         {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
     )
-    # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
+    # A place that another target already has is excluded: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest, found = left, True
     while rest and found:
-        # What one rule places may leave a shorter prefix to the others: `model.` when `model.text.` is done.
+        # A rule that places targets can free a shorter prefix for the others: `model.` after `model.text.` is done.
         found = False
         for off in prefixes:
             group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -545,10 +545,10 @@ def _exchanged(
     taken: Collection[str],
     fits: Fits,
 ) -> str | None:
-    """The prefix to put in place of another, by which every target of a group has a place; None where there is none.
+    """Find the prefix that replaces `off` and gives every target of a group a place; None if there is none.
 
     Raises:
-        TargetNotFound: there are several.
+        TargetNotFound: several prefixes do.
     """
     full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
     if full:
@@ -568,7 +568,7 @@ def _exchanged(
 
 
 def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]]) -> list[str]:
-    """What takes the place of a prefix by changes of its first words alone."""
+    """List replacements of a prefix that change only its first words."""
     ours = sorted({_template(name) for _, name in group})
     changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
     return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
@@ -579,7 +579,7 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """The candidate that only drops or adds words, where every other one loses a word of `off` that this one keeps.
+    """Return the candidate that only drops or adds words, if every other one loses a word of `off` that it keeps.
 
     Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, and not `video_tower.`.
     """
@@ -595,7 +595,7 @@ def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
 def _tried(
     group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
 ) -> dict[str, int]:
-    """Each prefix to try in place of another -> how many targets of a group have a place by it."""
+    """Return each prefix to try in place of another -> how many targets of a group it places."""
     ours = sorted({_template(name) for _, name in group})
     tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
     for on in tried:
@@ -617,7 +617,7 @@ def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
-    """Template of a name -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    """Return template -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
     names: dict[str, list[str]] = {}
     for _, name in left:
         names.setdefault(_template(name), []).append(name)
@@ -638,10 +638,10 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 
 
 def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
-    """Changes of prefixes that make one template another: their longest common end stays.
+    """Return the changes of prefixes that turn one template into another and keep their longest common ending.
 
-    A prefix that is exchanged has no layer's number in it, and the word before the first number stays: only what holds
-    a model's layers is renamed, not the layers.
+    A prefix that is exchanged has no layer's number in it, and keeps the word before the first number: only the
+    container of a model's layers is renamed, not the layers.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
@@ -651,7 +651,7 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
         for shape in _ending(shapes).get(end, ()):
             on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
             off = "".join(f"{word}." for word in words[:cut])
-            # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
+            # The base may be a part of a model, such as one layer; it then has no word before its own names.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
                 found.add((off, on))
@@ -660,9 +660,9 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
 
 @lru_cache(maxsize=1 << 10)
 def exchangeable(off: str, on: str) -> bool:
-    """Whether one prefix may stand for another: they end in other words, and do not name two different things.
+    """Whether one prefix may stand for another: their last words differ, and they do not name two different things.
 
-    `roberta.` is not `bert.` under another name, a vision tower is no language model, and an encoder no decoder.
+    `roberta.` is not `bert.` under another name, a vision tower is not a language model, and an encoder not a decoder.
     """
     ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
     if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
@@ -690,7 +690,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "half": {"encoder": "encoder", "decoder": "decoder"},
     "role": {"thinker": "thinker", "talker": "talker"},
 }
-"""Parts of models that share shapes, and the words by which prefixes name them."""
+"""Parts of models that share shapes, and the words that name them in prefixes."""
 
 _KIND = {
     word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
@@ -698,7 +698,7 @@ _KIND = {
 
 
 def _modalities(name: str) -> set[str]:
-    """Which of vision, text and audio a name mentions."""
+    """Return which of vision, text and audio a name mentions."""
     return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == "modality"}
 
 
@@ -706,7 +706,7 @@ _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
 
 
 def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
-    """End of a template -> the templates that have it; made once for each set of names."""
+    """Return end of a template -> the templates that have it; cached for each set of names."""
     known = _ENDINGS.get(id(shapes))
     if known is None or known[0] is not shapes:
         ends: dict[str, list[str]] = {}
@@ -720,7 +720,7 @@ def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _shapes(base: Names) -> dict[str, str]:
-    """Template -> one name that has it."""
+    """Return template -> one name that has it."""
     if not base.shapes:
         for path in (*base.paths, *base.outer):
             base.shapes.setdefault(_template(path), path)
@@ -728,7 +728,7 @@ def _shapes(base: Names) -> dict[str, str]:
 
 
 def _template(name: str) -> str:
-    """A name with `#` for its numbers, but for a first word that is a number: that one names a part of a pipeline."""
+    """Replace numbers in a name by `#`, except a first word that is a number: that one names a part of a pipeline."""
     head, dot, rest = name.partition(".")
     return f"{head}.{shape_of(rest)}" if dot and head.isdigit() else shape_of(name)
 

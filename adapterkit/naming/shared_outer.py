@@ -1,4 +1,4 @@
-"""Keys of adapters whose experts share their outer factors, as SGLang and Megatron-Bridge have them.
+"""Recognise keys of adapters whose experts share their outer factors, as SGLang and Megatron-Bridge write them.
 
 Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
 export of such adapters (#5588, #6076).
@@ -13,21 +13,21 @@ from typing import Any
 from .tinker import is_tinker
 
 INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-"""Modules that read the hidden states: their experts share A."""
+"""Modules that read the hidden states; their experts share A."""
 
 OUTER = ("down_proj", "w2")
-"""Modules that write the hidden states: their experts share B."""
+"""Modules that write the hidden states; their experts share B."""
 
 STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
 """A stack of all experts' factors."""
 
 EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
-"""One expert's module, whose partner in a stack may be shared."""
+"""One expert's module; a stack may hold the factor that it shares."""
 
 
 def is_shared_outer(entries: Mapping[str, Any]) -> bool:
     """Whether a file's keys and shapes are of this layout: factors with three axes at experts."""
-    # Shapes first: they rule out nearly every file, and 90,000 keys take longer to take apart than to count axes of.
+    # Shapes first: they rule out nearly every file, and counting axes is faster than parsing 90,000 keys.
     stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
     return any(map(_is_stack, stacks)) and not is_tinker(entries)
 

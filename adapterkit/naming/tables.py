@@ -1,7 +1,7 @@
-"""Tables of names: templates in pairs, translated both ways, never by guessing.
+"""Translate names both ways by tables of template pairs, never by guessing.
 
-A template is a dotted name in which `{n}` stands for a whole number: `model.layers.{n}.self_attn.q_proj`; `{e}` for the
-number of an expert, too. A table is one to one, so that each way undoes the other.
+A template is a dotted name in which `{n}` stands for a whole number, as in `model.layers.{n}.self_attn.q_proj`, and
+`{e}` for the number of an expert. A table is one to one, so that each direction undoes the other.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import cached_property
 from ..errors import TargetNotFound, nearest
 
 PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
-"""What bases with more than a language model in them put before its names."""
+"""Prefixes that bases with more than a language model put before its names."""
 
 
 class Table:
-    """Own name <-> foreign name.
+    """A one-to-one table: own name <-> foreign name.
 
     Args:
         pairs: own template -> foreign template; both have the same numbers in them.
@@ -28,11 +28,11 @@ class Table:
         assert len({*self.pairs.values()}) == len(self.pairs), "two names become one"
 
     def there(self, own: str) -> str | None:
-        """The foreign name of an own one; None where the table has none."""
+        """Return the foreign name of an own one; None if the table has none."""
         return _translate(own, self._there)
 
     def back(self, foreign: str) -> str | None:
-        """The own name of a foreign one; None where the table has none."""
+        """Return the own name of a foreign one; None if the table has none."""
         return _translate(foreign, self._back)
 
     @cached_property
@@ -45,12 +45,12 @@ class Table:
 
 
 class Names:
-    """The names of one base in one dialect.
+    """The names of one base in one format.
 
     Args:
-        table: of the base's family.
-        modules: the base's own names, where it is there to be walked: then only names that it has are given, and a
-            prefix that its family's table does not have, such as `language_model.`, is found.
+        table: the table of the base's family.
+        modules: the base's own names, if its model is at hand. Then only names that it has are given, and a prefix
+            that the table lacks, such as `language_model.`, is found.
     """
 
     def __init__(self, table: Table, modules: Iterable[str] | None = None) -> None:
@@ -64,11 +64,11 @@ class Names:
                     self.walked.setdefault(foreign, []).append(own)
 
     def there(self, own: str) -> str | None:
-        """The foreign name of an own one, a prefix aside; None where there is none."""
+        """Return the foreign name of an own one, ignoring a prefix; None if there is none."""
         return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
 
     def back(self, foreign: str) -> str:
-        """The own name of a foreign one.
+        """Return the own name of a foreign one.
 
         Raises:
             TargetNotFound: there is none, or more than one in the base.
@@ -81,14 +81,14 @@ class Names:
             return own
         found = self.walked.get(foreign, [])
         if len(found) != 1:
-            why = f"{len(found)} places in the base are called so" + (f": {', '.join(found)}" if found else "")
+            why = f"{len(found)} places in the base have this name" + (f": {', '.join(found)}" if found else "")
             cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
             raise TargetNotFound(why, where=foreign, cure=cure)
         return found[0]
 
 
 def without_prefix(name: str) -> Iterable[str]:
-    """The name, and what it is without what may stand before a language model's names."""
+    """Yield the name, and the name without each prefix that may stand before a language model's names."""
     yield name
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -99,7 +99,7 @@ def without_prefix(name: str) -> Iterable[str]:
 
 
 def modules_of(names: Iterable[str]) -> Iterable[str]:
-    """Stored tensors' names and those of their modules."""
+    """Yield stored tensors' names and those of their modules."""
     for name in names:
         yield name
         module, _, leaf = name.rpartition(".")

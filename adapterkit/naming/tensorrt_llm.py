@@ -1,4 +1,4 @@
-"""Numbers that TensorRT-LLM gives to modules with LoRA; their names are in spec/architectures/namings.
+"""Numbers that TensorRT-LLM gives to modules with LoRA; spec/architectures/namings has their names.
 
 Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
 """
@@ -18,7 +18,7 @@ NUMBERS = {
 
 @cache
 def numbers() -> dict[str, int]:
-    """Own module below a layer -> number; models with queries, keys and values in one module have that one, too."""
+    """Return own module below a layer -> number; a module of fused queries, keys and values has a number, too."""
     places = namings_of("tensorrt_llm")[0].places()
     names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
     return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
@@ -26,9 +26,9 @@ def numbers() -> dict[str, int]:
 
 @cache
 def modules() -> dict[int, str]:
-    """Number -> own module below a layer."""
+    """Return number -> own module below a layer."""
     return {number: name for name, number in numbers().items()}
 
 
 FUSED = "mlp.gate_up_proj"
-"""Of the number of `mlp.gate_proj`, too; its outputs are stored up before gate."""
+"""Has the same number as `mlp.gate_proj`; its outputs are stored up before gate."""

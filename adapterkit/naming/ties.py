@@ -1,7 +1,7 @@
-"""Tied weights: which layers read one stored tensor, an output head and the input embeddings.
+"""Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. Names are those of
-transformers' model families; `_tied_weights_keys` of its model classes is where they come from.
+transformers' model families; they come from `_tied_weights_keys` of its model classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
 )  # fmt: skip
 _ONLY_HEADS = tuple(name for name in HEADS if name != "output")
-"""Those that no other layer is called."""
+"""Names of heads that no other layer has."""
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
 
@@ -27,13 +27,13 @@ _HEAD_OF = {
     "gpt_neox": "embed_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
 }  # fmt: skip
-"""model_type -> its head, where that is not `lm_head`."""
+"""model_type -> its head, if that is not `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
 """Endings of the classes that have a head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Endings of the others; configs of these say `tie_word_embeddings`, too."""
+"""Endings of classes without such a head; their configs say `tie_word_embeddings`, too."""
 
 _TIED_BY_DEFAULT = frozenset({
     "albert", "bart", "bert", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "camembert", "cohere",
@@ -43,10 +43,10 @@ _TIED_BY_DEFAULT = frozenset({
     "mpt", "openai-gpt", "opt", "paligemma", "pegasus", "recurrent_gemma", "roberta", "smollm3", "starcoder2",
     "switch_transformers", "t5", "t5gemma", "udop", "umt5", "whisper", "xglm", "xlm-roberta", "zamba", "zamba2",
 })  # fmt: skip
-"""Model types whose config class ties where config.json is silent; the others of transformers do not."""
+"""Model types whose config class ties if config.json does not say; the others of transformers do not."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
-"""Model types that multiply what enters the head by `d_model ** -0.5`, unless the config says that it is not tied."""
+"""Model types that multiply the head's input by `d_model ** -0.5`, unless the config says that it is not tied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Tie:
     """Layers that read one tensor.
 
     Attributes:
-        stored: the tensor's name on disk: that of the embedding, or of `shared`, which no layer of the model reads.
+        stored: the tensor's name on disk: the embedding's, or `shared`, which no layer of the model reads.
         inputs: names of the input embeddings that read it: `(stored,)`, or those of an encoder and a decoder.
         head: the name of the output head's weight.
         apart: the head is on disk too, although the config ties it.
@@ -67,18 +67,18 @@ class Tie:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """All names under which the tensor is read, the head's last."""
+        """List all names under which the tensor is read, the head's last."""
         return (*self.inputs, self.head)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """The names that are not on disk -> the one that is."""
+        """Return the names that are not on disk -> the one that is."""
         kept = {self.stored, self.head} if self.apart else {self.stored}
         return {name: self.stored for name in self.layers if name not in kept}
 
 
 def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie | None:
-    """The tie between a head and the input embeddings of a base; None where nothing is tied.
+    """Find the tie between a head and the input embeddings of a base; None if nothing is tied.
 
     Args:
         names: the stored tensors.
@@ -88,10 +88,10 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
     if len(embeddings) != 1:
         return None
     stored = embeddings[0]
-    # Other layers are called `output`, too: a head has the embedding's shape.
+    # Other layers are called `output`, too; only a head has the embedding's shape.
     shape = getattr(names[stored], "shape", None)
     heads = [name for name in names if _is(name, HEADS) and getattr(names[name], "shape", None) == shape]
-    # Llama 3.2 Vision has a head with fewer rows than its embedding: a tensor of its own.
+    # Llama 3.2 Vision has a head with fewer rows than its embedding, so it is a tensor of its own.
     apart = bool(heads) or any(_is(name, _ONLY_HEADS) for name in names)
     if not _says_tied(config, apart) or len(heads) > 1:
         return None
@@ -99,10 +99,10 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
-    """Names that tied layers have beside the stored one -> the stored name; empty where nothing is tied.
+    """Return other names of a tied tensor -> its stored name; empty if nothing is tied.
 
-    They are found once for each base: callers ask for every target, and to look through all names for each of them
-    would take time that grows with the square of the base.
+    The result is cached for each base. Callers ask for every target, and a search through all names each time would
+    take time that grows with the square of the base.
     """
     if base not in _ALIASES:
         tie = find_tie(base.tensors, base.config)
@@ -114,17 +114,17 @@ _ALIASES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 
 
 def says_untied(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config says in so many words that head and embeddings are two tensors."""
+    """Whether a config says explicitly that head and embeddings are two tensors."""
     return _explicit(config or {}) is False
 
 
 def says_tied(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config says in so many words that head and embeddings are one tensor."""
+    """Whether a config says explicitly that head and embeddings are one tensor."""
     return _explicit(config or {}) is True
 
 
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
-    """The tie of layers that share their numbers in a live model or in a graph.
+    """Make the tie of layers that share their numbers in a live model or in a graph.
 
     Args:
         stored: the name of the embedding that an adapter names.
@@ -145,7 +145,7 @@ def is_head(name: str) -> bool:
 
 
 def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The changes to a config whose head gets a tensor of its own."""
+    """Return the changes to a config whose head gets a tensor of its own."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     text = (config or {}).get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" in text:
@@ -156,15 +156,15 @@ def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def kept_tied(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The changes to a config whose head stays tied: none where it, or the default of its family, says so."""
+    """Return the changes to a config whose head stays tied: none if it, or the default of its family, says so."""
     silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in _TIED_BY_DEFAULT
     return {"tie_word_embeddings": True} if silent else {}
 
 
 def untied_scale(config: Mapping[str, Any] | None) -> float:
-    """What an untied head's weight is multiplied by, so that the model computes what it did while the head was tied.
+    """Return the factor of an untied head's weight that makes the model compute the same as with the tied head.
 
-    T5 and its relatives scale what enters the head only while their config says that it is tied.
+    T5 and its relatives scale the head's input only while their config says that it is tied.
     """
     width = (config or {}).get("d_model")
     if str((config or {}).get("model_type")) not in _SCALED or not isinstance(width, int) or width < 1:
@@ -173,7 +173,7 @@ def untied_scale(config: Mapping[str, Any] | None) -> float:
 
 
 def _inputs(stored: str) -> tuple[str, ...]:
-    """Models of an encoder and a decoder keep one table as `shared`, and look tokens up in a module of each half."""
+    """List the input embeddings that read a tensor: encoder-decoder models store one `shared` table for both halves."""
     prefix, _, name = stored.removesuffix(".weight").rpartition(".")
     if name != "shared":
         return (stored,)
@@ -181,7 +181,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _says_tied(config: Mapping[str, Any] | None, has_head: bool) -> bool:
-    """The word of the config; else the default of its family; a class with a head and no weight for it must tie."""
+    """Whether the config, or else its family's default, ties; a class with a head but no weight for it must tie."""
     if config is None:
         return False
     listed = config.get("architectures")

@@ -1,4 +1,4 @@
-"""Names in Tinker's adapters where they are not PEFT's.
+"""Names in Tinker's adapters that differ from PEFT's.
 
 Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tinker-cookbook
 """
@@ -21,7 +21,7 @@ _MARKS = tuple(
     for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
     for factor in "AB"
 )
-"""Endings of keys."""
+"""Endings of keys that only Tinker's files have."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:

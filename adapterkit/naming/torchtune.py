@@ -10,13 +10,13 @@ from .tables import Table
 
 @cache
 def table() -> Table:
-    """Own template -> torchtune's; all families have the same names."""
+    """Return own template -> torchtune's; all families have the same names."""
     return Table({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 
 @cache
 def meta_order() -> dict[str, bool]:
-    """model_type -> whether rows of q and k stand in Meta's order."""
+    """Return model_type -> whether rows of q and k are in Meta's order."""
     return {
         model_type: any(place.rows for place in naming.places().values())
         for naming in namings_of("torchtune")
@@ -26,6 +26,6 @@ def meta_order() -> dict[str, bool]:
 
 @cache
 def turned() -> dict[str, str]:
-    """End of a module's name -> which heads share its rows, `query` or `kv`."""
+    """Return end of a module's name -> the heads that share its rows, `query` or `kv`."""
     places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
     return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

@@ -1,1 +1,1 @@
-"""The formats of image models share this: one file of tensors whose keys are a module's name and a slot."""
+"""Shared code of the formats of image models: one file of tensors whose keys are a module's name and a slot."""

@@ -1,6 +1,6 @@
-"""Options of networks that change what its forward computes and that no tensor tells: the header's `ss_network_args`.
+"""Read network options that change the forward but are in no tensor: the header's `ss_network_args`.
 
-sd-scripts writes there, as JSON, what the network was made with. LyCORIS takes every word but `false` for true.
+sd-scripts writes there, as JSON, the arguments of the network. LyCORIS reads every word except `false` as true.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ OPTIONS = {
         "they count alpha / r times",
     ),
 }
-"""Departures of LyCORIS's and sd-scripts' forward from what their tensors say."""
+"""Departures of the forward of LyCORIS and sd-scripts from the meaning of their tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """How a network of LyCORIS was trained.
+    """The options with which a network of LyCORIS was trained.
 
     Attributes:
-        bypass: modules acted on their layer's output, its bias included; DoRA's magnitudes were left out of account.
+        bypass: modules changed their layer's output, its bias included; DoRA's magnitudes had no effect.
         rs: scalings are alpha / sqrt(r).
-        unit: how many times alpha / r a LoRA counts: the ranks that DyLoRA trained at a time; 0 for once.
+        unit: a LoRA counts this many times alpha / r: the ranks that DyLoRA trained at a time; 0 for once.
         split: sd-scripts trained the parts of FLUX's fused weights apart, each with r ranks, and saved them as one.
     """
 
@@ -65,7 +65,7 @@ class Arguments:
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults where it names no such network, or has no such options."""
+    """Return the options in a header; the defaults if it names no such network, or has no such options."""
     network = metadata.get("ss_network_module", "")
     if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()

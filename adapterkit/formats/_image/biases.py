@@ -1,4 +1,4 @@
-"""A LoRA's bias is one switch for a whole part of a file: all of its LoRAs have one, or none."""
+"""Check that a part of a file has biases at all of its LoRAs or at none: loaders have one switch for the whole part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -> None:
-    """Checks a file's modules.
+    """Check the biases of a file's modules.
 
     Raises:
         Malformed: a bias is missing.
@@ -29,7 +29,7 @@ def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -
 
 
 def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
-    """The smaller of the two parties, where some LoRAs of a part have a bias and others none."""
+    """Yield the LoRAs of the smaller group, if some LoRAs of a part have a bias and others do not."""
     parties: dict[str, dict[bool, list[Target]]] = {}
     for target, found in updates.items():
         for update in found:

@@ -1,7 +1,7 @@
-"""Embeddings of tokens in a file of LoRAs: `bundle_emb.<token>.<slot>`, as OneTrainer writes and AUTOMATIC1111 reads.
+"""Read and write token embeddings in a file of LoRAs: `bundle_emb.<token>.<slot>`, of OneTrainer and AUTOMATIC1111.
 
-They are textual inversions beside the LoRAs. ComfyUI leaves such keys out and diffusers refuses the whole file, so that
-only kohya's and LyCORIS's files have them.
+They are textual inversions beside the LoRAs. ComfyUI ignores such keys and diffusers refuses the whole file, so only
+kohya's and LyCORIS's files have them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PREFIX = "bundle_emb."
 EMBEDDING = "text_model.embeddings.token_embedding"
 
 PLACES = {"clip": EMBEDDING, "t5": "shared", "llm": "model.embed_tokens"}
-"""Kind of a text encoder -> its embedding."""
+"""Kind of a text encoder -> the path of its embedding."""
 
 SLOTS = {"clip_l": "clip", "clip_g": "clip", "t5": "t5", "llama": "llm"}
-"""OneTrainer's word for an encoder -> its kind."""
+"""OneTrainer's name of an encoder -> its kind."""
 
 ALONE = ("emb_params", "string_to_param.*")
-"""Slots of the one encoder of Stable Diffusion 1 and 2; the second comes from AUTOMATIC1111's files of embeddings."""
+"""Slots of the one encoder of Stable Diffusion 1 and 2; the second is from AUTOMATIC1111's files of embeddings."""
 
 USUAL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Word -> the encoder in diffusers' words, where no family says another."""
+"""OneTrainer's name -> diffusers' name of the encoder, unless the family has another."""
 
 
 def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
@@ -50,21 +50,21 @@ class Bundle:
 
     Attributes:
         updates: target -> embeddings of the tokens, in the file's order.
-        keys: key that `keyed` would choose -> key of the file.
-        shapes: key -> shape of the file where that is no matrix.
+        keys: key that `keyed` would choose -> key in the file.
+        shapes: key -> shape in the file, if that is not a matrix.
     """
 
     def __init__(self, tensors: Mapping[str, Lazy], updates: Updates, origin: Origin) -> None:
-        """Take keys apart.
+        """Parse the keys and collect the embeddings.
 
         Args:
             tensors: the embeddings' tensors.
-            updates: the LoRAs' updates beside them, which tell the family.
-            origin: what is known of the file.
+            updates: the LoRAs' updates beside them; they tell the family.
+            origin: the known facts about the file.
 
         Raises:
-            Unsupported: an embedding is of no encoder's input: OneTrainer has some that are added to its output.
-            Malformed: it is no matrix of rows, or comes twice.
+            Unsupported: an embedding is not an input of an encoder: OneTrainer adds some to an encoder's output.
+            Malformed: an embedding is not a matrix of rows, or is there twice.
         """
         self.updates: dict[Target, tuple[Update, ...]] = {}
         self.keys: dict[str, str] = {}
@@ -90,7 +90,7 @@ class Bundle:
 
 
 def _words(updates: Updates, origin: Origin) -> dict[str, str]:
-    """OneTrainer's word -> the encoder in diffusers' words, as far as all families that fit agree on it."""
+    """Return OneTrainer's name -> diffusers' name of each encoder, as far as all families that fit agree on it."""
     targets = denoiser_targets(updates, ())
     fitting = candidates(updates, targets, origin) if targets else []
     found: dict[str, set[str]] = {}
@@ -113,14 +113,14 @@ def _place(key: str, slot: str, words: Mapping[str, str]) -> Target:
 
 
 def is_bundled(target: Target, update: object) -> bool:
-    """Whether an update is an embedding that a file of LoRAs can have beside them."""
+    """Whether an update is an embedding that a file may have beside its LoRAs."""
     part, _, rest = target.path.partition(".")
     there = part.startswith("text_encoder") and rest in PLACES.values()
     return there and isinstance(update, TextualInversion) and bool(update.token) and "." not in update.token
 
 
 def keyed(updates: Updates, hints: Hints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
-    """The updates without embeddings, and the embeddings by key; all are updates where there is no LoRA beside them."""
+    """Separate the embeddings, by key, from the other updates; without a LoRA beside them nothing is separated."""
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}
     rest = {t: tuple(u for u in each if not is_bundled(t, u)) for t, each in updates.items()}
@@ -140,7 +140,7 @@ def keyed(updates: Updates, hints: Hints, origin: Origin) -> tuple[Updates, dict
 
 
 def _slot(target: Target, found: Iterable[Target], words: Mapping[str, str]) -> str:
-    """OneTrainer's word for the encoder of an embedding; Stable Diffusion 1 and 2 have one, and no word for it."""
+    """Return OneTrainer's name of an embedding's encoder; empty for Stable Diffusion 1 and 2, which have only one."""
     part, _, rest = target.path.partition(".")
     kind = next(kind for kind, name in PLACES.items() if name == rest)
     if kind != "clip":

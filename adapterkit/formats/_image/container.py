@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors with their metadata, or torch's; nothing beside them."""
+"""Load and save files of tensors: safetensors with metadata, or torch files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ TORCH = {".bin", ".ckpt", ".pt", ".pth"}
 """Endings of torch files."""
 
 NATIVE = "adapterkit"
-"""The metadata key of adapterkit's own files, which are none of these."""
+"""The metadata key of adapterkit's own files, which these formats do not read."""
 
 Metadata = list[tuple[str, str]]
-"""Keys and values in the order of the file: the libraries that write them do not sort them."""
+"""Keys and values in the order of the file, because the libraries that write them do not sort them."""
 
 
 def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
-    """The tensors and the metadata of a file.
+    """Load the tensors and the metadata of a file.
 
     Raises:
-        Malformed: it is no file of tensors.
+        Malformed: it is not a file of tensors.
         StorageError: it cannot be read.
     """
     if path.is_dir():
@@ -41,7 +41,7 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
 
 
 def names(path: Path) -> list[str]:
-    """The keys of a file, for sniffing; none where it is not such a file."""
+    """Return the keys of a file, for sniffing; none if it is not such a file."""
     try:
         if not path.is_file():
             return []
@@ -54,7 +54,7 @@ def names(path: Path) -> list[str]:
 
 
 def save(path: Path, tensors: Mapping[str, Lazy], metadata: Metadata) -> None:
-    """Writes a file, atomically: torch's by the ending of its name, else safetensors."""
+    """Write a file atomically: a torch file if its name has such an ending, else safetensors."""
     if path.suffix not in TORCH:
         return safetensors.write(path, tensors, dict(metadata))
     import torch

@@ -1,12 +1,12 @@
-"""Which family's names the targets of an adapter are: decided by all of them together, or refused with the readings.
+"""Decide which family the target names of an adapter belong to, from all names together, or refuse with the readings.
 
-A name that a family does not have is never passed through into another naming: half of a Qwen-Image LoRA has FLUX's
-names, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
+A name that a family does not have is never copied into another naming: half of the names of a Qwen-Image LoRA are also
+FLUX's, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 FAMILY = "adapterkit.family"
-"""Key of metadata with the names of the families that an adapter can be of, where the writer knew more than names."""
+"""Metadata key with the names of an adapter's possible families, for writers that know more than the names tell."""
 
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
-"""Format -> the families that its files can be of."""
+"""Format -> the families that its files can belong to."""
 
 SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
-"""Format -> the naming of its files. kohya and LyCORIS write any names, with underscores."""
+"""Format -> the naming of its files. kohya and LyCORIS accept any names, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """Parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
@@ -32,10 +32,10 @@ DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Facts about the naming that an adapter's names come from.
+    """The known facts about the naming of an adapter's names.
 
     Attributes:
-        naming: `native`, `comfyui` or `diffusers`; empty where nothing tells.
+        naming: `native`, `comfyui` or `diffusers`; empty if not known.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
         metadata: the metadata of the file that the adapter was read from.
@@ -51,7 +51,7 @@ UNKNOWN = Origin()
 
 
 def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
-    """The naming of the files that an adapter was read from, or of the base."""
+    """Return the naming of the files that an adapter was read from, or of the base."""
     from .underscores import modules_of
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
@@ -79,7 +79,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """The families of a base: those of its class in diffusers, or those that have all names of its denoiser."""
+    """List the families of a base: those of its class in diffusers, or those that have all names of its denoiser."""
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
@@ -88,14 +88,14 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
-    """The families that have all of these modules, as far as they are of no text encoder."""
+    """List the families that have all of these modules; modules of text encoders are not considered."""
     split = map(rooted, paths)
     inside = [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in DENOISERS]
     return tuple(family.name for family in families() if all(path in family for path in inside))
 
 
 def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
-    """The targets inside a U-Net or a transformer that are to be in another naming."""
+    """List the targets inside a U-Net or a transformer that are to be in another naming."""
     found = []
     for target in updates:
         root, rest = rooted(target.path)
@@ -106,16 +106,16 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
 
 
 def decide(updates: Updates, targets: Collection[Target], naming: str, origin: Origin) -> tuple[Family | None, str]:
-    """The family by which targets are translated, and why there is none.
+    """Choose the family by which targets are translated, or say why there is none.
 
     Args:
         updates: all updates, whose shapes are evidence.
-        targets: those of the denoiser.
+        targets: the targets in the denoiser.
         naming: the naming that is wanted.
-        origin: what is known of where the names come from.
+        origin: the known facts about the naming.
 
     Returns:
-        no family and no reason where the names are to stay as they are.
+        (family, ""), or (None, reason). Neither a family nor a reason if the names stay as they are.
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
     fitting = candidates(updates, targets, origin)
@@ -128,19 +128,19 @@ def decide(updates: Updates, targets: Collection[Target], naming: str, origin: O
 
 
 def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[Family]:
-    """The families that targets of a denoiser can be of: those that have all names, narrowed by what else is known.
+    """List the possible families of targets of a denoiser: those with all names, narrowed by the other evidence.
 
     Args:
         updates: all updates, whose shapes are evidence.
-        targets: those of the denoiser.
-        origin: what is known of where the names come from.
+        targets: the targets in the denoiser.
+        origin: the known facts about the naming.
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
-        # The caller, or the writer of the file, has said it: other evidence only chooses among the families named.
+        # The caller or the writer of the file named them: other evidence only chooses among the named families.
         fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     if origin.naming:
         fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
@@ -153,13 +153,13 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
 
 
 def module_of(path: str) -> str:
-    """Return the module of a path: whole norms of FLUX are named by their parameter, `scale`."""
+    """Return the module of a path; whole norms of FLUX are named by their parameter, `scale`."""
     bare = path.removesuffix(".scale")
     return bare if bare != path and families_of(bare, "native") else path
 
 
 def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
-    """Text encoder, in diffusers' words -> its kind, of the targets that are inside one."""
+    """Return text encoder, by diffusers' name -> its kind, for the targets that are inside one."""
     found = {}
     for target in updates:
         root, rest = rooted(target.path)
@@ -175,8 +175,8 @@ def has_encoders(family: Family, parts: Mapping[str, str]) -> bool:
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
 
 
-def narrowed(families: list[Family], fits: Any) -> list[Family]:
-    """The families that fit; all of them where none does, since then the evidence is of another kind of model."""
+def narrowed(families: list[Family], fits: Callable[[Family], object]) -> list[Family]:
+    """Keep the families that fit; all if none fits, because the evidence is then about another kind of model."""
     return [family for family in families if fits(family)] or families
 
 
@@ -190,7 +190,7 @@ def _unknown(paths: Iterable[str], naming: str) -> str:
 
 
 def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:
-    """Whether there are so many blocks, and shapes are such."""
+    """Whether the family has that many blocks and weights of these shapes."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
@@ -200,7 +200,7 @@ def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: I
 
 
 def said(family: Family, metadata: Mapping[str, str]) -> bool:
-    """Whether metadata of a file name the family, and no other by a longer word."""
+    """Whether metadata of a file name the family, and no longer word names another."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
     text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
@@ -213,11 +213,11 @@ _TELLING = (
     "modelspec.architecture", "ss_base_model_version", "ss_network_module", "modelspec.implementation",
     "ss_sd_model_name",
 )  # fmt: skip
-"""Keys of metadata that name the model that was trained."""
+"""Metadata keys that name the model that was trained."""
 
 
 def complete(family: Family, paths: Iterable[str]) -> bool:
-    """Whether the last of the blocks that all published models have is there, and no other."""
+    """Whether the last of the blocks that all published models have is there, and none after it."""
     last: dict[str, int] = {}
     for path in paths:
         first, _, rest = path.partition(".")
@@ -248,7 +248,7 @@ def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
 
 
 def _outcome(family: Family, paths: Collection[str], naming: str) -> tuple[Any, ...]:
-    """Return the names in the naming that is wanted."""
+    """Return the names in the requested naming."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)
     return tuple(

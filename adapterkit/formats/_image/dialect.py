@@ -1,4 +1,4 @@
-"""The base class of the formats of image models: a grammar of keys, rules of scalings, names."""
+"""The base class of the formats of image models: grammar of keys, rules of scalings, names of modules."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ ALPHAS = {
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as its trainer's forward computes it at a convolution that pads otherwise than with zeros.
+    """Return the update as its trainer's forward computes it at a convolution that does not pad with zeros.
 
     Raises:
-        Unsupported: no method here computes that.
+        Unsupported: no method here computes that function.
     """
     if not layer.padding.startswith("padding_mode") or update.kind not in ("additive", "weight", "output"):
         return update
@@ -59,17 +59,17 @@ PADDING = {
         zero_padded,
     )
 }
-"""Beside the base's own forward, trainers call a convolution of theirs, with the layer's amount of padding alone."""
+"""Trainers run a convolution of their own beside the base's forward; it copies only the layer's amount of padding."""
 
 
 class ImageFormat(Format, ABC):
-    """One file of tensors; a subclass says what its keys look like, and how its modules are called.
+    """A format with one file of tensors; a subclass defines its keys and the names of its modules.
 
     Class attributes:
-        rules: how it says scalings, and its slots.
-        naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
+        rules: its rules for scalings, and its slots.
+        naming: `native` or `diffusers` if its files use one naming; empty if they use any.
         bundles: whether its files can have embeddings of tokens beside the LoRAs.
-        rows: whether its files adapt some rows of a fused weight.
+        rows: whether its files can adapt some rows of a fused weight.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
@@ -82,32 +82,32 @@ class ImageFormat(Format, ABC):
     def name(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
-    # Methods that each format defines.
+    # A subclass defines these methods.
 
     @abstractmethod
     def parse(self, key: str) -> Key | None:
-        """A key taken apart; None where it is of another dialect."""
+        """Split a key into module name and slot; None if it is another format's."""
 
     @abstractmethod
     def spell(self, stem: str, slot: str) -> str:
-        """The key of a slot, in the spelling that is written."""
+        """Return the key of a slot, spelled as the writer spells it."""
 
     @abstractmethod
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        """Stem -> target."""
+        """Return stem -> target."""
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        """The name of a target in keys; None where it has none."""
+        """Return the name of a target in keys; None if it has none."""
         return target.path if target.rows is None else None
 
     def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
-        """An update with a scaling that stands elsewhere than in the slots."""
+        """Apply a scaling that is stored outside the slots to an update."""
         return found
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
-        """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
+        """Move updates into the naming of its files; return them and those that cannot move. Kept targets stay."""
         from .deciding import FAMILIES
         from .translate import in_diffusers, in_naming
 
@@ -116,33 +116,33 @@ class ImageFormat(Format, ABC):
         if not self.naming:
             return dict(updates), []
         if own := FAMILIES.get(self.name()):
-            # Files of this format are of one family: to ask for it says which one is meant.
+            # All files of this format are of these families, so other families are not meant.
             origin = replace(origin, families=own)
         return in_naming(updates, self.naming, kept, origin, fold=fold, rows=self.rows)
 
     def prepared(self, updates: Updates) -> Updates:
-        """The same function in updates that its files have words for, where it has such forms of its own."""
+        """Rewrite updates, without changing the function, into forms that only this format has."""
         return updates
 
     def why_not(self, target: Target, update: Update, rules: Rules) -> str:
-        """Why its files have no words for an update at a target; empty where they have."""
+        """Say why its files cannot express an update at a target; empty if they can."""
         from .encode import why_not
 
         return why_not(update, rules)
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
-        """The metadata to write, and whether they say the scalings, so that alphas are left out."""
+        """Return the metadata to write, and whether they state the scalings, so that alphas are left out."""
         return hints.metadata, False
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
-        """The file, where a folder may be named."""
+        """Return the file to use if the path is a folder."""
         return path
 
     def rules_in(self, file: Path, hints: Hints) -> Rules:
-        """The rules for writing a file of this name."""
+        """Return the rules for writing a file of this name."""
         return self.rules
 
-    # Methods that are the same for all.
+    # These methods are the same for all subclasses.
 
     def read(
         self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None
@@ -171,15 +171,15 @@ class ImageFormat(Format, ABC):
         return lines
 
     def switch(self, stem: str) -> str:
-        """The part of a file in which all LoRAs have a bias, or none."""
+        """Return the part of a file in which all LoRAs have a bias, or none."""
         return ""
 
     def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
-        """Stem -> the tensors of one module.
+        """Return stem -> the tensors of one module.
 
         Raises:
-            Malformed: a key is of another dialect, or comes twice.
-            Unsupported: a key is of an embedding that belongs to another file.
+            Malformed: a key is another format's, or is there twice.
+            Unsupported: a key is of an embedding that belongs in another file.
         """
         grouped: dict[str, dict[str, Key]] = {}
         for text in tensors:
@@ -203,7 +203,7 @@ class ImageFormat(Format, ABC):
 
 
 def folder_file(path: Path, names: Iterable[str]) -> Path:
-    """The file of one of these names in a folder; the path itself where it is none.
+    """Return the file of one of these names in a folder; the path itself if it is not a folder.
 
     Raises:
         UsageError: the folder holds none.

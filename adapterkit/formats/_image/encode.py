@@ -1,4 +1,4 @@
-"""Updates to slots, why an update has none in a format, and what is rewritten so that it has."""
+"""Encode updates as slots, rewrite those that a format cannot express, and say why others have no slots."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
     BOFTOutputs: "rescale", WeightNorm: "dora", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
-"""Method -> a slot that a dialect must have to say it."""
+"""Method -> a slot that a format must have to express it."""
 
 
 LARGEST = 1e290
-"""A scaling times a rank stays below what readers take for a number, 1e300."""
+"""Keeps a scaling times a rank below 1e300, the largest number that readers accept."""
 
 
 def why_not(update: Update, rules: Rules) -> str:
-    """Why a dialect has no words for an update; empty where it has."""
+    """Say why a format cannot express an update; empty if it can."""
     slot = _SLOTS.get(type(update))
     if slot is None or slot not in rules.slots:
         return f"{update.method} is not among its methods"
@@ -65,7 +65,7 @@ NO_SLOT_FOR_SCALING = "with a scaling, for which it has no slot"
 
 
 def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
-    """Why a file cannot say whether an update changes the bias, which its header says once for all modules."""
+    """Say why a file cannot express an update's effect on the bias: its header has one setting for all modules."""
     inputs = isinstance(update, IA3Weights) and update.w is None
     if inputs or update.on_output == rules.trained.bypass:
         return ""
@@ -86,7 +86,7 @@ def _why_not_oft(update: OFT, rules: Rules) -> str:
 
 
 def folded(update: Update, rules: Rules) -> Update:
-    """The same law with its scaling in a factor, in that factor's own type; one that has none is returned as it is."""
+    """Return the same update with its scaling folded into a factor, in the factor's dtype; unchanged if it has none."""
     field = _unscaled(update, rules)
     scaling = update.attributes.get("scaling", 1.0)
     if not field or scaling == 1:
@@ -96,7 +96,7 @@ def folded(update: Update, rules: Rules) -> Update:
 
 
 def _unscaled(update: Update, rules: Rules) -> str:
-    """The field that takes a scaling for which there is no slot; empty where there is one."""
+    """Return the field that absorbs a scaling that has no slot; empty if there is a slot."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and rules.peft:
@@ -108,12 +108,12 @@ def _unscaled(update: Update, rules: Rules) -> str:
 
 
 def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
-    """The slots of an update that `why_not` has nothing against, its alpha last.
+    """Return the slots of an update that `why_not` accepts, its alpha last.
 
     Args:
         update: the update.
         rules: the format's rules.
-        kernel: how many axes the weight's kernel has, for laws whose own tensors do not tell.
+        kernel: how many axes the weight's kernel has, for methods whose own tensors do not tell.
     """
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, (LoRA, DoRA)):
@@ -199,9 +199,9 @@ def _turned(leaf: Lazy) -> Lazy:
 
 
 def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
-    """The updates without changes of zero that the format cannot say, and a line for each.
+    """Leave out changes of zero that the format cannot express, and return a line for each.
 
-    Extracted LoRAs of Wan have such a `diff` for every norm.
+    LoRAs extracted from Wan have such a `diff` for every norm.
     """
     lines: list[str] = []
     changed: dict[Target, tuple[Update, ...]] = {}
@@ -215,7 +215,7 @@ def without_effect(updates: Updates, rules: Rules) -> tuple[Updates, list[str]]:
 
 
 def _is_zero(update: Update) -> bool:
-    """Whether a dense change is known to be zero; one that is still to be computed is not."""
+    """Whether a dense change is known to be zero; one that is not computed yet is not known."""
     try:
         return isinstance(update, Dense) and not any(as_array(as_lazy(leaf)).any() for leaf in update.tensors.values())
     except NotComputed:
@@ -223,7 +223,7 @@ def _is_zero(update: Update) -> bool:
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Scalings folded, where that is allowed and needed, and a line for each."""
+    """Fold scalings if that is needed and allowed, and return a line for each."""
     if on_loss not in ("fold", "promote"):
         return updates, []
     lines: list[str] = []

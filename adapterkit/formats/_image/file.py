@@ -1,4 +1,4 @@
-"""One module of a file: its tensors by slot; and what a dialect makes of it."""
+"""Represent one module of a file: its tensors by slot, the format's rules, and the updates they make."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGAIN = "Write the file again with the tool that made it"
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key taken apart: the module's name in the words of the dialect, and the slot."""
+    """A parsed key: the module's name as the format spells it, and the slot."""
 
     text: str
     stem: str
@@ -43,11 +43,11 @@ class Module:
 
     @property
     def where(self) -> str:
-        """A key that stands for all."""
+        """Return a key that stands for all, for errors."""
         return next(iter(self.keys.values()))
 
     def need(self, *slots: str) -> list[Lazy]:
-        """The tensors of slots that go together.
+        """Return the tensors of slots that belong together.
 
         Raises:
             Malformed: one is missing.
@@ -58,7 +58,7 @@ class Module:
         return [self.tensors[slot] for slot in slots]
 
     def number(self, slot: str) -> float:
-        """The one number that a slot holds.
+        """Return the one number that a slot holds.
 
         Raises:
             Malformed: it holds none, or more than one.
@@ -74,17 +74,17 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a dialect says scalings.
+    """A format's rules for scalings.
 
     Attributes:
-        alpha_needed: its trainers write an alpha for every module, and take one that is missing or 0 for the rank.
-        by_formula: a missing alpha is an error and an alpha of 0 a factor of 0, as in the paper's formula; otherwise
-            both stand for the rank, as in the forward of its tools.
-        oft_zero: what an OFT's alpha of 0 is: no constraint (True), or no rotation at all (False).
-        norms: changes of vectors have the slots of norms.
+        alpha_needed: its trainers write an alpha for every module; a missing or zero alpha means the rank.
+        by_formula: as in the paper's formula, a missing alpha is an error and an alpha of 0 is a factor of 0; otherwise
+            both mean the rank, as in the forward of its tools.
+        oft_zero: meaning of an OFT's alpha of 0: no constraint (True), or no rotation at all (False).
+        norms: changes of vectors use the slots of norms.
         peft: DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] of a convolution; else [out, 1, ...].
-        slots: which of the slots it has; a slot that begins with one of these words counts.
-        trained: the options of LyCORIS that the file's header names.
+        slots: the slots that it has; a slot counts if it begins with one of these words.
+        trained: the options of LyCORIS in the file's header.
     """
 
     alpha_needed: bool = False
@@ -97,33 +97,33 @@ class Rules:
 
 
 def rules_at(rules: Rules, stem: str) -> Rules:
-    """The rules at one module, by its name in the keys."""
+    """Return the rules at one module, by its name in the keys."""
     there = rules.trained.at(stem)
     return rules if there is rules.trained else replace(rules, trained=there)
 
 
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
-    """The rules of a dialect in the reading that was asked for, for a file with these metadata."""
+    """Return the rules of a format in the selected reading, for a file with these metadata."""
     by_formula = compat == FORMULA
     return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """An update made of slots: field -> slot; and slots that are only kept."""
+    """An update made from slots: field -> slot; and slots that are only kept."""
 
     update: Update
     fields: Mapping[str, str]
     kept: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
-    """Slot that is only kept -> field computed from it."""
+    """Slot that is only kept -> the field computed from it."""
     idle: tuple[str, ...] = ()
-    """Slots that are only kept, since they have no effect."""
+    """Slots that are only kept, because they have no effect."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A tensor to write: its slot, and the field that it is; alphas are of none."""
+    """A tensor to write: its slot, and the field it holds; an alpha holds none."""
 
     slot: str
     leaf: Leaf

@@ -1,6 +1,6 @@
-"""Fused weights and their pieces: an update of the whole parted into rows, and updates of pieces put together.
+"""Split updates of fused weights into updates of their parts, and join updates of parts.
 
-Nothing is computed but where scalings differ: rows are copied, and what no update changes is zero.
+Values are computed only if scalings differ: rows are copied, and rows that no update changes are zero.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """The update of each span of rows; None where its law cannot be cut along outputs.
+    """Return the update of each span of rows; None if its formula cannot be cut along outputs.
 
-    A LoRA that was put together of one for each span comes apart again; else all share A.
+    A LoRA that was joined from one for each span comes apart again; otherwise all share A.
     """
     if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
         whole = [
@@ -47,7 +47,7 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
 
 
 def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """The blocks of each span; None where a block reaches over its end, or where all blocks share one constraint."""
+    """Return the blocks of each span; None if a block crosses a span's end, or if all blocks share a constraint."""
     name = "square" if update.square is not None else "pairs"
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
@@ -60,7 +60,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
 
 
 def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
-    """Rows of w1 for each span, where each ends with all rows of w2; None where one ends between them."""
+    """Return rows of w1 for each span that ends with all rows of w2; None if a span ends between them."""
     size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
     if update.stacked or any(edge % size for span in spans for edge in span):
         return None
@@ -84,7 +84,7 @@ def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
 
 
 def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ranks that each span of rows uses alone, where B is block-diagonal and no block is zero; else nothing."""
+    """Return the ranks that only one span of rows uses, if B is block-diagonal and no block is zero; else nothing."""
     used = as_array(as_lazy(update.B)) != 0
     edges = [0]
     for start, stop in spans:
@@ -97,7 +97,7 @@ def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int,
 
 
 def outputs_of(update: Update) -> int | None:
-    """The outputs of the weight that an update is for; None where its tensors do not tell."""
+    """Return the outputs of the weight that an update is for; None if its tensors do not tell."""
     dims = update.dims()
     if isinstance(update, OFT) and update.side == "out" and update.square is not None:
         return int(dims["n"]) * int(dims["b"])  # type: ignore[arg-type]
@@ -105,7 +105,7 @@ def outputs_of(update: Update) -> int | None:
 
 
 def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
-    """Positions `start` to `stop` of an axis."""
+    """Return positions `start` to `stop` of an axis."""
     tensor = as_lazy(leaf)
     shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
     return tensor.map(lambda array: array[(*[slice(None)] * axis, slice(start, stop))], shape)
@@ -120,17 +120,17 @@ class Part:
 
     @property
     def unit(self) -> int:
-        """Rows that one part of the fused weight has."""
+        """Return the rows of one part of the fused weight."""
         out = outputs_of(self.update) or 0
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
 def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
-    """One update of the fused weight, and why there is none.
+    """Join updates into one update of the fused weight, or say why that is not possible.
 
     Args:
-        parts: the updates, each of another piece.
-        fold: scalings that differ may go into B, rounded.
+        parts: the updates, one for each piece.
+        fold: allow folding different scalings into B, with rounding.
     """
     unit, of = parts[0].unit, parts[0].run.of
     if not unit and outputs_of(parts[0].update) is None and sum(part.run.parts for part in parts) == of:
@@ -164,7 +164,7 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
 
 
 def _stacked(updates: Sequence[Any]) -> Update | None:
-    """One update of all rows, of updates that share every tensor but those with rows; None where they do not."""
+    """Make one update of all rows from updates that share every tensor without rows; None if they do not."""
     first = updates[0]
     if any(type(u) is not type(first) or u.attributes != first.attributes for u in updates):
         return None
@@ -172,7 +172,7 @@ def _stacked(updates: Sequence[Any]) -> Update | None:
         return None
     rows = _with_rows(first)
     if not rows:
-        # Laws on inputs alone do the same to every row.
+        # Formulas on inputs alone act on every row in the same way.
         return first if first.cuts("out") and _alike(updates, first.tensors) else None
     if not _alike(updates, [name for name in first.tensors if name not in rows]):
         return None
@@ -189,7 +189,7 @@ def _stacked(updates: Sequence[Any]) -> Update | None:
 
 
 def _with_rows(update: Update) -> dict[str, int]:
-    """Field -> the axis along which it has the outputs, for updates that are made of independent rows."""
+    """Return field -> the axis of the outputs, for updates that consist of independent rows."""
     if isinstance(update, LoKr):
         return {"w1" if update.w1 is not None else "w1_a": 0} if not update.stacked else {}
     if isinstance(update, OFT) and update.side == "out":
@@ -203,12 +203,12 @@ def _with_rows(update: Update) -> dict[str, int]:
 
 
 def _alike(updates: Sequence[Any], names: Iterable[str]) -> bool:
-    """Whether tensors of all updates are the same."""
+    """Whether the named tensors are equal in all updates."""
     return all(len({fingerprint(u.tensors[name]) for u in updates}) == 1 for name in names)
 
 
 def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
-    """The rows of every B, one under another."""
+    """Stack the rows of every B."""
     rank = int(updates[0].B.shape[1])
     return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
@@ -232,7 +232,7 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "parts of a fused weight with scalings that differ"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    # Parts that share A share its rank: of queries, keys and values out of one fused LoRA, beside an MLP of its own.
+    # Parts that share A share its rank: one fused LoRA of queries, keys and values, beside an MLP with its own.
     ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
         known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
@@ -249,7 +249,7 @@ def _power_of_two(ratio: float) -> bool:
 
 
 def _shared(updates: Sequence[Any]) -> bool:
-    """Whether all have one A and one scaling."""
+    """Whether all have the same A and the same scaling."""
     first, *others = updates
     if not all(isinstance(u, (LoRA, DoRA)) and u.scaling == first.scaling for u in updates):
         return False
@@ -262,7 +262,7 @@ Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Tensors at rows and columns of one that is zero elsewhere; of their type, or float32 where they have several."""
+    """Place tensors at rows and columns of a zero tensor; in their dtype, or float32 if the dtypes differ."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]

@@ -1,4 +1,4 @@
-"""Leftovers of a file, for which an adapter has no fields: enough to write the same file again."""
+"""Record the facts of a file that an adapter has no fields for, so that the writer can write the same file again."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         metadata: keys and values of the header, in their order.
         stems: target -> name of the module in the file's keys.
-        keys: key that the writer would choose -> key that the file had.
-        shapes: key -> shape that the file had, where the writer would choose another of as many elements.
+        keys: key that the writer would choose -> key in the file.
+        shapes: key -> shape in the file, if the writer would choose another with as many elements.
         without_alpha: modules that had no alpha.
         derived: key of a tensor that is only kept -> fingerprint of the field that was computed from it.
-        idle: key of a tensor that is only kept, since it has no effect -> its target.
-        compat: the reading that was asked for.
+        idle: key of a tensor that is only kept because it has no effect -> its target.
+        compat: the reading that the caller selected.
     """
 
     metadata: list[tuple[str, str]] = []
@@ -48,7 +48,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter, format: str) -> Hints:  # noqa: A002 - the public contract's word
-    """The leftovers of an adapter that was read from this format; empty ones for any other.
+    """Return the leftovers of an adapter that was read from this format; empty ones for any other.
 
     Raises:
         Malformed: they are damaged.
@@ -57,7 +57,7 @@ def hints_of(adapter: Adapter, format: str) -> Hints:  # noqa: A002 - the public
 
 
 def fingerprint(leaf: Leaf) -> str:
-    """sha256 over a tensor's type, shape and bytes."""
+    """Return the sha256 of a tensor's type, shape and bytes."""
     tensor = as_lazy(leaf)
     head = f"{tensor.dtype.name} {list(tensor.shape)}\n"
     return hashlib.sha256(head.encode() + bytes(tensor.fetch())).hexdigest()
@@ -68,7 +68,7 @@ Spell = Callable[[str, str], str]
 
 
 class Leftovers:
-    """Collects what the writer would not know."""
+    """Collects the facts of a file that the writer could not know."""
 
     def __init__(self) -> None:
         self.stems: dict[str, str] = {}
@@ -119,11 +119,11 @@ class Leftovers:
 
 
 def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
-    """Whether an alpha that was kept says what the update does."""
+    """Whether a kept alpha still states the scaling of the update."""
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
     value, wanted = (Module("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    # A scaling with sqrt(r) in it does not give the alpha back to the last bit.
+    # A scaling that contains sqrt(r) does not give the alpha back to the last bit.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

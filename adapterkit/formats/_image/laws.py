@@ -1,6 +1,6 @@
-"""Slots to updates, and updates to slots: the part that kohya, LyCORIS, ComfyUI and diffusers have in common.
+"""Decode slots to updates: the code that kohya, LyCORIS, ComfyUI and diffusers have in common.
 
-Facts about the slots are in spec/formats/lycoris.toml; shapes are read off the tensors, never off metadata.
+Facts about the slots are in spec/formats/lycoris.toml. Shapes are taken from the tensors, never from metadata.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ OTHERS = {"alpha"}
 
 
 def decode(module: Module, rules: Rules) -> list[Found]:
-    """The updates that the slots of a module make up, in order of application.
+    """Return the updates that the slots of a module make up, in order of application.
 
     Raises:
-        Malformed: a slot lacks its partner, or laws that exclude each other meet.
-        ShapeMismatch: shapes are not those of the law.
-        Unsupported: the law is one that this version does not know.
+        Malformed: a slot lacks its partner, or the module has methods that exclude each other.
+        ShapeMismatch: the shapes are not those of the method.
+        Unsupported: this version does not have the method.
     """
     laws, rules = _laws(tuple(module.tensors)), rules_at(rules, module.stem)
     if not laws:
@@ -64,11 +64,11 @@ def _laws(slots: tuple[str, ...]) -> list[Callable[[Module, Rules], Found]]:
 
 
 def scaling(module: Module, rank: int, rules: Rules) -> float:
-    """alpha / rank; 1 for an alpha that is missing or 0, unless the formula is wanted.
+    """Return alpha / rank; 1 if the alpha is missing or 0, unless the formula is selected.
 
     Raises:
-        Malformed: the formula is wanted, and the alpha is missing where the dialect always has one; the alpha is 0, and
-            the dialect's tools do not take that for the rank.
+        Malformed: with the formula, the alpha is missing in a format that always has one; or the alpha is 0, and the
+            format's tools do not read that as the rank.
     """
     if "alpha" not in module.tensors:
         if rules.alpha_needed and rules.by_formula:
@@ -76,7 +76,7 @@ def scaling(module: Module, rank: int, rules: Rules) -> float:
         return 1.0
     alpha = module.number("alpha")
     if alpha == 0 and not (rules.alpha_needed or rules.by_formula):
-        why = "its alpha is 0, so that nothing would be left of it"
+        why = "its alpha is 0, so the adapter would do nothing"
         raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     if rank < 1:
         raise ShapeMismatch("a rank of 0", where=module.where, cure=AGAIN)
@@ -107,18 +107,18 @@ def _lora(module: Module, rules: Rules) -> Found:
 def drawn(rank: int, unit: int) -> int:
     """Return how many times alpha / r a LoRA counts.
 
-    LyCORIS's DyLoRA divides alpha by the number of units that it draws, and FLUX's parts by the rank of one part.
+    LyCORIS's DyLoRA divides alpha by the number of blocks that it draws; FLUX's parts divide it by one part's rank.
     """
     return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: Module) -> Lazy:
-    """down behind mid: the kernel that a Tucker form comes down to, in float32."""
+    """Multiply down by mid: the kernel that a Tucker form is equal to, in float32."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
     ones = all(n == 1 for n in down.shape[2:])
     if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
-        why = f"{list(mid.shape)} and {list(down.shape)} are no core and factor of one rank"
+        why = f"{list(mid.shape)} and {list(down.shape)} are not a core and a factor of one rank"
         raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
     shape = (rank, down.shape[1], *kernel)
     if math.prod(shape) > LARGEST:
@@ -136,16 +136,16 @@ def _through(module: Module) -> Lazy:
 
 
 LARGEST = 1 << 31
-"""Numbers that a kernel made of a core may have."""
+"""Largest number of elements of a kernel that is computed from a core."""
 
 
 def _is_dora(module: Module) -> bool:
-    """Whether a LoRA has a magnitude an output, which is DoRA; one an input is a normalisation behind it."""
+    """Whether a LoRA has one magnitude an output, which is DoRA; one an input is a normalisation after it."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
 def _per_output(module: Module, out: int) -> bool:
-    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] of PEFT's convolutions."""
+    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] as in PEFT's convolutions."""
     shape = module.tensors["dora"].shape
     if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
         return all(n == 1 for n in shape[2:])
@@ -157,7 +157,7 @@ def _magnitude(module: Module) -> Lazy:
 
 
 def _normed(module: Module, update: Any) -> Found:
-    """Magnitudes behind a LoHa, a LoKr or a LoRA: [out, 1, ...], or with wd_on_output=False [1, in, 1, ...]."""
+    """Decode magnitudes after a LoHa, a LoKr or a LoRA: [out, 1, ...], or with wd_on_output=False [1, in, 1, ...]."""
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
     if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
@@ -183,7 +183,7 @@ def _check_bypassed(module: Module, update: Update) -> None:
 
 
 EPSILON = 2.0**-23
-"""LyCORIS adds this to a norm that it divides by: float32's own epsilon."""
+"""LyCORIS adds this, float32's epsilon, to a norm that it divides by."""
 
 
 def _loha(module: Module, rules: Rules) -> Found:
@@ -212,9 +212,9 @@ def _lokr(module: Module, rules: Rules) -> Found:
         leaves["w2_a"] = _turned(leaves["w2_a"])
     factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
     whole = {"w1", "w2"} <= fields.keys()
-    # LyCORIS leaves the alpha of two whole factors out of account, and writes any.
+    # LyCORIS ignores the alpha of two whole factors, and writes any value.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    # With rs_lora the scaling of two whole factors is sqrt(r), and the alpha that is saved is r * sqrt(r).
+    # With rs_lora the scaling of two whole factors is sqrt(r), and the saved alpha is r * sqrt(r).
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
@@ -225,7 +225,7 @@ def _oft(module: Module, rules: Rules) -> Found:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
     if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
-        raise ShapeMismatch(f"{list(blocks.shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+        raise ShapeMismatch(f"{list(blocks.shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
     if "rescale" in module.tensors:
@@ -257,7 +257,7 @@ def _glora(module: Module, rules: Rules) -> Found:
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    # Other modules save an alpha that has sqrt(r) in it; GLoRA's is the one that was given.
+    # Other modules save an alpha multiplied by sqrt(r); GLoRA saves the one that the user gave.
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return Found(update, dict(zip(leaves, slots, strict=True)))
@@ -296,7 +296,7 @@ def _t_lora(module: Module, _: Rules) -> Found:
 
 
 def _reshape(module: Module, _: Rules) -> Found:
-    why = "it enlarges the weight that it adapts, so that no base has it"
+    why = "it enlarges the weight that it adapts, so no base has that weight"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
 
 
@@ -315,12 +315,12 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),
 )
-"""Beginnings of the slots of each method -> its reader, in order of application."""
+"""Prefixes of the slots of each method -> its reader, in order of application."""
 
 
 def _no_dora(module: Module) -> None:
     if "dora" in module.tensors:
-        why = "a magnitude on another law than LoRA's"
+        why = "a magnitude on another method than LoRA"
         raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS, and extract a LoRA")
 
 
@@ -332,21 +332,21 @@ def _checked(update: LoKr, module: Module) -> None:
 
 
 def _flat(module: Module, slot: str, axes: int) -> Lazy:
-    """A tensor without the axes of size 1 behind its first."""
+    """Return a tensor without the axes of size 1 after its first."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
-        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", where=module.keys[slot], cure=AGAIN)
+        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", where=module.keys[slot], cure=AGAIN)
     return leaf.reshape(*leaf.shape[:axes])
 
 
 def _turned(leaf: Lazy) -> Lazy:
     if len(leaf.shape) != 2:
-        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", cure=AGAIN)
+        raise ShapeMismatch(f"{list(leaf.shape)} is not a factor", cure=AGAIN)
     return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
 
 
 def number(value: float) -> Lazy:
-    """One number: in float32 where that holds it, else in float64."""
+    """Return one number as a tensor: float32 if that is exact, else float64."""
     return number_of(float(value).hex())
 
 

@@ -1,4 +1,4 @@
-"""Targets of image models in one naming, so that adapters of several tools can be compared and combined."""
+"""Rename targets of image models to one naming, so that adapters of several tools can be compared and combined."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """Targets behind the name of their part of a pipeline, in diffusers' words: `transformer.x_embedder`."""
+    """Prefix targets with the name of their part of a pipeline, as diffusers has it: `transformer.x_embedder`."""
     found: dict[Target, tuple[Update, ...]] = {}
     for target, each in updates.items():
         component = component_of(module_of(target.path))
@@ -32,18 +32,18 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(
     updates: Updates, families: tuple[str, ...] = (), *, fuse: bool = True
 ) -> dict[Target, tuple[Update, ...]]:
-    """Targets in diffusers' naming, behind the name of their part; updates of fused weights are parted.
+    """Return targets in diffusers' naming, with the name of their part as prefix; updates of fused weights are split.
 
     Args:
         updates: the updates.
-        families: what they can be of, where more than their own names tells that.
+        families: their possible families, if more than their own names tells that.
         fuse: see `in_naming`.
     """
     return in_diffusers(in_components(updates), (), Origin(families=families), fuse=fuse)[0]
 
 
 def parts_of(path: str) -> list[str]:
-    """Return diffusers' name of a module of the native naming, or of its parts; none if it is no such module."""
+    """Return diffusers' name of a module of the native naming, or of its parts; none if it is not such a module."""
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
@@ -52,7 +52,7 @@ def parts_of(path: str) -> list[str]:
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
-    """Targets of several adapters in one naming; as they are where their U-Nets or transformers have one already.
+    """Put targets of several adapters into one naming; unchanged if their denoisers already have the same naming.
 
     Raises:
         UsageError: they are of different families of image models.
@@ -75,7 +75,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
     """Check that one family has all names that are known.
 
     Raises:
-        UsageError: there is none; names the families.
+        UsageError: no family has them; the error names the families.
     """
     known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
     for place, others in known[1:]:
@@ -89,7 +89,7 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    """Whether one family has all names of both; a generic family counts where no other has all names of one."""
+    """Whether one family has all names of both; a generic family counts only if no other has all names of one."""
     if not one or not other:
         return one == other
     special = [specific(names) for names in (one, other)]
@@ -97,7 +97,7 @@ def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
 
 
 def specific(families: Collection[str]) -> frozenset[str]:
-    """The families without the generic ones."""
+    """Return the families without the generic ones."""
     return frozenset(name for name in families if not _family(name).facts.generic)
 
 

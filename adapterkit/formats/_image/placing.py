@@ -1,4 +1,4 @@
-"""Targets in the names of a given base: what it begins its names with, and its naming."""
+"""Rename targets to the names of a given base: its prefix, and its naming."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DENOISERS = ("unet", "transformer")
 
 
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
-    """The updates at the modules of a base, in the naming that it has.
+    """Return the updates at the modules of a base, in the base's naming.
 
     Raises:
-        TargetNotFound: a target has no place in it; names the nearest.
+        TargetNotFound: a target has no place in it; the error names the nearest.
     """
     known = set(modules_of(base))
     found: dict[Target, tuple[Update, ...]] = {}
@@ -45,12 +45,12 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
-    """The target as the base begins its names; as it is where that does not help."""
+    """Return the target with the base's prefix; unchanged if that is not in the base."""
     if target.path in known:
         return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
-    # ComfyUI's `diffusion_model.` is a U-Net or a transformer: the base tells which.
+    # ComfyUI's `diffusion_model.` may be a U-Net or a transformer; the base decides.
     alike = {component, "denoiser", *(_DENOISERS if component in _DENOISERS else ())}
     same = [word for word, part in ROOTS.items() if part in alike]
     tries = [rest, *(f"{word}.{rest}" for word in same)]
@@ -59,7 +59,7 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
 
 
 def kernel_of(target: Target, base: Checkpoint | None) -> int:
-    """How many axes the kernel of a target's weight has in a base; 0 where there is none to tell."""
+    """Return how many axes the kernel of a target's weight has in a base; 0 if that is not known."""
     if base is None:
         return 0
     known = (base.tensors.get(f"{path}.weight") for path in (target.path, rooted(target.path)[1]))

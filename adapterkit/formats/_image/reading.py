@@ -1,4 +1,4 @@
-"""Reading a file of an image model's dialect: modules out of keys, their laws, their targets."""
+"""Read a file of an image format: group keys into modules, decode their methods, find their targets."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def decoded(
     dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
 ) -> Adapter:
-    """The adapter that a file's tensors and metadata make up.
+    """Return the adapter that a file's tensors and metadata make up.
 
     Raises:
-        Malformed: a key is of another dialect, or two of them mean the same.
+        Malformed: a key is another format's, or two keys mean the same.
     """
     tensors, metadata = _with_alphas(dialect, at_once(tensors), metadata)
     tensors, embeddings = split(tensors) if dialect.bundles else (tensors, {})
@@ -64,7 +64,7 @@ def decoded(
 
 
 def _unwrapped(target: Target) -> Target:
-    """A target without the words that torch.compile, FSDP and activation checkpointing put into paths."""
+    """Return a target without the words that torch.compile, FSDP and activation checkpointing insert into paths."""
     words = target.path.split(".")
     if WRAPPERS.isdisjoint(words):
         return target
@@ -72,7 +72,7 @@ def _unwrapped(target: Target) -> Target:
 
 
 def of_family(metadata: Metadata, family: str | None) -> Metadata:
-    """The metadata with the family that the caller says the file is of.
+    """Add the family that the caller named to the metadata.
 
     Raises:
         UsageError: no family has this name.
@@ -87,10 +87,10 @@ def of_family(metadata: Metadata, family: str | None) -> Metadata:
 
 
 def check_family(adapter: Adapter, family: str) -> None:
-    """Check that every module of a U-Net or a transformer is one of the family that the caller named.
+    """Check that every module of a U-Net or a transformer belongs to the family that the caller named.
 
     Raises:
-        UsageError: one is not; names it.
+        UsageError: a module does not; the error names it.
     """
     own = next(each for each in families() if each.name == family)
     for target in denoiser_targets(adapter.updates, ()):
@@ -100,7 +100,7 @@ def check_family(adapter: Adapter, family: str) -> None:
 
 
 def _check_shapes(stem: str, found: list[Found]) -> None:
-    """Check tensors against their method's shapes at once: `Leftovers` compares them with what would be written."""
+    """Check shapes of tensors at once, because `Leftovers` compares them with what would be written."""
     for each in found:
         try:
             each.update.dims()
@@ -110,10 +110,10 @@ def _check_shapes(stem: str, found: list[Found]) -> None:
 
 
 def _check_apart(targets: Mapping[str, Target]) -> None:
-    """Check that no file changes a fused weight and its parts, too.
+    """Check that the file does not change both a fused weight and its parts.
 
-    Some trainers of Z-Image write the fused queries, keys and values beside the parts; diffusers then leaves the fused
-    one out, and other tools add both.
+    Some trainers of Z-Image write the fused queries, keys and values beside the parts. diffusers then ignores the fused
+    one, and other tools add both.
 
     Raises:
         Malformed: a module is in the file twice.
@@ -141,13 +141,13 @@ def _check_distinct(targets: Mapping[str, Target]) -> None:
         seen[target] = stem
 
 
-# One alpha for all modules in the header, as some families' trainers write it.
+# Some families' trainers write one alpha for all modules into the header.
 
 ALPHA = "alpha"
-"""The key, beside the slot of the same name."""
+"""The header's key; a slot has the same name."""
 
 CONFIG = "lora_adapter_metadata"
-"""diffusers' config in the header, which says every scaling itself."""
+"""diffusers' config in the header; it states every scaling itself."""
 
 
 def _with_alphas(
@@ -155,8 +155,8 @@ def _with_alphas(
 ) -> tuple[dict[str, Lazy], Metadata]:
     """Return the tensors with the header's alpha at each LoRA, and the metadata without it.
 
-    Most loaders leave such an alpha out of account; only a family whose `header_alpha` is true has it. Alphas among the
-    tensors, or a config, say more than the header and are kept alone.
+    Most loaders ignore such an alpha; only a family whose `header_alpha` is true uses it. Alphas among the tensors, or
+    a config, take precedence over the header's alpha.
     """
     value = _finite(dict(metadata).get(ALPHA, ""))
     parsed = [key for key in map(dialect.parse, tensors) if key is not None] if value else []
@@ -171,13 +171,13 @@ def _with_alphas(
 
 
 def _has_header_alpha(names: Collection[str]) -> bool:
-    """Whether all families that have all of these modules take an alpha from the header."""
+    """Whether every family with all of these modules uses an alpha from the header."""
     fitting = families_with(names)
     return bool(fitting) and all(family.facts.header_alpha for family in fitting)
 
 
 def _finite(text: str) -> float:
-    """The number in a text; 0 where there is none."""
+    """Parse the number in a text; 0 if there is none."""
     try:
         value = float(text)
     except ValueError:

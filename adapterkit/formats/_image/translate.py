@@ -1,4 +1,4 @@
-"""Targets of one naming in another: modules renamed, fused weights parted, pieces put together."""
+"""Translate targets from one naming to another: rename modules, split fused weights, join their parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Losses = list[tuple[Target, str]]
 def in_diffusers(
     updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fuse: bool = True
 ) -> tuple[Changed, Losses]:
-    """See `in_naming`."""
+    """Translate to diffusers' naming; see `in_naming`."""
     return in_naming(updates, "diffusers", kept, origin, fuse=fuse)
 
 
@@ -33,17 +33,17 @@ def in_naming(
 
     Args:
         updates: the updates.
-        naming: the naming that is wanted; `kohya` is the one that sd-scripts flattens, whichever the family has there.
+        naming: the naming to translate to; `kohya` stands for the family's naming that sd-scripts flattens.
         kept: targets, as text, that stay as they are.
-        origin: what is known of where their names come from.
-        fold: scalings of parts that differ may go into B.
-        fuse: a LoKr of a fused weight goes to the module that diffusers fuses for it, instead of being cut.
-        rows: updates of some rows of a fused weight stay that; else they become updates of all its rows.
+        origin: the known facts about the naming of the targets.
+        fold: allow folding different scalings of parts into B.
+        fuse: move a LoKr of a fused weight to the module that diffusers fuses for it, instead of cutting it.
+        rows: keep updates of some rows of a fused weight; otherwise they become updates of all its rows.
 
     Returns:
-        the updates, and those that cannot be moved, with the reason; these stay where they were.
+        the updates, and those that cannot be moved, with the reason; the latter stay where they were.
     """
-    # A norm's scale is the weight of a module in all namings but BFL's.
+    # A norm's scale is the weight of a module in all namings except BFL's.
     updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, naming, origin) if targets else (None, "")
@@ -52,7 +52,7 @@ def in_naming(
     into = _Into(family, family.wanted(naming), fold, fuse)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
     if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
-        # Names that both namings have mean the wanted one, unless the file said which it has.
+        # Names that both namings have are read in the requested one, unless the file said which it uses.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
         if target not in targets:
@@ -60,7 +60,7 @@ def in_naming(
         elif rows or target.rows is None or into.naming == "diffusers" or any(isinstance(u, OFT) for u in found):
             into.add(target, found, source)
         else:
-            # XLabs adapts the first three sevenths of linear1: the parts, and zeros for the others, make up its update.
+            # XLabs adapts the first three sevenths of linear1: its update is the parts, and zeros for the others.
             named = replace(origin, families=(family.name,))
             parts, lost = in_naming({target: found}, "diffusers", (), named, fuse=False)
             for part, each in parts.items():
@@ -70,7 +70,7 @@ def in_naming(
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
-    """The module of a norm's scale: BFL's norms hold a `scale`, those of diffusers a `weight`."""
+    """Return the module of a norm's scale: BFL's norms hold a `scale`, those of diffusers a `weight`."""
     path = target.path.removesuffix(".scale")
     scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
     return replace(target, path=path) if scale else target
@@ -78,7 +78,7 @@ def _module(target: Target, kept: Collection[str]) -> Target:
 
 @dataclass
 class _Member:
-    """A part of a fused weight of the wanted naming: where it came from, its rows there, its update."""
+    """A part of a fused weight of the requested naming: its source, its rows there, and its update."""
 
     origin: Target
     run: Run
@@ -87,7 +87,7 @@ class _Member:
 
 @dataclass
 class _Into:
-    """Collects the updates of one family in the wanted naming."""
+    """Collects the updates of one family in the requested naming."""
 
     family: Family
     naming: str
@@ -109,9 +109,9 @@ class _Into:
         """Move one target's updates, or collect them for the fused weight that they are a part of.
 
         Args:
-            target: where they are.
+            target: the target to move.
             found: the updates.
-            source: the naming of all targets; empty where they are of several.
+            source: the naming of all targets; empty if they have several.
         """
         root, rest = rooted(target.path)
         if not source and rest in self.family.names(self.naming):
@@ -137,13 +137,13 @@ class _Into:
         return self._part(target, found, pieces, root, source)
 
     def _root(self, root: str) -> str:
-        """The part of the pipeline in diffusers' words, if that is wanted."""
+        """Return the part of the pipeline by diffusers' name, if that naming is requested."""
         if self.naming != "diffusers" or root in ("", "transformer_2."):
             return root
         return f"{self.family.component}."
 
     def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
-        """The module that diffusers fuses for a LoKr: it loads no Kronecker factors but those that were trained."""
+        """Return the module that diffusers fuses for a LoKr: diffusers loads Kronecker factors only as trained."""
         if (
             not self.fuse
             or self.naming != "diffusers"
@@ -171,7 +171,7 @@ class _Into:
                 parts.append((pieces[0], update))
                 continue
             if target.rows is None and outputs_of(update) is None and update.cuts("out"):
-                # An update of inputs alone does the same to every row.
+                # An update of inputs alone acts on every row in the same way.
                 parts += [(piece, update) for piece in pieces]
                 continue
             spans = _spans(target, update, pieces)
@@ -190,7 +190,7 @@ class _Into:
         return None
 
     def gather(self) -> None:
-        """Put the parts of each fused weight together."""
+        """Join the parts of each fused weight."""
         for path, members in self.groups.items():
             update, why = self._joined(path, members)
             if update is not None:
@@ -204,7 +204,7 @@ class _Into:
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "several updates on parts of a fused weight"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
-            # A rotation of rows that does not reach the others; kohya has each part's blocks apart.
+            # A rotation of some rows does not reach the others; kohya stores each part's blocks separately.
             for member, part in zip(members, parts, strict=True):
                 rows = (part.run.start * part.unit, part.run.stop * part.unit)
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
@@ -213,7 +213,7 @@ class _Into:
 
 
 def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
-    """The outputs by the inputs of the weight that updates are for; None where their shapes do not tell."""
+    """Return outputs / inputs of the weight that updates are for; None if their shapes do not tell."""
     for update in found:
         dims = update.dims(target.stacked)
         out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
@@ -230,13 +230,13 @@ def _is_order(pieces: tuple[Piece, ...]) -> bool:
 
 
 def _is(rows: tuple[int, int] | None, run: Run) -> bool:
-    """Whether rows are just those of a run, however wide the fused weight is."""
+    """Whether rows are exactly those of a run, whatever the width of the fused weight."""
     size = 0 if rows is None else rows[1] - rows[0]
     return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
 
 def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
-    """The rows of each piece in the update's own counting; None for pieces that it does not reach."""
+    """Return the rows of each piece as the update counts them; None for pieces that it does not reach."""
     dims = update.dims()
     out, in_ = outputs_of(update), dims.get("in")
     of = pieces[0].here.of
@@ -250,7 +250,7 @@ def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tu
 
 
 def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
-    """An update of a weight whose equal parts go from one place to another; None where its law cannot be cut."""
+    """Return an update with the weight's equal parts in another order; None if its formula cannot be cut."""
     out, of = outputs_of(update), pieces[0].here.of
     if out is None or out % of:
         return None

@@ -1,7 +1,7 @@
-"""kohya's OFT of FLUX: a fused weight's parts turn apart, each with blocks of its own, `oft_blocks.0` and on.
+"""Read kohya's OFT of FLUX: each part of a fused weight rotates alone, with its own blocks, `oft_blocks.0` and so on.
 
-Queries, keys and values are the first three parts, in linear1 with the MLP behind them; other weights have one part.
-All modules of a file have one number of blocks and one alpha. Source: `networks/oft_flux.py` of sd-scripts.
+Queries, keys and values are the first three parts; linear1 has the MLP as a fourth. Other weights have one part. All
+modules of a file have the same number of blocks and the same alpha. Source: `networks/oft_flux.py` of sd-scripts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PARTS = {"qkv": 3, "linear1": 4}
 
 
 def parts(module: Module) -> list[Module]:
-    """A module for each part, `.` and its number behind the name; any other module as it is.
+    """Return a module for each part, named with `.` and the part's number; any other module unchanged.
 
     Raises:
-        Malformed: a part is missing, or there is one beside them that has no number.
+        Malformed: a part is missing, or there are blocks without a number beside them.
     """
     numbered = {int(found[1]): slot for slot in module.tensors if (found := PART.fullmatch(slot))}
     if not numbered:
@@ -43,10 +43,10 @@ def _part(module: Module, number: int, slot: str) -> Module:
 
 
 def rows_of(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
-    """Name of a part -> its rows, where a weight has more than one.
+    """Return name of a part -> its rows, if a weight has more than one part.
 
     Raises:
-        ShapeMismatch: its blocks are none.
+        ShapeMismatch: its blocks are not square blocks.
     """
     found: dict[str, tuple[int, int]] = {}
     for stem, module in modules.items():
@@ -55,14 +55,14 @@ def rows_of(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
             continue
         shape = module.tensors["oft_blocks"].shape
         if len(shape) != 3:
-            raise ShapeMismatch(f"{list(shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+            raise ShapeMismatch(f"{list(shape)} are not square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
         start = 0 if number == "0" else found[f"{bare}.{int(number) - 1}"][1]
         found[stem] = (start, start + shape[0] * shape[1])
     return found
 
 
 def number_of(target: Target) -> int | None:
-    """Which part of FLUX's weight a target is; None where it is none, or of another model."""
+    """Return which part of FLUX's weight a target is; None if it is not one, or is another model's."""
     if not of_flux(target):
         return None
     count = _PARTS.get(target.path.rpartition(".")[2], 1)
@@ -81,7 +81,7 @@ def of_flux(target: Target) -> bool:
 
 
 def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
-    """Targets whose OFT sd-scripts would read otherwise: a weight without all its parts, blocks unlike the others'."""
+    """Yield targets whose OFT sd-scripts reads differently: parts missing, other numbers of blocks or constraints."""
     turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
     held: dict[str, set[int | None]] = {}
     for target in turned:

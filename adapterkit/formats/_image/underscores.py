@@ -1,7 +1,7 @@
-"""Names of modules with underscores for dots, as kohya and LyCORIS write them, and the parts of a pipeline before them.
+"""Resolve module names with underscores for dots, as kohya and LyCORIS write them after the part of a pipeline.
 
-Names are resolved against the modules of a base, walked forward; without one, against the tables of families. A name
-that fits nothing, or several modules, is an error.
+Names are resolved against the modules of a base, flattened the same way; without a base, against the tables of
+families. A name that fits no module, or several, is an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PARTS = {
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
-"""Prefix of a stem -> the parts of a pipeline that it may be in."""
+"""Prefix of a stem -> the parts of a pipeline that it may mean."""
 
 _DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
 """Prefixes of stems of the U-Net or the transformer."""
@@ -56,10 +56,10 @@ _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-dif
 
 
 def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
-    """Stem -> dotted path.
+    """Return stem -> dotted path.
 
     Raises:
-        TargetNotFound: a stem fits no module, or several; names the nearest.
+        TargetNotFound: a stem fits no module, or several; the error names the nearest.
     """
     known = list(stems)
     walked = None if base is None else _walked(base)
@@ -79,16 +79,16 @@ def _together(
     rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
     of_base: Collection[str] | None,
 ) -> dict[str, str]:  # fmt: skip
-    """Stem -> path of the denoiser's stems, where one family has all of them; nothing where none has.
+    """Return stem -> path for the denoiser's stems, if one family has all of them; empty if none has.
 
     Args:
         rest: the stems that are not resolved yet.
-        words: all stems; their text encoders tell families apart.
+        words: all stems; those of text encoders tell families apart.
         metadata: the file's metadata.
-        of_base: the families of a base, if there is one.
+        of_base: the families of the base, if there is one.
 
     Raises:
-        TargetNotFound: several families have them under different names, and nothing tells which it is.
+        TargetNotFound: several families have them under different names, and nothing decides between them.
     """
     inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
@@ -112,7 +112,7 @@ def _together(
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
-    # A base's names take the place of these, so that only what they are in diffusers matters.
+    # With a base, its names are used instead of these, so only their names in diffusers matter.
     same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
     for family in () if same else fitting[1:]:
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
@@ -126,7 +126,7 @@ _DECIDE = "Name the family by --family (family=), or give the base by --base (ba
 
 
 def _kind(flat: str) -> str:
-    """`clip`, `t5` or `llm`, whose module a flattened name is."""
+    """Return `clip`, `t5` or `llm`, the kind of encoder that a flattened name belongs to."""
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
 
 
@@ -141,7 +141,7 @@ def _in_diffusers(family: Family, reading: Mapping[str, str]) -> tuple[tuple[Pie
 
 
 def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
-    """Stem -> path in the one naming of a family that has all stems; nothing where no naming has."""
+    """Return stem -> path in the one naming of a family that has all stems; empty if no naming has."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
     for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
@@ -159,7 +159,7 @@ def _words(stem: str) -> tuple[str, str]:
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
-    """The one module of the base that a stem stands for; empty where there is none."""
+    """Find the one module of the base that a stem means; empty if there is none."""
     here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
     if len(here) > 1:
         raise TargetNotFound(f"it can be any of {', '.join(here)}", where=stem, cure="Rename it in the file")
@@ -184,7 +184,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
-        # LyCORIS trains language models too, whose names are not those of a text encoder.
+        # LyCORIS also trains language models, whose names are not those of a text encoder.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
@@ -205,7 +205,7 @@ def _beside(flat: str) -> list[str]:
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
-    """Return the part that lora_te3 is: FLUX's T5 is its second encoder, SD 3's its third; empty if nothing tells."""
+    """Return the part that lora_te3 means: FLUX's T5 is its second encoder, SD 3's its third; empty if not known."""
     version = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     told = {part for name, part in _ARCHITECTURES.items() if name in version}
     inside = [flat for tag, flat in words if tag in _DENOISER]
@@ -222,7 +222,7 @@ def _has(family: Family, flats: Iterable[str]) -> bool:
 
 
 def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
-    """Flattened name of every module of the base, with and without what it begins with -> (part, its path)."""
+    """Return flattened name of every module of the base, with and without its prefix -> (part, its path)."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in modules_of(base):
         root, rest = rooted(path)
@@ -236,7 +236,7 @@ def _walked(base: Checkpoint) -> dict[str, list[tuple[str, str]]]:
 
 
 def modules_of(base: Checkpoint) -> list[str]:
-    """The dotted paths of the modules that a base holds tensors of."""
+    """List the dotted paths of the modules that a base holds tensors of."""
     names = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors)
     return [name for name in dict.fromkeys(names) if name]
 
@@ -251,13 +251,13 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:
-    """The stem of a path among others of one file; None where it is in no part of an image model.
+    """Return the stem of a path among others of one file; None if it is in no part of an image model.
 
     Args:
         path: the target's path.
         paths: the paths of all targets.
         tag: the prefix of stems of the denoiser.
-        lycoris: modules of other models have stems as well.
+        lycoris: also give stems to modules of other models.
     """
     component, (_, rest) = component_of(path), rooted(path)
     own = prefixes_of(paths)
@@ -281,7 +281,7 @@ def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
-    """kohya's word for a text encoder: numbered where there is more than one."""
+    """Return kohya's name of a text encoder, with a number if there is more than one."""
     if rest in encoders()["t5"] and component != "text_encoder":
         return "lora_te3"
     if component in ("text_encoder_2", "text_encoder_3", "text_encoder_4"):
@@ -295,7 +295,7 @@ def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _has_several(path: str) -> bool:
-    """Whether a path is of a model with more than one text encoder."""
+    """Whether a path belongs to a model with more than one text encoder."""
     rest = rooted(path)[1]
     component = component_of(path)
     if component in ("text_encoder_2", "text_encoder_3", "transformer"):

@@ -1,4 +1,4 @@
-"""Writing a file of an image model's dialect: what it can say, the keys and tensors of each update."""
+"""Write a file of an image format: choose what it can express, and the keys and tensors of each update."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 def encoded(
     dialect: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
-    """The tensors and the metadata of a file, and one line for each thing that was left out or rewritten.
+    """Return the tensors and the metadata of a file, and one line for each thing that was left out or rewritten.
 
     Raises:
-        Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
+        Unrepresentable: the format cannot express it, and `on_loss` does not allow a rewriting.
     """
     hints = hints_of(adapter, dialect.name())
     rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
@@ -70,7 +70,7 @@ def encoded(
 
 
 def _family(updates: Updates, origin: Origin) -> Metadata:
-    """The families that the adapter can be of, for readers of the file, if the names in the file leave more open."""
+    """Return metadata with the adapter's possible families, for readers of the file."""
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
@@ -86,7 +86,7 @@ def _stored(
     kept: Mapping[str, object],
     said: bool,
 ) -> dict[str, Lazy]:
-    """The keys and tensors of one slot: those that were kept, where they still say the same."""
+    """Return the keys and tensors of one slot; kept tensors are reused if they still mean the same."""
     default = dialect.spell(stem, stored.slot)
     key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
     if stored.field:
@@ -108,7 +108,7 @@ def _stored(
 def _sources(
     dialect: ImageFormat, stem: str, stored: Stored, hints: Hints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
-    """The tensors from which a field was computed when it was read."""
+    """Return the tensors from which a field was computed when it was read."""
     if stored.slot != "down" or not hints.derived:
         return {}
     keys = [hints.keys.get(k, k) for k in (dialect.spell(stem, "down"), dialect.spell(stem, "mid"))]
@@ -129,14 +129,14 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 def _expressible(
     dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
-    """Return the updates that a file can say, and a line for each thing that was left out or rewritten."""
+    """Return the updates that a file can express, and a line for each thing that was left out or rewritten."""
     updates, idle = without_effect(updates, rules)
     updates, lines = rewritten(dialect.prepared(updates), rules, on_loss)
     lines = [*idle, *lines]
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
-    # Parts of a fused weight that cannot be put together can be as LoRAs.
+    # Parts of a fused weight that cannot be joined as they are can be joined as LoRAs.
     lost = {target for target, _ in losses if target in before}
     places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
@@ -150,7 +150,7 @@ def _expressible(
         )
         if all(why.endswith(NO_SLOT_FOR_SCALING) for _, why in losses):
             cure = f"Let it go into a factor, rounded once, with on_loss='fold'/--on-loss fold. Or: {cure}"
-        why = f"{dialect.name()} has no words for these updates"
+        why = f"{dialect.name()} cannot express these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
     kept = {target: found for target, found in updates.items() if target not in lost}
@@ -161,7 +161,7 @@ def _expressible(
 
 
 def _keeping(origin: Origin) -> str:
-    """Return the flags to type where names cannot be translated."""
+    """Return the flags to type if names cannot be translated."""
     keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return (
         f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
@@ -195,14 +195,14 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
             before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}
-                why = "several updates of one law on one module" if own & slots else ""
+                why = "several updates of one method on one module" if own & slots else ""
                 slots |= own
             if why:
                 yield target, why
 
 
 def _same(stored: Stored, one: Lazy, other: Lazy) -> bool:
-    """Whether two updates share an alpha: parts of one module that change apart."""
+    """Whether two updates share an alpha, because they are parts of one module that are trained apart."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 

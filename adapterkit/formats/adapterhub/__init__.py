@@ -1,7 +1,7 @@
-"""AdapterHub: a folder with `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
+"""Read and write AdapterHub folders: `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
 
-Keys hold the adapter's name and what the class that saved it calls its base; the maths is in the tensors and in the
-sub-dict `config`. One family an `architecture` turns keys into updates and back; see spec/formats/adapterhub.toml.
+Keys contain the adapter's name, and the base's name in the class that saved it. The method follows from the tensors and
+the sub-dict `config`. One family an `architecture` converts keys to updates and back; see spec/formats/adapterhub.toml.
 """
 
 from __future__ import annotations

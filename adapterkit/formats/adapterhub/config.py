@@ -1,4 +1,4 @@
-"""The config: what is read of it, checked field by field, and the rules of old releases."""
+"""Parse the config and check it field by field, with the rules of old releases."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .families import FAMILIES, family_of_architecture
 from .families._family import Family
 
 LIBRARY = "adapters."
-"""Start of `version` in configs since the library has this name; it was adapter-transformers before."""
+"""Start of `version` in configs since the library got this name; it was adapter-transformers before."""
 
 RELEASE = "adapters.1.3.0"
-"""The release whose configs are written afresh."""
+"""The release named in new configs."""
 
 UNSCALED_UNTIL = ((1, 1, 0), True)
 """Before this release the library trained LoRA without its scaling."""
 
 Release = tuple[tuple[int, ...], bool]
-"""Numbers, and whether they are final: `1.1.0.dev0` comes before `1.1.0`."""
+"""(numbers, whether they are final): `1.1.0.dev0` comes before `1.1.0`."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The fields at the top of a config.
 
     Attributes:
-        name: the adapter's, which its keys hold.
-        model_type: the family of the base, as transformers calls it.
+        name: the adapter's name; its keys contain it.
+        model_type: the family of the base, by its name in transformers.
         model_name: the base's name.
-        version: who wrote the file.
+        version: the library and release that wrote the file.
         interface: the plugin interface beside it.
     """
 
@@ -44,16 +44,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unscaled(self) -> bool:
-        """Whether the library that trained it left alpha / r out, as `adapters` did before 1.1."""
+        """Whether the library that trained it left out alpha / r, as `adapters` did before 1.1."""
         release = _release(self.version)
         return release is not None and release < UNSCALED_UNTIL
 
 
 def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None) -> Settings:
-    """The settings of a whole config.
+    """Parse the settings of a whole config.
 
     Raises:
-        Malformed: a field is missing or not of its type, or the name is none.
+        Malformed: a field is missing or has the wrong type, or the name is invalid.
     """
     known = {name: config[name] for name in Settings.__struct_fields__ if name in config}
     try:
@@ -62,17 +62,17 @@ def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None)
         why, _, place = str(error).partition(" - at ")
         raise Malformed(why, where=place.strip("`").removeprefix("$.") or "name", cure=_REWRITE) from None
     if not settings.name or re.search(r"[./\\\0]", settings.name):
-        why = f"{settings.name[:60]!r} is no name of an adapter: it is empty or holds a dot or a slash"
+        why = f"{settings.name[:60]!r} is not a valid adapter name: it is empty or holds a dot or a slash"
         raise Malformed(why, where="name", cure="Load and save it under another name")
     return settings
 
 
 def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, type[Family], Any]]:
-    """Place, family and typed fields of each config: one, or those of a union.
+    """Yield place, family and typed fields of each config: one, or those of a union.
 
     Raises:
-        Malformed: a field is not of its type.
-        Unsupported: an architecture, or a field that is not off, is not known.
+        Malformed: a field has the wrong type.
+        Unsupported: an architecture is not known, or a field that is not known is set.
     """
     own = config.get("config")
     if not isinstance(own, dict):
@@ -93,7 +93,7 @@ def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, typ
     family = family_of_architecture(architecture)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        why = f"{str(architecture)[:60]!r} is no architecture that this version knows"
+        why = f"{str(architecture)[:60]!r} is an architecture that this version does not know"
         raise Unsupported(why, where=f"{at}.architecture", cure=f"Known: {known}, union")
     for name, value in own.items():
         if value and name not in {**family.read, **family.harmless, "architecture": ""}:
@@ -108,7 +108,7 @@ def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, typ
 
 
 def _release(version: str | None) -> Release | None:
-    """A release of `adapters`; None for those of adapter-transformers, and where nothing tells."""
+    """Parse a release of `adapters`; None for those of adapter-transformers, and if there is none."""
     found = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
     if found is None:
         return None

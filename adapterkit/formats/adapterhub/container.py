@@ -1,4 +1,4 @@
-"""The folder: a config in JSON beside one file of tensors, and what may lie beside them."""
+"""Load and save the folder: a config in JSON, one file of tensors, and optional files beside them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ COMPOSITIONS = {
     "adapter_setup.json": "a composition of adapters",
     "adapter_fusion_config.json": "an AdapterFusion layer over several adapters",
 }
-"""Files of folders that hold no adapter of their own."""
+"""Files of folders that contain no single adapter."""
 
 OTHERS = ("peft_type", "fine_tune_type", "lora_parameters")
-"""Keys of the configs of PEFT and MLX, which have the same file name."""
+"""Keys of the configs of PEFT and MLX, whose files have the same name."""
 
 MAX_SNIFF = 16 << 20
 
@@ -42,12 +42,12 @@ class Content:
 
     Attributes:
         config: the whole of `adapter_config.json`.
-        tensors: by key.
+        tensors: key -> tensor.
         file: name of the file of tensors.
-        interface: the plugin interface, which names the modules of models that the library does not know itself.
-        head: config of the prediction head that was saved along, if any.
-        head_tensors: its tensors, by key.
-        head_file: name of its file of tensors.
+        interface: the plugin interface; it names the modules of models that the library does not know itself.
+        head: config of the prediction head that was saved with the adapter, if any.
+        head_tensors: the head's tensors, by key.
+        head_file: name of the head's file of tensors.
     """
 
     config: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Content:
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config of AdapterHub's lies at or beside `path`, or a composition does."""
+    """Whether a config of AdapterHub's is at or beside `path`, or a composition is."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     folder = folder_of(path)
@@ -75,14 +75,14 @@ def sniff(path: Path) -> bool:
 
 
 def load(path: Path) -> Content:
-    """The content of a folder.
+    """Load the content of a folder.
 
     Args:
-        path: the folder, its config or its file of tensors. In a folder, a safetensors file goes before a `.bin`.
+        path: the folder, its config or its file of tensors. In a folder, a safetensors file is preferred to a `.bin`.
 
     Raises:
-        StorageError: the config or the file of tensors is not there.
-        Malformed: one of them is damaged, or is no config of AdapterHub's.
+        StorageError: the config or the file of tensors is missing.
+        Malformed: one of them is damaged, or the config is not AdapterHub's.
         Unsupported: the folder holds a composition of adapters.
     """
     folder = folder_of(path)
@@ -108,7 +108,7 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Write the folder, its config last: without one it is no adapter.
+    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter.
 
     Raises:
         StorageError: the folder cannot be made or written.

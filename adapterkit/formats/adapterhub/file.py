@@ -1,4 +1,4 @@
-"""A file's keys, the part that belongs to a family, and the names that a writer knows."""
+"""Parse a file's keys, give each family its part, and spell the keys for a writer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Key:
 
 
 def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[Key, Lazy]:
-    """The parsed keys, in file order.
+    """Parse the keys, in file order.
 
     Raises:
         Malformed: a key is not one of an adapter of this name.
@@ -71,36 +71,36 @@ def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[Key, Lazy]:
 
 
 def parse_key(text: str, name: str) -> Key:
-    """One key, taken apart.
+    """Parse one key.
 
     Raises:
-        Malformed: it is not of an adapter of this name.
+        Malformed: it is not a key of an adapter of this name.
     """
     found = _KEY.fullmatch(text)
     if found is None:
         why, cure = f"not a key of the adapter {name!r}", "Take the tensor out, or save the adapter again"
         raise Malformed(why, where=text, cure=cure)
     if found["name"] != name:
-        why = f"of an adapter {found['name']!r}, where the config is of {name!r}"
+        why = f"of an adapter {found['name']!r}, but the config is of {name!r}"
         raise Malformed(why, where=text, cure="Save one adapter a folder")
     return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
-# Parts of keys that do not follow from targets: the adapter's own name, and the path of the base in the saved model.
+# Targets do not determine all of a key: it also has the adapter's name, and the path of the base in the saved model.
 
 
 INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "transformer.layer")
-"""How paths begin in a bare model."""
+"""Beginnings of paths in a bare model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How one file names what it holds.
+    """The names that one file uses.
 
     Attributes:
-        name: the adapter's.
+        name: the adapter's name.
         model_type: the family of the base, if known.
-        root: the path of the base model inside the model that was saved, empty for a bare one.
+        root: the path of the base model inside the saved model, empty for a bare one.
     """
 
     name: str
@@ -108,34 +108,34 @@ class Naming:
     root: str = ""
 
     def key(self, path: str, kind: str, slot: str) -> str:
-        """The key of a slot at a module."""
+        """Return the key of a slot at a module."""
         return ".".join(part for part in (path, kind, self.name, slot) if part)
 
     def at_root(self, name: str = "") -> str:
-        """The path of something that the whole model shares."""
+        """Return the path of a tensor that the whole model shares."""
         return ".".join(part for part in (self.root, name) if part)
 
 
 def root_of(paths: Iterable[str]) -> str:
-    """The path of the base model, by how the targets' paths begin."""
+    """Return the path of the base model, by the beginnings of the targets' paths."""
     first = {path.partition(".")[0] for path in paths if path}
     return first.pop() if len(first) == 1 and not first & {*INNER} else ""
 
 
-# The part of a file that belongs to one family's config, and functions that all families use to search it.
+# Part: the share of a file that belongs to one family's config, and functions that all families use to search it.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A file as one of its configs sees it: all of it, but for a union.
+    """A file as one of its configs sees it: the whole file, except in a union.
 
     Attributes:
-        settings: what the whole config says.
+        settings: the settings of the whole config.
         own: the fields of this config.
         tensors: parsed key -> tensor, in file order.
-        base: the base, where one was given.
-        compat: the reading that was asked for, see `Format`.
-        at: where this config lies in the file's: `config`, or `config.configs[1]`.
+        base: the base, if one was given.
+        compat: the reading that the caller selected, see `Format`.
+        at: the place of this config in the file's: `config`, or `config.configs[1]`.
         heads: number of heads of a prefix's keys and values, if it is known without the base.
     """
 
@@ -149,14 +149,14 @@ class Part:
 
     @property
     def by_formula(self) -> bool:
-        """Whether the paper's formula is to be read where the library's forward departs from it."""
+        """Whether to read the paper's formula if the library's forward departs from it."""
         return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, Key]]:
-        """Module -> slot -> key, for the keys of a kind.
+        """Return module -> slot -> key, for the keys of a kind.
 
         Raises:
-            Malformed: two keys say the same.
+            Malformed: two keys mean the same.
         """
         found: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
@@ -170,7 +170,7 @@ class Part:
         return found
 
     def layout(self, path: str) -> str:
-        """How the family of the base stores the weight of a linear layer."""
+        """Return the layout in which the family of the base stores the weight of a linear layer."""
         turned = stored_in_out(f".{path}", {"model_type": self.settings.model_type})
         return "in out *k" if turned else "out *in"
 
@@ -186,7 +186,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor changes nothing that the adapter computes, and is kept to be written back."""
+    """A key whose tensor does not affect the adapter's function, and is kept to be written back."""
 
     key: Key
 
@@ -195,7 +195,7 @@ Findings = Iterator[Found | Kept]
 
 
 def joined(leaves: list[Lazy]) -> Lazy:
-    """Tensors of one type as one, behind each other along the first axis."""
+    """Concatenate tensors of one type along the first axis."""
     first = leaves[0]
     if len(leaves) == 1:
         return first
@@ -204,19 +204,19 @@ def joined(leaves: list[Lazy]) -> Lazy:
 
 
 def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
-    """Positions `start` to `stop` of the first axis; the leaf itself where that is all of it."""
+    """Return positions `start` to `stop` of the first axis; the leaf itself if that is all of it."""
     if (start, stop) == (0, leaf.shape[0]):
         return leaf
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: Any) -> Update:
-    """An update of a method over leaves that are not read yet."""
+    """Make an update of a method from tensors that are not read yet."""
     return METHODS[method](**leaves, **attributes)
 
 
 def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dict[str, Lazy]:
-    """Field -> tensor, for a table of slot -> field.
+    """Return field -> tensor, for a table of slot -> field.
 
     Raises:
         Malformed: a slot is missing.
@@ -229,7 +229,7 @@ def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dic
 
 
 def check_same(part: Part, one: Key, other: Key) -> None:
-    """Checks that two keys hold the same values, as one tensor that the library stores twice does.
+    """Check that two keys hold the same values, because the library stores one tensor under both.
 
     Raises:
         Malformed: they differ.

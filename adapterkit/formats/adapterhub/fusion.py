@@ -1,6 +1,6 @@
-"""AdapterFusion: `adapter_fusion_config.json` beside the weights of an attention at each layer.
+"""Read AdapterFusion: `adapter_fusion_config.json` beside the weights of an attention at each layer.
 
-Keys are `<module>.adapter_fusion_layer.<names, parted by commas>.<query|key|value>.<weight|bias>`.
+Keys are `<module>.adapter_fusion_layer.<names, separated by commas>.<query|key|value>.<weight|bias>`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KEY = re.compile(r"(?P<path>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<sl
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The fields of a config's `config`; the last four are of training."""
+    """The fields of a config's `config`; the last four only matter in training."""
 
     key: bool = True
     query: bool = True
@@ -49,12 +49,12 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def read_fusion(path: str | PathLike[str]) -> tuple[dict[str, bool], dict[str, dict[str, Lazy]]]:
-    """The settings of a fusion, and target's path -> its weights by field.
+    """Return the settings of a fusion, and path of a target -> its weights by field.
 
     Raises:
         StorageError: a file is missing.
         Malformed: a key is not of a fusion, or a layer lacks a tensor.
-        Unsupported: a place that the table of layers does not know.
+        Unsupported: the table of layers does not have a place.
     """
     folder = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Which of a base's linear layers the library adapts, and how a new config names them."""
+"""Find which of a base's linear layers the library adapts, and write configs that name them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ ROLES: Mapping[str, Roles] = {
 }
 
 FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wqkv"}
-"""model_type -> name of the layer that holds queries, keys and values in one weight."""
+"""model_type -> name of the layer with queries, keys and values in one weight."""
 
 
 def model_type_of(base: Checkpoint | None) -> str | None:
@@ -91,7 +91,7 @@ def role(path: str, model_type: str) -> str | None:
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """A `model_type` under which every path has its role: the given one, or any where all agree on the roles."""
+    """Find a `model_type` in which the library adapts every path: the given one, or any if all agree on the roles."""
     paths = list(paths)
     if model_type is not None:
         return model_type if model_type in ROLES else None
@@ -100,16 +100,16 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
     return next(iter(whole)) if len(set(whole.values())) == 1 else None
 
 
-# A new config of LoRA and similar methods names one formula for all layers, and the kinds of layers by their words.
+# A new config of LoRA and similar methods names one formula for all layers, and kinds of layers by config words.
 #
-# A config names kinds of layers; the library adds a fresh adapter, which changes nothing, to whatever else it covers.
+# The library adds a fresh adapter, which changes nothing, to every other layer of the kinds that a config names.
 
 
 QKV = ("q", "k", "v")
 
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """The fields of a config that says these updates."""
+    """Return the config fields that express these updates."""
     some = next(iter(updates.values()))[0]
     words = _words(updates, base)
     rank, alpha = _numbers(some)
@@ -151,7 +151,7 @@ def _law(update: Any) -> tuple[Any, ...]:
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Rank and alpha; `losses` has made sure that there is an alpha. An alpha that is not used is the rank."""
+    """Return rank and alpha; `losses` has checked that there is an alpha. An unused alpha is written as the rank."""
     rank = 1 if update.method == "ia3" else int(update.A.shape[0])
     return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
@@ -176,7 +176,7 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
 
 
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """The library computes dora_outputs: the same function where the scaling is 1 and the layer has no bias."""
+    """Say why not. The library computes dora_outputs, which is equal if the scaling is 1 and the layer has no bias."""
     if target.layout != "out *in":
         return "dora on a weight stored [in, out]"
     if update.scaling != 1:
@@ -187,7 +187,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
-    """The same functions, with each DoRA that the library computes alike in the library's own form."""
+    """Replace each DoRA that the library computes equally by the library's own form."""
     return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
 
 
@@ -198,7 +198,7 @@ def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """The words of a config for all that is adapted."""
+    """Return the config words for all adapted layers."""
     model_type = base_family(updates, base) or ""
     words: set[str] = set()
     for target in updates:
@@ -209,23 +209,23 @@ def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
 
 
 def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
-    """The family of the base, by its own word or by the targets' paths."""
+    """Return the family of the base: from its config, or by the targets' paths."""
     return family_of_base((target.path for target in updates), model_type_of(base))
 
 
 def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """Yield each target that a config has no word for: a config names kinds of modules, not single ones."""
+    """Yield each target that a config cannot name: a config names kinds of modules, not single ones."""
     family = base_family(updates, base)
     for target, found in updates.items():
         word = role(target.path, family or "")
         if family is None:
-            why = "nothing tells which layers of the base these are; pass the base"
+            why = "it is not known which layers of the base these are; pass the base"
         elif word is None:
             why = f"not a layer of {family} that the library adapts"
         elif (word == "qkv") != (target.rows is not None):
             why = "all of a fused weight" if target.rows is None else "some rows of a weight"
         elif target.rows is not None and not _third(target.rows):
-            why = "rows that are no third of a fused weight"
+            why = "rows that are not a third of a fused weight"
         else:
             continue
         yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))

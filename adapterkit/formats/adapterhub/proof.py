@@ -1,4 +1,4 @@
-"""Whether a folder's content reads back as the updates that it was made from; headers only."""
+"""Check that a folder's content reads back as the updates that it was made from; only headers are compared."""
 
 from __future__ import annotations
 

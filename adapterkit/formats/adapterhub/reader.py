@@ -1,4 +1,4 @@
-"""A config and tensors in, an `Adapter` out; every tensor is accounted for."""
+"""Decode a config and tensors into an `Adapter`; every tensor must be accounted for."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         config: the whole config as it was read.
         file: name of the file of tensors.
-        root: the path of the base model in its keys, where something tells.
-        keys: key that the writer would choose -> key that the file had.
-        compat: the reading that was asked for.
+        root: the path of the base model in its keys, if known.
+        keys: key that the writer would choose -> key in the file.
+        compat: the reading that the caller selected.
         interface: the plugin interface beside it.
         head: config of its prediction head.
-        head_file: name of that head's file of tensors.
+        head_file: name of the head's file of tensors.
     """
 
     config: dict[str, Any] = {}
@@ -55,24 +55,24 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter) -> Hints:
-    """The leftovers of an adapter that was read from such a folder; empty ones for any other.
+    """Return the leftovers of an adapter that was read from such a folder; empty ones for any other.
 
     Raises:
-        Malformed: they are damaged.
+        Malformed: the leftovers are damaged.
     """
     return leftovers(adapter, FORMAT, Hints)
 
 
-# A config and tensors in, an `Adapter` out; every tensor is accounted for.
+# Decoding turns a config and tensors into an `Adapter`; every tensor must be accounted for.
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-    """The adapter that a folder's content makes up.
+    """Return the adapter that a folder's content makes up.
 
     Raises:
-        Malformed: a tensor is not accounted for, or the config is not of this file.
-        Unsupported: the config asks for what this version does not know.
-        ShapeMismatch: shapes disagree with each other or with the config.
+        Malformed: a tensor is not accounted for, or the config belongs to another file.
+        Unsupported: the config needs a feature that this version does not have.
+        ShapeMismatch: shapes contradict each other or the config.
     """
     updates, kept, settings = assemble(content, compat=compat, base=base)
     root = _root(parse_keys(content.tensors, settings.name))
@@ -96,7 +96,7 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[Key], Settings]:
-    """The updates by target, the keys that are only kept, and what the config says; `heads` are those of a prefix."""
+    """Return the updates by target, the keys that are only kept, and the settings; `heads` are those of a prefix."""
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
     found: list[Found] = []
@@ -116,13 +116,13 @@ def assemble(
 
 
 def spell(updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
-    """Key and tensor of everything that is written, by the families of the updates."""
+    """Yield key and tensor of everything that the families of the updates write."""
     for family, own in by_family(updates).items():
         yield from family.spell(own, naming)
 
 
 def by_family(updates: Updates) -> dict[type[Family], Updates]:
-    """The updates of each family; those of none are left out."""
+    """Group the updates by family; those of no family are left out."""
     found: dict[type[Family], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
@@ -147,7 +147,7 @@ def _departures(updates: Updates, content: Content, naming: Naming) -> dict[str,
 
 
 def _root(keys: Iterable[Key]) -> str:
-    """The path of the base model, by a key of what all of it shares; empty where there is none."""
+    """Return the path of the base model, by a key of a tensor that the whole model shares; empty if there is none."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
 

@@ -1,4 +1,4 @@
-"""The readings of a folder: where the library's forward departs from the papers, and what files do not say."""
+"""The readings of a folder: departures of the library's forward from the papers, and facts that files do not state."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ DEPARTURES = {
 }
 
 REFT = ("noreft", "direft")
-"""Which of the two a ReFT without orthogonality is: the library writes the same file for both."""
+"""The two meanings of a ReFT without orthogonality; the library writes the same file for both."""

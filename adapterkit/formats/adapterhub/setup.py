@@ -1,4 +1,4 @@
-"""Compositions: `adapter_setup.json`, a tree of blocks over adapters, and a folder for each adapter and each fusion."""
+"""Read and write compositions: `adapter_setup.json`, a tree of blocks, and a folder for each adapter and fusion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS: Mapping[str, str] = {
     "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
     "Stack": "",
 }  # fmt: skip
-"""Block of the library's -> the list of one number a child that it has beside its children, if any."""
+"""Block of the library -> its list with one number a child, if it has one."""
 
 MAX_DEPTH = 32
 
@@ -44,7 +44,7 @@ class Setup:
     Attributes:
         kind: one of `WORDS`.
         children: names of adapters, and blocks.
-        numbers: one a child, for the kinds that have some: weights, or sizes.
+        numbers: one a child, for the kinds that have them: weights, or sizes.
     """
 
     kind: str
@@ -52,12 +52,12 @@ class Setup:
     numbers: tuple[float, ...] = field(default=())
 
     def names(self) -> Iterator[str]:
-        """The adapters, in order, each once for every place where it stands."""
+        """Yield the adapters, in order, each as often as the tree has it."""
         for child in self.children:
             yield from [child] if isinstance(child, str) else child.names()
 
     def fusions(self) -> Iterator[str]:
-        """The folders of the fusions in it."""
+        """Yield the folders of its fusions."""
         if self.kind == "Fuse":
             yield self.fusion
         for child in self.children:
@@ -65,12 +65,12 @@ class Setup:
 
     @property
     def fusion(self) -> str:
-        """The library's name for a fusion: the last adapter of each child."""
+        """Return the library's name for a fusion: the last adapter of each child."""
         return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
 
 
 def read_setup(folder: str | PathLike[str]) -> Setup:
-    """The composition that a folder describes.
+    """Read the composition that a folder describes.
 
     Raises:
         StorageError: there is no `adapter_setup.json`.
@@ -89,18 +89,18 @@ def write_setup(
     folder: str | PathLike[str], setup: Setup, adapters: Mapping[str, Adapter], *,
     fusions: Mapping[str, str | PathLike[str]] | None = None, base: Checkpoint | None = None,
 ) -> None:  # fmt: skip
-    """Writes a composition as `load_adapter_setup` reads it, its own file last.
+    """Write a composition as `load_adapter_setup` reads it, its own file last.
 
     Args:
-        folder: where to.
+        folder: the folder to write.
         setup: the tree.
-        adapters: by the names in it.
-        fusions: folders of the fusions in it, by their names; they are copied.
-        base: for adapters whose config only the base tells.
+        adapters: name in the tree -> adapter.
+        fusions: name in the tree -> folder of a fusion; the folders are copied.
+        base: the base, for adapters whose config depends on it.
 
     Raises:
-        UsageError: an adapter or a fusion is missing, or the tree is none that the library has.
-        Unrepresentable: an adapter is none of AdapterHub's.
+        UsageError: an adapter or a fusion is missing, or the library does not have such a tree.
+        Unrepresentable: AdapterHub's format cannot express an adapter.
         StorageError: the folder cannot be written.
     """
     copied = fusions or {}
@@ -134,13 +134,13 @@ def _block(said: Any, at: str, depth: int) -> Setup:
         or not children
         or depth > MAX_DEPTH
     ):
-        raise Malformed(f"{str(kind)[:60]!r} with children is no block of the library's", where=at, cure=_BLOCKS)
+        raise Malformed(f"{str(kind)[:60]!r} with children is not a block of the library", where=at, cure=_BLOCKS)
     found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
     return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
 
 
 def _numbers(said: Any, word: str, count: int, at: str) -> tuple[float, ...]:
-    """The numbers that a block has beside its children."""
+    """Parse the numbers that a block has beside its children."""
     if not word:
         return ()
     numbers = said.get(word) if isinstance(said, dict) else None
@@ -155,7 +155,7 @@ def _child(said: Any, at: str, depth: int) -> Setup | str:
     names = said.get("children")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     if not isinstance(name, str) or not name or re.search(r"[./\\,\0]", name):
-        raise Malformed(f"{str(name)[:60]!r} is no name of an adapter", where=at, cure="Save it under another name")
+        raise Malformed(f"{str(name)[:60]!r} is not a valid adapter name", where=at, cure="Save it under another name")
     return name
 
 
@@ -166,7 +166,7 @@ def _written(setup: Setup) -> dict[str, Any]:
 
 
 def _named(adapter: Adapter, name: str) -> Adapter:
-    """The adapter as one of that name."""
+    """Return the adapter under this name."""
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter

@@ -1,7 +1,7 @@
-"""The places of the library's bottleneck adapters, by `model_type`, and the modules of the base at these places.
+"""List the places of the library's bottleneck adapters by `model_type`, with the base's modules there.
 
-The library hangs an adapter into the block whose residual it takes over. A target is the module whose output is
-changed, and where that module does not add the residual itself, `residual` and `norm` name what does, from its parent.
+The library attaches an adapter to the block whose residual it takes over. A target is the module whose output is
+changed. If it does not add the residual itself, `residual` and `norm` name the modules that do, from its parent.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Rule:
         module: ending of the path of the library's module.
         target: ending of the path of the target.
         flag: the switch in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: from the target's parent, the module whose input is added to its output; empty where it does so.
-        norm: likewise, the module that normalises the sum.
-        within: what the path before the endings must hold.
+        residual: from the target's parent, the module whose input is added to its output; empty if the target adds it.
+        norm: from the target's parent, the module that normalises the sum; empty if the target does.
+        within: a text that the path before the endings must contain.
     """
 
     models: tuple[str, ...]
@@ -67,7 +67,7 @@ RULES = (
         PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
     ),
 )  # fmt: skip
-"""More special endings first."""
+"""More specific endings come first."""
 
 MODELS = frozenset(chain.from_iterable(rule.models for rule in RULES))
 
@@ -76,17 +76,17 @@ EMBEDDINGS = {
     **dict.fromkeys(LLAMA, "embed_tokens"),
     "gpt2": "drop",
 }
-"""model_type -> the module behind whose output invertible adapters stand, and prompts are put in front."""
+"""model_type -> the module whose output invertible adapters change, and prompts are put before."""
 
 
 def standing(path: str, model_type: str | None) -> tuple[str, Rule] | None:
-    """The target's path and the rule for a module of the library's; None where the table has none."""
+    """Return the target's path and the rule for a module of the library; None if the table has none."""
     found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if found is None else (path.removesuffix(found.module) + found.target, found)
 
 
 def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, Rule] | None:
-    """The path of the library's module and the rule for a target; None where the table has none."""
+    """Return the path of the library's module and the rule for a target; None if the table has none."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
             return path.removesuffix(rule.target) + rule.module, rule

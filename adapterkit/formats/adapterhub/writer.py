@@ -1,7 +1,7 @@
-"""An `Adapter` in, a folder's content out; nothing is written that does not read back as the same adapter.
+"""Encode an `Adapter` as a folder's content; everything that is written must read back as the same adapter.
 
-A config that was read is written again as it was wherever it still says what the adapter says; otherwise it is made
-anew, in the words of one release.
+A config that was read is written again unchanged if it still describes the adapter; otherwise a new one is made, in the
+form of one release.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ NAME = "adapter"
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
-    """The content, and one line for each thing left out.
+    """Return the content, and one line for each update that was left out.
 
     Raises:
-        Unrepresentable: such a folder cannot say it and `on_loss` does not allow otherwise.
+        Unrepresentable: such a folder cannot express an update, and `on_loss` does not allow leaving it out.
     """
     hints = hints_of(adapter)
     if hints.config and all(family_of(update) for _, update in adapter):
@@ -48,7 +48,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
         cure = "Write adapterkit's own format"
-        raise Unrepresentable("AdapterHub's config has no words for this combination", items=lines, cure=cure)
+        raise Unrepresentable("AdapterHub's config cannot express this combination", items=lines, cure=cure)
     return content, lines
 
 
@@ -71,7 +71,7 @@ def _content(adapter: Adapter, updates: Updates, hints: Hints, config: Mapping[s
 
 
 def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
-    """Tensors that only travel along: of the adapter's file, and of its prediction head's."""
+    """Return the tensors that are only kept: of the adapter's file, and of its prediction head's."""
     foreign = adapter.foreign
     tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
     own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}

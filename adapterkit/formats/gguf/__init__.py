@@ -1,7 +1,7 @@
-"""llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; the older `ggla` files are read, too.
+"""Read and write llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; old `ggla` files are read.
 
-Names are those of the base's GGUF file, so the architecture's table translates them, both ways. Where llama.cpp keeps
-the rows of q and k in Meta's order, the base's config tells the heads.
+Names are those of the base's GGUF file, so the architecture's table translates them, both ways. If llama.cpp stores the
+rows of q and k in Meta's order, the base's config gives the heads.
 """
 
 from __future__ import annotations

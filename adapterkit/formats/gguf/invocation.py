@@ -1,4 +1,4 @@
-"""Activated LoRA in a GGUF file: the tokens that activate it are a key-value, and the same for all its modules."""
+"""Read and write the tokens that activate an activated LoRA: one key-value of the file, shared by all its modules."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 INVOCATION = "adapter.alora.invocation_tokens"
 LARGEST = (1 << 32) - 1
-"""A token's number is a u32."""
+"""Largest token number, because it is stored as a u32."""
 
 
 def invocation_of(file: Gguf) -> Lazy | None:
-    """The tokens of a file, one leaf for all its updates; None where it is no activated LoRA.
+    """Return the tokens of a file, one leaf for all its updates; None if it is not an activated LoRA.
 
     Raises:
-        Malformed: they are no numbers, or there are none.
+        Malformed: they are not numbers, or there are none.
     """
     value = file.values.get(INVOCATION)
     if value is None:
         return None
     if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
-        raise Malformed(f"{value.type} is no sequence of tokens, or an empty one", where=INVOCATION, cure=DAMAGED)
+        raise Malformed(f"{value.type} is not a sequence of tokens, or is empty", where=INVOCATION, cure=DAMAGED)
     import numpy as np
 
     return from_numpy(np.array(value.value, dtype=np.int64))
 
 
 def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
-    """The update, behind its invocation where the file has one.
+    """Make the update an activated LoRA if the file has an invocation.
 
     Raises:
-        Unsupported: on an embedding, which the law does not have.
+        Unsupported: the update is on an embedding, which the method does not support.
     """
     if invocation is None:
         return update
@@ -52,21 +52,21 @@ def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
 
 
 class Invocation:
-    """The tokens that a file to be written has: those of the first update."""
+    """The tokens of a file to be written: those of the first update."""
 
     def __init__(self, updates: Iterable[Any]) -> None:
         first = next(iter(updates), None)
         self.tokens = _tokens(first)
 
     def why_not(self, update: Pair) -> str:
-        """Why an update cannot be beside the first."""
+        """Say why an update cannot be in the same file as the first."""
         own = _tokens(update)
         if own != self.tokens:
             return "an invocation other than the first update's: a file has one for all"
-        return "an invocation of numbers that are no u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+        return "an invocation of numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
 
     def values(self) -> dict[str, Value]:
-        """The key-value."""
+        """Return the key-value of the tokens."""
         return {} if self.tokens is None else {INVOCATION: Value("[u32]", list(self.tokens))}
 
 

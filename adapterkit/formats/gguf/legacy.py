@@ -1,4 +1,4 @@
-"""`ggla` files, of before GGUF: Llama alone; A is stored turned, r and alpha are one for all."""
+"""Read `ggla` files, the format before GGUF: only Llama; A is stored transposed, and r and alpha are one for all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
-    """The adapter in a file; for `compat` see the format."""
+    """Read the adapter in a file; for `compat` see the format."""
     file = read_ggla(path)
     place = Place("llama", family_of("llama", ()), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
@@ -49,7 +49,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
 
 
 def _legacy_order(place: Place, name: str, foreign: str, compat: str | None, rows: int) -> Any:
-    """The converter left rows as PEFT had them; llama.cpp's own training has them as its base does."""
+    """Return the order of rows: the converter of llama.cpp left PEFT's order, its own training has its base's."""
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":
         return None
@@ -69,7 +69,7 @@ _OLD = {
 
 
 def _modern(name: str) -> str:
-    """The name of today for one of before GGUF."""
+    """Return today's GGUF name for one of the older format."""
     first, _, rest = name.partition(".")
     number, _, module = rest.partition(".")
     return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name

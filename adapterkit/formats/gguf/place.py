@@ -1,4 +1,4 @@
-"""Where an adapter lies in a GGUF file: names, the order of rows, stacks of experts."""
+"""Place an adapter in a GGUF file: names, the order of rows, stacks of experts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EMBEDDING = "token_embd"
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Where an adapter lies in a GGUF file.
+    """The place of an adapter in a GGUF file.
 
     Attributes:
         name: the file's `general.architecture`.
-        family: its family.
-        config: the base's config, which tells the heads; None where there is no base.
-        known: the numbers of heads, `query`, `kv` and `LINEAR_FIELDS`, as far as a file that was read told them.
-        experts: how many experts a stack has; 0 where nothing tells.
+        family: the family of this architecture.
+        config: the base's config, for its heads; None if there is no base.
+        known: the numbers of heads, `query`, `kv` and `LINEAR_FIELDS`, as far as the file that was read stated them.
+        experts: how many experts a stack has; 0 if not known.
     """
 
     name: str
@@ -47,29 +47,29 @@ class Place:
 
     @classmethod
     def of_base(cls, base: Checkpoint) -> Place:
-        """For writing, by the base's config.
+        """Make the place for writing, from the base's config.
 
         Raises:
             UsageError: the base has no config.
-            Unsupported: llama.cpp is not known to take its family.
+            Unsupported: llama.cpp is not known to support its family.
         """
         name, family = name_for(base.config)
         return cls(name, family, base.config, {}, expert_count(base.config))
 
     def where(self, foreign: str) -> Where | None:
-        """The place that a module of the file is; None where the family has no such weight."""
+        """Return the place of a module of the file; None if the family has no such weight."""
         found = place_of(self.family, foreign)
         return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Any:
-        """The order of the file's rows, where it is not the weight's own."""
+        """Return the order of the file's rows, if it is not the weight's own."""
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
         return row_order(where, rows, self.heads(foreign), foreign)
 
     def columns(self, foreign: str, columns: int) -> Any:
-        """The order of the file's inputs, where it is not the weight's own."""
+        """Return the order of the file's inputs, if it is not the weight's own."""
         where = self.where(foreign)
         return (
             None
@@ -78,10 +78,10 @@ class Place:
         )
 
     def heads(self, where: str) -> Heads:
-        """The base's heads.
+        """Return the base's heads.
 
         Raises:
-            UsageError: there is no config of a base to tell them.
+            UsageError: there is no config of a base that states them.
         """
         if not {"query", "kv"} <= self.known.keys():
             found = heads_of(self.config, where)
@@ -93,27 +93,27 @@ class Place:
         return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Any, ...]]) -> dict[str, tuple[Move, ...]]:
-        """Where each target goes in the file; those without a place are left out."""
+        """Return the moves of each target into the file; targets without a place are left out."""
         return moves_of(updates, self.family, NAMING)
 
     def why_not(self, target: Target, update: Pair, moves: Mapping[str, tuple[Move, ...]]) -> str:
-        """Why a file has no place for an update."""
+        """Say why a file has no place for an update."""
         if target.path not in moves:
             return f"no place for it is known in GGUF files of the architecture {self.name}"
         place = self.where(moves[target.path][0].path)
         if place is not None and place.beside is not None:
             return "llama.cpp keeps the weight in two tensors and takes no adapter there: merge into the GGUF model"
         if place is not None and place.rows == "rotary":
-            # Files for GLM-4 and GLM-4V have one architecture and no word that tells them apart.
+            # GLM-4 and GLM-4V have the same architecture in files, and nothing tells them apart.
             return "an adapter file does not say in which of two orders its rows are: merge into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA on an embedding, a Conv1D or an expert"
-        # Rows are parts of a fused weight, which GGUF keeps apart; `placed` refuses any others.
+        # Rows are parts of a fused weight, which GGUF stores separately; `placed` refuses any others.
         return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
-        """The updates under the file's names, experts in stacks.
+        """Return the updates under the file's names, with experts in stacks.
 
         Raises:
             Unrepresentable: two updates belong to one tensor of the file.
@@ -126,7 +126,7 @@ class Place:
         return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
 
     def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
-        """The two tensors of an update under the file's name, rows in the file's order."""
+        """Return the two tensors of an update under the file's name, with rows in the file's order."""
         A, B = as_lazy(update.A), as_lazy(update.B)
         if not target.stacked:
             order = self.order(target.path, B.shape[0])
@@ -138,5 +138,5 @@ class Place:
 
 
 def keys(foreign: str) -> list[str]:
-    """The keys of A and B."""
+    """Return the keys of A and B."""
     return [foreign + end for end in SLOTS]

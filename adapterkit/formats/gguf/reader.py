@@ -1,4 +1,4 @@
-"""A GGUF file in, an `Adapter` out."""
+"""Decode a GGUF file into an `Adapter`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ ARCHITECTURE, TYPE, KIND, ALPHA = "general.architecture", "general.type", "adapt
 
 
 def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
-    """The adapter in a file.
+    """Return the adapter in a file.
 
     Raises:
-        Malformed, Unsupported: it is no LoRA of llama.cpp's, or of an architecture that is not known.
+        Malformed, Unsupported: it is not a LoRA of llama.cpp, or its architecture is not known.
         TargetNotFound: a name has no place.
-        UsageError: the order of rows depends on heads, and there is no base to tell.
+        UsageError: the order of rows depends on heads, and there is no base that states them.
     """
     name = _text(file, ARCHITECTURE)
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
@@ -47,7 +47,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     invocation = invocation_of(file)
     alpha = file.values.get(ALPHA, Value("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
-        raise Malformed(f"{alpha.value!r} is no finite f32", where=ALPHA, cure=DAMAGED)
+        raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=DAMAGED)
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
@@ -70,7 +70,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
 
 
 def _check_alone(updates: Mapping[Target, Any], base: Checkpoint) -> None:
-    """Refuse a base that holds the family's names more than once, below different prefixes.
+    """Refuse a base that has the family's names more than once, under different prefixes.
 
     Raises:
         TargetNotFound: a name in the file has two places in the base.
@@ -81,16 +81,16 @@ def _check_alone(updates: Mapping[Target, Any], base: Checkpoint) -> None:
             places.setdefault(bare, []).append(name)
     for target in updates:
         if len(found := places.get(target.path, ())) > 1:
-            why = f"{len(found)} places in the base are called so: {', '.join(found)}"
+            why = f"{len(found)} places in the base have this name: {', '.join(found)}"
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
 
 
 def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Target, Pair]:
-    """The update at one tensor, under the file's name for it, rows in the weight's own order.
+    """Make the update at one tensor, under the file's name for it, with rows in the weight's own order.
 
     Raises:
         TargetNotFound: the family has no such weight.
-        ShapeMismatch: the factors are no pair.
+        ShapeMismatch: the factors are not a pair.
     """
     where = place.where(foreign)
     if where is None:
@@ -116,7 +116,7 @@ def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Tar
 
 
 def _own(held: Mapping[Target, tuple[Pair, ...]], place: Place, invocation: Lazy | None) -> dict[Target, Any]:
-    """The updates under the family's own names, with the layout in which the family stores each weight."""
+    """Return the updates under the family's own names, in the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     found: dict[Target, Any] = {}
     for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
@@ -130,5 +130,5 @@ def _own(held: Mapping[Target, tuple[Pair, ...]], place: Place, invocation: Lazy
 def _text(file: Gguf, key: str) -> str:
     value = file.values.get(key)
     if value is None or value.type != "string":
-        raise Malformed("no such text", where=key, cure="This is no adapter of llama.cpp's")
+        raise Malformed("no such text", where=key, cure="This is not an adapter of llama.cpp")
     return str(value.value)

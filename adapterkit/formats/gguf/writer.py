@@ -1,4 +1,4 @@
-"""An `Adapter` in, a GGUF file out."""
+"""Encode an `Adapter` as a GGUF file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS = (LoRA, ALoRA)
 
 
 class Hints(Leftovers, total=False):
-    """Architecture, alpha and heads, key-values as (key, type, value), types of tensors that differ from their own."""
+    """Architecture, alpha and heads, key-values as (key, type, value), and block types of quantized tensors."""
 
     architecture: str
     alpha: float
@@ -43,10 +43,10 @@ class Hints(Leftovers, total=False):
 
 
 def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Writes the file, and returns one line for each thing left out or rewritten.
+    """Write the file, and return one line for each thing that was left out or rewritten.
 
     Raises:
-        Unrepresentable: llama.cpp cannot say it, and `on_loss` does not allow otherwise.
+        Unrepresentable: llama.cpp cannot express it, and `on_loss` does not allow a rewriting.
     """
     hints = remembered(adapter, FORMAT, Hints)
     place = _place(hints, adapter, base)
@@ -75,10 +75,10 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
 
 
 def _holds(kind: str, tensor: Lazy) -> bool:
-    """Whether blocks of a type hold a tensor's numbers exactly, which is what the file had before it was changed.
+    """Whether a block type stores a tensor's values exactly, as it does for a file that was read and not changed.
 
-    llama.cpp gives the largest number of a block 127 steps. Blocks of other tools, and numbers that were computed with
-    since, are rounded: they are written in the tensor's own type.
+    llama.cpp gives the largest number of a block 127 steps. Blocks of other tools, and values that were changed since,
+    would be rounded; such tensors are written in their own type.
     """
     import numpy as np
 
@@ -89,7 +89,7 @@ def _holds(kind: str, tensor: Lazy) -> bool:
 
 
 def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> Place:
-    """By the base's config, or by the file that was read."""
+    """Return the place by the base's config, or by the file that was read."""
     if (base is not None and base.config is not None) or not hints:
         return Place.of_base(base) if base is not None else Place(*name_for(None))
     name = str(hints.get("architecture"))
@@ -104,12 +104,12 @@ def _has(family: Architecture, path: str) -> bool:
 
 
 def _rank(update: Pair) -> int:
-    """The rank, of one update or of a stack of them."""
+    """Return the rank, of one update or of a stack of them."""
     return int(update.B.shape[-1])
 
 
 def _exact_alpha(update: Pair) -> float | None:
-    """The f32 that llama.cpp divides by the rank to exactly this scaling."""
+    """Return the f32 that llama.cpp divides by the rank to exactly this scaling; None if there is none."""
     import numpy as np
 
     with np.errstate(over="ignore"):

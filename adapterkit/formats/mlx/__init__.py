@@ -1,7 +1,7 @@
 """MLX-LM's adapters: a folder with `adapters.safetensors` and `adapter_config.json`; LoRA, DoRA and whole parameters.
 
-Names are those of MLX's models, nearly all of them transformers' own. Factors of a linear layer stand the other way
-round than in the papers, those of stacked experts do not. One scale serves all modules.
+Names are those of MLX's models, which are mostly transformers' own. Factors of a linear layer are transposed compared
+with the papers; those of stacked experts are not. One scale serves all modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The folder: a config in JSON beside one file of tensors."""
+"""Recognise and save the folder: a config in JSON beside one file of tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARKS = ("fine_tune_type", "lora_parameters")
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config with a word of MLX-LM's lies at or beside `path`; PEFT's has the same name."""
+    """Whether a config with a field that only MLX-LM has is at or beside `path`; PEFT's config has the same name."""
     if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
         return False
     try:
@@ -32,10 +32,10 @@ def sniff(path: Path) -> bool:
 
 
 def tensors_of(path: Path) -> Path:
-    """The file of tensors, where the folder, the config or that file is named.
+    """Return the file of tensors, whether the path names the folder, the config or that file.
 
     Raises:
-        StorageError: it is not there.
+        StorageError: it is missing.
     """
     tensors = folder_of(path) / TENSORS if path.is_dir() or path.name == CONFIG else path
     if not tensors.exists():
@@ -44,7 +44,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Write the folder, its config last: without one it is no adapter."""
+    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter."""
     make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

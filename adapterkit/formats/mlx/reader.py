@@ -1,4 +1,4 @@
-"""A config and tensors in, an `Adapter` out."""
+"""Decode a config and tensors into an `Adapter`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
 class Modules:
-    """The base's modules, where it is given: what a name of MLX's is called there."""
+    """The base's modules, if it is given; translates MLX's names to the base's."""
 
     def __init__(self, base: Checkpoint | None) -> None:
         self.base = base
@@ -44,7 +44,7 @@ class Modules:
                     self.own.setdefault(bare, []).append(name)
 
     def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
-        """The updates with those of experts where the base has them: some bases hold experts in stacks, too.
+        """Return the updates with experts as the base stores them; some bases store experts in stacks, too.
 
         Raises:
             TargetNotFound, ShapeMismatch: an expert has no place in the base.
@@ -59,10 +59,10 @@ class Modules:
         return {target: held for target, held in updates.items() if target not in lost} | dict(found)
 
     def named(self, name: str) -> str:
-        """The base's own name of a module; without a base, the hub's name of it.
+        """Return the base's own name of a module; without a base, the hub's name.
 
         Raises:
-            TargetNotFound: the base has none, or several.
+            TargetNotFound: the base has no such module, or several.
         """
         moves = from_mlx(name, self.config, 0)
         if moves is not None and len(moves) == 1 and moves[0].plain:
@@ -73,16 +73,16 @@ class Modules:
         found = next((self.own[each] for each in bare if each in self.own), [])
         exact = [own for own in found if own == name] or found
         if len(exact) != 1:
-            why = f"{len(exact)} modules of the base are called so"
+            why = f"{len(exact)} modules of the base have this name"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return exact[0]
 
 
 def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -> Adapter:
-    """The adapter in a folder.
+    """Return the adapter in a folder.
 
     Raises:
-        Malformed, Unsupported, ShapeMismatch: the tensors are not those of the config, or of no known kind.
+        Malformed, Unsupported, ShapeMismatch: the tensors do not match the config, or are of an unknown kind.
         TargetNotFound: a name has no place in the base.
     """
     kind = config.get("fine_tune_type", "lora")
@@ -143,7 +143,7 @@ def _target(own: str) -> Target:
 
 
 def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
-    """Experts: A `[e, r, in]`, B `[e, out, r]`, not turned."""
+    """Yield the updates of stacked experts: A `[e, r, in]`, B `[e, out, r]`, not transposed."""
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
@@ -154,20 +154,20 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
 
 
 def _experts(name: str, count: int, modules: Modules) -> list[str]:
-    """The names of all experts of a stack on a hub, by number.
+    """Return the hub's names of all experts of a stack, by number.
 
     Raises:
         TargetNotFound: no family has such a stack.
-        UsageError: several have it, for different experts.
+        UsageError: several families have it, for different experts.
     """
     moves = from_mlx(name, modules.config, count)
     if moves is None or [move.expert for move in moves] != list(range(count)):
-        raise TargetNotFound("a stack of experts by a name that is not known", where=name, cure="Report the model")
+        raise TargetNotFound("a stack of experts with an unknown name", where=name, cure="Report the model")
     return [move.path for move in moves]
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """Keys of a fused layer's lists, `lora_a.0`, as `#0.lora_a`: each part is a pair of its own."""
+    """Rename keys of a fused layer's lists, `lora_a.0`, to `#0.lora_a`, because each part is a pair of its own."""
     changed = {}
     for key, tensor in tensors.items():
         stem, _, last = key.rpartition(".")
@@ -187,7 +187,7 @@ def _fused(
     name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
     names: dict[str, str],
 ) -> Found:  # fmt: skip
-    """A part of a fused weight: the rows behind those of the parts before it."""
+    """Yield the update of one part of a fused weight: its rows follow those of the parts before it."""
     keys = [f"{name}.lora_b.{index}" for index in range(count)]
     if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
         raise Malformed("a list of factors with gaps", where=name, cure=DAMAGED)
@@ -202,7 +202,7 @@ def _scale(config: Mapping[str, Any]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
         cure = "Add lora_parameters.scale, which MLX-LM itself needs"
-        raise Malformed("no scale, so that the strength of the adapter is unknown", where="lora_parameters", cure=cure)
+        raise Malformed("no scale, so the strength of the adapter is unknown", where="lora_parameters", cure=cure)
     return finite(parameters["scale"], "lora_parameters.scale")
 
 

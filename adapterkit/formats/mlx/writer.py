@@ -1,4 +1,4 @@
-"""An `Adapter` in, a config and tensors out."""
+"""Encode an `Adapter` as a config and tensors."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Hints(Leftovers, total=False):
 def written(
     adapter: Adapter, on_loss: str, base: Checkpoint | None = None
 ) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
-    """The config's text, the tensors, their metadata, and one line for each thing left out or rewritten.
+    """Return the config's text, the tensors, their metadata, and one line for each thing left out or rewritten.
 
     Raises:
-        Unrepresentable: MLX-LM cannot say it, and `on_loss` does not allow otherwise.
+        Unrepresentable: MLX-LM cannot express it, and `on_loss` does not allow a rewriting.
     """
     hints = remembered(adapter, FORMAT, Hints)
     adapter = _stacked(adapter, None if base is None else base.config)
@@ -58,11 +58,11 @@ def written(
 
 
 def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
-    """The adapter with experts in the stacks of MLX-LM's model, under its names for them.
+    """Return the adapter with experts in the stacks of MLX-LM's model, under its names for them.
 
     Raises:
-        UsageError: families differ in where the experts are, and there is no base to tell.
-        Unrepresentable: there are experts without updates, and no base to tell how many there are.
+        UsageError: the possible families store experts in different places, and there is no base to decide.
+        Unrepresentable: some experts have no updates, and there is no base that tells how many experts there are.
     """
     moves = {}
     for target, updates in adapter.updates.items():
@@ -79,7 +79,7 @@ def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
-    """Refuse a stack with gaps where nothing tells how many experts it has."""
+    """Refuse a stack with gaps if the number of its experts is not known."""
     slots: dict[str, set[int]] = {}
     for given in moves.values():
         for move in given:
@@ -97,17 +97,17 @@ def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
 def _encode(
     adapter: Adapter, hints: Mapping[str, Any], on_loss: str
 ) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """Config, tensors and lines of an adapter of LoRA, or of DoRA, whichever is more frequent.
+    """Return config, tensors and lines of an adapter of LoRA, or of DoRA, whichever is more frequent.
 
     Raises:
-        Unrepresentable: MLX-LM cannot say it.
+        Unrepresentable: MLX-LM cannot express it.
     """
     kinds = Counter(type(update) for _, update in adapter if isinstance(update, LoRA | DoRA))
     dora = kinds[DoRA] > kinds[LoRA]
 
     def why(target: Target, update: Pair) -> str:
         if isinstance(update, DoRA) and target.layout != "out *in":
-            return "DoRA of an embedding or of stacked experts, for which MLX has another law or none"
+            return "DoRA of an embedding or of stacked experts, for which MLX has another formula or none"
         return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
@@ -128,7 +128,7 @@ def _spelled(pairs: Pairs, hints: Mapping[str, Any]) -> dict[str, Lazy]:
             slices.setdefault(name, []).append((target.rows, update))
         else:
             ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
-            # Factors of stacked experts are not turned: A is [e, r, in], B is [e, out, r].
+            # Factors of stacked experts are not transposed: A is [e, r, in], B is [e, out, r].
             turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
             tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
     for name, parts in slices.items():
@@ -151,7 +151,7 @@ def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str
 
 
 def _config(hints: Mapping[str, Any], pairs: Pairs, scale: float, kind: str) -> dict[str, Any]:
-    """What was read where it still holds; else what MLX-LM needs to load the tensors."""
+    """Return the config that was read if it still holds; else one with the fields that MLX-LM needs."""
     read = dict(hints.get("config", {}))
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
@@ -173,16 +173,16 @@ def _same(hints: Mapping[str, Any], pairs: Pairs) -> bool:
 
 
 def _key(name: str) -> str:
-    """A module as MLX-LM's config names it: below its block, a stack for an expert."""
+    """Return a module's name in MLX-LM's config: relative to its block, and the stack's name for an expert."""
     head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
 
 
 def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """Config, tensors and lines of an adapter of whole parameters alone.
+    """Return config, tensors and lines of an adapter with only whole parameters.
 
     Raises:
-        Unrepresentable: MLX-LM cannot say it.
+        Unrepresentable: MLX-LM cannot express it.
     """
     tensors: dict[str, Lazy] = {}
     for target, update in adapter:
@@ -203,7 +203,7 @@ def _name(target: Target, hints: Mapping[str, Any]) -> str:
 
 
 def _as_read(config: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
-    """The text of the config that was read, where it says the same: its order of keys is in no other place."""
+    """Return the text of the config that was read if it means the same; only the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:
         return text if text and load_json(text) == config else ""

@@ -1,7 +1,7 @@
 """PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
 
-The maths is in the file's tensors and in a dozen fields of the config; `config` lists every field and says why it
-matters or does not. One module a family of tensors turns keys into updates, `writer` turns updates back into keys.
+The method follows from the file's tensors and a dozen fields of the config; `config` lists every field and says why it
+matters or does not. Each family of tensors has a module that turns keys into updates; `writer` does the reverse.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Peft(Format):
             path: as for `Format.read`; also a file of tensors without adapter_config.json, see `bare`.
             compat: as for `Format.read`.
             base: as for `Format.read`.
-            alpha: LoRA's alpha, where there is no config and the file does not tell.
-            rank: the rank that is expected; the shapes or the config tell it, and another is an error.
+            alpha: LoRA's alpha, if there is no config and the file does not state it.
+            rank: the expected rank; the shapes or the config have the rank, and a different one is an error.
             strict: refuse every field of the config that PEFT does not have.
         """
         from . import bare

@@ -1,4 +1,4 @@
-"""Ranks and alphas out of ranks and scalings: the most common of each, and patterns for the others."""
+"""Compute rank and alpha fields from ranks and scalings: the most common values, and patterns for the others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from .patterns import exactly
 
 Scale = tuple[int, float]
-"""Rank and scaling."""
+"""(rank, scaling)."""
 
 
 def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, Any], list[str]]:
-    """The fields, with the first `use_rslora` that leaves fewest modules without an alpha; and those modules."""
+    """Return the fields, with the `use_rslora` that leaves fewest modules without an alpha, and those modules."""
     tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
     flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
     alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
@@ -31,10 +31,10 @@ def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[
 
 
 def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
-    """The alpha that PEFT divides to exactly this scaling, whole where it can be; None where there is none."""
+    """Return the alpha that PEFT divides to exactly this scaling, whole if possible; None if there is none."""
     rank, scaling = scale
     divisor = math.sqrt(rank) if rslora else rank
-    # A scaling may be a whole number as large as any float; its product with a rank is then no float.
+    # A scaling may be a whole number as large as any float; its product with a rank may overflow.
     guess = float(scaling) * divisor
     return next((alpha for alpha in _candidates(guess) if alpha / divisor == scaling), None)
 

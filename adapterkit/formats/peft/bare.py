@@ -1,8 +1,8 @@
-"""State dicts of PEFT models without adapter_config.json: bare files of tensors, and checkpoints of DeepSpeed and FSDP.
+"""Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed and FSDP.
 
-The keys and shapes tell the method and the ranks, so a config is made from them. They do not tell alpha: it comes from
-the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models write
-such files too, and every loader of these takes a missing alpha for the rank.
+Keys and shapes determine the method and the ranks, so a config is made from them. They do not determine alpha: it comes
+from the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models
+write such files too, and every loader of these assumes that a missing alpha is the rank.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 
 _ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
 _CONFIG_FIELD = "lora_adapter_metadata"
-"""In the header of diffusers' files: PEFT's config as JSON, each field behind the name of the model's part."""
+"""In the header of diffusers' files: PEFT's config as JSON, with the name of the model's part before each field."""
 ASSUMED = "alpha_assumed"
-"""Field of a config that was made here: nothing told alpha, and the names are those of an image model."""
+"""Field of a config that was made here: alpha was not stated, and the names are those of an image model."""
 
 _SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
 
@@ -46,9 +46,9 @@ _MAX_SCAN = 64 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether there are LoRA tensors in PEFT's names at `path`, without a config that says whose they are."""
+    """Whether `path` has LoRA tensors in PEFT's names, and no config that says which tool wrote them."""
     if not is_bare(path):
-        # A file of any name beside a config of PEFT's; other tools have a config of the same name.
+        # A file of any name is accepted beside a config of PEFT's; other tools' configs have the same name.
         return path.is_file() and _file(path) is not None and sniff_config(path.parent)
     try:
         folder = _tag(path) if path.is_dir() else path
@@ -65,23 +65,23 @@ def sniff(path: Path) -> bool:
 
 
 def is_bare(path: Path) -> bool:
-    """Whether no config lies at or beside `path`."""
+    """Whether no config is at or beside `path`."""
     return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
 
 
 def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, str]]:
-    """The config that the keys and shapes stand for, the tensors by key, and the header's strings.
+    """Return the config that the keys and shapes stand for, the tensors by key, and the header's strings.
 
     Args:
         path: a file of tensors, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
-        alpha: LoRA's alpha, where the file does not tell.
-        rank: the rank that every module is expected to have; None for any.
+        alpha: LoRA's alpha, if the file does not state it.
+        rank: the rank that every module must have; None for any.
 
     Raises:
-        UsageError: the file does not tell alpha, and `alpha` is None; or it tells another.
+        UsageError: the file does not state alpha, and `alpha` is None; or it states another.
         ShapeMismatch: a module has another rank than `rank`.
         Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
-        Malformed: the file holds the base's weights too, and does not tell which of them were trained.
+        Malformed: the file has the base's weights too, and nothing shows which of them were trained.
     """
     folder = _tag(path) if path.is_dir() else path
     _refuse_split(folder)
@@ -132,7 +132,7 @@ def _scaling(
     alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None, rank: int,
     ranks: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """`lora_alpha`, and what goes with it, from the file or from the caller; they must not disagree."""
+    """Return `lora_alpha` and related fields, from the file or from the caller; they must not contradict each other."""
     told = _told(header)
     if alpha is None and not told and not alphas and looks_of_pipeline(ranks):
         return {
@@ -164,7 +164,7 @@ def _scaling(
 
 
 def _told(header: Mapping[str, str]) -> dict[str, Any]:
-    """The fields about scaling in the header of a safetensors file; empty if it does not tell alpha."""
+    """Return the fields about scaling in the header of a safetensors file; empty if it does not state alpha."""
     for name in _ALPHA_FIELDS:
         try:
             value = float(header[name])
@@ -183,7 +183,7 @@ def _told(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_trained(keys: Iterable[Key]) -> None:
-    """Refuse the state dict of a whole model: it does not tell the base's weights from trained ones."""
+    """Refuse the state dict of a whole model, because the base's weights and trained ones look the same."""
     adapted = {key.stem: key for key in keys if key.part == "lora_A"}
     base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
     whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
@@ -198,7 +198,7 @@ def _check_trained(keys: Iterable[Key]) -> None:
 
 
 def _file(path: Path) -> Path | None:
-    """The one file of tensors; None where there is none."""
+    """Return the one file of tensors; None if there is none."""
     if not path.is_dir():
         return path if path.suffix in _SUFFIXES and path.is_file() else None
     for name in (SAFETENSORS, TORCH):
@@ -209,7 +209,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _tag(folder: Path) -> Path:
-    """The folder of the newest step, where this one has the file `latest` of a DeepSpeed checkpoint."""
+    """Return the folder of the newest step if this one has the file `latest` of a DeepSpeed checkpoint."""
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
@@ -234,7 +234,7 @@ def _refuse_split(path: Path) -> None:
     """Refuse weights that are split over ranks, with the command that joins them.
 
     Raises:
-        Unsupported: they are.
+        Unsupported: they are split.
     """
     try:
         zero3 = _is_zero3(path) if path.is_dir() else _ZERO3.fullmatch(path.name) is not None
@@ -261,10 +261,10 @@ def _names(file: Path) -> Iterable[str]:
 
 
 def _tensors(file: Path) -> dict[str, Lazy]:
-    """The tensors of a file by key; of DeepSpeed's model states those that were trained.
+    """Return the tensors of a file by key; of DeepSpeed's model states only the trained ones.
 
     Raises:
-        Malformed: it is no state dict.
+        Malformed: it is not a state dict.
     """
     if file.suffix == ".safetensors":
         return safetensors.read(file)
@@ -283,7 +283,7 @@ def _tensors(file: Path) -> dict[str, Lazy]:
 
 
 def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """The same without the `module.` that DistributedDataParallel puts before every key."""
+    """Remove the `module.` that DistributedDataParallel puts before every key."""
     if tensors and all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): leaf for key, leaf in tensors.items()}
     return tensors

@@ -1,4 +1,4 @@
-"""The configs that could be written, the one nearest to what was read first."""
+"""Make the configs that could be written, nearest to the one that was read first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRESH: dict[str, dict[str, Any]] = {
 DROPOUTS = (
     "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
 )  # fmt: skip
-"""Fields that say the dropout of a type's layers in training."""
+"""Fields with the dropout of a type's layers in training."""
 
 COMMON = {
     "auto_mapping": None,
@@ -37,10 +37,10 @@ COMMON = {
     "revision": None,
     "task_type": None,
 }
-"""What every config says; of a config of another type all but `inference_mode` is kept."""
+"""Fields of every config; in a config of another type all but `inference_mode` are kept."""
 
 ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
-"""Fields that are written even where they are off."""
+"""Fields that are written even if they are off."""
 
 
 def configs(
@@ -51,7 +51,7 @@ def configs(
     numbers: Mapping[str, Any],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, Any]]:
-    """What was read; the same with other ranks and alphas; the same with other lists of modules as well."""
+    """Yield the config that was read, then with other ranks and alphas, then with other lists of modules as well."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     if any(target.stacked for target in updates):
         read = as_written(read)
@@ -80,12 +80,12 @@ def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[st
 
 
 def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with changes; a field that is off is not added, so that older releases of PEFT know all fields."""
+    """Return a config with changes; fields that are off are not added, because older releases of PEFT may lack them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
 def _base_fields(adapter: Adapter, hints: Hints) -> dict[str, Any]:
-    """The base's name, where it is not the one that was read."""
+    """Return the base's name, if it is not the one that was read."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
         return {}

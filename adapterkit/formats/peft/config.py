@@ -1,4 +1,4 @@
-"""The config: every field that PEFT has written into it, what it does, and the typed values of those that count."""
+"""Parse the config: every field that PEFT has ever written, its effect, and typed values of the fields that matter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .patterns import first_match, matches
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
-"""Types that are known and not read, with the reason."""
+"""Known types that are not read, with the reason."""
 
 READ = {
     "alora_invocation_tokens": "the law is aLoRA's, and these activate it",
@@ -70,7 +70,7 @@ HARMLESS = {
     "task_type": "class of the base",
     "velora_config": "compressed gradients in training; the law is plain LoRA's",
 }
-"""Fields that change nothing that a merge or a forward pass computes."""
+"""Fields that have no effect on a merge or a forward pass."""
 
 REFUSED = {
     "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
@@ -88,13 +88,13 @@ TOOLS = {
     "transformers_version": "transformers: its release",
     "unsloth_version": "Unsloth: its release",
 }
-"""Fields that other tools add and that change nothing, whatever their values."""
+"""Fields that other tools add and that have no effect, whatever their values."""
 
 PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
-"""Initialisations that leave the base as it is."""
+"""Initialisations that leave the base unchanged."""
 
 RESIDUAL = ("olora", "pissa")
-"""Initialisations that subtract from the base what follows from it to the last bit: methods of these names."""
+"""Initialisations that subtract from the base a value that can be computed from it exactly; methods of these names."""
 
 CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
 """Initialisations that subtract from the base what they put into the adapter; the first words of the value."""
@@ -105,7 +105,7 @@ WHY_CHANGED = {
     "lora_ga": "what gradients of its training data gave",
     "pissa_niter": "a randomised decomposition, whose random numbers are gone",
 }
-"""What was subtracted."""
+"""The value that was subtracted."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -113,7 +113,7 @@ Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
 
 
 class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kasa_config`: weights of what KaSA adds to the loss in training."""
+    """`kasa_config`: weights of the terms that KaSA adds to the loss in training."""
 
     beta: float = 1e-4
     gamma: float = 1e-3
@@ -128,7 +128,7 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     match_strict: bool = True
 
     def factor(self, name: str) -> str:
-        """A or B, whichever is block-diagonal at the module `name`; empty for neither."""
+        """Return A or B, whichever is block-diagonal at the module `name`; empty for neither."""
         named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
         found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
         if len(found) > 1:
@@ -138,9 +138,9 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arrow_config`: how Arrow chooses; the names of its experts, which are not followed.
+    """`arrow_config`: how Arrow chooses experts, and their names; the experts themselves are not loaded.
 
-    The seed is of a search for what the experts' factors give without one.
+    The seed is for PEFT's randomised search for the router's vectors; the experts' factors give the same without it.
     """
 
     top_k: Rank = 3
@@ -152,7 +152,7 @@ class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a config that this format reads, with PEFT's defaults; `own` are those of a family."""
+    """The fields of a config that this format reads, with PEFT's defaults; `own` has those of a family."""
 
     peft_type: str
     r: Rank = 8
@@ -190,27 +190,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def before(self, release: tuple[int, int]) -> bool:
-        """Whether an older release of PEFT than this wrote the file; False where the config does not say."""
+        """Whether the file was written by PEFT before this release; False if the config does not say."""
         return parse_version(self.peft_version) < release
 
     @property
     def residual(self) -> str:
-        """`olora` or `pissa`, where the base is without what the adapter began with; else empty."""
+        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; else empty."""
         word = self.init_lora_weights
         return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
 
     def rank(self, name: str) -> int:
-        """The rank at the module or parameter `name`."""
+        """Return the rank at the module or parameter `name`."""
         return first_match(self.rank_pattern or {}, name, self.r)
 
     def scaling(self, name: str) -> float:
-        """The factor on B @ A at the module or parameter `name`."""
+        """Return the factor on B @ A at the module or parameter `name`."""
         alpha, rank = first_match(self.alpha_pattern or {}, name, self.lora_alpha), self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def peft_types() -> tuple[str, ...]:
-    """The values of `peft_type` that are read, sorted."""
+    """List the values of `peft_type` that are read, sorted."""
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
@@ -219,11 +219,11 @@ def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
 
     Args:
         config: the decoded adapter_config.json.
-        strict: refuse every field that PEFT does not have, also the harmless ones.
+        strict: refuse every field that PEFT does not have, even harmless ones.
 
     Raises:
-        Malformed: a field is not of its type.
-        Unsupported: a field is set to something that may change the maths and that this version does not know.
+        Malformed: a field has the wrong type.
+        Unsupported: a field has a value that this version does not know and that may change the function.
     """
     _check_type(config)
     family = family_of_type(config["peft_type"])
@@ -253,7 +253,7 @@ def written_by_unsloth(config: Mapping[str, Any]) -> bool:
 
 
 def parse_version(version: str | None) -> tuple[int, ...]:
-    """The first two numbers of a release of PEFT, such as (0, 18); a very large one where it is not said."""
+    """Return the first two numbers of a release of PEFT, such as (0, 18); a very large one if it is not stated."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else (1 << 30,)
 
@@ -279,7 +279,7 @@ def _check_type(config: Mapping[str, Any]) -> None:
 
 
 def unknown_fields(config: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that are set and that PEFT does not have, sorted; `parse` has found them harmless."""
+    """List the fields that are set and that PEFT does not have, sorted; `parse` has checked that they are harmless."""
     family = family_of_type(config["peft_type"])
     known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
     if family is not None:
@@ -322,7 +322,7 @@ def _is_marker(name: str, value: Any) -> bool:
 
 
 def _check_laws(settings: Settings) -> None:
-    """One law a file; and PEFT has some of them for modules alone, without a bias of their own."""
+    """Allow one method a file; PEFT supports some methods only for modules, and without a bias of their own."""
     laws = {
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
@@ -357,7 +357,7 @@ _RECORD = re.compile(
     r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
     r"|description|comments?|notes?|tags?)"
 )
-"""Names of fields whose text is bookkeeping."""
+"""Field names whose text is bookkeeping."""
 
 _STAMP = re.compile(
     r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0

@@ -1,4 +1,4 @@
-"""The folder: a config in JSON beside one file of tensors."""
+"""Load and save the folder: a config in JSON beside one file of tensors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
 SHARDED = ("adapter_model.safetensors.index.json", INDEX)
-"""Indexes of an adapter in several files. transformers 5.24 gives that of an adapter the name of a base's, beside files
+"""Indexes of an adapter in several files. transformers 5.24 names an adapter's index like a base's, beside files
 `adapter_model-00001-of-00002.safetensors`, and cannot load them itself."""
 
 METADATA = {"format": "pt"}
-"""All that PEFT puts into a file's metadata."""
+"""The only metadata that PEFT writes into a file."""
 
 MAX_SNIFF = 16 << 20
 
 
 def sniff(path: Path) -> bool:
-    """Whether a config that names a `peft_type` lies at or beside `path`; the same file without one is not PEFT's."""
+    """Whether a config that names a `peft_type` is at or beside `path`; a config without one is not PEFT's."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
     config = folder_of(path) / CONFIG
@@ -39,7 +39,7 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Tinker and SGLang have PEFT's config beside tensors that PEFT does not know.
+        # Tinker and SGLang write PEFT's config beside tensors that PEFT does not know.
         entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
         return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:
@@ -49,13 +49,13 @@ def sniff(path: Path) -> bool:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
-    """The config and the tensors, by key.
+    """Load the config, and the tensors by key.
 
     Args:
-        path: the folder, its config or its file of tensors. In a folder, a safetensors file goes before a `.bin`.
+        path: the folder, its config or its file of tensors. In a folder, a safetensors file is preferred to a `.bin`.
 
     Raises:
-        StorageError: one of the two files is not there.
+        StorageError: one of the two files is missing.
         Malformed: one of them is damaged.
     """
     folder = folder_of(path)
@@ -67,17 +67,17 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """The strings in the header of a folder's safetensors file. PEFT ignores them; other tools leave notes there."""
+    """Return the strings in the header of a folder's safetensors file. PEFT ignores them; other tools write notes."""
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
 
 
 def check_stated(config: Mapping[str, Any], alpha: float | None, rank: int | None) -> None:
-    """Check what the caller states about an adapter against its config, which is what counts.
+    """Check the caller's alpha and rank against the config, which has priority.
 
     Raises:
-        UsageError: the config says another alpha or rank.
+        UsageError: the config has another alpha or rank.
     """
     for name, field, stated in (("alpha", "lora_alpha", alpha), ("rank", "r", rank)):
         if stated is not None and config.get(field) != stated:
@@ -88,7 +88,7 @@ def check_stated(config: Mapping[str, Any], alpha: float | None, rank: int | Non
 def save(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
-    """Write the folder, its config last: without one it is no adapter.
+    """Write the folder, its config last: an interrupted folder without one is not taken for an adapter.
 
     Raises:
         StorageError: the folder cannot be made or written.

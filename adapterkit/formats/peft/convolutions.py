@@ -1,8 +1,8 @@
-"""Convolutions that PEFT trains by another function than a change of their weight.
+"""Read convolutions that PEFT trains by a function other than a change of their weight.
 
-PEFT's LoRA makes `lora_A` of the base's class, kernel, stride and padding alone, so that it reads zeros around the
-input and is not dilated, whatever the base does. Its other methods call `torch.nn.functional.conv2d` with the base's
-padding, which means zeros as well. OFT turns the patches of the input.
+PEFT's LoRA makes `lora_A` with only the base's class, kernel, stride and padding. So it reads zeros around the input
+and is not dilated, even if the base is. Its other methods call `torch.nn.functional.conv2d` with the base's padding,
+which means zeros as well. OFT rotates the patches of the input.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
 
 UNPADDED = (IA3, OFTPatches, Replacement)
-"""The methods whose forward in PEFT calls the base layer, with its own padding."""
+"""Methods whose forward in PEFT calls the base layer, with its own padding."""
 
 
 def turns_patches(shape: tuple[int, ...]) -> bool:
-    """Whether PEFT's OFT turns patches of the input at a weight of this shape: a Conv2d with a kernel."""
+    """Whether PEFT's OFT rotates patches of the input at a weight of this shape: a Conv2d with a kernel."""
     return len(shape) == 4 and math.prod(shape[2:]) > 1
 
 
@@ -40,10 +40,10 @@ def on_patches(update: Update, layer: LayerFacts) -> Update:
 
 
 def zero_padded(update: Update, layer: LayerFacts) -> Update:
-    """Return the update as PEFT's forward computes it at a convolution that pads otherwise than with zeros.
+    """Return the update as PEFT's forward computes it at a convolution that does not pad with zeros.
 
     Raises:
-        Unsupported: PEFT's forward has no method here.
+        Unsupported: no method here computes PEFT's forward at this layer.
     """
     if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
         return update

@@ -1,12 +1,12 @@
 """LoRA on parameters, `target_parameters`: stacked experts, one pair of factors an expert, all pairs in two matrices.
 
-A file says `experts.lora_A` and `experts.base_layer.lora_A`, not which parameter each belongs to: PEFT wraps the module
-once a parameter, in the order in which the module declares them. The config has the names, the shapes tell the rest.
+A file has keys `experts.lora_A` and `experts.base_layer.lora_A`, but not the parameter of each: PEFT wraps the module
+once a parameter, in the order in which the module declares them. The config has the names; shapes decide the rest.
 
 Files differ in two ways that their keys do not show:
 
-* PEFT before 0.19 takes every stack for `[expert, in, out]`. Nearly all models store `[expert, out, in]`: there lora_A
-  has the outputs and lora_B the inputs (peft #3165).
+* PEFT before 0.19 assumes that every stack is `[expert, in, out]`. Nearly all models store `[expert, out, in]`, so
+  lora_A has the outputs and lora_B the inputs (peft #3165).
 * Columns of lora_B: PEFT puts the expert fastest (`rank_major`). Unsloth's training read them expert slowest
   (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232, #1269).
 """
@@ -36,33 +36,33 @@ if TYPE_CHECKING:
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
 ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
-"""What `experts_order` may say of a file; the first two are also what `lora_B_layout` in a config says."""
+"""Values of `experts_order`; the first two are also values of `lora_B_layout` in a config."""
 
 SWAPPED_BEFORE = (0, 19)
 """The first release of PEFT that reads the axes of a stack in the order in which the model uses them."""
 
 OLD_VERSION = "0.18.1"
-"""The release that a config names whose stacks are in the order of PEFT before 0.19."""
+"""The release in a config of which stacks are in the order of PEFT before 0.19."""
 
 MAX_NAMES = 6
-"""Adapted parameters of one module; real ones have two."""
+"""Limit on adapted parameters of one module; real ones have two."""
 
 IN_ORDER = ("gate_up_proj", "down_proj")
-"""Parameters of the experts in transformers, in the order in which they are declared."""
+"""Parameters of the experts in transformers, in the order of declaration."""
 
 
 def adapts_parameter(file: File, path: str) -> bool:
-    """Whether the factors at a module belong to a parameter of it: `target_modules` comes first, as in PEFT."""
+    """Whether the factors at a module belong to a parameter of it; `target_modules` has priority, as in PEFT."""
     return bool(_names(file, path)) and not names_module(file.settings.target_modules, path)
 
 
 def decode(file: File, factors: Iterable[Factors]) -> Findings:
-    """The updates of parameters.
+    """Return the updates of parameters.
 
     Raises:
-        UsageError: several parameters could be meant, and the base would tell.
-        Unsupported: several could be meant, and nothing tells.
-        ShapeMismatch: a rank is not the config's.
+        UsageError: several parameters are possible, and the base would decide.
+        Unsupported: several parameters are possible, and nothing can decide.
+        ShapeMismatch: a rank differs from the config's.
     """
     modules: dict[str, list[Factors]] = {}
     for each in factors:
@@ -78,11 +78,11 @@ def decode(file: File, factors: Iterable[Factors]) -> Findings:
 
 
 def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
-    """PEFT's [out, r * e] as [e, out, r].
+    """Reorder PEFT's [out, r * e] to [e, out, r].
 
     Args:
         B: all experts' columns side by side.
-        experts: how many.
+        experts: the number of experts.
         order: `rank_major`, expert fastest, or `grouped_by_expert`, expert slowest.
     """
     out, r = B.shape[0], B.shape[1] // experts
@@ -92,13 +92,13 @@ def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
 
 
 def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
-    """[e, r, in] and [e, out, r] of factors that PEFT before 0.19 made for the transposed weight.
+    """Return [e, r, in] and [e, out, r] for factors that PEFT before 0.19 made for the transposed weight.
 
     Args:
         A: [r * e, out], expert slowest.
         B: [in, r * e].
-        experts: how many.
-        order: of B's columns, as in `stack`.
+        experts: the number of experts.
+        order: the order of b's columns, as in `stack`.
     """
     (rows, out), in_ = A.shape, B.shape[0]
     r = rows // experts
@@ -115,7 +115,7 @@ def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Laz
 
 
 def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> Lazy:
-    """A stack whose experts lie scattered over a tensor; of whole experts, only theirs are put in order."""
+    """Make a stack whose experts are scattered over a tensor; reading whole experts reorders only those."""
     each = math.prod(shape[1:])
 
     def part(first: int, count: int) -> Buffer:
@@ -128,26 +128,26 @@ def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> L
 
 @lru_cache(maxsize=4)
 def _values(leaf: Lazy) -> np.ndarray[Any, Any]:
-    """The numbers of a factor, kept for the next expert: one expert's columns are all over the file.
+    """Read the numbers of a factor, cached for the next expert: one expert's columns are all over the file.
 
-    A merge into a base of one tensor an expert asks for the slices one after another, of two parameters in turn.
+    A merge into a base with one tensor an expert reads slice after slice, from two parameters in turn.
     """
     return leaf.numpy()
 
 
 def unstack(B: Lazy) -> Lazy:
-    """[e, out, r] as PEFT stores it, [out, r * e]."""
+    """Reorder [e, out, r] to [out, r * e], as PEFT stores it."""
     experts, out, r = B.shape
     return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
 
 
 def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
-    """A factor of a stack as files of an order hold it; the other way round than `stack` and `stack_swapped`.
+    """Return a factor of a stack in the order of a file; the inverse of `stack` and `stack_swapped`.
 
     Args:
         order: `grouped_by_expert` or `peft_0.18`.
         name: `A` or `B`, of the file.
-        target: the parameter; its layout says whether PEFT before 0.19 takes its outputs for inputs.
+        target: the parameter; its layout says whether PEFT before 0.19 swaps its outputs and inputs.
         update: its LoRA, A `[e, r, in]` and B `[e, out, r]`.
     """
     A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
@@ -163,7 +163,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
 
 
 def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, Any]) -> dict[str, Any]:
-    """A config that says the order of its stacks: Unsloth's mark, or the release of PEFT that reads them so."""
+    """Return a config that states the order of its stacks: by Unsloth's field, or by a release of PEFT that uses it."""
     if order is None or not any(target.stacked for target in updates):
         return config
     if order == PEFT_0_18:
@@ -188,16 +188,16 @@ def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> F
     }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
     if turned and shape is not None and shape[1] == shape[2]:
-        # A square shape fits both ways; the family's table tells.
+        # A square shape fits both ways, so the family's table decides.
         turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
 def _order(file: File, factors: Factors, experts: int, rank: int) -> str:
-    """The order of lora_B's columns.
+    """Return the order of lora_B's columns.
 
     Raises:
-        UsageError: Unsloth wrote the file and did not say which.
+        UsageError: Unsloth wrote the file and did not state the order.
     """
     settings = file.settings
     if file.compat in ORDERS:
@@ -219,13 +219,13 @@ def _swaps(file: File, factors: Factors, path: str, shape: Shape | None, related
 
     Args:
         file: the file.
-        factors: of one parameter.
+        factors: the factors of one parameter.
         path: the parameter.
-        shape: the parameter's in the base, if known.
-        related: what the shapes of gate_up_proj and down_proj together say; None where they say nothing.
+        shape: the parameter's shape in the base, if known.
+        related: the result of comparing the shapes of gate_up_proj and down_proj; None if they do not decide.
 
     Raises:
-        UsageError: PEFT before 0.19 wrote it, and only the base would tell.
+        UsageError: PEFT before 0.19 wrote it, and only the base would decide.
     """
     if related is not None:
         return related
@@ -254,7 +254,7 @@ def _check_matrices(factors: Factors) -> None:
 
 
 def _names(file: File, path: str) -> list[str]:
-    """Names of the parameters of a module that `target_parameters` could mean."""
+    """List the parameters of a module that `target_parameters` could mean."""
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
     return list(dict.fromkeys(names))
@@ -276,7 +276,7 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
         raise UsageError(f"the file does not say whether this adapts {which}", where=where, cure="Pass base=/--base")
-    why = f"nothing tells whether this adapts {which}: both have the same shape"
+    why = f"it is not known whether this adapts {which}: both have the same shape"
     raise Unsupported(why, where=where, cure="Merge it with PEFT itself")
 
 
@@ -286,13 +286,13 @@ def _fits(file: File, path: str, group: Sequence[Factors], names: Sequence[str])
         return False
     shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
     if any(shapes.values()):
-        # Where the base has any of these parameters, it has all: what it does not have, the file cannot mean.
+        # A base that has any of these parameters has all of them, so a file cannot mean a parameter that it lacks.
         return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
 def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | None:
-    """(experts, out, in) if the factors are of the parameter's rank."""
+    """Return (experts, out, in) if the factors have the parameter's rank."""
     (rows, in_), (out, columns) = factors.A.shape, factors.B.shape
     experts, rest = divmod(rows, file.settings.rank(path))
     return None if rest or rows != columns else (experts, out, in_)
@@ -304,15 +304,15 @@ def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
 
 
 def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
-    """Whether gate and up together are twice as wide as what down reads, and read what down writes."""
+    """Whether gate and up together are twice as wide as down's input, and read as many values as down writes."""
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     return not gate_up or not down or _related(sizes) is not None
 
 
 def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
-    """`straight` or `swapped`, as the shapes of gate_up_proj and down_proj prove; None where they do not.
+    """Return `straight` or `swapped` if the shapes of gate_up_proj and down_proj prove it; else None.
 
-    No shapes fit both: that would take a width that is twice itself.
+    No shapes fit both, because then a width would be twice itself.
     """
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
     if not gate_up or not down:
@@ -329,15 +329,15 @@ def told_apart(names: Sequence[str]) -> bool:
 
 
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Parameter -> wrappers around it, for a module of which all these are adapted; the first declared is innermost."""
+    """Yield parameter -> wrappers around it, for a module with these adapted parameters; the first is innermost."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
 def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config for tensors as `unstack` orders them, which is what PEFT reads since 0.19.
+    """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
 
-    PEFT does not know `lora_B_layout`: a mark of another order would leave it with the wrong experts, without a word.
+    PEFT does not know `lora_B_layout`: with another order it would silently use the wrong experts.
     """
     config = dict(config)
     if "lora_B_layout" in config or written_by_unsloth(config):

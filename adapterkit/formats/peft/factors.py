@@ -1,4 +1,4 @@
-"""The tensors of one LoRA or DoRA: which belong together, and what rank and scaling the config gives them."""
+"""Find the tensors of one LoRA or DoRA that belong together, and their rank and scaling from the config."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FIELDS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """The tensors of one adapted module or parameter, as the file holds them.
+    """The tensors of one adapted module or parameter, as the file stores them.
 
     Attributes:
-        stem: the path in their keys, wrappers included.
+        stem: the path in their keys, including wrappers.
         keys: field of the update -> key.
         tensors: field of the update -> tensor.
         embedding: the keys are those of an embedding.
@@ -51,7 +51,7 @@ class Factors:
 
     @property
     def key(self) -> Key:
-        """The key that stands for all."""
+        """Return one key that stands for all, for errors."""
         return self.keys["A"]
 
     @property
@@ -64,10 +64,10 @@ class Factors:
 
 
 def find_factors(file: File) -> list[Factors]:
-    """All of them, in file order.
+    """Find all of them, in file order.
 
     Raises:
-        Malformed: a tensor lacks its partner, or the config knows nothing of it.
+        Malformed: a tensor lacks its partner, or the config does not call for it.
     """
     parts, settings = {part for part, _ in FIELDS}, file.settings
     groups: dict[str, dict[str, Key]] = {}
@@ -90,7 +90,7 @@ def find_factors(file: File) -> list[Factors]:
 
 
 def check_rank(factors: Factors, rank: int, experts: int = 1, groups: int = 1) -> None:
-    """Checks the rank that the config gives against the tensors; in groups B has its share of it.
+    """Check the rank in the config against the tensors; with groups, B has its share of the rank.
 
     Raises:
         ShapeMismatch: they differ.
@@ -109,15 +109,15 @@ def adapt(
     settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
     *, embedding: bool = False, by_formula: bool = False,
 ) -> Update:  # fmt: skip
-    """Return the update of the module or parameter `name`, by the config's method and `times` its scaling.
+    """Return the update of the module or parameter `name`, with the config's method and `times` its scaling.
 
     Args:
         settings: the config.
-        name: of the module or parameter, in the base.
+        name: the name of the module or parameter, in the base.
         tensors: field of the update -> tensor.
         times: factor of the scaling.
         embedding: the module is an embedding.
-        by_formula: as in the paper, where PEFT's forward departs from it.
+        by_formula: use the paper's formula if PEFT's forward departs from it.
     """
     method = _method(settings, tensors, embedding)
     if method == "alora":
@@ -145,12 +145,12 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return law
     if _in_groups(tensors):
         return "grouped_lora"
-    # PEFT leaves an embedding's table as it is.
+    # For an embedding, PEFT subtracts nothing from the table.
     return "lora" if embedding else settings.residual or "lora"
 
 
 def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
-    """Arrow as its file has it: the router's own pair, and how many experts it knows by name."""
+    """Make Arrow's update from its file: the router's own pair, and the number of experts that it names."""
     idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
     tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
     return make("arrow", idle, scaling=scaling).replace(
@@ -165,7 +165,7 @@ def _in_groups(tensors: Mapping[str, Lazy]) -> bool:
 
 @lru_cache(16)
 def _numbers(tokens: tuple[int, ...]) -> Lazy:
-    """Numbers of tokens: the same leaf wherever they are the same."""
+    """Make the tensor of token numbers; equal numbers share one leaf."""
     import numpy as np
 
     return from_numpy(np.array(tokens, dtype=np.int64))
@@ -186,12 +186,12 @@ def _factors(file: File, stem: str, keys: Mapping[str, Key], needs: Mapping[str,
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
-    """Check that the tensors of one module are those that the config asks for.
+    """Check that the tensors of one module are those that the config calls for.
 
     Args:
         settings: the config.
         keys: field of the update -> key.
-        needs: field -> whether the config asks for it.
+        needs: field -> whether the config calls for it.
         where: a key of the module, for errors.
     """
     for name, needed in needs.items():
@@ -201,7 +201,7 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[
             why = f"{_WORDS[name]} where the config has none"
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
     if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
-        raise Unsupported("LoRA-XS with another law or a bias", where=keys["R"].text, cure="Save it without them")
+        raise Unsupported("LoRA-XS with another method or a bias", where=keys["R"].text, cure="Save it without them")
 
 
 _WORDS = {

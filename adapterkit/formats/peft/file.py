@@ -1,4 +1,4 @@
-"""What the families of tensors share: the parsed file they read from, and what they find in it."""
+"""Shared by the families of tensors: the parsed file that they read, and the updates that they find in it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class File:
     """A parsed file of tensors.
 
     Attributes:
-        settings: what its config says.
+        settings: the settings of its config.
         tensors: key -> tensor, in file order.
         base: the base, if the caller gave one.
-        compat: the reading that was asked for, see `Format`.
-        parameters: stem -> parameter of the base, where the caller knows what the file does not say.
-        known: path -> the update that the file is to say there, when it is read to prove what is written.
-        omitted: word -> tensor that all modules share and the file leaves out, where the caller knows it.
+        compat: the reading that the caller selected, see `Format`.
+        parameters: stem -> parameter of the base, if the caller knows more than the file states.
+        known: path -> the update expected there, when a file is read to prove what was written.
+        omitted: word -> tensor that all modules share and the file leaves out, if the caller knows it.
     """
 
     settings: Settings
@@ -44,11 +44,11 @@ class File:
 
     @property
     def by_formula(self) -> bool:
-        """Whether the paper's formula is to be read where PEFT's forward departs from it."""
+        """Whether to read the paper's formula if PEFT's forward departs from it."""
         return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
-        """Stem -> (part, leaf) -> key, for the keys of these parts."""
+        """Return stem -> (part, leaf) -> key, for the keys of these parts."""
         parts = frozenset(parts)
         found: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
@@ -60,7 +60,7 @@ class File:
         return found
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
-        """Stem -> word -> key, for the keys whose words match these patterns, a star being one word."""
+        """Return stem -> word -> key, for the keys whose words match these patterns; a star is one word."""
         wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
         found: dict[str, dict[str, Key]] = {}
         for key in self.tensors:
@@ -70,16 +70,16 @@ class File:
 
     @cached_property
     def shared(self) -> dict[str, Key]:
-        """Word -> key, for what all modules share."""
+        """Return word -> key, for tensors that all modules share."""
         return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
-        """Paths of the `nn.MultiheadAttention`s whose output projection is adapted inside them, as PEFT does."""
+        """Return paths of the `nn.MultiheadAttention`s with an adapted output projection inside, as in PEFT."""
         wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
         return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
-        """The shape of a tensor of the base, found by its name or by the one name that ends with it."""
+        """Return the shape of a tensor of the base, found by its name or by the one name that ends with it."""
         return None if self.base is None else base_shape(self.base, name)
 
 
@@ -88,11 +88,11 @@ class Found:
     """One update of a file.
 
     Attributes:
-        path: its target's.
-        update: with leaves as the file holds them, but for their shapes.
+        path: the path of its target.
+        update: the update, with tensors as the file has them except for their shapes.
         keys: field of the update -> the key it came from.
-        layout: of the target, as far as the file tells.
-        rows: of the target.
+        layout: the layout of the target, as far as the file tells.
+        rows: the rows of the target.
     """
 
     path: str
@@ -104,15 +104,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """A key whose tensor changes nothing that the adapter computes, and is kept to be written back."""
+    """A key whose tensor does not affect the adapter's function, and is kept to be written back."""
 
     key: Key
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """The shape that a live model's tensor has, by its name in a base, the one name that ends with it, or its family.
+    """Return the shape of a live model's tensor: by its name in a base, the one name that ends with it, or its family.
 
-    A base may store in parts what a live model has in one tensor: then the parts tell its shape.
+    A base may store in parts what a live model has in one tensor; then the parts give its shape.
     """
     if name in base.tensors:
         return base.tensors[name].shape
@@ -121,13 +121,13 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
 
 
 def _ending(name: str) -> str:
-    """The last two words of a name, or the only one."""
+    """Return the last two words of a name, or the only one."""
     return ".".join(name.rsplit(".", 2)[-2:])
 
 
 @lru_cache(maxsize=1)
 def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
-    """Names of a base's tensors by their last word, and by their last two: stacks ask for each parameter's shape."""
+    """Index a base's tensors by their last word, and by their last two; readers of stacks look up many shapes."""
     found: dict[str, list[str]] = {}
     for name in base.tensors:
         two = _ending(name)
@@ -140,5 +140,5 @@ Findings = Iterator[Found | Kept]
 
 
 def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
-    """An update of a method over leaves that are not read yet."""
+    """Make an update of a method from tensors that are not read yet."""
     return METHODS[method](**leaves, **attributes)

@@ -1,4 +1,4 @@
-"""What a PEFT file held that the model has no home for: enough to write the same config, keys and shapes again."""
+"""Record the facts of a PEFT file that an adapter has no fields for, so that it can be written again as it was."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         config: the config as it was read.
-        targets: fingerprint of the targets that were read: whether the config's lists of modules still hold.
-        prefix: what all keys begin with.
-        keys: key that the writer would choose -> key that the file had, where nothing in the updates tells.
-        compat: the reading that was asked for; what is written must give the same adapter in the same reading.
-        experts_order: the layout to write stacked experts' factors in; None for that of today's PEFT.
-        shapes: key -> shape that the file had, where the writer would choose another of as many elements.
+        targets: fingerprint of the targets that were read; if it is unchanged, the config's module lists still hold.
+        prefix: the prefix of all keys.
+        keys: key that the writer would choose -> key in the file, if the updates do not determine it.
+        compat: the reading that the caller selected; the written file must give the same adapter in the same reading.
+        experts_order: the layout of stacked experts' factors to write; None for the layout of today's PEFT.
+        shapes: key -> shape in the file, if the writer would choose another with as many elements.
     """
 
     config: dict[str, Any] = {}
@@ -40,14 +40,14 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hints_of(adapter: Adapter) -> Hints:
-    """The leftovers of an adapter that was read from a PEFT file; empty ones for any other.
+    """Return the leftovers of an adapter that was read from a PEFT file; empty ones for any other.
 
     Raises:
-        Malformed: they are damaged.
+        Malformed: the leftovers are damaged.
     """
     return leftovers(adapter, FORMAT, Hints)
 
 
 def fingerprint(targets: Iterable[Target]) -> str:
-    """sha256 over the targets' paths and rows."""
+    """Return the sha256 of the targets' paths and rows."""
     return hashlib.sha256("\n".join(sorted(map(str, targets))).encode()).hexdigest()

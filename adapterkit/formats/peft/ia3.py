@@ -17,10 +17,10 @@ PART = "ia3_l"
 
 
 def decode(file: File) -> Findings:
-    """All IA3 updates of a file.
+    """Return all IA3 updates of a file.
 
     Raises:
-        ShapeMismatch: a vector is not of the kind that the config names.
+        ShapeMismatch: a vector does not have the shape of the kind in the config.
     """
     for slots in file.groups({PART}).values():
         if (PART, "") not in slots:
@@ -46,7 +46,7 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
 
 
 def feedforward(settings: Settings, path: str) -> bool | None:
-    """Whether a module's inputs are scaled, by endings as in PEFT, not whole names; None where it does not say."""
+    """Whether a module's inputs are scaled, by endings as in PEFT, not whole names; None if the config does not say."""
     named = settings.feedforward_modules
     if named is None:
         return None

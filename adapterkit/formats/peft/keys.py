@@ -1,7 +1,7 @@
-"""Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
+"""Parse keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
-What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it,
-so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of the module; `token_adapter`;
+A tensor that a family shares over all modules has the key `base_model.<part>`, or `<part>`. PEFT adapts a module by
+wrapping it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter; `token_adapter`;
 `modules_to_save.<adapter name>` in state dicts that were saved by hand.
 """
 
@@ -19,18 +19,18 @@ from .families import FAMILIES, Family, family_of_type
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
-"""LoRA-XS's R: a module called `default_lora_latent_mapping`, of which PEFT took `.default` for the adapter's name."""
+"""LoRA-XS's R: a module called `default_lora_latent_mapping`; PEFT removed its `.default` as the adapter's name."""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
-"""Keys that `save_embedding_layers` takes from PEFT's wrapper of a whole trained module, adapter's name taken out."""
+"""Keys that `save_embedding_layers` copies from PEFT's wrapper of a trained module, without the adapter's name."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-"""Most keys. No family has a part or a shared word that begins or ends as these do, so that none need be imported."""
+"""Matches most keys. No family has parts or shared words that begin or end like these, so none is imported for them."""
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
@@ -40,12 +40,12 @@ class Key(NamedTuple):
 
     Attributes:
         text: the key itself.
-        stem: the path before the part, wrappers included; the whole path of a parameter of the base; empty for what is
-            shared over all modules.
+        stem: the path before the part, including wrappers; for a parameter of the base its whole path; empty for a
+            tensor that all modules share.
         part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
-        leaf: what ends the key behind the part: `weight`, `bias` or nothing.
-        adapter: the adapter's name, where the key holds it.
-        copy: `modules_to_save` or `original_module`, where the key is of that part of PEFT's wrapper.
+        leaf: the end of the key after the part: `weight`, `bias` or nothing.
+        adapter: the adapter's name, if the key has it.
+        copy: `modules_to_save` or `original_module`, if the key is of that part of PEFT's wrapper.
     """
 
     text: str
@@ -57,12 +57,12 @@ class Key(NamedTuple):
 
     @property
     def word(self) -> str:
-        """The part with what ends the key behind it: `lora_A.weight`."""
+        """Return the part with the end of the key after it: `lora_A.weight`."""
         return f"{self.part}.{self.leaf}" if self.leaf else self.part
 
     @property
     def path(self) -> str:
-        """The dotted path in the base's own names."""
+        """Return the dotted path in the base's own names."""
         return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
 
     @property
@@ -72,7 +72,7 @@ class Key(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """How many adapted parameters of the same module are wrapped outside this one."""
+        """Count the adapted parameters of the same module that are wrapped outside this one."""
         if not self.wrapped:
             return 0
         found = _OUTERMOST.search(self.stem)
@@ -80,7 +80,7 @@ class Key(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The path of the outermost wrapped module: that of the attention for an output projection inside it."""
+        """Return the path of the outermost wrapped module; for an attention's output projection, the attention's."""
         if not self.wrapped:
             return self.stem
         inside = _OUTERMOST.sub("", self.stem)
@@ -88,17 +88,17 @@ class Key(NamedTuple):
 
 
 def prefix_of(peft_type: str) -> str:
-    """What PEFT writes before the base's own names in a file of this type."""
+    """Return the prefix that PEFT writes before the base's own names in a file of this type."""
     family = family_of_type(peft_type)
     return PREFIX if family is None else family.prefix
 
 
 def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, dict[Key, Lazy]]:
-    """The prefix that all keys share, and the parsed keys in file order.
+    """Return the prefix that all keys share, and the parsed keys in file order.
 
     Args:
-        tensors: by key.
-        usual: the prefix that they have or lack.
+        tensors: key -> tensor.
+        usual: the prefix that all keys have, or none has.
 
     Raises:
         Malformed: only some keys have the prefix, or they belong to several adapters.
@@ -119,7 +119,7 @@ def _stands_alone(text: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
-    """One key, taken apart. Kept: what is written is read back at once to prove it."""
+    """Parse one key. The result is cached, because a written file is read back at once to prove it."""
     if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
         # The two or three keys of a module share one stem, and all keys share the few words.
         return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
@@ -127,7 +127,7 @@ def parse_key(text: str, prefix: str) -> Key:
 
 
 def parse_by_families(text: str, prefix: str) -> Key:
-    """One key, taken apart by the words of all families."""
+    """Parse one key by the words of all families."""
     if found := _shared().fullmatch(text):
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
@@ -167,16 +167,16 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none.
+    """Return one expression for words of keys without their leaf; a star is one word. Without words it never matches.
 
-    Longer words come first: one may begin with another.
+    Longer words come first, because one may be the prefix of another.
     """
     bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
 
 
 def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
-    """(adapter name, what of the part is left over), leaf; for `.default.weight` and the like."""
+    """Split `.default.weight` and the like into (adapter name, rest of the part), leaf."""
     names = rest.split(".")[1:]
     leaf = names.pop() if names and names[-1] in ("weight", "bias") else ""
     adapter = names.pop(0) if names else None
@@ -184,7 +184,7 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 
 
 def _check_names(keys: Iterable[Key]) -> None:
-    """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
+    """Check that no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
     named: dict[str | None, Key] = {}
     for key in keys:
         if key.part in _NAMED or (key.part and _family_part().fullmatch(key.part)):

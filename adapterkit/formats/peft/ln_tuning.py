@@ -1,6 +1,6 @@
-"""LN tuning: a trained copy of each module, `<m>.ln_tuning_layers.<parameter>`, in the place of the module's own.
+"""LN tuning: a trained copy of each module, `<m>.ln_tuning_layers.<parameter>`, which replaces the module.
 
-PEFT swaps the module for its copy, so every parameter and buffer of real numbers in it is a replacement.
+PEFT swaps the module for its copy, so every floating-point parameter and buffer in it is a replacement.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PART = "ln_tuning_layers"
 
 
 def decode(file: File) -> Findings:
-    """All copies of a file; what is not of real numbers was not trained, and is only kept.
+    """Return all copies of a file; tensors of other dtypes were not trained, and are only kept.
 
     Raises:
         Unsupported: a parameter is a single number.
@@ -31,13 +31,13 @@ def decode(file: File) -> Findings:
 
 
 def spelled(name: str) -> str:
-    """The key of a parameter of the base, without the prefix."""
+    """Return the key of a parameter of the base, without the prefix."""
     module, _, parameter = name.rpartition(".")
     return f"{module}.{PART}.{parameter}"
 
 
 def _name(key: Key) -> str:
-    """The parameter of the base; a child of the module comes where other keys have an adapter's name."""
+    """Return the parameter of the base; a child of the module is where other keys have an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(PART).removeprefix("."), key.leaf]
     words = [part for part in inside if part]
     if len(words) > 2 and words[0] == "default":  # PEFT leaves its own name in the keys of children.

@@ -1,7 +1,7 @@
-"""LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
+"""Decode LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
 
-An embedding's factors see the table [vocabulary, dimension] from its other side, which is the layout `in out *k`. Of
-`nn.MultiheadAttention` PEFT adapts both projections by one rank and one alpha, those of the attention's own name; its
+An embedding's factors see the table [vocabulary, dimension] transposed, which is the layout `in out *k`. PEFT adapts
+both projections of an `nn.MultiheadAttention` with one rank and one alpha, those of the attention's own name; its
 forward adds the change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
 """
 
@@ -43,18 +43,18 @@ DEPARTURES = {
         zero_padded,
     ),
 }
-"""Where PEFT's forward departs from the formulas of LoRA and its variants."""
+"""Departures of PEFT's forward from the formulas of LoRA and its variants."""
 
 TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
-"""First words of the parts that matter in training only."""
+"""First words of the parts that matter only in training."""
 
 
 def decode(file: File) -> Findings:
-    """All LoRA and DoRA updates of a file.
+    """Return all LoRA and DoRA updates of a file.
 
     Raises:
-        Malformed: a tensor's partner is missing, or the config knows nothing of it.
-        ShapeMismatch: shapes disagree with each other or with the config's ranks.
+        Malformed: a tensor's partner is missing, or the config does not call for the tensor.
+        ShapeMismatch: shapes contradict each other or the config's ranks.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
     modules: list[Factors] = []
@@ -100,7 +100,7 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
 
 
 def _blocked(file: File, factors: Factors, factor: str, n: int) -> Found:
-    """A BD-LoRA, of which `factor` holds the n blocks on its diagonal, one under another."""
+    """Decode a BD-LoRA; `factor` holds the n blocks of its diagonal, stacked."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
     inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]
@@ -122,7 +122,7 @@ def _check_plain(factors: Factors, rank: int) -> None:
 
 
 def _groups(factors: Factors) -> int:
-    """In how many groups the convolution is that a pair is of: A reads all channels in PEFT, B those of its group."""
+    """Return the number of groups of a pair's convolution: in PEFT, A reads all channels, B those of its group."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
@@ -135,7 +135,7 @@ def _layout(file: File, factors: Factors, attentions: Collection[str]) -> str:
 
 
 def _flat_output(factors: Factors) -> Lazy:
-    """B as [out, r]: a convolution's B mixes channels at one place, so all its other axes are 1."""
+    """Return B as [out, r]: a convolution's B mixes channels at one place, so all its other axes are 1."""
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
         why = f"{list(B.shape)} does not go with {list(A.shape)}"

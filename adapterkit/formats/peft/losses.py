@@ -1,4 +1,4 @@
-"""What a PEFT file cannot say: found before anything is written, one line for each update."""
+"""Find the updates that a PEFT file cannot express, before anything is written, one line for each update."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 PLAIN = {"embeddings": "prompt", "past": "prefix"}
-"""Place of a context -> the method that holds it as it is."""
+"""Place of a context -> the method that stores it without a network."""
 
 
 def has_encoder(update: Update) -> bool:
-    """Whether an update is context that PEFT's files hold only as what its network computes."""
+    """Whether an update is context that PEFT's files can store only as the output of its network."""
     return isinstance(update, ContextUpdate) and update.place in PLAIN and family_of(update) is None
 
 
 def without_encoders(
     updates: Mapping[Target, tuple[Update, ...]],
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
-    """The same function of a base without networks, and a line for each that was left behind."""
+    """Replace networks of context by their outputs, without changing the function; return a line for each."""
     lines = [
         f"{t}: wrote what {u.method} computes, not its network"
         for t, us in updates.items()
@@ -60,7 +60,7 @@ def _computed(update: Any) -> Update:
 
 
 def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
-    """Every update that a PEFT file has no words for, each once; `by_formula` as for reading it."""
+    """Return every update that a PEFT file cannot express, each once; `by_formula` as for reading it."""
     found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
@@ -70,24 +70,24 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """The acting method that most updates are of; None where there is none."""
+    """Return the acting method that most updates have; None if there is none."""
     count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
 
 
 def _may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file of which most are of `method`."""
+    """Whether an update may be in a file whose updates are mostly of `method`."""
     family = family_of(update)
     return may_stand(update, method) or (family is not None and method in family.methods())
 
 
 def _acts(method: type[Update]) -> bool:
-    """Whether it is one of those of which a file holds one."""
+    """Whether a file can hold only one method of this kind."""
     return method in (*PAIRS, IA3) or family_of_method(method) is not None
 
 
 def _rank(method: type[Update]) -> int:
-    """Which of the acting methods goes before, where equally many updates are of each."""
+    """Return which of the acting methods has priority if equally many updates are of each."""
     return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
 
 
@@ -145,7 +145,7 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
             f"{update.method} on a parameter" if is_parameter(target, paths, base) else family.why_not(target, update)
         )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
-        return "token rows on a module that is adapted as well, or is no embedding"
+        return "token rows on a module that is adapted as well, or is not an embedding"
     return ""
 
 
@@ -161,14 +161,14 @@ def _together(updates: Updates) -> Iterator[Loss]:
 
 
 def _order(method: type[Update]) -> int:
-    """The order in which PEFT applies what it finds at one module: what replaces it, what acts on it, token rows."""
+    """Return the order in which PEFT applies updates at one module: replacements, acting methods, token rows."""
     return 2 if method is Rows else int(_acts(method))
 
 
 def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
-    """`lora_bias` is one switch for all: the smaller of the two parties is lost.
+    """Yield the smaller of two groups, because `lora_bias` is one switch for all LoRAs of a file.
 
-    PEFT's forward leaves out the bias of an attention's input projection, so that one without a bias goes with both.
+    PEFT's forward ignores the bias of an attention's input projection, so one without a bias fits both groups.
     """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
@@ -193,7 +193,7 @@ def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
 
 
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """The two projections of an attention share one rank."""
+    """Yield misfits: the two projections of an attention share one rank."""
     paths, first = lora_paths(updates), dict[str, int]()
     for target, found in updates.items():
         for position, update in enumerate(found):
@@ -204,13 +204,13 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """What the config of a family says once for all of its modules."""
+    """Yield misfits with the fields that the config of a family states once for all of its modules."""
     method = acting_method(updates)
     family = family_of_method(method)
     methods = family.methods() if family else ()
     own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
-        return  # they are lost by themselves; the others are looked at without them
+        return  # These are lost in any case; the next call checks the others without them.
     for target, why in family.apart(updates, base) if family else ():
         position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why

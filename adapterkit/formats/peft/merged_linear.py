@@ -1,6 +1,6 @@
-"""LoRA on equal blocks of a fused weight, `enable_lora`: PEFT 0.1 and 0.2, and nothing since.
+"""Decode LoRA on equal blocks of a fused weight, `enable_lora`: written by PEFT 0.1 and 0.2, and nothing since.
 
-Of a weight of n equal blocks of outputs, the enabled ones are adapted: B's rows are theirs, block after block. The pair
+A weight has n equal blocks of outputs, and the enabled ones are adapted; B has their rows, block after block. The pair
 is a grouped convolution, so each group of B's rows reads its own share of A's.
 """
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def decode(settings: Settings, factors: Factors) -> Iterator[Found]:
-    """One LoRA a run of rows that are neighbours in the weight and share a group.
+    """Yield one LoRA for each run of rows that are neighbours in the weight and share a group.
 
     Raises:
-        ShapeMismatch: the tensors are not of these blocks and this rank.
+        ShapeMismatch: the tensors do not have these blocks and this rank.
     """
     enabled = [block for block, on in enumerate(settings.enable_lora or ()) if on]
     groups = _groups(settings, factors, len(enabled))
@@ -39,7 +39,7 @@ def decode(settings: Settings, factors: Factors) -> Iterator[Found]:
 
 
 def _groups(settings: Settings, factors: Factors, blocks: int) -> int:
-    """How many groups share A and B."""
+    """Return how many groups share A and B."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0
     whole = groups and rows == inner * groups and outputs % groups == 0 and blocks and outputs % blocks == 0
@@ -52,7 +52,7 @@ def _groups(settings: Settings, factors: Factors, blocks: int) -> int:
 
 
 def _runs(outputs: int, size: int, high: int) -> Iterator[tuple[int, int]]:
-    """B's rows cut where a block or a group ends."""
+    """Cut B's rows at the end of each block and of each group."""
     cuts = sorted({*range(0, outputs, size), *range(0, outputs, high), outputs})
     return pairwise(cuts)
 

@@ -1,4 +1,4 @@
-"""The lists of names in a config, made so that PEFT finds exactly the modules that a file has tensors for."""
+"""Make the lists of names in a config, so that PEFT finds exactly the modules that a file has tensors for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .families import Family
 
 NO_MODULE = "dummy-target-modules"
-"""PEFT's own word for a LoRA config that adapts no module."""
+"""PEFT's word for a LoRA config that adapts no module."""
 
 
 def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Which modules, parameters, biases and tokens a LORA file has."""
+    """Return the fields for the modules, parameters, biases and tokens of a LORA file."""
     paths = lora_paths(updates)
     targets = [target for target in updates if target.path in paths]
     parameters = [t.path for t in targets if is_parameter(t, paths, base)]
@@ -41,7 +41,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Which modules an IA3 file has, and which of them scale their inputs."""
+    """Return the fields for the modules of an IA3 file, and for those that scale their inputs."""
     found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in found.items() if update.l_in is not None)
     loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
@@ -54,7 +54,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
-    """Which modules a file of one of the `families` has."""
+    """Return the fields for the modules of a file of one of the `families`."""
     paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
@@ -68,7 +68,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
 
 
 def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Which modules an LN_TUNING file has copies of: those that hold what is replaced."""
+    """Return the fields for the modules that an LN_TUNING file has copies of."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
         for target in updates
@@ -80,24 +80,24 @@ def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """Which tokens of which modules a TRAINABLE_TOKENS file has."""
+    """Return the fields for the tokens and modules of a TRAINABLE_TOKENS file."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
     return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
 
 
 def token_numbers(target: Target, updates: Updates) -> list[int]:
-    """The numbers of a target's token rows."""
+    """Return the numbers of a target's token rows."""
     rows = next(update for update in updates[target] if isinstance(update, Rows))
     return [int(number) for number in as_lazy(rows.index).numpy()]
 
 
 def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
-    """A list of whole paths; a pattern where another module of the base ends like one of them."""
+    """Return a list of whole paths; a pattern if another module of the base has one of them as its ending."""
     return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
 
 
 def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
-    """`modules_to_save`: modules replaced whole, which PEFT wraps. What it cannot wrap it still loads, by its name."""
+    """Return `modules_to_save`: modules replaced whole, which PEFT wraps; it loads other parameters by name."""
     whole = [
         target.path
         for target, found in updates.items()
@@ -109,7 +109,7 @@ def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | N
 
 
 def _is_whole(path: str, found: tuple[Any, ...], base: Checkpoint | None) -> bool:
-    """Whether a module of this path has just these tensors, and no other module of the base ends like it."""
+    """Whether a module of this path has exactly these tensors, and no other module of the base has this ending."""
     if base is None:
         return True
     held = {name for name in base.tensors if name.startswith(f"{path}.")}
@@ -122,7 +122,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     last = {name.rpartition(".")[2] for name in named}
     held: set[str] = set()
     for name in () if base is None else base.tensors:
-        # Modules that hold modules are passed again and again: each is looked at once.
+        # Modules inside the same module lead to it again and again; the check visits each once.
         while (name := name.rpartition(".")[0]) and name not in held:
             held.add(name)
             if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
@@ -131,7 +131,7 @@ def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """What stands behind each dot of a name."""
+    """Yield the rest of a name after each of its dots."""
     while rest := name.partition(".")[2]:
         yield (name := rest)
 

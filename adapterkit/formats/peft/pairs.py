@@ -1,4 +1,4 @@
-"""Pairs: the methods whose files hold `lora_A` and `lora_B`, which all are of the one type LORA."""
+"""List the methods whose files hold `lora_A` and `lora_B`; all have the peft_type LORA."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from ...core.updates import Update
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
-"""The methods."""
+"""Methods that store a pair of factors."""
 
 BESIDE = (*PAIRS, IA3, Replacement, Rows)
-"""All methods that are of none of the `families`."""
+"""All methods that belong to none of the `families`."""
 
 LINEAR = (KaSA, BDLoRA)
-"""Those that PEFT has for linear layers alone."""
+"""Methods that PEFT supports only for linear layers."""
 
 ROUTED = (ALoRA, Arrow)
-"""Those that PEFT has for linear layers and Conv1D alone."""
+"""Methods that PEFT supports only for linear layers and Conv1D."""
 
 BIASED = (LoRA, ALoRA, GroupedLoRA)
-"""Those that may have a bias."""
+"""Methods that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
-"""Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
+"""Methods that record what PEFT subtracts from the base, for linear layers and Conv1D."""
 
 OUTPUT_TIMES = 2.0
 """How often PEFT's forward adds the change of an attention's output projection."""
@@ -52,14 +52,14 @@ TOGETHER: tuple[tuple[type[Update], ...], ...] = (
     (LoRA, GroupedLoRA),
     (DoRA, GroupedDoRA),
 )
-"""Those that one file can hold beside each other."""
+"""Groups of methods that one file can hold together."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}
-"""PEFT's own weights of what KaSA adds to the loss."""
+"""PEFT's default weights of the terms that KaSA adds to the loss."""
 
 
 def rank_of(update: Any, stacked: bool = False) -> int:
-    """The inner size of a pair."""
+    """Return the inner size of a pair."""
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
@@ -68,17 +68,17 @@ def rank_of(update: Any, stacked: bool = False) -> int:
 
 
 def from_blocks(leaf: Lazy) -> Lazy:
-    """[n, rows, columns] as PEFT stores it, [n * rows, columns]."""
+    """Reshape [n, rows, columns] to [n * rows, columns], as PEFT stores it."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
 def may_stand(update: Update, method: type[Update] | None) -> bool:
-    """Whether an update may be in a file of which most are of `method`."""
+    """Whether an update may be in a file whose updates are mostly of `method`."""
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
 def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say which law the pairs at these paths follow, in the place of those of the config `before`."""
+    """Return the fields that select the formula of the pairs at these paths; they replace those of `before`."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
@@ -94,7 +94,7 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, 
 
 
 def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens that activate; PEFT looks for them in causal models alone."""
+    """Return the tokens that activate; PEFT looks for them only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
         return {"alora_invocation_tokens": None}
@@ -103,7 +103,7 @@ def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str,
 
 
 def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How Arrow chooses, and PEFT's own names of as many experts as it has."""
+    """Return the settings by which Arrow chooses, with PEFT's names for as many experts as it has."""
     some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
     if some is None:
         return None
@@ -127,7 +127,7 @@ def _blocks(updates: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_not_there(target: Target, update: Update) -> str:
-    """Why a file cannot say a pair at this target, for what PEFT has for linear layers alone; empty where it can."""
+    """Say why a file cannot express a pair at this target, for methods only for linear layers; empty if it can."""
     if isinstance(update, LINEAR) and target.layout != "out *in":
         return f"{update.method} on a weight stored [in, out]"
     if isinstance(update, Arrow) and not update.lacks_experts:

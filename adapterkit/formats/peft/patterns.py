@@ -1,4 +1,4 @@
-"""Names and the regular expressions that a config matches them with, in bounded time."""
+"""Match names against the regular expressions of a config, in bounded time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Generic, TypeVar
 from ...errors import Malformed, Unsupported
 
 SURE = 2_000_000
-"""Steps that `re` may take at most for one name: some milliseconds."""
+"""Steps that `re` may take at most for one name: a few milliseconds."""
 
 PATIENT = 200_000_000
-"""The same where no automaton can be made of the pattern: about a second."""
+"""Steps that `re` may take at most if no automaton can be made of the pattern: about a second."""
 
 MAX_STATES = 4_000
 MAX_VISITS = 2_000_000
-"""States that are looked at for one pattern, of all names together; what was found once is remembered."""
+"""States that may be visited for one pattern, for all names together; results are cached."""
 
 MAX_REMEMBERED = 20_000
 
@@ -25,11 +25,11 @@ _NEVER = float("inf")
 
 
 class TooSlow(Exception):
-    """A pattern for which no bound can be kept."""
+    """The time for a pattern cannot be bounded."""
 
 
 def fits(pattern: str, name: str, kind: str) -> bool:
-    """Whether a pattern fits a name as `re.match`, `re.fullmatch` or `re.search` says.
+    """Whether a pattern fits a name, as `re.match`, `re.fullmatch` or `re.search` would find.
 
     Args:
         pattern: a valid regular expression.
@@ -37,11 +37,11 @@ def fits(pattern: str, name: str, kind: str) -> bool:
         kind: `match`, `fullmatch` or `search`.
 
     Raises:
-        TooSlow: it might take longer than anybody would wait.
+        TooSlow: it might take too long.
         re.error: the pattern is not a regular expression.
     """
     compiled = _compiled(pattern)
-    # Steps for a name of the next power of two characters, so that few lengths are computed.
+    # Lengths are rounded up to a power of two, so that steps are computed for few lengths.
     steps = _steps(pattern, 1 << max(len(name), 1).bit_length())
     if steps > SURE:
         automaton = _automaton(pattern)
@@ -59,13 +59,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1 << 12)
 def _parsed(pattern: str) -> Any:
-    # `re` has no public way to its parser; the module is the same from Python 3.11 on.
+    # `re` has no public access to its parser; the module is the same from Python 3.11 on.
     return re._parser.parse(pattern)  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1 << 14)
 def _steps(pattern: str, length: int) -> float:
-    """An upper bound of the steps that backtracking takes."""
+    """Return an upper bound of the steps that backtracking takes."""
     try:
         return _ways(_parsed(pattern), length) * length
     except RecursionError:
@@ -73,7 +73,7 @@ def _steps(pattern: str, length: int) -> float:
 
 
 def _ways(items: Iterable[Any], length: int) -> float:
-    """An upper bound of the ways in which a sequence can fit from one place on."""
+    """Return an upper bound of the ways in which a sequence can fit from one place on."""
     ways = 1.0
     for code, value in items:
         ways *= _ways_of(str(code), value, length)
@@ -94,7 +94,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
         inner = _ways(body, length)
         if most <= 1:
             return 1 + inner
-        # The ways of a body that can itself fit in several ways multiply with each repetition.
+        # If a body can itself fit in several ways, these multiply with each repetition.
         narrowest, widest = body.getwidth()
         if inner > 1 or narrowest != widest or not narrowest:
             return inner if least == most == 1 else _NEVER
@@ -105,7 +105,7 @@ def _ways_of(code: str, value: Any, length: int) -> float:
 
 
 class _Unsupported(Exception):
-    """Something that an automaton cannot follow: a reference to a group, or what looks ahead."""
+    """The automaton does not support part of a pattern: a reference to a group, or a look-ahead."""
 
 
 @lru_cache(maxsize=1 << 10)
@@ -117,7 +117,7 @@ def _automaton(pattern: str) -> Automaton | None:
 
 
 class Automaton:
-    """All ways of a pattern at once (K. Thompson 1968), with the sets of states that were met remembered.
+    """Follows all ways of a pattern at once (K. Thompson 1968); visited sets of states are cached.
 
     A state is `("char", test, next)`, `("split", nexts)`, `("at", test, next)` or `("end",)`.
     """
@@ -134,7 +134,7 @@ class Automaton:
         """Whether the pattern fits; see `fits`.
 
         Raises:
-            TooSlow: too many states were looked at.
+            TooSlow: too many states were visited.
         """
         now: frozenset[int] = frozenset([self.start])
         for at in range(len(name) + 1):
@@ -161,7 +161,7 @@ class Automaton:
         return self.steps[key]
 
     def _closure(self, states: frozenset[int], place: _Place) -> frozenset[int]:
-        """The states that are reached without a character."""
+        """Return the states that are reached without a character."""
         key = states, place
         if key not in self.reached:
             found, open_ = set(states), list(states)
@@ -192,7 +192,7 @@ class Automaton:
         return len(self.states) - 1
 
     def _sequence(self, items: Any, following: int, flags: int) -> int:
-        """The state at which a sequence begins, that goes on at `following`."""
+        """Return the state at which a sequence begins that continues at `following`."""
         for code, value in reversed(list(items)):
             following = self._item(str(code), value, following, flags)
         return following
@@ -226,7 +226,7 @@ class Automaton:
 
 
 _Place = tuple[bool, bool, bool, str, str]
-"""A place between characters: whether it is the start, the end, before a last newline; the characters beside it."""
+"""A place between characters: whether it is the start, the end, before a last newline; and the characters beside it."""
 
 
 def _place(name: str, at: int) -> _Place:
@@ -282,7 +282,7 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that fits `name`, whole or behind a dot, else of the one that is `name` itself."""
+    """Return the value of the first pattern that fits `name`, whole or after a dot, else of the one equal to `name`."""
     if not patterns:
         return default
     known = _INDEXES.get(id(patterns))
@@ -295,7 +295,7 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
 
 
 class _Index(Generic[T]):
-    """Patterns sorted by what can be looked up: PEFT's EVA, and `exactly`, write one for each of 10^4 modules.
+    """Index of patterns for fast look-up: PEFT's EVA, and `exactly`, write one for each of 10^4 modules.
 
     Args:
         patterns: pattern -> value, in the order in which they are tried.
@@ -311,8 +311,8 @@ class _Index(Generic[T]):
             if literal:
                 self._exact.setdefault(literal, position)
             elif _PLAIN.fullmatch(pattern):
-                # A plain name but for its dots, each of which fits any character. Those with dots at the same places
-                # are compared by one look-up; names of modules have a few dozen such forms.
+                # The pattern is a plain name, except that its dots fit any character. Patterns with dots at the same
+                # places are compared by one look-up; names of modules have a few dozen such forms.
                 dots = tuple(at for at, char in enumerate(pattern) if char == ".")
                 forms = self._plain.setdefault(pattern.rpartition(".")[2], {})
                 forms.setdefault((len(pattern), dots), {}).setdefault(pattern, position)
@@ -320,8 +320,8 @@ class _Index(Generic[T]):
                 self._others.append((position, pattern))
 
     def first(self, name: str) -> int | None:
-        """The position of the first pattern that fits a name, whole or behind a dot."""
-        if "\n" in name:  # Neither a dot nor `$` treats it as other characters.
+        """Return the position of the first pattern that fits a name, whole or after a dot."""
+        if "\n" in name:  # A dot and `$` treat a newline unlike other characters.
             tried = ((at, _literal(p), p) for at, p in enumerate(self.patterns))
             return next((at for at, word, p in tried if (word == name if word else _behind_a_dot(p, name))), None)
         found = [self._exact[name]] if name in self._exact else []
@@ -339,7 +339,7 @@ def _behind_a_dot(pattern: str, name: str) -> bool:
 
 
 def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int]) -> int | None:
-    """The position of the one of these patterns that fits the end of a name: of its length, with these dots."""
+    """Return the position of the one of these patterns, all of one length and dots, that fits the end of a name."""
     length, dots = form
     start = len(name) - length
     if start < 0 or (start and name[start - 1] != "."):
@@ -353,16 +353,16 @@ def _among(name: str, form: tuple[int, tuple[int, ...]], known: Mapping[str, int
 _INDEXES: dict[int, _Index[Any]] = {}
 _MOST_INDEXES = 8
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
-"""Patterns in which all characters but the dots stand for themselves."""
+"""Patterns in which all characters except dots stand for themselves."""
 
 
 def exactly(name: str) -> str:
-    """The pattern that fits this name only: PEFT would let a plain one fit endings, and let a dot fit anything."""
+    """Return the pattern that fits only this name; for PEFT, a plain name fits endings, and a dot fits anything."""
     return f"^{re.escape(name)}$"
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression out of a config fits `name` from its start, or all of it.
+    """Whether a regular expression of a config fits `name` from its start, or all of it.
 
     Raises:
         Malformed: it is not a regular expression.
@@ -372,7 +372,7 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
 
 
 def finds(pattern: str, name: str) -> bool:
-    """Whether a regular expression out of a config fits anywhere in `name`.
+    """Whether a regular expression of a config fits anywhere in `name`.
 
     Raises:
         Malformed: it is not a regular expression.
@@ -395,7 +395,7 @@ def _fits(pattern: str, name: str, kind: str) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _literal(pattern: str) -> str:
-    """The only name that the pattern can fit, when it is one that `exactly` made; configs hold hundreds of them."""
+    """Return the only name that the pattern can fit, if `exactly` made it; configs hold hundreds of these."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
     return name if pattern == exactly(name) else ""
 

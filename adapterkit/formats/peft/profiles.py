@@ -1,7 +1,7 @@
-"""Profiles: consumers of PEFT's folders that heed only a part of the config, and what each of them can run.
+"""Adapt adapters to consumers of PEFT's folders that read only a part of the config, and can run only some methods.
 
-All of them take one rank and one alpha for all modules, whatever `rank_pattern` and `alpha_pattern` say, and some do
-not know `use_rslora`. So ranks are made equal with zeros, and scalings that differ go into B.
+All of them use one rank and one alpha for all modules, whatever `rank_pattern` and `alpha_pattern` say, and some ignore
+`use_rslora`. So ranks are padded with zeros to one rank, and scalings that differ go into B.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _FUSED = frozenset({"qkv_proj", "gate_up_proj"})
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What one consumer can run.
+    """The capabilities of one consumer.
 
     Attributes:
         title: its name in messages.
-        modules: last words of the modules it knows; empty where it knows those of the model it serves.
+        modules: last words of the modules it supports; empty if it supports those of the model it serves.
         embeddings: whether it runs a LoRA of an embedding.
-        narrow: it takes the smaller side of a factor for the rank, so that no module may be as narrow.
+        narrow: it takes the smaller side of a factor for the rank, so every module must be wider than the rank.
         experts: whether it runs a LoRA of single experts.
-        stacks: whether it runs PEFT's stacks of experts, of models whose files hold them in stacks.
-        order: the layout in which it reads the factors of stacked experts. One with an order is PEFT, or trains with
-            it, and runs all that PEFT does.
+        stacks: whether it runs PEFT's stacks of experts, for models whose files store experts in stacks.
+        order: the layout in which it reads the factors of stacked experts. A consumer with an order is PEFT, or trains
+            with it, and runs everything that PEFT does.
     """
 
     title: str
@@ -73,13 +73,13 @@ lora/peft_helper.py and SGLang's lora/utils.py."""
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
-    """An adapter as a consumer takes it: LoRA of one rank and one alpha; and a line for each change.
+    """Rewrite an adapter for a consumer: LoRA of one rank and one alpha; return it and a line for each change.
 
-    Stacks of experts are taken apart where the base tells the family; vLLM reads PEFT's own stacks of models whose
-    files hold their experts in stacks.
+    Stacks of experts are taken apart if the base tells the family; vLLM reads PEFT's own stacks for models whose files
+    store their experts in stacks.
 
     Raises:
-        Unrepresentable: it holds what the consumer cannot run, and `on_loss` is not `drop`.
+        Unrepresentable: it has an update that the consumer cannot run, and `on_loss` is not `drop`.
     """
     own = PROFILES[profile]
     if own.order is not None:
@@ -94,18 +94,18 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
     alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
     updates: Updates = {target: (update,) for target, update in pairs.items()}
-    # What else was read of a config, its patterns first of all, is not for this consumer.
+    # The rest of a config that was read, its patterns first of all, would mislead this consumer.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
 
 
 def _foreign(adapter: Adapter, hints: Hints) -> Foreign:
-    """The leftovers with other hints; tensors that only travel along stay."""
+    """Return the leftovers with other hints; tensors that are only kept stay."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
-    """The config that is to be written: some consumers know modules by the last word of their names alone."""
+    """Return the config to write; some consumers know modules only by the last word of their names."""
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
         "modules_to_save": None,
@@ -119,7 +119,7 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """The adapter with one LoRA an expert, under the names of a hub, where the consumer reads them so."""
+    """Return the adapter with one LoRA an expert, under a hub's names, if the consumer reads experts that way."""
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
@@ -142,7 +142,7 @@ def _stored_in_stacks(family: Architecture, path: str) -> bool:
 
 
 def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
-    """Why a consumer cannot run an update; `told`: it reads stacks, and the base says that these are such."""
+    """Say why a consumer cannot run an update; `told`: it reads stacks, and the base says that these are such."""
     if target.stacked and not told:
         return (
             "stacked experts, and it reads one LoRA an expert: give the base by --base (base=), which tells their "

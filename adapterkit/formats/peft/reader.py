@@ -1,4 +1,4 @@
-"""A config and tensors in, an `Adapter` out; every tensor is accounted for."""
+"""Decode a config and tensors into an `Adapter`; every tensor must be accounted for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BUILT_IN = {
     "LORA": (replacement.decode, lora.decode, rows.decode),
     "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
 }
-"""peft_type -> what its files hold, in the order in which it acts on a module; `families` has the other types."""
+"""peft_type -> decoders of its files, in the order in which PEFT applies updates; `families` has the other types."""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[Target, list[Mapping[str, Key]]]
@@ -47,13 +47,13 @@ def decode(
     base: Checkpoint | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """The adapter that a config and tensors make up.
+    """Return the adapter that a config and tensors make up.
 
     Raises:
-        Malformed: a tensor is not accounted for, or the config is not of this file.
-        Unsupported: the config asks for what this version does not know.
-        ShapeMismatch: shapes disagree with each other or with the config.
-        UsageError: the file does not tell which parameters it adapts, and there is no base to tell.
+        Malformed: a tensor is not accounted for, or the config belongs to another file.
+        Unsupported: the config needs a feature that this version does not have.
+        ShapeMismatch: shapes contradict each other or the config.
+        UsageError: the file does not say which parameters it adapts, and there is no base.
     """
     settings = fields.parse(config, strict=strict)
     prefix, parsed = parse_keys(tensors, prefix_of(settings.peft_type))
@@ -61,7 +61,7 @@ def decode(
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
-        compat = None  # What is written is in PEFT's own order and says so.
+        compat = None  # The writer uses PEFT's own order and says so in the config.
     hints = Hints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
@@ -74,12 +74,12 @@ def decode(
 
 
 def without_config(adapter: Adapter, config: Mapping[str, Any], *, assumed: bool) -> Adapter:
-    """The same adapter, read with a config that was made up: its lineage says so, and it is not written back.
+    """Return the same adapter, read with a generated config: its lineage says so, and the config is not written back.
 
     Args:
-        adapter: what was read.
-        config: what was made up.
-        assumed: nothing told alpha, so that it is each module's rank.
+        adapter: the adapter that was read.
+        config: the generated config.
+        assumed: alpha was not stated, so it is assumed to be each module's rank.
 
     PEFT loads only configs that list the modules, so the writer composes one as for an adapter of any other format.
     """
@@ -91,7 +91,7 @@ def without_config(adapter: Adapter, config: Mapping[str, Any], *, assumed: bool
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
-    """The updates by target, the keys that their tensors came from, and the keys that are only kept."""
+    """Return the updates by target, the keys that their tensors came from, and the keys that are only kept."""
     found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
     kept: list[str] = []
     used: set[Key] = set()
@@ -137,7 +137,7 @@ def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[A
 
 
 def _layout(findings: Sequence[Found]) -> str:
-    """The layout that the acting update declares, unless a whole weight beside it proves it wrong."""
+    """Return the layout that the acting update declares, unless a whole weight beside it disproves it."""
     if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
         return findings[0].layout
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
@@ -164,7 +164,7 @@ def _in_layout(finding: Found, target: Target) -> Update:
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
 ) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """Where the file's keys and shapes are not those that the writer would have chosen."""
+    """Return the file's keys and shapes that differ from the writer's own choice."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
     for target, position, parts in spell_updates(updates, peft_type, prefix):

@@ -1,7 +1,7 @@
-"""Parameters of the base, saved whole under their own names: `modules_to_save`, trained biases, embeddings.
+"""Decode parameters of the base, saved whole under their own names: `modules_to_save`, trained biases, embeddings.
 
-PEFT loads whatever has the name of a parameter into the model, so each is a replacement. The copy of an adapted
-embedding that PEFT saves beside its factors is one too, and comes before them.
+PEFT loads every tensor with the name of a parameter into the model, so each is a replacement. PEFT also saves a copy of
+an adapted embedding beside its factors; it is a replacement, too, and comes before them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .keys import Key
 
 
 def decode(file: File) -> Findings:
-    """All whole parameters of a file; what is not of real numbers was not trained, and is only kept.
+    """Return all whole parameters of a file; tensors of other dtypes than floats were not trained, and are only kept.
 
     Raises:
         Unsupported: a parameter is a single number.
@@ -35,7 +35,7 @@ def decode(file: File) -> Findings:
 
 
 def _unread(file: File) -> Iterator[Key]:
-    """Yield the copies of a module that PEFT does not compute with after it loads the file.
+    """Yield the copies of a module that PEFT does not use after it loads the file.
 
     With `save_embedding_layers` PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
     `NAME.modules_to_save.weight` and `NAME.original_module.weight`. It loads the trained module from the first.
@@ -48,7 +48,7 @@ def _unread(file: File) -> Iterator[Key]:
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
-    """A module's parameters; a bias as long as the weight's second axis alone tells that it is stored [in, out]."""
+    """Make the update of a module's parameters; [in, out] only if the bias is as long as the second axis alone."""
     tensors = {field: file.tensors[key] for field, key in keys.items()}
     shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
     turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
@@ -56,7 +56,7 @@ def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
-    """(target, field) of a parameter: that of its module, for a weight and a bias."""
+    """Return (target, field) of a parameter: for a weight and a bias, the module and its field."""
     if not axes:
         raise Unsupported("a single number cannot be replaced", where=name, cure="Leave it out of modules_to_save")
     module, _, field = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Trainable tokens: `trainable_tokens_delta` holds whole new rows, despite its name; the config holds their numbers."""
+"""Decode trainable tokens: `trainable_tokens_delta` holds whole new rows, despite its name; the config has numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ORIGINAL = "trainable_tokens_original"
 
 
 def decode(file: File) -> Findings:
-    """All token rows of a file.
+    """Return all token rows of a file.
 
     Raises:
         Malformed: the config has no token numbers for them.
@@ -33,12 +33,12 @@ def decode(file: File) -> Findings:
 
 
 def integers(values: list[int]) -> Lazy:
-    """Whole numbers as an int64 tensor."""
+    """Return integers as an int64 tensor."""
     return Lazy((len(values),), DTYPES["I64"], lambda: b"".join(value.to_bytes(8, "little") for value in values))
 
 
 def _index(settings: Settings, path: str) -> list[int] | None:
-    """The token numbers of the rows at a module; None where the config does not tell."""
+    """Return the token numbers of the rows at a module; None if the config does not state them."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices

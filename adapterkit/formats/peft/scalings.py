@@ -1,7 +1,7 @@
-"""Ranks and scalings as a config says them: one rank and one alpha for most modules, patterns for the others.
+"""Write ranks and scalings as config fields: one rank and one alpha for most modules, patterns for the others.
 
-PEFT stores no scaling: it divides an alpha by the rank or its root. The alpha that gives a scaling to the last bit is
-looked for; where there is none, the scaling goes into B, if the caller allows it.
+PEFT stores no scaling: it divides an alpha by the rank or its root. The writer looks for an alpha that gives exactly
+the scaling; if there is none, the scaling goes into B, if the caller allows it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
-    """The fields that say ranks and scalings; where no alpha says a scaling it is folded into B, if allowed."""
+    """Return the fields for ranks and scalings; a scaling that no alpha gives is folded into B, if allowed."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
@@ -54,7 +54,7 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
 
 
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
-    """The updates of a family, scalings that its config cannot say folded into the field that takes them."""
+    """Fold scalings that a family's config cannot state into the field that can absorb them."""
     method = acting_method(updates)
     family = family_of_method(method)
     needy = family.inexact(updates) if family else []
@@ -78,7 +78,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
 
 def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
-    """Rank and scaling by the name that the config has, and the names whose projections need different alphas."""
+    """Return config name -> rank and scaling, and the names whose projections need different alphas."""
     paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
     for target, found in updates.items():
         for update in (update for update in found if isinstance(update, PAIRS)):
@@ -90,13 +90,13 @@ def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
 
 
 def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
-    """How often PEFT's forward adds the change at a target; `once` where the formula is meant."""
+    """Return how often PEFT's forward adds the change at a target; `once` for the paper's formula."""
     inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
     return OUTPUT_TIMES if inside and not once else 1.0
 
 
 def _folded(update: Update, scaling: float) -> Update:
-    """The same function with another scaling, rounded once to the factors' own type."""
+    """Give an update another scaling without changing its function, rounded once to the factors' own type."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}

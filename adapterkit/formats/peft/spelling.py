@@ -1,4 +1,4 @@
-"""Updates in, keys and stored tensors out: the grammar of `keys` run backwards."""
+"""Turn updates into keys and stored tensors: the inverse of `keys`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
-"""Globs of paths that are embeddings, among those stored the other way round."""
+"""Globs of paths of embeddings, among targets that are stored [in, out]."""
 
 
 Part = tuple[str, str, Lazy, bool]
@@ -39,7 +39,7 @@ class Spelled:
         place: target, position among its updates, field.
         key: its key.
         leaf: its bytes.
-        guessed: the key could be another: nothing tells an embedding from a Conv1D, or the order of two parameters.
+        guessed: the key is uncertain: an embedding could be a Conv1D, or the order of two parameters is not known.
     """
 
     place: tuple[Target, int, str]
@@ -50,13 +50,13 @@ class Spelled:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Names:
-    """How PEFT names what one set of updates adapts.
+    """PEFT's names for the modules and parameters of one set of updates.
 
     Attributes:
-        paths: of the targets of pairs, see `pairs`.
-        wrappers: module -> what its wrappers put between its path and that of what is inside it.
-        depths: parameter -> how many of the wrappers of its module are inside its own.
-        guessed: parameters of which the depth is a guess.
+        paths: paths of the targets of pairs, see `pairs`.
+        wrappers: module -> the words that its wrappers insert between its path and the paths inside it.
+        depths: parameter -> how many wrappers of its module are inside its own.
+        guessed: parameters whose depth is a guess.
         base: the base, if known.
     """
 
@@ -66,10 +66,10 @@ class Names:
     guessed: Collection[str]
     base: Checkpoint | None
     _inside: dict[str, str] = field(default_factory=dict)
-    """Module -> its path with all wrappers, its own included, for modules that others are in."""
+    """Module -> its path with all wrappers, including its own, for modules that contain others."""
 
     def inside(self, name: str) -> str:
-        """A dotted path with the wrappers of the modules on the way; its own are not among them."""
+        """Return a dotted path with the wrappers of the modules on the way, without its own."""
         module, dot, last = name.rpartition(".")
         if not dot:
             return last
@@ -82,7 +82,7 @@ class Names:
 def spell(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[Spelled]:
-    """Every tensor of the updates with its key; slices of fused weights have none."""
+    """Yield every tensor of the updates with its key; slices of fused weights have none."""
     for target, position, parts in spell_updates(updates, peft_type, prefix, base):
         for name, key, leaf, guessed in parts:
             yield Spelled((target, position, name), key, leaf, guessed)
@@ -91,7 +91,7 @@ def spell(
 def spell_updates(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[tuple[Target, int, list[Part]]]:
-    """For every update, its target, its position there, and its tensors with their keys."""
+    """Yield for every update its target, its position there, and its tensors with their keys."""
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, found in updates.items():
@@ -114,7 +114,7 @@ def spell_updates(
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
-    """A whole weight turned from the view of a layout to the order in which it is stored, or back."""
+    """Transpose a whole weight from the view of a layout to the order in which it is stored, or back."""
     axis = int(layout.startswith("e "))
     if layout not in ("in out *k", "e in out *k") or len(leaf.shape) < axis + 2:
         return leaf
@@ -124,19 +124,19 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 
 
 def config_name(target: Target, paths: Collection[str]) -> str:
-    """The name under which a config knows the module or parameter of a target: an attention for its two projections."""
+    """Return the config's name for the module or parameter of a target: for an attention's two projections, its own."""
     module, _, name = target.path.rpartition(".")
     other = _OTHER_PROJECTION.get(name)
     return module if module and other and f"{module}.{other}" in paths else target.path
 
 
 def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
-    """Whether a LoRA's target is a parameter, apart from any attention, rather than a module."""
+    """Whether a LoRA's target is a parameter, except in an attention, rather than a module."""
     return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
 def is_embedding(target: Target) -> bool | None:
-    """Whether a LoRA's target is an embedding; None where nothing tells it from a Conv1D."""
+    """Whether a LoRA's target is an embedding; None if it may also be a Conv1D."""
     if target.layout != "in out *k":
         return False
     if any(fnmatchcase(target.path, glob) for globs in IN_OUT.values() for glob in globs):
@@ -145,7 +145,7 @@ def is_embedding(target: Target) -> bool | None:
 
 
 def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
-    """Paths of the targets that a LoRA acts on, or another method of pairs."""
+    """Return paths of the targets of LoRA, or of another method of pairs."""
     return {target.path for target, found in updates.items() if any(isinstance(u, PAIRS) for u in found)}
 
 
@@ -200,7 +200,7 @@ def _spell_update(target: Target, update: Update, names: Names, peft_type: str, 
 
 
 def is_shared(family: type[Family], word: str) -> bool:
-    """Whether a word is the key of what all modules share."""
+    """Whether a word is the key of a tensor that all modules share."""
     return any(fnmatchcase(word, pattern) for pattern in family.shared)
 
 
@@ -209,7 +209,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 
 
 def _stem(target: Target, names: Names) -> str:
-    """The path in the keys of a LoRA, its own module's wrappers included."""
+    """Return the path in the keys of a LoRA, including its own module's wrappers."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]
         return names.inside(module) + ".base_layer" * names.depths[target.path]
@@ -246,7 +246,7 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
 
 
 def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
-    """The parameter of the base that a replacement replaces."""
+    """Return the parameter of the base that a replacement replaces."""
     if not _names_parameter(path, base):
         return f"{path}.{field}"
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
@@ -254,4 +254,4 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
 
 _WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
-"""Between a module and its token rows: beside a LoRA, and alone."""
+"""Text between a module and its token rows: beside a LoRA, and without one."""

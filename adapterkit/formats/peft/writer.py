@@ -1,4 +1,4 @@
-"""An `Adapter` in, a config and tensors out; nothing is written that does not read back as the same updates."""
+"""Encode an `Adapter` as a config and tensors; everything that is written must read back as the same updates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def says(
     omitted: Collection[str] = (),
     compat: str | None = None,
 ) -> bool:
-    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted.
+    """Whether PEFT would find these updates in a file of these tensors, sorted as when written, with this config.
 
     The tensors of the keys `omitted` are not in the file; `compat` is the reading.
     """
@@ -68,7 +68,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """(path, position) -> the fields that come from keys of their own, or from the only one for all modules."""
+    """Return (path, position) -> the fields that come from keys of their own, or from the only shared key."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}
@@ -81,10 +81,10 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
 
 
 def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
-    """All that a config can get wrong: places, methods, values, shapes, numbers of tokens.
+    """Return everything that a wrong config could change: places, methods, values, shapes, numbers of tokens.
 
-    Of real numbers under keys of their own nothing but the type is: others, which a reader makes, or chooses among
-    several shared tensors, are compared.
+    A float tensor under its own key is represented by its type alone. Tensors that the reader makes, or chooses among
+    several shared ones, are represented by their values.
     """
     return {
         (target.path, target.rows, target.stacked): [
@@ -112,10 +112,10 @@ def _values(leaf: Lazy, own: bool) -> Any:
 def encode(
     adapter: Adapter, *, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
-    """The config, the tensors by key, and one line for each thing left out or rewritten.
+    """Return the config, the tensors by key, and one line for each thing left out or rewritten.
 
     Raises:
-        Unrepresentable: a PEFT file cannot say it and `on_loss` does not allow otherwise.
+        Unrepresentable: a PEFT file cannot express it, and `on_loss` does not allow a rewriting.
     """
     hints = hints_of(adapter)
     by_formula = hints.compat == FORMULA
@@ -141,11 +141,11 @@ def encode(
             return config, kept | written, computed + joined + lines + folded
     places = [(target, position) for target, found in updates.items() for position in range(len(found))]
     cure = "Write adapterkit's own format"
-    raise Unrepresentable("PEFT's config has no words for this combination", cure=cure, places=places)
+    raise Unrepresentable("PEFT's config cannot express this combination", cure=cure, places=places)
 
 
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
-    """The same updates, with what is only replaced in the order in which the base stores it."""
+    """Return the same updates, with replacements in the order in which the base stores them."""
     changed: dict[Target, tuple[Update, ...]] = {}
     for target, found in updates.items():
         if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in found):
@@ -175,7 +175,7 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
     if method is not None:
         own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
-        # Several types have one law: the one that was read goes on, else the one that is called after it.
+        # Several types have one method: the one that was read is kept, else the one named after the method.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
         return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
@@ -187,7 +187,7 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
 
 
 def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
-    """Every tensor as PEFT stores it, under the key and in the shape that it was read from, where that is known."""
+    """Return every tensor as PEFT stores it, under the key and in the shape that it was read with, if known."""
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
         key = hints.keys.get(each.key, each.key)
@@ -201,7 +201,7 @@ def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | No
 
 
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
-    """The tensors by key; what several updates share is written once, and must be the same for all of them."""
+    """Return key -> tensor; a tensor that several updates share is written once, and must be equal for all of them."""
     first: dict[str, Any] = {}
     tensors: dict[str, Lazy] = {}
     for each in spelled:
@@ -216,14 +216,14 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
 
 
 def _omitted(config: Mapping[str, Any], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
-    """Keys that a file with this config does not have."""
+    """Return the keys that a file with this config leaves out."""
     family = family_of_type(peft_type)
     left_out = family.omitted(config, updates) if family else ()
     return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:
-    """Tensors that only travel along, while what they belong to is still there."""
+    """Return tensors that are only kept, if the module that they belong to is still there."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
     paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)

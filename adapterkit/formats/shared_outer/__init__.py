@@ -2,7 +2,7 @@
 
 SGLang serves it with `--experts-shared-outer-loras`, Megatron-Bridge trains it. A of gate and up, which read the hidden
 states, and B of down, which writes them, have the shape `[1, ...]`; their partners have one slice an expert. A stack
-that shares nothing has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
+without shared factors has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The folder in, an `Adapter` out."""
+"""Decode the folder into an `Adapter`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ FORMAT = "shared_outer"
 PREFIX = "base_model.model."
 SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
-"""Fields of PEFT's that would change what the tensors mean."""
+"""Fields of PEFT's config that would change the meaning of the tensors."""
 
 
 def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
     """Read an adapter, lazily.
 
     Raises:
-        Malformed, ShapeMismatch, Unsupported: the tensors are not those of this layout.
-        UsageError: nothing tells how many experts there are.
+        Malformed, ShapeMismatch, Unsupported: the tensors do not have this layout.
+        UsageError: the number of experts is not known.
     """
     try:
         config, tensors = load(path)
@@ -93,12 +93,12 @@ def _decode(
 def _experts(
     name: str, slots: Slots, numbered: Mapping[int, Slots], rank: int, alpha: float, base: Checkpoint | None
 ) -> Iterator[tuple[Target, tuple[LoRA, ...]]]:
-    """One stack, whose second factor may be in keys of single experts."""
+    """Yield the updates of one stack; its second factor may be in keys of single experts."""
     found = STACK.fullmatch(name)
     if found is None:
         raise Malformed("a factor with three axes at no experts", where=name, cure=DAMAGED)
     shapes = {field: leaf.shape for field, leaf in slots.items()}
-    # An axis of size 0 takes no bytes, so that a small file could claim any number of experts.
+    # An axis of size 0 takes no bytes, so a small file could claim any number of experts.
     if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
         raise ShapeMismatch(f"factors of {shapes}", where=name, cure=DAMAGED)
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
@@ -108,9 +108,9 @@ def _experts(
     if count == 1:
         count = expert_count(None if base is None else base.config)
         if not count:
-            why = "one A and one B for all experts, and nothing tells how many experts there are"
+            why = "one A and one B for all experts, and the number of experts is not known"
             raise UsageError(why, where=name, cure="Give the base by base= or --base")
-    # One factor of all experts is one leaf, so that it is stored once wherever it goes.
+    # A factor of all experts is one leaf, so it is stored once, however many updates share it.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = found["leaf"] == "gate_up_proj"
     factors = []
@@ -131,7 +131,7 @@ def _experts(
 
 
 def _bound(updates: dict[Target, tuple[LoRA, ...]], base: Checkpoint) -> dict[Target, Any]:
-    """The updates where the base has them; what is there by its own name stays."""
+    """Return the updates at the base's places; a target that the base has under the same name stays."""
     own = set(modules_of(base.tensors))
     lost = {target: found for target, found in updates.items() if target.path not in own}
     placed = bind(Adapter(lost), base).adapter.updates if lost else {}

@@ -1,4 +1,4 @@
-"""An `Adapter` in, the folder out."""
+"""Encode an `Adapter` as the folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Hints(Leftovers, total=False):
 
 
 def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) -> list[str]:
-    """Write an adapter, and return one line for each thing rewritten.
+    """Write an adapter, and return one line for each thing that was rewritten.
 
     Raises:
-        Unrepresentable: experts have outer factors of their own and `on_loss` is not `promote`, or it is no LoRA.
-        UsageError: experts are in a stack, and no config of a base tells the family.
+        Unrepresentable: experts have outer factors of their own and `on_loss` is not `promote`; or it is not LoRA.
+        UsageError: experts are in a stack, and there is no base whose config names the family.
     """
     hints = remembered(adapter, FORMAT, Hints)
     before = hints.get("config", {})
@@ -45,7 +45,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
     )  # fmt: skip
     config_of_base = None if base is None else base.config
     tensors, rank, promoted = _spelled(pairs, expert_count(config_of_base), on_loss == "promote")
-    # Where a promotion made ranks grow, alpha grows alike: the scaling, alpha / r, stays.
+    # If a promotion raised the rank, alpha grows by the same factor, so that the scaling, alpha / r, is unchanged.
     alpha *= rank / rank_of(next(iter(pairs.values())))
     base_id = adapter.base.id if adapter.base else None
     modules = sorted({target.path.rpartition(".")[2] for target in pairs})
@@ -58,10 +58,10 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
 
 
 def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
-    """The adapter with one LoRA an expert, under the names of a hub.
+    """Return the adapter with one LoRA an expert, under the names of a hub.
 
     Raises:
-        UsageError: experts are in a stack, and no config of a base tells the family.
+        UsageError: experts are in a stack, and there is no base whose config names the family.
     """
     stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
     if not stacks:
@@ -80,7 +80,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
 
 def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy], int, list[str]]:
-    """The tensors by key, the rank of all, and a line for each stack that was promoted."""
+    """Return key -> tensor, the rank of all, and a line for each stack that was promoted."""
     plain: Pairs = {}
     stacks: dict[str, dict[int, Pair]] = {}
     for target, update in pairs.items():
@@ -114,7 +114,7 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
 def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, int], experts: int) -> None:
     gaps = [f"{name}: has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]]
     if gaps and not experts:
-        why = "all experts are in one stack, and nothing tells how many there are"
+        why = "all experts are in one stack, and their number is not known"
         raise Unrepresentable(why, items=gaps, cure="Give the base by base= or --base")
 
 
@@ -124,20 +124,20 @@ def _writes(name: str) -> bool:
 
 
 def _shared(name: str, held: Mapping[int, Pair]) -> Lazy | None:
-    """The outer factor of all experts; None where they have one each."""
+    """Return the outer factor of all experts; None if each has its own."""
     leaves = [as_lazy(each.B if _writes(name) else each.A) for each in held.values()]
     alike = all(leaf.shape == leaves[0].shape and arrange.equal(leaf, leaves[0]) for leaf in leaves[1:])
     return leaves[0] if alike else None
 
 
 def _stack(name: str, held: Mapping[int, Pair], count: int, only: Lazy | None, rank: int, wide: int) -> dict[str, Lazy]:
-    """The two tensors of a stack.
+    """Return the two tensors of a stack.
 
-    Experts with outer factors of their own get one that holds all of them, side by side; the inner factor of an expert
-    is zero but at its own.
+    Experts with outer factors of their own get one factor that holds all of them, side by side; the inner factor of an
+    expert is zero except at its own place.
     """
     writes, first = _writes(name), next(iter(held.values()))
-    axis = 1 if writes else 0  # of the rank, in the outer factor; the inner one has it along the other axis
+    axis = 1 if writes else 0  # Axis of the rank in the outer factor; the inner one has the other.
     outers, inners = [], []
     for e in range(count):
         given = held.get(e)

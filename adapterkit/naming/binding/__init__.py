@@ -1,7 +1,7 @@
-"""Binding: where each target of an adapter lies in a base, and whether its shapes fit there.
+"""Bind an adapter to a base: find where each target is stored, and check that its shapes fit.
 
-`names.resolver` maps the names; `moving` cuts and joins updates where the base stores weights in other parts. Storage
-layouts are proven by shapes, then by the family's table, then by the adapter's own word.
+`names.resolver` maps the names; `moving` cuts and joins updates if the base stores weights in other parts. Storage
+layouts are proven by shapes, then by the family's table, then by the layout that the adapter declares.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Binding:
     """An adapter bound to a base.
 
     Attributes:
-        adapter: with targets in the base's names and layouts.
-        sites: one an entry, in the adapter's order; context updates have none.
-        missing: targets without a place, when partial binding was allowed.
+        adapter: the adapter, with its targets in the base's names and layouts.
+        sites: one site an entry, in the adapter's order; context updates have none.
+        missing: targets without a place, if partial binding was allowed.
         renamed: the prefix that was (taken off, added), if any.
         rules: the rules by which the adapter's names became the base's.
         origins: for each site, the target of the adapter as it was given.
@@ -81,22 +81,22 @@ def bind(
     resize: Resize | None = None,
     distinct: bool = True,
 ) -> Binding:
-    """Binds an adapter to a base.
+    """Bind an adapter to a base.
 
     Args:
         adapter: the adapter.
         base: an open checkpoint or the path of one.
-        partial: leave targets without a place out instead of refusing; at least one must have a place.
+        partial: leave out targets without a place instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
-        rename: rules for names, each `FROM=TO` or `@FILE`, of which the first that matches a target's name is used; or
-            `family:NAME` for a base whose config names no family, `rows:by_head` or `rows:by_part` for one whose fused
-            queries, keys and values may stand either way.
-        distinct: check that positions do not repeat; a merge does so later, when it reads all values.
-        resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used. Also
+            `family:NAME` for a base whose config names no family, and `rows:by_head` or `rows:by_part` for a base whose
+            fused queries, keys and values may be in either order.
+        distinct: check that positions do not repeat; a merge checks it later, when it reads all values.
+        resize: called with the sites and all shapes before shapes are checked; returns the sites and shapes to use.
 
     Raises:
-        TargetNotFound: targets without a place; names the nearest.
-        ShapeMismatch: a shape does not fit, or a square weight's layout cannot be told.
+        TargetNotFound: there are targets without a place; the error names the nearest.
+        ShapeMismatch: a shape does not fit, or the layout of a square weight is ambiguous.
     """
     base = opened(base)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
@@ -127,16 +127,16 @@ def bind(
 
 
 def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: bool = True) -> None:
-    """Checks a site's updates against the stored shapes there.
+    """Check a site's updates against the stored shapes there.
 
     Args:
-        site: where the target lies.
-        shapes: of the stored tensors.
+        site: the site of the target.
+        shapes: name of a stored tensor -> its shape.
         distinct: check that positions do not repeat.
-        biasless: a change to a bias that the base lacks is no fault, as in a live layer, which adds it to its output.
+        biasless: accept a change to a bias that the base lacks; a live layer adds it to its output.
 
     Raises:
-        TargetNotFound: the base has a bias there only.
+        TargetNotFound: the base has only a bias there.
         ShapeMismatch: a shape does not fit.
         NotMergeable: there is no bias to change.
     """
@@ -146,7 +146,7 @@ def check_site(site: Site, shapes: Shapes, *, biasless: bool = False, distinct: 
             if distinct:
                 update.check_distinct()
         except AdapterkitError as error:
-            # One place for all that does not fit, as the specification has it (R-13.3); the message names the tensor.
+            # The specification gives one place for every misfit (R-13.3); the message names the tensor.
             error.where = f"{site.target}: {update.method}"
             raise error from None
 
@@ -180,7 +180,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
-    """Whether a bias is `[out]`, or `[e, out]` of experts: of the update and the weight, or with room for rows."""
+    """Whether a bias `[out]`, or `[e, out]` of experts, fits the update and the weight, or has room for its rows."""
     dims = update.dims(target.stacked)
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:

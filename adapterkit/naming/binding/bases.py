@@ -1,4 +1,4 @@
-"""Whether a base is the one that an adapter was made for: by its name, its config and a fingerprint of its weights."""
+"""Check whether a base is the one an adapter was made for: by its name, its config and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
 _CACHED = re.compile(r"models--(.+)")
-"""How the cache of huggingface_hub calls the folder of a repository: `models--org--name`."""
+"""The cache of huggingface_hub names a repository's folder `models--org--name`."""
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
     """Return the adapter's statements about its base that this base contradicts, a sentence each.
 
     Args:
-        name: of the adapter, for the sentences.
+        name: the adapter's name, for the sentences.
         adapter: the adapter.
         base: the base.
-        fingerprint: of the base's weights; None where it was not taken.
+        fingerprint: the fingerprint of the base's weights; None if it was not computed.
     """
     found = []
     known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
@@ -45,7 +45,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    # The config of a GGUF file is made of its key-values, and has no hash that another tool could state.
+    # The config of a GGUF file is built from its key-values, so no other tool could state its hash.
     if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
         given = config_hash(base.config)
         if given != wanted.config_hash:
@@ -63,11 +63,11 @@ def check_bases(
     Args:
         adapters: (name, adapter) of each.
         base: the base.
-        fingerprint: of the base's weights; None where it was not taken.
-        strict: refuse instead.
+        fingerprint: the fingerprint of the base's weights; None if it was not computed.
+        strict: raise instead of returning warnings.
 
     Raises:
-        CheckFailed: there are some, and `strict`.
+        CheckFailed: there are warnings, and `strict` is set.
     """
     found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if found and strict:
@@ -79,10 +79,10 @@ def check_bases(
 def check_base(
     adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
 ) -> tuple[str, ...]:
-    """`check_bases` with the fingerprint of the base, which is taken where an adapter has one to compare it with.
+    """Call `check_bases` with the fingerprint of the base, computed only if an adapter records one.
 
-    This is the one place where an adapter meets a base that it may not be made for: `formats.read` with a base, and
-    everything that takes adapters that were read already, call it. Without a base there is nothing to compare.
+    All checks that an adapter fits its base come through here: `formats.read` with a base calls it, and so does every
+    function that takes adapters already read. Without a base there is nothing to compare.
 
     Raises:
         CheckFailed: see `check_bases`.
@@ -101,10 +101,10 @@ def check_base(
 
 
 def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """Return a warning where a merge's own record says that the tuned weights were made from another base.
+    """Return a warning if a merge's own record says that the tuned weights were made from another base.
 
     Raises:
-        CheckFailed: it does, and `strict`.
+        CheckFailed: there is a warning, and `strict` is set.
     """
     from ...io.checkpoint import fingerprint
 
@@ -129,7 +129,7 @@ def merge_record(merged: Checkpoint) -> dict[str, Any]:
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:
-    """The repositories that a base says it is: by the note of a pull, the cache it lies in, or its config."""
+    """List the repositories that a base names: in the note of a pull, by its cache folder, or in its config."""
     names = []
     source = source_of(base.folder)
     if source is not None:

@@ -1,7 +1,7 @@
-"""Two adapters of one mixture of experts without its base: one adapts stacks, the other one expert after another.
+"""Match two adapters of one mixture of experts without its base: one adapts stacks, the other single experts.
 
 The second adapter's names and shapes stand in for a base that stores its experts one by one. Every family whose file
-knows both namings is tried; they must agree.
+has both namings is tried; they must agree.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Put adapters of stacked experts into the names of one that adapts the experts one by one.
 
     Args:
-        adapters: adapters of one base, which is not known.
+        adapters: adapters of the same unknown base.
 
     Returns:
-        the adapters in the same order. An adapter stays as it is where no family file maps its stacks to the names of
-        the first adapter of single experts, and where there is no such adapter.
+        the adapters in the same order. An adapter is unchanged if no family file maps its stacks to the names of the
+        first adapter of single experts, or if there is no such adapter.
 
     Raises:
         UsageError: two families place a stack differently.
@@ -43,14 +43,14 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Cut updates of whole weights at the rows where another adapter has an update a part, such as gate and up.
+    """Cut updates of whole weights where another adapter has one update a part, such as gate and up.
 
     Args:
         adapters: adapters of one base, in its names.
 
     Returns:
-        the adapters in the same order. A weight stays whole where the parts of the others are not all of its rows, and
-        where its formula cannot be cut.
+        the adapters in the same order. A weight stays whole if the parts of the others do not cover all of its rows, or
+        if its formula cannot be cut.
     """
     spans: dict[str, set[tuple[int, int]]] = {}
     for adapter in adapters:
@@ -90,7 +90,7 @@ def _has_stacks(adapter: Adapter) -> bool:
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The weights that an adapter is for, with their shapes `[out, in]` as far as its updates tell them."""
+    """Return the weights that an adapter is for, with their shapes `[out, in]` as far as its updates tell them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, updates in adapter.updates.items():
         dims = updates[0].dims(target.stacked)
@@ -101,7 +101,7 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
-    """One adapter with its stacks taken apart, if exactly one way to do so fits."""
+    """Take the stacks of one adapter apart, if exactly one way to do so fits."""
     stacks = {target: updates for target, updates in adapter.updates.items() if target.stacked}
     found: dict[tuple[tuple[str, tuple[Move, ...]], ...], str] = {}
     paths = [target.path for target in stacks]
@@ -131,7 +131,7 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
 
 
 def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
-    """Whether a stack goes away without a rest: every equal part of every expert."""
+    """Whether the moves cover a whole stack: every equal part of every expert."""
     given = moves[target.path]
     parts = {move.take for move in given}
     count = next((take.of for take in parts if take is not None), 1)

@@ -1,7 +1,7 @@
-"""The family of a base without a config: every family's file is tried, and names and shapes decide.
+"""Deduce the family of a base without a config: every family's file is tried, and names and shapes decide.
 
-A folder of plain shards has no `model_type`. Its names mostly are those of several families, as `mlp.experts.0.up_proj`
-is; that is no trouble as long as all of them place an adapter's parts alike.
+A folder of plain shards has no `model_type`. Its names, such as `mlp.experts.0.up_proj`, often belong to several
+families; that is no problem as long as all of them place an adapter's parts alike.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
     Args:
         updates: the targets without a place so far, with their updates.
-        names: of the base.
-        shapes: of the base's tensors.
-        families: model types; the adapter says that it was trained on a model of one of them. Empty where it says
-            nothing, and all families are tried.
+        names: the base's names.
+        shapes: name of a tensor of the base -> its shape.
+        families: model types that the adapter says its base may have. If empty, all families are tried.
 
     Returns:
-        a family that places the most targets; of several that place them alike, the first. None where none places any.
+        the family that places the most targets; the first, if several place them alike. None if none places any.
 
     Raises:
         TargetNotFound: two families place the targets differently, and shapes fit both.
@@ -68,7 +67,7 @@ def deduced(updates: Updates, names: Names, shapes: Shapes, families: Sequence[s
 
 
 def _one_of_each_form(updates: Updates) -> Updates:
-    """One target of each name without its numbers: layers and experts are alike, and there are tens of thousands."""
+    """Keep one target for each name without its numbers: layers and experts are alike, and there are ten thousands."""
     some: dict[str, Target] = {}
     for target in updates:
         some.setdefault(shape_of(target.path), target)
@@ -76,18 +75,18 @@ def _one_of_each_form(updates: Updates) -> Updates:
 
 
 def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
-    """Where a family's file puts targets, as far as it does; nothing where a shape does not fit."""
+    """Place targets by a family's file, as far as it can; empty if a shape does not fit."""
     paths = [target.path for target in updates]
     moves = resolve(paths, names, architecture=architecture, partial=True).moves
     placed = moved(updates, moves, shapes)
-    # A family that stores a stack as [expert, in, out] is not that of a base whose stack is [expert, out, in].
+    # A family that stores stacks as [expert, in, out] is ruled out by a base whose stack is [expert, out, in].
     config = {"model_type": architecture.record.model_types[0]}
     fit = all(_fits(there, given, shapes, bool(stored_in_out(there.path, config))) for _, there, given in placed)
     return tuple(sorted(moves.items())) if fit else ()
 
 
 def _may_be(name: str, place: str) -> bool:
-    """Whether two names may be of one module, by what stands before the words that they end in together."""
+    """Whether two names may mean one module, judged by the words before their common ending."""
     ours, theirs = name.split("."), place.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -103,7 +102,7 @@ def _fits(target: Target, updates: tuple[Update, ...], shapes: Shapes, in_out: b
 
 
 def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound:
-    """The error for two readings: the first target that they place differently, and what each makes of it."""
+    """Make the error for two readings: it names the first target that they place differently, and both places."""
     (one, first), (other, second), *_ = readings.items()
     target = next((path for path, moves in one if dict(other).get(path) != moves), one[0][0])
     texts = [
@@ -118,7 +117,7 @@ def _ambiguous(readings: Mapping[Reading, list[Architecture]]) -> TargetNotFound
 
 
 def _said(moves: Sequence[Move]) -> str:
-    """The places of the first parts in words."""
+    """Describe the places of the first parts."""
     return " and ".join(_parts(moves[:2])) or "nowhere"
 
 

@@ -1,4 +1,4 @@
-"""Deltas: what an adapter adds to one weight, formed whole; for looking and checking, not for merging."""
+"""Compute the whole change that an adapter makes to one weight; for looking and checking, not for merging."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
-    """W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
+    """Return W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
     _refuse_other_laws(path, adapter.find(path))
@@ -50,7 +50,7 @@ def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) ->
 
 
 def view(W: torch.Tensor, target: Target) -> torch.Tensor:
-    """A stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
+    """View a stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
     if target.layout == "in out *k":
         W = W.swapaxes(0, 1)
     elif target.layout == "e in out *k":
@@ -59,7 +59,7 @@ def view(W: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
-    """Loads the updates in the dtype of W and applies them in order to a weight in the target's view."""
+    """Load the updates in the dtype of W and apply them in order to a weight in the target's view."""
     import torch
 
     device, dtype = W.device, W.dtype
@@ -75,10 +75,10 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
 
 
 def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
-    """The shape of the weight in the target's view, as far as the updates alone tell it.
+    """Return the shape of the weight in the target's view, as far as the updates alone tell it.
 
     Raises:
-        UsageError: they do not tell all of it.
+        UsageError: the updates do not tell all of it.
     """
     dims: dict[str, Any] = {}
     for update in updates:
@@ -97,10 +97,10 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
 def weight_shape(
     target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
 ) -> tuple[int, ...] | None:
-    """Return the shape of one weight at a target, of the base if there is one, else as far as the updates tell it.
+    """Return the shape of one weight at a target: from the base if given, else as far as the updates tell it.
 
     Returns:
-        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if nothing tells it.
+        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if it is not known.
     """
     if base is not None:
         checkpoint = opened(base)
@@ -113,7 +113,7 @@ def weight_shape(
             shape = seen[int(target.stacked) :]
             return shape if rows is None else (rows[1] - rows[0], *shape[1:])
     if not any(update.changes_weight for update in updates):
-        # Updates of outputs and contexts have no axis `out`.
+        # Output and context updates have no axis `out`.
         out = updates[0].dims(target.stacked).get("out")
         return None if out is None else (int(out),)  # type: ignore[arg-type]
     try:
@@ -128,7 +128,7 @@ def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     (target, updates), *_ = found.items()
     needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
-        raise UsageError(f"the law of {needy.method} needs the weight", where=target.path, cure="Pass base=/--base")
+        raise UsageError(f"the formula of {needy.method} needs the weight", where=target.path, cure="Pass base=/--base")
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
     return fold([u for us in found.values() for u in us], zero, target.stacked)
 

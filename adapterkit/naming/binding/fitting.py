@@ -1,4 +1,4 @@
-"""Fitting: whether a stored shape is one that updates were made for."""
+"""Check whether a stored shape is one that updates were made for."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) ->
 
 
 def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
-    """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
+    """Return a stored shape as the target's updates see it, `[out, in, *k]`; None if it has too few axes."""
     lead, rest = shape[: int(target.stacked)], shape[int(target.stacked) :]
     if not rest:
         return None
-    # A weight of one axis has no inputs, in whatever layout.
+    # A weight with one axis has no inputs, whatever the layout.
     turned = len(rest) > 1 and not target.layout.removeprefix("e ").startswith("out")
     return (*lead, rest[1], rest[0], *rest[2:]) if turned else shape
 
@@ -61,27 +61,27 @@ def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
 
 
 def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel's sizes up to the last that is not 1: tools write a kernel of one axis as one of two."""
+    """Drop a kernel's trailing ones: some tools write a kernel of one axis as one of two."""
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
 
 
 def paths_of(names: Iterable[str]) -> set[str]:
-    """Paths that a target may have: modules with a weight or a bias, and tensors."""
+    """Return the paths that a target may have: modules with a weight or a bias, and tensors."""
     paths = set(names)
     paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
     return paths
 
 
 def biasless(base: Checkpoint, path: str) -> bool:
-    """Whether a base has the weight of a module and no bias beside it; False where its weight is not found by name."""
+    """Whether a base has the weight of a module and no bias beside it; False if the weight is not found by name."""
     weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
     return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
 
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
-    """The shape of a live model's tensor that a base stores in parts, or as a part; None where its family has none."""
+    """Return the shape of a live model's tensor that a base stores in parts or as a part; None if no family has it."""
     architecture = architecture_of(base.config)
     if architecture is not None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
@@ -94,7 +94,7 @@ def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
 
 
 def names_family(config: Mapping[str, Any] | None) -> bool:
-    """Whether a base's config says what the base is, in words that this version may know or not."""
+    """Whether a base's config names its model type or classes, even if this version does not know them."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
 
 
@@ -111,7 +111,7 @@ def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[
         shape = shape[1:]
     lead = int(first.expert is None and len(shape) > 2)
     if (first.take and first.take.heads) or (first.into and first.into.heads):
-        return None  # Parts of unequal sizes: the heads tell them, and nothing needs them yet.
+        return None  # The parts have unequal sizes, which depend on the heads; no caller needs them yet.
     scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
     out = shape[lead] * scale[0] // scale[1]
     experts = () if first.expert is None else (len({move.expert for move in moves}),)

@@ -1,8 +1,8 @@
-"""Fused queries, keys and values in one of two orders of rows that shapes cannot tell: all queries first, or by heads.
+"""Reorder fused queries, keys and values for bases that store them head by head; shapes cannot tell the order.
 
-MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model under the
-same names, and all adapters as they are read, have all queries, then all keys, then all values. diffusers takes an
-argument for it (`qkv_layout`), since neither names nor shapes nor metadata differ.
+MiniMaxAI's shards of MiniMax-H3 have each head's query, key and value side by side. Single files of the model use the
+same names with all queries, then all keys, then all values; so do all adapters as they are read. diffusers takes an
+argument for it (`qkv_layout`), because names, shapes and metadata are the same.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 
     Args:
         base: the base. Published single files have all queries first; shards may have either order.
-        sites: where the updates lie.
-        shapes: of the base's tensors.
-        rules: the user's, of which one may say the order.
+        sites: the sites of the updates.
+        shapes: name of a tensor of the base -> its shape.
+        rules: the user's rules; one may say the order.
 
     Raises:
-        UsageError: a sharded base, and no rule says its order.
+        UsageError: the base is sharded, and no rule says its order.
         NotMergeable: an update's rows cannot be reordered.
         ShapeMismatch: the rows are not those of whole heads.
     """
@@ -49,8 +49,8 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
     if not order:
         first = sites[next(iter(fused))].target
         raise UsageError(
-            "the base is sharded, and the rows of its fused queries, keys and values may stand by part (all queries, "
-            "all keys, all values, as in the published single files) or by head (as in MiniMaxAI's own shards)",
+            "the base is sharded, and the rows of its fused queries, keys and values may be ordered by part (all "
+            "queries, all keys, all values, as in the published single files) or by head (as in MiniMaxAI's shards)",
             where=str(first), path=base.root,
             cure=f"Say which with --rename rows:{BY_HEAD} or --rename rows:{BY_PART} (rename=)",
         )  # fmt: skip
@@ -59,7 +59,7 @@ def in_order_of(base: Checkpoint, sites: Sequence[Site], shapes: Shapes, rules: 
 
 @cache
 def _fused() -> dict[str, int]:
-    """End of the name of a fused projection -> the rows of one head; of families whose bases come in both orders."""
+    """Return end of a fused projection's name -> rows of one head, for families whose bases come in both orders."""
     found = {}
     for head, _ in of_pipelines():
         family = named(head.family) if head.pipeline.diffsynth_head else None
@@ -71,14 +71,14 @@ def _fused() -> dict[str, int]:
 
 
 def _tail(path: str) -> str:
-    """A name from its last number on."""
+    """Return the end of a name from its last number on."""
     return shape_of(path).rpartition("#.")[2]
 
 
 def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
     rows = shapes[site.weight][0] if site.weight is not None else 0
     if not rows or rows % (3 * size):
-        why = f"{rows} rows are no queries, keys and values of heads of {size}"
+        why = f"{rows} rows are not queries, keys and values of heads of {size}"
         raise ShapeMismatch(why, where=str(site.target), cure="Is this the base that the adapter was trained on?")
     target = replace(site.target, rows=None)
     updates = tuple(_reordered(update, site, rows, size) for update in site.updates)
@@ -86,7 +86,7 @@ def _by_head(site: Site, shapes: Shapes, size: int) -> Site:
 
 
 def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
-    """An update of all rows in the base's order; one of a part is zero in the other parts' rows."""
+    """Put an update of all rows into the base's order; an update of one part gets zeros in the other parts' rows."""
     if site.target.rows is not None:
         if update.method != "lora":
             why = f"{update.method} on one part of rows that stand by heads"
@@ -99,7 +99,7 @@ def _reordered(update: Update, site: Site, rows: int, size: int) -> Update:
 
 
 def _within(leaf: Any, rows: int, part: tuple[int, int]) -> Any:
-    """A factor's rows among `rows` rows of zeros."""
+    """Place a factor's rows among `rows` rows of zeros."""
     tensor = as_lazy(leaf)
 
     def spread(array: Any) -> Any:
@@ -113,7 +113,7 @@ def _within(leaf: Any, rows: int, part: tuple[int, int]) -> Any:
 
 
 def _order(rows: int, size: int) -> Any:
-    """Row i of the base is row `order[i]` of all queries, all keys and all values."""
+    """Return the order in which row i of the base is row `order[i]` of all queries, then all keys, then all values."""
     import numpy as np
 
     return np.arange(rows).reshape(3, -1, size).swapaxes(0, 1).reshape(rows)

@@ -1,4 +1,4 @@
-"""Layouts: how a base stores each weight: proven by shapes, then by the family's table, then by the adapter's word."""
+"""Find how a base stores each weight: by shapes, then by the family's table, then as the adapter declares."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .sites import Site
 
 
 def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None) -> list[Site]:
-    """The sites with the layout in which the base stores each weight.
+    """Return the sites with the layout in which the base stores each weight.
 
     Raises:
-        ShapeMismatch: a square weight's layout cannot be told.
+        ShapeMismatch: the layout of a square weight is ambiguous.
     """
-    # What fits depends on forms and shapes alone: tens of thousands of targets have a few dozen.
+    # Only forms and shapes decide what fits, and tens of thousands of targets have a few dozen of them.
     known: dict[Any, list[str]] = {}
     fitting = []
     for site in sites:
@@ -42,7 +42,7 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
         return [site.target.layout]
     stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
     if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
-        stacked = [site.target.layout]  # A product of axes is no proof that a kernel's weight is stored [in, out].
+        stacked = [site.target.layout]  # A product of axes does not prove that a kernel's weight is stored [in, out].
     if len(shapes[site.weight]) == 1 + site.target.stacked:
         stacked = stacked[:1]  # A weight without inputs has one form; see the spec's section 8.
     return [
@@ -51,7 +51,7 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
 
 
 def _product_alone(site: Site) -> bool:
-    """Whether all that the updates say of the weight's inputs is how many there are, the kernel's axes included."""
+    """Whether the updates tell only the number of inputs, the kernel's axes included, and not the axes themselves."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
@@ -71,7 +71,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return next(layout for layout in fits if layout in ("out *in", "e out *in"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(
-            "a square weight, stored [out, in] or [in, out], and the adapter's word is wrong for other weights",
+            "a square weight, stored [out, in] or [in, out], and the adapter's layout is wrong for other weights",
             where=str(site.target),
             cure="Add the model_type of a known family to the base's config",
         )
@@ -79,6 +79,6 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
 
 
 def _whole_only(site: Site) -> bool:
-    """Whether the updates hold whole weights only: the declared layout is then the order of their own axes."""
+    """Whether the updates hold whole weights only; the declared layout is then the order of their own axes."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("rest" in each for each in dims) and not any("in" in each for each in dims)

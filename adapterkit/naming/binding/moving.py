@@ -1,4 +1,4 @@
-"""Moves of updates: parts of a fused weight, and experts into or out of a stack. Factors are sliced, never multiplied.
+"""Move updates into and out of fused weights and stacks of experts. Factors are sliced, never multiplied.
 
 An update that goes to several places is cut into one update a place: rows of its outputs, or one expert's slice.
 Updates of one expert each that go to one stack become one update of the stack.
@@ -42,12 +42,12 @@ def moved(
 
     Args:
         updates: target -> updates.
-        moves: path of a target -> where its parts go; targets without moves are left out.
-        shapes: of the base's tensors.
-        config: of the base, for its heads: they decide on orders of rows, and on how a fused projection is divided.
+        moves: path of a target -> the places of its parts; targets without moves are left out.
+        shapes: name of a tensor of the base -> its shape.
+        config: the base's config, for its heads: they decide orders of rows, and how a fused projection is divided.
 
     Raises:
-        UsageError: the heads are needed, and the config does not tell them.
+        UsageError: the heads are needed, and the config does not state them.
         NotMergeable: the formula of an update cannot be cut into rows.
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
         Unsupported: updates of single experts cannot be put into one stack.
@@ -75,10 +75,10 @@ def moved(
 
 
 def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
-    """A target of some rows that are one part of its weight, as a target of all rows of that part, with its move.
+    """Turn a target of some rows that are one part of its weight into a target of all rows of that part, with its move.
 
     Raises:
-        Unsupported: the rows are none of the parts.
+        Unsupported: the rows do not make up one of the parts.
     """
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
@@ -91,7 +91,7 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
             if start * own == before * (stop - start):
                 found.append(replace(move, take=None))
                 parts.add(move.take.number)
-    if len(parts) != 1:  # A stack's part goes to one place an expert.
+    if len(parts) != 1:  # Each expert of a stack's part has a place of its own.
         raise Unsupported(
             "updates of some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
@@ -102,7 +102,7 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
-    """The part of a target that one move takes, with the layout that is left of the target's."""
+    """Return the part of a target that one move takes, with the layout that remains of the target's."""
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
         count = updates[0].dims(stack).get("e") if stack else 0
@@ -123,7 +123,7 @@ def _slice(leaf: Any, index: int) -> Any:
 
 
 def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
-    """An update with its outputs in another order of rows."""
+    """Return an update with its outputs in another order of rows."""
     rows = _outputs(update, stack, target)
     heads = heads_of(config, str(target))
     changes: dict[str, Any] = {}
@@ -135,18 +135,18 @@ def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Targ
 
 
 def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Any:
-    """Row i of the base's tensor is row `order[i]` of the adapter's."""
+    """Return the order in which row i of the base's tensor is row `order[i]` of the adapter's."""
     import numpy as np
 
     plain = np.arange(rows)
     ours, theirs = (row_order(place, rows, heads, where) for place in turn)
-    # Both are told against the family's own order: first out of the adapter's, then into the base's.
+    # Both orders are relative to the family's own: first out of the adapter's order, then into the base's.
     own = plain if ours is None else undone(ours)
     return own[plain if theirs is None else theirs]
 
 
 def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
-    """One of several parts of an update's outputs."""
+    """Return one of several parts of an update's outputs."""
     size = _outputs(update, stack, target)
     if part.groups:
         update = ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
@@ -154,7 +154,7 @@ def _rows(update: Update, part: Part, stack: bool, target: Target, config: Confi
 
 
 def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
-    """The same update with its outputs in another order: all queries, then all keys, then all values."""
+    """Return an update with its outputs in the order: all queries, then all keys, then all values."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -164,7 +164,7 @@ def ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
-    """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
+    """Return an update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -178,7 +178,7 @@ def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> U
 
 
 def _outputs(update: Update, stack: bool, target: Target) -> int:
-    """How many outputs an update has, if its formula can be cut along them."""
+    """Return how many outputs an update has, if its formula can be cut along them."""
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, and the base stores it in parts"
@@ -187,7 +187,7 @@ def _outputs(update: Update, stack: bool, target: Target) -> int:
 
 
 def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | None:
-    """The axis of a tensor's outputs; None where it has none."""
+    """Return the axis of a tensor's outputs; None if it has none."""
     axis = update.tensor_fields()[name].metadata["axes"].index("out")
     if axis is None:
         return None
@@ -195,11 +195,11 @@ def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | Non
 
 
 def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, int, int]:
-    """The rows of a part as (start, stop, step)."""
+    """Return the rows of a part as (start, stop, step)."""
     if part.heads:
         shares = _shares(config, target)
         if size % sum(shares):
-            why = f"{size} outputs are not those of {shares[0]} query and {shares[1]} key and value heads"
+            why = f"{size} outputs do not match {shares[0]} query and {shares[1]} key and value heads"
             raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
         unit = size // sum(shares)
         return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
@@ -211,13 +211,13 @@ def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, 
 
 
 def _out_of_groups(size: int, config: Config, target: Target) -> Any:
-    """The order that puts queries, keys and values, which stand group by group, one after the other."""
+    """Return the order that ungroups rows: all queries, then all keys, then all values."""
     heads = heads_of(config, str(target))
     return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
 
 
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
-    """How the rows of a fused projection are shared by queries, keys and values."""
+    """Return how queries, keys and values share the rows of a fused projection."""
     heads = heads_of(config, str(target))
     return heads.query, heads.kv, heads.kv
 
@@ -225,15 +225,15 @@ def _shares(config: Config, target: Target) -> tuple[int, int, int]:
 def _into(
     there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
-    """The target with the rows of the base's weight that it is, and its updates.
+    """Return the target that names the rows of the base's weight, with its updates.
 
-    A target has one run of rows. Where a part has every second row, updates of the whole weight say it, with zeros in
-    the rows of the other parts: exact for an additive formula of factors.
+    A target has one run of rows. If a part has every second row, its updates are written for the whole weight, with
+    zeros in the rows of the other parts: exact for an additive formula of factors.
     """
     if move.into is None:
         return there, updates
     if move.into.groups:
-        why = "a part of a projection whose queries, keys and values stand group by group"
+        why = "a part of a projection whose queries, keys and values are stored group by group"
         raise Unsupported(why, where=str(there), cure="Convert the base to the names and layout of transformers first")
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
@@ -254,7 +254,7 @@ def _into(
 
 
 def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
-    """An update of every `step`-th row as one of all rows of the weight."""
+    """Turn an update of every `step`-th row into one of all rows of the weight."""
     if update.method != "lora":
         why = f"{update.method} on every {step}th row of a weight: the base stores gate and up interleaved"
         raise NotMergeable(why, where=str(target), cure="Train it on the weight as the base stores it, or use LoRA")
@@ -269,7 +269,7 @@ def _spread(update: Update, size: int, start: int, step: int, target: Target) ->
 def _stacked(
     key: tuple[str, Part | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
 ) -> Placed:
-    """Updates of single experts as updates of the stack they belong to."""
+    """Join updates of single experts into updates of the stack that they belong to."""
     path, into = key
     shape = next(shapes[name] for name in (path, f"{path}.weight") if name in shapes)
     first, *_ = slots.values()
@@ -287,7 +287,7 @@ def _stacked(
 
 
 def _one(updates: list[Update | None], target: Target) -> Update:
-    """One update of a stack from one of each expert; an expert without one gets a change of zero."""
+    """Make one update of a stack from one of each expert; an expert without one gets a change of zero."""
     given = [update for update in updates if update is not None]
     first = given[0]
     kinds = {type(update) for update in given}
@@ -307,7 +307,7 @@ def _one(updates: list[Update | None], target: Target) -> Update:
 
 
 def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any]) -> Update:
-    """A stack of pairs of factors. Ranks are filled up with zeros, and unequal scalings go into B."""
+    """Make a stack of pairs of factors. Ranks are padded with zeros, and unequal scalings go into B."""
     given = [update for update in updates if update is not None]
     rank = max(int(update.tensors["A"].shape[0]) for update in given)
     scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
@@ -322,7 +322,7 @@ def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any
             elif name == "B":
                 tensor = arrange.padded(tensor, rank, 1)
             if name != "A" and update is not None and update.attributes["scaling"] != scaling:
-                # Two scalings in one stack: what differs goes into the factor, in float32 at least.
+                # Experts with different scalings share one stack: the ratio goes into the factor, in float32 at least.
                 wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
                 tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
             leaves.append(tensor)

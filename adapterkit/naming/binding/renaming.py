@@ -1,7 +1,7 @@
-"""Renaming: an adapter under other names, by the user's rules, where no base decides.
+"""Rename the targets of an adapter by the user's rules, for verbs that bind no base.
 
-Verbs that bind an adapter to a base pass the rules to the resolver, which reports them beside its own. All others
-rename the adapter itself, by the same rules.
+Verbs that bind an adapter to a base pass the rules to the resolver, which reports them beside its own. All other
+verbs rename the adapter itself, by the same rules.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def renamed(adapters: Sequence[Adapter], rename: str | Sequence[str | Rename]) -
     """Rename the targets of adapters.
 
     Args:
-        adapters: the adapters; a rule need match a target of one of them only.
+        adapters: the adapters; each rule must match a target of at least one of them.
         rename: one rule or several, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
     Returns:
         the adapters in the same order; the lineage of each names the rules that changed it.
 
     Raises:
-        UsageError: a rule that cannot be read, or is about a base; two targets of an adapter that become one.
+        UsageError: a rule cannot be read, or is about a base; or two targets of an adapter become one.
         TargetNotFound: a rule matches no target.
         StorageError, Malformed: a rules file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Sites: the stored tensors of each target of an adapter."""
+"""Find the stored tensors of each target of an adapter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .moving import moved
 
 
 def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
-    """Refuse a base of another family than the one that an adapter names.
+    """Refuse a base of another family than the adapter names.
 
-    A part of a base counts: an adapter of a Llama may go into the language model of a LLaVA that has one. Families that
-    this version has no file for are not compared.
+    A part of a base counts: an adapter of a Llama fits a LLaVA whose language model is a Llama. Families without a file
+    in this version are not compared.
 
     The user's rules for names come first: an adapter that they renamed is not compared.
 
     Args:
         adapter: the adapter, whose lineage may name a family.
-        config: the base's config; without one nothing is compared.
+        config: the base's config; if None, nothing is compared.
 
     Raises:
         TargetNotFound: both name families, and they differ.
@@ -46,7 +46,7 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     top = (config or {}).get("model_type")
     known = {_plain(name) for name in given if not (whole and name != top and name.endswith(_TOWERS))}
     other = next((name for name in trained if _plain(name) not in known), None)
-    # EXAONE is a Llama under another model_type in transformers 5: the class tells that both are one model.
+    # EXAONE is a Llama under another model_type in transformers 5: the class shows that both are one model.
     listed = (config or {}).get("architectures")
     same = isinstance(listed, list) and model_class_of(adapter) in listed
     if other is not None and not same:
@@ -59,7 +59,7 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
 
 
 def _families(config: Mapping[str, Any]) -> Iterator[str]:
-    """The family of a model, and those of its parts; all that have a GGUF file's `general.architecture`."""
+    """Yield the family of a model, and those of its parts; for a GGUF file, all with its `general.architecture`."""
     if isinstance(config.get(ARCHITECTURE), str):
         # DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
         yield from (name for family in of_gguf(config[ARCHITECTURE]) for name in family.record.model_types)
@@ -71,7 +71,7 @@ def _families(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    """A model type as the name of its module in transformers, without what tells its text and vision parts apart."""
+    """Return a model type as the name of its module in transformers, without the suffix of its text or vision part."""
     word = name.lower().replace("-", "_")
     part = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", word)
     # `gemma3_text` is a part of `gemma3`; `qwen2_audio` and `speech_to_text` are families of their own.
@@ -87,16 +87,16 @@ _TOWERS = ("_encoder", "_vision", "_audio", "_vision_model")
 """Ends of the model types of encoders inside of other models."""
 
 _MODULES = {"kosmos_2": "kosmos2", "openai_gpt": "openai", "modernbert_decoder": "modernbert"}
-"""model_type -> module of transformers, where the two differ in more than dashes."""
+"""model_type -> module of transformers, if the two differ in more than dashes."""
 
 
 Prefix = tuple[str, str]
-"""What is taken off the front of each path, and what is put there."""
+"""(prefix to remove from each path, prefix to add)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A target in a base: `weight` and `bias` name stored tensors, None where the base has none."""
+    """A target in a base: `weight` and `bias` name stored tensors, None if the base has none."""
 
     target: Target
     updates: tuple[Update, ...]
@@ -104,14 +104,14 @@ class Site:
     bias: str | None
 
     def form(self, shapes: Shapes) -> Hashable:
-        """All that decides whether the updates fit here but the numbers in their tensors; see `Update.form`."""
+        """Return everything except tensor values that decides whether the updates fit here; see `Update.form`."""
         weight = None if self.weight is None else shapes[self.weight]
         bias = None if self.bias is None else shapes[self.bias]
         return self.target.layout, self.target.rows, weight, bias, tuple([update.form for update in self.updates])
 
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """The updates of weights and outputs, which lie at stored tensors, and those of context, which do not."""
+    """Divide an adapter into updates of weights and outputs, which have stored tensors, and context updates."""
     context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
     others = {t: us for t, us in adapter.updates.items() if t not in context}
     return adapter.replace(updates=others), adapter.replace(updates=context)
@@ -120,7 +120,7 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
 def find_parts(
     adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
 ) -> dict[Target, tuple[Update, ...]]:
-    """Context updates under the base's own names for the parts that they speak to; the model itself has none.
+    """Name the parts of the base that context updates belong to; the model itself has no name.
 
     Args:
         adapter: the context updates.
@@ -129,7 +129,7 @@ def find_parts(
         rules: the user's rules.
 
     Raises:
-        TargetNotFound: the base has no such part; names the nearest.
+        TargetNotFound: the base has no such part; the error names the nearest.
     """
     found: dict[Target, tuple[Update, ...]] = {}
     if not adapter.updates:
@@ -147,7 +147,7 @@ def find_parts(
 
 
 def _part_change(path: str, modules: set[str]) -> Prefix:
-    """The one prefix change that gives a part a place; none where there is none, or more than one."""
+    """Find the only change of prefixes that gives a part a place; none if there are several."""
     parts = path.split(".")
     off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
     on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
@@ -160,12 +160,12 @@ class Bound:
     """The result of resolving an adapter's names against a base.
 
     Attributes:
-        sites: one or more a target, in the adapter's order.
-        origins: for each site, the target of the adapter that it comes from; of a stack, the first one.
+        sites: one or more sites for each target, in the adapter's order.
+        origins: for each site, the adapter's target that it comes from; for a stack, the first one.
         missing: targets without a place.
         rules: the rules that were used.
-        renamed: the first change of prefixes among them, as (taken off, put on).
-        config: the base's, with the family that a rule or names and shapes say where it names none.
+        renamed: the first change of prefixes among them, as (removed, added).
+        config: the base's config; if it names no family, with the family found by a rule or by names and shapes.
     """
 
     sites: list[Site]
@@ -187,7 +187,7 @@ def find_sites(
 ) -> Bound:
     """Find the stored tensors of every target; see `names.resolver` for the order in which rules are tried.
 
-    A target whose updates are all of outputs may be any module: one that stored tensors lie below, or one of `modules`.
+    A target that has only output updates may be any module: one above stored tensors, or one of `modules`.
 
     Args:
         adapter: the adapter.
@@ -198,8 +198,8 @@ def find_sites(
         rename: the user's rules, each `FROM=TO`, `@FILE` or `family:NAME`.
 
     Raises:
-        TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit;
-            the base is of another family than the adapter names, and there are no rules.
+        TargetNotFound: some targets have no place and `partial` is off, or none has a place; two readings of a name
+            fit; or the base is of another family than the adapter names, and there are no rules.
         ShapeMismatch, NotMergeable, Unsupported: a target cannot be cut or joined as the base stores it.
     """
     if not adapter.updates:
@@ -254,7 +254,7 @@ def find_sites(
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
-    """(weight, bias) names of a module or parameter; None where the base has neither."""
+    """Return the (weight, bias) names of a module or parameter; None if the base has neither."""
     weight, bias = f"{path}.weight", f"{path}.bias"
     if weight in shapes or bias in shapes:
         return weight if weight in shapes else None, bias if bias in shapes else None

@@ -1,4 +1,4 @@
-"""The map from an adapter's names to a base's as a table, for people and as plain data."""
+"""List how an adapter's names map to a base's, as a table for people and as plain data."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def name_map(
         partial: list targets that have no place instead of refusing.
 
     Returns:
-        `model_type`; `family`, the architecture file that is for the base, or None; and either `targets`, `rules` and
-        `missing`, or `weights`: one record for each stored name, numbers left out, with its name in each naming.
+        `model_type`; `family`, the architecture file of the base, or None; and either `targets`, `rules` and `missing`,
+        or `weights`: one record for each stored name, numbers left out, with its name in each naming.
 
     Raises:
         TargetNotFound: a target has no place, or two.
@@ -61,7 +61,7 @@ def name_map(
 
 
 def _weights(base: Checkpoint) -> list[dict[str, Any]]:
-    """The base's modules with numbers left out, each with its name in every naming of the family's file."""
+    """List the base's modules with numbers left out, each with its name in every naming of the family's file."""
     architecture = architecture_of(base.config)
     paths = dict.fromkeys(
         name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in base.tensors

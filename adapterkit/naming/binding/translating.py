@@ -1,4 +1,4 @@
-"""An adapter in the names and parts of one of its family's namings, with no base at hand: what a file holds."""
+"""Translate an adapter into the names and parts of a naming of its family, without a base; for writers of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .moving import moved
 def moves_of(
     updates: Mapping[Target, tuple[Update, ...]], architecture: Architecture, naming: str
 ) -> dict[str, tuple[Move, ...]]:
-    """Where the parts of each target go in a naming; targets without a place there are left out.
+    """Find the places of each target's parts in a naming; targets without a place there are left out.
 
     Raises:
         TargetNotFound: two readings of a name lead to different places.
@@ -32,11 +32,11 @@ def moves_of(
 def translated(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int = 0
 ) -> dict[Target, tuple[Update, ...]]:
-    """The updates where `moves_of` says that they go: cut at fused weights, put into or taken out of stacks.
+    """Apply the moves of `moves_of` to updates: cut at fused weights, put into or taken out of stacks.
 
     Args:
         updates: target -> updates; those without moves are left out.
-        moves: path of a target -> where its parts go.
+        moves: path of a target -> the places of its parts.
         experts: how many experts a stack has; 0 for as many as the updates need.
 
     Raises:
@@ -44,7 +44,7 @@ def translated(
     """
     found: dict[Target, tuple[Update, ...]] = {}
     for target, there, given in moved(updates, moves, _shapes(updates, moves, experts)):
-        # Some families store stacks [in, out]; no other naming has their experts so.
+        # Some families store stacks as [in, out]; no other naming stores experts this way.
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there
         found[there] = (*found.get(there, ()), *given)
@@ -59,7 +59,7 @@ def _experts(target: Target, updates: tuple[Update, ...]) -> int:
 def _shapes(
     updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shape `[e, out, in]` or `[out, in]` of each weight that updates go to, as far as they tell it."""
+    """Return the shape `[e, out, in]` or `[out, in]` of each destination weight, as far as the updates tell it."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
     for target, given in updates.items():

@@ -1,8 +1,8 @@
-"""Families, one module an `architecture`, found by listing; that of bottleneck adapters has none in a config."""
+"""Find the family of an `architecture`: one module each; configs of bottleneck adapters name no architecture."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ....core.registry import Registry
 from ._family import Family
@@ -14,12 +14,12 @@ FAMILIES: Registry[type[Family]] = Registry("AdapterHub family", __name__, "adap
 
 
 def family_of(update: Update) -> type[Family] | None:
-    """The family that writes an update; None where there is none."""
+    """Return the family that writes an update; None if there is none."""
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
-def family_of_architecture(architecture: Any) -> type[Family] | None:
-    """The family that an `architecture` names; None where there is none."""
+def family_of_architecture(architecture: object) -> type[Family] | None:
+    """Return the family that an `architecture` names; None if there is none."""
     if architecture is None:
         architecture = "bottleneck"
     elif architecture == "bottleneck":

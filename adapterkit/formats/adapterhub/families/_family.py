@@ -1,4 +1,4 @@
-"""A family: the fields of one `architecture`, and functions between its keys and updates."""
+"""Define a family: the fields of one `architecture`, and functions between its keys and updates."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """One `architecture`. Subclass it in a module of its own, whose name is the architecture's.
+    """One `architecture`. Subclass it in a module of its own; the module's name is the architecture's.
 
     Class attributes:
         methods: names of the methods that it reads and writes.
         fields: the fields of its config that change what its tensors mean.
-        read: those fields, with what they do.
-        harmless: fields that change nothing, with the reason.
-        fresh: a config that never was AdapterHub's.
+        read: those fields -> their effect.
+        harmless: fields without an effect -> the reason.
+        fresh: the config of an adapter that was not read from AdapterHub's format.
     """
 
     methods: ClassVar[frozenset[str]]
@@ -42,36 +42,36 @@ class Family(ABC):
 
     @classmethod
     def settle(cls, fields: Any, settings: Settings) -> Any:
-        """The fields as the release that wrote them meant them."""
+        """Return the fields with the meaning that they had in the release that wrote them."""
         return fields
 
     @classmethod
     @abstractmethod
     def decode(cls, part: Part) -> Findings:
-        """All its updates in a file.
+        """Return all its updates in a file.
 
         Raises:
             Malformed: a tensor lacks its partners.
-            ShapeMismatch: shapes disagree with the config.
-            Unsupported: it needs what this version does not know.
+            ShapeMismatch: shapes contradict the config.
+            Unsupported: it needs a feature that this version does not have.
         """
 
     @classmethod
     @abstractmethod
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
-        """Key and tensor of all that a file holds of these updates, all of this family."""
+        """Yield key and tensor of everything that a file stores of these updates, all of this family."""
 
     @classmethod
     @abstractmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-        """The fields of a config that says these updates, but for those that `fresh` has already."""
+        """Return the config fields that express these updates, except those that `fresh` has already."""
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        """Target, position among its updates and reason, for each of these that a file cannot say."""
+        """Yield target, position among its updates and reason for each update that a file cannot express."""
         return iter(())
 
     @classmethod
     def stale(cls, updates: Updates, naming: Naming, kept: Mapping[str, Lazy]) -> Iterator[str]:
-        """Keys of tensors that only travel along and no longer go with these updates."""
+        """Yield keys of kept tensors that no longer belong to these updates."""
         return iter(())

@@ -1,7 +1,7 @@
-"""Bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
+"""Read and write bottleneck adapters, Compacter and invertible adapters: configs without an `architecture`.
 
-`sublayers` has the places of adapters in each model type. The rest is here, in this order: the slots of keys, the
-configs of new files, and the family itself.
+`sublayers` has the places of adapters in each model type. This module has the rest, in this order: the slots of keys,
+the configs of new files, and the family itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHM = {
     "phm_rule_left": "rule_left",
     "phm_rule_right": "rule_right",
 }
-"""Slot of a Compacter layer -> field, but for `down_` or `up_`."""
+"""Slot of a Compacter layer -> field, both without their prefix `down_` or `up_`."""
 
 COUPLING = {
     f"{half}.{position}.{leaf}": f"{half}_{way}{'_bias' if leaf == 'bias' else ''}"
@@ -52,7 +52,7 @@ Words = Mapping[str, Any]
 
 
 def own_slots(words: Words) -> dict[str, str]:
-    """Slot -> field, of what each adapter has for itself."""
+    """Return slot -> field, for tensors that each adapter has for itself."""
     layers = {f"adapter_down.{int(words['ln_before'])}": "down", "adapter_up": "up"}
     if words["phm_layer"]:
         names = [*_rules(words, shared=False), *_factors(words, shared=False), *(["b"] if words["phm_bias"] else [])]
@@ -71,7 +71,7 @@ def own_slots(words: Words) -> dict[str, str]:
 
 
 def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
-    """Slot -> the fields that it fills in every adapter, of what the whole model shares."""
+    """Return slot -> the fields that it fills in every adapter, for tensors that the whole model shares."""
     if not words["phm_layer"]:
         return {}
     found: dict[str, tuple[str, ...]] = {}
@@ -83,7 +83,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
 
 
 def words_of(updates: Sequence[Any]) -> dict[str, Any]:
-    """The words of a config that say which tensors these updates have; all have the same."""
+    """Return the config fields that say which tensors these updates have; all updates have the same."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
     scaling = {"scaling_factor": "learned", "channel_scaling": "channel"}
@@ -125,10 +125,10 @@ def _factors(words: Words, *, shared: bool) -> list[str]:
     return ["W_left", "W_right"] if words["factorized_phm_W"] else ["W"]
 
 
-# A new config of bottleneck adapters names one form for all of them, and the layers of the base that have none.
+# A new config of bottleneck adapters describes one form for all of them, and the layers of the base without any.
 #
-# A config names kinds of places and layers that are left out; whatever else it covers the library fills with fresh
-# adapters, which change the model. So all must be there, and the base must tell how many layers there are.
+# A config names kinds of places and the layers that are left out. The library fills every other place with a fresh
+# adapter, which changes the model. So all must be there, and the base must tell how many layers there are.
 
 
 FRESH = {
@@ -144,7 +144,7 @@ FRESH = {
 """Fields of the config of an adapter that was not read from AdapterHub's format."""
 
 SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
-"""Attributes that a config calls the same."""
+"""Attributes that have the same name in a config."""
 
 FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
@@ -153,12 +153,12 @@ ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
 
 
 def placed(updates: Updates) -> list[tuple[Target, Any]]:
-    """Every adapter inside a block, with its target."""
+    """List every adapter inside a block, with its target."""
     return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
 
 
 def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
-    """The same, those together that hold the same tensors: a union may have two configs."""
+    """Group these adapters by the tensors they hold, because a union may have two configs."""
     found: dict[Any, list[tuple[Target, Any]]] = {}
     for target, update in placed(updates):
         found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
@@ -166,7 +166,7 @@ def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
 
 
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-    """The fields of a config that says these updates."""
+    """Return the config fields that express these updates."""
     adapters = placed(updates)
     some, words = adapters[0][1], words_of([update for _, update in adapters])
     flags = {rule.flag for _, rule in _stack_rules(updates, base).values()}
@@ -219,7 +219,7 @@ def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tupl
 
 
 def _patchy(rules: Mapping[Target, tuple[str, Rule]], base: Checkpoint | None) -> set[int]:
-    """Layers that lack a kind of adapter that another layer has; an encoder's have none behind attention to itself."""
+    """Return layers that lack a kind of adapter that another has; encoders have none after cross-attention."""
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():
         kinds.setdefault((_layer(target, base), _in_decoder(target)), set()).add(rule.flag)
@@ -230,7 +230,7 @@ def _patchy(rules: Mapping[Target, tuple[str, Rule]], base: Checkpoint | None) -
 
 
 def _coupling(updates: Updates) -> dict[str, Any]:
-    """The fields that call for an invertible adapter."""
+    """Return the fields that create an invertible adapter."""
     found = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not found:
         return {"inv_adapter": None, "inv_adapter_reduction_factor": None}
@@ -241,21 +241,21 @@ def _coupling(updates: Updates) -> dict[str, Any]:
 def _why_no_coupling(target: Target, update: Any, model_type: str | None) -> str:
     (a, second), (b, first) = update.F_down.shape, update.G_down.shape
     if update.reverse or not target.path.endswith(EMBEDDINGS.get(model_type or "", "?")):
-        return "not behind the embeddings, or nothing tells; pass the base"
+        return "not behind the embeddings, or it is not known; pass the base"
     if int(first // _factor(int(second), int(a))) != b or first not in (second, second - 1):
         return "halves of sizes that no reduction factor gives"
     return ""
 
 
 def _form(update: Any) -> tuple[Any, ...]:
-    """All that a config has one word for: everything but the place and, layer by layer, the size."""
+    """Return everything that a config states once: all but the place and, layer by layer, the size."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
     dims = {name: size for name, size in update.dims().items() if name != "d"}
     return update.method, words, set(update.tensors), dims
 
 
 def _unbiased(update: Any) -> tuple[str, ...]:
-    """Compacter's layers have no bias where the config says so, both or none."""
+    """Return which of a Compacter's layers lack a bias; the config has one setting for both."""
     none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
     return ("down_bias", "up_bias") if none else ()
 
@@ -265,13 +265,13 @@ def _bare_gate(update: Any) -> bool:
 
 
 def _stack_factors(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> float | dict[str, float]:
-    """The reduction factor: one for all, or one a layer."""
+    """Return the reduction factor: one for all, or one a layer."""
     factors = {str(_layer(target, base)): _factor(*_sizes(update)) for target, update in adapters}
     return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
 
 
 def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[int]:
-    """Layers whose adapters are of several sizes."""
+    """Return layers whose adapters have several sizes."""
     sizes: dict[int, set[int]] = {}
     for target, update in adapters:
         sizes.setdefault(_layer(target, base), set()).add(_sizes(update)[1])
@@ -279,13 +279,13 @@ def _uneven(adapters: list[tuple[Target, Any]], base: Checkpoint | None) -> set[
 
 
 def _sizes(update: Any) -> tuple[int, int]:
-    """Sizes of the block and of the bottleneck."""
+    """Return the sizes of the block and of the bottleneck."""
     dims = update.dims()
     return int(dims["hidden"]), int(dims["d"])
 
 
 def _factor(hidden: int, inner: int) -> float:
-    """The factor by which the library divides one size to get the other; it rounds down."""
+    """Return the factor by which the library divides one size to get the other; it rounds down."""
     factor = hidden / inner
     return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
 
@@ -296,7 +296,7 @@ def _rule_size(update: Any) -> int:
 
 
 def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
-    """How many layers there are, a decoder's behind an encoder's; 0 where nothing tells."""
+    """Count the layers, a decoder's after an encoder's; 0 if not known."""
     config = {} if base is None else base.config or {}
     layers = next((config[name] for name in LAYERS if isinstance(config.get(name), int)), 0)
     if model_type_of(base) not in ENCODER_DECODER or encoder:
@@ -305,7 +305,7 @@ def _layers(base: Checkpoint | None, *, encoder: bool = False) -> int:
 
 
 def _layer(target: Target, base: Checkpoint | None = None) -> int:
-    """The number of a target's layer, as the library counts them where the base is given."""
+    """Return the number of a target's layer, counted as in the library if the base is given."""
     found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
     before = _layers(base, encoder=True) if model_type_of(base) in ENCODER_DECODER and _in_decoder(target) else 0
     return before + int(found[1]) if found else 0
@@ -318,10 +318,10 @@ def _in_decoder(target: Target) -> bool:
 KIND, INVERTIBLE, SHARED = "adapters", "invertible_adapters", "shared_parameters"
 
 OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""Activations as configs without a version call them -> as the library does since."""
+"""Activations as configs without a version call them -> their names in the library since."""
 
 TWICE = {"adapter_norm_before.weight": "norm_before", "adapter_norm_before.bias": "norm_before_bias"}
-"""Second names of the tensors of a norm before the adapter, which `adapter_down` holds as well."""
+"""Second names of the tensors of a norm before the adapter; `adapter_down` holds the same tensors."""
 
 
 class BottleneckFields(Fields, frozen=True, kw_only=True):
@@ -350,7 +350,7 @@ class BottleneckFields(Fields, frozen=True, kw_only=True):
 
 
 class BottleneckFamily(Family):
-    """No `architecture` at all."""
+    """The family of configs that name no `architecture`."""
 
     methods = frozenset({"bottleneck", "compacter", "invertible"})
     fields = BottleneckFields
@@ -459,7 +459,7 @@ def _check_words(part: Part) -> None:
 
 
 def _own(part: Part, words: Mapping[str, Any], slots: Mapping[str, Key]) -> tuple[dict[str, Lazy], list[Key]]:
-    """The tensors of one adapter by field, and their keys."""
+    """Return the tensors of one adapter by field, and their keys."""
     fields = own_slots(words)
     tensors = take(part, slots, fields)
     keys = [slots[slot] for slot in fields]
@@ -471,7 +471,7 @@ def _own(part: Part, words: Mapping[str, Any], slots: Mapping[str, Key]) -> tupl
 
 
 def _shared(part: Part, words: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[Key]]:
-    """The tensors by field that all adapters of the model share, and their keys."""
+    """Return the tensors, by field, that all adapters of the model share, and their keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
@@ -496,7 +496,7 @@ def _attributes(own: BottleneckFields) -> dict[str, Any]:
 
 
 def _invertible(part: Part) -> Iterator[Found]:
-    """The coupling block behind the embeddings; an output head that it is inverted before is no part of the base."""
+    """Yield the coupling block after the embeddings; its inverse before an output head is not part of the base."""
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:

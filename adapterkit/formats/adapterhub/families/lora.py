@@ -1,8 +1,8 @@
-"""LoRA and what is stored like it: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight` and IA3's `lora_B` [out, 1].
+"""LoRA and methods with its keys: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight` and IA3's `lora_B` [out, 1].
 
-A layer that holds queries, keys and values in one weight has one pair of factors a group, for those of the three that
-`attn_matrices` names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group behind group. Each is an update of its
-own rows.
+A layer with queries, keys and values in one weight has one pair of factors a group, for those of the three that
+`attn_matrices` names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group after group. Each group becomes an
+update of its own rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LoraFields(Fields, frozen=True, kw_only=True):
 
 
 class LoraFamily(Family):
-    """`lora`."""
+    """The family `lora`: LoRA, DoRA, VeRA and IA3."""
 
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
@@ -103,10 +103,10 @@ class LoraFamily(Family):
 
 
 def _kind(part: Part) -> str:
-    """The method that the fields call for.
+    """Return the method that the fields select.
 
     Raises:
-        Unsupported: they call for a combination that no method here is.
+        Unsupported: they select a combination that is not a method here.
     """
     own = part.own
     if own.composition_mode not in ("add", "scale"):
@@ -131,7 +131,7 @@ EXTRA = {
     "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
-"""Method -> slot -> field, beside A and B."""
+"""Method -> slot -> field, for slots beside A and B."""
 
 
 def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Iterator[Found | Kept]:
@@ -190,7 +190,7 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
     key = slots["lora_B"] if "lora_B" in slots else next(iter(slots.values()))
     B = take(part, slots, {"lora_B": "B"})["B"]
     if _scaling(part) * part.own.r != 1:
-        why = f"IA3 times alpha = {part.own.alpha}: the vectors alone are not the law"
+        why = f"IA3 times alpha = {part.own.alpha}: the vectors alone are not the formula"
         raise Unsupported(why, where=f"{part.at}.alpha", cure="Multiply lora_B by it, and set it to 1")
     vector = _column(B, B.shape[0] if B.shape else 0, key)
     blocks = _blocks(part, path, 1)
@@ -206,12 +206,12 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
 
 
 def _scaling(part: Part) -> float:
-    """alpha / r, or 1 where it was trained without. The library forgets that when it loads a union."""
+    """Return alpha / r, or 1 if it was trained without. The library forgets that when it loads a union."""
     return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 
 def _blocks(part: Part, path: str, groups: int) -> list[int] | None:
-    """Which thirds of a fused weight the groups are of; None for a plain layer."""
+    """Return which thirds of a fused weight the groups belong to; None for a plain layer."""
     enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
@@ -237,13 +237,13 @@ def _check_factors(part: Part, slots: Mapping[str, Key], A: Lazy, B: Lazy, group
 
 def _column(tensor: Lazy, size: int, key: Key) -> Lazy:
     if tensor.shape != (size, 1):
-        why = f"{list(tensor.shape)} is no column of {size} values"
+        why = f"{list(tensor.shape)} is not a column of {size} values"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)
     return tensor.reshape(size)
 
 
 def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
-    """Path -> its updates, in the order of their rows."""
+    """Return path -> its updates, in the order of their rows."""
     found: dict[str, list[tuple[Target, Update]]] = {}
     for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
         found.setdefault(target.path, []).extend((target, update) for update in updates[target])

@@ -37,7 +37,7 @@ class MtlFields(Fields, frozen=True, kw_only=True):
 
 
 class MtlLoraFamily(Family):
-    """`mtl_lora`."""
+    """The family `mtl_lora`."""
 
     methods = frozenset({"mtl_lora"})
     fields = MtlFields

@@ -29,18 +29,18 @@ ATTENTIONS = {
     **dict.fromkeys(("bart", "mbart", "plbart"), (".self_attn", ".encoder_attn")),
     "gpt2": (".attn",),
 }
-"""model_type -> the attentions that new folders can be written for."""
+"""model_type -> the attentions whose prefixes a new folder can store."""
 
 DEPTHS = {
     "encoder_prefix": ("encoder_layers", "num_layers"),
     "self_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
     "cross_prefix": ("decoder_layers", "num_decoder_layers", "num_layers"),
 }
-"""Group -> how a config with an encoder and a decoder says the number of its layers."""
+"""Group -> the config fields that state the number of its layers, for models with an encoder and a decoder."""
 
 
 def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
-    """Why a new config cannot say it: the library fills all attentions of the layers that are not left out."""
+    """Say why a new config cannot express it; the library fills all attentions of the layers that are not left out."""
     endings = ATTENTIONS.get(model_type or "")
     if endings is None:
         return "the library fills attentions that are left out, and which there are only the base tells"
@@ -57,9 +57,9 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Why a group of a model with an encoder and a decoder is not whole: there the library leaves no layer out.
+    """Say why a group of an encoder-decoder model is incomplete; there the library cannot leave a layer out.
 
-    The base's tensors are counted, because its config need not name a depth that is the default of its family.
+    The base's tensors are counted, because a config may omit a depth that is its family's default.
     """
     config = {} if base is None else base.config or {}
     model_type = config.get("model_type")
@@ -74,7 +74,7 @@ def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> s
 
 
 def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
-    """Group -> how many attentions the base has of it."""
+    """Return group -> how many attentions of it the base has."""
     found: dict[str, set[str]] = {}
     for name in base.tensors:
         for ending in ATTENTIONS.get(model_type, ()):
@@ -107,7 +107,7 @@ def layer_of(path: str) -> int:
 
 # Prefix tuning: one network, or one flat tensor, for all attentions of a kind; `encoder_`, `cross_` and `self_prefix`.
 #
-# The library keeps it once and lists it under every attention, so that a file holds it many times. Each attention is a
+# The library keeps it once and lists it under every attention, so a file holds it many times. Each attention is a
 # target here: it attends to its own share of the keys and values first, and positions are counted as without them.
 
 
@@ -130,10 +130,10 @@ NETWORK = {
     "control_trans.2.weight": "W2",
     "control_trans.2.bias": "b2",
 }
-"""Slot of a group -> field; the last two hold all layers."""
+"""Slot of a group -> field; the last two slots hold all layers."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-"""How configs say the heads of keys and values; the library takes the encoder's for the decoder, too."""
+"""Config fields for the heads of keys and values; the library uses the encoder's for the decoder, too."""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
@@ -148,7 +148,7 @@ class PrefixFields(Fields, frozen=True, kw_only=True):
 
 
 class PrefixFamily(Family):
-    """`prefix_tuning`."""
+    """The family `prefix_tuning`."""
 
     methods = frozenset(METHODS.values())
     fields = PrefixFields
@@ -262,7 +262,7 @@ def _check(part: Part) -> None:
 
 
 def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[str, Key]) -> Iterator[Found]:
-    """The updates of the attentions of one kind that are not left out."""
+    """Yield the updates of the attentions of one kind that are not left out."""
     prefix = name if part.own.flat else f"{name}."
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
     tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
@@ -296,11 +296,11 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
 
 
 def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
-    """Slot -> key of an attention's gate; nothing where the config has none.
+    """Return slot -> key of an attention's gate; empty if the config has no gate.
 
     Raises:
-        Malformed: it is not in the file.
-        ShapeMismatch: there are more or fewer than the config says.
+        Malformed: the gate is not in the file.
+        ShapeMismatch: it has more or fewer values than the config says.
     """
     if not part.own.use_gating:
         return {}
@@ -316,11 +316,11 @@ def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
 
 
 def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tuple[int, int]:
-    """Heads, and how wide all keys of a layer are together.
+    """Return the number of heads, and the total width of a layer's keys.
 
     Raises:
         UsageError: there is no base to tell the heads.
-        ShapeMismatch: the tensors are not of so many layers and heads.
+        ShapeMismatch: the tensors do not have so many layers and heads.
     """
     last = tensors["P"] if part.own.flat else tensors["b2"]
     total = last.shape[0] if len(last.shape) == 1 else 0
@@ -337,7 +337,7 @@ def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tu
 
 
 def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
-    """One layer's `[1, 2, heads, length, d]` out of the flat tensor `[length, layers, 2, heads, d]`."""
+    """Cut one layer's `[1, 2, heads, length, d]` out of the flat tensor `[length, layers, 2, heads, d]`."""
     d = flat.shape[0] // (length * layers * 2 * heads)
     shape = (1, 2, heads, length, d)
     return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)
@@ -356,7 +356,7 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
 
 
 def _gates(update: Any) -> int:
-    """How many gates weight an attention's keys and values."""
+    """Return how many gates weight an attention's keys and values."""
     return int(update.gate.shape[0]) if "gate" in update.tensors else 0
 
 
@@ -365,5 +365,5 @@ def _group(path: str, part: Part) -> str:
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """Layers by their numbers, not by their digits."""
+    """Return a sort key that orders layers by their numbers, not by their digits."""
     return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]

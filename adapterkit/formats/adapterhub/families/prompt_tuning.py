@@ -1,4 +1,4 @@
-"""Prompt tuning: `prompt_embedding.weight` [n, dim], in front of what the embeddings give."""
+"""Prompt tuning: `prompt_embedding.weight` [n, dim], put before the output of the embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PromptFields(Fields, frozen=True, kw_only=True):
 
 
 class PromptFamily(Family):
-    """`prompt_tuning`."""
+    """The family `prompt_tuning`."""
 
     methods = frozenset({"prompt"})
     fields = PromptFields

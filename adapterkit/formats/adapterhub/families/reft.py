@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 KIND, LAYER = "refts", ".reft_layer"
 ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
 FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
-"""Slot of a unit -> field; those of the second begin with `suffix_`."""
+"""Slot of a unit -> field; fields of the second unit begin with `suffix_`."""
 
 
 class ReftFields(Fields, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class ReftFields(Fields, frozen=True, kw_only=True):
 
 
 class ReftFamily(Family):
-    """`reft`."""
+    """The family `reft`."""
 
     methods = frozenset({"reft"})
     fields = ReftFields
@@ -140,7 +140,7 @@ def _check(part: Part) -> None:
         why = f"an unknown non_linearity {word[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
     if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
-        why = "nothing tells NoReFT from DiReFT: the library does not write whether the projection is subtracted"
+        why = "NoReFT and DiReFT cannot be told apart: the library does not write whether the projection is subtracted"
         cure = (
             "Say which it is: --compat noreft or --compat direft, compat= in Python; or write subtract_projection into "
             "`config`, true for NoReFT, false for DiReFT"
@@ -202,16 +202,16 @@ def _layer(path: str) -> int | None:
 
 # torch's orthogonal parametrization of a wide matrix: rows of Q^T with Q = base @ H_1 ... H_r, signs from a diagonal.
 #
-# `original` [r, n], transposed, holds below its diagonal the Householder vectors, whose first entry is 1, and on it the
-# signs; `base` is [n, n]. Formula: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
+# `original` [r, n], transposed, holds the Householder vectors below its diagonal; their first entry is 1. The diagonal
+# has the signs; `base` is [n, n]. Formula: torch/nn/utils/parametrizations.py (`_Orthogonal`), LAPACK's orgqr.
 
 
 NEAR = 1e-6
-"""How far two evaluations in single precision may be apart."""
+"""Largest difference between two evaluations in single precision."""
 
 
 def composed(original: Lazy, base: Lazy) -> Lazy:
-    """The parametrized matrix [r, n], in the type of `original`."""
+    """Compute the parametrized matrix [r, n], in the type of `original`."""
 
     def fetch() -> bytes:
         return bytes(_rows(original, base).astype(original.dtype.array).tobytes())
@@ -220,7 +220,7 @@ def composed(original: Lazy, base: Lazy) -> Lazy:
 
 
 def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
-    """`original` and `base` for a matrix [r, n] of orthonormal rows, as the parametrization chooses them."""
+    """Return `original` and `base` for a matrix [r, n] with orthonormal rows, as the parametrization chooses them."""
     r, n = matrix.shape
 
     def minus_one() -> bytes:
@@ -240,7 +240,7 @@ def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
 
 
 def says(original: Lazy, base: Lazy, matrix: Lazy) -> bool:
-    """Whether the parametrization of these two is a matrix, but for rounding."""
+    """Whether the parametrization of these two equals a matrix, except for rounding."""
     import numpy as np
 
     near = np.abs(_rows(original, base) - as_array(matrix).astype(np.float64)) <= NEAR

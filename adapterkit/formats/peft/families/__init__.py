@@ -1,6 +1,6 @@
-"""Families of tensors, one module each, found by listing: a `peft_type`, its parts of keys, its fields, both ways.
+"""Find families of tensors, one module each: a `peft_type`, its parts of keys, its fields, reading and writing.
 
-LoRA, DoRA, IA3, token rows and whole parameters share modules and are beside this package, not in it.
+LoRA, DoRA, IA3, token rows and whole parameters share modules beside this package; they are not families.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_method", "family_of_type"]
 
 PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
-"""The values of `peft_type` that are of no family; for these none is imported."""
+"""Values of `peft_type` that are not of a family; for these no family is imported."""
 
 FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family)
 
 
 def family_of(update: Update) -> type[Family] | None:
-    """The family that writes an update; None where it is not of one."""
+    """Return the family that writes an update; None if it belongs to none."""
     return family_of_method(type(update))
 
 
 def family_of_method(method: type[Update] | None) -> type[Family] | None:
-    """The family that writes a method's updates; None where none does."""
+    """Return the family that writes a method's updates; None if none does."""
     return None if method is None or method in BESIDE else _by_method().get(method)
 
 
 def family_of_type(peft_type: str) -> type[Family] | None:
-    """The family of a `peft_type`; None where there is none."""
+    """Return the family of a `peft_type`; None if there is none."""
     return None if peft_type in PEFT_TYPES else _by_type().get(peft_type)
 
 
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
-    """Where several write one method, the first by name does."""
+    """Return method -> family; if several families write one method, the first by name does."""
     return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 

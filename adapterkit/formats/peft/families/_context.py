@@ -1,4 +1,4 @@
-"""What the families of virtual tokens share: tensors that stand alone, sizes in the config, no modules."""
+"""Shared code of families of virtual tokens: their tensors belong to no module, and their sizes are in the config."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = {
 
 
 class Sizes(Own, frozen=True, kw_only=True):
-    """Sizes of virtual tokens; PEFT fills in from the model what is not given."""
+    """Sizes of virtual tokens; if one is missing, PEFT takes it from the model."""
 
     num_attention_heads: int | None = None
     num_layers: int | None = None
@@ -40,7 +40,7 @@ class Sizes(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> int:
-        """How many stacks of layers the model has."""
+        """Return how many stacks of layers the model has."""
         return 1 if self.num_transformer_submodules is None else self.num_transformer_submodules
 
 
@@ -71,7 +71,7 @@ class ContextFamily(Family):
 
 
 class PromptLike(ContextFamily):
-    """`prompt_embeddings` [tokens, dim], as many again where there is a decoder, which PEFT never uses."""
+    """`prompt_embeddings` [tokens, dim]; with a decoder twice as many rows, of which PEFT ignores the second half."""
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -136,17 +136,17 @@ class PrefixLike(ContextFamily):
 
 
 def stacks(parts: int) -> dict[str, Any]:
-    """What a config says of a model with so many stacks of layers: with two it is of one class."""
+    """Return the config fields for a model with so many stacks of layers; two need a class of model with two."""
     return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
 
 
 def rows(own: Any) -> int | None:
-    """How many rows a tensor of embeddings has, as the config says it."""
+    """Return how many rows a tensor of embeddings has, by the config."""
     return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
-    """Checks a tensor's shape against what the config says, where it says it.
+    """Check a tensor's shape against the sizes that the config states.
 
     Raises:
         ShapeMismatch: they differ.

@@ -1,4 +1,4 @@
-"""What a family is: the words of one `peft_type`, and two functions between its keys and a method's fields."""
+"""Define a family: the config words of one `peft_type`, and two functions between its keys and a method's fields."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class Family(ABC):
     """One `peft_type`. Subclass it in a module of its own.
 
     Class attributes:
-        peft_type: its word in the config.
-        method: the class of its updates, or of most.
-        others: further classes of its updates, which a file may hold beside each other.
-        parts: what follows a module's path in its keys, `.weight` or `.bias` included; a star stands for one word.
-        shared: keys of tensors that all modules share: they stand alone, behind `shared_prefix`.
-        shared_prefix: what is written before a shared key; read with and without `base_model.`.
-        prefix: what is written before the base's own names.
+        peft_type: its name in the config.
+        method: the class of its updates, or of most of them.
+        others: further classes of its updates, which a file may mix.
+        parts: the ends of its keys after a module's path, including `.weight` or `.bias`; a star stands for one word.
+        shared: keys of tensors that all modules share; they follow `shared_prefix`.
+        shared_prefix: the prefix that is written before a shared key; read with and without `base_model.`.
+        prefix: the prefix that is written before the base's own names.
         names_modules: whether its config lists the modules that have tensors.
         own: the fields that no other type has, with PEFT's defaults.
-        read: fields that change what its tensors mean, with what they do; those of all types aside.
-        harmless: fields of its own that change nothing, with the reason.
-        fresh: what a config says that never was PEFT's.
-        departures: where PEFT's forward departs from the paper's formula, see `Format`.
+        read: fields that change what its tensors mean -> their effect; without the fields of all types.
+        harmless: its own fields without an effect -> the reason.
+        fresh: the config of an adapter that was not read from PEFT.
+        departures: departures of PEFT's forward from the paper's formula, see `Format`.
         empty: tensors of its updates may have no elements.
-        folds: tensor fields, of which the first that is present takes in a scaling that the config cannot say.
+        folds: tensor fields; the first that is present absorbs a scaling that the config cannot express.
     """
 
     peft_type: ClassVar[str]
@@ -73,16 +73,16 @@ class Family(ABC):
 
     @classmethod
     def methods(cls) -> tuple[type[Update], ...]:
-        """All classes of its updates."""
+        """Return all classes of its updates."""
         return (cls.method, *cls.others)
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        """All its updates in a file.
+        """Return all its updates in a file.
 
         Raises:
             Malformed: a tensor lacks its partners.
-            ShapeMismatch: shapes disagree with the config.
+            ShapeMismatch: shapes contradict the config.
         """
         for stem, keys in file.modules(cls.parts).items():
             check_stem(stem, next(iter(keys.values())))
@@ -91,34 +91,34 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        """The update of one module, from its keys by part; what is shared is in `file.shared`."""
+        """Return the update of one module, from its keys by part; shared keys are in `file.shared`."""
 
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
+        """Return field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
 
-        A part with a dot before it is the module's own, also where a shared key is called the same.
+        A part that begins with a dot is the module's own, even if a shared key has the same name.
         """
 
     @classmethod
     def encode_at(cls, update: Any, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
-        """The same at a module whose weight, as stored, is of `shape`, where the base is known."""
+        """Encode an update at a module; `shape` is its weight's shape as stored, if the base is known."""
         return cls.encode(update)
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        """Why a file cannot say an update at its target; empty where it can."""
+        """Say why a file cannot express an update at its target; empty if it can."""
         return "" if target.layout == "out *in" else f"{update.method} on a weight stored [in, out]"
 
     @classmethod
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """The fields that say what tensors do not: ranks, scalings, forms."""
+        """Return the fields that tensors do not determine: ranks, scalings, forms."""
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        """Every update of this family encoded, in order; for families whose keys depend on the other updates too."""
+        """Encode every update of this family, in order; for families whose keys depend on the other updates too."""
         for target, found in updates.items():
             weight = None if base is None else base.tensors.get(f"{target.path}.weight")
             for update in (update for update in found if type(update) in cls.methods()):
@@ -126,36 +126,36 @@ class Family(ABC):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        """Whether nothing tells which of two keys is a target's: that of an embedding, or of a Conv1D."""
+        """Whether it is not known which of two keys a target has: an embedding's, or a Conv1D's."""
         return False
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
-        """The same, for families of which shapes of the base say more."""
+        """Return the fields of `numbers`, for families that also need shapes of the base."""
         return cls.numbers(updates)
 
     @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """Targets whose update one file cannot say beside the others, and why."""
+        """Yield targets whose update cannot be in one file with the others, and the reason."""
         yield from ()
 
     @classmethod
     def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Fields whose tensors a file with this config does not hold, where it says them all the same."""
+        """Return fields whose tensors this config makes unnecessary, because it determines them."""
         return frozenset()
 
     @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
-        """Paths of the updates whose scaling no alpha gives to the last bit."""
+        """Return paths of the updates whose scaling no alpha gives exactly."""
         return []
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """Path -> its update, for the updates of this family.
+        """Return path -> its update, for the updates of this family.
 
-        Those of stacked experts are left out: PEFT has no file of them but for LoRA, and the writer refuses them.
+        Stacked experts are left out: PEFT has files of them only for LoRA, and the writer refuses the others.
         """
         whole = {target: found for target, found in updates.items() if not target.stacked}
         return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
@@ -173,31 +173,31 @@ class Scaled(Own, frozen=True, kw_only=True):
     alpha: float = 8
 
     def scaling(self, settings: Settings, name: str) -> float:
-        """The factor on the change at the module `name`."""
+        """Return the factor on the change at the module `name`."""
         return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
 
 
 def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """Rank and alpha fields for rank and scaling by module."""
+    """Return rank and alpha fields for the rank and scaling of each module."""
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
     return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
 
 
 def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
-    """The modules whose scaling is no alpha / r."""
+    """Return the modules whose scaling no alpha / r gives exactly."""
     return number_fields(scales, (False,))[1]
 
 
 def minority(said: Mapping[Target, Any]) -> list[Target]:
-    """The targets that do not say what most of them say, or what the first of equally many says."""
+    """Return the targets whose value is not the most common one; of equally common ones, the first counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in said.items() if value != most]
 
 
 def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
-    """How many inputs the weight of a linear layer has, where the base tells."""
+    """Return how many inputs the weight of a linear layer has, if the base tells."""
     weight = None if base is None else base.tensors.get(f"{target.path}.weight")
     if weight is None or len(weight.shape) != 2:
         return None
@@ -205,10 +205,10 @@ def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
 
 
 def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
-    """Checks that a module has just these parts.
+    """Check that a module has exactly these parts.
 
     Raises:
-        Malformed: one is missing or too many.
+        Malformed: one is missing, or there is another.
     """
     some = next(iter(keys.values()))
     missing = next((part for part in wanted if part not in keys), None)
@@ -220,7 +220,7 @@ def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
 
 
 def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
-    """Checks one axis of a factor against the rank that the config gives.
+    """Check one axis of a factor against the rank in the config.
 
     Raises:
         ShapeMismatch: they differ, or there is no such axis.
@@ -231,10 +231,10 @@ def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
 
 
 def check_stem(stem: str, key: Key) -> None:
-    """Checks that a module is adapted once.
+    """Check that a module is adapted once.
 
     Raises:
-        Malformed: it lies in another adapter's wrapper.
+        Malformed: it is inside another adapter's wrapper.
     """
     if stem.endswith(".base_layer"):
         raise Malformed("nested in another adapter", where=key.text, cure=_AGAIN)

@@ -1,4 +1,4 @@
-"""Positions that files leave out: drawn again from a seed, as PEFT draws them."""
+"""Draw positions that files leave out from a seed, as PEFT draws them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 LARGEST = 1 << 34
-"""Elements of a weight that is believed."""
+"""Limit on the elements of a weight, against hostile files."""
 
 
 def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
-    """Rows and columns of the first `count` of all positions in random order, `[2, count]`; drawn when they are read.
+    """Return rows and columns of the first `count` of all positions in random order, `[2, count]`; drawn when read.
 
     Raises:
         Malformed: there is no seed to draw from.
@@ -37,7 +37,7 @@ def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
 
 @lru_cache(maxsize=64)
 def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
-    """One tensor for all weights of a size: drawing shuffles as many numbers as a weight has elements."""
+    """Return one tensor for all weights of a size; drawing it shuffles as many numbers as the weight has elements."""
 
     @cache
     def fetch() -> bytes:
@@ -52,7 +52,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
 
 
 def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, Any]:
-    """`scaling` and `fan_in_fan_out`, of which a config has one each."""
+    """Return `scaling` and `fan_in_fan_out`, which a config states once."""
     own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
     return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}

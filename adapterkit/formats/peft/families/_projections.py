@@ -1,4 +1,4 @@
-"""What VeRA and PVeRA share: projections for all modules, which lie in the file or are drawn again from a seed."""
+"""Shared code of VeRA and PVeRA: projections for all modules, which are in the file or are drawn again from a seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank, and where the projections are."""
+    """Rank, and the place of the projections."""
 
     r: Rank = 256
     projection_prng_key: Seed = 0
@@ -79,13 +79,13 @@ class Projections(Family):
 
     @classmethod
     def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
-        """Projections stay out of a file that had none, as long as they are those of its seed."""
+        """Leave projections out of a file that had none, if they are still those of its seed."""
         if config.get("save_projection", True):
             return frozenset()
         try:
             seed = msgspec.convert(dict(config), Fields).projection_prng_key
         except msgspec.ValidationError:
-            return frozenset()  # whoever reads the config says what is wrong with it
+            return frozenset()  # The reader of the config reports its faults.
         some = next(iter(cls.of_it(updates).values()))
         held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
         drawn = _draw(seed, (held[0].shape, held[1].shape))
@@ -98,7 +98,7 @@ class Projections(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """PEFT makes projections just as large as the largest module, and loads no others."""
+        """Yield misfits: PEFT makes projections exactly as large as the largest module, and loads no others."""
         own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
         odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
         yield from ((target, "projections of other sizes than the others'") for target in odd)
@@ -148,12 +148,12 @@ def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
 def _outputs(file: File, key: Key) -> int:
     shape = file.tensors[key].shape
     if len(shape) != 1:
-        raise ShapeMismatch(f"{list(shape)} is no vector", where=key.text, cure="Save the adapter again with PEFT")
+        raise ShapeMismatch(f"{list(shape)} is not a vector", where=key.text, cure="Save the adapter again with PEFT")
     return shape[0]
 
 
 def _inputs(file: File, path: str, out: int) -> int:
-    """The inputs of a module, which only the base tells."""
+    """Return the inputs of a module, which only the base tells."""
     shape = file.base_shape(f"{path}.weight")
     if shape is None:
         why = "the projections are not in the file, and how large they are is known to the base only"
@@ -165,7 +165,7 @@ def _inputs(file: File, path: str, out: int) -> int:
 
 
 def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
-    """A and B, drawn one after the other, evenly, from torch's generator on the CPU."""
+    """Draw A and B, one after the other, uniformly, with torch's generator on the CPU."""
 
     def fetch(position: int) -> bytes:
         import torch

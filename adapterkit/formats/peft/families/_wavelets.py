@@ -1,7 +1,7 @@
-"""Filters of the wavelets that PEFT's WaveFT knows: low-pass, of reconstruction.
+"""Filters of the wavelets that PEFT's WaveFT supports: low-pass, for reconstruction.
 
-Numbers as Daubechies published them (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104), to the digits
-that PEFT computes with: orthonormal, with N vanishing moments (dbN, symN) or 2 N (coifN).
+The numbers are those that Daubechies published (Ten Lectures on Wavelets, https://doi.org/10.1137/1.9781611970104),
+with PEFT's digits: orthonormal, with N vanishing moments (dbN, symN) or 2 N (coifN).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 from ....io.lazy import DTYPES, Lazy
 
 FAULTY = "coif4"
-"""PEFT's numbers for this name are no wavelet's. Its forward computes with them; `RIGHT` are the Coiflet's."""
+"""PEFT's numbers for this name are not a wavelet's. Its forward computes with them; `RIGHT` are the Coiflet's."""
 
 RIGHT = (
     0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
@@ -145,7 +145,7 @@ FILTERS: dict[str, tuple[float, ...]] = {
 
 @cache
 def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
-    """A wavelet's filter, one tensor for all that use it; `right` is for the one that PEFT has other numbers for."""
+    """Return a wavelet's filter, one tensor for all that use it; `right` is for the one with wrong numbers in PEFT."""
     import numpy as np
 
     kind = DTYPES[dtype]
@@ -154,7 +154,7 @@ def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
 
 
 def name_of(taps: Lazy) -> str | None:
-    """The wavelet that has these taps, and that a file can name; None where there is none."""
+    """Return the wavelet that has these taps and that a file can name; None if there is none."""
     held, dtype = bytes(taps.fetch()), taps.dtype.name
     fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
     named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == held)

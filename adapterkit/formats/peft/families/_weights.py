@@ -1,4 +1,4 @@
-"""What families of plain weights share: sizes that only a base tells, storage of GPT-2's Conv1D, patterns of sizes."""
+"""Shared code of families of plain weights: sizes from the base, storage of GPT-2's Conv1D, patterns of sizes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def layout(file: File, path: str) -> str:
-    """How the base stores the weight at a path: by its family, else as the config says of all."""
+    """Return the layout in which the base stores the weight at a path: by its family, else as the config says."""
     known = stored_in_out(path, None if file.base is None else file.base.config)
     turned = file.settings.fan_in_fan_out if known is None else known
     return "in out *k" if turned else "out *in"
 
 
 def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
-    """Outputs and inputs of the weight that a key adapts.
+    """Return outputs and inputs of the weight that a key adapts.
 
     Raises:
         UsageError: there is no base to tell.
@@ -47,7 +47,7 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
 
 
 def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
-    """The shape of the weight at a path, as the base stores it.
+    """Return the shape of the weight at a path, as the base stores it.
 
     Raises:
         UsageError: there is no base, or no such weight in it.
@@ -59,42 +59,42 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 
 
 def not_linear(target: Target, method: str) -> str:
-    """Why a target is neither a linear layer nor a Conv1D; empty where it is."""
+    """Say why a target is neither a linear layer nor a Conv1D; empty if it is one."""
     if target.layout == "in out *k":
         return not_embedded(target, method)
     return "" if target.layout == "out *in" else f"{method} on a weight stored {target.layout}"
 
 
 def not_embedded(target: Target, method: str) -> str:
-    """Why a method that PEFT has not for embeddings cannot be said at a target; empty where it can."""
+    """Say why a method that PEFT lacks for embeddings cannot be at a target; empty if it can."""
     return f"{method} on an embedding" if is_embedding(target) else ""
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:
-    """All paths, where a config with one scaling for all cannot say theirs."""
+    """Return all paths if a config with one scaling for all cannot state their scalings; else none."""
     return [] if len(set(scalings.values())) < 2 else list(scalings)
 
 
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
-    """A size that patterns change: the first that fits what follows a dot, else the one that is the path itself."""
+    """Return a size that patterns change: the first that matches after a dot, else the one that is the path itself."""
     pattern = pattern or {}
     fitting = (name for name in pattern if matches(rf".*\.{name}$", path))
     return pattern.get(next(fitting, path), size)
 
 
 def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, Any]:
-    """The most common size, and a pattern with the whole path of each module that has another."""
+    """Return the most common size, and a pattern with the whole path of each module that has another."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
 
 
 def side(tensor: Lazy, axis: int, axes: int) -> int:
-    """The size of one axis of a tensor that should have so many; -1 where it has not."""
+    """Return the size of one axis of a tensor that should have so many axes; -1 if it does not."""
     return tensor.shape[axis] if len(tensor.shape) == axes else -1
 
 
 def check_size(key: Key, found: int, said: int, field: str) -> None:
-    """Checks a tensor's size against the config's.
+    """Check a tensor's size against the config's.
 
     Raises:
         ShapeMismatch: they differ.

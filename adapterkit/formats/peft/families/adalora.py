@@ -23,11 +23,11 @@ FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 """Part -> field of the update."""
 
 EPSILON = 1e-5
-"""What PEFT adds to the rank that it divides by."""
+"""Value that PEFT adds to the rank before it divides by it."""
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """The rank before training, and what was left of it."""
+    """The rank before training, and the rank that training left."""
 
     init_r: Rank = 12
     lora_alpha: float = 8
@@ -35,7 +35,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class AdaloraFamily(Family):
-    """ADALORA."""
+    """The family of the peft_type ADALORA."""
 
     peft_type = "ADALORA"
     method = AdaLoRA
@@ -73,8 +73,8 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # With an alpha of 0 PEFT trains with init_r in its place. It loads a pruned module with the rank that is left
-        # instead: a fault of loading, which changes what was trained.
+        # With an alpha of 0, PEFT trains with init_r instead. When it loads a pruned module, it uses the remaining rank
+        # instead: a fault of loading that changes the trained function.
         alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
         update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
@@ -122,7 +122,7 @@ class AdaloraFamily(Family):
 
 
 def _left(own: Fields, key: Key) -> int:
-    """The rank that the config gives a module."""
+    """Return the rank that the config gives a module."""
     kept = (own.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != own.init_r:
         why = f"{len(kept)} entries where init_r is {own.init_r}"
@@ -131,7 +131,7 @@ def _left(own: Fields, key: Key) -> int:
 
 
 def _exact(scaling: float, rank: int) -> Iterator[tuple[int, float]]:
-    """(init_r, lora_alpha) that give a scaling to the last bit, for a rank of at least this."""
+    """Yield (init_r, lora_alpha) that give exactly a scaling, for a rank of at least this."""
     for init_r in range(rank, rank + 9):
         guess = scaling * (init_r + EPSILON)
         if not math.isfinite(guess) or guess <= 0:

@@ -1,8 +1,8 @@
 """AdaMSS: `adamss_A.<i>` [r_i, r] and `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in, or in + 1].
 
-Which rows are a group's is not in the file. PEFT finds them again whenever it loads it: k-means with a fixed seed over
-the left singular vectors of the base's weight, which `torch.svd_lowrank` finds from the config's `random_seed`. So they
-are found here, from the base; the right singular vectors in the file and the sizes of the groups prove them.
+The file does not have the rows of each group. PEFT computes them again whenever it loads the file: k-means with a fixed
+seed over the left singular vectors of the base's weight, which `torch.svd_lowrank` computes from `random_seed`. So they
+are computed here from the base; the right singular vectors in the file and the sizes of the groups verify them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 ROUNDS, SEED, STEPS = 10, 123456789, 2
-"""What PEFT gives to scikit-learn's KMeans, `max_iter` and `random_state`, and to `torch.svd_lowrank`, `niter`."""
+"""Arguments that PEFT passes to scikit-learn's KMeans, `max_iter` and `random_state`, and to `svd_lowrank`, `niter`."""
 
 NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
-"""How far the file's singular vectors may be from those of the base, by dtype: numbers of vectors of length 1."""
+"""Allowed difference of the file's singular vectors from the base's, by dtype; the vectors have length 1."""
 
 
 class Fields(Own, frozen=True, kw_only=True):
@@ -42,7 +42,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class AdamssFamily(Family):
-    """ADAMSS."""
+    """The family of the peft_type ADAMSS."""
 
     peft_type = "ADAMSS"
     method = AdaMSS
@@ -127,7 +127,7 @@ class AdamssFamily(Family):
 
 
 def _unproven(own: Fields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
-    """Why PEFT would not find the groups of an update again; empty where it would."""
+    """Say why PEFT would not find the groups of an update again; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
     try:
@@ -149,10 +149,10 @@ def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy)
 
 
 def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
-    """The weight `[out, in]` and the bias of a module of the base, in float32.
+    """Return the weight `[out, in]` and the bias of a module of the base, in float32.
 
     Raises:
-        UsageError: there is no base to tell.
+        UsageError: there is no base.
         ShapeMismatch: the base has no such linear layer of floats.
     """
     import numpy as np
@@ -170,11 +170,11 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
 
 
 def _groups(own: Fields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
-    """The group of each row of the weight.
+    """Return the group of each row of the weight.
 
     Raises:
-        ShapeMismatch: the file is not of this base.
-        Unsupported: the base's singular vectors are not those in the file, or rounding decides the groups.
+        ShapeMismatch: the file belongs to another base.
+        Unsupported: the base's singular vectors differ from the file's, or rounding decides the groups.
     """
     import numpy as np
 
@@ -185,7 +185,7 @@ def _groups(own: Fields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: l
         raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
     U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
     held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
-    # Signs, and the order of equal singular values, differ between machines; k-means does not see them.
+    # Signs, and the order of equal singular values, differ between machines; k-means does not depend on them.
     apart = float(np.abs(held - (held @ V.T) @ V).max())
     if not apart <= NEAR[_precision(basis)]:
         why = (
@@ -205,7 +205,7 @@ def _groups(own: Fields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: l
 
 
 def _precision(basis: Lazy) -> str:
-    """The dtype to which PEFT rounded the vectors: that of the base, also where they are saved in float32."""
+    """Return the dtype to which PEFT rounded the vectors: the base's, even if they are saved in float32."""
     import numpy as np
 
     if basis.dtype.name != "F32":
@@ -215,7 +215,7 @@ def _precision(basis: Lazy) -> str:
 
 
 def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Any, inputs: int, seed: int) -> AdaMSS:
-    """The update, its factors filled up with zeros to one rank, and B in the order of the weight's rows."""
+    """Make the update: factors are padded with zeros to one rank, and B is in the order of the weight's rows."""
     import numpy as np
 
     ranks = [a.shape[0] for a in A]

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from ..keys import Key
 
 GPT2 = "attn"
-"""The name of GPT-2's attentions: to their outputs PEFT adds what others get before the heads are mixed."""
+"""The name of GPT-2's attentions; PEFT adds to their outputs, to others before the heads are mixed."""
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many tokens, in how many of the last layers."""
+    """The number of tokens, and of the last layers that have them."""
 
     adapter_len: int | None = None
     adapter_layers: int | None = None
 
 
 class AdaptionPromptFamily(Family):
-    """ADAPTION_PROMPT."""
+    """The family of the peft_type ADAPTION_PROMPT."""
 
     peft_type = "ADAPTION_PROMPT"
     method = AdaptionPrompt
@@ -78,6 +78,6 @@ class AdaptionPromptFamily(Family):
 
 
 def _length(found: Mapping[str, Any]) -> int | None:
-    """The one number of virtual tokens; None where there are several, which no config can say."""
+    """Return the one number of virtual tokens; None if there are several, which a config cannot state."""
     lengths = {int(update.P.shape[0]) for update in found.values()}
     return lengths.pop() if len(lengths) == 1 else None

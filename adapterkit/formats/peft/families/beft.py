@@ -21,7 +21,7 @@ PART = "beft_bias"
 
 
 class BeftFamily(Family):
-    """BEFT."""
+    """The family of the peft_type BEFT."""
 
     peft_type = "BEFT"
     method = Dense

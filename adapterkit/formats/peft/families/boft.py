@@ -27,7 +27,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class BoftFamily(Family):
-    """BOFT."""
+    """The family of the peft_type BOFT."""
 
     peft_type = "BOFT"
     method = BOFT
@@ -49,7 +49,7 @@ class BoftFamily(Family):
         R, s, own = file.tensors[keys["boft_R"]], file.tensors[keys["boft_s"]], file.settings.own
         _check(own, keys["boft_R"], R)
         if len(s.shape) != 2 or 1 not in s.shape:
-            raise ShapeMismatch(f"{list(s.shape)} is no scale of outputs", where=keys["boft_s"].text, cure=_OTHER)
+            raise ShapeMismatch(f"{list(s.shape)} is not a scale of outputs", where=keys["boft_s"].text, cure=_OTHER)
         update = make("boft", {"R": R, "s": s.reshape(-1)})
         return Found(keys["boft_R"].path, update, {"R": keys["boft_R"], "s": keys["boft_s"]})
 

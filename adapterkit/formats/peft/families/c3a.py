@@ -27,7 +27,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class C3AFamily(Family):
-    """C3A."""
+    """The family of the peft_type C3A."""
 
     peft_type = "C3A"
     method = C3A

@@ -10,7 +10,7 @@ from ._context import PrefixLike
 
 
 class CartridgeFamily(PrefixLike):
-    """CARTRIDGE."""
+    """The family of the peft_type CARTRIDGE."""
 
     peft_type = "CARTRIDGE"
     method = Prefix

@@ -1,4 +1,4 @@
-"""CPT: `prompt_embeddings` [tokens, dim], embeddings of examples with what was added to them."""
+"""CPT: `prompt_embeddings` [tokens, dim], the embeddings of examples plus the trained change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._context import PromptLike
 
 
 class CptFamily(PromptLike):
-    """CPT."""
+    """The family of the peft_type CPT."""
 
     peft_type = "CPT"
     method = Prompt

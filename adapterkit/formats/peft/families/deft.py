@@ -22,7 +22,7 @@ PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank, scaling and law."""
+    """Rank, scaling and formula."""
 
     r: int = 8
     alpha: float | None = None
@@ -31,7 +31,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class DeftFamily(Family):
-    """DEFT."""
+    """The family of the peft_type DEFT."""
 
     peft_type = "DEFT"
     method = DEFT

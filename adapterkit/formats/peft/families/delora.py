@@ -20,7 +20,7 @@ FIELDS = {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora
 
 
 class DeLoRAFamily(Family):
-    """DELORA."""
+    """The family of the peft_type DELORA."""
 
     peft_type = "DELORA"
     method = DeLoRA

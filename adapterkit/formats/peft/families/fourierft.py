@@ -1,4 +1,4 @@
-"""FourierFT: `fourierft_spectrum` [n]; positions out of `random_loc_seed` and the size of the weight."""
+"""FourierFT: `fourierft_spectrum` [n]; positions follow from `random_loc_seed` and the size of the weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PART = "fourierft_spectrum"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many coefficients, where they are, and the factor on the change."""
+    """The number of coefficients, their positions, and the factor on the change."""
 
     n_frequency: int = 1000
     n_frequency_pattern: dict[str, int] | None = None
@@ -31,7 +31,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class FourierFTFamily(Family):
-    """FOURIERFT."""
+    """The family of the peft_type FOURIERFT."""
 
     peft_type = "FOURIERFT"
     method = FourierFT

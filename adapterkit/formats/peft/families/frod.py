@@ -1,6 +1,6 @@
-"""FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and what all modules of a kind share.
+"""FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and tensors that all modules of a kind share.
 
-That is `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
+They are `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
 """Part -> field of the update."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
-"""Field, or what goes with one -> shared key without the kind of module."""
+"""Field, or part of one -> shared key without the kind of module."""
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many places, and whether the basis is in the file."""
+    """The number of places, and whether the basis is in the file."""
 
     save_projection: bool = True
     sparse_rate: float = 0.01
 
     def places(self, size: int) -> int:
-        """How many numbers PEFT trains off the diagonal of a matrix."""
+        """Return how many numbers PEFT trains off the diagonal of a matrix."""
         count = min(int(size * size * self.sparse_rate), size * size - size)
         return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
 
 
 class FrodFamily(Family):
-    """FROD."""
+    """The family of the peft_type FROD."""
 
     peft_type = "FROD"
     method = FRoD
@@ -103,7 +103,7 @@ class FrodFamily(Family):
 
 
 def kind(path: str) -> str:
-    """The name under which modules of several layers share a basis: the last words of their paths, numbers aside."""
+    """Return the name of modules that share a basis in several layers: the last words of their paths, no numbers."""
     words = path.split(".")
     if len(words) == 1 or words[-2].isdigit():
         return words[-1]

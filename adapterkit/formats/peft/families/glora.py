@@ -1,4 +1,4 @@
-"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support; the same of B to E."""
+"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support; the same for B to E."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank, and in which form each support is."""
+    """Rank, and the form of each support."""
 
     r: int = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
@@ -37,7 +37,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class GloraFamily(Family):
-    """GLORA."""
+    """The family of the peft_type GLORA."""
 
     peft_type = "GLORA"
     method = GLoRA
@@ -94,7 +94,7 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Field -> key of one support; nothing for one that is absent, be it saved as zeros or not at all."""
+    """Yield field -> key of one support; none if it is absent, whether it is saved as zeros or not at all."""
     leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.own.form(support)
     unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
@@ -153,6 +153,6 @@ def _form(support: str, updates: list[GLoRA]) -> str:
 
 
 _SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
-"""Support -> axes of the zeros that PEFT saves in its place."""
+"""Support -> axes of the zeros that PEFT saves instead."""
 
 _AGAIN = "Save the adapter again with PEFT"

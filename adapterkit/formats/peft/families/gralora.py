@@ -1,4 +1,4 @@
-"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; of a hybrid `gralora_A_general` and B's as well."""
+"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; a hybrid has `gralora_A_general` and B's, too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.wei
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Ranks, blocks, and what the scaling is made of."""
+    """Ranks, blocks, and the parts of the scaling."""
 
     alpha: float = 64
     gralora_k: int = 2
@@ -32,7 +32,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class GraLoRAFamily(Family):
-    """GRALORA."""
+    """The family of the peft_type GRALORA."""
 
     peft_type = "GRALORA"
     method = GraLoRA

@@ -25,7 +25,7 @@ EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
 
 
 class HiraFamily(Family):
-    """HIRA."""
+    """The family of the peft_type HIRA."""
 
     peft_type = "HIRA"
     method = HiRA
@@ -54,7 +54,7 @@ class HiraFamily(Family):
 
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        from ..spelling import is_embedding  # which imports the families
+        from ..spelling import is_embedding  # It imports the families.
 
         for target, found in updates.items():
             for update in (update for update in found if isinstance(update, HiRA)):
@@ -63,7 +63,7 @@ class HiraFamily(Family):
 
     @classmethod
     def guesses(cls, target: Target) -> bool:
-        from ..spelling import is_embedding  # which imports the families
+        from ..spelling import is_embedding  # It imports the families.
 
         return is_embedding(target) is None
 
@@ -73,7 +73,7 @@ class HiraFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        from ..spelling import is_embedding  # which imports the families
+        from ..spelling import is_embedding  # It imports the families.
 
         paths = cls.of_it(updates)
         turned = any(t.path in paths and t.layout == "in out *k" and not is_embedding(t) for t in updates)
@@ -82,7 +82,7 @@ class HiraFamily(Family):
 
 
 def _check_rank(file: File, key: Key, A: Lazy) -> None:
-    """Either the one that all modules have, or that of a pattern: PEFT's second adapter of a model has the latter."""
+    """Allow the rank that all modules have, or a pattern's: PEFT's second adapter of a model uses a pattern."""
     if file.settings.r not in A.shape[:1]:
         check_rank(key, A, file.settings.rank(key.path))
 

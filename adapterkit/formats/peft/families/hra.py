@@ -19,14 +19,14 @@ PART = "hra_u"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Which form."""
+    """The form of the directions."""
 
     r: int = 8
     apply_GS: bool = False
 
 
 class HraFamily(Family):
-    """HRA."""
+    """The family of the peft_type HRA."""
 
     peft_type = "HRA"
     method = HRA

@@ -1,7 +1,7 @@
 """Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
 
-Modules that one word of `target_modules` names, and that are of one shape, have B in common, and A every `stride_A` of
-them; a file repeats it for each. Here they are one tensor of several updates.
+Modules of one shape that the same word of `target_modules` names share B, and every `stride_A` of them share A; a file
+repeats these for each module. Here each is one tensor of several updates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "rou
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Sizes, and what modules share."""
+    """Sizes, and which tensors modules share."""
 
     r: Rank = 32
     num_B: Rank = 2
@@ -42,7 +42,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class LilyFamily(Family):
-    """LILY."""
+    """The family of the peft_type LILY."""
 
     peft_type = "LILY"
     method = Lily
@@ -99,10 +99,10 @@ class LilyFamily(Family):
 
 
 def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
-    """The same updates, with one tensor where they have one in common.
+    """Return the same updates, with one tensor for those that they share.
 
     Raises:
-        Malformed: modules that PEFT lets share a tensor have different ones, of which it would load the last.
+        Malformed: modules that share a tensor in PEFT have different ones; PEFT would load only the last.
     """
     groups: dict[Any, list[Found]] = defaultdict(list)
     for each in found:
@@ -123,7 +123,7 @@ def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
 
 
 def _word(path: str, settings: Settings) -> str:
-    """The word of the config that names a module: the last one that fits, as PEFT has it."""
+    """Return the word of the config that names a module; the last one that matches, as in PEFT."""
     words = settings.target_modules
     if isinstance(words, str):
         return words

@@ -22,7 +22,7 @@ CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w
 
 
 class LohaFamily(Family):
-    """LOHA."""
+    """The family of the peft_type LOHA."""
 
     peft_type = "LOHA"
     method = LoHa
@@ -63,13 +63,13 @@ class LohaFamily(Family):
 
     @classmethod
     def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
-        """Path -> rank and scaling."""
+        """Return path -> rank and scaling."""
         found = cls.of_it(updates)
         return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
 
 
 def _turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:
-    """[out, r] to [r, out] or back, where there is a core; all else as it is."""
+    """Transpose [out, r] to [r, out] or back, if there is a core; any other tensor is unchanged."""
     if fields is PLAIN or part not in ("hada_w1_a", "hada_w2_a") or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])

@@ -1,7 +1,7 @@
 """LoKr: `lokr_w1` [a, c] or `lokr_w1_a`, `lokr_w1_b`; the same for `lokr_w2` [b, d, *k], with a core `lokr_t2`.
 
-PEFT's config does not say the four sizes: it splits a weight's sides by `decompose_factor`, and takes a factor apart
-where the rank is small. A file that it is to load has just those shapes.
+PEFT's config does not state the four sizes: PEFT splits a weight's sides by `decompose_factor`, and decomposes a factor
+if the rank is small. A file that PEFT can load has exactly those shapes.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ SECOND = (
     {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
     {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
 )  # fmt: skip
-"""Part -> field of the update, for the forms of each factor; the first of which one part is there is meant."""
+"""Part -> field of the update, for the forms of each factor; the first form of which any part exists is used."""
 
 
 class Fields(Scaled, frozen=True, kw_only=True):
-    """How PEFT splits sides."""
+    """The way in which PEFT splits sides."""
 
     decompose_factor: int = -1
     decompose_both: bool = False
 
 
 class LokrFamily(Family):
-    """LOKR."""
+    """The family of the peft_type LOKR."""
 
     peft_type = "LOKR"
     method = LoKr
@@ -125,13 +125,13 @@ class LokrFamily(Family):
 
 
 class Sizes:
-    """What PEFT would have to make of one weight. Where the places of its kernel are not known, its inputs may not be.
+    """The shapes that PEFT makes for one weight. If the places of its kernel are unknown, its inputs may be, too.
 
     Attributes:
         sides: (size of a side, the part of it that is w1's) for outputs and inputs.
-        first: whether w1 is taken apart, and the larger of its sizes.
-        second: whether w2 is, and the larger of its sizes.
-        rank: the rank that a factor which is taken apart has; None where both are whole.
+        first: whether w1 is decomposed, and the larger of its sizes.
+        second: whether w2 is decomposed, and the larger of its sizes.
+        rank: the rank of the decomposed factors; None if both are whole.
     """
 
     def __init__(self, update: LoKr, kernel: int | None) -> None:
@@ -148,7 +148,7 @@ class Sizes:
         self.rank: int | None = ranks[0] if ranks else None
 
     def smallest(self, both: bool) -> int:
-        """The smallest rank that leaves the factors whole that are."""
+        """Return the smallest rank at which the whole factors stay whole."""
         needed = [self.second] if not both else [self.first, self.second]
         return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
 
@@ -164,7 +164,7 @@ def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[st
 
 
 def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
-    """[b, r] to [r, b] or back, where there is a core; all else as it is."""
+    """Transpose [b, r] to [r, b] or back, if there is a core; any other tensor is unchanged."""
     if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
         return tensor
     return tensor.map(lambda values: values.T, tensor.shape[::-1])
@@ -188,9 +188,9 @@ def _rank(update: LoKr, both: bool) -> int:
 
 
 def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
-    """The decompose_factor and decompose_both by which PEFT makes all these shapes.
+    """Yield the decompose_factor and decompose_both by which PEFT makes all these shapes.
 
-    Without a base they are taken for linear layers, or, where that cannot be, their inputs for unknown.
+    Without a base the weights are assumed to be linear layers, or, if that is impossible, to have unknown inputs.
     """
     yield from _splits_of([Sizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
@@ -208,6 +208,6 @@ def _splits_of(made: list[Sizes]) -> Iterator[tuple[int, bool]]:
 
 
 def _kernel(base: Checkpoint | None, path: str) -> int:
-    """Places of a kernel, as far as the base tells; 1 of a linear layer."""
+    """Return the number of places of a kernel, as far as the base tells; 1 for a linear layer."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])

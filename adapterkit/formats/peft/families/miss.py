@@ -1,4 +1,4 @@
-"""MiSS: `miss_block` [r, out]; [r, mini_r] where `init_weights` is "mini", [out / r, r, r] where it is "bat"."""
+"""MiSS: `miss_block` [r, out]; [r, mini_r] if `init_weights` is "mini", [out / r, r, r] if it is "bat"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PART = "miss_block"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank, and which form the block has."""
+    """Rank, and the form of the block."""
 
     r: int = 64
     mini_r: int = 1
@@ -31,7 +31,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class MissFamily(Family):
-    """MISS."""
+    """The family of the peft_type MISS."""
 
     peft_type = "MISS"
     method = MiSS
@@ -86,7 +86,7 @@ class MissFamily(Family):
 
 
 def _form(update: Any) -> tuple[str, tuple[int, ...]]:
-    """Which form, and the sizes that the config says of it."""
+    """Return the form, and the sizes that the config states for it."""
     if isinstance(update, MiSSBat):
         return "bat", (int(update.B.shape[2]),)
     if update.mini is not None:

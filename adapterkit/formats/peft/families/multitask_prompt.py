@@ -1,6 +1,6 @@
 """Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
 
-Where the model has a decoder beside its encoder, the second half of n is the decoder's.
+If the model has a decoder beside its encoder, the second half of n is the decoder's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "r
 
 
 class Tasks(Sizes, frozen=True, kw_only=True):
-    """Sizes, and how many tasks of which rank."""
+    """Sizes, and the number of tasks and their rank."""
 
     num_ranks: int | None = 1
     num_tasks: int | None = 1
 
 
 class MultitaskPromptFamily(ContextFamily):
-    """MULTITASK_PROMPT_TUNING."""
+    """The family of the peft_type MULTITASK_PROMPT_TUNING."""
 
     peft_type = "MULTITASK_PROMPT_TUNING"
     method = MultitaskPrompt

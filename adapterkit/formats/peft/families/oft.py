@@ -1,4 +1,4 @@
-"""OFT: `oft_R.weight` [blocks, b * (b - 1) / 2], `oft_embedding_R.weight` of an embedding, whose outputs it turns."""
+"""OFT: `oft_R.weight` [blocks, b * (b - 1) / 2]; `oft_embedding_R.weight` of an embedding, whose outputs it rotates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Blocks, which series, which limit."""
+    """Sizes of blocks, the series, and the limit on the rotation."""
 
     r: int = 0
     oft_block_size: int = 32
@@ -39,7 +39,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class OftFamily(Family):
-    """OFT."""
+    """The family of the peft_type OFT."""
 
     peft_type = "OFT"
     method = OFT
@@ -127,7 +127,7 @@ class OftFamily(Family):
 
 
 def _of_patches(file: File, key: Key) -> bool:
-    """Whether it is a convolution with a kernel that is adapted, as far as the base tells."""
+    """Whether the module is a convolution with a kernel, as far as the base tells."""
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
@@ -151,13 +151,13 @@ def _before_018(version: str | None) -> bool:
 
 
 def _expected(own: Fields, width: int) -> tuple[int, int]:
-    """Number and size of the blocks that PEFT makes for a width."""
+    """Return number and size of the blocks that PEFT makes for a width."""
     divisor = nearest_divisor(width, own.oft_block_size or own.r)
     return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
 
 
 def nearest_divisor(width: int, wanted: int) -> int:
-    """The divisor of a width nearest to a number, the smaller of two."""
+    """Return the divisor of a width nearest to a number; the smaller one if two are equally near."""
     if wanted >= width:
         return width
     steps = range(wanted)
@@ -165,7 +165,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
 
 
 def _blocks(found: list[tuple[int, int]]) -> dict[str, Any]:
-    """The fields for these numbers and sizes of blocks."""
+    """Return the config fields for these numbers and sizes of blocks."""
     if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
     size, number = _fitting(found, 1), _fitting(found, 0)
@@ -175,7 +175,7 @@ def _blocks(found: list[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
-    """A number or size of blocks that PEFT rounds to the one that every layer has."""
+    """Return a number or size of blocks that PEFT rounds to the one that each layer has; None if there is none."""
     tried = sorted({each[which] for each in found}, reverse=True)
     widths = [(n * size, (n, size)[which]) for n, size in found]
     return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)

@@ -25,13 +25,13 @@ Rank = int | float | None
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many singular values stay: a number, or a share of all."""
+    """The number of singular values that stay, or a fraction of all."""
 
     effective_rank: Rank = None
     rank_pattern: dict[str, int | float] | None = None
 
     def kept(self, name: str, all_: int) -> int:
-        """How many of a module's singular values stay."""
+        """Return how many of a module's singular values stay."""
         patterns = self.rank_pattern or {}
         value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
         if value is None:
@@ -41,7 +41,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class OsfFamily(Family):
-    """OSF."""
+    """The family of the peft_type OSF."""
 
     peft_type = "OSF"
     method = OSF

@@ -1,4 +1,4 @@
-"""P-tuning: `prompt_embeddings` [tokens, dim], what the encoder computed."""
+"""P-tuning: `prompt_embeddings` [tokens, dim], the output of the encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._context import PromptLike
 
 
 class PTuningFamily(PromptLike):
-    """P_TUNING."""
+    """The family of the peft_type P_TUNING."""
 
     peft_type = "P_TUNING"
     method = Prompt

@@ -27,7 +27,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class PeanutFamily(Family):
-    """PEANUT."""
+    """The family of the peft_type PEANUT."""
 
     peft_type = "PEANUT"
     method = PEANuT

@@ -23,7 +23,7 @@ FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """All sizes but the module's own."""
+    """All sizes except the module's own."""
 
     r: Rank = 8
     n_tasks: Rank = 1
@@ -33,7 +33,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class PolyFamily(Family):
-    """POLY."""
+    """The family of the peft_type POLY."""
 
     peft_type = "POLY"
     method = Poly
@@ -79,10 +79,10 @@ class PolyFamily(Family):
 
 
 def _sizes(update: Any) -> tuple[int, int, int, int]:
-    """r, tasks, skills, splits.
+    """Return r, tasks, skills, splits.
 
     Raises:
-        ShapeMismatch: the tensors disagree about them.
+        ShapeMismatch: the tensors contradict each other.
     """
     dims = update.dims()
     return dims["r"], dims["tasks"], dims["skills"], dims["splits"]

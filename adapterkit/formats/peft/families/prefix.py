@@ -10,7 +10,7 @@ from ._context import PrefixLike
 
 
 class PrefixFamily(PrefixLike):
-    """PREFIX_TUNING."""
+    """The family of the peft_type PREFIX_TUNING."""
 
     peft_type = "PREFIX_TUNING"
     method = Prefix

@@ -10,7 +10,7 @@ from ._context import PromptLike
 
 
 class PromptFamily(PromptLike):
-    """PROMPT_TUNING."""
+    """The family of the peft_type PROMPT_TUNING."""
 
     peft_type = "PROMPT_TUNING"
     method = Prompt

@@ -1,4 +1,4 @@
-"""PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] of a rotation or [r, r]; `psoft_R.vector_a` and `vector_b` [r]."""
+"""PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] for a rotation or [r, r]; `psoft_R.vector_a` and `vector_b` [r]."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vect
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank, what R is, and how A and B come from the base."""
+    """Rank, the form of R, and how A and B follow from the base."""
 
     r: int = 32
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
@@ -40,12 +40,12 @@ class Fields(Own, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of its keys."""
+        """Return the parts of its keys."""
         return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
 
 
 class PsoftFamily(Family):
-    """PSOFT."""
+    """The family of the peft_type PSOFT."""
 
     peft_type = "PSOFT"
     method = PSOFT

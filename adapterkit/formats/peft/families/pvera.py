@@ -1,4 +1,4 @@
-"""PVeRA: as VeRA, with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: the mean's half, then the variance's."""
+"""PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: the mean's half, then the variance's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Drawing(Fields, frozen=True, kw_only=True):
-    """Whether the model draws at random outside of training too."""
+    """Whether the model also draws random values outside of training."""
 
     sample_at_inference: bool = False
 
 
 class PveraFamily(Projections):
-    """PVERA."""
+    """The family of the peft_type PVERA."""
 
     peft_type = "PVERA"
     method = PVeRA
@@ -50,6 +50,6 @@ class PveraFamily(Projections):
     @classmethod
     def decode(cls, file: File) -> Findings:
         if file.settings.own.sample_at_inference:
-            why = "PVeRA that draws at random in each forward pass has no law of its own"
+            why = "PVeRA that draws at random in each forward pass has no fixed formula"
             raise Unsupported(why, where="sample_at_inference", cure="Set it to false, to take the mean")
         yield from super().decode(file)

@@ -25,7 +25,7 @@ SHARED = {"randlora_A": "A", "randlora_B": "B"}
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Rank and scaling, and where the bases are."""
+    """Rank and scaling, and the place of the bases."""
 
     r: Rank = 32
     randlora_alpha: float = 640
@@ -33,7 +33,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class RandloraFamily(Family):
-    """RANDLORA."""
+    """The family of the peft_type RANDLORA."""
 
     peft_type = "RANDLORA"
     method = RandLoRA
@@ -108,7 +108,7 @@ class RandloraFamily(Family):
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        """PEFT has one rank and scaling, makes bases as large as the largest module, and as many as the rank asks."""
+        """Yield misfits: PEFT has one rank and scaling, bases as large as the largest module, as many as r needs."""
         own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
         said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
         odd = minority(said)
@@ -125,7 +125,7 @@ class RandloraFamily(Family):
 
 
 def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
-    """The shorter and the longer of the largest number of outputs and of inputs, where the base tells them."""
+    """Return the shorter and the longer of the largest numbers of outputs and of inputs, if the base tells them."""
     widths = {target: stored_inputs(base, target) for target in own}
     if base is None or None in widths.values():
         return None
@@ -135,7 +135,7 @@ def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[in
 
 
 def _check_copy(file: File, copy: Key, original: Key) -> None:
-    """A module's copy of a base is read to see that it is one: PEFT loads them all into the same tensor."""
+    """Check that a module's copy of a base is equal to it, because PEFT loads all copies into the same tensor."""
     one, other = file.tensors[copy], file.tensors[original]
     same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:

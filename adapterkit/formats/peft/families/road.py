@@ -20,14 +20,14 @@ FIELDS = {"road_theta": "theta", "road_alpha": "alpha"}
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Which variant, which groups."""
+    """The variant, and the size of a group."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
 
 
 class RoadFamily(Family):
-    """ROAD."""
+    """The family of the peft_type ROAD."""
 
     peft_type = "ROAD"
     method = RoAd

@@ -1,7 +1,7 @@
 """Shadow: `shadow_down.<name>.weight` and more at each block, `shadow_backbone.<name>.<tensor>` for the whole model.
 
-PEFT writes `default` for the name, whatever the adapter is called. A block's two small networks are `nn.Sequential`s,
-of which 0 and 2 are linear layers. The head that a classifier's network trains with is kept: nothing else reads it.
+PEFT writes `default` as the name, whatever the adapter is called. A block's two small networks are `nn.Sequential`s
+with linear layers at 0 and 2. The head with which a classifier's network was trained is kept; nothing else reads it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class ShadowFamily(Family):
-    """SHADOW."""
+    """The family of the peft_type SHADOW."""
 
     peft_type = "SHADOW"
     method = Shadow
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
-    # A star is one word of a key here, and any end of it where a key is written.
+    # In a pattern a star is one word of a key; in a key to write it stands for any end.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
@@ -88,7 +88,7 @@ class ShadowFamily(Family):
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        """A block's own share; the network is the same for all."""
+        """Return a block's own share; the network is the same for all."""
         own = file.settings.own
         check_parts(keys, FIELDS)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
@@ -137,14 +137,14 @@ class ShadowFamily(Family):
 
 
 def _named(part: str) -> str:
-    """A block's part as PEFT spells it: the adapter's name stands behind its first word."""
+    """Return a block's part as PEFT spells it: with the adapter's name after its first word."""
     word, _, rest = part.partition(".")
     return f".{word}.default.{rest}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Network:
-    """What all blocks have in common: fields of their updates, and the keys of those that are tensors."""
+    """The fields that all blocks share, and the keys of those that are tensors."""
 
     fields: dict[str, Any]
     keys: dict[str, Key]
@@ -177,7 +177,7 @@ def _of(part: str, word: str) -> bool:
 
 
 def _joined(tensors: list[Lazy], key: Key) -> Lazy:
-    """The network's tensors as one vector."""
+    """Concatenate the network's tensors to one vector."""
     kinds = sorted({tensor.dtype.name for tensor in tensors})
     if len(kinds) > 1:
         raise ShapeMismatch(f"a network of {' and '.join(kinds)}", where=key.text, cure="Save it in one type")

@@ -22,7 +22,7 @@ FIELDS = {"shira_indices": "index", "shira_weight": "values"}
 
 
 class SHiRAFamily(Family):
-    """SHIRA."""
+    """The family of the peft_type SHIRA."""
 
     peft_type = "SHIRA"
     method = SHiRA
@@ -58,7 +58,7 @@ class SHiRAFamily(Family):
 
 
 def _whole_numbers(indices: Lazy) -> Lazy:
-    """Positions as whole numbers; PEFT writes them as real ones on Windows."""
+    """Return positions as integers; PEFT writes them as floats on Windows."""
     if not indices.dtype.floating:
         return indices
     whole = DTYPES["I32"]

@@ -1,4 +1,4 @@
-"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; of a hybrid also the A and B of a LoRA."""
+"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; a hybrid also has the A and B of a LoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many elements, and the rank and alpha of a LoRA beside them."""
+    """The number of elements, and the rank and alpha of a LoRA beside them."""
 
     sparsity: float = 0.99
     r: int | None = None
@@ -34,7 +34,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class SuperTuningFamily(Family):
-    """SUPERTUNING."""
+    """The family of the peft_type SUPERTUNING."""
 
     peft_type = "SUPERTUNING"
     method = SuperTuning
@@ -102,7 +102,7 @@ def _count(size: int, sparsity: float) -> int:
 
 
 def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
-    """The one that leaves every weight as many elements as it has.
+    """Return the sparsity that leaves every weight as many elements as it has.
 
     Raises:
         Unrepresentable: there is none.

@@ -1,7 +1,7 @@
-"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` of each module, and `tinylora_v.<group>`, of a group of them.
+"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` for each module, and `tinylora_v.<group>` for a group of modules.
 
-A group is a run of modules in the order in which the model declares them. The keys do not tell a module's number; its
-random P does, which PEFT draws from `projection_seed` plus that number.
+A group is a run of modules in the order in which the model declares them. The keys do not state a module's number, but
+its random P does, because PEFT draws P from `projection_seed` plus that number.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEED = 42
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Sizes, how many groups share a v, and the seed of P."""
+    """Sizes, the number of groups that share a v, and the seed of P."""
 
     r: int = 2
     u: int = 64
@@ -41,7 +41,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class TinyLoRAFamily(Family):
-    """TINYLORA."""
+    """The family of the peft_type TINYLORA."""
 
     peft_type = "TINYLORA"
     method = TinyLoRA
@@ -79,7 +79,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # What is still None is completed once all modules are known.
+        # Fields that are still None are filled in once all modules are known.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
@@ -124,7 +124,7 @@ class TinyLoRAFamily(Family):
 
 
 def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
-    """Every module's number in the model; None where nothing tells."""
+    """Return every module's number in the model; None if they are not known."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
     held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
@@ -136,7 +136,7 @@ def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
 
 
 def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
-    """The number from which each P was drawn; None unless all are known and differ."""
+    """Return the number from which each P was drawn; None unless all are known and differ."""
     drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
     for tensor in held.values():
         kind = tensor.shape, tensor.dtype.name
@@ -148,7 +148,7 @@ def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None
 
 
 def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
-    """P `[u, r, r]` as PEFT draws it, when it is read."""
+    """Return P `[u, r, r]` as PEFT draws it; drawn when it is read."""
     kind = DTYPES[dtype]
 
     def fetch() -> Any:
@@ -162,10 +162,10 @@ def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
 
 
 def _completed(file: File, found: Found, number: int | None, count: int) -> Found:
-    """A module's update with its v, and with its P where the file leaves it out.
+    """Return a module's update with its v, and with its P if the file leaves it out.
 
     Raises:
-        UsageError: only a base tells which number the module has in the model, and there is none.
+        UsageError: the module's number in the model depends on the base, and there is none.
         Unsupported: the base does not tell either.
         Malformed: the v of its group is missing.
     """
@@ -193,4 +193,4 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
 
 
 LARGEST = 1 << 33
-"""Elements of a projection that are believed."""
+"""Limit on the elements of a projection, against hostile files."""

@@ -1,6 +1,6 @@
 """Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices` each module's `unilora_indices_A`, `unilora_scales_A`, ...
 
-Without, the positions are drawn again for all modules at once, in the order in which the model declares them.
+Without it, the positions are drawn again for all modules at once, in the order in which the model declares them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind i
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Sizes, the seed of the positions, and what else says which modules there are."""
+    """Sizes, the seed of the positions, and the fields that say which modules there are."""
 
     r: int = 4
     theta_d_length: int = 256
@@ -44,7 +44,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class UniLoRAFamily(Family):
-    """UNILORA."""
+    """The family of the peft_type UNILORA."""
 
     peft_type = "UNILORA"
     method = UniLoRA
@@ -99,7 +99,7 @@ class UniLoRAFamily(Family):
 
 
 def _regenerated(file: File) -> Findings:
-    """Every module's update, with positions and scales that are made when they are read."""
+    """Yield every module's update, with positions and scales that are computed when they are read."""
     theta, own = file.shared[THETA], file.settings.own
     shapes = {path: weight_shape(file, Key(path, path), _WHY) for path in _modules(file)}
     total = own.r * sum(out + in_ for out, in_ in shapes.values())
@@ -118,11 +118,11 @@ def _regenerated(file: File) -> Findings:
 
 
 def _modules(file: File) -> list[str]:
-    """Paths of the adapted modules, in the order in which the model declares them.
+    """Return paths of the adapted modules, in the order in which the model declares them.
 
     Raises:
-        UsageError: there is no base to tell.
-        Unsupported: the order is not known, or the config says too much of which modules there are.
+        UsageError: there is no base.
+        Unsupported: the order is not known, or the config selects modules by more than `target_modules`.
     """
     if file.known:
         return list(file.known)
@@ -137,7 +137,7 @@ def _modules(file: File) -> list[str]:
     named = [path for path in paths if names_module(settings.target_modules, path)]
     ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
-        why = "the file leaves the positions out, and nothing tells the order of the modules that they follow"
+        why = "the file leaves the positions out, and the order of the modules is not known"
         cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
         cure += "save the adapter from PEFT with save_indices=True"
         raise Unsupported(why, where=THETA, cure=cure)
@@ -145,7 +145,7 @@ def _modules(file: File) -> list[str]:
 
 
 def _scale_dtype(file: File, path: str) -> str:
-    """PEFT holds the scales in the type of the base's weight."""
+    """Return the dtype of the base's weight; PEFT holds the scales in it."""
     if path in file.known:
         return as_lazy(file.known[path].tensors["scales_A"]).dtype.name
     assert file.base is not None
@@ -155,7 +155,7 @@ def _scale_dtype(file: File, path: str) -> str:
 
 @lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Any:
-    """A function that returns the positions in theta of all elements, and how often each is used."""
+    """Return a function that returns the positions in theta of all elements, and how often each is used."""
 
     @cache
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,5 +188,5 @@ def _part(drawn: Any, dtype: str, start: int, stop: int, shape: tuple[int, int])
 
 
 LARGEST = 1 << 33
-"""Elements of all factors together that are believed."""
+"""Limit on the elements of all factors together, against hostile files."""
 _WHY = "Uni-LoRA's positions depend on the order and sizes of the base's weights"

@@ -1,7 +1,7 @@
 """VB-LoRA: `vblora_logits_A` [r, in / b, n], `vblora_logits_B` [out / b, r, n], and one `vblora_vector_bank` [n, b].
 
-With `save_only_topk_weights`, of the logits `_topk_indices` and `_topk_weights`; the last weight is left out, and is
-what the others lack of 1.
+With `save_only_topk_weights`, the file has `_topk_indices` and `_topk_weights` instead of logits. The last weight is
+left out, because all sum to 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHOSEN = {
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """Sizes of the bank, how many vectors are mixed, and which form the file has."""
+    """Sizes of the bank, how many vectors are mixed, and the form of the file."""
 
     num_vectors: int = 256
     vector_length: int = 256
@@ -42,7 +42,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class VBLoRAFamily(Family):
-    """VBLORA."""
+    """The family of the peft_type VBLORA."""
 
     peft_type = "VBLORA"
     method = VBLoRA
@@ -116,7 +116,7 @@ def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:
-    """Weights with the last one, which the others lack of 1; all else as it is."""
+    """Add the last weight, 1 minus the others; any other tensor is unchanged."""
     if not part.endswith("weights"):
         return tensor
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class VeraFamily(Projections):
-    """VERA."""
+    """The family of the peft_type VERA."""
 
     peft_type = "VERA"
     method = VeRA

@@ -1,4 +1,4 @@
-"""WaveFT: `waveft_spectrum` [n]; positions out of `random_loc_seed` and the weight's size, a wavelet by its name."""
+"""WaveFT: `waveft_spectrum` [n]; positions follow from `random_loc_seed` and the weight's size; a wavelet by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PART = "waveft_spectrum"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """How many coefficients, where they are, of which transform, and the factor on the change."""
+    """The number of coefficients, their positions, their transform, and the factor on the change."""
 
     n_frequency: int = 2592
     n_frequency_pattern: dict[str, int] | None = None
@@ -38,7 +38,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class WaveFTFamily(Family):
-    """WAVEFT."""
+    """The family of the peft_type WAVEFT."""
 
     peft_type = "WAVEFT"
     method = WaveFT
@@ -104,7 +104,7 @@ class WaveFTFamily(Family):
 
 
 def _dtype(file: File, path: str) -> str:
-    """The element type of a filter: that of the update that is to be said, where there is one."""
+    """Return the element type of a filter: the one of the update to write, if there is one."""
     known = file.known[path].tensors.get("low_pass") if path in file.known else None
     return "F64" if known is None else as_lazy(known).dtype.name
 

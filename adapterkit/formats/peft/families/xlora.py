@@ -1,6 +1,6 @@
-"""X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>` with a number for each activation and dropout as well.
+"""X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>`; activations and dropouts count in the numbers, too.
 
-The experts are adapters of their own, which the config names by paths. These are kept as words; nothing follows them.
+The experts are adapters of their own; the config has their paths. The paths are kept as text and never opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYERS = "internal_xlora_classifier.layers"
 
 
 class Fields(Own, frozen=True, kw_only=True):
-    """What the classifier's tensors mean."""
+    """The fields that decide the meaning of the classifier's tensors."""
 
     hidden_size: Rank = 4096
     adapters: dict[str, str] | None = None
@@ -40,7 +40,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class XloraFamily(Family):
-    """XLORA."""
+    """The family of the peft_type XLORA."""
 
     peft_type = "XLORA"
     method = XLoRA
@@ -136,7 +136,7 @@ class XloraFamily(Family):
 
 
 def _numbers(depth: int, dropout: bool) -> list[int]:
-    """The classifier's layers among its modules: each but the last has an activation behind it, and a dropout."""
+    """Number the classifier's layers: each but the last is followed by an activation, and a dropout if there is one."""
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
