@@ -89,7 +89,7 @@ class ForwardHook:
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
         # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
         self.home: weakref.ref[nn.Module] | None = None
-        self.copied: dict[str, Tensor | None] | None = None
+        self.copied: Mapping[str, Tensor | None] | None = None
 
     @property
     def switches(self) -> list[Switch]:
