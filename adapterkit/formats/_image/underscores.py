@@ -261,7 +261,7 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
     """
     component, (_, rest) = component_of(path), rooted(path)
     own = prefixes_of(paths)
-    if component in own and tag == "lora_unet":
+    if component is not None and component in own and tag == "lora_unet":
         return f"{own[component]}_{flatten(rest)}"
     if component in ("unet", "transformer"):
         return f"{tag}_{flatten(rest)}"
