@@ -108,7 +108,8 @@ class ForwardHook:
         if home is not None and id(home) in memo:
             made.home = weakref.ref(memo[id(home)])
         elif home is not None:
-            made.copied = copy.deepcopy(dict(self.module._parameters), memo)  # The copy itself is not complete yet.
+            held: dict[str, Tensor | None] = dict(self.module._parameters)
+            made.copied = copy.deepcopy(held, memo)  # The copied module itself is not complete yet.
         return made
 
     def attach(self, part: Part | ContextPart) -> None:
