@@ -157,10 +157,14 @@ OWN: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
     "deepseek_v3": {"n_group": 1, "head_dim": 4, "num_key_value_heads": 4},
     "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
-    **dict.fromkeys(
-        ("gemma4_unified_text", "embedding_gemma2_text"),
-        {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gemma4_unified_text": {
+        "per_layer_config": {1: {"head_dim": 8}},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "embedding_gemma2_text": {
+        "per_layer_config": {1: {"head_dim": 8}},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma4_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_vl_text": {"rope_parameters": MROPE},
     "qwen3_vl_moe_text": {"rope_parameters": MROPE},
@@ -223,7 +227,8 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "hunyuan_vl": {"vision_config.text_hidden_size": 32},
     "hunyuan_vl_text": {"head_dim": 8},
-    **dict.fromkeys(("inkling2", "inkling_mm_model"), {"vision_config.text_hidden_size": 32}),
+    "inkling2": {"vision_config.text_hidden_size": 32},
+    "inkling_mm_model": {"vision_config.text_hidden_size": 32},
     "inkling2_text": {"unpadded_vocab_size": 96},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "1/4"},
