@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.adapter import Adapter
@@ -17,7 +18,7 @@ from .errors import ShapeMismatch, TargetNotFound, UsageError, nearest, places_e
 from .formats import FORMATS, detect, read, warnings_of
 from .io.checkpoint import opened
 from .io.inputs import inputs_kept
-from .io.locations import path_text
+from .io.locations import is_address, path_text
 from .naming.binding import renamed
 from .naming.binding.bases import check_base
 from .naming.binding.tables import name_map
@@ -52,7 +53,8 @@ def convert(
         dst: the file, the folder or the address to write.
         to: the format to write; `FORMATS` lists them.
         format: the format of `src`; found from its headers if absent.
-        base: the base, for formats that need one to resolve names or order rows.
+        base: the base, for formats that need one to resolve names or order rows. For `onnx_adapter`, a graph with
+            slots (`.onnx`): the file then has the names, types and layout of its slots.
         compat: another reading of `src`; see `read`.
         on_loss: what to do with what the format cannot say: refuse, fold, promote or drop; see `write`.
         max_error: with `on_loss="promote"`, the relative error that a change may have.
@@ -80,6 +82,9 @@ def convert(
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
     source, out = path_text(src), path_text(dst)
+    if to == "onnx_adapter" and isinstance(base, str | PathLike) and str(base).lower().endswith(".onnx"):
+        adapter = read(source, format or detect(source), compat=compat, **reading)
+        return _for_slots(adapter, source, out, base, rename, overwrite, made_from)
     with inputs_kept():
         checkpoint = None if base is None else opened(base)
         destination = Destination(out, [source], overwrite, format=to, base=base)
@@ -90,10 +95,34 @@ def convert(
             adapter = adapter.bind(checkpoint, rename=rename)
         else:
             (adapter,) = renamed([adapter], rename)
+        if name == to:
+            from .io.locations import located
+            from .loaders import spelled_anew
+
+            adapter = spelled_anew(adapter, name, located(source))
     warnings = [*warnings_of(adapter), *base_warnings([source], [adapter], checkpoint)]
     return destination.write(
         adapter, on_loss, profile=profile, max_error=max_error, base=checkpoint, made_from=made_from, warnings=warnings
     )
+
+
+def _for_slots(
+    adapter: Adapter, source: str, out: str, graph: str | PathLike[str], rename: str | Sequence[str], overwrite: bool,
+    made_from: str | None,
+) -> WriteResult:  # fmt: skip
+    """Write an adapter as an `.onnx_adapter` file for the slots of a graph."""
+    from .io.staging import staged
+    from .onnx import write_adapter
+
+    path = Path(out)
+    if is_address(out):
+        why = "a file for the slots of a graph is written to this disk"
+        raise UsageError(why, path=out, cure="Name a path, and push it by adapterkit push")
+    destination = Destination(out, [source], overwrite, format="onnx_adapter", inputs=[str(graph)])
+    destination.check()
+    with staged(path, overwrite=overwrite, inputs=destination.files, made_from=made_from) as scratch:
+        write_adapter(graph, adapter, scratch, rename=rename)
+    return WriteResult(out, "onnx_adapter", len(adapter.updates), len(adapter), (), tuple(warnings_of(adapter)))
 
 
 def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:

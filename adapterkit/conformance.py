@@ -241,6 +241,7 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
     if lacking:
         return _outcome(case, None, "no formula")
     tolerance = case["expected"]["tolerance"]
+    extra = {f"{path}.{name}" for path, arrays in outputs.items() if "error" not in arrays for name in arrays}
     for name, leaf in safetensors.read(expected).items():
         path, _, leaf_name = name.rpartition(".")
         merged = path.endswith(".merged")
@@ -251,6 +252,7 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
         if path in without:
             continue
         arrays = outputs.get(path, {})
+        extra.discard(f"{path}.{word}")
         got = arrays.get(word)
         if got is None and word == "y" and "merged.weight" in arrays:
             continue  # A merger need not compute outputs.
@@ -264,6 +266,8 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
         far = np.abs(values - wanted.reshape(-1)) > tolerance * np.maximum(1, np.abs(wanted.reshape(-1)))
         if far.any() or not np.isfinite(values).all():
             return _outcome(case, False, f"{name} differs at {int(far.argmax())}")
+    if extra:
+        return _outcome(case, False, f"{min(extra)} is there, and nothing says what it is")
     if without:
         return _outcome(case, None, f"no formula for {', '.join(sorted(without))}")
     return _outcome(case, True)

@@ -5,12 +5,14 @@ import json
 import math
 import os
 import re
-from functools import cache, partial
+from functools import cache, lru_cache
 from itertools import combinations, cycle, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis.core
+import jinja2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,14 +31,12 @@ from adapterkit.naming.binding.fitting import viewed
 collect_ignore = ["plugin"]
 """Tests of a package that has to be installed; `test_testing_kit.py` runs them."""
 
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
-    "repository",
-    max_examples=25,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    "repository", max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=SLOW
 )
+settings.register_profile("long", max_examples=200, deadline=None, database=None, suppress_health_check=SLOW)
+"""`pytest --hypothesis-profile long`: other examples each time, and many more."""
 settings.load_profile("repository")
 
 SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
@@ -92,15 +92,18 @@ def _shape(cls, name, sizes, kernel, stacked=False):
 def _sizes(cls, kernel, present, forms):
     """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
     free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
-    some = [1, 2, 3, 4, 6, 8, 16] if len(free) < 4 else [1, 2, 4]
-    every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
-    every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
-    trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
-    fit = partial(takes, shape=(SIZES["out"], SIZES["in"], *kernel))
-    for holds in (lambda update: fit(update) and _makes_sense(update), fit, _makes_sense):
-        if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
-            return fitting
-    return every
+    every = [1, 2, 3, 4, 6, 8, 16]
+    # With more axes there are so many combinations that the few are tried first.
+    for some in {0: [every], 1: [every], 2: [every], 3: [[1, 2, 4, 8], every]}.get(len(free), [[1, 2, 4]]):
+        chosen = [tuple(zip(free, sizes, strict=True)) for sizes in product(some, repeat=len(free))]
+        chosen = [sizes for sizes in chosen if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
+        trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in chosen}
+        fit = {sizes for sizes, update in trials.items() if takes(update, (SIZES["out"], SIZES["in"], *kernel))}
+        sensible = {sizes for sizes, update in trials.items() if _makes_sense(update)}
+        if fit & sensible:
+            break
+    good = fit & sensible or fit or sensible
+    return [sizes for sizes in chosen if sizes in good] or chosen
 
 
 def _trial(cls, sizes, kernel, present, forms):
@@ -282,3 +285,13 @@ def close():
 
 # On a busy machine any command may take longer than the time after which it tells what it does; no test waits for that.
 os.environ.setdefault("ADAPTERKIT_PATIENCE", "600")
+
+# What fsync is for, a machine that loses its power, no test can show; waiting for the disk is a fifth of the suite's
+# time. The call stays a call (`faulty_disk` meets and counts it), and a closed descriptor is still an error.
+os.fsync = lambda descriptor: os.fstat(descriptor) and None
+
+# PEFT writes a card beside each adapter: compiling its one template takes longer than all the rest of saving.
+jinja2.Environment.compile = lru_cache(8)(jinja2.Environment.compile)
+
+# Hypothesis reads and tokenizes a test's source twice for each of its parameters: a tenth of the time of such tests.
+hypothesis.core.function_digest = lru_cache(None)(hypothesis.core.function_digest)

@@ -1,5 +1,7 @@
 """The vectors of methods as layers of small models, beside what an independent formula makes of each weight."""
 
+from functools import cache
+
 import numpy as np
 from llm_adapters import VECTORS, write_base
 from safetensors.numpy import load_file, save_file
@@ -13,12 +15,11 @@ LANGUAGE, IMAGE = "model.layers.{n}.mlp.down_proj", "unet.down_blocks.0.attentio
 LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 4}
 
 
+@cache
 def cases(method, kind="f8"):
-    """(update, W, W') of each plain matrix of a vector; factors in one type."""
-    for adapter in sorted(
-        (VECTORS / "methods").glob(f"{method}.*adapter.safetensors"), key=lambda path: len(path.name)
-    ):
-        yield from _cases(adapter, kind)
+    """(update, W, W') of each plain matrix of a vector; factors in one type. They are read once, for every format."""
+    adapters = sorted((VECTORS / "methods").glob(f"{method}.*adapter.safetensors"), key=lambda path: len(path.name))
+    return [case for adapter in adapters for case in _cases(adapter, kind)]
 
 
 def _cases(adapter, kind):
@@ -27,6 +28,8 @@ def _cases(adapter, kind):
         plain = target == Target(target.path) and len(updates) == 1 and not updates[0].changes_bias
         W, merged = held.get(f"{target}.weight"), held.get(f"{target}.merged.weight")
         if plain and W is not None and merged is not None and W.ndim == 2:
+            for array in (W, merged):
+                array.setflags(write=False)
             yield updates[0].map(lambda leaf: _typed(leaf, kind)), W, merged
 
 

@@ -1,5 +1,7 @@
 """Small graphs of every kind of layer, written by onnx's own helper, and the torch layers that they are of."""
 
+import contextlib
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 onnxruntime.set_default_logger_severity(4)
+
+with contextlib.suppress(ImportError, AttributeError):
+    # For every export, torch parses the source of its exporter's 500 operators anew, which takes a second of processor
+    # time, and asks 58 times for the names of all operators. It only reads what it gets here; no test adds operators.
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _registration
+
+    _registration.onnxscript_apis.get_torchlib_ops = cache(_registration.onnxscript_apis.get_torchlib_ops)
+    utils._materialize_cpp_cia_ops = cache(utils._materialize_cpp_cia_ops)
 
 IDS = np.array([[0, 3], [15, 7]])
 LAYERS = {

@@ -192,7 +192,8 @@ def test_what_is_stored_with_inputs_first_is_told_by_the_files(model_type, path,
 
 def test_every_weight_of_a_tools_naming_is_one_of_its_families():
     found = architectures.namings()
-    assert {naming.naming for naming in found} == {"gptqmodel", "litgpt", "megatron", "tensorrt_llm", "torchtune"}
+    tools = {"gptqmodel", "litgpt", "megatron", "moonshot", "tensorrt_llm", "torchtune"}
+    assert {naming.naming for naming in found} == tools
     for naming in found:
         families = [architecture_of({"model_type": model_type}) for model_type in naming.model_types]
         assert all(naming.naming in family.namings for family in families)

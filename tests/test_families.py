@@ -106,6 +106,21 @@ def test_the_same_family_its_parts_and_unknown_ones_are_taken(family, config, tm
     ak.merge(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("kind", "fits"), [("ForConditionalGeneration", False), ("Encoder", True)])
+def test_an_encoder_inside_is_of_the_family_of_encoders_adapters_only(kind, fits, tmp_path):
+    """MusicFlamingo has AudioFlamingo 3's encoder, and every module of the whole model has a place of its shape."""
+    config = {"model_type": "musicflamingo", "audio_config": {"model_type": "audioflamingo3_encoder"}}
+    base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", "audioflamingo3")
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    said["auto_mapping"]["base_model_class"] = f"AudioFlamingo3{kind}"
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    if fits:
+        ak.merge(base, adapter, tmp_path / "out")
+    else:
+        with pytest.raises(TargetNotFound, match="of the family audioflamingo3"):
+            ak.merge(base, adapter, tmp_path / "out")
+
+
 def test_the_family_travels_through_formats_and_combinations(tmp_path):
     adapter = save_adapter(tmp_path / "a", "llama")
     ak.write(ak.read(adapter), tmp_path / "native", format="adapterkit")

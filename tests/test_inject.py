@@ -47,7 +47,7 @@ def merge(model, update, layout):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("method", OF_WEIGHTS)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, made, close):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

@@ -260,15 +260,6 @@ def _():
 
 
 # torch stumbles over the first object that is no function, a hook of ours.
-@odd("torch.jit.script of a model with an adapter", raises=AttributeError)
-def _():
-    model = one()
-    inject(model)
-    got = torch.jit.script(model)(X)
-    assert torch.allclose(got, linear(model[0])), "silently without its adapter"
-    raise Unsupported("right")
-
-
 # Copies and averages.
 
 

@@ -6,27 +6,22 @@ import peft
 import pytest
 import torch
 import transformers
+from peft_cases import llama
+from shared_graphs import once, pretrained
 
 import adapterkit as ak
 from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
 
-IDS = torch.tensor([[5, 9, 2, 33]])
-COUNT, WORDS = 3, 64
+IDS = torch.tensor([[5, 9, 2, 13]])
+COUNT, WORDS = 3, 20
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """(the folder, its graph)."""
-    folder = tmp_path_factory.mktemp("context")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
-    return folder / "base", ak.onnx.export_pretrained(folder / "base", folder / "graph").out
+    return pretrained(tmp_path_factory, llama)
 
 
 def peft_model(folder, config, out):
@@ -50,7 +45,7 @@ def feeds(ids, past, total=None):
 
 def nothing(session):
     names = [name for name in (*session.inputs, *session.slots) if name.startswith("past")]
-    return {name: np.zeros((1, 2, 0, 8), np.float32) for name in names}
+    return {name: np.zeros((1, 1, 0, 4), np.float32) for name in names}
 
 
 def test_a_soft_prompt_is_tokens_in_front(base, tmp_path, close):
@@ -59,7 +54,7 @@ def test_a_soft_prompt_is_tokens_in_front(base, tmp_path, close):
     wanted = peft_model(folder, config, tmp_path / "prompt")
     report = ak.onnx.inject(graph, tmp_path / "prompt", tmp_path / "out.onnx")
     assert report.difference == 0
-    assert "tokens 64 to 66 are the new ones" in report.note
+    assert "tokens 20 to 22 are the new ones" in report.note
     session = ak.onnx.Session(report.out)
     prompted = np.concatenate([np.arange(WORDS, WORDS + COUNT)[None], IDS.numpy()], 1)
     got = session.run(feeds(prompted, nothing(session)))["logits"]
@@ -104,19 +99,19 @@ def test_new_tokens_beside_a_change_of_the_embedding(tmp_path):
     np.testing.assert_allclose(graphs.run(report.out, ids), whole[ids], atol=1e-5)
 
 
-def test_what_context_refuses(base, tmp_path):
+def test_what_context_refuses(base, encoders, tmp_path):
     _, graph = base
     out = tmp_path / "out.onnx"
 
     def of(name, **tensors):
         return ak.Adapter({ak.Target(""): (ak.METHODS[name](**tensors),)})
 
-    gate = {"gate": torch.randn(1, 32), "gate_bias": torch.zeros(1)}
-    gated = of("gated_prefix", P=torch.randn(1, 2, 2, 4, 8), **gate)
+    gate = {"gate": torch.randn(1, 8), "gate_bias": torch.zeros(1)}
+    gated = of("gated_prefix", P=torch.randn(1, 2, 1, 4, 4), **gate)
     for error, match, adapter, words in (
-        (ShapeMismatch, "embeddings of 8", of("prompt", P=torch.randn(2, 8)), {}),
-        (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 2, 4, 8)), {}),
-        (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 32)), {"mode": "slots"}),
+        (ShapeMismatch, "embeddings of 6", of("prompt", P=torch.randn(2, 6)), {}),
+        (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 1, 4, 4)), {}),
+        (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 8)), {"mode": "slots"}),
         (TargetNotFound, "no node tells of such a module", gated, {}),
     ):
         with pytest.raises(error, match=match):
@@ -127,8 +122,7 @@ def test_what_context_refuses(base, tmp_path):
         ak.onnx.inject(path, of("prefix", P=torch.randn(3, 2, 2, 4, 8)), out)
     with pytest.raises(TargetNotFound, match="no embedding of tokens"):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
-    encoder("Bert").save_pretrained(tmp_path / "bert")
-    path = ak.onnx.export_pretrained(tmp_path / "bert", tmp_path / "graph", check=False).out
+    folder, path = encoders("Bert")
     for error, match, target, dim in (
         (ShapeMismatch, "embeddings of 8; the graph's have 32", "embeddings", 8),
         (TargetNotFound, "0 embeddings of the graph's tokens in the module encoder", "encoder", 32),
@@ -136,7 +130,7 @@ def test_what_context_refuses(base, tmp_path):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
         with pytest.raises(error, match=match):
             ak.onnx.inject(path, adapter, out)
-    config = transformers.BertConfig.from_pretrained(tmp_path / "bert", is_decoder=True)
+    config = transformers.BertConfig.from_pretrained(folder, is_decoder=True)
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
     path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
     adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
@@ -147,24 +141,38 @@ def test_what_context_refuses(base, tmp_path):
 
 def encoder(kind):
     """An encoder that adds positions to its tokens, and what gives a row its positions."""
-    sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 1}
     sizes |= {"embedding_size": 32} if kind == "Electra" else {}
     torch.manual_seed(1)
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
 
 
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Kind -> (the folder, its graph)."""
+
+    def made(kind):
+        def make(folder):
+            encoder(kind).save_pretrained(folder / "base")
+            ak.onnx.export_pretrained(folder / "base", folder / "graph")
+
+        folder = once(tmp_path_factory, f"encoder-{kind}", make)
+        return folder / "base", folder / "graph" / "model.onnx"
+
+    return made
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
-def test_a_soft_prompt_behind_embeddings_with_positions(kind, tmp_path, close):
-    model, P = encoder(kind), torch.randn(COUNT, 32)
-    model.save_pretrained(tmp_path / "base")
-    graph = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph").out
+def test_a_soft_prompt_behind_embeddings_with_positions(kind, encoders, tmp_path, close):
+    _, graph = encoders(kind)
+    P = torch.randn(COUNT, 32)
     adapter = ak.Adapter({ak.Target("embeddings"): (ak.METHODS["prompt"](P=P),)})
-    report = ak.onnx.inject(graph, adapter, tmp_path / "graph" / "out.onnx")
+    report = ak.onnx.inject(graph, adapter, tmp_path / "out.onnx")
     assert report.difference == 0
     assert "positions of the others do not count" in report.note
-    ids, mask = torch.tensor([[5, 9, 2, 33], [7, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    ids, mask = torch.tensor([[5, 9, 2, 13], [7, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     live = encoder(kind)
     ak.torch.inject(live, adapter)
     wanted = live(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -179,5 +187,5 @@ def test_a_soft_prompt_behind_embeddings_with_positions(kind, tmp_path, close):
     plain = {entry: array[:, : ids.shape[1]] for entry, array in plain.items()}
     for one, other in zip(session.run(plain).values(), ak.onnx.Session(graph).run(plain).values(), strict=True):
         np.testing.assert_array_equal(one, other)
-    ak.onnx.eject(report.out, tmp_path / "graph" / "back.onnx")
-    assert (tmp_path / "graph" / "back.onnx").read_bytes() == graph.read_bytes()
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()

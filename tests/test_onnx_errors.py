@@ -175,6 +175,7 @@ def test_command_line(plain, tmp_path):
     done = run("merge", plain, source, "-o", merged, "--weight", "2")
     assert done.exit_code == 0, done
     y, one = graphs.run(plain, x), graphs.run(tmp_path / "out.onnx", x)
+    (tmp_path / "weights").mkdir()
     np.testing.assert_allclose(graphs.run(merged, x), 2 * one - y, rtol=1e-4, atol=1e-4 * abs(one).max())
     for words, code, said in (
         ((plain, source, "-o", merged), 6, "--overwrite"),
@@ -182,7 +183,7 @@ def test_command_line(plain, tmp_path):
         ((plain, source, "-o", merged, "--dtype", "BF16"), 2, "Export the model in that type"),
         ((plain, source, "-o", merged, "--verify"), 2, "compared anyway"),
         ((plain, source, "-o", merged, "--quantized", "original"), 2, "16-bit weights"),
-        ((tmp_path, source, "-o", merged, "--base-weights", tmp_path), 2, "for an ONNX graph"),
+        ((tmp_path / "weights", source, "-o", merged, "--base-weights", tmp_path), 2, "for an ONNX graph"),
     ):
         done = run("merge", *words)
         assert done.exit_code == code, done

@@ -25,24 +25,26 @@ from adapterkit.errors import (
 )
 from adapterkit.io.lazy import as_array, from_numpy
 from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
-from adapterkit.onnx import against_torch, exporting, model_file
+from adapterkit.onnx import against_torch, exporting, model_file, pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
 """What PEFT and transformers say of one another, where they are the ones that are asked."""
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     ),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None, pad_token_id=0
+        vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None, pad_token_id=0
     ),
     "bert": lambda: transformers.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=64,
     ),
 }  # fmt: skip
+"""Of one layer, as the time of an export grows with them; other files run models of two layers with a past."""
+
 MODELS = {
     "llama": transformers.LlamaForCausalLM,
     "gpt2": transformers.GPT2LMHeadModel,
@@ -405,7 +407,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     assert (taken / "mine.txt").read_text() == "mine"
 
 
-def test_a_link_out_of_the_folder_is_not_carried(tmp_path, folders):
+def test_a_link_out_of_the_folder_is_not_carried(tmp_path, folders, monkeypatch):
     base, _, _ = folders("bert")
     source = tmp_path / "source"
     source.mkdir()
@@ -413,6 +415,7 @@ def test_a_link_out_of_the_folder_is_not_carried(tmp_path, folders):
         (source / file.name).write_bytes(file.read_bytes())
     (tmp_path / "secret").write_text("secret")
     (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr(pretrained, "export", lambda *_, **__: pytest.fail("exported before its links were looked at"))
     with pytest.raises(Malformed, match="link out of"):
         ak.onnx.export_pretrained(source, tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
@@ -437,8 +440,10 @@ def test_command_line(tmp_path, folders):
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
-def test_an_export_that_is_ended_leaves_nothing(tmp_path, folders):
-    base, _, _ = folders("bert")
+def test_an_export_that_is_ended_leaves_nothing(tmp_path):
+    base, config = tmp_path / "base", CONFIGS["bert"]()
+    config.num_hidden_layers = 0  # Each of these exports pays for everything that others find done already.
+    MODELS["bert"](config).save_pretrained(base)
     (tmp_path / "temporary").mkdir()
     (tmp_path / "made").mkdir()
     words, commands = ["export", base, "-o", tmp_path / "made" / "out", "--no-check"], Commands()

@@ -2,45 +2,32 @@
 
 import copy
 import os
-from functools import cache
+from functools import cache, partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+import onnx_ir as ir
 import peft
 import pytest
+import shared_graphs
 import torch
 from onnx_graphs import in_steps
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from peft_cases import gpt2, llama
 from safetensors.torch import save_file
-from torch import nn
+from shared_graphs import IDS, exported, pretrained
 
 import adapterkit as ak
 from adapterkit.errors import Unsupported, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-IDS = torch.tensor([[3, 4, 1, 3, 4, 9], [3, 4, 2, 2, 7, 3], [5, 1, 2, 2, 7, 4]])
-"""Rows in which 3, 4 occurs twice, once, and not at all."""
-
-
-class Causal(nn.Module):
-    """Logits of tokens, without a past."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids):
-        return self.model(input_ids=ids, use_cache=False).logits
-
 
 @cache
 def base(build):
-    torch.manual_seed(5)
-    model = build().eval()
+    model = copy.deepcopy(shared_graphs.base(build))
     model.config.use_cache = False
     return model
 
@@ -48,18 +35,7 @@ def base(build):
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
     """Model -> its graph, sizes open."""
-
-    @cache
-    def graph(build, inputs="input_ids"):
-        path = tmp_path_factory.mktemp("graph") / "model.onnx"
-        sizes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=8)}}
-        ak.onnx.export(
-            Causal(base(build)).eval(), (IDS,), path, inside="model", input_names=[inputs], output_names=["logits"],
-            dynamic_shapes=sizes,
-        )  # fmt: skip
-        return path
-
-    return graph
+    return partial(exported, tmp_path_factory)
 
 
 def trained(build, config, folder):
@@ -133,10 +109,11 @@ def test_a_task_that_is_told_is_in_the_graph(graphs, tmp_path, close):
 
 
 @torch.no_grad()
-def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, close):
+def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, tmp_path_factory, close):
     model = trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
     wanted = model(input_ids=IDS).logits
-    graph, out = graphs(llama, "words"), tmp_path / "out.onnx"
+    graph, out = ir.load(graphs(llama)), tmp_path / "out.onnx"
+    graph.graph.inputs[0].name = "words"
     with pytest.raises(Unsupported, match="no input input_ids"):
         ak.onnx.inject(graph, tmp_path / "adapter", out)
     for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update asks for task_ids")):
@@ -146,8 +123,7 @@ def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, close):
     ak.onnx.inject(graph, tmp_path / "adapter", out, call={"input_ids": "words"})
     close(torch.tensor(ak.onnx.Session(out).run({"words": IDS.numpy()})["logits"]), wanted, tolerance=1e-5)
 
-    base(llama).save_pretrained(tmp_path / "base")
-    graph = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph").out
+    _, graph = pretrained(tmp_path_factory, llama)
     report = ak.onnx.inject(graph, tmp_path / "adapter", tmp_path / "past.onnx")
     assert "past_input_ids takes the tokens" in report.note
     session = ak.onnx.Session(report.out)
@@ -251,22 +227,22 @@ def test_a_first_pass_needs_a_graph_that_shows_it(graphs, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["one layer", "best two"])
-def test_xlora_behind_a_past(case, experts, tmp_path, close):
+def test_xlora_behind_a_past(case, experts, tmp_path, tmp_path_factory, close):
     """Step by step what PEFT computes of all tokens at once."""
     model = xlora(case, experts, tmp_path / "router")
-    base(llama).save_pretrained(tmp_path / "base")
-    path = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph", check=False).out
-    report = ak.onnx.inject(path, tmp_path / "router", tmp_path / "graph" / "out.onnx", experts=experts)
+    _, path = pretrained(tmp_path_factory, llama)
+    report = ak.onnx.inject(path, tmp_path / "router", tmp_path / "out.onnx", experts=experts)
     assert "past_input_ids takes the tokens" in report.note
+    session = ak.onnx.Session(report.out)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     for own in (torch.ones_like(mask), mask):
         positions = (own.cumsum(-1) - 1).clamp(min=0)
         wanted = model(input_ids=IDS, attention_mask=own, position_ids=positions, use_cache=False).logits
         for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
-            got = in_steps(ak.onnx.Session(report.out), IDS, cuts, own, positions, 1, 4)
+            got = in_steps(session, IDS, cuts, own, positions, 1, 4)
             close(got[own.bool()], wanted[own.bool()], tolerance=1e-5)
-    ak.onnx.eject(report.out, tmp_path / "graph" / "back.onnx")
-    assert (tmp_path / "graph" / "back.onnx").read_bytes() == path.read_bytes()
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
 
 
 def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):

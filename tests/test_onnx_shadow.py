@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx_graphs import in_steps
 from peft_cases import gpt2, llama
+from shared_graphs import IDS, OPEN, Called, base, exported, pretrained
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -31,9 +32,7 @@ from adapterkit.io.checkpoint import open_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors"
-IDS = torch.tensor([[3, 4, 1, 3, 4, 7], [3, 4, 2, 2, 7, 3], [5, 1, 2, 2, 7, 4]])
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
-OPEN = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
 def one_head():
@@ -85,42 +84,20 @@ CASES = {
 }
 
 
-class Called(nn.Module):
-    """Logits by some words of a call, without a past."""
-
-    def __init__(self, model, words):
-        super().__init__()
-        self.model, self.words = model, words
-
-    def forward(self, *given):
-        return self.model(**dict(zip(self.words, given, strict=True)), use_cache=False).logits
-
-
-@cache
-def base(build):
-    torch.manual_seed(5)
-    return build().eval()
+FIXED = {"narrow", "one head", "opt"}
+"""Cases that ask for no open sizes, which cost four times the time; the others show them."""
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory):
     """Model and what it is called with -> its graph, the model's config beside it."""
+    return partial(exported, tmp_path_factory)
 
-    @cache
-    def exported(build, *words, dtype=torch.float32):
-        folder = tmp_path_factory.mktemp("graph")
-        words = words or ("input_ids",)
-        example = {"inputs_embeds": torch.randn(3, 6, 8, dtype=dtype), "attention_mask": torch.ones_like(IDS)}
-        args = [example[word] if word in example else IDS.clone() for word in words]
-        model = copy.deepcopy(base(build)).to(dtype)
-        ak.onnx.export(
-            Called(model, words).eval(), args, folder / "model.onnx", inside="model", input_names=words,
-            output_names=["logits"], dynamic_shapes=(tuple(OPEN for _ in words),),
-        )  # fmt: skip
-        model.config.save_pretrained(folder)
-        return folder / "model.onnx"
 
-    return exported
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory):
+    """The same, for as many rows and tokens as the examples have."""
+    return partial(exported, tmp_path_factory, fixed=True)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +127,13 @@ def run(path, **feeds):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_a_graph_computes_what_peft_computes(case, graph, made, tmp_path, close):
-    (model, adapter), path, out = made(case), graph(CASES[case][0]), tmp_path / "out.onnx"
+def test_a_graph_computes_what_peft_computes(case, graph, fixed, made, tmp_path, close):
+    path = (fixed if case in FIXED else graph)(CASES[case][0])
+    (model, adapter), out = made(case), tmp_path / "out.onnx"
     report = ak.onnx.inject(path, adapter, out, base_weights=None if case == "shared" else saved(case, tmp_path))
     assert report.reference is not None
     assert report.reference < 1e-5
-    for ids in (IDS, IDS[:1, :1], IDS[:2].repeat(2, 1)[:, :5]):
+    for ids in (IDS, IDS[:1, :1], IDS[:2].repeat(2, 1)[:, :5])[: 1 if case in FIXED else None]:
         wanted = model(input_ids=ids, use_cache=False).logits
         close(run(out, input_ids=ids), wanted, tolerance=1e-5)
     assert (run(path, input_ids=IDS) - model(input_ids=IDS).logits).abs().max() > 1e-3
@@ -169,10 +147,10 @@ def saved(case, folder):
 
 
 @torch.no_grad()
-def test_a_file_of_an_earlier_peft(graph, tmp_path, close):
+def test_a_file_of_an_earlier_peft(fixed, tmp_path, close):
     folder = VECTORS / "formats" / "peft" / "shadow_narrow"
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base(small)), str(folder)).eval()
-    out = ak.onnx.inject(graph(small), folder, tmp_path / "out.onnx").out
+    out = ak.onnx.inject(fixed(small), folder, tmp_path / "out.onnx").out
     close(run(out, input_ids=IDS), model(input_ids=IDS).logits, tolerance=1e-5)
 
 
@@ -209,10 +187,10 @@ def test_a_state_that_an_input_brings(target, tmp_path, close):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["shared", "gpt-2"])
-def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, close):
+def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, tmp_path_factory, close):
     model, adapter = made(case)
-    path = ak.onnx.export_pretrained(saved(case, tmp_path), tmp_path / "graph").out
-    report = ak.onnx.inject(path, adapter, tmp_path / "graph" / "out.onnx")
+    folder, path = pretrained(tmp_path_factory, CASES[case][0])
+    report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder)
     assert "past_input_ids takes the tokens that the past is of" in report.note
     assert report.reference is not None
     assert report.reference < 1e-5
@@ -233,23 +211,23 @@ def cached(config):
 
 
 @torch.no_grad()
-def test_masks_positions_and_embeddings(graph, made, tmp_path, close):
+def test_masks_positions_and_embeddings(fixed, made, tmp_path, close):
     (model, adapter), seen = made("shared"), PADDED.bool()
     out = tmp_path / "out.onnx"
-    ak.onnx.inject(graph(llama, "input_ids", "attention_mask", "position_ids"), adapter, out)
+    ak.onnx.inject(fixed(llama, "input_ids", "attention_mask", "position_ids"), adapter, out)
     call = {"attention_mask": PADDED, "position_ids": torch.tensor([[0, 0, 0, 5, 6, 9], [2, 3, 4, 5, 6, 7], [1] * 6])}
     wanted = model(input_ids=IDS, **call, use_cache=False).logits
     close(run(out, input_ids=IDS, **call)[seen], wanted[seen], tolerance=1e-5)
-    ak.onnx.inject(graph(llama, "inputs_embeds", "attention_mask"), adapter, out)
+    ak.onnx.inject(fixed(llama, "inputs_embeds", "attention_mask"), adapter, out)
     embeds = model.get_input_embeddings()(IDS)
     wanted = model(input_ids=IDS, attention_mask=PADDED, use_cache=False).logits
     close(run(out, inputs_embeds=embeds, attention_mask=PADDED)[seen], wanted[seen], tolerance=1e-5)
 
 
 @torch.no_grad()
-def test_blocks_in_any_order_and_without_names_of_nodes(graph, made, tmp_path, close):
+def test_blocks_in_any_order_and_without_names_of_nodes(fixed, made, tmp_path, close):
     model, folder = made("shared")
-    adapter, unnamed = ak.read(folder), ir.load(graph(llama))
+    adapter, unnamed = ak.read(folder), ir.load(fixed(llama))
     for node in unnamed.graph:
         node.name = ""
     turned = adapter.replace(updates=dict(reversed(adapter.updates.items())), foreign=None)
@@ -258,9 +236,9 @@ def test_blocks_in_any_order_and_without_names_of_nodes(graph, made, tmp_path, c
 
 
 @torch.no_grad()
-def test_in_half_precision(graph, made, tmp_path):
+def test_in_half_precision(fixed, made, tmp_path):
     model, adapter = made("narrow")
-    out = ak.onnx.inject(graph(llama, dtype=torch.float16), adapter, tmp_path / "out.onnx").out
+    out = ak.onnx.inject(fixed(llama, dtype=torch.float16), adapter, tmp_path / "out.onnx").out
     got = run(out, input_ids=IDS)
     assert got.dtype == torch.float16
     wanted = model(input_ids=IDS).logits
@@ -268,7 +246,7 @@ def test_in_half_precision(graph, made, tmp_path):
 
 
 @torch.no_grad()
-def test_what_a_lora_changes_inside_a_block(graph, made, tmp_path, close):
+def test_what_a_lora_changes_inside_a_block(fixed, made, tmp_path, close):
     """Beside the blocks' own law, as in torch."""
     adapter = ak.read(made("shared")[1])
     A, B = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.ones(8, 2)
@@ -276,7 +254,7 @@ def test_what_a_lora_changes_inside_a_block(graph, made, tmp_path, close):
     adapter = adapter.replace(updates=both, foreign=None)
     live = copy.deepcopy(base(llama))
     ak.torch.inject(live, adapter)
-    out = ak.onnx.inject(graph(llama), adapter, tmp_path / "out.onnx").out
+    out = ak.onnx.inject(fixed(llama), adapter, tmp_path / "out.onnx").out
     close(run(out, input_ids=IDS), live(IDS, use_cache=False).logits, tolerance=1e-5)
 
 
@@ -295,8 +273,8 @@ def test_an_export_with_the_network_beside_it(made, tmp_path, close):
     assert "inject that into the graph" in raised.value.cure
 
 
-def test_nothing_reads_the_state_behind_the_last_block(graph, made, tmp_path):
-    out = ak.onnx.inject(graph(llama), made("shared")[1], tmp_path / "out.onnx").out
+def test_nothing_reads_the_state_behind_the_last_block(fixed, made, tmp_path):
+    out = ak.onnx.inject(fixed(llama), made("shared")[1], tmp_path / "out.onnx").out
     model = ir.load(out)
     used = {value for node in model.graph for value in node.inputs} | {*model.graph.outputs}
     assert not [node.name for node in model.graph if not used & {*node.outputs}]
@@ -304,11 +282,21 @@ def test_nothing_reads_the_state_behind_the_last_block(graph, made, tmp_path):
     assert sorted(name.rpartition(".")[2] for name in stored) == ["down", "up"]
 
 
-def test_what_is_refused(graph, made, tmp_path):
+def test_a_graph_of_fixed_sizes_has_a_network_of_fixed_sizes(fixed, made, tmp_path):
+    out = ak.onnx.inject(fixed(llama), made("shared")[1], tmp_path / "out.onnx").out
+    shapes, before = (
+        [value.shape for node in ir.load(path).graph for value in node.outputs if value.shape is not None]
+        for path in (out, fixed(llama))
+    )
+    assert len(shapes) > len(before) + 99
+    assert [shape for shape in shapes if not shape.is_static()] == []
+
+
+def test_what_is_refused(fixed, made, tmp_path):
     _, adapter = made("shared")
     out = tmp_path / "out.onnx"
     bare = tmp_path / "model.onnx"
-    bare.write_bytes(graph(llama).read_bytes())
+    bare.write_bytes(fixed(llama).read_bytes())
     with pytest.raises(UsageError, match=r"base's config\.json, and there is none beside the graph"):
         ak.onnx.inject(bare, adapter, out)
     for config, error, match in (
@@ -324,8 +312,8 @@ def test_what_is_refused(graph, made, tmp_path):
             ak.onnx.inject(bare, adapter, out)
         assert raised.value.where in ("model.layers.0", "network")
     with pytest.raises(Unsupported, match="whose formula asks the model's call for shadow"):
-        ak.onnx.inject(graph(llama), adapter, out, mode="slots")
-    masked = ir.load(graph(llama, "input_ids", "attention_mask", "position_ids"))
+        ak.onnx.inject(fixed(llama), adapter, out, mode="slots")
+    masked = ir.load(fixed(llama, "input_ids", "attention_mask", "position_ids"))
     masked.graph.inputs[1].name = "seen"
     with pytest.raises(Unsupported, match="the graph's input seen, which the network") as raised:
         ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path))
@@ -333,5 +321,5 @@ def test_what_is_refused(graph, made, tmp_path):
     ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path), call={"attention_mask": "seen"})
     out.unlink()
     with pytest.raises(TargetNotFound, match="2 of 2 targets not in the base"):
-        ak.onnx.inject(graph(gpt2), adapter, out)
+        ak.onnx.inject(fixed(gpt2), adapter, out)
     assert not out.exists()

@@ -291,7 +291,7 @@ def test_any_update_runs_on_its_layer_or_is_refused_by_name(method, data, made):
     model, x = Called(nn.Linear(16, 8), states_for(update, 2, 3)).double(), torch.randn(2, 3, 16).double()
     live = update.replace(**{name: "" for name in ("residual", "norm") if hasattr(update, name)})
     if getattr(live, "parallel", False) or getattr(live, "reverse", False) or method == "shadow":
-        with pytest.raises(ShapeMismatch) as raised:
+        with pytest.raises((ShapeMismatch, Unsupported)) as raised:
             ak.torch.inject(model, Adapter({Target("m"): (live,)}))
         assert raised.value.where == f"m: {method}"
         return
@@ -375,8 +375,8 @@ def test_a_closing_module_is_compiled_whole_and_exported():
 
 
 REFUSED = [
-    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for 6 channels"),
-    ("m.dense", {"parallel": True}, ShapeMismatch, "stands parallel"),
+    ("m.dense", {"hidden": 6}, ShapeMismatch, "made for other channels.*hidden=6"),
+    ("m.dense", {"parallel": True}, Unsupported, "stands parallel"),
     ("m.dense", {"residual": "firts"}, TargetNotFound, "no module 'firts'"),
     ("m.dense", {"norm": "last", "original_ln_after": False}, Unsupported, "cannot be left out"),
     ("m.dense", {"non_linearity": "snake"}, Unsupported, "unknown word 'snake'"),

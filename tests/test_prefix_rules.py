@@ -154,3 +154,15 @@ def test_two_towers_of_one_shape_are_not_exchanged():
     asked = [*(f"model.{name}" for name in towers), *below("model.language_model.")]
     stored = [*towers, *below("language_model.model.")]
     assert found(asked, stored) == dict(zip(asked, stored, strict=True))
+
+
+def test_three_encoders_are_not_all_placed_in_the_one_that_a_base_has():
+    """FLAVA's three encoders have the names of DPT's one; DPT's file takes any of them without its prefix."""
+    layers = [f"encoder.layer.{n}.attention.attention.{x}" for n in range(2) for x in ("query", "key", "value")]
+    stored = below("dpt.", layers)
+    asked = [name for part in ("image_model.", "text_model.", "multimodal_model.") for name in below(part, layers)]
+    with pytest.raises(TargetNotFound, match="of 18 targets"):
+        found(asked, stored, "dpt")
+    assert found(below("image_model.", layers), stored, "dpt") == dict(
+        zip(below("image_model.", layers), stored, strict=True)
+    )

@@ -130,7 +130,7 @@ def test_a_methods_rules_read_what_it_has(name):
     assert not axes & set(cls.attribute_fields())
     for rule in cls.fits:
         for text in filter(None, (rule.when, rule.require)):
-            assert set(names_in(text)) <= axes | set(cls.attribute_fields()) | {"out", "in", "columns"}
+            assert set(names_in(text)) <= axes | set(cls.attribute_fields()) | {"out", "in", "columns", "kernel"}
     for rule in cls.rules:
         for text in filter(None, (rule.when, rule.require, rule.value)):
             assert set(names_in(text)) <= axes | set(cls.attribute_fields())

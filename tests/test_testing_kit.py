@@ -1,5 +1,6 @@
 """The kit for plug-ins, tried on what is built in, on a plug-in package, and on faults that it must find."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -103,14 +104,56 @@ class TestHf(HubTests):
         return f"hf://org/{name}"
 
 
-def run(package, *words):
+QUIET = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
+
+
+def run(package):
     """Run the tests of a package that is installed beside adapterkit, as its authors would."""
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(package), *words]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=package,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+        [sys.executable, "-m", "pytest", *QUIET, str(package)], capture_output=True, text=True, check=False,
+        cwd=package, env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
+
+
+SERVER = """
+import json, os, sys, tempfile
+import hypothesis, pytest, torch
+import adapterkit.testing
+
+for line in sys.stdin:
+    package, words = json.loads(line)
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            os.chdir(package)
+            sys.path.insert(0, package)
+            code = int(pytest.main([*words, package]))
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        print(json.dumps([code, said.read()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Runs tests of a package in forks of one process: to import torch takes longer than the tests."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+
+    def run(package, *words):
+        server.stdin.write(json.dumps([str(package), [*QUIET, *words]]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.communicate()
 
 
 @pytest.fixture
@@ -126,6 +169,12 @@ def test_the_example_package_passes(package):
     assert "failed" not in result.stdout
 
 
+def test_the_example_package_passes_in_a_fork_too(package, forked):
+    """Else faults below would be found in any package."""
+    code, said = forked(package)
+    assert code == 0, said
+
+
 FAULTS = {
     "a writer that loses the scaling": ("acme.py", '"scaling": update.scaling', '"scaling": 1.0', "acme"),
     "a reader that loses the scaling": ("acme.py", 'scaling=entry["scaling"]', "scaling=1.0", "acme"),
@@ -136,12 +185,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_an_addition_fails_its_tests(package, fault):
+def test_a_fault_in_an_addition_fails_its_tests(package, forked, fault):
     file, right, wrong, word = FAULTS[fault]
     path = package / file
     text = path.read_text()
     assert right in text
     start = text.index("def ")
     path.write_text(text[:start] + text[start:].replace(right, wrong))
-    result = run(package, "-k", word)
-    assert result.returncode == 1, result.stdout + result.stderr
+    code, said = forked(package, "-k", word)
+    assert code == 1, said

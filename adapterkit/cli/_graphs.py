@@ -37,7 +37,7 @@ ONLY_FOLDERS = {
     "onto": "Export the 16-bit weights and merge into that graph",
     "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
     "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
-    "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
+    "parameters": "--set is of a --method",
     "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
 }  # fmt: skip
@@ -54,6 +54,23 @@ def graph_in(base: str) -> str | None:
     return graph_file(base)
 
 
+def graph_or_folder(model: str, out: str | None) -> str:
+    """Return what a name means beside an output: the only graph of a folder for a file, the folder for a folder."""
+    from ..reporting.inspecting import graph_folder
+
+    if out is not None and not out.lower().endswith(".onnx") and graph_folder(model) is not None:
+        return model
+    return graph_in(model) or model
+
+
+def is_graphs(base: str, out: str | None) -> str | None:
+    """Return the graph or the folder of graphs that a base is; None for a base of weights."""
+    from ..reporting.inspecting import graph_folder
+
+    found = graph_or_folder(base, out)
+    return found if found.lower().endswith(".onnx") or graph_folder(found) is not None else None
+
+
 def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(parameter, option) of those of some options that the command line names."""
     for parameter in ctx.command.params:
@@ -65,7 +82,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 def merge_graph(
     ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, tied: str | None, strict_base: bool, check: bool,
-    overwrite: bool, only_plan: bool, rename: Sequence[str],
+    overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
     from ..errors import UsageError
@@ -81,7 +98,7 @@ def merge_graph(
 
         found = plan(
             model, adapters, weights=chosen, base_weights=base_weights, tied=tied, strict_base=strict_base,
-            rename=rename,
+            rename=rename, allow_partial=allow_partial,
         )  # fmt: skip
         show(settings, {"base": model, "targets": [place.record() for place in found]}, _plan_view)
         return
@@ -96,7 +113,8 @@ def merge_graph(
 
     report = merge(
         model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, tied=tied,
-        strict_base=strict_base, rename=rename, check=check, overwrite=overwrite, made_from=decided,
+        strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
+        made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _merged_view)
@@ -111,12 +129,16 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
     """
     from ..formats import files_read
     from ..io.locations import located
+    from ..onnx.folders import files_of_folder
     from ..onnx.model_file import opened
 
-    source = opened(model)
-    files = [] if source.path is None else [source.path, *source.data]
-    beside = [] if source.path is None else [source.path.parent / "config.json"]
-    files += [file for file in beside if file.is_file()]  # It tells whether head and embedding are tied.
+    if Path(model).is_dir():
+        files = files_of_folder(Path(model))
+    else:
+        source = opened(model)
+        files = [] if source.path is None else [source.path, *source.data]
+        beside = [] if source.path is None else [source.path.parent / "config.json"]
+        files += [file for file in beside if file.is_file()]  # It tells whether head and embedding are tied.
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 
@@ -162,7 +184,16 @@ def warn(warnings: Sequence[str]) -> None:
 def targets_table(record: Mapping[str, Any]) -> Table:
     """Show the nodes of each target in a graph."""
     rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
+    if "graphs" in record:
+        rows = [[t["graph"], *row] for t, row in zip(record["targets"], rows, strict=True)]
+        return Table(("graph", "target", "node", "found by", "confidence"), rows)
     return Table(("target", "node", "found by", "confidence"), rows)
+
+
+def graphs_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Show how many targets each graph of a folder took."""
+    for name, each in record.get("graphs", {}).items():
+        yield f"{name}: {counted(each['targets'], 'target')}; {checked(each)}"
 
 
 def checked(record: Mapping[str, Any]) -> str:
@@ -179,6 +210,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
 
 def _merged_view(record: Mapping[str, Any]) -> View:
     yield targets_table(record)
+    yield from graphs_lines(record)
     yield from damage_lines(record.get("damage", {}))
     yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"
 

@@ -1,7 +1,8 @@
-"""Attach an adapter to an ONNX graph.
+"""Attach an adapter to an ONNX graph, or to a folder of graphs.
 
 MODEL.onnx is the graph, A an adapter in any known format. The graph's own numbers stay as they are; the result is run
-against the same change made another way, unless --no-check is given.
+against the same change made another way, unless --no-check is given. A folder, as optimum and onnxruntime-genai write
+it, is one model: each graph takes the targets that it has, and OUT is a folder with all other files copied.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import checked, decided_by, free, graph_in, targets_table, warn
+from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_table, warn
 from ._render import View, show
 from ._writing import is_done, refuse_place
 
@@ -20,10 +21,12 @@ from ._writing import is_done, refuse_place
 @click.command(help=__doc__)
 @click.argument("model", metavar="MODEL.onnx")
 @click.argument("adapter", metavar="A")
-@click.option("-o", "--out", metavar="OUT.onnx", required=True, help="File to write.")
+@click.option("-o", "--out", metavar="OUT.onnx", required=True, help="File to write; for a folder, a folder.")
+@_options.allow_partial
 @click.option(
-    "--mode", type=click.Choice(["constant", "slots"]), default="constant", show_default=True,
-    help="Write the adapter into the graph, or make its tensors inputs that may be left out.",
+    "--mode", type=click.Choice(["constant", "slots", "rows"]), default="constant", show_default=True,
+    help="Write the adapter into the graph, make its tensors inputs that may be left out, or stack these over "
+    "adapters, one for each row of a batch.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",
@@ -56,14 +59,14 @@ def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
     compat: str | None, overwrite: bool, tied: str | None, strict_base: bool,
-    rename: tuple[str, ...],
+    rename: tuple[str, ...], allow_partial: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
-    model = graph_in(model) or model
+    model = graph_or_folder(model, out)
     decided, read = decided_by(model, [adapter, *experts, base_weights, calibration])
     if is_done(settings, out, decided, overwrite):
         return
@@ -71,7 +74,7 @@ def command(
     (held,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
         model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
-        tied=tied, strict_base=strict_base, rename=rename,
+        tied=tied, strict_base=strict_base, rename=rename, allow_partial=allow_partial,
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
@@ -102,5 +105,6 @@ def _call(words: tuple[str, ...]) -> dict[str, str | int]:
 def _view(record: Any) -> View:
     return [
         targets_table(record),
+        *graphs_lines(record),
         f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}",
     ]

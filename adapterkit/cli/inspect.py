@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import graph_in
+from ._graphs import graph_in, is_graphs
 from ._render import Table, View, counted, show, size
 
 
@@ -34,7 +34,7 @@ def command(
     """Runs `adapterkit.inspect`."""
     from ..api import inspect
 
-    graph = graph_in(src)
+    graph = graph_in(src) or is_graphs(src, None)
     if graph is None or graph != src:
         if base_weights is not None and graph is None:
             raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
@@ -291,13 +291,25 @@ def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def _graph_view(record: Mapping[str, Any]) -> View:
+    if "graphs" in record:
+        yield f"{record['path']}: {counted(len(record['graphs']), 'graph')}"
+        named = [[each["name"], each["part"] or "", each["layers"]] for each in record["graphs"]]
+        yield Table(("graph", "part", "layers"), named)
+        rows = [[place["graph"], *_layer_row(place)] for place in record["layers"]]
+        yield Table(("graph", "target", "shape", "node", "value", "found by", "confidence"), rows)
+        yield _layer_counts(record)
+        return
     yield f"{record['path']}: graph"
     yield Table(
         ("target", "shape", "node", "value", "found by", "confidence"),
         [_layer_row(place) for place in record["layers"]],
     )
+    yield _layer_counts(record)
+
+
+def _layer_counts(record: Mapping[str, Any]) -> str:
     methods = ", ".join(f"{count} by {method}" for method, count in record["totals"]["methods"].items())
-    yield f"{counted(record['totals']['layers'], 'layer')} ({methods})"
+    return f"{counted(record['totals']['layers'], 'layer')} ({methods})"
 
 
 def _layer_row(place: Mapping[str, Any]) -> list[Any]:

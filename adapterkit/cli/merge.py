@@ -14,7 +14,7 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
-from ._graphs import damage_lines, graph_in, merge_graph, refuse_graph_options
+from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
@@ -101,14 +101,14 @@ def command(
         raise click.UsageError(f"Missing argument 'BASE'{cure}")
     if not adapters and read_from is None:
         raise click.UsageError("Missing argument 'A...': name the adapters after the base")
-    graph = graph_in(base)
+    graph = is_graphs(base, out)
     if graph is not None and read_from is not None:
         raise click.UsageError("--recipe is not for an ONNX graph: combine first, and merge the result")
     if graph is not None:
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
             ctx, graph, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
-            rename,
+            rename, allow_partial,
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)

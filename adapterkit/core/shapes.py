@@ -126,27 +126,31 @@ def _solve(axis: str, name: str, size: int, dims: Dims) -> bool:
 
 
 def _candidates(axis: str, name: str, size: int, dims: Dims) -> tuple[int, ...]:
-    with_one = {**dims, name: 1}
-    numerator = math.prod(_value(part, with_one) for op, part in _factors(axis) if op == "*")
-    denominator = math.prod(_value(part, with_one) for op, part in _factors(axis) if op == "/")
-    return size * denominator // max(numerator, 1), numerator // max(size * denominator, 1)
+    above, below = (math.prod(_value(part, {**dims, name: 1}) for part in parts) for parts in _factors(axis))
+    return size * below // max(above, 1), above // max(size * below, 1)
 
 
-def _factors(axis: str) -> list[tuple[str, str]]:
-    return re.findall(r"([*/])(\w+)", "*" + axis)
+@cache
+def _factors(axis: str) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
+    """The names and numbers that an axis multiplies, and those by which it divides."""
+    found: dict[str, list[str | int]] = {"*": [], "/": []}
+    for operator, part in re.findall(r"([*/])(\w+)", "*" + axis):
+        found[operator].append(int(part) if part.isdigit() else part)
+    return tuple(found["*"]), tuple(found["/"])
 
 
-def _value(part: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
-    size = int(part) if part.isdigit() else dims[part]
+def _value(part: str | int, dims: Mapping[str, int | tuple[int, ...]]) -> int:
+    size = dims[part] if isinstance(part, str) else part
     if not isinstance(size, int):
         raise ValueError(f"{part} stands for several axes")
     return size
 
 
 def _evaluate(axis: str, dims: Mapping[str, int | tuple[int, ...]]) -> int:
-    numerator = math.prod(_value(part, dims) for op, part in _factors(axis) if op == "*")
-    denominator = math.prod(_value(part, dims) for op, part in _factors(axis) if op == "/")
-    return numerator // denominator if denominator and numerator % denominator == 0 else -1
+    parts_above, parts_below = _factors(axis)
+    above = math.prod([_value(part, dims) for part in parts_above])
+    below = math.prod([_value(part, dims) for part in parts_below])
+    return above // below if below and above % below == 0 else -1
 
 
 def _mismatch(axes: Axes, shape: tuple[int, ...], dims: Dims, what: str) -> ShapeMismatch:

@@ -267,7 +267,8 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
         return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
-    beside = sorted(path.parent.iterdir()) if path.is_file() else ()
+    # Beside a graph, no format keeps anything that is read with it.
+    beside = sorted(path.parent.iterdir()) if path.is_file() and path.suffix.lower() != ".onnx" else ()
     return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
@@ -288,7 +289,14 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+    from ._image import container
+    from ._others import other_file
+
     source = _existing(path)
+    other = other_file(container.names(source))
+    if other is not None:
+        kind, key = other
+        raise UnknownFormat(f"{kind.name}, which is not read: {kind.why}", path=path, where=key, cure=kind.cure)
     module = next(iter(adapter_modules(source)), None)
     if module is not None:
         why = "its keys end as an adapter's do, but no family that is known has all of its modules"

@@ -191,11 +191,12 @@ def finite(value: Any, where: str) -> float:
     Raises:
         Malformed: it is not a number, not finite, or an integer that a float does not hold exactly.
     """
-    exact = (type(value) is int and abs(value) <= EXACT) or (isinstance(value, float) and math.isfinite(value))
-    if not exact:
-        cure = f"Write a finite number there, if whole then of at most {EXACT}"
-        raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
-    return float(value)
+    if type(value) is int and abs(value) <= EXACT:
+        return float(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    cure = f"Write a finite number there, if whole then of at most {EXACT}"
+    raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
 
 
 def whole_rank(value: object, where: str) -> int:

@@ -31,6 +31,7 @@ from ..naming.image import (
     in_other_words,
     rooted,
 )
+from ..naming.resolver import WRAPPERS
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
@@ -65,8 +66,10 @@ _BARE = {"lora_A": "down", "lora_B": "up"}
 """Slots that loralib has, too; only a prefix shows that a file is ComfyUI's."""
 
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.\w+\.transformer)\..+?)\.({_ENDS}|{'|'.join(_BARE)})")
-_OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model)\.)?(.+?))\.({_ENDS})")
-_DOTTED = re.compile(r"[A-Za-z]\w*(?:\.[\w-]+)*")
+_OTHER = re.compile(
+    rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model|pipe\.dit)\.)?(.+?))\.({_ENDS})"
+)
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """Encoder -> ComfyUI's name of its CLIP, if the family is not known."""
@@ -93,7 +96,7 @@ class Comfyui(ImageFormat):
         if BflControl().sniff(path):
             return False
         parsed = [_OTHER.fullmatch(key) for key in keys]
-        return bool(parsed) and all(parsed) and bool(_families({each[2] for each in parsed if each is not None}))
+        return bool(parsed) and all(parsed) and bool(_families({_rest(each[1]) for each in parsed if each is not None}))
 
     def parse(self, key: str) -> Key | None:
         found = _KEY.fullmatch(key)
@@ -193,12 +196,14 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
     return leaf.map(ordered, leaf.shape)
 
 
-_ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")
+_ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
 """Prefixes that names of a U-Net or a transformer may have; or none."""
 
 
 def _rest(stem: str) -> str:
-    """A module's name without what stands before it."""
+    """A module's name without what stands before it, and without torch's wrappers."""
+    if not WRAPPERS.isdisjoint(words := stem.split(".")):
+        stem = ".".join(word for word in words if word not in WRAPPERS)
     return stem.removeprefix(next((root for root in _ROOTS if stem.startswith(root)), ""))
 
 

@@ -46,7 +46,7 @@ FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _PART = f"(?:{'|'.join(PARTS)})"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
-    r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?)"
+    r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?|dora_scale)"
 )
 _SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
 _ALPHA = re.compile(rf"({_PART}\..+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
@@ -68,8 +68,9 @@ _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.nor
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_magnitude_vector.weight": "dora", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
-    "lora_down.weight": "down", "lora_up.weight": "up",
+    "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora",
 }  # fmt: skip
+"""Words of keys -> slots; `dora_scale` is OneTrainer's, under diffusers' names."""
 
 
 class Diffusers(ImageFormat):
@@ -130,7 +131,7 @@ class Diffusers(ImageFormat):
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        return {stem: Target(stem if rooted(stem)[0] else f"unet.{stem}") for stem in modules}
+        return {stem: Target(_path(stem)) for stem in modules}
 
     def switch(self, stem: str) -> str:
         return stem.partition(".")[0]
@@ -206,6 +207,12 @@ class Diffusers(ImageFormat):
         config = _composed(scales)
         text = json.dumps(config, indent=2, sort_keys=True)
         return [*((k, v) for k, v in old if k != CONFIG), (CONFIG, text)], True
+
+
+def _path(stem: str) -> str:
+    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part."""
+    root, rest = rooted(stem)
+    return f"{root or 'unet.'}{rest.removeprefix('base_model.model.')}"
 
 
 def _with_biases(updates: Updates) -> Updates:

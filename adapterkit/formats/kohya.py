@@ -21,7 +21,7 @@ from ._image.container import Metadata
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.underscores import resolve, stem_of
+from ._image.underscores import prefixes_of, resolve, stem_of
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -37,7 +37,9 @@ SLOTS = {
 }  # fmt: skip
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)")
+_KEY = re.compile(
+    r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
+)
 
 
 class Kohya(ImageFormat):
@@ -98,7 +100,7 @@ class Kohya(ImageFormat):
                 return dict(updates), [(target, why) for target in turned_there]
             origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
-        told = is_xl(paths) or is_not_xl(paths)
+        told = is_xl(paths) or is_not_xl(paths) or prefixes_of([target.path for target in inside])
         unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if told else (inside, [])
         changed = {**unets, **moved}
         return changed, [*losses, *more, *turned.uneven(changed)]

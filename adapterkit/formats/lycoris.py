@@ -35,7 +35,7 @@ SLOTS = {
 }
 
 _WORDS = {word: slot for slot, word in SLOTS.items()}
-_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|lycoris)_[^.]+)\.(.+)")
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|lycoris)_[^.]+)\.(.+)")
 
 
 class Lycoris(ImageFormat):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..errors import Corrupt, Malformed, Unsupported, storage_error
@@ -349,12 +349,14 @@ def dtype_of(leaf: Leaf) -> DType:
 
 def from_numpy(array: Array, dtype: str | None = None) -> Lazy:
     """Return a `Lazy` over a numpy array; `dtype` names an element type that numpy lacks (`BF16` held as uint16)."""
-    kind = DTYPES[dtype] if dtype else next(d for d in DTYPES.values() if d.numpy == _little(array))
+    kind = DTYPES[dtype] if dtype else _kind(array.dtype)
     return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
 
 
-def _little(array: Array) -> str:
-    return str(array.dtype.newbyteorder("<").str)
+@cache
+def _kind(dtype: Any) -> DType:
+    little = str(dtype.newbyteorder("<").str)
+    return next(each for each in DTYPES.values() if each.numpy == little)
 
 
 # Read and create one-number tensors without numpy: adapter files hold thousands of them.

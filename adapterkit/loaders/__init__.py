@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..core.metadata import read_with
 from ..core.updates import Additive
 from ..errors import AdapterkitError, Malformed, Unrepresentable
 from ..formats import FORMATS, Format
@@ -89,7 +90,7 @@ class Answer:
     Attributes:
         tool: the name of its file in `spec/loaders`.
         title: the tool and the version that is known.
-        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`.
+        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`; `unknown`.
         why: why it does not load all, and how its result differs.
         convert: arguments of `adapterkit convert` after which it loads all; empty where none is known.
     """
@@ -150,6 +151,28 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
     """
     seen = _File.of(adapter, format, path)
     return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
+
+
+def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
+    """Return an adapter that is written with a format's usual keys, where the tool of that format holds none it has.
+
+    ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
+    conversion to the format in which a file was read would keep the keys.
+
+    Args:
+        adapter: what was read.
+        format: the format in which it was read, and is to be written.
+        path: the file or folder.
+    """
+    tool, writer = loaders().get(format), FORMATS[format]()
+    if tool is None or not isinstance(writer, ImageFormat) or adapter.foreign is None:
+        return adapter
+    seen = _File.of(adapter, format, path)
+    known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
+    if not known or any(_holds(tool, family, key) for family in known for key in seen.keys):
+        return adapter
+    pairs: Any = adapter.foreign.data.get("metadata") or ()
+    return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +257,8 @@ def _numbers(adapter: Adapter) -> list[Any]:
 
 def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     """Whether a tool holds every key of a file of an image model."""
+    if not seen.families and denoiser_targets(seen.adapter.updates, ()):
+        return "unknown", "its modules are of no family that is known here, so that the names which it holds are not"
     tried: list[list[str]] = []
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):

@@ -126,7 +126,11 @@ def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
 
 def config_changes(base: Checkpoint) -> dict[str, JsonValue]:
     """Return the changes of `config.json`: the quantization is removed unless the output is quantized again."""
-    return {"quantization_config": None} if isinstance(base, Dequantized) and not base.packs else {}
+    if not isinstance(base, Dequantized) or base.packs:
+        return {}
+    text = (base.config or {}).get("text_config")
+    nested = (base.stored.config or {}).get("text_config") != text
+    return {"quantization_config": None, **({"text_config": text} if nested else {})}
 
 
 def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:

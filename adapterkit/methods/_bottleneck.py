@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.updates import OutputUpdate, attribute, tensor
-from ..errors import ShapeMismatch
+from ..core.updates import OutputUpdate, Rule, attribute, tensor
+from ..errors import Unsupported
 from ..linalg.activations import ACTIVATIONS, layer_norm
 from ._gates import row_shares
 
@@ -19,7 +19,6 @@ class Sublayer(OutputUpdate):
     """h' = h + change(h), or h + change(residual) in parallel; h is the sub-layer's output before its residual."""
 
     placed = True
-
     parallel: bool = False
     original_ln_before: bool = False
     original_ln_after: bool = True
@@ -36,7 +35,7 @@ class Sublayer(OutputUpdate):
         super().check_against(shape)
         if self.parallel and not self.residual and shape[1:2] != shape[:1]:
             why = f"stands parallel to a layer of {list(shape[:2])} outputs and inputs"
-            raise ShapeMismatch(why, cure="Name the residual to read")
+            raise Unsupported(why, cure="Name the residual to read")
 
     def changed(self, h: Tensor, layer: Layer) -> Tensor:
         """Return the change for the adapter's input."""
@@ -70,6 +69,7 @@ class Narrow(Sublayer):
         ((), ("norm_after", "norm_after_bias")),
         ((), ("scaling_factor",), ("channel_scaling",)),
     )
+    fits: ClassVar[tuple[Rule, ...]] = (Rule(require="hidden == out", meaning="made for other channels"),)
 
     gate: Tensor | None = tensor("1 hidden", optional=True)
     gate_bias: Tensor | None = tensor("1", optional=True)

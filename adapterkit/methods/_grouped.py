@@ -27,6 +27,12 @@ class AcrossGroups(OutputUpdate):
             meaning="the rank and the outputs are not in groups",
         ),
     )
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            require="inputs == in * (r // share) and axes(A) == kernel + 2",
+            meaning="made for another number of channels, groups or kernel axes",
+        ),
+    )
 
     A: Tensor = tensor("r inputs *k")
     B: Tensor = tensor("out share")
@@ -44,9 +50,9 @@ class AcrossGroups(OutputUpdate):
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
-        (_, inputs, *kernel), groups = self.A.shape, self.groups
-        if (inputs, *kernel) != (groups * shape[1], *shape[2:]):
-            why = f"made for {inputs} channels in {groups} groups and a kernel of {kernel}; the weight is {list(shape)}"
+        kernel = tuple(self.A.shape[2:])
+        if kernel != tuple(shape[2:]):
+            why = f"made for a kernel of {list(kernel)}; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def read(self, x: Tensor, layer: Layer) -> Tensor:

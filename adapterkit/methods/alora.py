@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import Rule, tensor
-from ..errors import ShapeMismatch, UsageError
+from ..errors import UsageError
 from ..linalg.namespace import namespace
 from ._routed import Routed
 
@@ -57,7 +57,7 @@ class ALoRA(Routed):
         """Return a mask of the positions of x from an invocation on; they belong to the last tokens of the sequence."""
         if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
             why = f"an input of {list(x.shape)}, where the model reads {list(ids.shape)} tokens"
-            raise ShapeMismatch(why, cure="Target a layer whose input is [rows, tokens, in]")
+            raise UsageError(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp = namespace(ids)
         so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class GatedLoRA(OutputUpdate):
     """y' = y + share * B @ A x, one share for each row of a batch `[rows, ..., in]`."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2110.07577"
 
     A: Tensor = tensor("r in")

@@ -6,10 +6,9 @@ inverse before the output head. For the inverse the target is the head, and `rev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..core.updates import OutputUpdate, attribute, tensor
-from ..errors import ShapeMismatch
+from ..core.updates import OutputUpdate, Rule, attribute, tensor
 from ..linalg.activations import ACTIVATIONS
 from ..linalg.namespace import namespace
 
@@ -24,6 +23,11 @@ class Invertible(OutputUpdate):
     """f on the output, or the inverse of f on the input; F and G are linear layers around an activation."""
 
     paper = "https://arxiv.org/abs/2005.00052"
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="kernel == 0", meaning="the channels are not the last axis of a convolution"),
+        Rule(when="not reverse", require="first + second == out", meaning="made for other channels"),
+        Rule(when="reverse", require="first + second == in", meaning="made for other inputs"),
+    )
 
     F_down: Tensor = tensor("a second")
     F_down_bias: Tensor = tensor("a")
@@ -53,12 +57,6 @@ class Invertible(OutputUpdate):
     @property
     def _size(self) -> int:
         return int(self.F_up_bias.shape[0] + self.G_up_bias.shape[0])
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if len(shape) > 2 or (self.reverse and shape[1:] != (self._size,)):
-            why = f"made for {self._size} channels in the last axis; the layer's weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return layer(self._backward(x)) if self.reverse else self._forward(layer(x))

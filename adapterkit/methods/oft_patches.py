@@ -9,13 +9,11 @@ elsewhere. Its merge rotates the weight instead, which is another function if th
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
-from ..errors import ShapeMismatch
 from ..linalg.namespace import namespace
-from ..linalg.rotations import block_size, shortened_blocks, skew, turned
+from ..linalg.rotations import shortened_blocks, skew, turned
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:
@@ -35,19 +33,16 @@ class OFTPatches(OutputUpdate):
         Rule(require="block(p) > 0", where="pairs", meaning="its numbers do not fill one side of a square matrix"),
         Rule(define="b", value="block(p)"),
     )
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="in > 0 and (kernel == 0 or kernel == 2)", meaning="the layer has no patches of two axes"),
+        Rule(require="columns % b == 0 and (n == 1 or n * b == columns)", meaning="the blocks do not fill a patch"),
+    )
 
     pairs: Tensor = tensor("n p")
     terms: int = attribute(0, least=0, most=100)
     doubled: bool = False
     coft: bool = False
     eps: float = 6e-5
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        width, (n, size) = math.prod(shape[1:]), (self.pairs.shape[-2], block_size(self.pairs.shape[-1]))
-        if len(shape) not in (2, 4) or width % size or n not in (1, width // size):
-            why = f"{n} blocks of {size} for patches of {width} numbers; the weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]

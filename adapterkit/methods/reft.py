@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
-from ..errors import ShapeMismatch
 from ..linalg.activations import ACTIVATIONS
 from ..linalg.namespace import namespace
 from ..linalg.rotations import orthonormal_rows
@@ -44,6 +43,11 @@ class ReFT(OutputUpdate):
         ),
     )
 
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="hidden == out", meaning="made for other channels"),
+        Rule(require="kernel == 0", meaning="a kernel's layer has no axis of positions"),
+    )
+
     source: Tensor = tensor("r hidden")
     source_bias: Tensor | None = tensor("r", optional=True)
     projection: Tensor = tensor("r hidden")
@@ -62,11 +66,6 @@ class ReFT(OutputUpdate):
         source = projection if subtract else W.new_zeros(rank, len(W))
         attributes = {"orthogonality": bool(subtract)} | attributes
         return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if len(shape) > 2:
-            raise ShapeMismatch("a kernel's layer has no axis of positions", cure="Target a module of sequences")
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         tied = self.source, self.source_bias, self.projection

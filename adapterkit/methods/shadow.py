@@ -8,10 +8,10 @@ with few layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.updates import OutputUpdate, attribute, tensor
-from ..errors import Malformed, ShapeMismatch
+from ..core.updates import OutputUpdate, Rule, attribute, tensor
+from ..errors import Malformed, UsageError
 from ..linalg.activations import ACTIVATIONS, sigmoid
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class Shadow(OutputUpdate):
     acts_on = "each token by what a network beside the model makes of it"
     asks = ("shadow",)
     moves_input = True
+
+    fits: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="hidden == out and hidden == in", meaning="made for blocks with other channels"),
+    )
 
     down: Tensor = tensor("r hidden")
     up: Tensor = tensor("hidden r")
@@ -56,18 +60,12 @@ class Shadow(OutputUpdate):
             raise Malformed("not lines of a name and a shape", where="names", cure="Write the adapter again")
         return {name: tuple(map(int, sizes)) for name, *sizes in lines}
 
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if shape[:2] != (self.channels,) * 2:
-            why = f"for {self.channels} channels that go through a block; the weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Target the model's blocks")
-
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         shadow = layer.call["shadow"]
         s = shadow.state(self)
         if s.shape != x.shape:
             why = f"an input of {list(x.shape)}, where the network beside the model gives {list(s.shape)}"
-            raise ShapeMismatch(why, cure="Target the model's blocks, and call it for all rows alike")
+            raise UsageError(why, cure="Target the model's blocks, and call it for all rows alike")
         y = layer(x + self.alpha * ((x - s) @ self.down.mT @ self.up.mT))
         t, g = self._update("transform", y), sigmoid(self._update("gate", y))
         shadow.keep((1 - g) * s + g * t)

@@ -30,7 +30,10 @@ FORMAT = 1
 
 
 TURNED = ("rope", "rotary")
-"""Orders of rows by what a rotary embedding turns, in query or in key heads."""
+"""Orders of rows by what a rotary embedding turns, in the heads that `SHARED` names."""
+
+SHARED = ("query", "kv", "vision")
+"""Which heads share the rows of a place: those that ask, those that answer, or those of the vision tower."""
 
 LINEAR = ("linear_value", "linear_qkv")
 """Orders of rows that follow from the heads of a linear attention."""
@@ -62,7 +65,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
             has all queries, then all keys, then all values of a fused weight that holds them group by group; the
             README has the others.
-        heads: which heads share the rows, `query` or `kv`; only with `rope`.
+        heads: which heads share the rows, `query`, `kv` or those of the `vision` tower; only with `TURNED`.
         columns: the order of the inputs, in the words of `rows`.
         beside: template of a second tensor, which has the rows of the weight that the first one lacks.
         ratio: the weight is this tensor only if the tensor has so many outputs per input. The last block's modulation
@@ -117,7 +120,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs divided by its inputs.
         encoders: diffusers' name of a text encoder -> what it is.
+        prefixes: part of the pipeline -> what kohya's keys of it begin with, if not `lora_unet` or `lora_te`.
         beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
+        modules: part in `beside` -> templates of its modules, whose names kohya's keys flatten.
         diffsynth_head: rows of one head, where DiffSynth's files have fused queries, keys and values head by head.
         header_alpha: an alpha in the header of a file without alphas counts for every module.
         whole_norms: diffusers' loader takes whole scales of the norms of queries and keys.
@@ -135,7 +140,9 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
     encoders: dict[str, Encoder] = {}
+    prefixes: dict[str, str] = {}
     beside: dict[str, str] = {}
+    modules: dict[str, list[str]] = {}
     diffsynth_head: int = 0
     header_alpha: bool = False
     whole_norms: bool = False
@@ -485,7 +492,7 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
     known = (None, "qkv", *TURNED, *LINEAR, *SPLIT)
-    if place.rows not in known or (place.rows in TURNED) != (place.heads in ("query", "kv")):
+    if place.rows not in known or (place.rows in TURNED) != (place.heads in SHARED):
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
     if place.columns not in (None, "linear_value"):
         yield f"{naming}: {place.name} has columns {place.columns!r}"

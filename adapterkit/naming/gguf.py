@@ -21,6 +21,7 @@ from .heads import (
     linear_qkvz,
     rope_pairs,
     rotary_halves,
+    sharing,
     undone,
 )
 
@@ -122,12 +123,12 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
     if place.rows is None:
         return None
     if place.rows == "rope":
-        return rope_pairs(rows, heads.query if place.heads == "query" else heads.kv, where)
+        return rope_pairs(rows, sharing(heads, place.heads, where), where)
     if place.rows == "rotary":
         if not heads.rotary:
             why = "the number of rotary rows of a head is unknown, and the order of rows depends on it"
             raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
-        return rotary_halves(rows, heads.query if place.heads == "query" else heads.kv, heads.rotary, where)
+        return rotary_halves(rows, sharing(heads, place.heads, where), heads.rotary, where)
     if place.rows in SPLIT:
         raise Unsupported(f"its rows lie in two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE)
     if place.rows == "linear_value":

@@ -45,6 +45,7 @@ class Heads:
         dim: rows of a head.
         linear: the heads of a linear attention beside it.
         rotary: rows of a head that a rotary embedding turns; 0 where that is not known.
+        vision: heads of the vision tower; 0 where there is none.
     """
 
     query: int
@@ -52,6 +53,7 @@ class Heads:
     dim: int
     linear: LinearHeads | None = None
     rotary: int = 0
+    vision: int = 0
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -85,7 +87,9 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     parameters = own.get("rope_parameters")
     factor = (parameters if isinstance(parameters, dict) else own).get("partial_rotary_factor")
     rotary = int(dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
-    return Heads(query, kv, dim, linear_of(own), rotary)
+    vision = config.get("vision_config")
+    tower = _count(vision, ("num_attention_heads", "num_heads"), where, 0) if isinstance(vision, dict) else 0
+    return Heads(query, kv, dim, linear_of(own), rotary, tower)
 
 
 def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
@@ -110,6 +114,22 @@ def _count(config: Any, names: tuple[str, ...], where: str, default: int | None 
             f"{names[0]} is {shown(value)} in the base's config", where=where, cure="Fetch config.json again"
         )
     return value
+
+
+def sharing(heads: Heads, which: str | None, where: str) -> int:
+    """How many heads share the rows of a projection: those that ask, those that answer, or a vision tower's.
+
+    Raises:
+        UsageError: nothing tells how many heads the vision tower has.
+    """
+    if which == "query":
+        return heads.query
+    if which != "vision":
+        return heads.kv
+    if not heads.vision:
+        why = "the base's config does not say how many heads its vision tower has"
+        raise UsageError(why, where=where, cure=_GIVE)
+    return heads.vision
 
 
 def rope_pairs(rows: int, heads: int, where: str) -> Rows:

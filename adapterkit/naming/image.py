@@ -53,6 +53,12 @@ class Family:
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
+    def modules(self, part: str) -> Names:
+        """All names of a part of the pipeline that lies inside the authors' model."""
+        if part not in self._names:
+            self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
+        return self._names[part]
+
     def unflattened(self, flat: str, naming: str) -> list[str]:
         """List the names of a naming that `flat`, with underscores for dots, can stand for."""
         return self.names(naming).unflattened(flat) if self.may_have(flat) else []

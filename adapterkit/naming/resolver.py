@@ -8,6 +8,7 @@ readings that both fit are refused.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -269,20 +270,33 @@ def _by_architecture(left: Left, base: Names, architecture: Architecture, resolu
     if known is None or known.architecture is not architecture:
         known = base.known[architecture.family] = _Known(base, architecture)
     rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
+    placed: list[tuple[str, str, tuple[Move, ...], tuple[str, str]]] = []
     for target, name in left:
         readings = known.readings(name)
         if len(readings) > 1:
             raise _ambiguous(target, [moves[0].path for moves in readings])
-        if not readings:
+        if readings:
+            placed.append((target, name, *next(iter(readings.items()))))
+        else:
+            rest.append((target, name))
+    # FLAVA has three encoders of the names that DPT has once. A prefix that is left out must not make two targets one.
+    uses = Counter(_spot(move) for moves in resolution.moves.values() for move in moves)
+    uses.update(_spot(move) for _, _, moves, _ in placed for move in moves)
+    for target, name, moves, used in placed:
+        if any(uses[_spot(move)] > 1 for move in moves):
             rest.append((target, name))
             continue
-        moves, used = next(iter(readings.items()))
         resolution.moves[target] = moves
         counts[used] = counts.get(used, 0) + 1
     for (ours, theirs), count in counts.items():
         text = f"{architecture.family}: {ours} -> {theirs}"
         resolution.rules.append(Rule("architecture", text, count))
     return rest
+
+
+def _spot(move: Move) -> tuple[str, Part | None, int | None]:
+    """What of the base a move writes to."""
+    return move.path, move.into, move.slot
 
 
 class _Known:
@@ -324,7 +338,12 @@ class _Known:
             return False
         off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
         lost = set[str]().union(*(_modalities(word) for word in off)) - {"text"} - _modalities(own)
-        return any(lost & _modalities(word) for word in self.words)
+        return bool(lost and lost & self.modalities)
+
+    @cached_property
+    def modalities(self) -> frozenset[str]:
+        """Which of vision, text and audio the family's words mention."""
+        return frozenset[str]().union(*(_modalities(word) for word in self.words))
 
     @cached_property
     def words(self) -> frozenset[str]:

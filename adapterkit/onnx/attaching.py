@@ -21,6 +21,7 @@ from .layers import Attention, Layer, MatMul, taken_apart
 from .norms import FoldedNorm
 from .outlets import Ended
 from .resolving import Found, Spot
+from .rowwise import RowSlots
 from .values import Unsayable, Value
 
 
@@ -180,6 +181,11 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
     core: Any = layer if place.norm is None else Normed(layer, place.norm)
     seen: Any = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
     _check(place, layer, core.bias)
+    if isinstance(slots, RowSlots):
+        y = slots.output(seen, layer, place)
+        y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
+        _insert(layer, y.value, branch)
+        return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     try:
         y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)

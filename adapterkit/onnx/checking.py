@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,11 @@ from .model_file import Source, inline, opened
 from .operands import attribute
 from .providers import session_of
 from .resolving import resolve
+from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
 from .slots import slots_of
+from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
 
 SMALL = 1 << 25
 """Largest model to run, in bytes, data files included."""
@@ -36,14 +37,12 @@ FEW = 1 << 16
 ROUGH = {"QuantizeLinear", "DynamicQuantizeLinear"}
 """Operators that round inputs: different orders of summation may differ by a whole step there."""
 
-Feeds = Mapping[str, np.ndarray[Any, Any]]
-
 
 def told_by_reference(model: Path | bytes, feeds: Feeds) -> list[Any] | None:
     """Return the reference implementation's outputs; None if it cannot run the model, or would take too long."""
     from onnx.reference import ReferenceEvaluator
 
-    if sum(math.prod(np.shape(array)) for array in feeds.values()) > FEW:
+    if numbers_in(feeds) > FEW:
         return None
     try:
         proto = _proto(model)
@@ -72,61 +71,6 @@ def _proto(model: Path | bytes) -> Any:
     places = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
     outside = sum(int(entry.value) for entry in places if entry.key == "length")
     return onnx.load(model) if model.stat().st_size + outside <= SMALL else None
-
-
-SIZES = ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
-"""Values for open sizes by axis, tried one after the other."""
-
-_TYPES = {
-    "bool": np.bool_,
-    "float": np.float32,
-    "float16": np.float16,
-    "double": np.float64,
-    "int64": np.int64,
-    "int32": np.int32,
-}
-
-
-def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
-    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch."""
-    rng, known = np.random.default_rng(0), dict[str, int]()
-    feeds: dict[str, Any] = {}
-    entries = session.get_inputs()
-    shapes = {entry.name: [_size(axis, n, known, sizes) for n, axis in enumerate(entry.shape)] for entry in entries}
-    _count_past(shapes)
-    for entry in entries:
-        shape = shapes[entry.name]
-        name = entry.type.removeprefix("tensor(").removesuffix(")")
-        if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
-            feeds[entry.name] = _mask(shape).astype(_TYPES[name])
-        elif name in ("int64", "int32"):
-            # 0 and 1 are valid as tokens, token types and masks of any model.
-            feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
-        else:
-            feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
-    return feeds
-
-
-def _count_past(shapes: dict[str, list[int]]) -> None:
-    """Extend the mask of a causal language model to cover its past."""
-    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
-    mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
-    if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
-        mask[1] = past + tokens[1]
-
-
-def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
-    mask = np.ones(shape, dtype=bool)
-    if mask.ndim and mask.shape[-1] > 1:
-        mask[..., -1] = False
-    return mask
-
-
-def _size(axis: Any, position: int, known: dict[str, int], sizes: Sequence[int]) -> int:
-    if isinstance(axis, int):
-        return axis
-    return known.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])
 
 
 # Measure differences of outputs, and bound those that rounding alone can cause.
@@ -206,7 +150,7 @@ class Outcome:
 
 def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
-    given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None,
+    given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
 ) -> Outcome:  # fmt: skip
     """Compare the written graph with the original graph with merged weights.
 
@@ -221,6 +165,7 @@ def checked_injection(
         given: inputs to run on, by name.
         alone: True if there is no second way to make the change, e.g. for prefixes of attentions.
         tying: as for the injection.
+        by_rows: the slots are stacks of adapters; then a batch with the adapter in one row is tried as well.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
@@ -229,26 +174,63 @@ def checked_injection(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
-    plain = inline(source.model)
+    plain, known = inline(source.model), sizes_beside(source.path)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
-        outcome = _compared(plain, out, {}, exact=True, given=given)
+        outcome = _compared(plain, out, {}, exact=True, given=given, known=known)
         if outcome.difference is None:
             return outcome
     if alone:
-        return _compared(None, out, {}, plain=plain, given=given)
+        return _compared(None, out, {}, plain=plain, given=given, known=known)
     if not adapter.updates:  # Only context: without its tokens, or with a past, the graph equals the original.
-        return _compared(plain, out, {}, exact=True, given=given)
+        return _compared(plain, out, {}, exact=True, given=given, known=known)
     other: bytes | None = None
+    bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         from .merging import fold
 
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
-            packed = "dequantize" if _exact(source.model) else None
+            packed = None if quantizers(source.model) else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
-    return _compared(other, out, fed, plain=plain, given=given)
+    bare = bare and other is not None
+    if by_rows and other is not None:
+        mixed = _compared_by_rows(other, plain, out, fed, known, bare)
+        whole = _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+        return whole if mixed is None else replace(whole, difference=max(mixed, whole.difference or 0.0))
+    return _compared(other, out, fed, plain=plain, given=given, known=known, bare=bare)
+
+
+def _compared_by_rows(
+    wanted: bytes, plain: bytes, out: Path, fed: Feeds, known: Sizes, bare: bool
+) -> float | None:  # fmt: skip
+    """Run two rows, the adapter in the first one alone; compare each with the graph that has its numbers.
+
+    Raises:
+        CheckFailed: a row differs by more than rounding explains.
+        Unsupported: no made-up batch runs, so that nothing shows that rows are the first axis.
+    """
+    stack = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in fed.items()}
+    why = "no inputs"
+    for sizes in (*(sizes for sizes in SIZES if sizes[0] == 2), (2, 1, 4, 4)):
+        try:
+            session = _session(plain, bare)
+            feeds = made_up(session, sizes, known)
+            base, merged = session.run(None, feeds), _session(wanted, bare).run(None, feeds)
+            got = _session(str(out), bare).run(None, {**feeds, **stack, INDEX: np.array([0, 1])})
+        except Exception as error:  # onnxruntime's errors have no common base class.
+            why = first_line(error)
+            continue
+        rows = [(a, m, b) for a, m, b in zip(got, merged, base, strict=True) if np.shape(a)[:1] == (2,)]
+        first = difference_of([a[:1] for a, _, _ in rows], [m[:1] for _, m, _ in rows])
+        second = difference_of([a[1:] for a, _, _ in rows], [b[1:] for _, _, b in rows])
+        if rows and difference_of([m for _, m, _ in rows], [b for _, _, b in rows]) > 0:
+            _judge(max(first, second), out, _most(wanted, feeds, merged, max(first, second)))
+            return max(first, second)
+        why = "no output has rows that the adapter changes"
+    cure = "Export the graph with an open batch size, or inject with --mode slots, mode='slots'"
+    raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
 
 
 def _fed(beside: Path, out: Path, source: Source) -> Feeds:
@@ -258,7 +240,7 @@ def _fed(beside: Path, out: Path, source: Source) -> Feeds:
         CheckFailed: the file leaves a slot of the graph unfilled.
     """
     feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
-    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys()
+    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys() - {INDEX}
     if empty := sorted(slots - feeds.keys()):
         raise CheckFailed(f"nothing fills the slot {empty[0]!r}", path=out, cure=_REPORT)
     return feeds
@@ -285,8 +267,8 @@ def checked_merge(
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
     plain, building = inline(source.model), Building(source.model)
-    known = None if base is None else opened_base(base)
-    found = resolve(source.model, adapters[0], known, tying)
+    weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    found = resolve(source.model, adapters[0], weights, tying)
     if quantized == "dequantize":
         from .merging import unpacked
 
@@ -294,21 +276,35 @@ def checked_merge(
     try:
         attach(found, building)
     except Unsupported:  # E.g. recurrent layers: their weights can change, but no branch can express the change.
-        return _compared(None, out, {}, plain=plain, given=given)
+        return _compared(None, out, {}, plain=plain, given=given, known=known)
     building.settle()
     judged = quantized != "requantize"
-    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given)
+    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given, known=known)
 
 
 def _exact(model: ir.Model) -> bool:
-    """Whether a floating-point layer computes the same as one with packed weights.
+    """Whether a floating-point layer computes the same as one with packed weights, in a session as a user starts it.
 
-    onnxruntime may round the inputs of nodes that it fuses with a DequantizeLinear.
+    onnxruntime may round the inputs of nodes that it fuses with a DequantizeLinear, and those of a MatMulNBits whose
+    `accuracy_level` allows it.
     """
-    rough = {"QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear"}
     return not any(
-        node.op_type in rough or attribute(node, "accuracy_level", 0) > 1 for node in model.graph.all_nodes()
+        node.op_type == "DequantizeLinear" or attribute(node, "accuracy_level", 0) > 1
+        for node in model.graph.all_nodes()
     )
+
+
+def _session(model: bytes | str, bare: bool) -> Any:
+    """Start a session; a bare one rounds no inputs of packed layers, by which two right graphs would differ."""
+    if not bare:
+        return session_of(model)
+    import onnx
+
+    proto = onnx.ModelProto.FromString(model) if isinstance(model, bytes) else onnx.load(model)
+    held = ir.from_proto(proto)
+    for node in held.graph.all_nodes():
+        node.attributes.pop("accuracy_level", None)
+    return session_of(ir.to_proto(held).SerializeToString(), optimized=False)
 
 
 def _too_large(source: Source) -> str | None:
@@ -323,7 +319,8 @@ def _too_large(source: Source) -> str | None:
 
 def _compared(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
-    plain: bytes | None = None, judged: bool = True, given: Feeds | None = None,
+    plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
+    bare: bool = False,
 ) -> Outcome:  # fmt: skip
     """Compare both graphs on the same inputs: the given ones, or made-up ones of the first sizes that work.
 
@@ -335,6 +332,8 @@ def _compared(
         plain: the graph without the adapter, to see whether the inputs show any effect at all.
         judged: False to return a difference without raising.
         given: inputs, by name.
+        known: sizes from the configs beside the graph.
+        bare: run both graphs without optimizations, and without rounding inputs of packed layers.
     """
     first = wanted if wanted is not None else plain
     assert first is not None
@@ -342,15 +341,15 @@ def _compared(
     unseen: Outcome | None = None
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
-            session = session_of(first)
-            feeds = made_up(session, sizes) if given is None else _of_its_inputs(given, session)
+            session = _session(first, bare)
+            feeds = made_up(session, sizes, known) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
         except Exception as error:  # onnxruntime's errors have no common base class.
             why = first_line(error)
             continue
         try:
-            written = session_of(str(out))
-            both = {**feeds, **_of_new_inputs(written, feeds, sizes, given), **more}
+            written = _session(str(out), bare)
+            both = {**feeds, **_of_new_inputs(written, feeds, sizes, given, known), **more}
             got = written.run(None, both)
         except Exception as error:
             fails = first_line(error)
@@ -364,13 +363,17 @@ def _compared(
             _judge(difference, out, _most(wanted, feeds, results, difference))
         if exact and difference > 0:
             # With slots, onnxruntime fuses other nodes than in the original graph, and rounds in other places.
-            bare = [session_of(model, optimized=False) for model in (wanted, str(out))]
-            results, got = (one.run(None, run) for one, run in zip(bare, (feeds, both), strict=True))
+            results = session_of(wanted, optimized=False).run(None, feeds)
+            got = session_of(str(out), optimized=False).run(None, both)
             difference = difference_of(got, results)
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
+        seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
+        for name in _conditions(opened(out).model, feeds):
+            other = _flipped(wanted, out, name, feeds, both, judged, bare)
+            difference = max(difference, other)
         # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
-        if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
+        if seen:
             return Outcome(difference, None, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
         unseen = Outcome(difference, why, reference, clipped)
@@ -382,9 +385,46 @@ def _compared(
     return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
 
 
+def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:
+    """Return the inputs that choose a branch of an If, as in optimum's decoders with and without a past."""
+    read = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "If"]
+    names = dict.fromkeys(root.name or "" for value in read for root in _roots(value))
+    return [name for name in names if name in feeds and feeds[name].dtype == np.bool_]
+
+
+def _roots(value: ir.Value | None) -> list[ir.Value]:
+    """Return the graph inputs that a condition is computed from by nodes of one input, such as Squeeze."""
+    while value is not None and (node := value.producer()) is not None:
+        value = node.inputs[0] if node.inputs else None
+    return [] if value is None else [value]
+
+
+def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, judged: bool, bare: bool) -> float:
+    """Compare both graphs in the other branch of an If; return 0 if the original graph does not run there.
+
+    Raises:
+        CheckFailed: the difference is larger than rounding explains, or only the written graph fails.
+    """
+    other = {name: ~feeds[name]}
+    try:
+        results = _session(wanted, bare).run(None, {**feeds, **other})
+    except Exception:  # onnxruntime's errors have no common base class; sizes may only fit one branch.
+        return 0.0
+    try:
+        got = _session(str(out), bare).run(None, {**both, **other})
+    except Exception as error:
+        why = f"the graph does not run with {name}={bool(other[name].flat[0])} ({first_line(error)})"
+        raise CheckFailed(why, path=out, cure=_REPORT) from None
+    difference = difference_of(got, results)
+    if judged:
+        _judge(difference, out, _most(wanted, {**feeds, **other}, results, difference))
+    return difference
+
+
 def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
     """Count the values that static quantization clips, with and without the adapter."""
-    if plain is None or not quantizers(after := opened(out).model):
+    # Reading the graph once more takes as long as injecting: only graphs that name the operator are.
+    if plain is None or b"QuantizeLinear" not in plain or not quantizers(after := opened(out).model):
         return None
     import onnx
 
@@ -418,11 +458,11 @@ def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
     return {name: array for name, array in given.items() if name in names}
 
 
-def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None) -> Feeds:
+def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None) -> Feeds:
     """Return the inputs that only the written graph has, e.g. tasks of rows: the given ones, else made-up ones."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
     return {name: (given or {}).get(name, np.zeros_like(array))
-            for name, array in made_up(session, sizes).items() if name in new}  # fmt: skip
+            for name, array in made_up(session, sizes, known).items() if name in new}  # fmt: skip
 
 
 def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:

@@ -156,10 +156,9 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
         Names of the shared tensors.
 
     Raises:
-        UsageError: the files are elsewhere, or none of their tensors equals one of the graph's.
+        UsageError: none of their tensors equals one of the graph's.
     """
     held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
-    _check_place(held, out)
     building, shared = Building(graph), list[str]()
     for name, value in list(graph.graph.initializers.items()):
         tensor = value.const_value
@@ -177,9 +176,11 @@ def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> l
 
 
 def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
+    """Refuse weights that are in no safetensors file, or elsewhere than the graph."""
     home = out.parent.resolve()
     for leaf in held.values():
-        assert leaf.span is not None
+        if leaf.span is None:
+            continue
         file = Path(leaf.span.path)
         if file.suffix != ".safetensors":
             cure = "Save the model by save_pretrained, which writes safetensors files"
@@ -316,7 +317,12 @@ def export(
     config = config_of_model(held)
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
     told = Outcome(None)
-    stays: tuple[Path, ...] = () if share is None else opened_base(share).files
+    stays: tuple[Path, ...] = ()
+    if share is not None:
+        weights = opened_base(share)
+        # Files in a wrong place are refused here, before minutes of tracing.
+        _check_place(weights.tensors, target)
+        stays = weights.files
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
         path = place.path
         # The quantizer starts from a float graph, which is checked, too.

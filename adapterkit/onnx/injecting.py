@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -64,7 +64,7 @@ def _no_order() -> NoReturn:
 ORIGINAL = "adapterkit.original"
 """Metadata key under which a rewritten model stores what is needed to restore the original."""
 
-MODES = ("constant", "slots")
+MODES = ("constant", "slots", "rows")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +84,7 @@ class Report:
         saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
             check did not run.
         warnings: sentences for the user, each with a cure.
+        parts: for a folder of graphs, the report of each changed graph, by its name.
     """
 
     out: Path
@@ -95,9 +96,22 @@ class Report:
     reference: float | None = None
     saturation: Saturation | None = None
     warnings: tuple[str, ...] = ()
+    parts: Mapping[str, Report] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return the same as plain data."""
+        if self.parts:
+            targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
+            files = [file.relative_to(self.out).as_posix() for file in self.files]
+            return {
+                **replace(self, parts={}).record(),
+                "files": files,
+                "targets": targets,
+                "graphs": {
+                    name: {"targets": len(part.found), "difference": part.difference, "note": part.note}
+                    for name, part in self.parts.items()
+                },
+            }
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
@@ -120,6 +134,7 @@ def inject(
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -127,11 +142,14 @@ def inject(
     """Attach an adapter to a graph, so that each target computes the adapter's formulas.
 
     Args:
-        model: an ONNX file or an in-memory model, which is not changed.
+        model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
+            decoders. Nothing of it is changed.
         adapter: the adapter, or its path.
-        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder.
+        out: the file to write. External data of the model is shared, and copied only if `out` is in another folder. For
+            a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
-            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
+            adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows` stacks these
+            inputs over several LoRAs, so that each row of a batch can have its own.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a network beside the model, the `config.json` there (or beside the graph) describes it.
         call: word -> name of a graph value, for inputs of the model's call that the graph names differently.
@@ -143,6 +161,7 @@ def inject(
         strict_base: refuse a base whose name, config or fingerprint differs from the one that the adapter names,
             instead of a warning in the report.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        allow_partial: leave out targets that the graph lacks; at least one must be there.
         check: run the result in onnxruntime and compare it with merged weights; a mapping gives the inputs by name,
             True makes them up.
         overwrite: replace an existing `out`.
@@ -159,6 +178,16 @@ def inject(
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
+    from .folders import folder_of, graphs_in, inject_folder, left_out
+
+    if (folder := folder_of(model, out)) is not None:
+        return inject_folder(
+            folder, adapter, out, mode=mode, base_weights=base_weights, call=call, experts=experts, tied=tied,
+            strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
+            made_from=made_from,
+        )  # fmt: skip
+    if isinstance(model, str | PathLike) and Path(model).is_dir():
+        (model,) = graphs_in(Path(model)) or (model,)
     source = opened(model)
     read, base = loaded(adapter, base_weights)
     wrong = base_warnings([(name_of(adapter), read)], base, strict_base)
@@ -166,7 +195,10 @@ def inject(
     read = with_experts(read, [loaded(expert, None)[0] for expert in experts])
     (read,) = renamed([read], rename)
     rest, context = parted(read)
-    if context and mode == "slots":
+    if allow_partial:
+        rest, lost = left_out(source.model, rest, base, tying)
+        wrong = (*wrong, *lost)
+    if context and mode != "constant":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
@@ -191,7 +223,8 @@ def inject(
         if check is not False:
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
-            told = checked_injection(model, rest, base, path, beside, given, alone=alone, tying=tying)
+            options: dict[str, Any] = {"alone": alone, "tying": tying, "by_rows": mode == "rows"}
+            told = checked_injection(model, rest, base, path, beside, given, **options)
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(
@@ -217,9 +250,10 @@ def _beside(out: Path, adapter: Any) -> Path:
 def _slots(mode: str, building: Building) -> Any:
     if mode == "constant":
         return None
+    from .rowwise import RowSlots
     from .slots import Slots
 
-    return Slots(building)
+    return Slots(building) if mode == "slots" else RowSlots(building)
 
 
 def keep_original(source: Source) -> None:

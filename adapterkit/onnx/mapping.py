@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,11 @@ from .matching import distance, nearest
 from .model_file import opened
 from .modules import same_end
 from .norms import NEAR
-from .resolving import METHODS, Known, Spot, by_name, spots_of
+from .resolving import METHODS, NUMBERED, Known, Spot, by_name, spots_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from .reading import Base, Model
-
-
-_NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
-"""Names that exporters make up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +94,7 @@ def _best(spot: Spot) -> tuple[str | None, str | None]:
     """Return the best name of a layer and its method: a module's weight first, else the name of a tensor."""
     said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
     weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
-    own = [(method, name) for method, name in said if not _NUMBERED.match(name)]
+    own = [(method, name) for method, name in said if not NUMBERED.match(name)]
     return next(iter([*weights, *own]), (None, None))
 
 

@@ -75,12 +75,32 @@ def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
         W = base.tensors[alike[0]] if len(alike) == 1 else None
         if place.method in ("values", "packed"):
             compared.append(place)
+        elif place.method == "heads" and W is not None and W.dtype.floating:
+            _compare_rows(place, _array(base, alike[0]))
+            compared.append(place)
         elif W is None or not W.dtype.floating:
             refuse_folded([place])
             compared.append(place)
         else:
             compared.append(with_norms(place, base, alike[0]))
     return compared
+
+
+def _compare_rows(place: Found, W: Any) -> None:
+    """Check the rows that head counts give to a part of a packed layer.
+
+    Raises:
+        TargetNotFound: they hold other numbers than the base, by more than quantizers round.
+    """
+    for spot in place.spots:
+        held = spot.kind.held(spot.node).astype(np.float32)
+        held = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
+        part = held[slice(*spot.rows)] if spot.rows else held
+        far = float(np.linalg.norm(part - W)) / max(float(np.linalg.norm(W)), 1e-30) if part.shape == W.shape else 9.0
+        if far > NEAR:
+            why = f"its rows of the packed layer hold other numbers (a distance of {far:.2f})"
+            cure = "Is this the base that the graph was exported from?"
+            raise TargetNotFound(why, where=str(place.asked), cure=cure)
 
 
 def _twin(base: Checkpoint, name: str, W: Any) -> str | None:

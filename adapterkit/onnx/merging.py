@@ -246,6 +246,7 @@ def merge(
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -253,9 +254,11 @@ def merge(
     """Fold adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), with one rounding.
 
     Args:
-        model: an ONNX file or an in-memory model, which is not changed.
+        model: an ONNX file, an in-memory model, or a folder of graphs that make up one model, such as encoder and
+            decoders. Nothing of it is changed.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the file to write. If the model has external data, the result gets one new data file beside it.
+        out: the file to write. If the model has external data, the result gets one new data file beside it. For a
+            folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         weights: one factor per adapter; 1 for each if not given.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
         quantized: for packed weights. `dequantize` folds into the dequantized numbers and writes a floating-point
@@ -265,6 +268,7 @@ def merge(
         strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names, instead
             of a warning in the report.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        allow_partial: leave out targets that the graph lacks; at least one of each adapter must be there.
         check: run the result in onnxruntime and compare it with injected adapters; a mapping gives the inputs by name,
             True makes them up.
         overwrite: replace an existing `out`.
@@ -282,14 +286,26 @@ def merge(
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
+    from .folders import folder_of, graphs_in, merge_folder
+
+    several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
+    if (folder := folder_of(model, out)) is not None:
+        return merge_folder(
+            folder, several, out, weights=weights, base_weights=base_weights, quantized=quantized, tied=tied,
+            strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
+            made_from=made_from,
+        )  # fmt: skip
+    if isinstance(model, str | PathLike) and Path(model).is_dir():
+        (model,) = graphs_in(Path(model)) or (model,)
     source = opened(model)
     tying = _tying(source, base_weights, tied)
-    read, factors, folds, wrong = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename)
+    read, factors, folds, wrong = _resolved(
+        source.model, several, weights, base_weights, tying, strict_base, rename, allow_partial
+    )
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
     target, told = Path(path_text(out)), Outcome(None)
-    several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else adapters
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
         save_merged(source.model, source, place.path, changed)
@@ -314,15 +330,25 @@ def plan(
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
 ) -> tuple[Found, ...]:
-    """Return where `merge` would fold adapters into a graph; writes nothing.
+    """Return where `merge` would fold adapters into a graph, or into the graphs of a folder; writes nothing.
 
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as `merge`.
     """
+    from .folders import folder_of, graphs_in, plan_folder
+
+    if (folder := folder_of(model, "")) is not None and len(graphs_in(folder)) > 1:
+        return plan_folder(
+            folder, adapters, weights=weights, rename=rename, allow_partial=allow_partial, base_weights=base_weights,
+            tied=tied, strict_base=strict_base,
+        )  # fmt: skip
+    if isinstance(model, str | PathLike) and Path(model).is_dir():
+        (model,) = graphs_in(Path(model)) or (model,)
     source = opened(model)
     tying = _tying(source, base_weights, tied)
-    folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename)[2]
+    folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename, allow_partial)[2]
     return tuple(place for place, _ in folds)
 
 
@@ -338,6 +364,7 @@ def _resolved(
     tying: Tying,
     strict_base: bool,
     rename: str | Sequence[str],
+    allow_partial: bool,
 ) -> tuple[list[Adapter], list[float], list[PlannedUpdate], tuple[str, ...]]:
     """Return the adapters, their factors, the targets to fold into, and warnings about the base."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
@@ -353,9 +380,15 @@ def _resolved(
         read.append(known)
         named.append((name_of(adapter), known))
     read = renamed(read, rename)
+    warnings = base_warnings(named, base, strict_base)
+    if allow_partial:
+        from .folders import left_out
+
+        split = [left_out(model, known, base, tying) for known in read]
+        read, warnings = [kept for kept, _ in split], (*warnings, *(line for _, lines in split for line in lines))
     for known, factor in zip(read, factors, strict=True):
         folds += [(place, factor) for place in resolve(model, known, base, tying)]
-    return read, factors, folds, base_warnings(named, base, strict_base)
+    return read, factors, folds, warnings
 
 
 def fold(
@@ -375,11 +408,12 @@ def fold(
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
     # All targets of a node are folded together, because its weight is rounded only once.
-    by_spot: dict[Any, list[PlannedUpdate]] = {}
+    # Queries, keys and values of one packed layer are spots of one node.
+    by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):
-            by_spot.setdefault(spot, []).append((place, factor))
-    for spot, at in by_spot.items():
+            by_node.setdefault((spot.node, spot.kind), (spot, []))[1].append((place, factor))
+    for spot, at in by_node.values():
         Folding(spot, at, building, fresh).done(quantized, damage)
     settle(fresh.values())
     return list(fresh.values())
@@ -388,10 +422,16 @@ def fold(
 def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
     """Return the same targets with their packed layers converted to floating point."""
     made: dict[Any, ir.Value] = {}
-    spots = {
-        spot: as_float(spot, building, made) if is_packed(spot) else spot
-        for spot in dict.fromkeys(spot for place in found for spot in place.spots)
-    }
+    nodes: dict[Any, Spot] = {}
+    spots: dict[Spot, Spot] = {}
+    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+        if not is_packed(spot):
+            spots[spot] = spot
+            continue
+        key = spot.node, spot.kind
+        if key not in nodes:
+            nodes[key] = as_float(spot, building, made)
+        spots[spot] = replace(nodes[key], names=spot.names, rows=spot.rows, shape=spot.shape)
     return [replace(place, spots=tuple(spots[spot] for spot in place.spots)) for place in found]
 
 

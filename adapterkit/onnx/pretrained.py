@@ -332,6 +332,9 @@ def export_pretrained(
         check_folder(target, overwrite)
     if strict_base:
         check_base([*read_adapters(adapter).items()], source, strict=True)
+    # A folder that is refused for its links is refused before minutes of tracing, and not only when they are copied.
+    if not share_weights:
+        _to_carry(source)
     torch_model = _loaded(source, dtype)
     words = words_of(torch_model, source)
 
@@ -448,20 +451,24 @@ def _without_bars() -> Iterator[None]:
 
 
 def _carried(source: Path, out: Path) -> list[Path]:
-    """Copy config and tokenizer; refuse a link that leaves the model's folder and its repository's cache."""
+    """Copy config and tokenizer; return the copies."""
+    copied = []
+    for file in _to_carry(source):
+        try:
+            shutil.copyfile(file, out / file.name)
+        except OSError as error:
+            raise storage_error(error, file) from error
+        copied.append(out / file.name)
+    return copied
+
+
+def _to_carry(source: Path) -> list[Path]:
+    """Return config and tokenizer; refuse a link that leaves the model's folder and its repository's cache."""
     home = source.resolve()
     root = home.parent.parent if home.parent.name == "snapshots" else home
     # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
-    copied = []
-    for name in CARRIED:
-        file = source / name
-        if not file.is_file():
-            continue
+    found = [source / name for name in CARRIED if (source / name).is_file()]
+    for file in found:
         if not file.resolve().is_relative_to(root):
             raise Malformed("a link out of the model's folder", path=file, cure="Do not use this folder")
-        try:
-            shutil.copyfile(file, out / name)
-        except OSError as error:
-            raise storage_error(error, file) from error
-        copied.append(out / name)
-    return copied
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .heads import in_heads, in_parts
 from .layers import (
     RECURRENT,
     Attention,
@@ -60,9 +61,10 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
 # found by the numbers of their weights, if the base is available. Nothing is guessed.
 
 
-METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
+METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
 """How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the
-node's name, equal numbers, equal rows of a weight that packs several layers, or the nearest numbers."""
+node's name, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight that
+packs several layers, or the nearest numbers."""
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
@@ -171,6 +173,7 @@ def resolve(
     tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
+    adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     try:
@@ -193,6 +196,110 @@ def resolve(
     ended = with_tied(ended, adapter, spots, tying)
     _refuse_orders(ended)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+
+
+def taken(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, config: Config = None
+) -> tuple[Adapter, tuple[Target, ...]]:
+    """Split an adapter into the updates whose targets a graph has, and the targets that it lacks.
+
+    Args:
+        model: the graph: one of several that make up a model, or one that holds a part of the adapter's layers.
+        adapter: updates of weights and of outputs of layers.
+        base: the weights that the graph was exported from, to look for lost names by numbers.
+        config: the base's config.
+
+    Raises:
+        TargetNotFound: a target may be one of the layers whose names are lost, which only numbers can tell; or two
+            targets are one layer of the graph.
+    """
+    spots = spots_of(model)
+    known = by_name(spots)
+    whole_adapter = adapter
+    adapter, whole = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
+    modules = _modules(model, adapter, known)
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    lost: tuple[Target, ...] = ()
+    if layered.updates:
+        lost = _lost(layered, known, config)
+        if lost and base is not None:
+            lost = tuple(target for target in lost if not _in_numbers(layered, target, base, spots))
+        elif lost:
+            _check_named(layered, lost, spots)
+    gone = dict.fromkeys(whole.get(target, target) for target in lost)
+    kept = {t: updates for t, updates in whole_adapter.updates.items() if t not in gone}
+    return whole_adapter.replace(updates=kept), tuple(gone)
+
+
+def _rows_of(known: Known) -> Callable[[str], int | None]:
+    """Return how many rows a graph's layer of some path has."""
+
+    def rows_of(path: str) -> int | None:
+        at = known.get(f"{path}.weight") or next(
+            (one for name, one in known.items() if same_end(name, f"{path}.weight")), None
+        )
+        return None if at is None else at[1][0].shape[0]
+
+    return rows_of
+
+
+def _lost(adapter: Adapter, known: Known, config: Config) -> tuple[Target, ...]:
+    """Return the targets whose names a graph lacks."""
+    names = _in_words_of(adapter, known)
+    shapes = {name: at[0].shape for name, (_, at) in names.items() if len({spot.shape for spot in at}) == 1}
+    modules = [name.removesuffix(".weight") for name in shapes]
+    try:
+        bound = find_sites(adapter, shapes, partial=True, modules=modules, config=config)
+    except TargetNotFound:  # None of them is there.
+        return tuple(adapter.updates)
+    _check_apart(bound.sites, bound.origins)
+    return tuple(bound.missing)
+
+
+def _check_apart(sites: Sequence[Site], origins: Sequence[Target]) -> None:
+    """Refuse two targets at one layer: an encoder's graph names layers without the word that tells them apart."""
+    seen: dict[tuple[Any, ...], Target] = {}
+    for site, origin in zip(sites, origins, strict=True):
+        first = seen.setdefault((site.weight or site.target.path, site.target.rows), origin)
+        if first.path != origin.path:
+            why = f"{first} and {origin} are both the layer {site.target.path} of the graph"
+            cure = "Name the folder of all graphs of the model, so that each takes its own part"
+            raise TargetNotFound(why, where=str(origin), cure=cure)
+
+
+def _in_numbers(adapter: Adapter, target: Target, base: Checkpoint, spots: Sequence[Spot]) -> bool:
+    from .matching import by_values
+
+    alone = adapter.replace(updates={target: adapter.updates[target]})
+    missing = TargetNotFound("the base has no weight there", where=str(target))
+    try:
+        by_values(alone, base, spots, missing)
+    except TargetNotFound as error:
+        if error is missing or "no layer of the graph has this weight" not in error.why:
+            raise
+        return False
+    return True
+
+
+def _check_named(adapter: Adapter, lost: Sequence[Target], spots: Sequence[Spot]) -> None:
+    """Refuse to take targets for missing where the graph has layers of their shape whose names are lost."""
+    nameless = [spot for spot in spots if not is_named(spot)]
+    for target in lost if nameless else ():
+        plain = replace(target, layout="out *in")
+        alike = sum(fits(plain, adapter.updates[target], spot.shape) for spot in nameless)
+        if alike:
+            why = f"it may be one of {alike} layers of the graph whose names are lost"
+            cure = "Pass the weights that it was exported from: --base-weights DIR (base_weights=)"
+            raise TargetNotFound(why, where=str(target), cure=cure)
+
+
+NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
+"""Names that exporters make up."""
+
+
+def is_named(spot: Spot) -> bool:
+    """Whether something tells which module a layer is."""
+    return any(not NUMBERED.match(name) for method in METHODS for name in spot.names.get(method, ()))
 
 
 def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
@@ -322,6 +429,7 @@ Known = dict[str, tuple[str, list[Spot]]]
 def by_name(spots: Sequence[Spot]) -> Known:
     """Return all names of weights, each from the first method that has it."""
     known: Known = {}
+    spots = [*spots, *in_heads(spots)]
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
         for spot in spots:
@@ -359,17 +467,10 @@ Config = Mapping[str, Any] | None
 
 
 def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None, config: Config) -> Placed:
+    known |= _in_words_of(adapter, known)
     try:
         return _placed(adapter, known, config)
     except TargetNotFound as error:
-        for one, other in (("self_attn", "attn"), ("attn", "self_attn")):
-            also = {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
-            try:
-                sites = _placed(adapter, also, config)
-            except TargetNotFound:
-                continue
-            known |= also
-            return sites
         if base is None:
             cure = f"{error.cure}; pass the base's weights to find layers by their numbers"
             raise TargetNotFound(error.why, where=error.where, cure=cure) from None
@@ -377,6 +478,23 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 
         known |= by_values(adapter, base, spots, error)
         return _placed(adapter, known, config)
+
+
+ATTENTION_NAMES = (("self_attn", "attn"), ("attn", "self_attn"))
+"""onnxruntime-genai's builder calls every attention `attn`."""
+
+
+def _in_words_of(adapter: Adapter, known: Known) -> Known:
+    """Return a graph's names, with its attentions under the adapter's word for them.
+
+    This comes before any family's naming: one of them has `attn.q_proj` as well, with rows in another order.
+    """
+    for one, other in ATTENTION_NAMES:
+        asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
+        there = any(f".{other}." in f".{name}" for name in known)
+        if asked and not there and any(f".{one}." in f".{name}" for name in known):
+            return {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
+    return known
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:

@@ -6,19 +6,24 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.adapter import Adapter
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, first_line, nearest
+from ..formats.olive import has_olives_names
 from ..io.lazy import as_array
 from ..io.locations import located
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
 from .building import Array
 from .model_file import opened
 from .providers import CPU, CUDA, best_provider, quiet_options
+from .rowwise import INDEX, ROWS, stacked
 from .slots import fit
+
+if TYPE_CHECKING:
+    from .reading import Base
 
 _KINDS = {
     "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
@@ -96,8 +101,8 @@ _MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
 # one silently wins. And from Python, it stays in CPU memory.
 
 
-Choice = str | Mapping[str, float] | None
-"""The adapters of a run: one by name, several with a weight each, or None."""
+Choice = str | Mapping[str, float] | Sequence[str | None] | None
+"""The adapters of a run: one by name, several with a weight each, one for each row of the batch, or None."""
 
 
 class Session:
@@ -131,6 +136,8 @@ class Session:
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
         self._loaded: dict[str, dict[str, tuple[Array, Any]]] = {}
+        self._by_rows = ROWS in self._session.get_modelmeta().custom_metadata_map
+        self._stacks: dict[tuple[str | None, ...], dict[str, Any]] = {}
         for name, adapter in (adapters or {}).items():
             self.load(name, adapter)
 
@@ -144,13 +151,18 @@ class Session:
         """Names of the loaded adapters."""
         return tuple(self._loaded)
 
-    def load(self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> None:
+    def load(
+        self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = (),
+        base_weights: Base | None = None,
+    ) -> None:  # fmt: skip
         """Load an adapter under a name, replacing one of that name; it stays on the session's device.
 
         Args:
             name: the name for `run`.
-            adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format.
+            adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format, such
+                as an `.onnx_adapter` file that Olive made for a graph of its own.
             rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+            base_weights: the base's weights, for adapter files whose values depend on them.
 
         Raises:
             TargetNotFound: the model has no slot for a tensor, or a rule matches no target; names the nearest.
@@ -160,18 +172,23 @@ class Session:
         """
         ready_made = not isinstance(adapter, Adapter) and is_ort_adapter(adapter)
         path = None if isinstance(adapter, Adapter) else adapter
+        values = read_ort_adapter(path).tensors if ready_made and path is not None else {}
+        # Olive's names are those of its own graphs; they tell targets, which this model may call otherwise.
+        if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
+            ready_made = False
         if ready_made:
             assert path is not None
             if rename:
                 cure = "Leave rename= (--rename) out, or give the adapter that the file was written from"
                 raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
-            feeds = {key: as_array(leaf) for key, leaf in read_ort_adapter(path).tensors.items()}
+            feeds = {key: as_array(leaf) for key, leaf in values.items()}
         else:
-            feeds = fit(self._path, adapter, rename=rename)
+            feeds = fit(self._path, adapter, rename=rename, base_weights=base_weights)
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
+        self._stacks.clear()
 
     def unload(self, name: str) -> None:
         """Remove an adapter.
@@ -181,6 +198,7 @@ class Session:
         """
         self._named(name)
         del self._loaded[name]
+        self._stacks.clear()
 
     def run(
         self, inputs: Mapping[str, Any], adapter: Choice = None, outputs: Sequence[str] | None = None
@@ -190,8 +208,9 @@ class Session:
         Args:
             inputs: an array for each of `inputs`, and for any slot or other optional input. A language
                 model needs only `input_ids` of one text: the past is empty, the mask shows all, positions go on.
-            adapter: the adapter's name; or several names with weights, at disjoint targets; None for the bare model,
-                bit for bit.
+            adapter: the adapter's name; or several names with weights, at disjoint targets; or a list with a name, or
+                None, for each row of the batch, if the model was made by `inject` with `mode="rows"`; None for the bare
+                model, bit for bit.
             outputs: which outputs to return; all by default.
 
         Raises:
@@ -210,7 +229,10 @@ class Session:
         for name in names:
             if name not in self.outputs:
                 raise UsageError(f"no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS)
-        chosen = self._chosen(adapter)
+        if adapter is not None and not isinstance(adapter, str | Mapping):
+            chosen = self._of_rows(list(adapter), inputs)
+        else:
+            chosen = self._chosen(adapter)
         if both := sorted(feeds.keys() & chosen.keys()):
             cure = "Leave one of the two out"
             raise Unsupported("fed, and held by the adapter", path=self._path, where=both[0], cure=cure)
@@ -305,6 +327,8 @@ class Session:
             UsageError, Unsupported: as `run`.
         """
         binding = self._session.io_binding()
+        if adapter is not None and not isinstance(adapter, str | Mapping):
+            raise UsageError("a binding takes one adapter", path=self._path, cure="Call run for a batch of several")
         for key, value in self._chosen(adapter).items():
             binding.bind_ortvalue_input(key, value)
         return binding
@@ -340,7 +364,7 @@ class Session:
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
         return self._loaded[name]
 
-    def _chosen(self, adapter: Choice) -> dict[str, Any]:
+    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, Any]:
         weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
         feeds: dict[str, Any] = {}
         for name, weight in weights.items():
@@ -352,6 +376,30 @@ class Session:
             if weight != 1:
                 feeds |= self._weighed(name, held, weight)
         return feeds
+
+    def _of_rows(self, names: list[str | None], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the stacked slots for a batch with an adapter for each row.
+
+        Raises:
+            UsageError: the model has no such slots, or a batch of another size.
+        """
+        if not self._by_rows:
+            cure = "Inject with mode='rows' (--mode rows), or run the rows of each adapter by themselves"
+            raise UsageError("the model takes one adapter for the whole batch", path=self._path, cure=cure)
+        sizes = {np.shape(array)[0] for array in inputs.values() if np.ndim(array)}
+        if len(names) not in sizes:
+            why = f"{len(names)} adapters for a batch of {max(sizes, default=0)}"
+            raise UsageError(why, path=self._path, where="adapter", cure="Give a name or None for each row")
+        for name in names:
+            if name is not None:
+                self._named(name)
+        order = tuple(dict.fromkeys(names))
+        if order not in self._stacks:
+            held = {name: {key: array for key, (array, _) in self._loaded[name].items()} for name in order if name}
+            made = stacked(order, held, self._slots)
+            self._stacks[order] = {key: self._placed(array) for key, array in made.items() if key != INDEX}
+        index = np.array([order.index(name) for name in names], np.int64)
+        return self._stacks[order] | {INDEX: self._placed(index)}
 
     def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, Any]:
         """Return the scalings of an adapter, multiplied by a weight."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Building
+from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
 from .model_file import opened
 from .reading import loaded
@@ -364,7 +365,7 @@ def fit(
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    return _fitted(model, read)[0]
+    return _fitted(model, read)[1]
 
 
 @places_errors
@@ -380,24 +381,40 @@ def write_adapter(
     from ..formats.onnx_adapter import write_slots_record
 
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    feeds, names = _fitted(model, read)
+    read, feeds, names = _fitted(model, read)
     write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
+    if _by_rows(opened(model).model):
+        return Path(out)  # Stacks are for this graph alone; no record says how to read them back.
     told = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in told], Path(out))
     return Path(out)
 
 
-def _fitted(model: Model, adapter: Adapter) -> tuple[dict[str, Array], list[dict[str, str]]]:
-    """Return slot -> array, and for each update of the adapter in order, field -> slot."""
+def _fitted(model: Model, adapter: Adapter) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
+    """Return the adapter in the parts that the graph has, slot -> array, and for each update field -> slot."""
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
+    adapter, _ = in_parts(adapter, _rows_in(records, slots))
+    fill = _fill_rows if _by_rows(source.model) else _fill
     names = [
-        _fill(update, fields, target, slots, feeds)
+        fill(update, fields, target, slots, feeds)
         for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True)
         for update, fields in _paired(adapter.updates[target], record, target, slots)
     ]
-    return feeds, names
+    return adapter, feeds, names
+
+
+def _rows_in(records: list[SlotRecord], slots: dict[str, ir.Value]) -> Callable[[str], int | None]:
+    """Return how many rows the target of some path has, by the slots of its LoRA or of its own outputs."""
+    rows: dict[str, int | None] = {}
+    for record in records:
+        for update in record.updates:
+            field = next((word for word in ("B", "l", "magnitude") if word in update.fields), None)
+            shape = None if field is None else slots[update.fields[field]].shape
+            sizes = [] if shape is None else [size for size in shape if isinstance(size, int)]
+            rows[record.asked.path] = sizes[-1] if sizes else 0
+    return rows.get
 
 
 def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
@@ -473,6 +490,27 @@ def _fill(
             raise Unsupported("two tensors for one slot", where=name, cure=_MADE)
         feeds[name] = cast
     return {field: fields[field] for field in update.tensors}
+
+
+def _by_rows(model: ir.Model) -> bool:
+    """Whether the slots of a graph are stacks of adapters."""
+    from .rowwise import ROWS
+
+    return ROWS in model.metadata_props
+
+
+def _fill_rows(
+    update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
+) -> dict[str, str]:  # fmt: skip
+    """Put an update's factors into stacked slots, as a stack of one."""
+    from .rowwise import factors_of
+
+    for field, array in factors_of(update).items():
+        name = fields[field]
+        _check(name, array, slots[name], target)
+        kind = slots[name].dtype
+        feeds[name] = array if kind is None else array.astype(kind.numpy())
+    return {}
 
 
 def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:

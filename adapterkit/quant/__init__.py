@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.registry import Registry
 from ..errors import Malformed, Unsupported
 from ..io.checkpoint import Checkpoint
-from ._scheme import Packed, Scheme
+from ._scheme import QUANTIZATION, Packed, Scheme, said_quantization
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
@@ -78,7 +78,7 @@ def config_file(base: Checkpoint) -> Mapping[str, Any] | None:
 
 def said_method(base: Checkpoint) -> str | None:
     """Return the quantization method that the base's config names; None if it names none."""
-    config = (base.config or {}).get("quantization_config")
+    config = said_quantization(base.config)
     if config is None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else None
@@ -154,4 +154,6 @@ def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    text = config.get("text_config")
+    plain = {key: value for key, value in config.items() if key != QUANTIZATION}
+    return {**plain, "text_config": _without(text)} if isinstance(text, dict) else plain

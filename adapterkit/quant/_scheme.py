@@ -143,8 +143,22 @@ class Scheme:
 
 def settings(base: Checkpoint) -> dict[str, Any]:
     """Return the `quantization_config` of the base's config; empty if there is none."""
-    found = (base.config or {}).get("quantization_config")
+    found = said_quantization(base.config)
     return found if isinstance(found, dict) else {}
+
+
+def said_quantization(config: Mapping[str, Any] | None) -> Any:
+    """Return what a config says of a quantization; None if it says nothing.
+
+    A model of several parts may say it in the config of its language model, as Kimi K2.5 does.
+    """
+    config = config or {}
+    text = config.get("text_config")
+    own = config.get(QUANTIZATION)
+    return text.get(QUANTIZATION) if own is None and isinstance(text, dict) else own
+
+
+QUANTIZATION = "quantization_config"
 
 
 def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:

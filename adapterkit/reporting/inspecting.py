@@ -83,6 +83,27 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
     return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
 
 
+def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The layers of all graphs of a folder, each with the name of its graph."""
+    from ..onnx import layers
+    from ..onnx.folders import parts_of
+
+    parts, found = parts_of(Path(src)), []
+    for part in parts:
+        held = layers(part.path, base_weights=base_weights)
+        found += [{"graph": part.name.as_posix(), **place.record()} for place in held if place.spots]
+    graphs = [
+        {"name": part.name.as_posix(), "part": part.role,
+         "layers": sum(each["graph"] == part.name.as_posix() for each in found)}
+        for part in parts
+    ]  # fmt: skip
+    methods = _counts(place["method"] or "nothing" for place in found)
+    return {
+        "kind": "graph", "path": src, "graphs": graphs, "layers": found,
+        "totals": {"layers": len(found), "methods": methods},
+    }  # fmt: skip
+
+
 def graph_file(src: str) -> str | None:
     """Return the ONNX file that a name means: itself by its ending, or the only one of a folder without weights."""
     if src.lower().endswith(".onnx"):
@@ -94,6 +115,18 @@ def graph_file(src: str) -> str | None:
     graphs = [name for name in names if name.lower().endswith(".onnx")]
     alone = len(graphs) == 1 and not any(name.lower().endswith(_WEIGHTS) for name in names)
     return os.path.join(src, graphs[0]) if alone else None
+
+
+def graph_folder(src: str) -> str | None:
+    """Return a folder of graphs, as optimum and onnxruntime-genai write it; None for a file, or beside weights."""
+    try:
+        names = [name for name in os.listdir(src) if not name.startswith(".")]
+        inner = [name for name in names if os.path.isdir(os.path.join(src, name))]
+        below = [one for name in inner for one in os.listdir(os.path.join(src, name))]
+    except (OSError, ValueError):  # Not a folder, or an address.
+        return None
+    graphs = any(name.lower().endswith(".onnx") for name in (*names, *below))
+    return src if graphs and not any(name.lower().endswith(_WEIGHTS) for name in names) else None
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -127,6 +160,8 @@ def inspected(
     graph = graph_file(src)
     if graph is not None and (graph == src or not _is_adapter(Path(src))):
         return graph_record(graph, base_weights)
+    if graph is None and graph_folder(src) is not None and not _is_adapter(Path(src)):
+        return folder_record(src, base_weights)
     if base_weights is not None:
         why = "base_weights= is for an ONNX model; an adapter's base is base="
         raise UsageError(why, where="base_weights", cure="Pass the base: --base BASE (base=)")

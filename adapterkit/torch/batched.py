@@ -19,7 +19,7 @@ the rest. Both give y in the dtype that it came in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -141,25 +141,36 @@ def rank_of(part: Part, layer: Layer) -> int:
     """
     if not all(isinstance(update, Additive) and update.thin for update in part.updates):
         return 0
-    rank, (out, *rest) = 0, layer.shape
-    for update in part.updates:
-        pair = _shapes(update, layer.shape)
-        if pair is None:
-            return 0
-        rank += pair[0].shape[1]
+    out, *rest = layer.shape
+    ranks = [_rank(update, layer.shape) for update in part.updates]
+    rank = 0 if None in ranks else sum(rank or 0 for rank in ranks)
     return rank if rank * (out + prod(rest)) <= out * prod(rest) else 0
 
 
 @torch.no_grad()
-def _shapes(update: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-    """The update's factors, without their values where its formula does not read any."""
-    try:
-        bare: Any = update.map(lambda leaf: leaf.to("meta"))
-        found: tuple[Tensor, Tensor] | None = bare.pair(shape)
-    # torch raises one of these when a formula reads a number of a meta tensor, as NOLA's reads its seeds.
-    except (RuntimeError, NotImplementedError, TypeError):
-        found = update.pair(shape)
-    return found
+def _rank(update: Any, shape: tuple[int, ...]) -> int | None:
+    """The rank of an update's factors at a layer of this shape; None where it has none.
+
+    A formula that reads no values is asked once for each form of update and shape of layer: a model has thousands of
+    layers, but few shapes.
+    """
+    key = update.form, tuple(shape)
+    if key not in _RANKS:
+        try:
+            pair = update.map(lambda leaf: leaf.to("meta")).pair(shape)
+        # torch raises one of these when a formula reads a number of a meta tensor, as NOLA's reads its seeds.
+        except (RuntimeError, NotImplementedError, TypeError):
+            pair = update.pair(shape)
+            return None if pair is None else int(pair[0].shape[1])
+        if len(_RANKS) >= MOST_RANKS:
+            _RANKS.clear()
+        _RANKS[key] = None if pair is None else int(pair[0].shape[1])
+    return _RANKS[key]
+
+
+_RANKS: dict[Hashable, int | None] = {}
+MOST_RANKS = 4096
+"""Ranks that are remembered at the same time."""
 
 
 def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept) -> Tensor:

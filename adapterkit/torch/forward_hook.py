@@ -6,8 +6,10 @@ run them: the planned fast path, row by row, as formulas over the layer, or with
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -85,11 +87,30 @@ class ForwardHook:
         self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
         self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
+        # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
+        self.home: weakref.ref[nn.Module] | None = None
+        self.copied: Mapping[str, Tensor | None] | None = None
 
     @property
     def switches(self) -> list[Switch]:
         """Those of the adapters that have a part here."""
         return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        """Copy the hook along with its module; remember the parameters of a module that is copied out of its model."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        home = None if self.home is None else self.home()
+        if home is not None and id(home) in memo:
+            made.home = weakref.ref(memo[id(home)])
+        elif home is not None:
+            held: dict[str, Tensor | None] = dict(self.module._parameters)
+            made.copied = copy.deepcopy(held, memo)  # The copied module itself is not complete yet.
+        return made
 
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
@@ -105,6 +126,7 @@ class ForwardHook:
     def _stand(self) -> None:
         self._look()
         self.module.__dict__[HOOK] = self
+        self.module.__dict__[SCRIPTING] = self.refuse_scripting
         mine = Entry(self) if self.contexts or self.call_recorders else self.forward
         self.module.__dict__[self._standing() or self.slot] = mine
 
@@ -145,7 +167,7 @@ class ForwardHook:
             self._stand()
             return
         self._look()
-        del self.module.__dict__[HOOK]
+        del self.module.__dict__[HOOK], self.module.__dict__[SCRIPTING]
         slot = self._standing()
         if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
             return
@@ -158,6 +180,8 @@ class ForwardHook:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training)
+        if self.copied is not None:
+            self._check_copy(self.copied)
         if self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             y = self._planned(scope, args[0])
             if y is not None:
@@ -176,6 +200,30 @@ class ForwardHook:
             return self._surrounded(current(), args, kwargs)
 
         return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
+
+    def refuse_scripting(self) -> nn.Module:
+        """Raise: torch.jit.script compiles the source of a class's forward, which knows no adapter.
+
+        torch.jit calls this for each module below the one that it compiles.
+        """
+        cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
+        where = str(next((part.target for part in self.parts), type(self.module).__name__))
+        raise Unsupported("torch.jit.script of a module with an adapter", where=where, cure=cure)
+
+    def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
+        """Raise if weight and bias of a module that was copied by itself are others now.
+
+        `fuse_conv_bn_eval` does that: it scales a copy's weight and leaves its adapter as it was.
+        """
+        now = self.module._parameters
+        if "weight" not in copied or any(now.get(name) is copied.get(name) for name in ("weight", "bias")):
+            return
+        if _cast_of(now.get("weight"), copied["weight"]):  # Conversions may make new parameters, too.
+            self.copied = dict(now)
+        else:
+            cure = "Call handle.merge_() before a layer is fused with its norm"
+            why = "a copy of one layer got another weight and bias, which its adapter was not made for"
+            raise Unsupported(why, where=str(next((part.target for part in self.parts), "")) or None, cure=cure)
 
     def _planned(self, scope: Scope, x: Any) -> Any:
         """The output of a linear layer with thin updates, as planned at an earlier call; None where no plan helps."""
@@ -259,7 +307,9 @@ class ForwardHook:
             layer = self.layer.like(x)
             if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
-            return _direct(layer, parts, x)
+            y = _direct(layer, parts, x)
+            # A formula of float32 factors ends in float32; the next layers get what the module itself returns.
+            return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         exchanged = {**self.changed(parts), **skipped}
         if any(isinstance(value, Tensor) and value.is_meta for value in exchanged.values()):
             given = [*args, *kwargs.values()]
@@ -478,6 +528,21 @@ def _in_order(parts: list[Part]) -> bool:
     )
 
 
+def _cast_of(new: Tensor | None, old: Tensor | None) -> bool:
+    """Whether a tensor has another's numbers, possibly in another dtype or on another device."""
+    if new is None or old is None or new.shape != old.shape or new.is_meta or old.is_meta:
+        return False
+    dtype = min(new.dtype, old.dtype, key=lambda each: each.itemsize)
+    return torch.equal(new.detach().to(old.device, dtype), old.detach().to(dtype))
+
+
+def _narrowed(y: Any, kind: str) -> Any:
+    """Return a layer's output in float32 in the dtype that autocast gives it on this kind of device."""
+    if not torch.is_autocast_enabled(kind) or not isinstance(y, Tensor) or y.dtype is not torch.float32:
+        return y
+    return y.to(torch.get_autocast_dtype(kind))
+
+
 def _same(h: Tensor) -> Tensor:
     return h
 
@@ -495,6 +560,9 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 
 _EXCHANGING = threading.RLock()
 """Held while a module's own attributes are exchanged, and by forwards that would see them."""
+
+SCRIPTING = "__prepare_scriptable__"
+"""The attribute of a module that torch.jit.script calls before it compiles the module."""
 
 HOOK = "_adapterkit_hook"
 """The attribute of a module that holds its hook, wherever other tools have moved its forward."""

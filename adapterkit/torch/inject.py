@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,6 +149,8 @@ def inject(
         hooks.append(hook_at(module))
         hooks[-1].attach(surrounding)
         loaded[surrounding.target] = (surrounding.bound,)
+    for hook in hooks:
+        hook.home = hook.home or weakref.ref(model)
     handle = Handle(adapter, loaded, switch, list(dict.fromkeys(hooks)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle

@@ -30,11 +30,13 @@ class Layer:
         direct: formulas over weights run on it; else its weight is exchanged under its own forward.
         flat: `op` and `mix` are matrix products over the last axis.
         fresh: a call returns a tensor that nobody else has.
+        narrowed: autocast runs it in 16 bits.
     """
 
     direct: ClassVar[bool] = True
     flat: ClassVar[bool] = False
     fresh: ClassVar[bool] = False
+    narrowed: ClassVar[bool] = True
     layout: ClassVar[str] = "out *in"
     channel: ClassVar[int] = -1
 
@@ -122,6 +124,7 @@ class Embedding(Layer):
     """`nn.Embedding`: stores `[in, out]`, a token being a position on `in`."""
 
     layout = "in out *k"
+    narrowed = False
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -214,6 +217,7 @@ class Quantized(Linear):
     """
 
     fresh = False
+    narrowed = False  # Each library has its own rule, and `like` takes the dtype of the input.
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)

@@ -86,7 +86,12 @@ def may_overwrite(y: Tensor) -> bool:
 
 
 def is_eager() -> bool:
-    """Whether no transform of torch.func, forward-mode differentiation or tracing is going on."""
+    """Whether no transform of torch.func, forward-mode differentiation, tracing or dispatch mode is going on.
+
+    Selective checkpointing is a dispatch mode: it keeps outputs of operations, which must not be written over.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return False
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return torch._C._get_tracing_state() is None

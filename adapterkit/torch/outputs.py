@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -202,6 +203,7 @@ class ModuleCall:
         self.x = args[0] if args else next(iter(kwargs.values()), None)
         self.rest: tuple[Any, ...] | None = None
         self.kept: Tensor | None = None
+        self.dtype: torch.dtype | None = None
         self.shape = layer.shape if layer else ()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -234,6 +236,8 @@ class ModuleCall:
 
     def ended(self, y: Tensor) -> Any:
         """Return the module's result with another output, which is the first of several where it returns several."""
+        if self.dtype is not None and self.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+            y = y.to(self.dtype)  # Factors of float32 made it wider than what the module itself returns.
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
@@ -282,6 +286,7 @@ class ModuleCall:
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
             raise Unsupported(f"returns a {type(h).__name__}, no tensor", cure="Target a module inside it")
+        self.dtype = h.dtype
         if self.output_site.channels not in (None, h.shape[self.channel]):
             why = f"made for {self.output_site.channels} channels; the module's output has {h.shape[self.channel]}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")

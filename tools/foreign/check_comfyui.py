@@ -6,7 +6,9 @@ CHECKOUT is a folder with ComfyUI's source; comfyui_keys.py beside this file say
 ComfyUI has a model of, an adapter in diffusers' names with one update for each module of the first blocks is written in
 ComfyUI's and in kohya's format. `comfy.lora.load_lora` must hold each key of the first, and `calculate_weight` there
 must make the change that the formula gives, within 1e-5, for a sample of the weights. ComfyUI's patches of the same
-adapter in diffusers' names, as far as it reads these, must make that change, too. Exit status 1 if something differs.
+adapter in diffusers' names, as far as it reads these, must make that change, too. OFT, BOFT and GLoRA are written in
+LyCORIS's format. Of DoRA, ComfyUI must make what spec/loaders/comfyui.toml says that it makes. Exit status 1 if
+something differs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import numpy as np
 from comfyui_keys import MODELS, ROOT, Absent, is_norm, key_map
 
 TOLERANCE = 1e-5
-METHODS = ("lora", "loha", "lokr", "diff", "diff_b", "norm")
+METHODS = ("lora", "dora", "loha", "lokr", "oft", "boft", "glora", "diff", "diff_b", "norm")
+DIALECTS = {"lora": ("comfyui", "kohya"), "oft": ("lycoris",), "boft": ("lycoris",), "glora": ("lycoris",)}
+"""The formats of a method's files, where they are not ComfyUI's alone."""
 SAMPLE = 3
 """Weights of a family that are computed; keys are compared for all."""
 
@@ -76,11 +80,13 @@ def checked(name: str, method: str) -> str:
 
     family = next(each for each in families() if each.name == name)
     known, shapes = key_map(*MODELS[name][-1])
-    modules = modules_of(family, shapes, norms=method == "norm")
+    # LyCORIS's files have the names of the model that was trained; ComfyUI reads those of the original model.
+    original = "lycoris" in DIALECTS.get(method, ())
+    modules = modules_of(family, shapes, norms=method == "norm", original=original)
     if not modules:
         return "no such modules"
     updates = {Target(f"{family.component}.{path}"): (made(method, size),) for path, size in modules.items()}
-    recipe = (Step("read", {"format": "diffusers"}),)
+    recipe = (Step("read", {"format": "lycoris" if original else "diffusers"}),)
     adapter = read_with(Adapter(updates, recipe=recipe), {FAMILY: name})
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +94,7 @@ def checked(name: str, method: str) -> str:
         if method == "lora":
             ak.write(adapter, Path(folder, "diffusers.safetensors"), "diffusers")
             theirs, _ = patches(Path(folder, "diffusers.safetensors"), known)
-        for dialect in ("comfyui", "kohya") if method == "lora" else ("comfyui",):
+        for dialect in DIALECTS.get(method, ("comfyui",)):
             path = Path(folder, f"{dialect}.safetensors")
             try:
                 ak.write(adapter, path, dialect, on_loss="promote")
@@ -101,18 +107,20 @@ def checked(name: str, method: str) -> str:
             read = ak.read(path, family=name).load("cpu")
             worst, also = 0.0, 0.0
             for weight in sample(held, shapes):
-                own = calculated(held[weight], weight, shapes)
-                worst = max(worst, compared(own, formula(read, weight, shapes, known), weight))
+                own = calculated(held[weight], weight, shapes, method)
+                worst = max(worst, compared(own, formula(read, weight, shapes, known, method), weight))
                 if weight in theirs:
-                    also = max(also, compared(own, calculated(theirs[weight], weight, shapes), weight))
+                    also = max(also, compared(own, calculated(theirs[weight], weight, shapes, method), weight))
             said = f"{len(held)} weights, {worst:.0e}"
             said += f", {also:.0e} from diffusers' names" if theirs else ""
             found.append(f"{dialect} {said}" + (f", {len(lost)} keys not held" if lost else ""))
     return "; ".join(found)
 
 
-def modules_of(family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: bool) -> dict[str, tuple[int, ...]]:
-    """diffusers' modules of the first two blocks that ComfyUI's model has -> the shapes of their weights."""
+def modules_of(
+    family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: bool, original: bool
+) -> dict[str, tuple[int, ...]]:
+    """Modules of the first two blocks that ComfyUI's model has, in diffusers' or its own names -> shapes of weights."""
     from adapterkit.naming.architectures import fill
 
     found: dict[str, tuple[int, ...]] = {}
@@ -133,6 +141,9 @@ def modules_of(family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: boo
             rows = sum(shapes[keys[0]][0] * piece.there.parts // piece.there.of for piece in pieces)
             if (len(shapes[keys[0]]) > 1) == norms:
                 continue
+            if original:
+                found[keys[0].removeprefix("diffusion_model.").removesuffix(".weight")] = shapes[keys[0]]
+                continue
             if family.name in comfyui_keys.UNEVEN and any(not piece.there.whole for piece in pieces):
                 continue
             found[path] = (rows, *shapes[keys[0]][1:])
@@ -148,6 +159,19 @@ def made(method: str, shape: tuple[int, ...]) -> Any:
         return from_numpy((0.1 * RANDOM.normal(size=size)).astype("f4"))
 
     out, *rest = shape
+    size = next(size for size in (8, 4, 2, 1) if out % size == 0)
+    if method == "dora":
+        # Parts of a fused weight can be one DoRA if they share A.
+        A = 0.1 * np.random.default_rng(rest).normal(size=(2, *rest))
+        magnitude = from_numpy((1 + RANDOM.random(out)).astype("f4"))
+        return LAWS["dora"](A=from_numpy(A.astype("f4")), B=leaf(out, 2), magnitude=magnitude)
+    if method == "oft" and size > 1:
+        return LAWS["oft"](square=leaf(out // size, size, size), side="out")
+    if method == "boft" and size > 1:
+        factors = 2 if out // size % 2 == 0 else 1
+        return LAWS["boft_outputs"](square=leaf(factors, out // size, size, size))
+    if method == "glora":
+        return LAWS["glora_products"](A1=leaf(rest[0], 2), A2=leaf(2, rest[0]), B1=leaf(out, 2), B2=leaf(2, *rest))
     if method == "norm":
         return LAWS["dense"](D=leaf(*shape))
     columns = int(np.prod(rest))
@@ -196,35 +220,58 @@ class Watched(dict[str, Any]):
 
 def sample(held: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Some of the weights, the same ones each time, none of them too large to compute."""
-    small = [key for key in held if key in shapes and np.prod(shapes[key]) < 1 << 25]
+    small = [key for key in held if key in shapes and np.prod(shapes[key]) < 1 << 23]
     return sorted(small, key=lambda key: zlib.crc32(key.encode()))[:SAMPLE]
 
 
-def calculated(found: Any, weight: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The change that ComfyUI makes of a weight of zeros."""
+def base_weight(weight: str, shapes: Mapping[str, tuple[int, ...]], method: str) -> Any:
+    """A random weight of the base, the same one each time; zeros, beside which nothing is rounded, for changes."""
+    if method not in ("dora", "oft", "boft", "glora"):
+        return np.zeros(shapes[weight], "f4")
+    return np.random.default_rng(zlib.crc32(weight.encode())).normal(size=shapes[weight]).astype("f4")
+
+
+def calculated(found: Any, weight: str, shapes: Mapping[str, tuple[int, ...]], method: str) -> Any:
+    """The change that ComfyUI makes of a weight."""
     import comfy.lora
     import torch
 
-    zeros = torch.zeros(shapes[weight])
-    return comfy.lora.calculate_weight(found, zeros, weight).double().numpy()
+    W = torch.from_numpy(base_weight(weight, shapes, method))
+    return (comfy.lora.calculate_weight(found, W.clone(), weight) - W).double().numpy()
 
 
-def formula(read: Any, weight: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]) -> Any:
+def formula(
+    read: Any, weight: str, shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any], method: str
+) -> Any:
     """The change by the formulas of what adapterkit reads in the same file, at the rows that the targets say."""
+    import torch
+
     is_bias = weight.endswith(".bias")
     module = weight.removesuffix(".bias") + ".weight" if is_bias else weight
+    W = torch.from_numpy(base_weight(weight, shapes, method).astype("f8"))
     whole = np.zeros(shapes[weight])
     for target in read.updates:
         name = target.path.partition(".")[2]
         place = known.get("lora_unet_" + name.replace(".", "_"), known.get(f"diffusion_model.{name}", ""))
         if not isinstance(place, str) or place != module:
             continue
-        for update in read.updates[target]:
+        for each in read.updates[target]:
+            update = each.map(lambda leaf: leaf.double())
             if is_bias:
                 whole += update.bias_delta().numpy()
+            elif update.kind == "weight":
+                whole += (told(update, W) - W).numpy()
             elif update.changes_weight:
-                whole += update.delta(whole.shape).double().numpy()
+                whole += update.delta(whole.shape).numpy()
     return whole
+
+
+def told(update: Any, W: Any) -> Any:
+    """The weight that ComfyUI makes by spec/loaders/comfyui.toml: for a DoRA, divided by the length of W."""
+    if update.method != "dora":
+        return update.new_weight(W)
+    scale = (update.magnitude / W.flatten(1).norm(dim=1)).reshape(-1, *[1] * (W.ndim - 1))
+    return (W + (update.scaling * update.B @ update.A.flatten(1)).reshape(W.shape)) * scale
 
 
 def compared(own: Any, wanted: Any, weight: str) -> float:

@@ -15,6 +15,7 @@ import argparse
 import difflib
 import importlib.abc
 import importlib.machinery
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -58,6 +59,20 @@ WAN = {"dim": 1536, "out_dim": 16, "num_heads": 12, "ffn_dim": 8960, "num_layers
        "in_dim": 36}  # fmt: skip
 
 LTXAV = {"num_layers": 2, "image_model": "ltxav"}
+
+ACE1 = {
+    "num_layers": 2,
+    "inner_dim": 2560,
+    "attention_head_dim": 128,
+    "num_attention_heads": 20,
+    "patch_size": [16, 1],
+    "ssl_encoder_depths": [8, 8],
+    "ssl_latent_dims": [1024, 768],
+    "ssl_names": ["mert", "m-hubert"],
+    "text_embedding_dim": 768,
+    "lyric_encoder_vocab_size": 6693,
+    "lyric_hidden_size": 1024,
+}
 
 MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "sd": [("BaseModel", "ldm.modules.diffusionmodules.openaimodel:UNetModel", SD15)],
@@ -309,6 +324,9 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
             },
         )
     ],
+    "ace_step1": [("ACEStep", "ldm.ace.model:ACEStepTransformer2DModel", ACE1)],
+    "omnigen2": [("Omnigen2", "ldm.omnigen.omnigen2:OmniGen2Transformer2DModel", {"num_layers": 2})],
+    "stable_cascade": [("StableCascade_C", "ldm.cascade.stage_c:StageC", {"blocks": [[1, 1], [1, 1]]})],
 }
 """Family -> ComfyUI's classes of the model and of its network, and the network's arguments."""
 
@@ -316,7 +334,8 @@ SPELLINGS = (
     ("diffusion_model.", "comfyui"), ("diffusion_model.", "native"), ("diffusion_model.", "diffusers"),
     ("transformer.", "diffusers"), ("transformer.", "native"), ("", "native"), ("", "diffusers"),
     ("base_model.model.", "native"), ("base_model.model.", "diffusers"), ("lora_unet_", "native"),
-    ("lora_unet_", "diffusers"), ("lora_transformer_", "diffusers"), ("lycoris_", "native"), ("lycoris_", "diffusers"),
+    ("lora_unet_", "diffusers"), ("lora_prior_unet_", "native"), ("lora_prior_unet_", "diffusers"),
+    ("lora_transformer_", "diffusers"), ("lycoris_", "native"), ("lycoris_", "diffusers"),
 )  # fmt: skip
 """What keys begin with, and whose names follow; behind an underscore the names have underscores for dots."""
 
@@ -378,6 +397,7 @@ def toml(version: str) -> str:
 
 ENCODERS = {
     "clip_l": "sd1_clip:SD1ClipModel", "clip_g": "sdxl_clip:SDXLClipModel",
+    "cascade": "sdxl_clip:StableCascadeClipModel",
     "clip_h": "text_encoders.sd2_clip:SD2ClipModel",
     "flux": "text_encoders.flux:flux_clip()", "sd3": "text_encoders.sd3_clip:sd3_clip()",
     "umt5xxl": "text_encoders.wan:te()", "llama": "text_encoders.hunyuan_video:hunyuan_video_clip()",
@@ -388,7 +408,7 @@ ENCODERS = {
 """ComfyUI's classes of text encoders, or the functions that make these; a word of its own for each."""
 
 WORDS = (
-    *(f"lora_te{number}_" for number in ("", 1, 2, 3)), "text_encoder.", "text_encoder_2.",
+    *(f"lora_te{number}_" for number in ("", 1, 2, 3)), "lora_prior_te_", "text_encoder.", "text_encoder_2.",
     *(f"text_encoders.{word}.transformer." for word in (*ENCODERS, "t5xxl")),
 )  # fmt: skip
 """What keys of text encoders begin with."""
@@ -452,7 +472,10 @@ def modules(family: Any, naming: str, weights: set[str]) -> list[str]:
     found = []
     for weight in family.architecture.record.weights:
         place, native = (family.architecture.place(weight, each) for each in (naming, "native"))
-        there = native is None or f"diffusion_model.{native.name}.weight" in weights or family.component != "unet"
+        holes = native is not None and "{" in native.name
+        there = (
+            native is None or holes or f"diffusion_model.{native.name}.weight" in weights or family.component != "unet"
+        )
         if place is not None and not is_norm(place.name) and not is_norm(weight) and there:
             found.append(place.name)
     return list(dict.fromkeys(found))
@@ -468,8 +491,9 @@ def leads(family: Any, path: str, naming: str, prefix: str, known: dict[str, Any
     """Whether a module's key leads to the weight, and to the rows, that the family's file has for it."""
     from adapterkit.naming.architectures import fill
 
-    for first in ("0", "1"):
-        name = fill(path, {f"{{{hole}}}": first if hole == "n" else "0" for hole in "nmkej"})
+    # Stable Cascade's blocks are of three kinds, by their number.
+    for first, second in itertools.product("01", "012"):
+        name = fill(path, {f"{{{hole}}}": {"n": first, "m": second}.get(hole, "0") for hole in "nmkej"})
         stem = name.replace(".", "_") if prefix.endswith("_") else name
         there = known.get(prefix + stem)
         if there is None:

@@ -479,6 +479,117 @@ def computed() -> Iterator[Computed]:
     narrow = {"q.weight": stored(_values("cW", 3, 5), "F64"), "q.x": stored(_values("c5", 2, 5), "F64")}
     yield Computed("other_inputs", _file(lora, A=A, B=B), narrow, ("R-8.5",), "ShapeMismatch", "q: lora")
     yield Computed("call_without_tokens", _one("alora", **tokens), three, ("R-10.11",), "UsageError", "q")
+    yield from _lacking()
+    yield from _undecided()
+    yield from _shapes_of_outputs()
+
+
+def _lacking() -> Iterator[Computed]:
+    """What a formula needs is absent or does not suit; or what comes out has no numbers."""
+    w, x = _values("cW", 3, 4), _values("cx", 2, 4)
+    base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
+    neck = {"down": _real("one.down", 2, 3), "up": _real("one.up", 3, 2)}
+    wide = base | {"q.x": stored(_values("c5", 2, 5), "F64")}
+
+    def lacks(name: str, held: Tensors, **attributes: Any) -> Computed:
+        return Computed(name, _one("bottleneck", attributes, **neck), held, ("R-10.11",), "UsageError", "q")
+
+    yield lacks("residual_that_is_lacking", base, residual="first")
+    yield lacks("norm_that_is_lacking", base | {"q.added": stored(_values("cr", 2, 3), "F64")}, norm="last")
+    yield lacks("residual_of_another_shape", base | {"q.added": stored(_values("cr", 1, 3), "F64")}, residual="first")
+    yield lacks("input_that_does_not_suit", wide)
+    yield lacks("output_without_a_weight", {"q.x": base["q.x"]})
+    tokens = {"A": A, "B": B, "invocation": stored(np.array([1, 2]), "I64")}
+    flat = base | {"q.call.input_ids": stored(np.array([[1, 2], [0, 1]]), "I64")}
+    yield Computed("tokens_of_no_rows", _one("alora", **tokens), flat, ("R-10.11",), "UsageError", "q")
+    merged = {"q.merged.weight": stored(w + DELTA, "F64")}
+    lora = _file(_update() | {"attributes": {"scaling": 0.5}}, A=A, B=B)
+    yield Computed("no_output_for_another_input", lora, wide | merged, ("R-10.4",))
+    endless = Stored("F64", (1, 4), np.array([1, 2, 3, np.inf], "<f8").tobytes())
+    yield Computed("no_output_that_is_no_number", lora, base | merged | {"q.x": endless}, ("R-10.4",))
+    bias = {"q.bias": stored(_values("cb", 3), "F64")}
+    for kind, size in (("BOOL", 1), ("C64", 8), ("I32", 4), ("F8_E8M0", 1)):
+        weight = {"q.weight": Stored(kind, (3, 4), bytes(12 * size))}
+        file = _one("dense", d=_real("d", 3))
+        yield Computed(
+            f"weight_that_stays_{kind.lower()}", file, base | bias | weight, ("R-10.4",), "Unsupported", "q.weight"
+        )
+    spoiled = {"P": Stored("F64", (1, 2), np.array([1, np.nan], "<f8").tobytes())}
+    prompt = _one("prompt", target={"path": ""}, **spoiled)
+    yield Computed("context_that_is_no_number", prompt, {}, ("R-10.13",), "Malformed", "(model).embeddings")
+
+
+def _undecided() -> Iterator[Computed]:
+    """What no formula gives an answer to."""
+    w, x = _values("cW", 3, 4), _values("cx", 2, 4)
+    base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
+    neck = {"down": _real("one.down", 2, 3), "up": _real("one.up", 3, 2)}
+    one = _one("bottleneck", **neck)
+
+    def refused(name: str, file: bytes, held: Tensors, where: str, rule: str = "R-13.4") -> Computed:
+        return Computed(name, file, held, (rule,), "Unsupported", where)
+
+    rows = _one("bottleneck", target={"path": "q", "rows": [0, 3]}, **neck)
+    yield refused("rows_of_an_output", rows, base, "q[0:3]", "R-10.10")
+    stacks = {"down": _real("stack.down", 2, 2, 3), "up": _real("stack.up", 2, 3, 2)}
+    experts = {"q.weight": stored(_values("cE", 2, 3, 4), "F64"), "q.x": stored(_values("cEx", 2, 5, 4), "F64")}
+    stacked = _one("bottleneck", target={"path": "q", "layout": "e out *in"}, **stacks)
+    yield refused("experts_of_an_output", stacked, experts, "q", "R-10.10")
+    prompt = {"target": {"path": ""}, "method": "prompt", "version": 1, "tensors": {"P": "P"}, "attributes": {}}
+    yield refused("two_contexts_of_one_target", _file(prompt, prompt, P=_real("P", 2, 4)), {}, "(model)")
+    yield refused("output_of_one_axis", one, base | {"q.x": stored(_values("c1", 4), "F64")}, "q")
+    square = {"q.weight": stored(_values("cS", 3, 3), "F64"), "q.x": stored(np.array([[1, 2], [0, 1]]), "I64")}
+    yield refused("tokens_in_a_formula", _one("bottleneck", {"parallel": True}, **neck), square, "q")
+    yield refused("parallel_to_other_inputs", _one("bottleneck", {"parallel": True}, **neck), base, "q")
+    two = [_update("bottleneck") | {"attributes": {"residual": place}} for place in "ab"]
+    residual = base | {"q.added": stored(_values("cr", 2, 3), "F64")}
+    yield refused("residuals_of_two_places", _file(*two, **neck), residual, "q")
+    free = {"s": _real("source", 1, 3), "p": _real("projection", 1, 3)}
+    reft = {"target": {"path": "q"}, "method": "reft", "version": 1, "attributes": {}}
+    reft |= {"tensors": {"source": "s", "projection": "p"}}
+    yield refused("residual_behind_a_whole_output", _file(reft, _update("bottleneck"), **free, **neck), residual, "q")
+
+
+def _shapes_of_outputs() -> Iterator[Computed]:
+    """Which weights updates of outputs fit, and which axis has the channels."""
+    w, x = _values("cW", 3, 4), _values("cx", 2, 4)
+    base = {"q.weight": stored(w, "F64"), "q.x": stored(x, "F64")}
+
+    def unfit(name: str, file: bytes, held: Tensors, where: str, rule: str) -> Computed:
+        return Computed(name, file, held, (rule,), "ShapeMismatch", where)
+
+    wide = _one("bottleneck", down=_real("wide.down", 2, 5), up=_real("wide.up", 5, 2))
+    yield unfit("channels_of_another_output", wide, base, "q: bottleneck", "R-10.8")
+    tokens = {"A": _real("A", 2, 5), "B": B, "invocation": stored(np.array([1, 2]), "I64")}
+    yield unfit("inputs_of_another_output", _one("alora", **tokens), base, "q: alora", "R-8.5")
+    kernel = {"q.weight": stored(_values("cK", 3, 2, 2), "F64"), "q.x": stored(_values("cKx", 2, 2, 5), "F64")}
+    patches = _one("oft_patches", pairs=_real("pairs", 1, 1))
+    yield unfit("patches_of_one_axis", patches, kernel, "q: oft_patches", "R-10.8")
+    down, up = _values("one.down", 2, 3), _values("one.up", 3, 2)
+    neck = _one("bottleneck", down=stored(down, "F32"), up=stored(up, "F32"))
+
+    def changed(h: np.ndarray) -> np.ndarray:
+        return h + np.maximum(h @ down.T, 0) @ up.T
+
+    many = _values("c4", 2, 2, 5, 4)
+    held = {"q.x": stored(many, "F64"), "q.y": stored(changed(many @ w.T), "F64")}
+    yield Computed("channels_of_a_linear_layer", neck, base | held, ("R-10.9",))
+    signal = _values("cKx", 2, 2, 5)
+    h = np.stack([np.einsum("oik,nik->no", _values("cK", 3, 2, 2), signal[:, :, p : p + 2]) for p in range(4)], 1)
+    held = kernel | {"q.y": stored(np.ascontiguousarray(changed(h).swapaxes(1, 2)), "F64")}
+    yield Computed("channels_of_a_convolution", neck, held, ("R-10.9",))
+    source, projection = _values("source", 1, 3), _values("projection", 1, 3)
+    y, mask = _values("c3", 2, 3, 4) @ w.T, np.array([[0, 1, 1], [1, 1, 1]])
+    ended = y.copy()
+    for row, first in ((0, 1), (1, 0)):
+        ended[row, first] += (y[row, first] @ source.T - y[row, first] @ projection.T) @ projection
+    file = _one("reft", {"prefix_positions": 1}, source=stored(source, "F32"), projection=stored(projection, "F32"))
+    held = base | {"q.x": stored(_values("c3", 2, 3, 4), "F64"), "q.call.mask": stored(mask, "I64")}
+    yield Computed("positions_under_a_mask", file, held | {"q.y": stored(ended, "F64")}, ("R-10.9",))
+    added = {"q.added": stored(_values("cr", 2, 3), "F64"), "q.merged.weight": stored(w + DELTA, "F64")}
+    lora = _file(_update() | {"attributes": {"scaling": 0.5}}, A=A, B=B)
+    held = base | added | {"q.y": stored(x @ (w + DELTA).T, "F64")}
+    yield Computed("residual_that_nothing_reads", lora, held, ("R-10.9",))
 
 
 def computed_files() -> Iterator[tuple[str, bytes]]:

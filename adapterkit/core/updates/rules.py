@@ -206,6 +206,7 @@ def check_fits(update: Update, shape: Shape) -> None:
     # An axis more than the shape string says is that of experts; a star stands for any number of axes.
     stack = any(len(leaf.shape) > len(axes) for axes, leaf in held if not any(axis.startswith("*") for axis in axes))
     seen = {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0, "columns": math.prod(shape[1:])}
+    seen["kernel"] = max(len(shape) - 2, 0)
     names = _Names(update, {**update.dims(stack), **seen}, stack)
     for rule in update.fits:
         if (not rule.when or _compiled(rule.when)(names)) and not _compiled(rule.require)(names):
@@ -276,7 +277,8 @@ def value_of(expression: str, values: Mapping[str, Any], axes: Mapping[str, int]
     return None if value is False else value
 
 
-def names_in(expression: str) -> list[str]:
+@cache
+def names_in(expression: str) -> tuple[str, ...]:
     """Return the axes and attributes that an expression reads, in order."""
     tree = ast.parse(_without_keywords(expression), mode="eval")
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -286,7 +288,7 @@ def names_in(expression: str) -> list[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id != "block"
     }
     names = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called | asked)
-    return list(dict.fromkeys(name.id.removesuffix("_") for name in names))
+    return tuple(dict.fromkeys(name.id.removesuffix("_") for name in names))
 
 
 def _without_keywords(expression: str) -> str:

@@ -34,7 +34,8 @@ class Update:
         linear_only: True if the formula needs a weight `[out, in]`, of a linear layer or an embedding.
         acts_on: what the update changes, for messages.
         rules: conditions on its axes, attributes and tensors beyond shape strings, in order.
-        fits: conditions on the weight that it meets; `out`, `in` and `columns` in them are the weight's sizes.
+        fits: conditions on the weight that it meets; `out`, `in` and `columns` in them are the weight's sizes, `kernel`
+            the number of its kernel axes.
         forms: groups of optional tensors of which exactly one set must be present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained, such as random projections and masks; integer tensors are
             never trained.

@@ -12,7 +12,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
-from ...naming.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
+from ...naming.image import (
+    ROOTS,
+    Family,
+    beside,
+    component_of,
+    encoders,
+    families,
+    families_of,
+    in_other_words,
+    is_xl,
+    rooted,
+)
 from ...naming.patterns import flatten
 from ...naming.pieces import Piece
 from .deciding import complete, families_in, narrowed, said
@@ -20,18 +31,21 @@ from .deciding import complete, families_in, narrowed, said
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
 
-STEM = re.compile(r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lycoris)_(.+)")
+STEM = re.compile(
+    r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lora_prior_(?:unet|te)|lycoris)_(.+)"
+)
 
 _PARTS = {
     "lora_unet": ("unet", "transformer"), "oft_unet": ("unet", "transformer"), "lora_transformer": ("transformer",),
     "Hunyuan_video_I2V_lora": ("transformer",),
+    "lora_prior_unet": ("unet",), "lora_prior_te": ("text_encoder",),
     "lora_te": ("text_encoder",), "lora_te1": ("text_encoder",), "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lora_te4": ("text_encoder_4",),
     "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
 """Prefix of a stem -> the parts of a pipeline that it may mean."""
 
-_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lycoris")
+_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "Hunyuan_video_I2V_lora", "lora_prior_unet", "lycoris")
 """Prefixes of stems of the U-Net or the transformer."""
 
 _FAMILIES = {"Hunyuan_video_I2V_lora": "hunyuan_video"}
@@ -76,7 +90,7 @@ def _together(
     Raises:
         TargetNotFound: several families have them under different names, and nothing decides between them.
     """
-    inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER}
+    inside = {stem: flat for stem, (tag, flat) in rest.items() if tag in _DENOISER and not _beside(flat)}
     if not inside:
         return {}
     component = {part for stem in inside for part in _PARTS[words[stem][0]]}
@@ -85,8 +99,11 @@ def _together(
     if not fitting:
         return {}
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
-    own = {_FAMILIES.get(words[stem][0]) for stem in inside}
-    fitting = narrowed(fitting, lambda family: family.name in own)
+    tags = {words[stem][0] for stem in inside}
+    own = {_FAMILIES.get(tag) for tag in tags}
+    fitting = narrowed(
+        fitting, lambda family: family.name in own or not tags.isdisjoint(family.facts.prefixes.values())
+    )
     fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
     if any(words[stem][0] == "oft_unet" for stem in inside):
         fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
@@ -137,8 +154,8 @@ def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    # The trainer of Wan's Fun models writes lora_unet__blocks_0.
-    return found[1], found[2].lstrip("_")
+    # The trainer of Wan's Fun models writes lora_unet__blocks_0, an older one of FLUX lora_unet_..._to_q_.
+    return found[1], found[2].strip("_")
 
 
 def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
@@ -160,17 +177,31 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
 
 def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
     if tag in _DENOISER:
+        yield from _beside(flat)
         for family in families():
             if family.component in _PARTS[tag]:
                 for naming in family.namings:
                     yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
-    if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lycoris"):
+    if tag in ("lora_te", "lora_te1", "lora_te2", "lora_te4", "lora_prior_te", "lycoris"):
         part = _PARTS[tag][-1]
         # LyCORIS also trains language models, whose names are not those of a text encoder.
         kinds = ("clip", "t5") if tag == "lycoris" else ("clip", "t5", "llm")
         yield from (f"{part}.{name}" for kind in kinds for name in encoders()[kind].unflattened(flat))
     if tag == "lora_te3" and third:
         yield from (f"{third}.{name}" for name in encoders()["t5"].unflattened(flat))
+
+
+def _beside(flat: str) -> list[str]:
+    """The modules of another part of a pipeline that `flat` is, where it lies inside the authors' denoiser.
+
+    Anima's adapter of its text encoder lies there.
+    """
+    for family in families():
+        for part in family.facts.modules:
+            start = f"{flatten(rooted(family.facts.beside[part])[1])}_"
+            if flat.startswith(start):
+                return [f"{part}.{name}" for name in family.modules(part).unflattened(flat.removeprefix(start))]
+    return []
 
 
 def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str:
@@ -229,11 +260,24 @@ def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris:
         lycoris: also give stems to modules of other models.
     """
     component, (_, rest) = component_of(path), rooted(path)
+    own = prefixes_of(paths)
+    if component is not None and component in own and tag == "lora_unet":
+        return f"{own[component]}_{flatten(rest)}"
     if component in ("unet", "transformer"):
         return f"{tag}_{flatten(rest)}"
+    there = in_other_words(f"{component}.{rest}", {ours: theirs for theirs, ours in beside().items()})
+    if there.startswith("diffusion_model."):
+        return f"{tag}_{flatten(rooted(there)[1])}"
     if component is not None and component.startswith("text_encoder"):
         return f"{_encoder(component, rest, paths)}_{flatten(rest)}"
     return f"lycoris_{flatten(path)}" if lycoris and component is None else None
+
+
+def prefixes_of(paths: Iterable[str]) -> Mapping[str, str]:
+    """Part of a pipeline -> what its keys begin with, where the family of one of the paths has a prefix of its own."""
+    unusual = [family for family in families() if family.facts.prefixes]
+    inside = [rest for path in paths if component_of(path) == "unet" for rest in (rooted(path)[1],)]
+    return next((f.facts.prefixes for f in unusual if inside and all(rest in f for rest in inside)), {})
 
 
 def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:

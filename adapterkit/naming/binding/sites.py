@@ -41,7 +41,10 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     given = list(dict.fromkeys(_families(config or {})))
     if not trained or not any(is_family(_plain(name)) for name in given):
         return
-    known = {_plain(name) for name in given}
+    # MusicFlamingo has the audio encoder of AudioFlamingo 3: an adapter of that whole model is not one of its encoder.
+    whole = str(model_class_of(adapter)).endswith(_WHOLE)
+    top = (config or {}).get("model_type")
+    known = {_plain(name) for name in given if not (whole and name != top and name.endswith(_TOWERS))}
     other = next((name for name in trained if _plain(name) not in known), None)
     # EXAONE is a Llama under another model_type in transformers 5: the class shows that both are one model.
     listed = (config or {}).get("architectures")
@@ -76,6 +79,12 @@ def _plain(name: str) -> str:
         word = part
     return _MODULES.get(word, word)
 
+
+_WHOLE = ("ForConditionalGeneration", "ForCausalLM")
+"""Ends of classes of models that are no part of a larger one but for its language model."""
+
+_TOWERS = ("_encoder", "_vision", "_audio", "_vision_model")
+"""Ends of the model types of encoders inside of other models."""
 
 _MODULES = {"kosmos_2": "kosmos2", "openai_gpt": "openai", "modernbert_decoder": "modernbert"}
 """model_type -> module of transformers, if the two differ in more than dashes."""

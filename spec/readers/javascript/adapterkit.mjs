@@ -1010,6 +1010,7 @@ const same = (a, b) => canonical(a) === canonical(b);
 // Whether the weight, and whether the bias of a target changes (README, R-10.6).
 export const changesOf = ({ target, updates }) => {
   const holds = (update, text) => evaluateRule(text, { update, dims: update.dims, stacked: target.stacked });
+  updates = updates.filter(({ method }) => method.kind !== "output");
   return [["changes_weight", "1"], ["changes_bias", "0"]].map(([field, or]) => updates.some((u) => holds(u, u.method[field] ?? or)));
 };
 
@@ -1037,7 +1038,7 @@ export function checkFit({ target, updates }, weight, bias) {
       const room = target.rows ? last >= stop : [dims.get("out"), weight && big(out)].every((n) => last === (n ?? last));
       unfit(changesBias && bias && !(room && same(before, lead ? [dims.get("e")] : [])), "not made for the base's bias");
       if (!weight) return;
-      const bounds = new Map([...dims, ["out", big(out)], ["in", big(rest[0] ?? 0)], ["columns", big(product(rest))]]);
+      const bounds = new Map([...dims, ["out", big(out)], ["in", big(rest[0] ?? 0)], ["columns", big(product(rest))], ["kernel", BigInt(Math.max(rest.length - 1, 0))]]);
       const holds = (text) => evaluateRule(text, { update, dims: bounds, stacked: target.stacked });
       unfit((method.fits ?? []).some((fit) => (!fit.when || holds(fit.when)) && !holds(fit.require)), "its parts do not fill the weight");
       for (const field of method.tensors.filter(({ name, below }) => below && tensors.has(name))) {
@@ -1097,7 +1098,7 @@ export const ACTIVATIONS = {
 function bottleneck(x, layer, t, a, beside, inside) {
   const places = (h) => {
     const [n, ...rest] = h.shape;
-    if (h.shape.length > 3) return swapped(reshape(h, [n, rest[0], product(rest.slice(1))]), 1); // an image
+    if (beside.convolves) return swapped(reshape(h, [n, rest[0], product(rest.slice(1))]), 1); // an image
     return reshape(h, [n, product(rest.slice(0, -1)), rest.at(-1)]);
   };
   const output = (layer.inside ?? layer)(x);
@@ -1136,7 +1137,7 @@ function bottleneck(x, layer, t, a, beside, inside) {
     new_ = a.adapter_residual_before_ln ? after(add(adapted(read), skip)) : add(after(adapted(read)), skip);
   }
   if (a.original_ln_after && !inside) new_ = closed(new_);
-  return reshape(output.shape.length > 3 ? swapped(new_, 1) : new_, output.shape);
+  return reshape(beside.convolves ? swapped(new_, 1) : new_, output.shape);
 }
 
 // ---- Base folders (README, section 12). `files`: the names of the folder's files; `read(name)`: the bytes of one.

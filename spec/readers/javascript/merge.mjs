@@ -48,12 +48,14 @@ export function namesOf(path, base) {
   return [base.has(path) ? path : undefined, at >= 0 && base.has(path) && base.has(bias) ? bias : undefined];
 }
 
+export const canMerge = (dtype) => Boolean(SMALL[dtype]) || dtype === "F32" || dtype === "F64";
+
 // The names of the tensors that change, in the order in which targets change them first; their types must be real.
-export function checkTypes(targets, base, names) {
+function checkTypes(targets, base, names) {
   const changed = targets.flatMap((entry) => names(entry).filter((name, i) => base.has(name) && changesOf(entry)[i]));
   for (const name of changed) {
     const { dtype } = base.get(name);
-    if (!SMALL[dtype] && dtype !== "F32" && dtype !== "F64") throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+    if (!canMerge(dtype)) throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
   }
   return new Set(changed);
 }

@@ -2,10 +2,10 @@
 // `methods`: what spec/1.1/methods.json holds. Each function returns an object, or throws AdapterError.
 
 import * as ak from "./adapterkit.mjs";
-import { checkTypes, merge } from "./merge.mjs";
+import { canMerge, merge } from "./merge.mjs";
 
 const { AdapterError, DTYPES, FORMULAS, array, matmul, part, product, readAdapter, readSafetensors, reshape } = ak;
-const { fieldsOf, mergeTarget, numeric, stack, transposed, viewed } = ak;
+const { checkFit, fieldsOf, mergeTarget, numeric, stack, transposed, viewed } = ak;
 
 // An error as the one who asked is told it; other errors are faults of the reader, and thrown on.
 export const told = (error) => {
@@ -30,6 +30,36 @@ function layerOf(W, b, layout) {
     if (b) y.data.forEach((_, i) => (y.data[i] += b.data[i % W.shape[0]]));
     return reshape(y, [...x.shape.slice(0, -1), W.shape[0]]);
   };
+}
+
+// Whether an input suits a layer (README, section 16): the table of layers, row by row. W is in the view [out, in, *k].
+function suits(x, W, b, { layout, stacked }) {
+  if (!x || !W) return false;
+  const [lead, [out, ...inner]] = [W.shape.slice(0, Number(stacked)), W.shape.slice(Number(stacked))];
+  const { whole, real } = DTYPES.get(x.dtype);
+  const last = x.shape.at(-1);
+  if ((b && !same(b.shape, [...lead, out])) || !(whole || real)) return false;
+  if (stacked) return real && inner.length < 2 && x.shape.length === 3 && x.shape[0] === lead[0] && last === (inner[0] ?? out);
+  if (whole) return inner.length === 1 && x.data.every((token) => token >= 0 && token < inner[0]);
+  if (inner.length < 2) return last === (inner[0] ?? out);
+  const [[ins, ...kernel], [, channels, ...places]] = [inner, x.shape];
+  if (x.shape.length !== W.shape.length || [...W.shape, ...x.shape].includes(0)) return false;
+  if (layout === "in out *k") return channels === ins;
+  return channels % ins === 0 && out % (channels / ins) === 0 && places.every((n, axis) => n >= kernel[axis]);
+}
+
+const same = (one, other) => one.length === other.length && one.every((size, axis) => size === other[axis]);
+
+// What stands beside an output update, as far as it suits the output `y` of the layer.
+function besideOf(y, convolves, at) {
+  const beside = { added: at("added"), norm_weight: at("norm_weight"), norm_bias: at("norm_bias") };
+  const channels = convolves ? y.shape.slice(1, 2) : y.shape.slice(-1);
+  for (const [name, shape] of [["added", y.shape], ["norm_weight", channels], ["norm_bias", channels]]) {
+    const tensor = beside[name];
+    if (tensor && !(DTYPES.get(tensor.dtype).real && same(tensor.shape, shape))) beside[name] = undefined;
+  }
+  const { added, norm_weight, norm_bias } = beside;
+  return { ...(added && norm_weight && norm_bias ? beside : { added }), convolves };
 }
 
 // Stride 1, no padding, any number of kernel axes; in groups where W reads fewer channels than x has.
@@ -71,21 +101,41 @@ function outputsAt(path, entries, base) {
   let [weight, bias] = ["weight", "bias"].map(at);
   const changing = entries.map((entry) => ({ ...entry, updates: of(false, entry) })).filter(({ updates }) => updates.length);
   for (const entry of changing) ({ weight, bias } = mergeTarget(entry, weight, bias));
-  checkTypes(changing, base, () => [`${path}.weight`, `${path}.bias`]);
+  for (const leaf of ["weight", "bias"].filter((leaf) => at(leaf))) {
+    const { dtype } = base.get(`${path}.${leaf}`);
+    if (!canMerge(dtype)) throw new AdapterError("Unsupported", `${path}.${leaf}`, `no merges into ${dtype}`);
+  }
   for (const [leaf, tensor] of Object.entries({ weight, bias })) {
     if (!(tensor?.data ?? []).every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.${leaf}`, "merging gives what is no number");
   }
-  const { layout, stacked } = entries[0].target;
+  const { target: first, target: { layout, stacked } } = entries[0];
   const [W, x] = [weight && viewed(weight, layout), at("x")];
-  const plain = stacked
-    ? (x) => stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), bias && part(bias, e), layout)(part(x, e))))
-    : layerOf(W, bias, layout);
+  const plain = (x) => {
+    if (!stacked) return layerOf(W, bias, layout)(x);
+    return stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), bias && part(bias, e), layout)(part(x, e))));
+  };
+  const suited = suits(x, W, bias, first);
   const outputs = entries.flatMap((entry) => of(true, entry));
+  if (!outputs.length) {
+    const y = suited ? plain(x) : undefined;
+    return { "merged.weight": weight, "merged.bias": bias, y: y?.data.every(Number.isFinite) ? y : undefined };
+  }
+  const placed = entries.map((entry) => ({ ...entry, updates: of(true, entry) })).filter(({ updates }) => updates.length);
+  const sliced = placed.find(({ target }) => target.rows || target.stacked);
+  if (sliced) throw new AdapterError("Unsupported", sliced.target.name, "an output update of a slice, or of experts (R-10.10)");
+  if (weight || bias) placed.forEach((entry) => checkFit(entry, weight, bias));
   if (outputs.some(({ attributes }) => attributes.get("norm") && !attributes.get("original_ln_after"))) {
     throw new AdapterError("Unsupported", entries[0].target.name, "leaves out a norm of the block around it (R-10.10)");
   }
-  if (!outputs.length) return { "merged.weight": weight, ...(bias && { "merged.bias": bias }), y: plain(x) };
-  const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((name) => [name, at(name)]));
+  const beside = suited ? besideOf(plain(x), W.shape.length > 2, at) : {};
+  for (const { target, updates } of placed) {
+    const lacks = ({ attributes }) => (attributes.get("residual") && !beside.added) || (attributes.get("norm") && !beside.norm_weight);
+    if (!suited || updates.some(lacks)) throw new AdapterError("UsageError", target.name, "its formula needs more than the base has");
+  }
+  const reads = ({ attributes }) => attributes.get("parallel") && !beside.added && !(DTYPES.get(x.dtype).real && same(x.shape, plain(x).shape));
+  const blocks = (updates) => new Set(updates.map(({ attributes }) => JSON.stringify(["residual", "norm"].map((name) => attributes.get(name)))));
+  const strange = placed.find(({ updates }) => plain(x).shape.length < 2 || updates.some(reads) || blocks(updates).size > 1);
+  if (strange) throw new AdapterError("Unsupported", strange.target.name, "no formula says what comes out (R-13.4)");
   const layer = outputs.reduce((before, update) => {
     const { t, a } = fieldsOf(update);
     const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, beside, inside);
@@ -130,7 +180,7 @@ export async function computed(adapterBytes, baseBytes, methods) {
   const plain = (a) => ({ shape: a.shape, values: [...a.data] });
   const outputs = compute(adapter, readSafetensors(baseBytes).tensors).map(([path, arrays]) => {
     if (arrays.error) return [path, arrays];
-    return [path, Object.fromEntries(Object.entries(arrays).map(([name, a]) => [name, plain(a)]))];
+    return [path, Object.fromEntries(Object.entries(arrays).filter(([, a]) => a).map(([name, a]) => [name, plain(a)]))];
   });
   return { ok: true, outputs: Object.fromEntries(outputs) };
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +40,14 @@ class Stored(nn.Module):
         return (functional.conv1d, functional.conv2d, functional.conv3d)[W.ndim - 3](x, W, b, groups=groups)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """A layer norm over axis 1, the channels of a convolution."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        turned: Tensor = super().forward(y.movedim(1, -1))
+        return turned.movedim(-1, 1)
+
+
 class Closing(nn.Module):
     """A layer that adds its second input, and normalises the sum itself."""
 
@@ -73,17 +81,99 @@ class Model(nn.Module):
         super().__init__()
         self.m, self.states = layer, states
 
-    def forward(self, *inputs: Tensor, output_hidden_states: bool = False, **_: Any) -> Any:
+    def forward(
+        self, *inputs: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False, **_: Any
+    ) -> Any:
         y = self.m(*inputs)
         return SimpleNamespace(hidden_states=(self.states,)) if output_hidden_states else y
+
+
+def suits(x: Tensor, W: Tensor, b: Tensor | None, layout: str) -> bool:
+    """Whether an input suits a layer: the table of section 16, row by row."""
+    stacked = layout.startswith("e ")
+    sizes = [int(size) for size in W.shape]
+    if "in out" in layout and len(sizes) > 1 + stacked:
+        sizes[stacked], sizes[1 + stacked] = sizes[1 + stacked], sizes[stacked]
+    if len(sizes) <= stacked:
+        return False
+    lead, (out, *inner) = sizes[:stacked], sizes[stacked:]
+    if b is not None and list(b.shape) != [*lead, out]:
+        return False
+    if stacked:
+        wanted = [*lead, (inner or [out])[0]]
+        return x.is_floating_point() and len(inner) < 2 and x.ndim == 3 and [x.shape[0], x.shape[2]] == wanted
+    if not x.is_floating_point():
+        return whole(x) and len(inner) == 1 and bool(((x >= 0) & (x.long() < inner[0])).all())
+    if len(inner) < 2:
+        return x.ndim > 0 and x.shape[-1] == (inner or [out])[0]
+    ins, *kernel = inner
+    if x.ndim != len(sizes) or 0 in (*sizes, *x.shape):
+        return False
+    if layout == "in out *k":
+        return x.shape[1] == ins
+    groups, left = divmod(x.shape[1], ins)
+    return not left and out % groups == 0 and all(n >= k for n, k in zip(x.shape[2:], kernel, strict=True))
+
+
+def layer_shape(layout: str, held: Arrays) -> torch.Size:
+    """The shape of a layer's output, for an input that suits it."""
+    held = {name: value.double() if value.is_floating_point() else value for name, value in held.items()}
+    with torch.no_grad():
+        x = held["x"].long() if whole(held["x"]) else held["x"]
+        shape: torch.Size = plain_layer(layout, held)(x).shape
+    return shape
+
+
+def convolves(layout: str, W: Tensor) -> bool:
+    """Whether a layer is a convolution, whose channels are axis 1."""
+    return W.ndim - layout.startswith("e ") > 2
+
+
+def whole(x: Tensor) -> bool:
+    """Whether a tensor is of a whole type."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def suited(held: Arrays, layout: str, hidden: int | None) -> dict[str, Tensor]:
+    """The tensors of a path without the inputs that do not suit, which count as absent.
+
+    Args:
+        held: the tensors, by name.
+        layout: of the path's first target.
+        hidden: the channels of `hidden_states` that the updates read, if they do.
+    """
+    kept = dict(held)
+    x, W = held.get("x"), held.get("weight")
+    if x is None or W is None or not suits(x, W, held.get("bias"), layout):
+        return {name: value for name, value in held.items() if name in ("weight", "bias")}
+    shape = layer_shape(layout, held)
+    channels = shape[1:2] if convolves(layout, W) else shape[-1:]
+    tokens = x.shape[:2] if x.ndim == 3 else None
+    fits: dict[str, Callable[[Tensor], bool]] = {
+        "added": lambda t: t.is_floating_point() and t.shape == shape,
+        "norm_weight": lambda t: t.is_floating_point() and t.shape == channels,
+        "norm_bias": lambda t: t.is_floating_point() and t.shape == channels,
+        "call.input_ids": lambda t: whole(t) and t.ndim == 2 and x.ndim == 3 and len(t) == len(x),
+        "call.task_ids": lambda t: whole(t) and t.shape == x.shape[:1],
+        "call.hidden_states": lambda t: t.is_floating_point() and tokens is not None and t.shape == (*tokens, hidden),
+        "call.shadow": lambda t: t.is_floating_point() and t.shape == x.shape,
+        "call.mask": lambda t: not t.is_complex() and t.shape == shape[:-1],
+    }
+    for name in held.keys() & fits.keys():
+        if not fits[name](held[name]):
+            del kept[name]
+    if not kept.keys() >= {"added", "norm_weight", "norm_bias"}:
+        kept = {name: value for name, value in kept.items() if not name.startswith("norm_")}
+    return kept
 
 
 def plain_layer(layout: str, held: Arrays) -> nn.Module:
     """The layer of a vector's weight and input: one of torch's own where it has one, as methods of outputs expect."""
     W, b, x = held["weight"], held.get("bias"), held["x"]
     made: nn.Module
-    if not x.is_floating_point() and b is None and layout == "in out *k":
-        return nn.Embedding(W.shape[0], W.shape[1], _weight=W)
+    if whole(x):
+        plain = b is None and layout == "in out *k"
+        return nn.Embedding(W.shape[0], W.shape[1], _weight=W) if plain else Stored(layout, W, b)
     if layout == "in out *k" and W.ndim == 2:
         from transformers import pytorch_utils
 
@@ -115,7 +205,9 @@ def layer_and_path(layout: str, held: Arrays, residual: str) -> tuple[Model, str
     if "added" in held:
         norm = None
         if "norm_weight" in held:
-            norm = nn.LayerNorm(len(held["norm_weight"]), dtype=torch.float64)
+            norm = (ChannelNorm if convolves(layout, held["weight"]) else nn.LayerNorm)(
+                len(held["norm_weight"]), dtype=torch.float64
+            )
             norm.load_state_dict({"weight": held["norm_weight"], "bias": held["norm_bias"]})
         layer, path = (Block(layer, norm), "m.dense") if residual else (Closing(layer, norm), "m")
     return Model(layer, held.get("call.hidden_states")), path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from pairing import Piece, live, pair, stored
 from tiny import tiny
 
@@ -57,15 +59,33 @@ def entries_of(model_type: str) -> Entries:
     ours, theirs = live(model), stored(model)
     entries = Entries()
     groups: dict[tuple[Any, ...], list[tuple[list[str], list[str], Piece]]] = {}
+    pieces: dict[tuple[str, int | None], list[tuple[Piece, Piece]]] = {}
     for a, b in pair(ours, theirs):
-        own, other = module_of(a.name), module_of(b.name)
-        if a.name.endswith(".bias") and f"{own}.weight" in ours:
+        own = module_of(a.name)
+        if not (a.name.endswith(".bias") and f"{own}.weight" in ours):
+            pieces.setdefault((a.name, a.expert), []).append((a, b))
+    for several in pieces.values():
+        try:
+            found = list(_said(several, model.config))
+        except ValueError as error:  # A module that the files have no words for; the others are told all the same.
+            own = module_of(several[0][0].name)
+            print(f"{model_type}: no place in {HUB} for {own}: {error}", file=sys.stderr)
+            entries.weights[_template(own)] = {HUB: {"name": ""}}
             continue
-        of = _of(a), _of(b)
-        key = (_shape(own), _shape(other), *of, a.expert is not None, b.expert is not None, a.transposed, b.transposed)
-        groups.setdefault(key, []).append((_numbers(own), _numbers(other), a))
+        for a, b, order in found:
+            own, other = module_of(a.name), module_of(b.name)
+            stacks = a.expert is not None, b.expert is not None
+            key = (_shape(own), _shape(other), _of(a), _of(b), *stacks, a.transposed, b.transposed, order)
+            groups.setdefault(key, []).append((_numbers(own), _numbers(other), a))
     for key, cases in groups.items():
-        _add(entries, key, cases)
+        if _one_by_one(key, groups):  # `conv2d1` and `conv2d2` are no number of a hole, as `convs.0` and `convs.1` are.
+            for own, other, _ in cases:
+                entries.weights[_fill(key[0], own)] = {HUB: {"name": _fill(key[1], other)}}
+        elif set(_holes(key[0])) - {"{e}", *_matched(key[1], _holes(key[0]), cases)[0]}:
+            print(f"{model_type}: no place in {HUB} for {key[0]}: {key[1]} counts otherwise", file=sys.stderr)
+            entries.weights[_fill(key[0], _holes(key[0]))] = {HUB: {"name": ""}}
+        else:
+            _add(entries, key, cases)
     _halves(entries)
     _by_heads(entries)
     ends = [end for end in (_end(model, "input"), _end(model, "output")) if end is not None]
@@ -75,6 +95,74 @@ def entries_of(model_type: str) -> Entries:
             if template in entries.weights and template not in entries.vocabulary:
                 entries.vocabulary.append(template)
     return entries
+
+
+def _one_by_one(key: tuple[Any, ...], groups: Mapping[tuple[Any, ...], Any]) -> bool:
+    """Whether modules that differ in one number only have names of different forms on the other side."""
+    plain = [other[1] for other in groups if other[0] == key[0] and other[2:] == (None, None) + (False,) * 4 + (None,)]
+    several = len(plain) > 1 or "#" not in key[1]
+    return key[1] in plain and several and key[0].split(".").count("#") == 1
+
+
+def _said(several: list[tuple[Piece, Piece]], config: Any) -> Iterator[tuple[Piece, Piece, str | None]]:
+    """The pieces of one tensor, each with the order of its rows; None where they keep it.
+
+    The order is `interleaved`, or the heads that have the rows in Meta's order.
+
+    Raises:
+        ValueError: the rows stand in an order, or in parts, that the files have no words for.
+    """
+    first, names = several[0][0], {b.name for _, b in several}
+    there = np.concatenate([np.arange(b.start, b.stop) for _, b in several])
+    size, start = len(there), int(there.min())
+    if len(several) > 3 and len(names) == 1:
+        yield from (every := list(_every_other(several, there)))
+        if every:
+            return
+    if len(several) <= 3 or len(names) > 1 or any(a.expert is not None or b.expert is not None for a, b in several):
+        for a, b in several:
+            _of(a), _of(b)
+            yield a, b, None
+        return
+    heads, count = _heads(first.name, config)
+    order = np.arange(size).reshape(count, 2, -1).swapaxes(1, 2).reshape(-1)  # As `naming.heads.rope_pairs`.
+    if size != first.of or size % (2 * count) or not np.array_equal(np.argsort(there - start), order):
+        raise ValueError(f"{first.name}: its rows stand in an order of their own")
+    other = several[0][1]
+    yield (
+        Piece(first.name, None, 0, size, size, first.transposed),
+        Piece(other.name, None, start, start + size, other.of, other.transposed),
+        heads,
+    )
+
+
+def _every_other(several: list[tuple[Piece, Piece]], there: Any) -> Iterator[tuple[Piece, Piece, str]]:
+    """A tensor whose halves have every second row of the other one, or that itself has every second one of them."""
+    (ours, theirs), size = several[0], len(there)
+    halves = np.arange(size).reshape(-1, 2) if size % 2 == 0 else np.zeros(0)
+    if np.array_equal(there, halves.T.reshape(-1)):  # Inkling's `w13_weight`.
+        for start, stop in ((0, size // 2), (size // 2, size)):
+            yield (
+                replace(ours, start=start, stop=stop, of=size), replace(theirs, start=start, stop=stop, of=size),
+                "interleaved",
+            )  # fmt: skip
+    elif theirs.of == 2 * size and there[0] < 2 and np.array_equal(there, np.arange(there[0], theirs.of, 2)):
+        start = int(there[0]) * size
+        yield (
+            replace(ours, start=0, stop=size, of=size), replace(theirs, start=start, stop=start + size), "interleaved"
+        )  # fmt: skip
+
+
+def _heads(name: str, config: Any) -> tuple[str, int]:
+    """Which heads share the rows of a projection, and how many there are."""
+    vision = getattr(config, "vision_config", None)
+    if vision is not None and "vision" in name:
+        return "vision", int(getattr(vision, "num_attention_heads", 0) or vision.num_heads)
+    text = getattr(config, "text_config", config)
+    query = int(text.num_attention_heads)
+    if name.rpartition(".")[0].endswith("q_proj"):
+        return "query", query
+    return "kv", int(getattr(text, "num_key_value_heads", query))
 
 
 def _end(model: Any, which: str) -> Any:
@@ -102,14 +190,15 @@ def _of(piece: Piece) -> tuple[int, int] | None:
 
 
 def _add(entries: Entries, key: tuple[Any, ...], cases: list[tuple[list[str], list[str], Piece]]) -> None:
-    own, other, own_part, other_part, own_stacked, other_stacked, own_turned, other_turned = key
+    own, other, own_part, other_part, own_stacked, other_stacked, own_turned, other_turned, order = key
     holes = _holes(own)
     there, half = _matched(other, holes, cases)
     ours, theirs = _fill(own, holes), _fill(other, there)
     weight = ours
     if own_part is not None or own_stacked:
         parent, _, leaf = ours.rpartition(".")
-        leaf = LEAVES[own_part[0]] if own_part is not None and own_part[1] == 2 else leaf
+        if own_part is not None:  # Kimi's convolution of queries, keys and values: `q_conv1d`, `k_conv1d`, `v_conv1d`.
+            leaf = LEAVES[own_part[0]] if own_part[1] == 2 else theirs.rpartition(".")[2]
         weight = f"{parent}.{{e}}.{leaf}" if own_stacked or "{e}" in theirs else f"{parent}.{leaf}"
     places: dict[str, Place] = {}
     for naming, name, part, stacked, turned in (
@@ -123,6 +212,10 @@ def _add(entries: Entries, key: tuple[Any, ...], cases: list[tuple[list[str], li
             place |= {"part": part[0], "of": part[1]}
         if turned:
             place["transposed"] = True
+        if order == "interleaved" and naming == HUB:
+            place["interleaved"] = True
+        elif order not in (None, "interleaved") and naming == HUB:
+            place |= {"rows": "rope", "heads": order}
         if half and naming == HUB:
             place["half"] = 1
         if place != {"name": weight}:

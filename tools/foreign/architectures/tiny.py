@@ -50,6 +50,7 @@ TOKENS = (
 )  # fmt: skip
 
 MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+SLIDING = ["sliding_attention", "full_attention"]
 VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "resolution": 16}
 
 OWN: dict[str, dict[str, Any]] = {
@@ -157,7 +158,9 @@ OWN: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
     "deepseek_v3": {"n_group": 1, "head_dim": 4, "num_key_value_heads": 4},
     "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
-    "gemma4_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": SLIDING},
+    "gemma4_unified_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": SLIDING},
+    "embedding_gemma2_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": SLIDING},
     "qwen3_vl_text": {"rope_parameters": MROPE},
     "qwen3_vl_moe_text": {"rope_parameters": MROPE},
     "qwen2_vl_text": {"rope_parameters": MROPE},
@@ -208,6 +211,48 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "phi": {"partial_rotary_factor": 0.5},
+    "kimi_k25": {"tie_word_embeddings": False},
+    "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "xlnet": {"d_head": 8},
+    "reformer": {"is_decoder": True},
+    "mistral_large4_text": {"head_dim": 4},
+    "step3p5_vision": {"mlp_ratio": 1.5},
+    "minimax_m3_vl": {"merged_hidden_size": 128, "projector_hidden_size": 32},
+    "muse_spark_vision": {"num_hidden_layers": 4, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "zaya": {"num_experts_per_tok": 1},
+    "hunyuan_vl": {"vision_config.text_hidden_size": 32},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "inkling2": {"vision_config.text_hidden_size": 32},
+    "inkling_mm_model": {"vision_config.text_hidden_size": 32},
+    "inkling2_text": {"unpadded_vocab_size": 96},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "1/4"},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}},
+    "dots3_note": {"vision_config.adapter_out_dim": 32, "audio_config.adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "layer_types": ["indexed_attention"] * 2,
+        "per_layer_config": {},
+        "rope_parameters": {
+            "indexed_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        },
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 4,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "heads_per_ngram": 2,
+    },
+    "qwen4_exp_vision": {"num_position_embeddings": 16},
     "llama4_vision_model": {
         "vision_output_dim": 32,
         "projector_input_dim": 32,
@@ -217,7 +262,10 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """model_type -> fields with values of their own, over those above."""
 
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layer_freq", "layers_block_type", "rope_layers")
+PER_LAYER = (
+    "layer_types", "mlp_layer_types", "no_rope_layers", "moe_layer_freq", "layers_block_type", "rope_layers",
+    "kv_source_layers", "indexer_types", "num_attention_heads_per_layer",
+)  # fmt: skip
 """Fields with one entry a layer: cut to as many as there are layers."""
 
 CLASSES = (

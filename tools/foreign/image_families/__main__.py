@@ -83,6 +83,8 @@ def toml_of(name: str, family: Family) -> str:
     facts["widths"] = sorted(widths)
     if family.beside:
         facts["beside"] = family.beside
+    if family.modules:
+        facts["modules"] = {part: list(modules_of(kind, {})[0]) for part, kind in family.modules.items()}
     if family.diffsynth_head:
         facts["diffsynth_head"] = family.diffsynth_head
     if family.header_alpha:

@@ -32,6 +32,7 @@ class Family:
         lora: the converter takes a LoRA, not a checkpoint.
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
+        modules: part in `beside` -> diffusers' class of it.
         distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
@@ -53,6 +54,7 @@ class Family:
     counted: bool = False
     widths: tuple[int, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
     diffsynth_head: int = 0
     header_alpha: bool = False
     whole_norms: bool = False
@@ -498,6 +500,7 @@ FAMILIES: dict[str, Family] = {
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
         title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"},
+        modules={"text_conditioner": "AnimaTextConditioner"},
         sources=("nvidia-cosmos/cosmos-predict2",),
     ),
     "ernie_image": Family(

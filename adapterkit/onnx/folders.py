@@ -1,0 +1,450 @@
+"""Folders of graphs as one model: an encoder with its decoders, or text, vision and speech parts.
+
+Optimum writes `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and
+`decoder_model_merged.onnx` for one model; onnxruntime-genai lists its parts in `genai_config.json`. An adapter spans
+all of them, so each graph takes the targets that it has. Graphs of an encoder name their layers without the word
+`encoder`: `layers.0.self_attn.q_proj` may then be the encoder's or the decoder's. So the part that a file holds is told
+from its name first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.adapter import Adapter, Target
+from ..errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError, nearest, storage_error
+from ..io.checkpoint import opened as opened_base
+from ..io.inputs import read_input
+from ..io.staging import files_below, staged
+from ..naming.binding import renamed
+from .contexts import parted
+from .model_file import opened
+from .reading import inputs_of, loaded
+from .resolving import is_named, spots_of, taken
+from .shadows import config_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from .injecting import Report
+    from .reading import Base
+    from .resolving import Found
+    from .tying import Tying
+
+DEEP = 2
+"""How many folders below the model's own are searched: diffusers' pipelines have one for each part."""
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+"""Suffixes of weights of other frameworks, which a changed model does not get: they would be the old ones."""
+
+FILE_WORDS = (
+    ("vae", "vae"), ("vision", "vision"), ("visual", "vision"), ("image", "vision"), ("speech", "audio"),
+    ("audio", "audio"), ("embedding", "embedding"), ("embed", "embedding"), ("decoder", "decoder"), ("text", "text"),
+    ("encoder", "encoder"),
+)  # fmt: skip
+"""Words of a file's or a folder's name -> the part that it holds; the first one counts."""
+
+PATH_WORDS = {
+    "encoder": "encoder", "decoder": "decoder", "text_decoder": "decoder", "vision_model": "vision",
+    "vision_tower": "vision", "visual": "vision", "vision_encoder": "vision", "audio_tower": "audio",
+    "audio_model": "audio", "speech_encoder": "audio", "audio_encoder": "audio", "language_model": "text",
+    "text_model": "text", "text_encoder": "text", "vae": "vae",
+}  # fmt: skip
+"""Segments of a target's path -> the part that it belongs to; the first one counts."""
+
+TAKES = {"decoder": {"decoder", "text"}, "text": {"text", "encoder", "decoder"}}
+"""Part of a file -> parts of targets that it may hold: a decoder beside a vision part is the language model."""
+
+GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech": "audio", "embedding": "embedding"}
+"""Section of `genai_config.json` -> the part that its file holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One graph of a folder.
+
+    Attributes:
+        path: its file.
+        name: the path relative to the folder.
+        role: the part of the model that it holds; None if its name does not tell.
+        data: the files beside it that hold its numbers.
+    """
+
+    path: Path
+    name: Path
+    role: str | None
+    data: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The graph's file, and its data."""
+        return self.path, *self.data
+
+    def may_hold(self, target: Target) -> bool:
+        """Whether the names of the file and the target allow that the graph has this target."""
+        words = target.path.split(".")
+        folder = self.name.parts[0]
+        if len(self.name.parts) > 1 and any(word == folder for word in words[:1]):
+            return True
+        said = next((PATH_WORDS[word] for word in words if word in PATH_WORDS), None)
+        return said is None or self.role is None or said in TAKES.get(self.role, {self.role})
+
+
+def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
+    """Return the folder if a model is one and a folder is to be written; None for a file or a model in memory."""
+    if not isinstance(model, str | PathLike) or str(model).lower().endswith(".onnx"):
+        return None
+    path = Path(model)
+    if not path.is_dir():
+        return None
+    several = len(graphs_in(path)) > 1
+    if Path(out).suffix.lower() == ".onnx" and not several:
+        return None
+    if Path(out).suffix.lower() == ".onnx":
+        why = "the model is a folder of several graphs, and the output one file"
+        raise UsageError(why, path=str(out), cure="Name a folder to write: -o DIR (out=)")
+    return path
+
+
+def graphs_in(folder: Path) -> list[Path]:
+    """Return the graphs of a folder, and of folders in it."""
+    found = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]
+    return sorted(file for file in found if len(file.relative_to(folder).parts) <= DEEP)
+
+
+def parts_of(folder: Path) -> list[Part]:
+    """Return the graphs that make up a model.
+
+    Raises:
+        UsageError: there is none.
+        Malformed: `genai_config.json` cannot be read, or names a graph that is not there.
+    """
+    graphs = graphs_in(folder)
+    if not graphs:
+        raise UsageError("no graph is in this folder", path=folder, cure="Name a folder with .onnx files")
+    said = _roles_of_genai(folder)
+    names = [graph.relative_to(folder) for graph in graphs]
+    alone = len(graphs) == 1
+    return [
+        Part(graph, name, None if alone else said.get(name.as_posix(), _role(name)), opened(graph).data)
+        for graph, name in zip(graphs, names, strict=True)
+    ]
+
+
+def _role(name: Path) -> str | None:
+    words = re.split(r"[_\-.]+", name.stem.lower())
+    # `model.onnx` in a folder of its own is named by the folder.
+    if len(name.parts) > 1 and not any(word == each for word, _ in FILE_WORDS for each in words):
+        words = re.split(r"[_\-.]+", name.parts[0].lower())
+    return next((role for word, role in FILE_WORDS if word in words), None)
+
+
+def _roles_of_genai(folder: Path) -> dict[str, str]:
+    file = folder / "genai_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        model = json.loads(read_input(file).decode("utf-8"))["model"]
+        sections = {key: model[key] for key in GENAI if isinstance(model.get(key), dict)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Malformed(f"not a config of onnxruntime-genai ({error})", path=file, cure="Build it again") from None
+    return {str(held["filename"]): GENAI[key] for key, held in sections.items() if "filename" in held}
+
+
+# Give each graph its own targets.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """An adapter in parts.
+
+    Attributes:
+        whole: the adapter.
+        of: for each graph, its part of the adapter; None if it has none of the targets.
+        lost: targets that no graph has.
+    """
+
+    whole: Adapter
+    of: Mapping[Path, Adapter | None]
+    lost: tuple[Target, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence about targets that were left out."""
+        return _left(self.lost, "no graph has them")
+
+
+def _left(lost: Sequence[Target], why: str) -> tuple[str, ...]:
+    if not lost:
+        return ()
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return (f"left out, because {why}: {', '.join(str(target) for target in lost[:3])}{more}",)
+
+
+def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tuple[Adapter, tuple[str, ...]]:
+    """Return the part of an adapter whose targets one graph has, and a sentence about the others.
+
+    Raises:
+        TargetNotFound: the graph has none of the targets.
+    """
+    kept, lost = taken(model, adapter, base, tying.config)
+    # Without any target left, the search by name raises the error that lists the nearest names.
+    return (kept if kept.updates else adapter), _left(lost if kept.updates else (), "the graph has not got them")
+
+
+def divided(parts: Sequence[Part], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
+    """Give each graph the updates whose targets it has.
+
+    Raises:
+        TargetNotFound: no graph has a target, and `allow_partial` is not set; or none of them.
+        Unsupported: the adapter has tokens or prefixes, and there are several graphs.
+    """
+    rest, context = parted(adapter)
+    if context and len(parts) > 1:
+        why = f"{context[0][1].method} in a model of several graphs"
+        cure = "Inject it into one graph: name the .onnx file, or export the torch model with the adapter attached"
+        raise Unsupported(why, where=str(context[0][0]) or None, cure=cure)
+    own: dict[Path, Adapter | None] = {}
+    seen: set[Target] = set()
+    for part in parts:
+        may = rest.replace(updates={t: updates for t, updates in rest.updates.items() if part.may_hold(t)})
+        if not may.updates:
+            own[part.name] = adapter if context else None
+            continue
+        model = opened(part.path).model
+        kept, _ = taken(model, may, base, _config(base, part.path))
+        seen |= set(kept.updates)
+        own[part.name] = adapter.replace(updates={**kept.updates, **_of(context)}) if kept.updates or context else None
+    lost = tuple(target for target in rest.updates if target not in seen)
+    if lost and (not allow_partial or not seen):
+        raise _nowhere(lost, parts, bool(seen))
+    return Division(adapter, own, lost)
+
+
+def _of(context: Iterable[tuple[Target, Any]]) -> dict[Target, tuple[Any, ...]]:
+    found: dict[Target, tuple[Any, ...]] = {}
+    for target, update in context:
+        found[target] = (*found.get(target, ()), update)
+    return found
+
+
+def _config(base: Any, path: Path) -> Mapping[str, Any] | None:
+    try:
+        return config_of(base, path)
+    except UsageError:
+        return None
+
+
+def _nowhere(lost: Sequence[Target], parts: Sequence[Part], some: bool) -> TargetNotFound:
+    known: dict[str, str] = {}
+    for part in parts:
+        for spot in spots_of(opened(part.path).model):
+            names = spot.names.values() if is_named(spot) else ()
+            known.update({name.removesuffix(".weight"): part.name.as_posix() for said in names for name in said})
+    more = f" ({len(lost)} targets)" if len(lost) > 1 else ""
+    graphs = ", ".join(part.name.as_posix() for part in parts)
+    near = nearest(lost[0].path, known)
+    cure = near or "Is this the base that the adapter was trained on?"
+    if some:
+        cure = f"{cure}. To leave such targets out: --allow-partial (allow_partial=True)"
+    return TargetNotFound(f"no graph of the folder has this target{more}: {graphs}", where=str(lost[0]), cure=cure)
+
+
+# Write a changed folder.
+
+
+def files_of_folder(folder: Path, parts: Sequence[Part] | None = None) -> list[Path]:
+    """Return all files that decide what a change of a folder writes: graphs, their data, and what is copied along."""
+    known = parts_of(folder) if parts is None else parts
+    return [*dict.fromkeys([*(file for part in known for file in part.files), *_others(folder, known)])]
+
+
+def _others(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
+    """Yield the files beside the graphs: configs, tokenizers."""
+    held = {file.resolve() for part in parts for file in part.files}
+    home = folder.resolve()
+    # In huggingface_hub's cache, files of a snapshot are links into `blobs`, two levels above the snapshot.
+    root = home.parent.parent if home.parent.name == "snapshots" else home
+    for file in files_below(folder):
+        hidden = any(word.startswith(".") for word in file.relative_to(folder).parts)
+        if hidden or file.suffix.lower() in WEIGHTS or file.resolve() in held or not file.is_file():
+            continue
+        if not file.resolve().is_relative_to(root):
+            raise Malformed("a link out of the model's folder", path=file, cure="Do not use this folder")
+        yield file
+
+
+def inject_folder(
+    folder: Path, adapter: Any, out: str | PathLike[str], *, base_weights: Base | None, rename: str | Sequence[str],
+    allow_partial: bool, overwrite: bool, made_from: str | None, **options: Any,
+) -> Report:  # fmt: skip
+    """Attach an adapter to the graphs of a folder; see `inject`.
+
+    Raises:
+        TargetNotFound: no graph has a target, and `allow_partial` is not set.
+        And what `inject` raises.
+    """
+    from .injecting import inject
+
+    parts, (whole,), base = _read(folder, [adapter], base_weights, rename)
+    division = divided(parts, whole, base, allow_partial)
+    inputs = [*inputs_of(adapter, base_weights), *files_of_folder(folder, parts)]
+
+    def change(part: Part, there: Path) -> Report | None:
+        own = division.of[part.name]
+        return None if own is None else inject(part.path, own, there, base_weights=base_weights, **options)
+
+    return _written(folder, parts, Path(out), change, inputs, overwrite, made_from, division.warnings)
+
+
+def merge_folder(
+    folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *, weights: Sequence[float] | None,
+    base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
+    made_from: str | None, **options: Any,
+) -> Report:  # fmt: skip
+    """Fold adapters into the graphs of a folder; see `merge`.
+
+    Raises:
+        TargetNotFound: no graph has a target, and `allow_partial` is not set.
+        And what `merge` raises.
+    """
+    from .merging import merge
+
+    parts, read, base = _read(folder, adapters, base_weights, rename)
+    divisions = [divided(parts, one, base, allow_partial) for one in read]
+    factors = _factors(weights, len(read))
+    inputs = [*(file for one in adapters for file in inputs_of(one, base_weights)), *files_of_folder(folder, parts)]
+
+    def change(part: Part, there: Path) -> Report | None:
+        own = [(one.of[part.name], f) for one, f in zip(divisions, factors, strict=True) if one.of[part.name]]
+        if not own:
+            return None
+        return merge(
+            part.path, [one for one, _ in own if one is not None], there, weights=[factor for _, factor in own],
+            base_weights=base_weights, **options,
+        )  # fmt: skip
+
+    warnings = tuple(line for one in divisions for line in one.warnings)
+    return _written(folder, parts, Path(out), change, inputs, overwrite, made_from, warnings)
+
+
+def plan_folder(
+    folder: Path, adapters: Any, *, weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
+    base_weights: Base | None, **options: Any,
+) -> tuple[Found, ...]:  # fmt: skip
+    """Return where `merge_folder` would fold adapters; writes nothing."""
+    from .merging import plan
+
+    several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
+    parts, read, base = _read(folder, several, base_weights, rename)
+    _factors(weights, len(read))
+    divisions = [divided(parts, one, base, allow_partial) for one in read]
+    found: list[Found] = []
+    for part in parts:
+        own = [held for one in divisions if (held := one.of[part.name]) is not None]
+        found += plan(part.path, own, base_weights=base_weights, **options) if own else ()
+    return tuple(found)
+
+
+def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
+    factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(factors) != count:
+        raise UsageError(f"{len(factors)} weights for {count} adapters", cure="Give one number an adapter")
+    return factors
+
+
+def _read(
+    folder: Path, adapters: Sequence[Any], base_weights: Base | None, rename: str | Sequence[str]
+) -> tuple[list[Part], list[Adapter], Any]:  # fmt: skip
+    read = renamed([loaded(one, base_weights)[0] for one in adapters], rename)
+    return parts_of(folder), read, None if base_weights is None else opened_base(base_weights)
+
+
+def _written(
+    folder: Path, parts: Sequence[Part], out: Path, change: Callable[[Part, Path], Report | None],
+    inputs: Sequence[Path], overwrite: bool, made_from: str | None, warnings: tuple[str, ...],
+) -> Report:  # fmt: skip
+    others = list(_others(folder, parts))
+    with placed_folder(out, parts, others, folder, inputs, overwrite, made_from) as scratch:
+        reports: dict[str, Report] = {}
+        for part in parts:
+            there = scratch / part.name
+            there.parent.mkdir(parents=True, exist_ok=True)
+            report = change(part, there)
+            if report is None:
+                _copied(part.files, part.path.parent, there.parent)
+            else:
+                reports[part.name.as_posix()] = report
+        _copied(others, folder, scratch)
+        written = [file.relative_to(scratch) for file in files_below(scratch)]
+    return joined(reports, scratch, out, [out / name for name in written], warnings)
+
+
+@contextmanager
+def placed_folder(
+    out: Path, parts: Sequence[Part], others: Sequence[Path], folder: Path, inputs: Sequence[Path], overwrite: bool,
+    made_from: str | None,
+) -> Iterator[Path]:  # fmt: skip
+    """Yield a folder to write to; at the end it replaces the graphs of `out`, and files that no model has stay.
+
+    Raises:
+        UsageError: `out` is the model's own folder.
+        StorageError: `out` holds other graphs.
+    """
+    if out.exists() and folder.exists() and out.is_dir() and out.samefile(folder):
+        raise UsageError("the output is the model's own folder", path=out, cure="Write another folder")
+    names = {part.name.name for part in parts}
+    if out.is_dir():
+        strange = sorted(file.name for file in graphs_in(out) if file.name not in names)
+        if strange:
+            why = f"it holds {strange[0]}, which this model has not"
+            raise StorageError(why, path=out, cure="Write to another folder")
+    owns = {*(f"{name}*" for name in names), "*.onnx_adapter", "*.onnx_adapter.json", *(file.name for file in others)}
+    owns |= {file.name for part in parts for file in part.data}
+    with staged(out, overwrite=overwrite, owns=owns, inputs=inputs, made_from=made_from) as scratch:
+        scratch.mkdir(exist_ok=True)
+        yield scratch
+
+
+def _copied(files: Iterable[Path], home: Path, there: Path) -> None:
+    for file in files:
+        target = there / file.relative_to(home)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                shutil.copyfile(file, target)
+        except OSError as error:
+            raise storage_error(error, file) from error
+
+
+def joined(
+    reports: Mapping[str, Report], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
+) -> Report:
+    """Return one report of all graphs, with the paths that the files have at the end."""
+    from .injecting import Report
+
+    moved = {
+        name: replace(
+            each, out=out / each.out.relative_to(scratch), files=tuple(out / f.relative_to(scratch) for f in each.files)
+        )
+        for name, each in reports.items()
+    }
+    differences = [each.difference for each in moved.values() if each.difference is not None]
+    unchecked = [f"{name}: {each.note}" for name, each in moved.items() if each.note]
+    references = [each.reference for each in moved.values() if each.reference is not None]
+    saturations = [each.saturation for each in moved.values() if each.saturation is not None]
+    return Report(
+        out, tuple(files), tuple(found for each in moved.values() for found in each.found),
+        max(differences, default=None), "; ".join(unchecked) or None,
+        {target: told for each in moved.values() for target, told in each.damage.items()},
+        max(references, default=None), saturation=saturations[0] if saturations else None,
+        warnings=(*warnings, *dict.fromkeys(line for each in moved.values() for line in each.warnings)), parts=moved,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Queries, keys and values that a graph packs into one layer: `qkv_proj` of onnxruntime-genai's builder.
+
+An adapter names `q_proj`, `k_proj` and `v_proj`. The attention that reads the layer tells by its head counts how many
+rows each has; or a Split tells by its sizes. So nothing is guessed, and no weights of the base are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..core.adapter import Adapter, Target
+from ..naming.binding.moving import cut_rows
+from .operands import attribute, is_constant, numbers
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from .resolving import Spot
+
+PARTS = ("q_proj", "k_proj", "v_proj")
+
+FUSED = {"qkv_proj": PARTS, "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers of Phi-3, by their last word -> those that the builder makes of them, in the order of rows."""
+
+PACKED = "qkv_proj"
+"""The word that the builder puts in place of these."""
+
+
+def in_parts(adapter: Adapter, rows_of: Callable[[str], int | None]) -> tuple[Adapter, dict[Target, Target]]:
+    """Cut updates of a layer that a graph has in parts only.
+
+    Args:
+        adapter: the adapter.
+        rows_of: how many rows the layer of a path has in the graph; None if there is none.
+
+    Returns:
+        the adapter, and the targets of parts -> the target that they are of.
+    """
+    whole: dict[Target, Target] = {}
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, held in adapter.updates.items():
+        stem, _, word = target.path.rpartition(".")
+        sizes = [rows_of(f"{stem}.{part}") for part in FUSED.get(word, ())]
+        plain = target.rows is None and not target.stacked
+        plain = plain and all(update.kind != "output" and update.cuts("out") for update in held)
+        if not sizes or None in sizes or not plain or rows_of(target.path) is not None:
+            updates[target] = held
+            continue
+        start = 0
+        for part, size in zip(FUSED[word], sizes, strict=True):
+            assert size is not None
+            own = replace(target, path=f"{stem}.{part}")
+            whole[own] = target
+            updates[own] = tuple(cut_rows(update, start, start + size, 1, False) for update in held)
+            start += size
+    return (adapter.replace(updates=updates) if whole else adapter), whole
+
+
+BETWEEN = {
+    "Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RotaryEmbedding", "Cast", "Transpose", "Identity",
+}  # fmt: skip
+"""Operators between a part and its attention that leave it the part that it is."""
+
+DEEP = 8
+"""Most of these in a row."""
+
+
+def in_heads(spots: Sequence[Spot]) -> list[Spot]:
+    """Return queries, keys and values of layers that pack them, each with its rows and names."""
+    return [part for spot in spots for part in _parts(spot)]
+
+
+def _parts(spot: Spot) -> Iterator[Spot]:
+    names = [name for said in spot.names.values() for name in said if f".{PACKED}." in f".{name}"]
+    sizes = _sizes(spot.node.outputs[0], spot.shape[0]) if names and len(spot.shape) == 2 else None
+    if sizes is None:
+        return
+    start = 0
+    for word, size in zip(PARTS, sizes, strict=True):
+        said = tuple(dict.fromkeys(name.replace(PACKED, word) for name in names))
+        yield replace(
+            spot, names={"heads": said}, rows=(start, start + size), shape=(size, spot.shape[1])
+        )  # fmt: skip
+        start += size
+
+
+def _sizes(value: ir.Value, rows: int) -> tuple[int, int, int] | None:
+    """Return how many rows queries, keys and values have; None if no attention tells."""
+    node = _reader(value)
+    if node is not None and node.op_type == "Add" and any(is_constant(one) for one in node.inputs):
+        value = node.outputs[0]  # The bias.
+        node = _reader(value)
+    if node is None:
+        return None
+    if node.op_type == "GroupQueryAttention":
+        heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
+        alone = node.inputs[0] is value and not any(one is not None for one in node.inputs[1:3])
+        each, rest = divmod(rows, heads + 2 * shared) if heads and shared else (0, 1)
+        return (heads * each, shared * each, shared * each) if alone and not rest else None
+    if node.op_type == "Split" and len(node.outputs) == 3 and len(node.inputs) > 1 and is_constant(node.inputs[1]):
+        sizes = [int(size) for size in numbers(node.inputs[1])]  # type: ignore[arg-type]
+        last = attribute(node, "axis", 0) in (-1, 2)
+        if last and sum(sizes) == rows and all(_is_read_as(out, at) for at, out in enumerate(node.outputs)):
+            return sizes[0], sizes[1], sizes[2]
+    return None
+
+
+def _is_read_as(value: ir.Value, position: int) -> bool:
+    """Whether an attention reads a value as queries (0), keys (1) or values (2)."""
+    for _ in range(DEEP):
+        node = _reader(value)
+        if node is None:
+            return False
+        if node.op_type in ("GroupQueryAttention", "MultiHeadAttention"):
+            return node.inputs[position] is value
+        if node.op_type not in BETWEEN or node.inputs[0] is not value:
+            return False
+        value = node.outputs[0]
+    return False
+
+
+def _reader(value: ir.Value) -> ir.Node | None:
+    """Return the only node that reads a value."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None

@@ -1,0 +1,181 @@
+"""An adapter for each row of a batch: factors stacked over adapters, and an input that says which row takes which.
+
+One run then serves texts with different adapters, as servers of many LoRAs need. Each target gets two slots, `A`
+`[adapters, in, rank]` and `B` `[adapters, rank, out]` with the scaling inside, and all share the input `adapter_index`
+`[batch]`. Without any of them, the graph computes what the base does, bit for bit: the default is an adapter of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported
+from ..io.lazy import as_array
+from .building import Array, Building
+from .layers import Attention, Gemm, MatMul
+from .packed import MatMulInteger, MatMulNBits
+from .slots import RECORD, SlotRecord, UpdateRecord, fixed_attributes
+from .values import Value
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from .resolving import Found
+
+INDEX = "adapter_index"
+"""Name of the input that has a number of an adapter for each row."""
+
+ROWS = "adapterkit.rows"
+"""Metadata key of the model under which the name of that input is."""
+
+LARGE = 1 << 28
+"""Models with more bytes of numbers in their own file are not copied to work out shapes."""
+
+LINEAR = (MatMul, Gemm, MatMulNBits, MatMulInteger, Attention)
+"""Kinds of layers whose channels are the last axis, behind the rows of the batch."""
+
+
+class RowSlots:
+    """Adds slots for stacked adapters to a graph.
+
+    Args:
+        building: the model that is being changed.
+    """
+
+    def __init__(self, building: Building) -> None:
+        self.building = building
+        self.made: dict[int, tuple[Found, dict[str, ir.Value]]] = {}
+        default = np.zeros(1, np.int64)
+        self.index = building.slot(("rows", INDEX), INDEX, default, ["batch_of_adapters"])
+        self.shapes = _shapes(building.model)
+
+    def output(self, seen: Any, layer: Any, place: Found) -> Value:
+        """Return a layer's output with each row's own change.
+
+        Args:
+            seen: the layer, or the rows of it that the target names.
+            layer: the layer.
+            place: the target.
+
+        Raises:
+            Unsupported: the method is no LoRA, or the layer has no rows of a batch.
+        """
+        _check(place)
+        key = self.building.keep(place)
+        if key not in self.made:
+            self.made[key] = place, self._slots(place.updates[0], layer, place)
+        slots, x, branch = self.made[key][1], layer.x, layer.branch
+        shape = x.value.shape if x.value.shape is not None else self.shapes.get(x.value.name or "")
+        sizes = None if shape is None else len(shape)
+        flat = sizes == 2
+        if (sizes is not None and sizes not in (2, 3)) or (flat and not _is_batch(shape, self.building.model)):
+            why = f"an adapter for each row, where the layer's input has {sizes} axes and no batch first"
+            raise Unsupported(why, where=str(place.asked), cure="Inject it with --mode slots, mode='slots'")
+        one = self.building.literal(np.array([1]))
+        rows = branch.node("Unsqueeze", [x.value, one], None, x.dtype, None) if flat else x.value
+        for name in ("A", "B"):
+            chosen = branch.node("Gather", [slots[name], self.index], {"axis": 0}, layer.dtype, None)
+            rows = branch.node("MatMul", [rows, chosen], None, layer.dtype, None)
+        rows = branch.node("Squeeze", [rows, one], None, layer.dtype, None) if flat else rows
+        before: Value = seen(seen.x)
+        total = branch.node("Add", [before.value, rows], None, layer.dtype, None)
+        return Value(branch, before.sizes, np.dtype(layer.dtype), total)
+
+    def _slots(self, update: Update, layer: Any, place: Found) -> dict[str, ir.Value]:
+        stem, (out, into) = (
+            f"{place.target}.{update.method}",
+            (update.tensors["B"].shape[0], update.tensors["A"].shape[1]),
+        )
+        sizes = {"A": (into, 0), "B": (0, out)}
+        made = {}
+        for name, (first, second) in sizes.items():
+            default = np.zeros((1, first, second), layer.dtype)
+            words = [f"{stem}.{name}.adapters", first or f"{stem}.{name}.r", second or f"{stem}.{name}.r"]
+            made[name] = self.building.slot(("rows", self.building.keep(place), name), f"{stem}.{name}", default, words)
+        return made
+
+    def record(self) -> None:
+        """List each target's slots in the model's metadata, which `fit` reads."""
+        listed = []
+        for place, slots in self.made.values():
+            record, update = SlotRecord.of(place), place.updates[0]
+            # The scaling is inside of B.
+            fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
+            record.updates.append(UpdateRecord(update.method, fixed_attributes(update, fields), fields))
+            listed.append(record.plain())
+        self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
+        self.building.model.metadata_props[ROWS] = INDEX
+
+
+def _check(place: Found) -> None:
+    cure = "Inject it with --mode slots, mode='slots', and run rows of one adapter together"
+    if len(place.updates) != 1 or place.updates[0].method != "lora" or place.updates[0].changes_bias:
+        methods = ", ".join(update.method for update in place.updates)
+        raise Unsupported(f"an adapter for each row of {methods}", where=str(place.asked), cure=cure)
+    if place.norm is not None or place.turned or not all(issubclass(spot.kind, LINEAR) for spot in place.spots):
+        kinds = ", ".join(sorted({spot.node.op_type for spot in place.spots})) or "module"
+        raise Unsupported(f"an adapter for each row at a {kinds}", where=str(place.asked), cure=cure)
+
+
+def _shapes(model: ir.Model) -> dict[str, ir.Shape]:
+    """Return the shapes that ONNX works out for values whose shapes the exporter did not write.
+
+    A matrix and a stack of matrices want different nodes, so the number of axes has to be known.
+    """
+    import onnx
+
+    held = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    if sum(tensor.nbytes for tensor in held if not isinstance(tensor, ir.ExternalTensor)) > LARGE:
+        return {}
+    try:
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+        worked_out = ir.from_proto(proto)
+    except Exception:  # Its errors have no common base class. Without shapes, the check decides.
+        return {}
+    outputs = (out for node in worked_out.graph for out in node.outputs)
+    return {out.name: out.shape for out in outputs if out.name is not None and out.shape is not None}
+
+
+def _is_batch(shape: ir.Shape | None, model: ir.Model) -> bool:
+    """Whether the first axis of a matrix is the batch: it may also be all tokens of all texts."""
+    first = None if shape is None else shape[0]
+    batches = [one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape) > 1]
+    return first is not None and not isinstance(first, int) and any(str(one) == str(first) for one in batches)
+
+
+def factors_of(update: Update) -> dict[str, Array]:
+    """Return a LoRA's factors as a stack of one, in the slots' layout, float64."""
+    A, B = (as_array(update.tensors[name]).astype(np.float64) for name in ("A", "B"))
+    return {"A": A.T[None], "B": B.T[None] * float(getattr(update, "scaling", 1.0))}
+
+
+def stacked(
+    names: Sequence[str | None], loaded: Mapping[str, Mapping[str, Array]], slots: Mapping[str, Any]
+) -> dict[str, Array]:  # fmt: skip
+    """Return the slots' values for a batch.
+
+    Args:
+        names: the adapter of each row; None for the base.
+        loaded: the adapters: slot -> a stack of one.
+        slots: all slots, with their declared shapes.
+    """
+    order = list(dict.fromkeys(names))
+    feeds: dict[str, Array] = {INDEX: np.array([order.index(name) for name in names], np.int64)}
+    held = [loaded[name] if name is not None else {} for name in order]
+    for slot in dict.fromkeys(slot for one in held for slot in one):
+        parts = [one.get(slot) for one in held]
+        sample = next(part for part in parts if part is not None)
+        open_axis = next(axis for axis in (1, 2) if not isinstance(slots[slot].shape[axis], int))
+        most = max(part.shape[open_axis] for part in parts if part is not None)
+        shape = [len(parts), *sample.shape[1:]]
+        shape[open_axis] = most
+        whole = np.zeros(shape, sample.dtype)
+        for at, part in enumerate(parts):
+            if part is not None:
+                whole[at][tuple(slice(size) for size in part.shape[1:])] = part[0]
+        feeds[slot] = whole
+    return feeds

@@ -1,0 +1,132 @@
+"""Inputs to try a graph on, of sizes that go together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import AdapterkitError
+from ..io.inputs import read_input
+
+SIZES = ((2, 4, 4, 4), (1, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
+"""Values for open sizes by axis, tried one after the other. onnxruntime's GroupQueryAttention takes several tokens
+behind a past for one text alone."""
+
+_TYPES = {
+    "bool": np.bool_,
+    "float": np.float32,
+    "float16": np.float16,
+    "double": np.float64,
+    "int64": np.int64,
+    "int32": np.int32,
+}
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+Sizes = Mapping[str, int]
+"""What a graph's configs say: `head_size` and `heads` of the past, `channels`, `height` and `width` of images."""
+
+
+def sizes_beside(graph: Path | None) -> dict[str, int]:
+    """Return the sizes that the configs beside a graph give: of onnxruntime-genai, and of transformers.
+
+    A graph of onnxruntime-genai leaves the head size open, and one of an image model its channels, height and width,
+    though it runs with one size alone.
+    """
+    if graph is None:
+        return {}
+    decoder = _config(graph.parent / "genai_config.json").get("model", {})
+    decoder = decoder.get("decoder", {}) if isinstance(decoder, dict) else {}
+    config = _config(graph.parent / "config.json")
+    image = config.get("image_size", config.get("sample_size"))
+    height, width = image[:2] if isinstance(image, list) and len(image) > 1 else (image, image)
+    channels = config.get("num_channels", config.get("in_channels"))
+    found = {
+        "head_size": decoder.get("head_size"), "heads": decoder.get("num_key_value_heads"), "channels": channels,
+        "height": height, "width": width,
+    }  # fmt: skip
+    return {word: size for word, size in found.items() if isinstance(size, int) and 0 < size < 1 << 16}
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """Return a config; an empty one if it is missing or damaged, since it only helps."""
+    try:
+        told = json.loads(read_input(file).decode("utf-8"))
+    except (OSError, ValueError, RecursionError, AdapterkitError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def made_up(session: Any, sizes: Sequence[int], known: Sizes | None = None) -> dict[str, Any]:
+    """Return inputs for a graph, with one size per name of an open axis; the first axis is the batch.
+
+    Args:
+        session: the graph in onnxruntime.
+        sizes: values for open sizes, by axis.
+        known: sizes from configs; see `sizes_beside`.
+    """
+    rng, named = np.random.default_rng(0), dict[str, int]()
+    feeds: dict[str, Any] = {}
+    entries = session.get_inputs()
+    for entry in entries:
+        _name_sizes(entry, known or {}, named)
+    shapes = {entry.name: [_size(axis, n, named, sizes) for n, axis in enumerate(entry.shape)] for entry in entries}
+    _count_past(shapes)
+    for entry in entries:
+        shape = shapes[entry.name]
+        name = entry.type.removeprefix("tensor(").removesuffix(")")
+        if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
+            # A mask of onnxruntime-genai's graphs counts tokens, so that a hidden last one leaves memory unwritten.
+            whole = "head_size" in (known or {})
+            feeds[entry.name] = (np.ones(shape) if whole else _mask(shape)).astype(_TYPES[name])
+        elif name in ("int64", "int32"):
+            # 0 and 1 are valid as tokens, token types and masks of any model.
+            feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
+        else:
+            feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
+    return feeds
+
+
+def _name_sizes(entry: Any, known: Sizes, named: dict[str, int]) -> None:
+    """Give the open axes of an input their sizes from the configs."""
+    if len(entry.shape) != 4:
+        return
+    past = "past" in entry.name
+    words = (None, "heads", None, "head_size") if past else (None, "channels", "height", "width")
+    if not past and not any(word in entry.name for word in ("pixel", "image", "sample", "input")):
+        return
+    for axis, word in zip(entry.shape, words, strict=True):
+        if word is not None and word in known and isinstance(axis, str):
+            named.setdefault(axis, known[word])
+
+
+def _count_past(shapes: dict[str, list[int]]) -> None:
+    """Extend the mask of a causal language model to cover its past."""
+    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
+    mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
+    if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
+        mask[1] = past + tokens[1]
+
+
+def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Return ones with the last entry off: whether 0 or 1 means hidden, something stays visible."""
+    mask = np.ones(shape, dtype=bool)
+    if mask.ndim and mask.shape[-1] > 1:
+        mask[..., -1] = False
+    return mask
+
+
+def _size(axis: Any, position: int, named: dict[str, int], sizes: Sequence[int]) -> int:
+    if isinstance(axis, int):
+        return axis
+    return named.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])
+
+
+def numbers_in(feeds: Feeds) -> int:
+    """Return how many numbers inputs have."""
+    return sum(math.prod(np.shape(array)) for array in feeds.values())

@@ -1,0 +1,286 @@
+"""Folders of graphs as one model: each graph takes the targets that it has, and no other one's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from command_line import record
+from command_line import run as command
+from onnx import TensorProto, helper, numpy_helper
+
+import adapterkit as ak
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.errors import StorageError, TargetNotFound, Unsupported, UsageError
+from adapterkit.methods import METHODS
+
+SIZE = 6
+ENCODER, DECODER = "model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"
+CROSS = "model.decoder.layers.0.encoder_attn.k_proj"
+
+
+def weight(name):
+    """The numbers of a layer, by its name in the base."""
+    return np.random.default_rng(sum(map(ord, name))).normal(size=(SIZE, SIZE)).astype("f4")
+
+
+def value(name, kind=TensorProto.FLOAT, shape=("n", SIZE)):
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def layer(path, name, into, out, tensor):
+    """A node as torch's older exporter names it, and its weight `[in, out]` without a name."""
+    node = helper.make_node("MatMul", [into, tensor], [out], name=f"/{path.replace('.fc1', '/fc1')}/MatMul")
+    return node, numpy_helper.from_array(np.ascontiguousarray(weight(name).T), tensor)
+
+
+def written(folder, name, nodes, weights, inputs, outputs):
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, folder / name)
+
+
+def optimum(folder):
+    """A folder by optimum's names: an encoder without that word in its names, and three decoders."""
+    folder.mkdir()
+    node, W = layer("layers.0.fc1", ENCODER, "x", "y", "onnx::MatMul_1")
+    written(folder, "encoder_model.onnx", [node], [W], [value("x")], [value("y")])
+    (one, V), (two, K) = (
+        layer(DECODER, DECODER, "x", "h", "onnx::MatMul_1"),
+        layer("model/decoder/layers.0/encoder_attn/k_proj", CROSS, "x", "k", "onnx::MatMul_2"),
+    )
+    both = [one, two, helper.make_node("Add", ["h", "k"], ["y"])]
+    written(folder, "decoder_model.onnx", both, [V, K], [value("x")], [value("y")])
+    past = layer(DECODER, DECODER, "x", "y", "onnx::MatMul_1")[0]
+    written(folder, "decoder_with_past_model.onnx", [past], [V], [value("x")], [value("y")])
+    branches = {
+        "then_branch": helper.make_graph([past], "with_past", [], [value("y")]),
+        "else_branch": helper.make_graph(both, "without", [], [value("y")]),
+    }
+    choice = helper.make_node("If", ["use_cache_branch"], ["out"], **branches)
+    inputs = [value("x"), value("use_cache_branch", TensorProto.BOOL, [1])]
+    written(folder, "decoder_model_merged.onnx", [choice], [V, K], inputs, [value("out")])
+    (folder / "config.json").write_text(json.dumps({"is_encoder_decoder": True}))
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def adapter(*names, method="lora"):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return torch.from_numpy(rng.normal(size=shape).astype("f4"))
+
+    make = {
+        "lora": lambda: METHODS["lora"](A=draw(2, SIZE), B=draw(SIZE, 2), scaling=0.5),
+        "ia3": lambda: METHODS["ia3"](l=draw(SIZE)),
+        "dora": lambda: METHODS["dora"](A=draw(2, SIZE), B=draw(SIZE, 2), magnitude=draw(SIZE).abs() + 1, scaling=0.5),
+    }[method]
+    return Adapter({Target(name): (make(),) for name in names})
+
+
+def changed(held, name):
+    """The weight with the adapter, by the papers' formulas in float64."""
+    update, W = held.updates[Target(name)][0], weight(name).astype("f8")
+    arrays = {key: leaf.numpy().astype("f8") for key, leaf in update.tensors.items()}
+    if "l" in arrays:
+        return W * arrays["l"].reshape(-1, 1)
+    V = W + update.scaling * arrays["B"] @ arrays["A"]
+    return V if "magnitude" not in arrays else V * (arrays["magnitude"] / np.linalg.norm(V, axis=1))[:, None]
+
+
+def run(file, **more):
+    x = np.random.default_rng(1).normal(size=(3, SIZE)).astype("f4")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return x, session.run(None, {"x": x, **more})[0]
+
+
+def check_all(folder, held):
+    """Hold each graph, in each branch, against the formula."""
+    W = {name: changed(held, name) for name in (ENCODER, DECODER, CROSS)}
+    whole = W[DECODER] + W[CROSS]
+    cases = [
+        ("encoder_model.onnx", W[ENCODER], {}), ("decoder_model.onnx", whole, {}),
+        ("decoder_with_past_model.onnx", W[DECODER], {}),
+        ("decoder_model_merged.onnx", W[DECODER], {"use_cache_branch": np.array([True])}),
+        ("decoder_model_merged.onnx", whole, {"use_cache_branch": np.array([False])}),
+    ]  # fmt: skip
+    for name, M, more in cases:
+        x, y = run(folder / name, **more)
+        np.testing.assert_allclose(y, x @ M.T, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("way", ["inject", "merge"])
+def test_each_graph_takes_its_own_targets(tmp_path, method, way):
+    folder, held = optimum(tmp_path / "model"), adapter(ENCODER, DECODER, CROSS, method=method)
+    out = tmp_path / "out"
+    report = getattr(ak.onnx, way)(folder, held, out)
+    check_all(out, held)
+    counts = {name: len(part.found) for name, part in report.parts.items()}
+    assert counts == {
+        "decoder_model.onnx": 2, "decoder_model_merged.onnx": 2, "decoder_with_past_model.onnx": 1,
+        "encoder_model.onnx": 1,
+    }  # fmt: skip
+    assert report.difference is not None
+    assert report.difference < 1e-5
+    assert {file.name for file in report.files} == {file.name for file in folder.iterdir()}
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_slots_of_each_graph_have_an_adapter_file(tmp_path):
+    folder, held = optimum(tmp_path / "model"), adapter(ENCODER, DECODER, CROSS)
+    ak.onnx.inject(folder, held, tmp_path / "out", mode="slots")
+    for name, M in (("encoder_model", ENCODER), ("decoder_with_past_model", DECODER)):
+        session = ak.onnx.Session(tmp_path / "out" / f"{name}.onnx")
+        session.load("a", tmp_path / "out" / f"{name}.onnx_adapter")
+        x, base = run(folder / f"{name}.onnx")
+        np.testing.assert_array_equal(session.run({"x": x})["y"], base)
+        np.testing.assert_allclose(session.run({"x": x}, "a")["y"], x @ changed(held, M).T, rtol=2e-4, atol=2e-5)
+
+
+def test_graph_without_targets_stays_bit_for_bit(tmp_path):
+    folder = optimum(tmp_path / "model")
+    report = ak.onnx.inject(folder, adapter(DECODER), tmp_path / "out")
+    assert "encoder_model.onnx" not in report.parts
+    same = (tmp_path / "out" / "encoder_model.onnx").read_bytes()
+    assert same == (folder / "encoder_model.onnx").read_bytes()
+
+
+def test_targets_of_no_graph_are_named_with_the_nearest(tmp_path):
+    folder, lost = optimum(tmp_path / "model"), "model.decoder.layers.0.fc9"
+    with pytest.raises(TargetNotFound, match=r"no graph of the folder.*fc1.*--allow-partial") as caught:
+        ak.onnx.inject(folder, adapter(DECODER, lost), tmp_path / "out")
+    assert caught.value.where == lost
+    assert not (tmp_path / "out").exists()
+    report = ak.onnx.inject(folder, adapter(DECODER, lost), tmp_path / "out", allow_partial=True)
+    assert any(lost in line for line in report.warnings)
+    with pytest.raises(TargetNotFound):
+        ak.onnx.merge(folder, adapter(lost), tmp_path / "other", allow_partial=True)
+
+
+def test_partial_adapters_for_one_graph(tmp_path):
+    folder, held = optimum(tmp_path / "model"), adapter(DECODER, CROSS)
+    graph, out = folder / "decoder_with_past_model.onnx", tmp_path / "out.onnx"
+    for way in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(TargetNotFound):
+            way(graph, held, out)
+        report = way(graph, held, out, allow_partial=True)
+        assert any(CROSS in line for line in report.warnings)
+        x, y = run(out)
+        np.testing.assert_allclose(y, x @ changed(held, DECODER).T, rtol=2e-4, atol=2e-5)
+
+
+def test_one_graph_never_takes_two_parts_targets_for_one_layer(tmp_path):
+    """Without its folder, an encoder's layer could be the encoder's or the decoder's."""
+    folder = optimum(tmp_path / "model")
+    (folder / "encoder_model.onnx").rename(tmp_path / "model_a.onnx")
+    (folder / "decoder_with_past_model.onnx").rename(tmp_path / "model_b.onnx")
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("model_a.onnx", "model_b.onnx"):
+        (tmp_path / name).rename(both / name)
+    with pytest.raises(TargetNotFound):
+        ak.onnx.inject(both, adapter(ENCODER, DECODER), tmp_path / "out")
+
+
+def test_nameless_layers_are_not_taken_for_missing(tmp_path):
+    folder = optimum(tmp_path / "model")
+    model = onnx.load(folder / "decoder_with_past_model.onnx")
+    model.graph.node[0].name = "n1"
+    onnx.save(model, folder / "decoder_with_past_model.onnx")
+    with pytest.raises(TargetNotFound, match=r"names are lost.*--base-weights"):
+        ak.onnx.inject(folder, adapter(DECODER, ENCODER), tmp_path / "out")
+    from safetensors.numpy import save_file
+
+    save_file({f"{name}.weight": weight(name) for name in (ENCODER, DECODER, CROSS)}, tmp_path / "base.safetensors")
+    held = adapter(ENCODER, DECODER, CROSS)
+    ak.onnx.inject(folder, held, tmp_path / "out", base_weights=tmp_path / "base.safetensors")
+    check_all(tmp_path / "out", held)
+
+
+def test_places_that_are_refused(tmp_path):
+    folder, held = optimum(tmp_path / "model"), adapter(DECODER)
+    with pytest.raises(UsageError, match="own folder"):
+        ak.onnx.inject(folder, held, folder)
+    with pytest.raises(UsageError, match="folder of several graphs"):
+        ak.onnx.inject(folder, held, tmp_path / "out.onnx")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no graph"):
+        ak.onnx.inject(tmp_path / "empty", held, tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.onnx").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"mine\.onnx"):
+        ak.onnx.inject(folder, held, other)
+    prompt = Adapter({Target(""): (METHODS["prompt"](P=torch.zeros(2, SIZE)),)})
+    with pytest.raises(Unsupported, match="several graphs"):
+        ak.onnx.inject(folder, prompt, tmp_path / "out")
+
+
+def test_overwritten_folders_keep_what_no_model_has(tmp_path):
+    folder, out = optimum(tmp_path / "model"), tmp_path / "out"
+    ak.onnx.inject(folder, adapter(DECODER), out)
+    (out / "NOTES.md").write_text("mine")
+    held = adapter(ENCODER, DECODER, CROSS)
+    ak.onnx.merge(folder, held, out)
+    check_all(out, held)
+    assert (out / "NOTES.md").read_text() == "mine"
+
+
+def test_a_wrong_branch_is_seen_by_the_check(tmp_path, monkeypatch):
+    """The made-up inputs take the branch with a past; the other one is tried as well."""
+    from adapterkit.onnx import attaching, resolving
+
+    folder, resolve = optimum(tmp_path / "model"), resolving.resolve
+    graph = folder / "decoder_model_merged.onnx"
+
+    def forgetful(*arguments):
+        from dataclasses import replace
+
+        return [replace(place, spots=place.spots[:1]) for place in resolve(*arguments)]
+
+    assert len(resolve(ak.onnx.model_file.opened(graph).model, adapter(DECODER))[0].spots) == 2
+    monkeypatch.setattr("adapterkit.onnx.injecting.resolve", forgetful)
+    assert attaching is not None
+    with pytest.raises(ak.errors.CheckFailed):
+        ak.onnx.inject(graph, adapter(DECODER), tmp_path / "out.onnx")
+
+
+def test_roles_of_genai_come_from_its_config(tmp_path):
+    folder = optimum(tmp_path / "model")
+    for name in ("decoder_model.onnx", "decoder_model_merged.onnx"):
+        (folder / name).unlink()
+    (folder / "encoder_model.onnx").rename(folder / "a.onnx")
+    (folder / "decoder_with_past_model.onnx").rename(folder / "b.onnx")
+    config = {"model": {"encoder": {"filename": "a.onnx"}, "decoder": {"filename": "b.onnx"}, "type": "whisper"}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    held = adapter(ENCODER, DECODER)
+    report = ak.onnx.merge(folder, held, tmp_path / "out")
+    assert {name: len(part.found) for name, part in report.parts.items()} == {"a.onnx": 1, "b.onnx": 1}
+    x, y = run(tmp_path / "out" / "a.onnx")
+    np.testing.assert_allclose(y, x @ changed(held, ENCODER).T, rtol=2e-4, atol=2e-5)
+
+
+def test_commands_take_folders(tmp_path):
+    folder, out = optimum(tmp_path / "model"), tmp_path / "out"
+    held = adapter(ENCODER, DECODER, CROSS)
+    ak.write(held, tmp_path / "a.safetensors", format="adapterkit")
+    told = record("inspect", folder)
+    assert [(each["name"], each["part"], each["layers"]) for each in told["graphs"]] == [
+        ("decoder_model.onnx", "decoder", 2), ("decoder_model_merged.onnx", "decoder", 2),
+        ("decoder_with_past_model.onnx", "decoder", 1), ("encoder_model.onnx", "encoder", 1),
+    ]  # fmt: skip
+    for verb, there in (("inject", out), ("merge", tmp_path / "m")):
+        told = record(verb, folder, tmp_path / "a.safetensors", "-o", there)
+        assert told["graphs"]["decoder_model.onnx"]["targets"] == 2
+        check_all(there, held)
+    assert record("inject", folder, tmp_path / "a.safetensors", "-o", out)["already_done"]
+    shown = command("merge", folder, tmp_path / "a.safetensors", "--plan")
+    assert shown.exit_code == 0, shown.output
+    assert "6 targets" in shown.stdout

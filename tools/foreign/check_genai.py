@@ -1,0 +1,39 @@
+"""Holds changed graphs of onnxruntime-genai's builder against PEFT: `python tools/foreign/check_genai.py PYTHON DIR`.
+
+PYTHON is the interpreter of an environment with onnxruntime-genai, transformers and PEFT; DIR gets the models. Further
+words choose models. Each folder is injected and merged by this checkout and run by `og.Generator`, slots with their
+file in `og.Adapters`. For int4 the torch model has the numbers that the packed weights stand for. DIR/genai.tsv has a
+row for each case: tool, model, type, mode, method, result.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from graph_cases import Case, Tool, run_cases
+
+MODELS = ("llama", "qwen2", "qwen3", "phi3", "gemma")
+
+TYPES = {"fp32": 1e-5, "fp16": 3e-2, "int4": 1e-5}
+
+
+def main() -> int:
+    """Run the command line; 1 if a case is wrong."""
+    python, home, *chosen = sys.argv[1:]
+    tool = Tool("genai", python, Path(__file__).with_name("genai_folders.py"), Path(home))
+    tool.make()
+    cases = [
+        Case(model, kind, method, mode, source=f"{model}/{kind}", limit=limit)
+        for model in chosen or MODELS
+        for kind, limit in TYPES.items()
+        for method in ("lora", "dora", "ia3")
+        for mode in ("constant", "merge", "slots")
+    ]
+    return run_cases(tool, cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Holds changed folders of optimum's graphs against PEFT: `python tools/foreign/check_optimum.py PYTHON DIR`.
+
+PYTHON is the interpreter of an environment with optimum-onnx, onnxruntime, transformers and PEFT; DIR gets the models.
+Further words choose models.
+Each folder is injected and merged by this checkout, loaded by optimum's `ORTModelFor...` and compared with the torch
+model with PEFT's adapter. DIR/optimum.tsv has a row for each case: tool, model, type, mode, method, result.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from graph_cases import Case, Tool, run_cases
+
+MODELS = ("whisper", "t5", "bart", "gpt2", "llama", "mistral", "bert", "vit")
+
+LIMIT = 1e-5
+
+
+def main() -> int:
+    """Run the command line; 1 if a case is wrong."""
+    python, home, *chosen = sys.argv[1:]
+    tool = Tool("optimum", python, Path(__file__).with_name("optimum_folders.py"), Path(home))
+    tool.make()
+    cases = [
+        Case(model, "fp32", method, mode, source=f"{model}/onnx", limit=LIMIT)
+        for model in chosen or MODELS
+        for method in ("lora", "dora", "ia3")
+        for mode in ("constant", "merge", "slots")
+    ]
+    return run_cases(tool, cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

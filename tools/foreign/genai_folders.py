@@ -1,0 +1,239 @@
+"""Builds folders by onnxruntime-genai's builder, and holds changed ones against PEFT; run in genai's own environment.
+
+    python tools/foreign/genai_folders.py make DIR
+    python tools/foreign/genai_folders.py compare DIR MODEL TYPE ADAPTER FOLDER [FILE.onnx_adapter]
+
+`make` writes, for each tiny random model, `base/`, one folder for each type (fp32, fp16, int4), and an adapter by PEFT
+for each method. `compare` runs FOLDER by onnxruntime-genai, with FILE in `og.Adapters` if it is given, and the torch
+model with PEFT's adapter: for int4, the torch model gets the numbers that the graph's packed weights stand for.
+It prints the largest difference of the logits, relative to the largest one. `check_genai.py` runs both.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+METHODS = ("lora", "dora", "ia3")
+TYPES = {
+    "fp32": ("fp32", ()), "fp16": ("fp16", ()), "int4": ("int4", ()),
+    "int4asym": ("int4", ("is_symmetric=false",)),
+    "int4kquant": ("int4", ("algo_config=k_quant_mixed",)),
+}  # fmt: skip
+
+
+def configs() -> dict[str, tuple[Any, list[str]]]:
+    """Return model -> config and the names of the modules that an adapter targets."""
+    import transformers as t
+
+    apart = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    grouped = {**SIZES, "num_key_value_heads": 2}
+    return {
+        "llama": (t.LlamaConfig(**grouped), apart),
+        "qwen2": (t.Qwen2Config(**grouped), apart),
+        "qwen3": (t.Qwen3Config(**grouped, head_dim=16), apart),
+        "phi3": (t.Phi3Config(**grouped, original_max_position_embeddings=128), ["qkv_proj", "o_proj", "gate_up_proj"]),
+        "gemma": (t.GemmaConfig(**grouped, head_dim=16), apart),
+    }
+
+
+def peft_config(kind: str, targets: list[str]) -> Any:
+    """Return PEFT's config of one method."""
+    import peft
+
+    if kind == "ia3":
+        return peft.IA3Config(target_modules=targets, feedforward_modules=targets[-1:], init_ia3_weights=False)
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_dora=kind == "dora")
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer of numbers, since the builder copies one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{str(n): n for n in range(3, SIZES["vocab_size"])}}
+    held = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=held, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def make(folder: Path) -> None:
+    """Write everything, but for what is there already."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    for name, (config, targets) in configs().items():
+        home = folder / name
+        if not (home / "base").exists():
+            torch.manual_seed(len(name))
+            model = AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.08 * torch.randn_like(parameter))
+            model.save_pretrained(home / "base")
+            tokenizer().save_pretrained(home / "base")
+            for kind in METHODS:
+                changed = peft.get_peft_model(
+                    AutoModelForCausalLM.from_pretrained(home / "base"), peft_config(kind, targets)
+                )
+                with torch.no_grad():
+                    for key, parameter in changed.named_parameters():
+                        if "lora_" in key or "ia3_" in key:
+                            parameter.add_(0.1 * torch.randn_like(parameter))
+                changed.save_pretrained(home / kind)
+        for kind, (precision, options) in TYPES.items():
+            if (home / kind / "genai_config.json").exists():
+                continue
+            device = "cuda" if precision == "fp16" else "cpu"
+            words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(home / "base"), "-o",
+                     str(home / kind), "-p", precision, "-e", device, "-c", str(home / "cache")]  # fmt: skip
+            done = subprocess.run(
+                [*words, *(["--extra_options", *options] if options else [])], capture_output=True, text=True
+            )
+            print(name, kind, "built" if done.returncode == 0 else done.stderr[-300:], flush=True)
+
+
+PROMPT = [5, 17, 44, 90, 3, 61, 8]
+
+
+def packed_numbers(folder: Path) -> dict[str, np.ndarray]:
+    """Return node name -> the numbers of each MatMulNBits' weight, [out, in]."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(folder / "model.onnx")
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        told = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        rows, columns, bits, size = told["N"], told["K"], told["bits"], told["block_size"]
+        array = [numpy_helper.to_array(held[name]) if name else None for name in [*node.input[1:4], ""][:3]]
+        blocks, per = -(-columns // size), 8 // bits
+        q = np.stack([(array[0].reshape(rows, -1) >> (bits * at)) & (2**bits - 1) for at in range(per)], -1)
+        q = q.reshape(rows, blocks, size).astype("f4")
+        zero: Any = 2 ** (bits - 1)
+        if array[2] is not None:
+            z = array[2].reshape(rows, -1)
+            zero = np.stack([(z >> (bits * at)) & (2**bits - 1) for at in range(per)], -1).reshape(rows, -1)
+            zero = zero[:, :blocks, None].astype("f4")
+        scale = array[1].reshape(rows, blocks, 1).astype("f4")
+        found[node.name] = ((q - zero) * scale).reshape(rows, -1)[:, :columns]
+    return found
+
+
+def with_packed(model: Any, folder: Path) -> None:
+    """Give a torch model the numbers of a graph's packed weights."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    for name, W in packed_numbers(folder).items():
+        words = name.strip("/").split("/")  # model/layers.0/attn/qkv_proj/MatMulNBits
+        if words[0] == "lm_head":
+            model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(W.copy()))
+            continue
+        layer = model.model.layers[int(words[1].split(".")[1])]
+        block = layer.self_attn if words[2] == "attn" else layer.mlp
+        parts: list[tuple[str, np.ndarray]] = [(words[3], W)]
+        if words[3] == "qkv_proj" and not hasattr(block, "qkv_proj"):
+            cuts = np.split(W, [queries, queries + keys])
+            parts = list(zip(("q_proj", "k_proj", "v_proj"), cuts, strict=True))
+        if words[3] in ("gate_proj", "up_proj") and hasattr(block, "gate_up_proj"):
+            half = block.gate_up_proj.weight.shape[0] // 2
+            start = 0 if words[3] == "gate_proj" else half
+            block.gate_up_proj.weight.data[start : start + half] = torch.from_numpy(W)
+            continue
+        for part, rows in parts:
+            getattr(block, part).weight.data = torch.from_numpy(rows.copy())
+
+
+def exact(folder: Path) -> Path:
+    """Return a copy that runs on the CPU, and whose packed layers do not round what they read."""
+    import onnx
+
+    copy = folder.with_name(f"{folder.name}.exact")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        kept = [each for each in node.attribute if each.name != "accuracy_level"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, copy / "model.onnx")
+    return copy
+
+
+def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, file: Path | None) -> dict[str, Any]:
+    """Return how far a folder is from PEFT."""
+    import onnxruntime_genai as og
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    home = folder / name
+    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    if kind.startswith("int4"):
+        with_packed(model, home / kind)
+    if adapter != "none":
+        model = peft.PeftModel.from_pretrained(model, home / adapter)
+    model = model.eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPT])).logits[0].numpy()
+        theirs = model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
+        )[0]
+    copy = exact(changed)
+    held = og.Model(str(copy))
+    params = og.GeneratorParams(held)
+    params.set_search_options(max_length=len(PROMPT) + 8, do_sample=False)
+    generator = og.Generator(held, params)
+    adapters = None
+    if file is not None:
+        adapters = og.Adapters(held)
+        adapters.load(str(file), "one")
+        generator.set_active_adapter(adapters, "one")
+    generator.append_tokens(np.array([PROMPT], dtype=np.int32))
+    got = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+    found = {"difference": float(abs(got - wanted).max() / abs(wanted).max())}
+    while not generator.is_done():
+        generator.generate_next_token()
+    written = list(generator.get_sequence(0))
+    found["same_tokens"] = [int(one) for one in theirs][: len(written)] == [int(one) for one in written]
+    return found
+
+
+def told(home: Path, words: list[str]) -> dict[str, Any]:
+    """Return what a comparison came to."""
+    try:
+        return compare(home, words[0], words[1], words[2], Path(words[3]), Path(words[4]) if len(words) > 4 else None)
+    except Exception as error:  # Whatever the library raises is what came of the folder.
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def main() -> int:
+    """Run the command line; `compare DIR` alone answers lines of words on standard input."""
+    verb, home, *words = sys.argv[1:]
+    if verb == "make":
+        make(Path(home))
+    elif words:
+        print(json.dumps(told(Path(home), words)))
+    else:
+        for line in sys.stdin:
+            print(f"told {json.dumps(told(Path(home), json.loads(line)))}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Cases of changed graphs: made by this checkout, compared by a tool in its own environment, written as a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import adapterkit as ak
+from adapterkit.errors import AdapterkitError
+
+COLUMNS = ("tool", "model", "type", "mode", "method", "result", "difference", "note")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that made graphs and runs them.
+
+    Attributes:
+        name: its name in the table.
+        python: the interpreter of its environment.
+        script: the program that makes its models (`make DIR`) and compares folders with PEFT (`compare DIR ...`).
+        home: the folder of models and of the table.
+    """
+
+    name: str
+    python: str
+    script: Path
+    home: Path
+
+    def make(self) -> None:
+        """Make the models that are not there yet."""
+        subprocess.run([self.python, self.script, "make", self.home / "models"], check=True, capture_output=True)
+
+    def compare(self, case: Case, folder: Path) -> dict[str, Any]:
+        """Return what the tool's comparison with PEFT says."""
+        words: list[Any] = [case.model]
+        if self.name == "genai":
+            words.append(case.kind)
+        words += [case.method, folder]
+        file = folder / "model.onnx_adapter"
+        if self.name == "genai" and file.exists():
+            words.append(file)
+        running = _process(self)
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        running.stdin.flush()
+        for line in running.stdout:
+            if line.startswith("told "):
+                told: dict[str, Any] = json.loads(line.removeprefix("told "))
+                return told
+        _process.cache_clear()
+        return {"error": f"the process ended with {running.wait()}"}
+
+
+@cache
+def _process(tool: Tool) -> subprocess.Popen[str]:
+    """Start the tool's program once, since importing its libraries takes longer than a comparison."""
+    words = [tool.python, tool.script, "compare", tool.home / "models"]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One change of one model.
+
+    Attributes:
+        model: the model.
+        kind: the type of its numbers.
+        method: the adapter's method.
+        mode: `constant` or `slots` of `inject`, or `merge`.
+        source: the folder of graphs, relative to the models.
+        limit: the largest difference that the type explains.
+    """
+
+    model: str
+    kind: str
+    method: str
+    mode: str
+    source: str
+    limit: float
+
+
+def run_cases(tool: Tool, cases: Sequence[Case]) -> int:
+    """Run all cases, and write the table; return 1 if one is wrong."""
+    rows: list[tuple[Any, ...]] = []
+    for case in cases:
+        rows.append((tool.name, case.model, case.kind, case.mode, case.method, *_result(tool, case)))
+        print(*rows[-1], sep="\t", flush=True)
+        table = ["\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
+        (tool.home / f"{tool.name}.tsv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    counts = Counter(row[5] for row in rows)
+    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return int(counts["wrong"] + counts["false alarm"] > 0)
+
+
+def _result(tool: Tool, case: Case) -> tuple[str, str, str]:
+    """Return the result, the difference from PEFT and a note.
+
+    A refusal says why; a failed check where the graph is right is a false alarm.
+    """
+    models, out = tool.home / "models", tool.home / "changed"
+    shutil.rmtree(out, ignore_errors=True)
+    graphs, adapter = models / case.source, models / case.model / case.method
+    try:
+        if case.mode == "merge":
+            quantized = "dequantize" if case.kind.startswith("int4") else None
+            report = ak.onnx.merge(graphs, adapter, out, quantized=quantized)
+        else:
+            report = ak.onnx.inject(graphs, adapter, out, mode=case.mode)
+    except AdapterkitError as error:
+        return (
+            ("false alarm" if error.code == "check-failed" else "refused"),
+            "",
+            str(error).replace(str(tool.home), ""),
+        )
+    unchecked = f"not checked: {report.note}" if report.difference is None else ""
+    if case.mode == "slots" and tool.name == "optimum":
+        # Optimum's classes feed no slots, so the check of the injection is what there is.
+        return ("right" if report.difference is not None else "unchecked"), f"{report.difference}", unchecked
+    told = tool.compare(case, out)
+    if "error" in told:
+        return "not run", "", str(told["error"])
+    right = told["difference"] <= case.limit
+    return ("right" if right else "wrong"), f"{told['difference']:.2g}", unchecked
