@@ -182,7 +182,7 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
     return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
 
 
-def finite(value: Any, where: str) -> float:
+def finite(value: object, where: str) -> float:
     """Check a number from a file's settings, such as alpha or a scale.
 
     Returns:
