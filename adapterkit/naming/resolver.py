@@ -295,7 +295,7 @@ def _by_architecture(left: Left, base: Names, architecture: Architecture, resolu
 
 
 def _spot(move: Move) -> tuple[str, Part | None, int | None]:
-    """What of the base a move writes to."""
+    """Return the part of the base that a move writes to: path, rows, slice of a stack."""
     return move.path, move.into, move.slot
 
 
