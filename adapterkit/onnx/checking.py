@@ -191,7 +191,7 @@ def checked_injection(
 
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
-            # What a quantizer of activations rounds, a floating-point layer does not.
+            # A floating-point layer does not round what a quantizer of activations rounds.
             rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
             packed = None if rough else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
