@@ -191,7 +191,9 @@ def checked_injection(
 
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
-            packed = None if quantizers(source.model) else "dequantize"
+            # A floating-point layer does not round what a quantizer of activations rounds.
+            rough = any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
+            packed = None if rough else "dequantize"
             fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
     bare = bare and other is not None

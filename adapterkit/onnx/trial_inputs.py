@@ -29,7 +29,7 @@ _TYPES = {
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 Sizes = Mapping[str, int]
-"""Sizes in a graph's configs: `head_size` and `heads` of the past, `channels`, `height` and `width` of images."""
+"""Sizes from the configs beside a graph: `head_size`, `heads` of the past, `channels`, `height`, `width` of images."""
 
 
 def sizes_beside(graph: Path | None) -> dict[str, int]:
