@@ -176,6 +176,7 @@ def resolve(
     adapter, _ = in_parts(adapter, _rows_of(_in_words_of(adapter, known)))
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    own = _own_names(layered, known)
     try:
         sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
@@ -184,7 +185,7 @@ def resolve(
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    found = [_found(site, asked, known) for site, asked in sites]
+    found = [_found(site, asked, known, own) for site, asked in sites]
     if base is None:
         refuse_folded(found)
     else:
@@ -489,12 +490,17 @@ def _in_words_of(adapter: Adapter, known: Known) -> Known:
 
     This comes before any family's naming: one of them has `attn.q_proj` as well, with rows in another order.
     """
+    return {alias: known[name] for alias, name in _own_names(adapter, known).items()} | known
+
+
+def _own_names(adapter: Adapter, known: Known) -> dict[str, str]:
+    """Return the adapter's names of attentions -> the graph's own, if they use different words."""
     for one, other in ATTENTION_NAMES:
         asked = any(f".{other}." in f".{target.path}." for target in adapter.updates)
         there = any(f".{other}." in f".{name}" for name in known)
-        if asked and not there and any(f".{one}." in f".{name}" for name in known):
-            return {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
-    return known
+        if asked and not there:
+            return {name.replace(f".{one}.", f".{other}."): name for name in known if f".{one}." in f".{name}"}
+    return {}
 
 
 def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
@@ -505,7 +511,8 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     return list(zip(sites, bound.origins, strict=True))
 
 
-def _found(site: Site, asked: Target, known: Known) -> Found:
+def _found(site: Site, asked: Target, known: Known, own: Mapping[str, str]) -> Found:
+    """Return a place; `own` gives the graph's own name of a weight that was found by the adapter's word."""
     name = site.weight
     if site.target.stacked:
         raise Unsupported("stacked experts in a graph", where=str(asked), cure="Merge them before the export")
@@ -515,7 +522,8 @@ def _found(site: Site, asked: Target, known: Known) -> Found:
     shape = spots[0].shape
     turned = _turned(site, shape, spots[0].kind)
     seen = (shape[1], shape[0], *shape[2:]) if turned else shape
-    plain = replace(site, target=replace(site.target, layout="out *in"), bias=None)
+    path = site.target.path if name not in own else own[name].removesuffix(".weight")
+    plain = replace(site, target=replace(site.target, path=path, layout="out *in"), bias=None)
     try:
         check_site(plain, {name: seen}, biasless=True)
     except AdapterkitError as error:
