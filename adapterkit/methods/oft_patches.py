@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
+from ..errors import Unsupported
 from ..linalg.namespace import namespace
 from ..linalg.rotations import shortened_blocks, skew, turned
 from ._low_rank import block_diagonal
@@ -45,7 +46,17 @@ class OFTPatches(OutputUpdate):
     eps: float = 6e-5
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """Run the layer on the rotated input.
+
+        Raises:
+            Unsupported: the layer is a convolution with groups.
+        """
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
+        given = x.shape[-3] if len(layer.shape) > 2 else channels
+        # The size may be open in a graph; it is an integer in every torch model.
+        if isinstance(given, int) and given != channels:
+            cure = "Merge it into the weight as method oft, which PEFT's own merge does, or leave this layer out"
+            raise Unsupported(f"patches of {given} channels at a convolution with groups of {channels}", cure=cure)
         if high * wide == 1:
             return layer(layer.mix(x, self._mix(channels, 1)))
         places = [(i, j) for i in range(high) for j in range(wide)]

@@ -548,6 +548,8 @@ def _undecided() -> Iterator[Computed]:
     reft = {"target": {"path": "q"}, "method": "reft", "version": 1, "attributes": {}}
     reft |= {"tensors": {"source": "s", "projection": "p"}}
     yield refused("residual_behind_a_whole_output", _file(reft, _update("bottleneck"), **free, **neck), residual, "q")
+    grouped = {"q.weight": stored(_values("cG", 4, 2, 2, 2), "F64"), "q.x": stored(_values("cGx", 1, 4, 3, 3), "F64")}
+    yield refused("patches_of_groups", _one("oft_patches", pairs=_real("pairs.groups", 1, 6)), grouped, "q")
 
 
 def _shapes_of_outputs() -> Iterator[Computed]:
