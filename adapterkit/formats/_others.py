@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import Malformed
+from ..io.inputs import read_input
 
 FORMAT = 1
 
@@ -51,7 +52,7 @@ def other_files() -> tuple[OtherFile, ...]:
     """The kinds of files, in the order in which they are tried."""
     installed = Path(__file__).parent / "data" / "other_files.toml"
     path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "other_files.toml"
-    found = msgspec.toml.decode(path.read_bytes(), type=_Record)
+    found = msgspec.toml.decode(read_input(path), type=_Record)
     if found.format != FORMAT:
         raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
     return tuple(found.files)
