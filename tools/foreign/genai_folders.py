@@ -83,7 +83,8 @@ def make(folder: Path) -> None:
             tokenizer().save_pretrained(home / "base")
             for kind in METHODS:
                 changed = peft.get_peft_model(
-                    AutoModelForCausalLM.from_pretrained(home / "base"), peft_config(kind, targets)
+                    AutoModelForCausalLM.from_pretrained(home / "base", trust_remote_code=False),
+                    peft_config(kind, targets),
                 )
                 with torch.no_grad():
                     for key, parameter in changed.named_parameters():
@@ -183,7 +184,7 @@ def compare(folder: Path, name: str, kind: str, adapter: str, changed: Path, fil
     from transformers import AutoModelForCausalLM
 
     home = folder / name
-    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32, trust_remote_code=False)
     if kind.startswith("int4"):
         with_packed(model, home / kind)
     if adapter != "none":

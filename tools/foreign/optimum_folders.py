@@ -93,7 +93,9 @@ def make(folder: Path) -> None:
         if name == "vit":
             transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(home / "base")
         for kind in TYPES:
-            changed = peft.get_peft_model(auto.from_pretrained(home / "base"), peft_config(kind, targets))
+            changed = peft.get_peft_model(
+                auto.from_pretrained(home / "base", trust_remote_code=False), peft_config(kind, targets)
+            )
             with torch.no_grad():
                 for key, parameter in changed.named_parameters():
                     if "lora_" in key or "ia3_" in key:
@@ -115,7 +117,7 @@ def compare(folder: Path, name: str, adapter: str, changed: Path) -> dict[str, A
     task = (home / "task").read_text()
     auto, ort = KINDS[task]
     torch.manual_seed(0)
-    model = getattr(transformers, auto).from_pretrained(home / "base")
+    model = getattr(transformers, auto).from_pretrained(home / "base", trust_remote_code=False)
     if adapter != "none":
         model = peft.PeftModel.from_pretrained(model, home / adapter)
     model = model.eval()
@@ -139,7 +141,7 @@ def compare(folder: Path, name: str, adapter: str, changed: Path) -> dict[str, A
         theirs = model.generate(**given, **more) if writes else None
     found: dict[str, Any] = {"difference": 0.0}
     for way in ways:
-        graphs = kind.from_pretrained(changed, **way)
+        graphs = kind.from_pretrained(changed, trust_remote_code=False, **way)
         got = np.asarray(graphs(**forward).logits.detach())
         found["difference"] = max(found["difference"], float(abs(got - wanted).max() / abs(wanted).max()))
         if writes:
