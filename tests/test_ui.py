@@ -306,7 +306,10 @@ def test_sums_are_those_of_dense_matrices(served: Served) -> None:
 def test_a_job_is_cancelled_and_another_takes_its_place(tmp_path: Path) -> None:
     """Jobs end as by Ctrl-C; those that wait never start; too many are refused."""
     jobs = Jobs(tmp_path, tmp_path)
-    slow = "import signal, sys, time; print('merge: 40%, x', file=sys.stderr, flush=True); time.sleep(60)"
+    # A shell that starts a program in the background lets it ignore Ctrl-C, and all that it starts.
+    heed = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.pthread_sigmask(signal.SIG_SETMASK, [])"
+    said = "print('merge: 40%, x', file=sys.stderr, flush=True); time.sleep(60)"
+    slow = f"import signal, sys, time; {heed}; {said}"
     real = subprocess.Popen
 
     def sleeping(_: list[str], **options: Any) -> Any:
