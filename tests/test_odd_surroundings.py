@@ -19,6 +19,7 @@ import torch
 import torch.distributed.pipelining
 import transformers
 from peft import LoraConfig, get_peft_model
+from situations import Situations, X, adapter, changed, draw, inject, lora, one
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -35,48 +36,12 @@ from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SITUATIONS = {}
-
-
-def odd(name, raises=None, match=""):
-    """List a situation."""
-
-    def take(function):
-        assert name not in SITUATIONS
-        SITUATIONS[name] = (function, raises, match)
-        return function
-
-    return take
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def lora(out, into, seed=0, rank=2):
-    return METHODS["lora"](A=draw(rank, into, seed=seed), B=draw(out, rank, seed=seed + 50), scaling=0.25)
-
-
-def adapter(target="0", out=8, into=16, seed=0):
-    return Adapter({Target(target): (lora(out, into, seed=seed),)})
-
-
-def inject(model, target="0", out=8, into=16, seed=0, **rest):
-    return ak.torch.inject(model, adapter(target, out, into, seed), **rest)
-
-
-def changed(W, seed=0):
-    """W + D of the LoRA that `inject` attaches."""
-    return W + lora(*W.shape, seed=seed).delta(tuple(W.shape)).to(W)
+SITUATIONS = Situations()
+odd = SITUATIONS.odd
 
 
 def linear(layer, x=None, seed=0):
     return functional.linear((X if x is None else x).to(layer.weight.dtype), changed(layer.weight, seed), layer.bias)
-
-
-def one():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 8)).double()
 
 
 def two():
@@ -84,7 +49,6 @@ def two():
     return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 8)).double()
 
 
-X = draw(3, 16, seed=7)
 IDS = torch.tensor([[5, 9, 2, 7, 7, 1]])
 
 
@@ -1025,11 +989,4 @@ def test_there_are_forty():
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_odd(name):
-    function, raises, match = SITUATIONS[name]
-    if raises is not None:
-        with pytest.raises(raises, match=match):
-            function()
-        return
-    got, wanted = function()
-    assert got.shape == wanted.shape
-    torch.testing.assert_close(got.detach().double(), wanted.detach().double(), rtol=1e-6, atol=1e-6)
+    SITUATIONS.check(name)

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from situations import Situations, X, changed, draw, inject, one
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -20,49 +21,13 @@ from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SITUATIONS = {}
-
-
-def odd(name, raises=None, match=""):
-    """List a situation."""
-
-    def take(function):
-        assert name not in SITUATIONS
-        SITUATIONS[name] = (function, raises, match)
-        return function
-
-    return take
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def lora(out, into, *kernel, seed=0, rank=2):
-    return METHODS["lora"](A=draw(rank, into, *kernel, seed=seed), B=draw(out, rank, seed=seed + 50), scaling=0.25)
-
-
-def inject(model, target="0", out=8, into=16, *kernel, **rest):
-    return ak.torch.inject(model, Adapter({Target(target): (lora(out, into, *kernel),)}), **rest)
-
-
-def changed(W, seed=0):
-    """W + D of the LoRA that `inject` attaches."""
-    update = lora(W.shape[0], W.shape[1], *W.shape[2:], seed=seed)
-    return W + update.delta(tuple(W.shape)).to(W)
-
-
-def one():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 8)).double()
+SITUATIONS = Situations()
+odd = SITUATIONS.odd
 
 
 def two():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)).double()
-
-
-X = draw(3, 16, seed=7)
 
 
 @odd("torch.jit.script of a model with an adapter", raises=Unsupported, match="torch.jit.script.*merge_")
@@ -312,11 +277,4 @@ def test_there_are_twenty():
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_odd(name):
-    function, raises, match = SITUATIONS[name]
-    if raises is not None:
-        with pytest.raises(raises, match=match):
-            function()
-        return
-    got, wanted = function()
-    assert got.shape == wanted.shape
-    torch.testing.assert_close(got.detach().double(), wanted.detach().double(), rtol=1e-6, atol=1e-6)
+    SITUATIONS.check(name)
