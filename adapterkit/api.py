@@ -83,6 +83,12 @@ def convert(
         raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
     source, out = path_text(src), path_text(dst)
     if to == "onnx_adapter" and isinstance(base, str | PathLike) and str(base).lower().endswith(".onnx"):
+        given = {"profile": profile, "max_error": max_error, "on_loss": on_loss if on_loss != "refuse" else None}
+        for name, value in given.items():
+            if value is not None:
+                why = f"{name}={value}, where a file is written for the slots of a graph"
+                cure = f"Leave out --{name.replace('_', '-')} ({name}=): the slots decide what the file holds"
+                raise UsageError(why, where=name, cure=cure)
         adapter = read(source, format or detect(source), compat=compat, **reading)
         return _for_slots(adapter, source, out, base, rename, overwrite, made_from)
     with inputs_kept():

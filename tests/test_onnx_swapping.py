@@ -83,6 +83,9 @@ def test_convert_writes_a_file_for_a_graph(tmp_path):
     np.testing.assert_allclose(session.run(None, {"x": x}, options)[0], formula(x, other), rtol=1e-4, atol=1e-5)
     assert ak.read(out).updates.keys() == other.updates.keys()
     words = ("convert", tmp_path / "peft", out, "--to", "onnx_adapter", "--base", tmp_path / "slots.onnx")
+    for more in (["--profile", "vllm"], ["--on-loss", "drop"], ["--on-loss", "promote", "--max-error", "0.1"]):
+        refused = run(*words, *more, "--overwrite")
+        assert (refused.exit_code, "the slots decide" in refused.stderr) == (2, True)
     assert record(*words)["already_done"]
     assert run(*words, "--overwrite").exit_code == 0
     with pytest.raises(StorageError):

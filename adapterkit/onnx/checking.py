@@ -371,12 +371,15 @@ def _compared(
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
         seen = plain is None or difference_of(got, _session(plain, bare).run(None, feeds)) > 0
+        untried = None
         for name in _conditions(opened(out).model, feeds):
             other = _flipped(wanted, out, name, feeds, both, judged, bare)
-            difference = max(difference, other)
+            if other is None:
+                untried = f"the branch of {name} = {not feeds[name].any()} does not run on the inputs of the check"
+            difference = max(difference, other or 0.0)
         # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
         if seen:
-            return Outcome(difference, None, reference, clipped)
+            return Outcome(difference, untried, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
         unseen = Outcome(difference, why, reference, clipped)
     if unseen is not None:
@@ -401,8 +404,8 @@ def _roots(value: ir.Value | None) -> list[ir.Value]:
     return [] if value is None else [value]
 
 
-def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, judged: bool, bare: bool) -> float:
-    """Compare both graphs in the other branch of an If; return 0 if the original graph does not run there.
+def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, judged: bool, bare: bool) -> float | None:
+    """Compare both graphs in the other branch of an If; return None if the original graph does not run there.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains, or only the written graph fails.
@@ -411,7 +414,7 @@ def _flipped(wanted: bytes, out: Path, name: str, feeds: Feeds, both: Feeds, jud
     try:
         results = _session(wanted, bare).run(None, {**feeds, **other})
     except Exception:  # onnxruntime's errors have no common base class; sizes may only fit one branch.
-        return 0.0
+        return None
     try:
         got = _session(str(out), bare).run(None, {**both, **other})
     except Exception as error:

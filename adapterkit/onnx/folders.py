@@ -114,6 +114,12 @@ def folder_of(model: Any, out: str | PathLike[str]) -> Path | None:
     return path
 
 
+def only_graph(model: Any) -> Any:
+    """Return the graph of a folder that has one; anything else as it is, for `opened` to judge."""
+    found = graphs_in(Path(model)) if isinstance(model, str | PathLike) and Path(model).is_dir() else []
+    return found[0] if len(found) == 1 else model
+
+
 def graphs_in(folder: Path) -> list[Path]:
     """Return the graphs of a folder, and of folders in it."""
     found = [file for file in files_below(folder) if file.suffix.lower() == ".onnx"]

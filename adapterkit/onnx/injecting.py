@@ -178,7 +178,7 @@ def inject(
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
-    from .folders import folder_of, graphs_in, inject_folder, left_out
+    from .folders import folder_of, inject_folder, left_out, only_graph
 
     if (folder := folder_of(model, out)) is not None:
         return inject_folder(
@@ -186,9 +186,7 @@ def inject(
             strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
             made_from=made_from,
         )  # fmt: skip
-    if isinstance(model, str | PathLike) and Path(model).is_dir():
-        (model,) = graphs_in(Path(model)) or (model,)
-    source = opened(model)
+    source = opened(only_graph(model))
     read, base = loaded(adapter, base_weights)
     wrong = base_warnings([(name_of(adapter), read)], base, strict_base)
     tying = Tying.of(base, source.path, tied)

@@ -286,7 +286,7 @@ def merge(
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
-    from .folders import folder_of, graphs_in, merge_folder
+    from .folders import folder_of, merge_folder, only_graph
 
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
@@ -295,9 +295,7 @@ def merge(
             strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
             made_from=made_from,
         )  # fmt: skip
-    if isinstance(model, str | PathLike) and Path(model).is_dir():
-        (model,) = graphs_in(Path(model)) or (model,)
-    source = opened(model)
+    source = opened(only_graph(model))
     tying = _tying(source, base_weights, tied)
     read, factors, folds, wrong = _resolved(
         source.model, several, weights, base_weights, tying, strict_base, rename, allow_partial
@@ -337,16 +335,14 @@ def plan(
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as `merge`.
     """
-    from .folders import folder_of, graphs_in, plan_folder
+    from .folders import folder_of, graphs_in, only_graph, plan_folder
 
     if (folder := folder_of(model, "")) is not None and len(graphs_in(folder)) > 1:
         return plan_folder(
             folder, adapters, weights=weights, rename=rename, allow_partial=allow_partial, base_weights=base_weights,
             tied=tied, strict_base=strict_base,
         )  # fmt: skip
-    if isinstance(model, str | PathLike) and Path(model).is_dir():
-        (model,) = graphs_in(Path(model)) or (model,)
-    source = opened(model)
+    source = opened(only_graph(model))
     tying = _tying(source, base_weights, tied)
     folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename, allow_partial)[2]
     return tuple(place for place, _ in folds)
