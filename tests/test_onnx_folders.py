@@ -252,6 +252,24 @@ def test_a_wrong_branch_is_seen_by_the_check(tmp_path, monkeypatch):
         ak.onnx.inject(graph, adapter(DECODER), tmp_path / "out.onnx")
 
 
+def test_a_branch_that_the_check_cannot_run_is_said(tmp_path):
+    """Its reshape suits no input, so that the original graph fails there, too."""
+    graph = optimum(tmp_path / "model") / "decoder_model_merged.onnx"
+    proto = onnx.load(graph)
+    (choice,) = (node for node in proto.graph.node if node.op_type == "If")
+    branch = next(part.g for part in choice.attribute if part.name == "else_branch")
+    last = branch.output[0].name
+    odd = helper.make_tensor("odd_size", onnx.TensorProto.INT64, [1], [999_983])
+    producer = next(node for node in branch.node if last in node.output)
+    producer.output[0] = "before_the_reshape"
+    branch.node.append(helper.make_node("Constant", [], ["odd_shape"], value=odd))
+    branch.node.append(helper.make_node("Reshape", ["before_the_reshape", "odd_shape"], [last]))
+    onnx.save(proto, graph)
+    report = ak.onnx.inject(graph, adapter(DECODER), tmp_path / "out.onnx")
+    assert report.difference < 1e-5
+    assert "use_cache_branch = False does not run" in report.note
+
+
 def test_roles_of_genai_come_from_its_config(tmp_path):
     folder = optimum(tmp_path / "model")
     for name in ("decoder_model.onnx", "decoder_model_merged.onnx"):
