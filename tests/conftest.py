@@ -1,6 +1,7 @@
 """What tests share: the specification's folder, small bases, and adapters made from shape strings alone."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -282,6 +283,10 @@ def close():
 
     return check
 
+
+# A worker holds a million objects (24,000 tests, and torch): with Python's own thresholds a twentieth of its time goes
+# into looking for circles among them.
+gc.set_threshold(100_000, 20, 50)
 
 # On a busy machine any command may take longer than the time after which it tells what it does; no test waits for that.
 os.environ.setdefault("ADAPTERKIT_PATIENCE", "600")

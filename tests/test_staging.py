@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from command_line import run, save_base, save_peft
@@ -54,16 +55,23 @@ def convert(name: str, out: Path) -> list[object]:
     return words if below is None else [*words, "--base", below]
 
 
+@cache
+def undisturbed(name: str) -> tuple[str, dict[str, bytes | None]]:
+    """The name of what a command writes in a format, and everything that it writes."""
+    path = sample(name)[0]
+    file = path.name if path.is_file() else FORMATS[name].file or "out"
+    with TemporaryDirectory() as folder:
+        done = run(*convert(name, Path(folder) / file))
+        assert done.exit_code == 0, done.output
+        return file, tree(Path(folder))
+
+
 class Place:
     """Where an output of a format goes: a folder in which old files have the names that the new ones will have."""
 
     def __init__(self, name: str, folder: Path, command: Commands) -> None:
         self.name, self.command = name, command
-        path = sample(name)[0]
-        file = path.name if path.is_file() else FORMATS[name].file or "out"
-        self.new = self._folder(folder / "new") / file
-        assert self.run(self.new).code == 0
-        self.whole = tree(self.new.parent)
+        file, self.whole = undisturbed(name)
         self.old = self._folder(folder / "old") / file
         for inside, data in self.whole.items():
             there = self.old.parent / inside

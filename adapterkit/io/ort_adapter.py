@@ -36,7 +36,9 @@ _SIZES = {"<H": 2, "<I": 4, "<i": 4}
 _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
-MAX_AXES = 32
+MAX_AXES = 64
+"""Most axes of a tensor: as many as a safetensors file may hold, so that what was read there can be written here."""
+
 ALIGNMENT = 16
 PAGE, PAGES = 1 << 12, 8
 """Bytes of a page of the file, and how many pages are kept in memory."""

@@ -299,7 +299,7 @@ def _narrowed(one: Delta, other: Delta) -> tuple[Delta, Delta] | None:
     made = []
     for delta in (one, other):
         # The scale is moved between the factors so that A is near 1: neither factor underflows in float32.
-        sides = math.frexp(float(np.abs(delta.A).max()) or 1.0)[1] if delta.rank else 0
+        sides = math.frexp(float(np.abs(delta.A).max(initial=0.0)) or 1.0)[1]
         B, A = (np.ldexp(X, k).astype("<f4") for X, k in ((delta.B, shift + sides), (delta.A, -sides)))
         made.append(Delta(B, A, None if delta.rest is None else np.ldexp(delta.rest, shift).astype("<f4")))
     return made[0], made[1]
@@ -309,8 +309,11 @@ def _largest(delta: Delta) -> float:
     """A bound on the magnitude of the elements."""
     import numpy as np
 
-    product = float(np.abs(delta.B).max()) * float(np.abs(delta.A).max()) * delta.rank if delta.rank else 0.0
-    return product + (0.0 if delta.rest is None else float(np.abs(delta.rest).max()))
+    def largest(array: Array) -> float:
+        return float(np.abs(array).max(initial=0.0))  # A damaged file may hold tensors without elements.
+
+    product = largest(delta.B) * largest(delta.A) * delta.rank
+    return product + (0.0 if delta.rest is None else largest(delta.rest))
 
 
 def _rows(delta: Delta) -> Iterator[Array]:

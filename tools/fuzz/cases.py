@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sandbox import REPOSITORY
 
@@ -86,7 +87,7 @@ class Case:
 
 def load(folder: Path) -> Case:
     """A case that `keep` wrote."""
-    note = json.loads((folder / NOTE).read_text("utf-8"))
+    note = said_of(folder)
     files: dict[str, Content] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -99,9 +100,10 @@ def load(folder: Path) -> Case:
     return Case(folder.name, note["kind"], files, note["subject"], note.get("format", ""), note.get("base", ""))
 
 
-def seed_of(folder: Path) -> str:
-    """The name of the seed that a kept case comes from."""
-    return str(json.loads((folder / NOTE).read_text("utf-8")).get("seed", ""))
+def said_of(folder: Path) -> dict[str, Any]:
+    """The note of a kept case: its kind, its seed and, where known, the run and its number there."""
+    note: dict[str, Any] = json.loads((folder / NOTE).read_text("utf-8"))
+    return note
 
 
 def located(base: str) -> Path:

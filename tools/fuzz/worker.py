@@ -13,7 +13,7 @@ from typing import Any
 
 import containers
 import trees
-from cases import Case, Content, Special, load, seed_of
+from cases import Case, Content, Special, load, said_of
 from exercise import Exercise, Finding
 from sandbox import Sandbox
 from seeds import seeds, with_partner
@@ -47,10 +47,21 @@ class Maker:
 
     def rng(self, number: int, what: str) -> Random:
         """A stream of random numbers for one purpose."""
-        return Random(f"{self.seed}:{number}:{what}")
+        return stream(self.seed, number, what)
 
     def _others(self, name: str) -> list[Case]:
         return [case for cases in self.groups.values() for case in cases[:3]]
+
+
+def stream(seed: int, number: int, what: str) -> Random:
+    """The random numbers that one input of a run meets for one purpose."""
+    return Random(f"{seed}:{number}:{what}")
+
+
+def stream_of(folder: Path) -> list[Random]:
+    """What was drawn while a kept case was run: the format it was written in, the command; none if it is not said."""
+    said = said_of(folder)
+    return [stream(said["run_seed"], said["number"], "run")] if "number" in said else []
 
 
 def changed(case: Case, rng: Random, others: Sequence[Case]) -> Case:
@@ -148,9 +159,9 @@ def replay(folders: Iterable[Path], exercise: Exercise, groups: dict[str, list[C
     for folder in folders:
         say(start=folder.name)
         findings: dict[str, Finding] = {}
-        case = replace(load(folder), partner=partners.get(seed_of(folder), ""))
-        for attempt in range(3):
-            findings |= {found.key: found for found in exercise.run(case, Random(attempt))}
+        case = replace(load(folder), partner=partners.get(str(said_of(folder).get("seed", "")), ""))
+        for drawn in (*map(Random, range(3)), *stream_of(folder)):
+            findings |= {found.key: found for found in exercise.run(case, drawn)}
         say(done=folder.name, steps=exercise.done, findings=[{"key": key, **asdict(f)} for key, f in findings.items()])
 
 
