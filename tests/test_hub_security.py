@@ -35,17 +35,30 @@ def proxy(registry: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
     made.close()
 
 
+@pytest.fixture
+def records() -> Iterator[list[logging.LogRecord]]:
+    """Everything that reaches the root logger, whose level is the lowest for as long as this lasts."""
+    kept: list[logging.LogRecord] = []
+    handler, root = logging.Handler(), logging.getLogger()
+    handler.emit = kept.append  # type: ignore[method-assign]
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield kept
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
 def test_no_secret_in_any_log(
-    hub: HubServer, proxy: Proxy, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    hub: HubServer, proxy: Proxy, bucket: str, tmp_path: Path, records: list[logging.LogRecord]
 ) -> None:
     """At the most talkative level of every library that has a part in it, the servers' own aside."""
     lora, said = lay(tmp_path / "lora", peft_files()), []
-    with caplog.at_level(logging.DEBUG):
-        for uri in ("hf://org/new", f"oci://{proxy.host}/security/logs:v1", f"s3://{bucket}/logs"):
-            said += [run("push", lora, uri, "--debug", "--json").output]
-            said += [run("pull", uri, tmp_path / uri[:2], "--debug", "--json").output]
-            said += [run("merge", lora, uri, "-o", tmp_path / "none", "--debug", "--json").output]
-    said += [r.getMessage() for r in caplog.records if r.name not in ("werkzeug", "moto")]
+    for uri in ("hf://org/new", f"oci://{proxy.host}/security/logs:v1", f"s3://{bucket}/logs"):
+        said += [run("push", lora, uri, "--debug", "--json").output]
+        said += [run("pull", uri, tmp_path / uri[:2], "--debug", "--json").output]
+        said += [run("merge", lora, uri, "-o", tmp_path / "none", "--debug", "--json").output]
+    said += [r.getMessage() for r in records if r.name not in ("werkzeug", "moto")]
     assert len(said) > 40
     for secret in (TOKEN, proxy.token, CREDENTIALS, "openSesame", SECRET):
         assert not [text for text in said if secret in text]
