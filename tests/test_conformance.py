@@ -162,7 +162,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 36  # and layers with several updates, and refusals
+    assert len(computed) == len(FORMULAS) + 41  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():
@@ -187,6 +187,51 @@ def test_this_library_conforms_as_a_program(tmp_path):
     outcomes = conformance(program, suite_of(cases, tmp_path))
     assert [(each.case, each.why) for each in outcomes if not each.passed] == []
     assert len(outcomes) == len(cases)
+
+
+@pytest.fixture
+def javascript():
+    """The reader in JavaScript: a verb and paths -> its lines."""
+
+    def run(*words):
+        command = [NODE, str(SPEC / "readers" / "javascript" / "cli.mjs"), *map(str, words)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def test_links_in_a_base_folder(reader, javascript, tmp_path):
+    """They are followed, around in a circle too; one that leads nowhere is no file."""
+    real = tmp_path / "real"
+    real.mkdir()
+    save_file({"q.weight": np.zeros((2, 3), np.float32)}, real / "one.safetensors")
+    bases = [tmp_path / name for name in ("index", "name", "second", "config", "folder")]
+    for folder in bases:
+        folder.mkdir()
+    for folder, name in zip(bases[:2], ("model.safetensors.index.json", "model.safetensors"), strict=True):
+        (folder / name).symlink_to("nowhere")
+    (bases[0] / "model.safetensors").symlink_to(real / "one.safetensors")
+    shutil.copy(real / "one.safetensors", bases[1] / "any.safetensors")
+    for folder, name in zip(bases[2:4], ("two.safetensors", "config.json"), strict=True):
+        shutil.copy(real / "one.safetensors", folder / "one.safetensors")
+        (folder / name).symlink_to("nowhere")
+    (bases[4] / "inside").symlink_to(real)
+    (bases[4] / "around").symlink_to(tmp_path)
+    index = {"weight_map": {"q.weight": "inside/one.safetensors"}}
+    (bases[4] / "model.safetensors.index.json").write_text(json.dumps(index))
+    wanted = {"ok": True, "tensors": {"q.weight": ["F32", [2, 3]]}}
+    assert [{key: line[key] for key in wanted} for line in javascript("base", *bases)] == [wanted] * len(bases)
+    assert [reader.base(str(folder)) for folder in bases] == [wanted] * len(bases)
+
+
+def test_the_adapter_is_told_before_a_base_that_is_not_there(reader, javascript, tmp_path):
+    bad = VECTORS / "invalid" / "attribute_above.safetensors"
+    for verb in ("compute", "merge"):
+        (line,) = javascript(verb, bad, tmp_path / "none")
+        told = {"ok": False, "error": "Malformed", "where": "q: oft.terms"}
+        assert {key: line[key] for key in told} == told
+        assert reader._told(reader.VERBS[verb], str(bad), str(tmp_path / "none")) == told
 
 
 @pytest.fixture

@@ -49,8 +49,11 @@ class OFTPatches(OutputUpdate):
         """Run the layer on the rotated input.
 
         Raises:
-            Unsupported: the layer is a convolution with groups.
+            Unsupported: the layer is a convolution with groups, a transposed one, or no layer of weights.
         """
+        if len(layer.shape) < 2:
+            cure = "Target a linear layer or a convolution that is not transposed"
+            raise Unsupported("patches of something that is no linear layer and no convolution", cure=cure)
         channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
         given = x.shape[-3] if len(layer.shape) > 2 else channels
         # The size may be open in a graph; it is an integer in every torch model.

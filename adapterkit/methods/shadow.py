@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.updates import OutputUpdate, Rule, attribute, tensor
-from ..errors import Malformed, UsageError
+from ..errors import Malformed, Unsupported, UsageError
 from ..linalg.activations import ACTIVATIONS, sigmoid
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ class Shadow(OutputUpdate):
         return {name: tuple(map(int, sizes)) for name, *sizes in lines}
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        if len(layer.shape) > 2:
+            why = "Shadow at a convolution, whose last axis is no axis of channels"
+            raise Unsupported(why, cure="Target the model's blocks")
         shadow = layer.call["shadow"]
         s = shadow.state(self)
         if s.shape != x.shape:

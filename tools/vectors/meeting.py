@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from container import Stored, layout, native, numbers, pack, stored
 from invalid.case import LORA, RECORD, TENSORS
+from methods import nola
 from sublayers import normed
 
 A, B = TENSORS["q.A"], TENSORS["q.B"]
@@ -496,6 +497,9 @@ def _lacking() -> Iterator[Computed]:
 
     yield lacks("residual_that_is_lacking", base, residual="first")
     yield lacks("norm_that_is_lacking", base | {"q.added": stored(_values("cr", 2, 3), "F64")}, norm="last")
+    gain, shift = stored(_values("gain", 3), "F64"), stored(_values("shift", 2), "F64")
+    half = {"q.added": stored(_values("cr", 2, 3), "F64"), "q.norm_weight": gain, "q.norm_bias": shift}
+    yield lacks("norm_of_which_a_part_is_lacking", base | half, norm="last")
     yield lacks("residual_of_another_shape", base | {"q.added": stored(_values("cr", 1, 3), "F64")}, residual="first")
     yield lacks("input_that_does_not_suit", wide)
     yield lacks("output_without_a_weight", {"q.x": base["q.x"]})
@@ -550,6 +554,20 @@ def _undecided() -> Iterator[Computed]:
     yield refused("residual_behind_a_whole_output", _file(reft, _update("bottleneck"), **free, **neck), residual, "q")
     grouped = {"q.weight": stored(_values("cG", 4, 2, 2, 2), "F64"), "q.x": stored(_values("cGx", 1, 4, 3, 3), "F64")}
     yield refused("patches_of_groups", _one("oft_patches", pairs=_real("pairs.groups", 1, 6)), grouped, "q")
+    wider = {"q.weight": stored(_values("cT", 2, 3, 2, 2), "F64"), "q.x": stored(_values("cTx", 1, 2, 3, 4), "F64")}
+    turned = _one("oft_patches", target={"path": "q", "layout": "in out *k"}, pairs=_real("pairs.turned", 1, 6))
+    yield refused("patches_of_a_transposed_convolution", turned, wider, "q")
+    network = {"down": (1, 3), "up": (3, 1), "transform_in": (2, 3), "transform_in_bias": (2,)}
+    network |= {"transform_out": (3, 2), "transform_out_bias": (3,), "gate_in": (2, 3), "gate_in_bias": (2,)}
+    network |= {"gate_out": (3, 2), "gate_out_bias": (3,), "network": (1,)}
+    parts = {name: _real(f"shadow.{name}", *shape) for name, shape in network.items()}
+    kernel = {"q.weight": stored(_values("cS3", 3, 3, 1), "F64"), "q.x": stored(_values("cS3x", 2, 3, 3), "F64")}
+    kernel |= {"q.call.shadow": kernel["q.x"]}
+    yield refused("shadow_of_a_convolution", _one("shadow", {"names": "w 1"}, **parts), kernel, "q")
+    tokens = {"A": _real("tA", 2, 3), "B": _real("tB", 3, 2), "invocation": stored(np.array([1]), "I64")}
+    looked_up = square | {"q.x": stored(np.array([[[1, 2], [0, 1]]]), "I64")}
+    looked_up |= {"q.call.input_ids": stored(np.array([[1, 2]]), "I64")}
+    yield refused("tokens_beside_tokens", _one("alora", **tokens), looked_up, "q")
 
 
 def _shapes_of_outputs() -> Iterator[Computed]:
@@ -567,6 +585,12 @@ def _shapes_of_outputs() -> Iterator[Computed]:
     kernel = {"q.weight": stored(_values("cK", 3, 2, 2), "F64"), "q.x": stored(_values("cKx", 2, 2, 5), "F64")}
     patches = _one("oft_patches", pairs=_real("pairs", 1, 1))
     yield unfit("patches_of_one_axis", patches, kernel, "q: oft_patches", "R-10.8")
+    gain, seeds = _values("gain", 3), np.array([7, -2])
+    alpha, beta = _values("nola.alpha", 2), _values("nola.beta", 3)
+    file = _one("nola", alpha=stored(alpha, "F32"), beta=stored(beta, "F32"), seeds=stored(seeds, "I64"))
+    merged, _ = nola.formula(gain, None, alpha, beta, [int(seed) % (1 << 64) for seed in seeds])
+    held = {"q.weight": stored(gain, "F64"), "q.merged.weight": stored(merged, "F64")}
+    yield Computed("random_matrices_of_one_column", file, held, ("R-10.4",))
     down, up = _values("one.down", 2, 3), _values("one.up", 3, 2)
     neck = _one("bottleneck", down=stored(down, "F32"), up=stored(up, "F32"))
 

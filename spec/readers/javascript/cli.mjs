@@ -4,18 +4,28 @@
 //     node cli.mjs rules FILE...
 //     node cli.mjs compute ADAPTER BASE        node cli.mjs merge ADAPTER BASE
 
-import { readFileSync, readdirSync, statSync } from "node:fs";
-import { join, relative } from "node:path";
+import { readFileSync, readdirSync, realpathSync, statSync } from "node:fs";
+import { join } from "node:path";
 import * as run from "./run.mjs";
 
 const methods = JSON.parse(readFileSync(new URL("../../1.1/methods.json", import.meta.url), "utf-8"));
 const bytesOf = (path) => new Uint8Array(readFileSync(path));
 
+// Names of the files below a folder. Links are followed, but not around in a circle; one that leads nowhere is no file.
+function filesOf(folder, above = []) {
+  const here = realpathSync(folder);
+  if (above.includes(here)) return [];
+  return readdirSync(folder).flatMap((name) => {
+    const path = join(folder, name);
+    const found = statSync(path, { throwIfNoEntry: false });
+    if (found?.isDirectory()) return filesOf(path, [...above, here]).map((inside) => `${name}/${inside}`);
+    return found?.isFile() ? [name] : [];
+  });
+}
+
 function base(folder) {
   if (statSync(folder).isFile()) return run.baseFile(bytesOf(folder));
-  const entries = readdirSync(folder, { recursive: true, withFileTypes: true }).filter((entry) => !entry.isDirectory());
-  const files = entries.map((entry) => relative(folder, join(entry.parentPath, entry.name)).replaceAll("\\", "/"));
-  return run.base(files, (name) => bytesOf(join(folder, name)));
+  return run.base(filesOf(folder), (name) => bytesOf(join(folder, name)));
 }
 
 const [verb, ...paths] = process.argv.slice(2);
@@ -24,10 +34,10 @@ const asked = {
   base,
   canonical: (path) => run.canonicals(bytesOf(path)),
   rules: (path) => run.rules(bytesOf(path)),
-  compute: (...pair) => run.computed(...pair.map(bytesOf), methods),
-  merge: (...pair) => run.merged(...pair.map(bytesOf), methods),
+  compute: (adapter, path) => run.computed(bytesOf(adapter), () => bytesOf(path), methods),
+  merge: (adapter, path) => run.merged(bytesOf(adapter), () => bytesOf(path), methods),
 }[verb];
-for (const group of asked.length ? paths.map((path) => [path]) : [paths]) {
+for (const group of asked.length === 1 ? paths.map((path) => [path]) : [paths]) {
   let line;
   try {
     line = await asked(...group);

@@ -175,20 +175,21 @@ export const baseFile = async (bytes) => listed(readSafetensors(bytes).tensors);
 
 const listed = (tensors) => ({ ok: true, tensors: Object.fromEntries([...tensors].map(([name, t]) => [name, [t.dtype, t.shape]])) });
 
-export async function computed(adapterBytes, baseBytes, methods) {
+// `readBase()`: the bytes of the base; it is opened after the adapter has been read.
+export async function computed(adapterBytes, readBase, methods) {
   const adapter = readAdapter(adapterBytes, methods);
   const plain = (a) => ({ shape: a.shape, values: [...a.data] });
-  const outputs = compute(adapter, readSafetensors(baseBytes).tensors).map(([path, arrays]) => {
+  const outputs = compute(adapter, readSafetensors(readBase()).tensors).map(([path, arrays]) => {
     if (arrays.error) return [path, arrays];
     return [path, Object.fromEntries(Object.entries(arrays).filter(([, a]) => a).map(([name, a]) => [name, plain(a)]))];
   });
   return { ok: true, outputs: Object.fromEntries(outputs) };
 }
 
-export async function merged(adapterBytes, baseBytes, methods) {
+export async function merged(adapterBytes, readBase, methods) {
   const adapter = readAdapter(adapterBytes, methods);
   const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  const tensors = [...merge(adapter, readSafetensors(baseBytes).tensors)];
+  const tensors = [...merge(adapter, readSafetensors(readBase()).tensors)];
   return { ok: true, tensors: Object.fromEntries(tensors.map(([name, t]) => [name, [t.dtype, t.shape, hex(t.bytes)]])) };
 }
 
