@@ -229,7 +229,9 @@ def _with_biases(updates: Updates) -> Updates:
     parts |= {component_of(t.path) for t, found in updates.items() if any(_has_bias(update) for update in found)}
     for target, found in updates.items():
         alone = found[0] if len(found) == 1 else None
-        if isinstance(alone, LoRA) and alone.bias is None and component_of(target.path) in parts:
+        if target.stacked or not isinstance(alone, LoRA):
+            continue  # Experts have no keys here, and are refused with their names behind this.
+        if alone.bias is None and component_of(target.path) in parts:
             column = narrow(times(alone.B, 0.0), 1, 0, 1)
             joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
     return {target: joined.get(target, found) for target, found in updates.items()}

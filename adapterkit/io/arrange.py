@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
-from .lazy import DTYPES, DType, Lazy, Span, as_array, as_lazy, bytes_of, first_in, first_not_finite
+from .lazy import (
+    DTYPES,
+    TAKE_OUT,
+    DoesNotFit,
+    DType,
+    Lazy,
+    Span,
+    as_array,
+    as_lazy,
+    bytes_of,
+    first_in,
+    first_not_finite,
+)
 
 if TYPE_CHECKING:
     from .lazy import Array, Leaf
@@ -92,11 +104,11 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Laz
     """Return every `step`-th position from `start` to before `stop` along an axis.
 
     Raises:
-        ValueError: the tensor does not have these positions.
+        DoesNotFit: the tensor does not have these positions.
     """
     at = axis % len(leaf.shape)
     if not 0 <= start <= stop <= leaf.shape[at]:
-        raise ValueError(f"no positions {start} to {stop} along axis {at} of {list(leaf.shape)}")
+        raise DoesNotFit(f"no positions {start} to {stop} along axis {at} of {list(leaf.shape)}", cure=TAKE_OUT)
     if (start, stop, step) == (0, leaf.shape[at], 1):
         return leaf
     shape = (*leaf.shape[:at], len(range(start, stop, step)), *leaf.shape[at + 1 :])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..errors import Corrupt, Malformed, Unsupported, storage_error
+from ..errors import Corrupt, Malformed, ShapeMismatch, Unsupported, storage_error
 from .inputs import open_input
 
 if TYPE_CHECKING:
@@ -199,6 +199,17 @@ class NotComputed(Exception):
     """Raised where a tensor is read whose numbers are still to be computed, such as one of an outline of a result."""
 
 
+class DoesNotFit(ShapeMismatch, ValueError):
+    """Raised where a tensor has no such shape or positions.
+
+    Also a ValueError, as numpy and torch raise: a caller that tries a rearrangement handles all alike. Where no caller
+    does, users still meet a typed error.
+    """
+
+
+TAKE_OUT = "Take this tensor's target out of the adapter: its shape fits no layer of the format"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Lazy:
     """A tensor that is not read yet.
@@ -290,7 +301,7 @@ class Lazy:
         size = math.prod(self.shape)
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
         if math.prod(full) != size:
-            raise ValueError(f"cannot reshape {list(self.shape)} to {list(shape)}")
+            raise DoesNotFit(f"cannot reshape {list(self.shape)} to {list(shape)}", cure=TAKE_OUT)
         return self if full == self.shape else Lazy(full, self.dtype, self.source, self.span, self.part)
 
 
