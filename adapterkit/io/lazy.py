@@ -200,10 +200,10 @@ class NotComputed(Exception):
 
 
 class DoesNotFit(ShapeMismatch, ValueError):
-    """Raised where a tensor has no such shape or positions.
+    """Reports that a tensor has no such shape or positions.
 
-    Also a ValueError, as numpy and torch raise: a caller that tries a rearrangement handles all alike. Where no caller
-    does, users still meet a typed error.
+    It is also a ValueError, which numpy and torch raise: a caller that tries a rearrangement handles all alike, and users
+    meet a typed error if no caller does.
     """
 
 
