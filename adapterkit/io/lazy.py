@@ -202,7 +202,7 @@ class NotComputed(Exception):
 class DoesNotFit(ShapeMismatch, ValueError):
     """Reports that a tensor has no such shape or positions.
 
-    It is also a ValueError, which numpy and torch raise: a caller that tries a rearrangement handles all alike, and users
+    It is also a ValueError, which numpy and torch raise: a caller that tries a rearrangement handles all alike. Users
     meet a typed error if no caller does.
     """
 
