@@ -34,7 +34,7 @@ from .leaves import LiveUpdates
 from .outputs import Beside, Change, InputRecorder, OutputSite, Switch, through
 from .routing import Route, check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Scope, current
-from .sharding import whole
+from .sharding import constants_on_every_process, is_sharded, whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -307,7 +307,11 @@ class ForwardHook:
             layer = self.layer.like(x)
             if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
-            y = _direct(layer, parts, x)
+            if type(layer.sample) in _PLAIN:
+                y = _direct(layer, parts, x)
+            else:
+                with _spread(layer, parts):
+                    y = _direct(layer, parts, x)
             # A formula of float32 factors ends in float32; the next layers get what the module itself returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         exchanged = {**self.changed(parts), **skipped}
@@ -423,8 +427,12 @@ class ForwardHook:
                 check_expert(route, where)
             x = [*args, *kwargs.values()][0]
             thin = [part for part in self.parts if self.ranks.get(part)]
+            layer = self.layer.like(x)
             try:
-                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
+                if compiling or type(layer.sample) in _PLAIN:
+                    return add_by_row(layer, thin, route, scope, x, self.kept)
+                with _spread(layer, thin):
+                    return add_by_row(layer, thin, route, scope, x, self.kept)
             except AdapterkitError as error:
                 raise error.at(where=where) from None
         outputs = [
@@ -630,6 +638,30 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y
+
+
+@contextmanager
+def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
+    """Run formulas over a layer whose weight may be a DTensor.
+
+    Raises:
+        Unsupported: a formula makes indices of its own, which the backward pass would meet without them being DTensors.
+    """
+    if type(layer.sample) in _PLAIN or not is_sharded(layer.sample):
+        yield
+        return
+    tensors = [tensor for part in parts for update in part.updates for tensor in update.tensors.values()]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    try:
+        with nullcontext() if trains else constants_on_every_process():
+            yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        methods = ", ".join(dict.fromkeys(update.method for part in parts for update in part.updates))
+        why = f"training {methods} in a tensor-parallel layer: torch cannot mix plain tensors of a formula or route in"
+        cure = "Train lora, dora or ia3 there without a route, or leave the layer out of parallelize_module's plan"
+        raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 
 def _chain(layer: Any, updates: Sequence[Update]) -> Any:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..core.updates import Update
 from ..errors import Unsupported
+from .sharding import spread
 
 PREFIX = "adapterkit:"
 """The start of the names of registered tensors. No attribute in Python source can be called so."""
@@ -222,7 +223,7 @@ class Registration:
                 key = id(value), like.device, trained
                 if key not in self._staged:
                     label = f"{where}/{position}/{name}" if len(updates) > 1 else f"{where}/{name}"
-                    self._staged[key] = Leaf(home, self._free(home, label), owned(value, like, trained))
+                    self._staged[key] = Leaf(home, self._free(home, label), owned(value, like, trained, self.model))
                 mine[name] = self._staged[key]
                 tensors[name] = mine[name].tensor
                 if mine[name].module is not home:
@@ -300,15 +301,19 @@ def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
 
 
-def owned(value: Any, like: Tensor, trained: bool) -> Tensor:
-    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came."""
+def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
+    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came.
+
+    Where `like` is a DTensor of a tensor-parallel layer, the copy is one too, whole in every process.
+    """
     from ..io.lazy import as_torch
 
     tensor = as_torch(value, like.device).detach()
     if tensor.is_floating_point():
         wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
-    return nn.Parameter(tensor.clone()) if trained and tensor.is_floating_point() else tensor.clone()
+    made = spread(tensor.clone(), like, model)
+    return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
 def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
