@@ -76,6 +76,7 @@ class ForwardHook:
         self.module, self.original = module, getattr(module, self.slot)
         self.before = module.__dict__.get(self.slot)
         self.layer: Layer | None = layer_of(module, self.original)
+        self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
         self.input_recorders: list[InputRecorder] = []
@@ -142,6 +143,16 @@ class ForwardHook:
         self.kept = Kept()
         SETTINGS.renew()
 
+    def _meet(self, kind: type) -> None:
+        """Take in that the module's weight is of another class now: torchao's `quantize_` exchanges the weight alone."""
+        self.kind, layer = kind, layer_of(self.module, self.original)
+        if type(layer) is type(self.layer):
+            return
+        self.layer = layer
+        ranks = {part: rank_of(part, layer) if layer is not None and part.direct else 0 for part in self.parts}
+        self.ranks = ranks
+        self._look()
+
     def _standing(self) -> str | None:
         """The attribute that holds this hook's forward; None where another tool has wrapped or removed it."""
         held = self.module.__dict__
@@ -186,6 +197,9 @@ class ForwardHook:
             y = self._planned(scope, args[0])
             if y is not None:
                 return y
+        kind = type(self.module._parameters.get("weight"))
+        if kind is not self.kind and kind not in _PLAIN:
+            self._meet(kind)
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None

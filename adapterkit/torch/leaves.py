@@ -120,7 +120,9 @@ class Leaf:
         if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
             # The module's dictionary and the call itself hold it. An optimizer that was made before holds `first`.
             if sys.getrefcount(self.module._parameters[self.name]) > 2:
-                why = "accelerate offloaded the model after it got the adapter, and an optimizer holds what it left there"
+                why = (
+                    "accelerate offloaded the model after it got the adapter, and an optimizer holds what it left there"
+                )
                 cure = "Delete that optimizer, and make one from handle.parameters()"
                 raise Unsupported(why, where=self.name, cure=cure)
             self.module._parameters[self.name] = first

@@ -159,9 +159,13 @@ class _Hook:
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
         self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():  # Its guards do the same.
             return
+        if "_is_replica" in model.__dict__:
+            # Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
+            cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
+            raise Unsupported("nn.DataParallel on several devices", where=self.watches[0].name, cure=cure)
         moved = any(parent._modules.get(name) is not module for parent, name, module in self.places)
         if self.forwards is None:
             self._gather()
