@@ -144,7 +144,7 @@ class ForwardHook:
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
-        """Take in that the module's weight is of another class now: torchao's `quantize_` exchanges the weight alone."""
+        """Take in that the module's weight is of another class: torchao's `quantize_` exchanges the weight alone."""
         self.kind, layer = kind, layer_of(self.module, self.original)
         if type(layer) is type(self.layer):
             return
