@@ -114,7 +114,7 @@ def first_fsdp(method, rank):
         ak.torch.inject(frozen, adapter)
         close(flattened(frozen, whole)(X), wanted)
         for trainable in (False, True):
-            with pytest.raises(Unsupported, match="FullyShardedDataParallel has flattened.*use_orig_params"):
+            with pytest.raises(Unsupported, match=r"FullyShardedDataParallel has flattened.*use_orig_params"):
                 ak.torch.inject(flattened(Block(), whole), adapter, trainable=trainable)
     model = Block()
     handle = ak.torch.inject(model, adapter, trainable=True)

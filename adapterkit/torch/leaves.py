@@ -289,7 +289,7 @@ def offloaded(model: nn.Module) -> set[int]:
 
 
 def loading_device(model: nn.Module, module: nn.Module) -> Any:
-    """Return the device where accelerate's hooks load a module's parameters for its forward; None without such hooks."""
+    """Return the device where accelerate's hooks load a module's parameters for its forward; None without hooks."""
     for above in _above(model, module):
         for hook in _hooks_of_accelerate(above):
             device = getattr(hook, "execution_device", None)

@@ -42,7 +42,7 @@ def is_sharded(leaf: Any) -> bool:
 
 
 def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
-    """Return a tensor of an adapter as a DTensor that every process holds whole, where the layer computes with DTensors.
+    """Return an adapter's tensor as a DTensor that every process holds whole, where the layer computes with DTensors.
 
     That is tensor parallelism (`parallelize_module`, transformers' `tp_plan`). FSDP2's weights are DTensors between
     forwards alone.
@@ -110,8 +110,8 @@ def check_gathered(model: nn.Module) -> None:
     """Check that a model's weights are there to be looked at.
 
     Raises:
-        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty. Or torch's first FSDP
-            has flattened them.
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty. Or torch's first
+            FSDP has flattened them.
     """
     if any(_synchroniser(module) == FSDP1 for module in model.modules()):
         cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
