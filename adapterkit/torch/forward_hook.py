@@ -28,7 +28,7 @@ from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, surround
 from .dropout import dropped_change
-from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
+from .layers import Difference, Layer, Linear, Quantized, is_packed, layer_of, moved
 from .lean import Plan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, InputRecorder, OutputSite, Switch, through
@@ -145,12 +145,11 @@ class ForwardHook:
 
     def _meet(self, kind: type) -> None:
         """Take in that the module's weight is of another class: torchao's `quantize_` exchanges the weight alone."""
-        self.kind, layer = kind, layer_of(self.module, self.original)
-        if type(layer) is type(self.layer):
+        self.kind = kind
+        if isinstance(self.layer, Quantized) or not is_packed(self.module):
             return
-        self.layer = layer
-        ranks = {part: rank_of(part, layer) if layer is not None and part.direct else 0 for part in self.parts}
-        self.ranks = ranks
+        self.layer = layer = Quantized(self.module, self.original)
+        self.ranks = {part: rank_of(part, layer) if part.direct else 0 for part in self.parts}
         self._look()
 
     def _standing(self) -> str | None:
@@ -664,7 +663,7 @@ def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
     if type(layer.sample) in _PLAIN or not is_sharded(layer.sample):
         yield
         return
-    tensors = [tensor for part in parts for update in part.updates for tensor in update.tensors.values()]
+    tensors: list[Any] = [tensor for part in parts for update in part.updates for tensor in update.tensors.values()]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     try:
         with nullcontext() if trains else constants_on_every_process():

@@ -65,7 +65,7 @@ def constants_on_every_process() -> Iterator[None]:
     """
     from torch.distributed.tensor import DTensor
 
-    dispatcher: Any = DTensor._op_dispatcher  # type: ignore[attr-defined]
+    dispatcher: Any = DTensor._op_dispatcher
     before = dispatcher._allow_implicit_replication
     dispatcher._allow_implicit_replication = True
     try:
