@@ -8,6 +8,7 @@ import copy
 import io
 import multiprocessing
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -451,6 +452,90 @@ def _():
         model(input_ids=IDS, labels=IDS).loss.backward()
         found.append(gradients(handle))
     return found[1], found[0]
+
+
+def checkpointed(model, between):
+    """The gradients of a checkpointed forward, with something done before the backward pass."""
+    handle = inject(model.train(), trainable=True)
+    y = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+    with torch.no_grad():
+        between(handle)
+    y.square().sum().backward()
+    return gradients(handle)
+
+
+@odd("a weight set between a checkpointed forward and its backward", raises=Unsupported, match=r"recomputed.*weight")
+def _():
+    checkpointed(two(), lambda handle: setattr(handle, "weight", 0.5))
+
+
+@odd("two weights, checkpointed, then one backward", raises=Unsupported, match="recomputed")
+def _():
+    model = two().train()
+    handle = inject(model, trainable=True)
+    first = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+    handle.weight = 0.5
+    second = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+    (first + second).sum().backward()
+
+
+@odd("switched off between a checkpointed forward and its backward", raises=Unsupported, match=r"recomputed.*switched")
+def _():
+    checkpointed(two(), lambda handle: handle.set_active(False))
+
+
+@odd("switched off for a reference between a checkpointed forward and its backward")
+def _():
+    model = two()
+
+    def reference(handle):
+        handle.set_active(False)
+        torch.testing.assert_close(model(X), two()(X))
+        handle.set_active(True)
+
+    return checkpointed(model, reference), of_training()
+
+
+@odd("a weight set after each backward of a checkpointed training")
+def _():
+    found = []
+    for through in (torch.utils.checkpoint.checkpoint, lambda model, x, use_reentrant: model(x)):
+        model = two().train()
+        handle = inject(model, trainable=True)
+        for weight in (1.0, 0.5, 2.0):
+            handle.weight = weight
+            through(model, X, use_reentrant=False).square().sum().backward()
+        found.append(gradients(handle))
+    return found[0], found[1]
+
+
+@odd("routes of two generators that take turns", raises=UsageError, match="another order")
+def _():
+    model = one()
+    inject(model, name="a")
+    inject(model, name="b", seed=1)
+
+    def stream(name):
+        with torch.no_grad(), ak.torch.route(model, [name] * 3):
+            yield model(X)
+
+    first, second = stream("a"), stream("b")
+    next(first), next(second)
+    next(first, None)
+
+
+@odd("a route that another thread leaves", raises=UsageError, match="another order, or thread")
+def _():
+    model = one()
+    inject(model, name="a")
+
+    def stream():
+        with ak.torch.route(model, ["a"] * 3):
+            yield
+
+    made = stream()
+    ThreadPoolExecutor(1).submit(next, made).result()
+    next(made, None)
 
 
 # Modes and functions of torch.

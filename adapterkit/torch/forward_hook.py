@@ -88,6 +88,7 @@ class ForwardHook:
         self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
         self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
+        self.recalled: tuple[Switch, ...] = ()  # Those of contexts, too.
         # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
@@ -139,6 +140,7 @@ class ForwardHook:
         self.plain = self.bare and linear and bool(self.parts) and all(self.ranks[part] for part in self.parts)
         self.expert = any(is_expert(str(part.target)) for part in self.parts)
         self.switched = tuple(part.switch for part in self.parts)
+        self.recalled = tuple(self.switches)
         self.drops = any(part.dropout for part in self.parts)
         self.kept = Kept()
         SETTINGS.renew()
@@ -189,7 +191,7 @@ class ForwardHook:
             self.module.__dict__[slot] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        scope = self.recall.scope(self.module.training)
+        scope = self.recall.scope(self.module.training, self.recalled)
         if self.copied is not None:
             self._check_copy(self.copied)
         if self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
