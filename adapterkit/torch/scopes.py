@@ -113,8 +113,8 @@ class Recall:
     """Gives a recomputed forward the scope that the first one had.
 
     Activation checkpointing runs a block again in the backward pass: often outside the `with` that the forward ran
-    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function. What an adapter
-    counts, and whether it is switched on, is compared with what it was in the first forward.
+    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function. The adapters'
+    weights and switches are compared with those of the first forward.
     """
 
     def __init__(self) -> None:
