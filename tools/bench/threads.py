@@ -4,8 +4,8 @@
 
 Three adapters of each method of weights that `create` makes are attached to one linear layer, and of each method of
 outputs beside it. Each forward must give what the same route gave in one thread before. It prints one line for each
-method, as it is done, with the seconds that passed and those of the processor: a forward with its route takes 0.5 to 2.5
-milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any forward differed.
+method, as it is done, with the seconds that passed and those of the processor: a forward with its route takes 0.5 to
+2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any forward differed.
 """
 
 from __future__ import annotations
