@@ -139,6 +139,7 @@ class _Hook:
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
         self.homes: list[nn.Module] = []
+        self.settled = False
         self.forwards: Forwards | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class _Hook:
         self.places = list(each.values())
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
+        self.settled = False
         self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
@@ -173,6 +175,10 @@ class _Hook:
             kind: Any = type(module)
             if "forward" not in module.__dict__ or kind.forward is not forward:
                 moved = True
+        if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nobody holds.
+            for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
+                leaf.settle()
+            self.settled = True
         if any("_hf_hook" in home.__dict__ for home in self.homes):
             for watch in self.watches:
                 watch.reclaim()
