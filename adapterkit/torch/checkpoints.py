@@ -53,6 +53,8 @@ def leave_state(model: nn.Module) -> None:
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
     handles: list[Handle] = module.__dict__.get(HANDLES, [])
+    for handle in handles:
+        handle._watch.reclaim()
     if any(handle.checkpoint == "adapter" for handle in handles):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             del state_dict[key]
@@ -72,6 +74,8 @@ def _load(
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
         return
+    for handle in module.__dict__[HANDLES]:
+        handle._watch.reclaim()
     paths = _paths(module)
     held = {prefix + _key(paths, leaf): leaf.tensor for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
     loaded = {key: state_dict.pop(key) for key in mine}

@@ -28,13 +28,13 @@ from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, surround
 from .dropout import dropped_change
-from .layers import Difference, Layer, Linear, Quantized, layer_of, moved
+from .layers import Difference, Layer, Linear, Quantized, is_packed, layer_of, moved
 from .lean import Plan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, InputRecorder, OutputSite, Switch, through
 from .routing import Route, check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Scope, current
-from .sharding import whole
+from .sharding import constants_on_every_process, is_sharded, whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -76,6 +76,7 @@ class ForwardHook:
         self.module, self.original = module, getattr(module, self.slot)
         self.before = module.__dict__.get(self.slot)
         self.layer: Layer | None = layer_of(module, self.original)
+        self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
         self.input_recorders: list[InputRecorder] = []
@@ -87,6 +88,7 @@ class ForwardHook:
         self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
         self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
+        self.recalled: tuple[Switch, ...] = ()  # Those of contexts, too.
         # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
@@ -138,9 +140,19 @@ class ForwardHook:
         self.plain = self.bare and linear and bool(self.parts) and all(self.ranks[part] for part in self.parts)
         self.expert = any(is_expert(str(part.target)) for part in self.parts)
         self.switched = tuple(part.switch for part in self.parts)
+        self.recalled = tuple(self.switches)
         self.drops = any(part.dropout for part in self.parts)
         self.kept = Kept()
         SETTINGS.renew()
+
+    def _meet(self, kind: type) -> None:
+        """Take in that the module's weight is of another class: torchao's `quantize_` exchanges the weight alone."""
+        self.kind = kind
+        if isinstance(self.layer, Quantized) or not is_packed(self.module):
+            return
+        self.layer = layer = Quantized(self.module, self.original)
+        self.ranks = {part: rank_of(part, layer) if part.direct else 0 for part in self.parts}
+        self._look()
 
     def _standing(self) -> str | None:
         """The attribute that holds this hook's forward; None where another tool has wrapped or removed it."""
@@ -179,13 +191,16 @@ class ForwardHook:
             self.module.__dict__[slot] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        scope = self.recall.scope(self.module.training)
+        scope = self.recall.scope(self.module.training, self.recalled)
         if self.copied is not None:
             self._check_copy(self.copied)
         if self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             y = self._planned(scope, args[0])
             if y is not None:
                 return y
+        kind = type(self.module._parameters.get("weight"))
+        if kind is not self.kind and kind not in _PLAIN:
+            self._meet(kind)
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None
@@ -307,7 +322,11 @@ class ForwardHook:
             layer = self.layer.like(x)
             if layer.flat and all(self.ranks.get(part) for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
-            y = _direct(layer, parts, x)
+            if type(layer.sample) in _PLAIN:
+                y = _direct(layer, parts, x)
+            else:
+                with _spread(layer, parts):
+                    y = _direct(layer, parts, x)
             # A formula of float32 factors ends in float32; the next layers get what the module itself returns.
             return _narrowed(y, x.device.type) if layer.narrowed and self.before is None else y
         exchanged = {**self.changed(parts), **skipped}
@@ -423,8 +442,12 @@ class ForwardHook:
                 check_expert(route, where)
             x = [*args, *kwargs.values()][0]
             thin = [part for part in self.parts if self.ranks.get(part)]
+            layer = self.layer.like(x)
             try:
-                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
+                if compiling or type(layer.sample) in _PLAIN:
+                    return add_by_row(layer, thin, route, scope, x, self.kept)
+                with _spread(layer, thin):
+                    return add_by_row(layer, thin, route, scope, x, self.kept)
             except AdapterkitError as error:
                 raise error.at(where=where) from None
         outputs = [
@@ -630,6 +653,30 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y
+
+
+@contextmanager
+def _spread(layer: Layer, parts: list[Part]) -> Iterator[None]:
+    """Run formulas over a layer whose weight may be a DTensor.
+
+    Raises:
+        Unsupported: a formula makes indices of its own, which the backward pass would meet without them being DTensors.
+    """
+    if type(layer.sample) in _PLAIN or not is_sharded(layer.sample):
+        yield
+        return
+    tensors: list[Any] = [tensor for part in parts for update in part.updates for tensor in update.tensors.values()]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    try:
+        with nullcontext() if trains else constants_on_every_process():
+            yield
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+        methods = ", ".join(dict.fromkeys(update.method for part in parts for update in part.updates))
+        why = f"training {methods} in a tensor-parallel layer: torch cannot mix plain tensors of a formula or route in"
+        cure = "Train lora, dora or ia3 there without a route, or leave the layer out of parallelize_module's plan"
+        raise Unsupported(why, where=str(parts[0].target), cure=cure) from None
 
 
 def _chain(layer: Any, updates: Sequence[Update]) -> Any:

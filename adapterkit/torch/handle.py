@@ -330,6 +330,7 @@ class Handle:
     def _check(self) -> None:
         if self._state != "attached":
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+        self._watch.reclaim()
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

@@ -29,7 +29,7 @@ from .folding import change_alike
 from .forward_hook import ForwardHook, Part, hook_at, names_of
 from .handle import Handle
 from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
-from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
+from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
 from .outputs import OutputSite, Switch, find_output_site
 from .sharding import check_gathered, check_unwrapped
 from .structure import embedding_of
@@ -388,12 +388,12 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
-        return _loaded(holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
+        return _loaded(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
-    return _loaded(holder, held[0], str(site.target)) if held else torch.empty(0)
+    return _loaded(model, holder, held[0], str(site.target)) if held else torch.empty(0)
 
 
-def _loaded(holder: nn.Module, W: Tensor, where: str) -> Tensor:
+def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
     """Return W, or an empty tensor on the device where an offloaded module computes.
 
     Raises:
@@ -401,9 +401,7 @@ def _loaded(holder: nn.Module, W: Tensor, where: str) -> Tensor:
     """
     if W.device.type != "meta":
         return W
-    hook = getattr(holder, "_hf_hook", None)
-    devices = [getattr(each, "execution_device", None) for each in (hook, *getattr(hook, "hooks", ()))]
-    device = next((each for each in devices if each is not None), None)
+    device = loading_device(model, holder)
     if device is None:
         why = "the module's weight is on the meta device"
         cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"

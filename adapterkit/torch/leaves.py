@@ -13,10 +13,15 @@ Why not ...
 
 The base's state dict keeps its keys: a hook takes ours out of `state_dict()`, another one takes them off the list of
 missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and `pickle`.
+
+accelerate's offloading loads all parameters of a module from a map of the base's weights, which has none of ours. They
+stand above such modules. Where a model is offloaded after it got an adapter, each leaf is taken out before the next
+forward, with the tensor that it was registered with: accelerate has put an empty one on the meta device in its place.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.updates import Update
+from ..errors import Unsupported
+from .sharding import spread
 
 PREFIX = "adapterkit:"
 """The start of the names of registered tensors. No attribute in Python source can be called so."""
@@ -41,11 +48,13 @@ class Leaf:
 
     Attributes:
         staged: the tensor, before it is registered.
+        first: the parameter that was registered, until a forward finds another one in its place (FSDP2 frees it then).
     """
 
     module: nn.Module
     name: str
     staged: Tensor | None
+    first: nn.Parameter | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -67,6 +76,7 @@ class Leaf:
         """Hand the tensor to the module."""
         assert self.staged is not None
         if isinstance(self.staged, nn.Parameter):
+            self.first = self.staged
             self.module.register_parameter(self.name, self.staged)
         else:
             self.module.register_buffer(self.name, self.staged, persistent=False)
@@ -78,7 +88,7 @@ class Leaf:
 
     def release(self) -> None:
         """Take the tensor off the module, and its hooks with the last one."""
-        self.staged = self.tensor
+        self.staged, self.first = self.tensor, None
         self.module._parameters.pop(self.name, None)
         self.module._buffers.pop(self.name, None)
         self.module._non_persistent_buffers_set.discard(self.name)
@@ -89,6 +99,54 @@ class Leaf:
             ):
                 for key in [key for key, value in hooks.items() if value is hook]:
                     del hooks[key]
+
+    def settle(self) -> None:
+        """Let go of the parameter that was registered where another one with numbers has taken its place."""
+        now = self.module._parameters.get(self.name)
+        if now is not self.first and now is not None and not now.is_meta:
+            self.first = None
+
+    def reclaim(self, model: nn.Module, hidden: set[int]) -> None:
+        """Move the leaf to another module, away from one that accelerate has come to offload.
+
+        Args:
+            model: the model.
+            hidden: what `offloaded` gives.
+
+        Raises:
+            Unsupported: an optimizer, or whoever else, holds the empty parameter that stands there, and would train it.
+        """
+        first = self.first
+        if self.module._parameters[self.name].is_meta and first is not None:  # type: ignore[union-attr]
+            # The module's dictionary and the call itself hold it. An optimizer that was made before holds `first`.
+            if sys.getrefcount(self.module._parameters[self.name]) > 2:
+                why = (
+                    "accelerate offloaded the model after it got the adapter, and an optimizer holds what it left there"
+                )
+                cure = "Delete that optimizer, and make one from handle.parameters()"
+                raise Unsupported(why, where=self.name, cure=cure)
+            self.module._parameters[self.name] = first
+        home = home_of(model, self.module, hidden)
+        for hook in [hook for module in _above(model, self.module) for hook in _hooks_of_accelerate(module)]:
+            met = getattr(hook, "original_devices", {})  # It puts back all that it has met.
+            for name in [name for name in met if name.rpartition(".")[2] == self.name]:
+                del met[name]
+        self.release()
+        self.module = home
+        while self.name in home._parameters or self.name in home._buffers:
+            self.name += "'"
+        self.register()
+
+
+def reclaim(model: nn.Module, leaves: Sequence[Leaf]) -> None:
+    """Take the trained leaves of a model out of modules that accelerate has come to offload; see above."""
+    trained = [leaf for leaf in leaves if leaf.first is not None]
+    for leaf in trained:
+        leaf.settle()
+    hidden = offloaded(model) if trained else set()
+    for leaf in trained:
+        if id(leaf.module) in hidden and leaf.module._parameters.get(leaf.name) is not None:
+            leaf.reclaim(model, hidden)
 
 
 class LiveUpdates:
@@ -144,6 +202,9 @@ class Registration:
     _staged: dict[Any, Leaf] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._hidden = offloaded(self.model)
+
     def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
         """Give the updates tensors of their own on the device of `like`, to be registered near `holder`.
 
@@ -156,7 +217,7 @@ class Registration:
             where: the target, for names.
         """
         bound, leaves = [], []
-        home = home_of(self.model, holder)
+        home = home_of(self.model, holder, self._hidden)
         for position, update in enumerate(updates):
             mine, tensors = {}, {}
             for name, value in update.tensors.items():
@@ -164,12 +225,12 @@ class Registration:
                 key = id(value), like.device, trained
                 if key not in self._staged:
                     label = f"{where}/{position}/{name}" if len(updates) > 1 else f"{where}/{name}"
-                    self._staged[key] = Leaf(home, self._free(home, label), owned(value, like, trained))
+                    self._staged[key] = Leaf(home, self._free(home, label), owned(value, like, trained, self.model))
                 mine[name] = self._staged[key]
                 tensors[name] = mine[name].tensor
                 if mine[name].module is not home:
                     # FSDP2 frees the weights of a block after its forward: what several blocks share belongs to none.
-                    mine[name].module = home_of(self.model, self.model)
+                    mine[name].module = home_of(self.model, self.model, self._hidden)
             bound.append(update.replace(**tensors))
             leaves.append(mine)
         return LiveUpdates(bound, leaves)
@@ -191,30 +252,70 @@ class Registration:
         return name
 
 
-def home_of(model: nn.Module, holder: nn.Module) -> nn.Module:
+def home_of(model: nn.Module, holder: nn.Module, hidden: set[int]) -> nn.Module:
     """Return the module that a leaf used by `holder` is registered with.
 
     It is `holder` where that has parameters of its own, so that FSDP2 and ZeRO gather the leaf with the weight it
     changes. Otherwise the leaf would come before the first parameter of the base (see above), and the first module
-    inside that has one takes it. accelerate's offloading hooks look up every parameter of their module in a map of
-    the base's weights and fail on ours: there the nearest module above without such a hook takes it.
+    inside that has one takes it. `hidden` modules are passed over: the nearest one above takes it.
+
+    Args:
+        model: the model.
+        holder: the module whose forward uses the leaf.
+        hidden: what `offloaded` gives.
+
+    Raises:
+        Unsupported: all of them are hidden.
     """
     home = next((m for m in holder.modules() if any(not is_leaf_name(n) for n in m._parameters)), holder)
-    if not _offloads(home):
+    if id(home) not in hidden:
         return home
-    chain = _above(model, home)
-    return next((module for module in chain if not _offloads(module)), model)
+    found = next((module for module in _above(model, home) if id(module) not in hidden), None)
+    if found is None:
+        why = "accelerate loads all parameters of the model for each forward, from a map that has none of an adapter"
+        cure = "Offload its blocks, not the whole of it: leave its class out of preload_module_classes"
+        raise Unsupported(why, where=type(model).__name__, cure=cure)
+    return found
 
 
-def owned(value: Any, like: Tensor, trained: bool) -> Tensor:
-    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came."""
+def offloaded(model: nn.Module) -> set[int]:
+    """Return the ids of modules whose parameters accelerate's hooks load for each forward."""
+    found: set[int] = set()
+    for module in model.modules():
+        for hook in _hooks_of_accelerate(module):
+            if getattr(hook, "offload", False):
+                found |= {id(each) for each in _loaded_by(hook, module)}
+    return found
+
+
+def loading_device(model: nn.Module, module: nn.Module) -> Any:
+    """Return the device where accelerate's hooks load a module's parameters for its forward; None without hooks."""
+    for above in _above(model, module):
+        for hook in _hooks_of_accelerate(above):
+            device = getattr(hook, "execution_device", None)
+            if device is not None and any(each is module for each in _loaded_by(hook, above)):
+                return device
+    return None
+
+
+def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters a hook of a module loads: `preload_module_classes` makes that all inside, too."""
+    return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
+
+
+def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
+    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came.
+
+    Where `like` is a DTensor of a tensor-parallel layer, the copy is one too, whole in every process.
+    """
     from ..io.lazy import as_torch
 
     tensor = as_torch(value, like.device).detach()
     if tensor.is_floating_point():
         wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
-    return nn.Parameter(tensor.clone()) if trained and tensor.is_floating_point() else tensor.clone()
+    made = spread(tensor.clone(), like, model)
+    return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
 def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -222,15 +323,15 @@ def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for name, parameter in model.named_parameters() if not is_leaf_name(name))
 
 
-def _offloads(module: nn.Module) -> bool:
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
+def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
 
 def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """The modules around one, from the inside out."""
+    """A module and those around it, from the inside out."""
     path = next(name for name, each in model.named_modules() if each is module)
-    parts = path.split(".")[:-1] if path else []
+    parts = path.split(".") if path else []
     return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
 
 

@@ -11,7 +11,7 @@ code reads that one. A task that awaits inside the `with` and runs a *compiled* 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Unsupported
+from ..errors import Unsupported, UsageError
 
 if TYPE_CHECKING:
     from .routing import Route
@@ -62,12 +62,21 @@ def within(scope: Scope) -> Iterator[None]:
     before = _LOCAL.scope
     token = None if torch.compiler.is_compiling() else _SCOPE.set(scope)
     _LOCAL.scope = scope
+    crossed = False
     try:
         yield
+        crossed = token is not None and _SCOPE.get() is not scope
     finally:
         _LOCAL.scope = before
         if token is not None:
-            _SCOPE.reset(token)
+            try:
+                _SCOPE.reset(token)
+            except ValueError:  # Another thread or task leaves it.
+                crossed = True
+    if crossed:
+        why = "a `with route(...)` or `with handle.disable()` is left in another order, or thread, than it was entered"
+        cure = "Enter and leave it around each forward, not around a `yield` of a generator that others run beside"
+        raise UsageError(why, cure=cure)
 
 
 class Settings:
@@ -104,18 +113,25 @@ class Recall:
     """Gives a recomputed forward the scope that the first one had.
 
     Activation checkpointing runs a block again in the backward pass: often outside the `with` that the forward ran
-    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function.
+    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function. The adapters'
+    weights and switches are compared with those of the first forward.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[bool, list[Scope]] = {True: [], False: []}
+        self._seen: dict[bool, list[tuple[Scope, States]]] = {True: [], False: []}
         self._task = -1
+        self._token: object = None
 
-    def scope(self, training: bool) -> Scope:
+    def scope(self, training: bool, switches: Sequence[Any] = ()) -> Scope:
         """The scope to run in.
 
+        Args:
+            training: whether the module is in training mode.
+            switches: those of the adapters at the module.
+
         Raises:
-            Unsupported: recomputing, where several scopes have run since the last backward pass.
+            Unsupported: recomputing, where several scopes have run since the last backward pass, or an adapter was
+                weighed or switched since.
         """
         if torch.compiler.is_compiling():
             return _LOCAL.scope
@@ -123,27 +139,38 @@ class Recall:
         if not training:
             return scope
         task = torch._C._current_graph_task_id()
-        if task == self._task == -1:  # The usual case, of which each module has one a forward.
+        if task == self._task == -1 and SETTINGS.token is self._token:  # The usual case, once a module and forward.
             seen = self._seen[torch.is_grad_enabled()]
-            if seen and seen[-1] is scope:
+            if seen and seen[-1][0] is scope:
                 return scope
+        states = tuple((switch, switch.weight, switch.active) for switch in switches)
         if task != -1:
             self._task = task
-            return self._recalled(scope)
+            return self._recalled(scope, states)
         if self._task != -1:
             self._seen, self._task = {True: [], False: []}, -1
+        self._token = SETTINGS.token
         seen = self._seen[torch.is_grad_enabled()]
-        if scope not in seen:
-            seen.append(scope)
+        if (scope, states) not in seen:
+            seen.append((scope, states))
         return scope
 
-    def _recalled(self, scope: Scope) -> Scope:
+    def _recalled(self, scope: Scope, states: States) -> Scope:
         # Reentrant checkpointing runs its first forward without gradients, as a reference model is run too (DPO).
         with_gradients, without = self._seen[True], self._seen[False]
         found = with_gradients or without
-        if len(found) < 2:
-            return found[0] if found else scope
-        if not with_gradients and scope in found:
+        if not found:
             return scope
+        if len(found) == 1 or (not with_gradients and (scope, states) in found):
+            chosen = found[0] if len(found) == 1 else (scope, states)
+            if chosen[1] == states:
+                return chosen[0]
+            why = "a checkpointed block is recomputed after an adapter got another weight, or was switched on or off"
+            cure = "Set handle.weight and call handle.set_active() after backward(), or use `with handle.disable()`"
+            raise Unsupported(why, cure=cure)
         why = "a checkpointed block is recomputed after forwards with several routes or switches"
         raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")
+
+
+States = tuple[tuple[Any, float, bool], ...]
+"""Each adapter's switch, its weight, and whether it is on."""

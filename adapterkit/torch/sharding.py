@@ -7,8 +7,9 @@ and part are attributes, and gathers those of a module before its forward.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,39 @@ def gathered(update: Update) -> Update:
 def is_sharded(leaf: Any) -> bool:
     """Whether a tensor is a DTensor: a part of it lies in this process."""
     return hasattr(leaf, "full_tensor")
+
+
+def spread(tensor: Tensor, like: Tensor, model: nn.Module) -> Tensor:
+    """Return an adapter's tensor as a DTensor that every process holds whole, where the layer computes with DTensors.
+
+    That is tensor parallelism (`parallelize_module`, transformers' `tp_plan`). FSDP2's weights are DTensors between
+    forwards alone.
+    """
+    if not is_sharded(like) or any(_synchroniser(module) == "fully_shard" for module in model.modules()):
+        return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = cast(Any, like).device_mesh
+    # Every process has read or made the same values, so that none needs to be sent.
+    made: Tensor = distribute_tensor(tensor, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+    return made
+
+
+@contextmanager
+def constants_on_every_process() -> Iterator[None]:
+    """Let formulas over DTensors make plain tensors (indices, identity matrices), which are the same everywhere.
+
+    torch's own `implicit_replication` switches off an outer one when it is left.
+    """
+    from torch.distributed.tensor import DTensor
+
+    dispatcher: Any = DTensor._op_dispatcher
+    before = dispatcher._allow_implicit_replication
+    dispatcher._allow_implicit_replication = True
+    try:
+        yield
+    finally:
+        dispatcher._allow_implicit_replication = before
 
 
 def is_partitioned(leaf: Any) -> bool:
@@ -76,8 +110,12 @@ def check_gathered(model: nn.Module) -> None:
     """Check that a model's weights are there to be looked at.
 
     Raises:
-        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty.
+        Unsupported: DeepSpeed's ZeRO stage 3 has partitioned them: in this process they are empty. Or torch's first
+            FSDP has flattened them.
     """
+    if any(_synchroniser(module) == FSDP1 for module in model.modules()):
+        cure = f"Attach the adapter before {FSDP1}(model, use_orig_params=True)"
+        raise Unsupported(f"weights that {FSDP1} has flattened", where=type(model).__name__, cure=cure)
     name = next((name for name, parameter in model.named_parameters() if is_partitioned(parameter)), None)
     if name is not None:
         cure = "Attach the adapter before deepspeed.initialize, to a model that was loaded outside deepspeed.zero.Init"
@@ -114,4 +152,8 @@ def check_averaged(trained: Iterable[Tensor], name: str) -> None:
 def _synchroniser(module: nn.Module) -> str:
     if isinstance(module, DistributedDataParallel):
         return "DistributedDataParallel"
-    return "fully_shard" if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__) else ""
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return FSDP1 if FSDP1 in kinds else "fully_shard" if "FSDPModule" in kinds else ""
+
+
+FSDP1 = "FullyShardedDataParallel"

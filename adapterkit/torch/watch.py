@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .leaves import Leaf
+from .leaves import Leaf, reclaim
 from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
@@ -81,6 +81,23 @@ class Watch:
             if getattr(type(module), "forward", None) is not forward:
                 self._raise(module, f"its class, {type(module).__name__}, has another forward since")
 
+    def reclaim(self) -> None:
+        """Take trained tensors out of modules that accelerate has come to offload; see leaves.py.
+
+        Raises:
+            Unsupported: an optimizer got the empty parameters that accelerate leaves there.
+        """
+        reclaim(self.model, self.leaves)
+
+    def homes(self) -> list[nn.Module]:
+        """Return the modules that hold trained tensors, and those around them."""
+        wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None}
+        modules = dict(self.model.named_modules()) if wanted else {}
+        paths = [name for name, module in modules.items() if id(module) in wanted]
+        steps = [name.split(".") if name else [] for name in paths]
+        above = {".".join(parts[:count]) for parts in steps for count in range(len(parts) + 1)}
+        return [modules[name] for name in above if name in modules]
+
     def remove(self) -> None:
         """Take the checks off the model."""
         hook = _hook_of(self.model)
@@ -121,6 +138,8 @@ class _Hook:
         self.watches: list[Watch] = []
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
+        self.homes: list[nn.Module] = []
+        self.settled = False
         self.forwards: Forwards | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,10 +158,16 @@ class _Hook:
         self.places = list(each.values())
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
+        self.settled = False
+        self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():  # Its guards do the same.
             return
+        if "_is_replica" in model.__dict__:
+            # Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
+            cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
+            raise Unsupported("nn.DataParallel on several devices", where=self.watches[0].name, cure=cure)
         moved = any(parent._modules.get(name) is not module for parent, name, module in self.places)
         if self.forwards is None:
             self._gather()
@@ -150,6 +175,14 @@ class _Hook:
             kind: Any = type(module)
             if "forward" not in module.__dict__ or kind.forward is not forward:
                 moved = True
+        if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nobody holds.
+            for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
+                leaf.settle()
+            self.settled = True
+        if any("_hf_hook" in home.__dict__ for home in self.homes):
+            for watch in self.watches:
+                watch.reclaim()
+            self._gather()
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             for watch in self.watches:
                 watch.check()

@@ -1,0 +1,142 @@
+"""Adapters in models that two processes share: tensor parallelism and torch's first FSDP, put on before and after.
+
+Each case is compared with one process that has the whole model: outputs, three steps of training, the adapter that is
+read back, `merge_`.
+"""
+
+import pytest
+import torch
+from situations import draw
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import adapterkit as ak
+from adapterkit.errors import Unsupported
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = ("lora", "dora", "bottleneck", "oft")
+X = draw(6, 16, seed=1).float()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def made(method, seed=4):
+    """An adapter of a method on both layers, away from where it begins."""
+    found = ak.torch.create(Block(), method, targets=["up", "down"], **{"rank": 2} if "ra" in method else {})
+    generator = torch.Generator().manual_seed(seed)
+    return found.replace(updates={t: tuple(moved(u, generator) for u in us) for t, us in found.updates.items()})
+
+
+def moved(update, generator):
+    tensors = {name: value for name, value in update.tensors.items() if name not in update.frozen}
+    return update.replace(
+        **{n: v + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for n, v in tensors.items()}
+    )
+
+
+def parallel(model):
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def flattened(model, whole=False):
+    return FullyShardedDataParallel(model, use_orig_params=not whole, device_id=torch.device("cpu"))
+
+
+def train(model, handle, x=X):
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.05)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def values(handle):
+    return [value for _, update in handle.adapter() for value in update.tensors.values()]
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def tensor_parallel(method, trainable, first):
+    one, adapter = Block(), made(method)
+    alone = ak.torch.inject(one, adapter, trainable=trainable)
+    model = parallel(Block()) if first else Block()
+    handle = ak.torch.inject(model, adapter, trainable=trainable)
+    model = model if first else parallel(model)
+    if trainable and method == "oft":
+        with pytest.raises(Unsupported, match="training oft in a tensor-parallel layer"):
+            model(X)
+        return
+    close(model(X), one(X))
+    if trainable:
+        train(model, handle)
+        train(one, alone)
+        close(model(X), one(X))
+        for got, wanted in zip(values(handle), values(alone), strict=True):
+            close(got, wanted)
+    if method not in ("bottleneck", "oft"):
+        wanted = one(X).detach()
+        handle.merge_()
+        close(model(X), wanted)
+
+
+def routed(first):
+    one, model = Block(), parallel(Block()) if first else Block()
+    for each in (one, model):
+        ak.torch.inject(each, made("lora"), name="a")
+        ak.torch.inject(each, made("lora", seed=5), name="b")
+    model = model if first else parallel(model)
+    names = ["a", "b", None, "b", "a", None]
+    with ak.torch.route(one, names), ak.torch.route(model, names), torch.no_grad():
+        close(model(X), one(X))
+        with ak.torch.handles(model)["b"].disable():
+            assert not torch.allclose(model(X), one(X))
+
+
+def first_fsdp(method, rank):
+    one, adapter = Block(), made(method)
+    alone = ak.torch.inject(one, adapter, trainable=True)
+    wanted = one(X).detach()
+    for whole in (False, True):
+        frozen = Block()
+        ak.torch.inject(frozen, adapter)
+        close(flattened(frozen, whole)(X), wanted)
+        for trainable in (False, True):
+            with pytest.raises(Unsupported, match=r"FullyShardedDataParallel has flattened.*use_orig_params"):
+                ak.torch.inject(flattened(Block(), whole), adapter, trainable=trainable)
+    model = Block()
+    handle = ak.torch.inject(model, adapter, trainable=True)
+    model = flattened(model)
+    train(model, handle, X[3 * rank : 3 * rank + 3])
+    train(one, alone)
+    close(model(X), one(X))
+
+
+def work(rank, file):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for method in METHODS:
+        for trainable in (False, True):
+            for first in (False, True):
+                tensor_parallel(method, trainable, first)
+    for method in ("lora", "bottleneck"):
+        first_fsdp(method, rank)
+    for first in (False, True):
+        routed(first)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_compute_and_train_as_one(tmp_path):
+    torch.multiprocessing.start_processes(work, (tmp_path / "meet",), nprocs=2, start_method="fork")
