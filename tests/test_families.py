@@ -145,6 +145,28 @@ def test_a_part_of_a_base_is_of_the_family_of_adapters_of_that_part_only(kind, f
             ak.merge(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "model_type", "fits"),
+    [
+        ("parakeet ParakeetForCTC", "parakeet_ctc", True), ("parakeet ParakeetForCTC", "parakeet_tdt", False),
+        ("data2vec Data2VecTextForMaskedLM", "data2vec-audio", False), ("gemma3 Gemma3ForCausalLM", "gemma3", True),
+        ("gemma3 Gemma3ForCausalLM", "gemma3_text", True), ("siglip SiglipVisionModel", "siglip_text_model", False),
+        ("siglip SiglipVisionModel", "siglip", True), ("siglip SiglipModel", "siglip_vision_model", True),
+    ],
+)  # fmt: skip
+def test_one_part_of_a_module_is_not_another(kind, model_type, fits, tmp_path):
+    family, trained_class = kind.split()
+    base, adapter = save_base(tmp_path / "base", {"model_type": model_type}), save_adapter(tmp_path / "a", family)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    said["auto_mapping"]["base_model_class"] = trained_class
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    if fits:
+        ak.merge(base, adapter, tmp_path / "out")
+    else:
+        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
+            ak.merge(base, adapter, tmp_path / "out")
+
+
 def test_every_family_of_transformers_is_in_the_table_of_model_types():
     known = table().modules
     for file in sorted(folder().glob("*.toml")):

@@ -72,7 +72,11 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts() -> frozenset[str]:
-    return frozenset(model_type for types in table().parts.values() for model_type in types)
+    """List the model types of parts: those of the classes of parts, and all beside the one that a module is called by."""
+    modules = table().modules
+    whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
+    beside = {name for name, module in modules.items() if module in whole and name.replace("-", "_") != module}
+    return frozenset(beside.union(*table().parts.values()))
 
 
 def models_of(config: Mapping[str, Any]) -> dict[str, bool]:
@@ -102,8 +106,12 @@ def has_model(given: Mapping[str, bool], module: str, trained_class: str | None)
         trained_class: that class, if the adapter names it.
     """
     types = table().parts.get(trained_class or "")
-    there = [name for name in given if module_of(name) == module]
-    if trained_class is None or any(given[name] for name in there):
+    there = {name: whole for name, whole in given.items() if module_of(name) == module}
+    if trained_class is None:
         return bool(there)
-    # MusicFlamingo has the audio encoder of AudioFlamingo 3: an adapter of that whole model is not one of its encoder.
-    return any(name not in _parts() if types is None else name in types for name in there)
+    if types is None:
+        # MusicFlamingo has the audio encoder of AudioFlamingo 3: an adapter of that whole model is not one of its
+        # encoder. Gemma 3's text model alone can be meant by an adapter of the whole model.
+        return any(whole or name not in _parts() for name, whole in there.items())
+    # A whole model has all parts of its module. Parakeet with one head is no part of Parakeet with another.
+    return any(name in types or (whole and name not in _parts()) for name, whole in there.items())
