@@ -72,7 +72,7 @@ def _modules() -> frozenset[str]:
 
 @cache
 def _parts() -> frozenset[str]:
-    """List the model types of parts: those of the classes of parts, and all beside the one that a module is called by."""
+    """List the model types of parts: those of parts' classes, and all beside the one that a module is called by."""
     modules = table().modules
     whole = {module for name, module in modules.items() if name.replace("-", "_") == module}
     beside = {name for name, module in modules.items() if module in whole and name.replace("-", "_") != module}
