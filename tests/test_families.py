@@ -14,6 +14,8 @@ import adapterkit as ak
 from adapterkit.core.adapter import Step
 from adapterkit.core.metadata import model_types_of
 from adapterkit.errors import TargetNotFound
+from adapterkit.naming.architectures import folder, load
+from adapterkit.naming.model_types import table
 
 H = 4
 NAME = "model.layers.0.self_attn.q_proj"
@@ -61,6 +63,12 @@ def test_peft_says_the_family_of_a_model_without_a_task_type(tmp_path):
         ("marian", {"model_type": "speech_to_text"}),
         ("qwen2_audio", {"model_type": "qwen2"}),
         ("hrm_text", {"model_type": "llama"}),
+        # Families whose module has another name than their file, or no file.
+        ("apertus1p5", {"model_type": "olmo3"}),
+        ("qwen2_5_omni", {"model_type": "qwen2_audio", "text_config": {"model_type": "qwen2"}}),
+        ("parakeet", {"model_type": "wav2vec2-bert"}),
+        ("speecht5", {"model_type": "hubert"}),
+        ("llama", {"model_type": "timesfm"}),
     ],
 )
 def test_another_family_is_refused_and_taken_by_a_rule(family, config, tmp_path):
@@ -95,6 +103,9 @@ def test_every_verb_refuses_it(tmp_path):
         ("blip_2", {"model_type": "blip-2"}),
         ("kosmos2", {"model_type": "kosmos-2"}),
         ("openai", {"model_type": "openai-gpt"}),
+        ("parakeet", {"model_type": "parakeet_ctc"}),
+        ("data2vec", {"model_type": "data2vec-text"}),
+        ("bert", {"model_type": "encoder-decoder", "encoder": {"model_type": "bert"}}),
         ("llama", {"model_type": "a family of nobody"}),
         ("unheard_of", {"model_type": "llama"}),
         ("llama", {}),
@@ -106,19 +117,62 @@ def test_the_same_family_its_parts_and_unknown_ones_are_taken(family, config, tm
     ak.merge(base, adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("kind", "fits"), [("ForConditionalGeneration", False), ("Encoder", True)])
-def test_an_encoder_inside_is_of_the_family_of_encoders_adapters_only(kind, fits, tmp_path):
-    """MusicFlamingo has AudioFlamingo 3's encoder, and every module of the whole model has a place of its shape."""
-    config = {"model_type": "musicflamingo", "audio_config": {"model_type": "audioflamingo3_encoder"}}
-    base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", "audioflamingo3")
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        # MusicFlamingo has AudioFlamingo 3's encoder, and every module of the whole model has a place of its shape.
+        ("audioflamingo3 AudioFlamingo3ForConditionalGeneration", False),
+        ("audioflamingo3 AudioFlamingo3Encoder", True),
+        ("siglip SiglipVisionModel", True), ("siglip SiglipModel", False), ("clip CLIPVisionModel", False),
+        ("qwen2 Qwen2ForCausalLM", True), ("gemma3 Gemma3ForCausalLM", False), ("qwen2 OfANewVersion", True),
+        ("musicflamingo MusicFlamingoForConditionalGeneration", True), ("musicflamingo OfANewVersion", True),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_base_is_of_the_family_of_adapters_of_that_part_only(kind, fits, tmp_path):
+    config = {
+        "model_type": "musicflamingo", "audio_config": {"model_type": "audioflamingo3_encoder"},
+        "vision_config": {"model_type": "siglip_vision_model"}, "text_config": {"model_type": "qwen2"},
+    }  # fmt: skip
+    family, trained_class = kind.split()
+    base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", family)
     said = json.loads((adapter / "adapter_config.json").read_text())
-    said["auto_mapping"]["base_model_class"] = f"AudioFlamingo3{kind}"
+    said["auto_mapping"]["base_model_class"] = trained_class
     (adapter / "adapter_config.json").write_text(json.dumps(said))
     if fits:
         ak.merge(base, adapter, tmp_path / "out")
     else:
-        with pytest.raises(TargetNotFound, match="of the family audioflamingo3"):
+        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
             ak.merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type", "fits"),
+    [
+        ("parakeet ParakeetForCTC", "parakeet_ctc", True), ("parakeet ParakeetForCTC", "parakeet_tdt", False),
+        ("data2vec Data2VecTextForMaskedLM", "data2vec-audio", False), ("gemma3 Gemma3ForCausalLM", "gemma3", True),
+        ("gemma3 Gemma3ForCausalLM", "gemma3_text", True), ("siglip SiglipVisionModel", "siglip_text_model", False),
+        ("siglip SiglipVisionModel", "siglip", True), ("siglip SiglipModel", "siglip_vision_model", True),
+    ],
+)  # fmt: skip
+def test_one_part_of_a_module_is_not_another(kind, model_type, fits, tmp_path):
+    family, trained_class = kind.split()
+    base, adapter = save_base(tmp_path / "base", {"model_type": model_type}), save_adapter(tmp_path / "a", family)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    said["auto_mapping"]["base_model_class"] = trained_class
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    if fits:
+        ak.merge(base, adapter, tmp_path / "out")
+    else:
+        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
+            ak.merge(base, adapter, tmp_path / "out")
+
+
+def test_every_family_of_transformers_is_in_the_table_of_model_types():
+    known = table().modules
+    for file in sorted(folder().glob("*.toml")):
+        record = load(file).record
+        assert record.pipeline is not None or known.keys() >= {*record.model_types}, file.name
+    assert all(model_type in known for types in table().parts.values() for model_type in types)
 
 
 def test_the_family_travels_through_formats_and_combinations(tmp_path):

@@ -73,6 +73,23 @@ def test_other_prefixes_are_exchanged(ours, theirs):
     assert found(below(ours), below(theirs)) == dict(zip(below(ours), below(theirs), strict=True))
 
 
+@pytest.mark.parametrize("model_type", [None, "gemma3_text", "llama", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize(
+    "part", ["model.vision_tower.vision_model.encoder.", "model.audio_tower.", "vision_tower.", "talker.model."]
+)
+def test_a_tower_is_not_placed_in_a_text_model(part, model_type):
+    """The text model's layers have the names of the tower's, and here its shapes."""
+    if model_type != "qwen2_5_omni_thinker" and part.startswith("talker."):
+        return
+    with pytest.raises(TargetNotFound):
+        found(below(part), below("model."), model_type)
+
+
+def test_the_thinker_of_a_whole_model_is_the_thinker_alone():
+    asked = below("thinker.model.")
+    assert found(asked, below("model."), "qwen2_5_omni_thinker") == dict(zip(asked, below("model."), strict=True))
+
+
 def test_two_places_that_names_do_not_tell_apart_are_refused():
     with pytest.raises(TargetNotFound, match="two readings fit"):
         found(below("model."), below("thinker.model.") + below("talker.model."))

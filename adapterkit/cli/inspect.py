@@ -174,7 +174,8 @@ def _groups(updates: Sequence[Mapping[str, Any]]) -> list[_Group]:
 
     where = cells(update["target"] for update in updates)
     found: dict[Any, _Group] = {}
-    ordered = sorted(updates, key=lambda update: where[update["target"]].order)
+    ranks = {order: rank for rank, order in enumerate(sorted({cell.order for cell in where.values()}))}
+    ordered = sorted(updates, key=lambda update: ranks[where[update["target"]].order])
     for update in ordered:
         cell = where[update["target"]]
         rows = update["rows"] and tuple(update["rows"])

@@ -267,14 +267,14 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
 
 
 def is_family(module: str) -> bool:
-    """Whether a module of transformers, such as `llama` or `blip_2`, belongs to a family that has a file."""
+    """Whether a word, such as `llama` or `blip_2`, is the name of a family that has a file."""
     return module in _modules()
 
 
 @cache
 def _modules() -> frozenset[str]:
-    """List the families by the names of their modules; mostly the file's name without dashes."""
-    return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml")) | {"kosmos2", "openai"}
+    """List the families by the names of their files, with underscores for dashes."""
+    return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml"))
 
 
 @cache

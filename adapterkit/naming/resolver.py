@@ -337,8 +337,19 @@ class _Known:
         if not name.endswith(own):
             return False
         off = [word for word in name[: -len(own)].split(".") if word and word not in self.words]
+        roles, ours = _parts("role", ".".join(off)), _parts("role", self.architecture.family)
+        if roles and ours and roles.isdisjoint(ours):
+            return True
         lost = set[str]().union(*(_modalities(word) for word in off)) - {"text"} - _modalities(own)
-        return bool(lost and lost & self.modalities)
+        return bool(lost and (lost & self.modalities or self.text_alone))
+
+    @cached_property
+    def text_alone(self) -> bool:
+        """Whether the family is a decoder of text: its file has a vocabulary and names no other part of a model.
+
+        Gemma 3's text model has no vision tower, though the tower's layers have names that its own layers have, too.
+        """
+        return bool(self.architecture.record.vocabulary) and not self.modalities and "encoder" not in self.words
 
     @cached_property
     def modalities(self) -> frozenset[str]:
@@ -671,6 +682,11 @@ def exchangeable(off: str, on: str) -> bool:
     kinds = [
         ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
     ]
+    # `model.vision_tower.encoder.` is not `model.`, which is the text of a model. Another word of a tower may stay:
+    # `model.video_tower.vision_model.` is `model.video_tower.`.
+    kept = {*off.split(".")} & {*on.split(".")} - {"", "model", "transformer"}
+    if kinds[0] - {"text"} and not kinds[1] and not kept:
+        return False
     return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
 
 
@@ -699,7 +715,12 @@ _KIND = {
 
 def _modalities(name: str) -> set[str]:
     """Return which of vision, text and audio a name mentions."""
-    return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == "modality"}
+    return _parts("modality", name)
+
+
+def _parts(kind: str, name: str) -> set[str]:
+    """Return which parts of models, of one of `_KINDS`, a name mentions."""
+    return {_KIND[word][1] for word in re.split(r"[._]", name) if _KIND.get(word, ("", ""))[0] == kind}
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}

@@ -7,7 +7,7 @@ module's name where every layer has a `net.0`, and `layers.0` is a layer where t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXPERTS = ("experts", "expert")
@@ -44,16 +44,24 @@ def cells(paths: Iterable[str]) -> dict[str, Cell]:
     Args:
         paths: dotted paths of targets, in the names of one model.
     """
-    words = {path: path.split(".") for path in dict.fromkeys(paths)}
-    counted = _counted(words.values())
-    split = {path: _split(parts, counted) for path, parts in words.items()}
-    parents = {_parent(layer) for layer, _ in split.values() if layer}
-    columns = _short({module for _, module in split.values()})
-    found = {}
-    for path, (layer, module) in split.items():
+    split = {path: tuple(_NUMBER.split(path)) for path in dict.fromkeys(paths)}
+    # A large mixture of experts has 45,000 paths and a dozen shapes, so what follows from a shape is found once.
+    numbers: dict[tuple[str, ...], list[set[str]]] = {}
+    for parts in split.values():
+        values = numbers.setdefault(parts[::2], [set() for _ in parts[1::2]])
+        for at, number in enumerate(parts[1::2]):
+            values[at].add(number)
+    counted = _counted(numbers)
+    divisions = {shape: _division(shape, counted) for shape in numbers}
+    places = {path: _divided(parts, *divisions[parts[::2]]) for path, parts in split.items()}
+    distinct = dict.fromkeys(places.values())
+    parents = {_parent(layer) for layer, _ in distinct if layer}
+    columns = _short({module for _, module in distinct})
+    known = {}
+    for layer, module in distinct:
         name = layer.rpartition(".")[2] if len(parents) == 1 and layer else layer
-        found[path] = Cell(natural(layer), name, columns[module])
-    return found
+        known[layer, module] = Cell(natural(layer), name, columns[module])
+    return {path: known[place] for path, place in places.items()}
 
 
 def natural(text: str) -> tuple[str | int, ...]:
@@ -73,28 +81,49 @@ def reading_order(module: str) -> tuple[str | int, ...]:
     return (min(places, default=len(ORDER)), *natural(module))
 
 
-def _is_expert(parts: list[str], at: int) -> bool:
-    return at > 0 and parts[at - 1] in EXPERTS
+_NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+"""A number that is a word of its own."""
 
 
-def _counted(names: Iterable[list[str]]) -> set[str]:
-    """The words, such as `layers`, behind which a number counts layers."""
-    values: dict[tuple[tuple[str, ...], int], set[str]] = {}
-    for parts in names:
-        shape = tuple("#" if part.isdecimal() else part for part in parts)
-        for at, part in enumerate(parts):
-            if at and part.isdecimal() and not _is_expert(parts, at):
-                values.setdefault((shape, at), set()).add(part)
-    several = {shape[at - 1] for (shape, at), numbers in values.items() if len(numbers) > 1}
+def _word_before(text: str) -> str:
+    """The last word of the text before a number: `layers` of `model.layers.`."""
+    return text[:-1].rpartition(".")[2]
+
+
+def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
+    """The words, such as `layers`, behind which a number counts layers.
+
+    Args:
+        numbers: the text around the numbers of alike paths -> the values of each number.
+    """
+    places = [
+        (shape, at, values)
+        for shape, columns in numbers.items()
+        for at, values in enumerate(columns)
+        if shape[at] and _word_before(shape[at]) not in EXPERTS
+    ]
+    several = {_word_before(shape[at]) for shape, at, values in places if len(values) > 1}
     # An adapter of a single layer: its first number counts layers, whatever its value.
-    return several or {shape[at - 1] for (shape, at) in values if "#" not in shape[:at]}
+    return several or {_word_before(shape[at]) for shape, at, _ in places if at == 0}
 
 
-def _split(parts: list[str], counted: set[str]) -> tuple[str, str]:
-    """The path up to the last number that counts layers, and the rest."""
-    last = max((at for at in range(1, len(parts)) if parts[at].isdecimal() and parts[at - 1] in counted), default=-1)
-    module = ["*" if part.isdecimal() and _is_expert(parts, at) else part for at, part in enumerate(parts)]
-    return ".".join(parts[: last + 1]), ".".join(module[last + 1 :])
+def _division(shape: Sequence[str], counted: set[str]) -> tuple[int, list[int]]:
+    """The place at which paths with this text around their numbers are divided, and the places of experts' numbers.
+
+    Places are those of a path's parts, text and numbers in turn.
+    """
+    words = [_word_before(text) for text in shape[:-1]]
+    stop = 2 + 2 * max((at for at, word in enumerate(words) if word and word in counted), default=-1)
+    return stop, [2 * at + 1 for at, word in enumerate(words) if word in EXPERTS and 2 * at + 1 >= stop]
+
+
+def _divided(parts: Sequence[str], stop: int, experts: Sequence[int]) -> tuple[str, str]:
+    """The path up to the last number that counts layers, and the rest with `*` for an expert's number."""
+    rest = [*parts]
+    for at in experts:
+        rest[at] = "*"
+    module = "".join(rest[stop:])
+    return "".join(parts[:stop]), module.removeprefix(".") if stop else module
 
 
 def _parent(layer: str) -> str:

@@ -323,12 +323,14 @@ def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, A
     """One update as plain data; all but its name is `shared` with the updates of the same form."""
     form = target.layout, target.rows, update.form
     if form not in shared:
+        from ..io.lazy import dtype_of
+
         tensors = update.tensors
         shared[form] = {
             "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
             "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
             "tensors": {
-                name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+                name: {"shape": list(leaf.shape), "dtype": str(dtype_of(leaf))} for name, leaf in tensors.items()
             },
             **_sums(_counted(tensors.values())),
         }  # fmt: skip
@@ -372,7 +374,9 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
     """How many of the tensors have each shape and element type."""
     from collections import Counter
 
-    return Counter((tuple(leaf.shape), _dtype(leaf).name) for leaf in leaves)
+    from ..io.lazy import dtype_of
+
+    return Counter((tuple(leaf.shape), dtype_of(leaf).name) for leaf in leaves)
 
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
@@ -383,12 +387,6 @@ def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
-
-
-def _dtype(leaf: Leaf) -> Any:
-    from ..io.lazy import dtype_of
-
-    return dtype_of(leaf)
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -135,8 +135,9 @@ def alike(adapter: Any, base: Made) -> bool:
     """Whether the base has a module for every name and shape of an adapter, perhaps behind one other prefix."""
     wanted = {target.path: shape_of(updates[0], target.stacked) for target, updates in adapter.updates.items()}
     # Some models keep the head inside their language model, others beside it.
-    wanted = {path: shape for path, shape in wanted.items() if path != "lm_head"} or wanted
-    for names in (base.stored, base.live):
+    wanted = {module_of(path): shape for path, shape in wanted.items() if path != "lm_head"} or wanted
+    # A mixture's routers may be there as they are stored, and its experts as the live model stacks them.
+    for names in (base.stored, base.live, base.live | base.stored):
         first = next((path for path in wanted if path not in names), next(iter(wanted)))
         words = first.split(".")
         prefixes = {("", "")}

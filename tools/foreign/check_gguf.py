@@ -43,7 +43,9 @@ from adapterkit.errors import AdapterkitError
 
 LIMIT = 2e-6
 
-FAULTY = {"gpt2": "swaps the factors of Conv1D layers, so that they have the shape of the weight turned"}
+FAULTY = dict.fromkeys(
+    ("gpt2", "gpt-sw3"), "swaps the factors of Conv1D layers, so that they have the shape of the weight turned"
+)
 """Model types of which llama.cpp's own converter of adapters makes files that llama.cpp refuses to load."""
 
 
@@ -113,6 +115,12 @@ def in_language_model(name: str) -> bool:
         "merger",
         "aligner",
         "generation_aligner",
+        "generation_head",
+        "projector",
+        "vision_adapter",
+        "vision_projection",
+        "embed_audio",
+        "embed_vision",
     } & set(words)
 
 

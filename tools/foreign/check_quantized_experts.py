@@ -52,6 +52,18 @@ weights are the formula's rounded to float16, 2.9e-3 from those in bfloat16. The
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 32}
 
 
+ON_HUBS = {"mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
+"""Model type -> words that GPTQModel writes in its experts' names -> those that transformers loads."""
+
+
+def held_in(folder: Path, model_type: str) -> dict[str, torch.Tensor]:
+    """Load all tensors of a folder, under names that transformers loads."""
+    words, found = ON_HUBS.get(model_type, {}), dict[str, torch.Tensor]()
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return {".".join(words.get(word, word) for word in name.split(".")): each for name, each in found.items()}
+
+
 def quantize(kind: str, base: Path, out: Path) -> None:
     """Let GPTQModel quantize a base over drawn tokens."""
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -132,20 +144,19 @@ def check(kind: str, model_type: str, folder: Path) -> str:
     tuned.save_pretrained(folder / "adapter")
     apart("quantize", kind, folder / "base", folder / "quantized")
     apart("dequantize", kind, folder / "quantized", folder / "dense")
-    before = load_file(folder / "dense/model.safetensors")
+    before = held_in(folder / "dense", model_type)
+    save_file(before, folder / "dense/model.safetensors", {"format": "pt"})
     (folder / "dense/config.json").write_bytes((folder / "base/config.json").read_bytes())
     dense = type(plain).from_pretrained(folder / "dense", dtype=torch.float32)
     PeftModel.from_pretrained(dense, folder / "adapter").merge_and_unload().save_pretrained(folder / "peft")
-    expected = load_file(folder / "peft/model.safetensors")
+    expected = held_in(folder / "peft", model_type)
     ak.merge(folder / "quantized", folder / "adapter", folder / "merged", quantized="dequantize", dtype="float32")
-    got: dict[str, torch.Tensor] = {}
-    for file in (folder / "merged").glob("*.safetensors"):
-        got |= load_file(file)
+    got = held_in(folder / "merged", model_type)
     changed = [name for name, each in expected.items() if not torch.equal(each, before[name])]
     far = max(float((expected[name] - got[name]).abs().max() / expected[name].abs().max()) for name in expected)
     ak.merge(folder / "quantized", folder / "adapter", folder / "again", quantized="requantize")
     apart("dequantize", kind, folder / "again", folder / "after")
-    after = load_file(folder / "after/model.safetensors")
+    after = held_in(folder / "after", model_type)
     left = [float((after[n] - expected[n]).norm() / (before[n] - expected[n]).norm()) for n in changed]
     verdict = "right" if far < LIMITS[kind] and set(got) == set(expected) and max(left) < 1 else "wrong"
     return f"{verdict}: {len(changed)} weights, dequantized {far:.1e}, quantized again at most {max(left):.2f} lost"

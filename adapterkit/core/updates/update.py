@@ -168,8 +168,10 @@ class Update:
     def _held(self) -> Held:
         """Return name, element type and shape of each tensor that is present."""
         held = []
-        for name, leaf in self.tensors.items():
-            held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+        for name in self._names:
+            leaf = getattr(self, name)
+            if leaf is not None:
+                held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
         return tuple(held)
 
     def dims(self, stack: bool = False) -> Dims:

@@ -126,12 +126,12 @@ def _check_all_used(file: File, used: set[Key]) -> None:
 
 
 def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[Any, list[Found]]]:
-    order = {key: position for position, key in enumerate(file.tensors)}
+    order = {key.text: position for position, key in enumerate(file.tensors)}
 
     def position(item: tuple[Any, list[Found]]) -> tuple[int, tuple[int, int]]:
         (_, span), findings = item
         keys = [key for finding in findings for key in finding.keys.values()]
-        return min([order[key] for key in keys if key.stem] or [order[key] for key in keys]), span or (0, 0)
+        return min([order[key.text] for key in keys if key.stem] or [order[key.text] for key in keys]), span or (0, 0)
 
     return sorted(found.items(), key=position)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ...io.lazy import Lazy, as_lazy
@@ -178,7 +179,7 @@ def _spell_update(target: Target, update: Update, names: Names, peft_type: str, 
         for name, leaf in update.tensors.items():
             if name == "invocation":
                 continue  # it is in the config
-            key = f"{stem}.{_part(name, bool(embedding))}"
+            key = f"{stem}.{_part(name, embedding or False)}"
             yield name, key, _factor(name, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
         for name, leaf in update.tensors.items():
@@ -217,6 +218,7 @@ def _stem(target: Target, names: Names) -> str:
     return names.inside(target.path if target.path.endswith(".out_proj") else name)
 
 
+@cache
 def _part(field: str, embedding: bool) -> str:
     if field in ("magnitude", "diag"):
         return {"magnitude": "lora_magnitude_vector", "diag": "lora_diag"}[field]
@@ -231,7 +233,7 @@ def _factor(field: str, leaf: Lazy, update: Update, stacked: bool) -> Lazy:
         return unstack(leaf) if field == "B" else leaf.reshape(-1, leaf.shape[-1])
     if field.endswith("_blocks"):
         return from_blocks(leaf)
-    A = update.tensors.get("A")
+    A = getattr(update, "A", None)
     ones = [] if A is None else [1] * (len(A.shape) - 2)
     if not ones or field in ("A", "bias"):
         return leaf

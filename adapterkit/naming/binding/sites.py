@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,8 @@ from ...core.adapter import LAYOUTS, Adapter, Target
 from ...core.metadata import model_class_of, model_types_of
 from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
-from ..architectures import architecture_of, expert_count, is_family, of_gguf
-from ..gguf import ARCHITECTURE
+from ..architectures import architecture_of, expert_count
+from ..model_types import has_model, models_of, module_of
 from ..renames import Rename, family_of, parse_renames, renamed_by
 from ..resolver import Names, Rule, resolve
 from .deducing import deduced
@@ -23,8 +22,8 @@ from .moving import moved
 def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     """Refuse a base of another family than the adapter names.
 
-    A part of a base counts: an adapter of a Llama fits a LLaVA whose language model is a Llama. Families without a file
-    in this version are not compared.
+    A part of a base counts: an adapter of a Llama fits a LLaVA whose language model is a Llama. Models that neither
+    transformers nor a file of this version knows are not compared.
 
     The user's rules for names come first: an adapter that they renamed is not compared.
 
@@ -37,18 +36,14 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     """
     if any(step.op == "rename" for step in adapter.recipe):
         return
-    trained = [name for name in model_types_of(adapter) if is_family(_plain(name))]
-    given = list(dict.fromkeys(_families(config or {})))
-    if not trained or not any(is_family(_plain(name)) for name in given):
+    trained = {name: module for name in model_types_of(adapter) if (module := module_of(name)) is not None}
+    given, kind = models_of(config or {}), model_class_of(adapter)
+    if not any(module_of(name) for name in given):
         return
-    # MusicFlamingo has the audio encoder of AudioFlamingo 3: an adapter of that whole model is not one of its encoder.
-    whole = str(model_class_of(adapter)).endswith(_WHOLE)
-    top = (config or {}).get("model_type")
-    known = {_plain(name) for name in given if not (whole and name != top and name.endswith(_TOWERS))}
-    other = next((name for name in trained if _plain(name) not in known), None)
+    other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)
     # EXAONE is a Llama under another model_type in transformers 5: the class shows that both are one model.
     listed = (config or {}).get("architectures")
-    same = isinstance(listed, list) and model_class_of(adapter) in listed
+    same = isinstance(listed, list) and kind in listed
     if other is not None and not same:
         cure = (
             f"Give a base of the family {other}; to use this one all the same, give a rule for names, such as "
@@ -56,38 +51,6 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
         )
         why = f"the adapter was trained on a model of the family {other}, and the base is of {' with '.join(given)}"
         raise TargetNotFound(why, where=next((target.path for target in adapter.updates), None), cure=cure)
-
-
-def _families(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the family of a model, and those of its parts; for a GGUF file, all with its `general.architecture`."""
-    if isinstance(config.get(ARCHITECTURE), str):
-        # DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
-        yield from (name for family in of_gguf(config[ARCHITECTURE]) for name in family.record.model_types)
-    if isinstance(config.get("model_type"), str) and config["model_type"]:
-        yield config["model_type"]
-    for name, part in config.items():
-        if name.endswith("_config") and isinstance(part, Mapping):
-            yield from _families(part)
-
-
-def _plain(name: str) -> str:
-    """Return a model type as the name of its module in transformers, without the suffix of its text or vision part."""
-    word = name.lower().replace("-", "_")
-    part = re.sub(r"(?:_(?:text|vision|audio|encoder|decoder))?(?:_model)?$", "", word)
-    # `gemma3_text` is a part of `gemma3`; `qwen2_audio` and `speech_to_text` are families of their own.
-    if not is_family(word) or (word.endswith("_text") and is_family(part)):
-        word = part
-    return _MODULES.get(word, word)
-
-
-_WHOLE = ("ForConditionalGeneration", "ForCausalLM")
-"""Ends of classes of models that are no part of a larger one but for its language model."""
-
-_TOWERS = ("_encoder", "_vision", "_audio", "_vision_model")
-"""Ends of the model types of encoders inside of other models."""
-
-_MODULES = {"kosmos_2": "kosmos2", "openai_gpt": "openai", "modernbert_decoder": "modernbert"}
-"""model_type -> module of transformers, if the two differ in more than dashes."""
 
 
 Prefix = tuple[str, str]
