@@ -232,6 +232,27 @@ def _():
     return model(X), both(model)
 
 
+@odd("a checkpointed block of a model that accelerate offloaded")
+def _():
+    found = []
+    for frozen in (False, True):
+        model, plain = two(), two()
+        gradients_of_x = []
+        for each in (model, plain):
+            inject(each.train().requires_grad_(False), trainable=not frozen)
+            x = X.clone().requires_grad_()
+            if each is model:
+                offload(each)
+                each(X)
+                y = torch.utils.checkpoint.checkpoint(each, x, use_reentrant=False)
+            else:
+                y = each(x)
+            y.square().sum().backward()
+            gradients_of_x.append(x.grad)
+        found.append(gradients_of_x)
+    return torch.stack([first for first, _ in found]), torch.stack([second for _, second in found])
+
+
 # A weight that another library packs where it is, as torchao's `quantize_` does.
 
 

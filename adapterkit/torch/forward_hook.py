@@ -251,11 +251,20 @@ class ForwardHook:
             return self._row_by_row(route, scope, x) if y is None else y
         plan = self.kept.plan
         if plan is None or plan.scope is not scope or plan.token is not SETTINGS.token:
-            token = SETTINGS.token
-            active = [part for part in self.parts if part.switch.acts(scope)]
-            alone = len(active) == 1 and len(active[0].bound.leaves) == 1
-            plan = self.kept.plan = Plan(token, scope, active[0] if alone else None, self.layer)
-        return plan.run(x)
+            plan = self._new_plan(scope)
+        y = plan.run(x)
+        if y is None and plan.token is None:
+            # Offloading and FSDP2 bring a new weight for each forward. Another way to compute every second time would
+            # save other tensors in a checkpointed block than its recomputation does, which torch refuses.
+            y = self._new_plan(scope).run(x)
+        return y
+
+    def _new_plan(self, scope: Scope) -> Plan:
+        token = SETTINGS.token
+        active = [part for part in self.parts if part.switch.acts(scope)]
+        alone = len(active) == 1 and len(active[0].bound.leaves) == 1
+        plan = self.kept.plan = Plan(token, scope, active[0] if alone else None, self.layer)
+        return plan
 
     def _row_by_row(self, route: Route, scope: Scope, x: Any) -> Any:
         """The output of a linear layer with a stack of frozen adapters; None where there is no stack of now."""

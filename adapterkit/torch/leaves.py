@@ -15,8 +15,8 @@ The base's state dict keeps its keys: a hook takes ours out of `state_dict()`, a
 missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and `pickle`.
 
 accelerate's offloading loads all parameters of a module from a map of the base's weights, which has none of ours. They
-stand above such modules. Where a model is offloaded after it got an adapter, each leaf is taken out before the next
-forward, with the tensor that it was registered with: accelerate has put an empty one on the meta device in its place.
+stand above such modules. Each leaf of a model that is offloaded later is taken out before the next forward, with the
+tensor that it was registered with: accelerate has put an empty one on the meta device in its place.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
 def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
     """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came.
 
-    Where `like` is a DTensor of a tensor-parallel layer, the copy is one too, whole in every process.
+    The copy is a DTensor, whole in every process, beside a `like` that is one of a tensor-parallel layer.
     """
     from ..io.lazy import as_torch
 
