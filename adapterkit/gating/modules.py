@@ -39,6 +39,9 @@ UNCHANGED = 0.1
 RESIDUE = 0.2
 """Part of a change that may lie across its direction where it is called a multiple."""
 
+BROKEN = ("has a ", "has no ", "holds numbers that are not finite")
+"""How faults of weights begin that cannot be compared with others."""
+
 MOST_COMPARED = 64
 """Faulty weights whose changes are held against one another."""
 
@@ -191,13 +194,12 @@ def judged(
     found: dict[str, ModulePart] = {}
     for name in [*parts, *comparison.idle]:
         part = parts.get(name) or ModulePart(name, False, None, 0.0, True)
-        plain = _plain_fault(comparison.sums[name]) if name in parts else ""
-        if plain:
-            found[name] = replace(part, fault=plain)
-        elif name in weights.names:
+        found[name] = part
+        if name in weights.names:
             found[name] = weights.judged(part, name in suspects, max_scale_error, max_part_error)
-        else:
-            found[name] = part
+        plain = _plain_fault(comparison.sums[name]) if name in parts else ""
+        if plain and not found[name].fault.startswith(BROKEN):  # A weight that is broken says more than its output.
+            found[name] = replace(part, fault=plain)
     lost = [ModulePart(name, False, None, 1.0, True, "is missing") for name in comparison.missing]
     return (*found.values(), *lost)
 
