@@ -428,3 +428,34 @@ def test_a_merge_by_peft_passes(root: str, tmp_path: Path, case: str, dtype: str
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     check_passed(ak.gate(base, tmp_path / "adapter", merged=tmp_path / "merged", **FAST))
+
+
+def test_a_grown_vocabulary_passes_and_a_lost_one_is_found(root: str, tmp_path: Path) -> None:
+    base, _ = world("llama", root)
+    model = model_of(base)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    draw(model, 0.3)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    check_passed(ak.gate(base, tmp_path / "adapter", merged=tmp_path / "merged", vocab="grow", **FAST))
+    found = ak.gate(base, tmp_path / "adapter", merged=base, vocab="grow", **FAST)
+    check_failed(found, "[96, 32] where [100, 32] belongs")
+
+
+def test_a_graph_is_held_against_the_adapters(root: str, tmp_path: Path) -> None:
+    base, adapter = world("bert", root)
+    plain, slots, graph = (tmp_path / "graphs" / f"{name}.onnx" for name in ("model", "slots", "graph"))
+    ak.onnx.export_pretrained(base, plain.parent, check=False)
+    for out, mode in ((graph, "constant"), (slots, "slots")):
+        ak.onnx.inject(plain, adapter, out, mode=mode)
+    for made, told in ((graph, {}), (slots, {"weights": [0.7]})):
+        found = ak.gate(base, adapter, onnx=made, **told, **FAST)
+        assert found.outcome == "passed", found.verdicts
+        assert found.onnx is not None
+    check_failed(ak.gate(base, adapter, onnx=plain, **FAST), "the graph is the base")
+    check_failed(
+        ak.gate(base, scaled(adapter, 0.5), onnx=graph, **FAST), "the graph holds twice the change (scale x 2)"
+    )
+    check_failed(ak.gate(base, scaled(adapter, -1), onnx=graph, **FAST), "sign turned")
+    check_failed(ak.gate(base, lora("bert", model_of(base), seed=2), onnx=graph, **FAST), "computes something else")

@@ -16,6 +16,8 @@ from ..io.checkpoint import Checkpoint, opened
 from ..io.inputs import inputs_kept
 from ..io.locations import exists, located, path_text
 from ..io.stages import stage
+from ..merging import plan
+from ..merging.vocabulary import parse_vocab
 from ..naming.binding.bases import check_base
 from ..quant import dequantized, is_quantized
 from .inputs import Inputs, inputs_for, texts_of
@@ -25,6 +27,7 @@ from .verdicts import checks_of, verdicts_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..merging.planned import Plan
     from .measuring import Output
     from .models import Adapted, Graph
 
@@ -35,6 +38,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that models can be computed in."""
 
 DEFAULTS = Thresholds()
+
+MULTIPLES = (1.0, 2.0, 0.5, -1.0, 0.25, 4.0, 0.8, 3.0)
+"""Multiples of the change that a graph is held against."""
+
+EXACT = 1e-3
+"""Divergence, relative to the largest among the multiples, below which a graph holds that multiple."""
 
 STEP = {"float32": 0.0, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 """Dtype -> relative step of what is computed in it, beyond float32."""
@@ -66,6 +75,7 @@ def gate(
     tied: str | Mapping[str, str] | None = None,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
+    vocab: str | None = None,
 ) -> Gate:
     """Run a base with its adapters, and tell whether they change it and whether a merged model or a graph keeps that.
 
@@ -93,6 +103,8 @@ def gate(
         tied: which layers an update changes where embedding and head share a weight; as in `adapterkit.merge`.
         rename: rules for names that cannot be told, as in `adapterkit.merge`.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names.
+        vocab: `grow`: give the base the rows of the vocabulary that the adapters were trained with, as
+            `adapterkit.merge` does.
 
     Returns:
         figures, checks and verdicts; `ok` says whether all checks hold.
@@ -130,6 +142,8 @@ def gate(
     warnings = check_base([*zip(names, held, strict=True)], checkpoint, strict=strict_base)
     place = device_of(device)
     model = load(checkpoint, dtype, place)
+    if parse_vocab(vocab) is not None:
+        _grow(model, plan(checkpoint, held, weights=factors, tied=tied, rename=rename, vocab=vocab))
     inputs = inputs_for(model, checkpoint.folder, lines, count=texts, length=length, seed=seed)
     adapted = Adapted(model, held, factors, tied=tied, rename=rename)
     why_no_null = _add_null(adapted, held, checkpoint, factors, seed, rename) if null else "it was not asked for"
@@ -164,6 +178,21 @@ def _checked(
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}", where=name, cure="Give a larger number")
     return factors
+
+
+def _grow(model: Any, planned: Plan) -> None:
+    """Give a model the rows of its vocabulary that a merge gives it; those that no adapter fills are zero."""
+    import torch
+
+    rows = (planned.vocabulary or {}).get("rows")
+    if not rows:
+        return
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for parameter in () if layer is None else layer.parameters(recurse=False):
+                parameter[before:] = 0
 
 
 def _add_null(
@@ -236,11 +265,35 @@ class _Run:
         told = KeptEffect("onnx", public(str(path)))
         try:
             graph: Graph = Graph(path, adapters, weights)
-            return self._kept(told, graph.run)
+            told = self._kept(told, graph.run)
+            if told.kept is not None and told.kept < self.limits.min_kept:
+                told = replace(told, scale=self._scale(graph.run))
         except Unsupported:
             raise
         except AdapterkitError as error:
             return replace(told, why=error.why)
+        return told
+
+    def _scale(self, run: Callable[[Mapping[str, Any]], Output]) -> float | None:
+        """Return the multiple of the change with which the base with adapters gives what a graph gives, if one does.
+
+        The slope of logits tells it for small changes only, and a graph has no modules to look at.
+        """
+        from .measuring import divergence
+
+        feeds = self.inputs.feeds[0]
+        there, base = run(feeds), self._base(feeds)
+        if not there.finite:
+            return None
+        apart = {0.0: divergence(base, there)}
+        try:
+            for factor in MULTIPLES:
+                with self.adapted.scaled(factor):
+                    apart[factor] = divergence(self._adapted(feeds), there)
+        except UsageError:  # Context has no half measures.
+            return None
+        best = min(apart, key=lambda factor: apart[factor])
+        return best if apart[best] <= EXACT * max(apart.values()) else None
 
     def merged(self, checkpoint: Checkpoint, dtype: str, device: str) -> KeptEffect:
         """Measure what a merged model keeps, as a whole and module by module."""
