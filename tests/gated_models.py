@@ -23,7 +23,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, **ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **ROPE, tie_word_embeddings=True),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, **ROPE, num_local_experts=4),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=96, n_positions=64, bos_token_id=1, eos_token_id=2, **DRAWN),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=96, n_positions=64,
+        bos_token_id=1, eos_token_id=2, **DRAWN),
     "bert": lambda: transformers.BertConfig(**SIZES, intermediate_size=48, max_position_embeddings=64, **DRAWN),
     "clip": lambda: transformers.CLIPConfig(
         text_config={**SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "num_hidden_layers": 2,
@@ -44,7 +45,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 CLASSES = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM", "t5": "T5ForConditionalGeneration",
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM",
+    "t5": "T5ForConditionalGeneration",
     "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM", "clip": "CLIPModel", "vit": "ViTForImageClassification",
 }  # fmt: skip
 TARGETS = {

@@ -48,10 +48,6 @@ def also(adapter: ak.Adapter, more: Callable[[Tensors], object]) -> Callable[[Te
     return change
 
 
-def moved(layer: int, by: int) -> Callable[[str], str]:
-    return lambda name: name.replace(f"layers.{layer}.", f"layers.{(layer + by) % 3}.")
-
-
 def shifted(changes: Tensors) -> Tensors:
     return {name.replace(f".{at}.", f".{(at + 1) % 3}."): delta
             for name, delta in changes.items() for at in [int(name.split("layers.")[1][0])]}  # fmt: skip
@@ -128,25 +124,29 @@ LLAMA: dict[str, tuple[Callable[[ak.Adapter, ak.Adapter], Callable[[Tensors], ob
     "merged twice": (lambda a, _: also(a, added(deltas(a))), "twice the change"),
     "rsLoRA taken as LoRA": (lambda a, _: added(deltas(a), 1 / math.sqrt(4)), "half the change"),
     "wrong alpha": (lambda a, _: added(deltas(scaled(a, 16 / 64))), "0.25 times the change"),
-    "not merged": (lambda *_: lambda tensors: None, "the merged model is the base"),
+    "not merged": (lambda *_: dict, "the merged model is the base"),
     "A and B crossed between targets": (lambda a, _: added(deltas(crossed(a))), "holds another change"),
     "one square layer transposed": (
-        lambda a, _: also(a, put(O1, lambda t: t[O1] - deltas(a)[O1] + deltas(a)[O1].T)), "layer 1 o_proj holds the change transposed",
+        lambda a, _: also(a, put(O1, lambda t: t[O1] - deltas(a)[O1] + deltas(a)[O1].T)),
+        "layer 1 o_proj holds the change transposed",
     ),
     "q and k exchanged": (lambda a, _: added(exchanged(deltas(a))), "holds the change of another module"),
     "attention lost": (lambda a, _: added(named(deltas(a), "mlp")), "12 of 31 modules"),
     "one layer missed": (lambda a, _: added(deltas(only(a, lambda p: "layers.1." not in p))), "layer 1 q_proj"),
-    "one target missed": (lambda a, _: added(deltas(only(a, lambda p: p != DOWN))), "layer 2 down_proj is where they part first"),
+    "one target missed": (
+        lambda a, _: added(deltas(only(a, lambda p: p != DOWN))), "layer 2 down_proj is where they part first",
+    ),
     "layers shifted by one": (lambda a, _: added(shifted(deltas(a))), "holds the change of another module"),
     "half of the rank": (lambda a, _: added(deltas(cut(a, 2))), "holds another change"),
     "another adapter's weights": (lambda _, b: added(deltas(b)), "holds another change"),
     "two adapters where one was asked": (lambda a, b: also(a, added(deltas(b))), "holds another change"),
     "norm weights lost": (
-        lambda a, _: also(a, put("model.norm.weight", lambda t: torch.ones(32))), "model.norm holds other weights",
+        lambda a, _: also(a, put("model.norm.weight", lambda _: torch.ones(32))), "model.norm holds other weights",
     ),
     "norm weights missing": (lambda a, _: also(a, lambda t: t.pop("model.norm.weight")), "lack model.norm.weight"),
     "head tied to the embedding": (
-        lambda a, _: also(a, put("lm_head.weight", lambda t: t["model.embed_tokens.weight"])), "lm_head holds other weights",
+        lambda a, _: also(a, put("lm_head.weight", lambda t: t["model.embed_tokens.weight"])),
+        "lm_head holds other weights",
     ),
     "a NaN": (lambda a, _: also(a, nan), "NaN or infinities, first at layer 1 up_proj"),
     "cut to fp8": (lambda a, _: also(a, fp8), "other weights"),
@@ -348,8 +348,10 @@ def draw(model: Any, size: float = 0.1) -> None:
 
 
 SOUND = {
-    "float32": ("llama", {"dtype": "F32"}), "bfloat16": ("llama", {"dtype": "BF16"}), "float16": ("llama", {"dtype": "F16"}),
-    "half the weight": ("llama", {"weights": [0.5]}), "a negative weight": ("llama", {"weights": [-0.7], "dtype": "BF16"}),
+    "float32": ("llama", {"dtype": "F32"}), "bfloat16": ("llama", {"dtype": "BF16"}),
+    "float16": ("llama", {"dtype": "F16"}),
+    "half the weight": ("llama", {"weights": [0.5]}),
+    "a negative weight": ("llama", {"weights": [-0.7], "dtype": "BF16"}),
     "shards": ("llama", {"shard_size": 20_000}),
     "tied": ("qwen2", {"dtype": "BF16"}), "tied float16": ("qwen2", {"dtype": "F16"}), "tied float32": ("qwen2", {}),
     "experts": ("mixtral", {}), "experts bfloat16": ("mixtral", {"dtype": "BF16"}),

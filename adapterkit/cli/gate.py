@@ -1,8 +1,8 @@
 """Run a model: what an adapter changes, and what is kept.
 
-BASE is a folder of transformers or a place on a hub, each A an adapter. The base runs with the adapters, without them and
-with random changes of the same size; --merged and --onnx name what was made of both. Texts are built in, or come from
---data. The exit code is 1 where a threshold is missed, and 3 where the effect is too small to tell.
+BASE is a folder of transformers or a place on a hub, each A an adapter. The base runs with the adapters, without them
+and with random changes of the same size; --merged and --onnx name what was made of both. Texts are built in, or come
+from --data. The exit code is 1 where a threshold is missed, and 3 where the effect is too small to tell.
 """
 
 from __future__ import annotations
@@ -96,11 +96,13 @@ def _view(record: Mapping[str, Any]) -> View:
         [[c["model"], c["name"], RESULTS[c["ok"]], c["value"], c["limit"]] for c in record["checks"]],
     )
     effect = record["effect"]
-    rows: list[list[Any]] = [["base", None, None, effect["perplexity_base"], effect["agreement"]]]
-    rows.append(["base + adapters", effect["divergence"], None, effect["perplexity"], None])
-    rows.append(["base + random changes", effect["null"], None, None, None])
-    for each in record["kept"]:
-        rows.append([each["model"], each["divergence"], each["kept"], each["perplexity"], each["agreement"]])
+    figures = ("model", "divergence", "kept", "perplexity", "agreement")
+    rows: list[list[Any]] = [
+        ["base", None, None, effect["perplexity_base"], effect["agreement"]],
+        ["base + adapters", effect["divergence"], None, effect["perplexity"], None],
+        ["base + random changes", effect["null"], None, None, None],
+        *([each[name] for name in figures] for each in record["kept"]),
+    ]
     yield Table(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
     yield from record["verdicts"]
     adapters = counted(len(record["adapters"]), "adapter")

@@ -99,7 +99,7 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
     if not effect.finite:
         faults.append("the base with the adapters gives NaN or infinities: adapters or base are damaged")
     elif ("adapter", "effect") in failed:
-        faults.append("the adapter changes nothing" if len(kept) < 2 or True else "")
+        faults.append("the adapter changes nothing")
     elif effect.null:
         ratio = effect.divergence / effect.null
         notes.append(
