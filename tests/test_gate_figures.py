@@ -62,22 +62,15 @@ def test_the_figures_are_those_of_pefts_model_in_numpy(tmp_path: Path) -> None:
     found = ak.gate(base, tmp_path / "adapter", merged=base, data=data, length=16, new_tokens=6)
     kl, back, nll, plain, count = 0.0, 0.0, 0.0, 0.0, 0
     texts: list[list[list[int]]] = [[], []]
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     for line in ("The cat sat on a mat.", "Where is the key? Here."):
         ids = torch.tensor([[ord(c) - 32 for c in line[:16]]])
         with torch.no_grad(), model.disable_adapter():
             p = log_softmax(model(ids).logits[0].double().numpy())
-            texts[0].append(
-                model.generate(input_ids=ids[:, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)[
-                    0, 8:
-                ].tolist()
-            )
+            texts[0].append(model.generate(input_ids=ids[:, :8], **greedy)[0, 8:].tolist())
         with torch.no_grad():
             q = log_softmax(model(ids).logits[0].double().numpy())
-            texts[1].append(
-                model.generate(input_ids=ids[:, :8], max_new_tokens=6, do_sample=False, eos_token_id=None)[
-                    0, 8:
-                ].tolist()
-            )
+            texts[1].append(model.generate(input_ids=ids[:, :8], **greedy)[0, 8:].tolist())
         kl, back, count = kl + (np.exp(p) * (p - q)).sum(), back + (np.exp(q) * (q - p)).sum(), count + len(p)
         nll -= sum(q[at, ids[0, at + 1]] for at in range(15))
         plain -= sum(p[at, ids[0, at + 1]] for at in range(15))
@@ -93,7 +86,7 @@ def test_the_figures_are_those_of_pefts_model_in_numpy(tmp_path: Path) -> None:
     assert found.data == "2 texts that were given"
 
 
-def test_the_null_adapter_has_the_norm_of_the_change(root: str, tmp_path: Path) -> None:
+def test_the_null_adapter_has_the_norm_of_the_change(root: str) -> None:
     base, first = world("mixtral", root)
     second = lora("mixtral", model_of(base), seed=2)
     null = null_adapter([first, second], open_checkpoint(base), weights=[1.0, -0.5], seed=0, rename=())
@@ -241,7 +234,8 @@ def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups, "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups,
+        "ignore": ["lm_head"],
     }  # fmt: skip
     (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
     found = ak.gate(base, adapter, merged=tmp_path / "merged", **FAST)
@@ -251,8 +245,7 @@ def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp
     assert found.outcome == "passed", found.verdicts
 
 
-def test_models_that_cannot_be_run_are_refused(root: str, tmp_path: Path) -> None:
-    _, adapter = world("llama", root)
+def test_models_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
@@ -279,7 +272,7 @@ def test_the_command(root: str, tmp_path: Path) -> None:
     told = json.loads(failed.stdout)
     assert (told["outcome"], told["verdicts"][0]) == (
         "failed",
-        "the merged model is the base: nothing of the change is there (scale x 0)",
+        "the merged model is the base: nothing of the change is there",
     )
     unknown = run("gate", base, tmp_path / "lora.safetensors", *SMALL, "--min-over-null", "1")
     assert unknown.exit_code == 3, unknown.output

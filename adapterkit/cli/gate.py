@@ -74,7 +74,7 @@ RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[str, ...], merged: str | None, onnx: str | None, data: str,
+    ctx: click.Context, /, base: str, adapters: tuple[str, ...], merged: str | None, onnx: str | None, data: str,
     weights: tuple[float, ...], compat: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.gate`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ class Watched:
     """Compares a merged model's modules while the base with adapters runs."""
 
     def __init__(self, model: Any, other: Any, handles: Sequence[Handle]) -> None:
-        self.other, self.handles, self.busy = dict(other.named_modules()), handles, False
+        self.other, self.handles, self.on = dict(other.named_modules()), handles, False
         self.names = [
             name for name, module in model.named_modules() if any(True for _ in _own(module)) and name in self.other
         ]
@@ -105,6 +105,15 @@ class Watched:
             model.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True) for name in self.names
         ]
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Compare the modules of the forwards in the body, which must be of the base with adapters."""
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+
     def close(self) -> Comparison:
         """Take the hooks off, and return what was seen."""
         for hook in self.hooks:
@@ -113,9 +122,9 @@ class Watched:
 
     def _hook(self, name: str) -> Any:
         def compare(module: Any, args: Any, kwargs: Any, adapted: Any) -> None:
-            if self.busy:  # Running a module again calls its hooks again.
+            if not self.on:
                 return
-            self.busy = True
+            self.on = False  # Running a module again calls its hooks again.
             try:
                 with ExitStack() as off:
                     for handle in self.handles:
@@ -123,7 +132,7 @@ class Watched:
                     base = module(*args, **kwargs)
                 self._add(name, base, adapted, args, kwargs)
             finally:
-                self.busy = False
+                self.on = True
 
         return compare
 

@@ -59,13 +59,13 @@ def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[
     if not pairs:
         return []
     if len(shape) == 1:
-        return [Dense(D=_torch((pairs[0][0] @ pairs[0][1]).reshape(shape)))]
+        return [Dense(D=_torch((pairs[0][0] @ pairs[0][1]).reshape(shape)), d=None)]
     rank = max(B.shape[1] for B, _ in pairs)
     Bs = [np.pad(B, ((0, 0), (0, rank - B.shape[1]))) for B, _ in pairs]
     As = [np.pad(A, ((0, rank - len(A)), (0, 0))) for _, A in pairs]
     B = np.stack(Bs) if stacked else Bs[0]
     A = np.stack([each.reshape(rank, *shape[1:]) for each in As]) if stacked else As[0].reshape(rank, *shape[1:])
-    return [LoRA(A=_torch(A), B=_torch(B))]
+    return [LoRA(A=_torch(A), B=_torch(B), bias=None)]
 
 
 def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[Any]:
@@ -80,7 +80,7 @@ def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[A
     # Of stacked experts each bias keeps its own norm.
     axis = -1 if stacked else None
     size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
-    return [Dense(d=_torch(drawn * size))]
+    return [Dense(D=None, d=_torch(drawn * size))]
 
 
 def _sum(row: Sequence[Delta | None]) -> list[Delta]:

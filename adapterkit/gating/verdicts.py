@@ -62,6 +62,7 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
     elif each.lacking:
         text = f"the files of {name} lack {_some(each.lacking)}"
         yield GateCheck("complete", each.model, False, float(len(each.lacking)), 0.0, text)
+    ok: bool | None
     if each.why is None:
         ok = each.finite or not effect.finite
         text = f"{name} gives finite numbers" if each.finite else f"{name} gives NaN or infinities"

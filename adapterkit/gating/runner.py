@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..merging.planned import Plan
-    from .measuring import Output
+    from .measuring import Output, StateSums
     from .models import Adapted, Graph
 
     Base = Checkpoint | str | PathLike[str]
@@ -265,7 +265,7 @@ class _Run:
         told = KeptEffect("onnx", public(str(path)))
         try:
             graph: Graph = Graph(path, adapters, weights)
-            told = self._kept(told, graph.run)
+            told = self._kept(told, graph.run, self._adapted)
             if told.kept is not None and told.kept < self.limits.min_kept:
                 told = replace(told, scale=self._scale(graph.run))
         except Unsupported:
@@ -312,16 +312,17 @@ class _Run:
         if type(other) is not type(model):
             return replace(told, why=f"it is a {type(other).__name__}, and the base a {type(model).__name__}")
         told = replace(told, lacking=tuple(lacking))
-        states = StateSums()
+        states, watched = StateSums(), Watched(model, other, self.adapted.handles)
+
+        def looked_at(feeds: Mapping[str, Any]) -> Output:
+            with watched.looking():
+                return self._adapted(feeds)
+
         stage("comparing it module by module")
         try:
-            told = self._kept(told, lambda feeds: run_torch(other, feeds, device), states)
+            told = self._kept(told, lambda feeds: run_torch(other, feeds, device), looked_at, states)
         except (RuntimeError, IndexError, ValueError) as error:  # Sizes that do not fit the inputs.
             told = replace(told, why=first_line(error))
-        watched = Watched(model, other, self.adapted.handles)
-        try:
-            for feeds in self.inputs.feeds:
-                self._adapted(feeds)
         finally:
             comparison = watched.close()
         parts: tuple[ModulePart, ...] = judged(
@@ -332,13 +333,16 @@ class _Run:
         return replace(told, parts=parts, scale=scale if told.why is None and scale is not None else told.scale,
                        blocks=_blocks(states))  # fmt: skip
 
-    def _kept(self, told: KeptEffect, run: Callable[[Mapping[str, Any]], Output], states: Any = None) -> KeptEffect:
+    def _kept(
+        self, told: KeptEffect, run: Callable[[Mapping[str, Any]], Output],
+        with_adapters: Callable[[Mapping[str, Any]], Output], states: StateSums | None = None,
+    ) -> KeptEffect:  # fmt: skip
         from .measuring import agreement, along, divergence, positions
 
         apart, perplexity, product, asked = _Mean(), _Perplexity(self.causal), 0.0, 0.0
         finite, why = True, None
         for feeds in self.inputs.feeds:
-            base, adapted, other = self._base(feeds), self._adapted(feeds), run(feeds)
+            base, adapted, other = self._base(feeds), with_adapters(feeds), run(feeds)
             finite = finite and other.finite
             apart.add(divergence(adapted, other), positions(adapted))
             if other.main.shape[:-1] != adapted.main.shape[:-1] or other.main.shape[-1] < adapted.main.shape[-1]:
@@ -358,7 +362,7 @@ class _Run:
         )  # fmt: skip
 
 
-def _blocks(states: Any) -> tuple[BlockDifference, ...]:
+def _blocks(states: StateSums) -> tuple[BlockDifference, ...]:
     return tuple(
         BlockDifference(at, math.sqrt(apart / size), math.sqrt(moved / size))
         for at, (size, apart, moved) in enumerate(zip(states.size, states.apart, states.moved, strict=True))
