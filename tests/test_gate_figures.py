@@ -215,11 +215,12 @@ def test_rounding_that_eats_a_weak_change_is_told(root: str, tmp_path: Path) -> 
     assert not found.merged.faults
 
 
-def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight", [1.0, 2.0, 0.0])
+def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp_path: Path, weight: float) -> None:
     base, adapter = world("llama", root)
     from safetensors.torch import load_file, save_file
 
-    ak.merge(base, adapter, tmp_path / "merged", dtype="BF16")
+    ak.merge(base, adapter, tmp_path / "merged", dtype="BF16", weights=[weight])
     file = tmp_path / "merged" / "model.safetensors"
     tensors = {}
     for name, value in load_file(file).items():
@@ -241,8 +242,10 @@ def test_a_packed_merge_is_read_as_the_numbers_that_it_stands_for(root: str, tmp
     found = ak.gate(base, adapter, merged=tmp_path / "merged", **FAST)
     assert found.merged is not None
     assert found.merged.dtype == "quantized"
-    assert found.merged.scale == pytest.approx(1, abs=0.05)
-    assert found.outcome == "passed", found.verdicts
+    assert found.merged.scale == pytest.approx(weight, abs=0.05)
+    assert found.outcome == ("passed" if weight == 1 else "failed"), found.verdicts
+    words = {1.0: "% of the effect", 2.0: "twice the change", 0.0: "is the base"}
+    assert any(words[weight] in verdict for verdict in found.verdicts), found.verdicts
 
 
 def test_models_that_cannot_be_run_are_refused(tmp_path: Path) -> None:

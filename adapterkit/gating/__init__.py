@@ -6,7 +6,7 @@ random changes of the same size, and what was made of them.
 
 from __future__ import annotations
 
-from .runner import gate
 from .result import AdapterEffect, Gate, GateCheck, KeptEffect, ModulePart, Thresholds
+from .runner import gate
 
 __all__ = ["AdapterEffect", "Gate", "GateCheck", "KeptEffect", "ModulePart", "Thresholds", "gate"]

@@ -30,7 +30,7 @@ SHORTEST = 2
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the models are run on.
+    """The inputs that all models are run on.
 
     Attributes:
         feeds: arguments of a model's forward, one entry a text; tensors on the CPU.

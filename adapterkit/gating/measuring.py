@@ -17,7 +17,7 @@ PROMPT, PROMPTS = 8, 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """What a model gives for one input.
+    """The output of a model for one input.
 
     Attributes:
         main: logits, or the last hidden state of models without logits; float64, classes or channels last.
@@ -78,6 +78,13 @@ def divergence(first: Output, second: Output) -> float:
         return float(((a - b) ** 2).sum()) / size * positions(first) if size else 0.0
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def unit_of(output: Output) -> str:
+    """Return the unit of `divergence`, for one position, in words."""
+    if not output.is_logits:
+        return "of the squared hidden states"
+    return "nats a token" if output.main.ndim == 3 else "nats an input"
 
 
 def positions(output: Output) -> int:

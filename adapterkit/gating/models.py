@@ -23,7 +23,7 @@ PLAIN = ("F32", "F16", "BF16", "F64")
 """Dtypes of weights that are not packed, finest first but for the last."""
 
 STATES = ("base", "adapted", "null")
-"""What a base with adapters can be run as."""
+"""The states that a base with adapters can be run in."""
 
 
 def check_transformers(path: Path) -> None:

@@ -77,7 +77,7 @@ def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[A
         return []
     whole: Any = sum(present)
     drawn = rng.standard_normal(whole.shape)
-    # Of stacked experts each bias keeps its own norm.
+    # Each bias of stacked experts keeps its own norm.
     axis = -1 if stacked else None
     size = np.linalg.norm(whole, axis=axis, keepdims=stacked) / np.linalg.norm(drawn, axis=axis, keepdims=stacked)
     return [Dense(D=None, d=_torch(drawn * size))]

@@ -13,7 +13,7 @@ OUTCOMES = ("passed", "failed", "inconclusive")
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What a gate asks for; None leaves a check out.
+    """The thresholds of a gate; None leaves a check out.
 
     Attributes:
         min_effect: least KL(base || base with adapters), in nats a token.
@@ -41,7 +41,7 @@ class GateCheck:
 
     Attributes:
         name: what is checked.
-        model: of which model: `adapter`, `merged` or `onnx`.
+        model: the model it is about: `adapter`, `merged` or `onnx`.
         ok: whether it holds; None where it cannot be told.
         value: what was measured.
         limit: what it is held against.
@@ -58,11 +58,12 @@ class GateCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEffect:
-    """What the adapters change. A figure that the kind of model has not is None.
+    """The change that adapters make. A figure that the kind of model has not is None.
 
     Attributes:
-        divergence: KL(base || base with adapters) in nats a token; for models without logits the squared difference of
-            their hidden states, relative to the base's.
+        divergence: KL(base || base with adapters) in nats; for models without logits the squared difference of their
+            hidden states, relative to the base's.
+        unit: what `divergence` counts in, in words.
         null: the same for random changes of the same norm at each target.
         why_no_null: why the null adapter was left out.
         agreement: share of greedy tokens that base, and base with adapters, have in common.
@@ -72,6 +73,7 @@ class AdapterEffect:
     """
 
     divergence: float
+    unit: str
     null: float | None
     why_no_null: str | None
     agreement: float | None
@@ -110,8 +112,8 @@ class BlockDifference:
 
     Attributes:
         block: its position; 0 is behind the embedding.
-        difference: of base with adapters and merged model, relative to the states.
-        change: of base with adapters and base, relative to the states.
+        difference: size of the difference between base with adapters and merged model, relative to the states.
+        change: size of the difference between base with adapters and base, relative to the states.
     """
 
     block: int

@@ -235,13 +235,14 @@ class _Run:
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
         """Measure what the adapters do to the base."""
-        from .measuring import agreement, divergence, positions
+        from .measuring import agreement, divergence, positions, unit_of
 
         moved, drawn, back = _Mean(), _Mean(), _Mean()
         before, after = _Perplexity(self.causal), _Perplexity(self.causal)
-        finite = True
+        finite, unit = True, ""
         for feeds in self.inputs.feeds:
             base, adapted = self._base(feeds), self._adapted(feeds)
+            unit = unit_of(base)
             finite = finite and adapted.finite
             count = positions(base)
             moved.add(divergence(base, adapted), count)
@@ -254,7 +255,7 @@ class _Run:
         common = agreement(self._greedy(self._base), self.words) if self.words else None
         null = drawn.value if self.adapted.null is not None else None
         return AdapterEffect(
-            moved.value if finite else math.nan, null, why_no_null, common, before.value, after.value, finite
+            moved.value if finite else math.nan, unit, null, why_no_null, common, before.value, after.value, finite
         )
 
     def graph(self, path: Any, adapters: Sequence[Adapter], weights: Sequence[float]) -> KeptEffect:

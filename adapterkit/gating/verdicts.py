@@ -40,7 +40,7 @@ def _of_adapter(effect: AdapterEffect, limits: Thresholds) -> Iterator[GateCheck
         yield GateCheck("finite", "adapter", False, None, None, "the base with the adapters gives NaN or infinities")
         return
     yield GateCheck("finite", "adapter", True, None, None, "all outputs of the base with the adapters are finite")
-    text = f"the adapters move the output by {effect.divergence:.3g} nats a token"
+    text = f"the adapters move the output by {effect.divergence:.3g} {effect.unit}"
     ok = effect.divergence >= limits.min_effect
     yield GateCheck("effect", "adapter", ok, effect.divergence, limits.min_effect, text)
     if limits.min_over_null is not None:
@@ -101,12 +101,12 @@ def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Seque
         faults.append("the base with the adapters gives NaN or infinities: adapters or base are damaged")
     elif ("adapter", "effect") in failed:
         faults.append("the adapter changes nothing")
-    elif effect.null:
-        ratio = effect.divergence / effect.null
-        notes.append(
-            f"the adapter moves the output by {effect.divergence:.3g} nats a token, {ratio:.3g} times what random "
-            "changes of the same size do"
-        )
+    else:
+        text = f"the adapter moves the output by {effect.divergence:.3g} {effect.unit}"
+        if effect.null:
+            ratio = effect.divergence / effect.null
+            text += f", {ratio:.3g} times what random changes of the same size do"
+        notes.append(text)
     for each in kept:
         of_model = [*_faults(each, failed)]
         faults += of_model
@@ -174,7 +174,7 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
     for kind, parts in kinds.items():
         modules = [shortened(part.module) for part in parts]
         count = f"{len(parts)} of {len(each.parts)} modules: " if len(parts) > 1 else ""
-        yield f"{count}{_some(modules)} {kind}"
+        yield f"{count}{_some(modules)} {kind if len(parts) > 1 else parts[0].fault}"
 
 
 def _is_multiple(part: ModulePart) -> bool:
@@ -185,7 +185,7 @@ def _kind(part: ModulePart) -> str:
     """A fault without its numbers, so that equal ones stand together."""
     if part.fault.startswith("holds the change of "):
         return "holds the change of another module"
-    return part.fault
+    return "holds another multiple of the change" if "times the change" in part.fault else part.fault
 
 
 def shortened(module: str) -> str:
