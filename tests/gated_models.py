@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 import adapterkit as ak
 from adapterkit.methods.lora import LoRA
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 DRAWN = {"initializer_range": 0.2}
 ROPE = {"num_key_value_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64, **DRAWN}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, **ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, **ROPE, tie_word_embeddings=True),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, **ROPE, num_local_experts=4),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=96, n_positions=64,
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64,
         bos_token_id=1, eos_token_id=2, **DRAWN),
     "bert": lambda: transformers.BertConfig(**SIZES, intermediate_size=48, max_position_embeddings=64, **DRAWN),
     "clip": lambda: transformers.CLIPConfig(

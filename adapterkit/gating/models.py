@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
 
-PLAIN = ("F32", "F16", "BF16", "F64")
-"""Dtypes of weights that are not packed, finest first but for the last."""
-
-STATES = ("base", "adapted", "null")
-"""The states that a base with adapters can be run in."""
-
 
 def check_transformers(path: Path) -> None:
     """Check that transformers is installed, and that a path is a folder of its.

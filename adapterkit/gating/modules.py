@@ -330,7 +330,9 @@ class Weights:
             ok = not self._scrambled(got - before, delta)
         if ok:
             return _WeightFound("", scale, apart / size, same)
-        residue = float((got - before - scale * delta).norm()) / size
+        # Rounding lies across the change, too: twice its energy is left out, as other tools round more than once.
+        across = (float((got - before - scale * delta).norm()) / size) ** 2
+        residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:

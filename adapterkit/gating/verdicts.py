@@ -149,7 +149,7 @@ def _scaled(name: str, scale: float) -> str:
         return f"{name} is the base: nothing of the change is there"
     if scale < 0:
         return f"{name} holds the change with its sign turned (scale x {scale:.2g})"
-    word = {2: "twice the change", 0.5: "half the change"}.get(round(scale, 1), f"{scale:.3g} times the change")
+    word = {2: "twice the change", 0.5: "half the change"}.get(round(scale, 1), f"{scale:.2g} times the change")
     return f"{name} holds {word} (scale x {scale:.2g})"
 
 
@@ -174,7 +174,7 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
     for kind, parts in kinds.items():
         modules = [shortened(part.module) for part in parts]
         count = f"{len(parts)} of {len(each.parts)} modules: " if len(parts) > 1 else ""
-        yield f"{count}{_some(modules)} {kind if len(parts) > 1 else parts[0].fault}"
+        yield f"{count}{_some(modules)} {_plural(kind) if len(parts) > 1 else parts[0].fault}"
 
 
 def _is_multiple(part: ModulePart) -> bool:
@@ -186,6 +186,13 @@ def _kind(part: ModulePart) -> str:
     if part.fault.startswith("holds the change of "):
         return "holds the change of another module"
     return "holds another multiple of the change" if "times the change" in part.fault else part.fault
+
+
+def _plural(fault: str) -> str:
+    """A fault of several modules."""
+    verb, _, rest = fault.partition(" ")
+    verbs = {"is": "are", "has": "have", "holds": "hold", "gives": "give", "computes": "compute"}
+    return f"{verbs.get(verb, verb)} {rest}"
 
 
 def shortened(module: str) -> str:
