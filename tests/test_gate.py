@@ -132,7 +132,7 @@ LLAMA: dict[str, tuple[Callable[[ak.Adapter, ak.Adapter], Callable[[Tensors], ob
         "layer 1 o_proj holds the change transposed",
     ),
     "q and k exchanged": (lambda a, _: added(exchanged(deltas(a))), "hold the change of another module"),
-    "attention lost": (lambda a, _: added(named(deltas(a), "mlp")), "8 of 21 modules"),
+    "attention lost": (lambda a, _: added(named(deltas(a), "mlp")), "8 of 22 modules"),
     "one layer missed": (lambda a, _: added(deltas(only(a, lambda p: "layers.1." not in p))), "layer 1 q_proj"),
     "one target missed": (
         lambda a, _: added(deltas(only(a, lambda p: p != DOWN))), "layer 1 down_proj is where they part first",
