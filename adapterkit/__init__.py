@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
+    from .gating import gate
     from .merging import merge, plan, verify
     from .methods import METHODS
     from .ops import combine
@@ -40,6 +41,7 @@ _HOME = {
     "convert": "api",
     "detect": "formats",
     "diff": "ops:compare",
+    "gate": "gating",
     "inspect": "api",
     "merge": "merging",
     "names": "api",
@@ -66,6 +68,7 @@ __all__ = [
     "convert",
     "detect",
     "diff",
+    "gate",
     "hub",
     "inspect",
     "merge",

@@ -154,7 +154,7 @@ def test_every_verb_has_one_name_here_and_on_the_command_line() -> None:
     from adapterkit.cli import adapterkit
 
     commands = set(adapterkit.list_commands(None))  # type: ignore[arg-type]
-    verbs = {"inspect", "convert", "combine", "diff", "plan", "names", "report", "merge", "verify", "scan"}
+    verbs = {"inspect", "convert", "combine", "diff", "plan", "names", "report", "merge", "verify", "scan", "gate"}
     assert verbs <= set(dir(ak))
     assert verbs - {"plan"} <= commands, "plan is merge --plan"
     assert all(callable(getattr(ak, verb)) for verb in verbs)

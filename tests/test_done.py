@@ -160,7 +160,7 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
 
 
 READING = {
-    "completion", "conformance", "demo", "diff", "doctor", "help", "inspect", "list", "names", "scan", "validate",
+    "completion", "conformance", "demo", "diff", "doctor", "gate", "help", "inspect", "list", "names", "scan", "validate",
     "verify",
 }  # fmt: skip
 """Commands that write nothing."""

@@ -26,7 +26,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"destination", "reporting", "scanning"},
+    {"destination", "gating", "reporting", "scanning"},
     {"api"},
     {"ui"},
     {"cli", "testing"},

@@ -35,6 +35,7 @@ COMMANDS = {
     "doctor": ["{}"],
     "export": ["{} -o out", "base -o {}", "base -o out --adapter {}", "--model {} -o out"],
     "extract": ["{} --base base --rank 2 -o out", "base --base {} --rank 2 -o out"],
+    "gate": ["{} lora", "base {}", "base lora --merged {}", "base lora --onnx {}", "base lora --data {}"],
     "inject": ["{} lora -o out.onnx", "none.onnx {} -o out.onnx", "none.onnx lora -o {}"],
     "inspect": ["{}", "lora --format {}"],
     "list": ["{}"],

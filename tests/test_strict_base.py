@@ -18,7 +18,7 @@ OPTIONS = {
     for name in adapterkit.list_commands(None)
     if (command := adapterkit.get_command(None, name)) is not None
 }
-WITH_BASE = {"merge", "verify", "inject", "export", "names"} | {
+WITH_BASE = {"merge", "verify", "inject", "export", "names", "gate"} | {
     n for n, known in OPTIONS.items() if "--base" in known
 } - {"push"}
 """`push --base` is a name for the card: nothing is read."""

@@ -32,6 +32,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "adapterkit export MODEL -o graph --adapter lora --adapter other --mode slots",
     ),
     "extract": ("adapterkit extract tuned --base base --rank 12 -o extracted",),
+    "gate": (
+        "adapterkit gate MODEL lora",
+        "adapterkit gate MODEL lora --merged merged --data texts.jsonl --min-kept 0.95",
+        "adapterkit gate MODEL lora --onnx graph/model.onnx --json",
+    ),
     "help": ("adapterkit help merge",),
     "inject": (
         "adapterkit inject model.onnx lora -o attached.onnx",

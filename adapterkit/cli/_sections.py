@@ -15,11 +15,16 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "What is computed": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
         "onto", "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
-        "embeddings", "targets", "scope", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
+        "embeddings", "targets", "scope", "data", "texts",
+        "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
     ),
     "How adapters and bases are read": (
         "source_format", "base", "base_weights", "strict_base", "compat", "alpha", "strict", "family", "match_base",
-        "rename", "allow_partial", "experts", "call", "merged", "share_weights",
+        "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
+    ),
+    "Thresholds": (
+        "min_effect", "min_kept", "max_scale_error", "max_part_error", "min_agreement", "max_perplexity",
+        "min_over_null",
     ),
     "How it runs": ("device", "engine", "address", "memory", "stream"),
     "How it talks": ("json", "quiet", "verbose", "debug", "help"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,16 +21,13 @@ from ..errors import (
     StorageError,
     Unsupported,
     UsageError,
-    first_line,
-    nearest,
     storage_error,
 )
 from ..io.checkpoint import opened as opened_base
-from ..io.inputs import read_input
 from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
-from ..io.stages import stage
 from ..naming.binding.bases import check_base
+from ..torch.pretrained import load_pretrained
 from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
 from .injecting import Report
 from .tracing import quiet
@@ -335,7 +330,8 @@ def export_pretrained(
     # A folder that is refused for its links is refused before minutes of tracing, and not only when they are copied.
     if not share_weights:
         _to_carry(source)
-    torch_model = _loaded(source, dtype)
+    with quiet():
+        torch_model = load_pretrained(source, dtype)
     words = words_of(torch_model, source)
 
     def written(folder: Path) -> Report:
@@ -364,90 +360,6 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
         raise UsageError(why, path=target, cure=f"Write to {source}")
     if share_weights and (target / "model.onnx").exists():
         raise StorageError("already there", path=target / "model.onnx", cure="Remove it first")
-
-
-def _loaded(source: Path, dtype: str) -> Any:
-    stage(f"loading {source}")
-    transformers, torch = import_module("transformers"), import_module("torch")
-    try:
-        config = json.loads(read_input(source / "config.json").decode("utf-8"))
-        names = config.get("architectures") or ["AutoModel"]
-        name = names[0]
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
-    # Only class names pass: a name from the file must not reach another attribute of the library.
-    if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
-        raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
-    built = getattr(transformers, name, None)
-    if built is None or not hasattr(built, "from_pretrained"):
-        known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])
-        cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
-        raise Unsupported(f"this transformers has no {name}", path=source, cure=cure)
-    if (source / "adapter_config.json").exists():
-        # transformers would load the base that this file names, whatever it is, instead of this folder.
-        cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
-        raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
-    known_only = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with quiet(), _without_bars():
-            kind = getattr(built, "config_class", None) or transformers.AutoConfig
-            config = kind.from_pretrained(str(source), **known_only)
-            _check_no_kernel(config, source)
-            model = built.from_pretrained(str(source), config=config, dtype=getattr(torch, dtype), **known_only)
-    except AdapterkitError:
-        raise
-    except Exception as error:  # transformers raises many types of errors for damaged folders.
-        first = first_line(error)
-        if "trust_remote_code" in str(error):
-            raise Unsupported("the model brings its own code, which is not run", path=source, cure=_OWN_CODE) from None
-        raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
-    return model.eval()
-
-
-KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
-"""Implementations of attention and experts that are part of transformers and torch."""
-
-
-def _check_no_kernel(config: Any, source: Path) -> None:
-    """Check that a config, with all configs inside it, names no kernel that transformers would download and run.
-
-    transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;
-    `local_files_only` has no effect there. The loaded config object is checked instead of config.json, which can refer
-    to another file (`configuration_files`).
-
-    Raises:
-        Unsupported: it names one.
-    """
-    held = config if isinstance(config, dict) else vars(config)
-    for key, value in held.items():
-        if str(key).removesuffix("_internal").endswith("_implementation"):
-            for name in value.values() if isinstance(value, dict) else (value,):
-                if name not in KERNELS_OF_TORCH:
-                    field = str(key).removesuffix("_internal").removeprefix("_")
-                    cure = f'Set {field} to "eager" in config.json, or leave it out'
-                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which is refused"
-                    raise Unsupported(why, path=source / "config.json", cure=cure)
-        elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
-            _check_no_kernel(value, source)
-
-
-_OWN_CODE = (
-    "If you trust it, write a function that loads the model and returns it with example inputs, and name that by "
-    "--model MODULE:FUNCTION (adapterkit.onnx.export_factory)"
-)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars: the library shows nothing, only commands do."""
-    bars = import_module("transformers.utils.logging")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _carried(source: Path, out: Path) -> list[Path]:

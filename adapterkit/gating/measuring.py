@@ -1,0 +1,181 @@
+"""Figures on the outputs of models: KL, perplexity, agreement of greedy text, and hidden states block by block."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROMPT, PROMPTS = 8, 4
+"""Tokens of a prompt, and prompts that are continued."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """The output of a model for one input.
+
+    Attributes:
+        main: logits, or the last hidden state of models without logits; float64, classes or channels last.
+        is_logits: which of the two `main` is.
+        states: hidden states behind the embedding and each block.
+    """
+
+    main: Tensor
+    is_logits: bool
+    states: tuple[Tensor, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.main.isfinite().all())
+
+
+Run = Callable[[Mapping[str, Any]], Output]
+"""Runs a model on one input."""
+
+
+def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> Output:
+    """Run a transformers model on one input."""
+    import torch
+
+    names = inspect.signature(model.forward).parameters
+    options = {"output_hidden_states": True, "return_dict": True}
+    if "use_cache" in names:
+        options["use_cache"] = False
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    options = {name: value for name, value in options.items() if name in names or open_ended}
+    with torch.no_grad():
+        told = model(**{name: value.to(device) for name, value in feeds.items()}, **options)
+    states = [told.get(name) or () for name in ("encoder_hidden_states", "hidden_states", "decoder_hidden_states")]
+    return output_of(told, tuple(state for each in states for state in each))
+
+
+def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> Output:
+    """Return an output by the usual names of what transformers models give."""
+    for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
+        held = told.get(name)
+        if held is not None:
+            return Output(_double(held), name != "last_hidden_state" and held.shape[-1] > 1, tuple(states))
+    first = next(value for value in told.values() if hasattr(value, "shape") and value.dtype.is_floating_point)
+    return Output(_double(first), False, tuple(states))
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.detach().cpu().double()
+
+
+def divergence(first: Output, second: Output) -> float:
+    """Sum over positions of KL(first || second) in nats; the relative squared difference for other outputs."""
+    if first.main.shape[:-1] != second.main.shape[:-1]:
+        return math.inf
+    a, b = _alike(first.main, second.main)
+    if not first.is_logits:
+        size = float((first.main**2).sum())
+        return float(((a - b) ** 2).sum()) / size * positions(first) if size else 0.0
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum()))
+
+
+def unit_of(output: Output) -> str:
+    """Return the unit of `divergence`, for one position, in words."""
+    if not output.is_logits:
+        return "of the squared hidden states"
+    return "nats a token" if output.main.ndim == 3 else "nats an input"
+
+
+def positions(output: Output) -> int:
+    """How many distributions an output holds."""
+    return max(1, output.main.numel() // output.main.shape[-1])
+
+
+def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both cut to the entries that both have: vocabularies are padded."""
+    width = min(first.shape[-1], second.shape[-1])
+    return first[..., :width], second[..., :width]
+
+
+def along(base: Output, adapted: Output, other: Output) -> tuple[float, float]:
+    """Return <other - base, adapted - base> and <adapted - base, adapted - base>, weighed by probability."""
+    a, b = _alike(adapted.main, base.main)
+    a, c = _alike(a, other.main)
+    b = b[..., : a.shape[-1]]
+    if adapted.is_logits:
+        p = a.softmax(-1)
+        a, b, c = (each.log_softmax(-1) for each in (a, b, c))
+        asked, there = a - b, c - b
+        asked, there = (each - (p * each).sum(-1, keepdim=True) for each in (asked, there))
+    else:
+        p, asked, there = a.new_ones(()), a - b, c - b
+    return float((p * there * asked).sum()), float((p * asked * asked).sum())
+
+
+def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
+    """Whether a model foretells the next token: another last token then changes nothing before it."""
+    if set(feeds) != {"input_ids"}:
+        return False
+    ids = feeds["input_ids"]
+    other = ids.clone()
+    other[0, -1] = (int(ids[0, -1]) + 1) % max(2, int(ids.max()) + 1)
+    first, second = run(feeds), run({"input_ids": other})
+    if not first.is_logits or first.main.ndim != 3 or first.main.shape[1] != ids.shape[1]:
+        return False
+    before, after = first.main[:, :-1], second.main[:, :-1]
+    return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
+
+
+def surprise(output: Output, feeds: Mapping[str, Any]) -> tuple[float, int]:
+    """Return the sum of -log p of each next token, and how many there are."""
+    ids = feeds["input_ids"]
+    known = output.main.shape[-1]
+    told = output.main[0, :-1].log_softmax(-1)
+    wanted = ids[0, 1:].clamp(max=known - 1)
+    return -float(told.gather(1, wanted[:, None]).sum()), len(wanted)
+
+
+def greedy(run: Run, feeds: Sequence[Mapping[str, Any]], new: int) -> list[list[int]]:
+    """Continue the beginning of each of the first texts by its most likely tokens, `new` of them."""
+    import torch
+
+    prompts = [feed["input_ids"][:, :PROMPT] for feed in feeds[:PROMPTS]]
+    alike = len({prompt.shape for prompt in prompts}) == 1
+    texts: list[list[int]] = []
+    for ids in [torch.cat(prompts)] if alike else prompts:  # No text is padded.
+        start = ids.shape[1]
+        for _ in range(new):
+            ids = torch.cat([ids, run({"input_ids": ids}).main[:, -1].argmax(-1)[:, None]], 1)
+        texts += ids[:, start:].tolist()
+    return texts
+
+
+def agreement(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
+    """Share of tokens that two greedy continuations have in common before they part."""
+    same = total = 0
+    for first, second in zip(one, other, strict=True):
+        total += len(first)
+        same += next((at for at, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), len(first))
+    return same / total if total else 1.0
+
+
+@dataclass(slots=True)
+class StateSums:
+    """Squared differences of hidden states, summed over inputs."""
+
+    size: list[float] = field(default_factory=list)
+    apart: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+
+    def add(self, base: Output, adapted: Output, other: Output) -> None:
+        for at, (b, a, o) in enumerate(zip(base.states, adapted.states, other.states, strict=False)):
+            if at == len(self.size):
+                for sums in (self.size, self.apart, self.moved):
+                    sums.append(0.0)
+            if a.shape != o.shape:
+                return
+            a, b, o = a.double(), b.double(), o.double()
+            self.size[at] += float((a * a).sum())
+            self.apart[at] += float(((a - o) ** 2).sum())
+            self.moved[at] += float(((a - b) ** 2).sum())

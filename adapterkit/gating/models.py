@@ -1,0 +1,183 @@
+"""The models of a gate: the base with adapters attached, a merged folder, and a graph in onnxruntime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, Unsupported, UsageError
+from ..io.lazy import as_torch, files_kept_open
+from ..quant import dequantized, is_quantized
+from .measuring import Output, output_of, run_torch
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+    from ..io.checkpoint import Checkpoint
+    from ..torch.handle import Handle
+
+
+def check_transformers(path: Path) -> None:
+    """Check that transformers is installed, and that a path is a folder of its.
+
+    Raises:
+        UsageError: it is not installed.
+        Malformed: the folder has no config.json.
+    """
+    if find_spec("transformers") is None:
+        cure = "pip install 'adapterkit[transformers]'"
+        raise UsageError("running models needs transformers, which is not installed", path=path, cure=cure)
+    if not (path / "config.json").is_file():
+        why = "no folder of a transformers model: it has no config.json"
+        raise Malformed(why, path=path, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
+
+
+def device_of(name: str) -> str:
+    """Return the torch device of `auto`, `cpu` or `cuda:N`.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"no CUDA device for {name}", where="device", cure="Pass cpu, or auto")
+    return name
+
+
+def load(checkpoint: Checkpoint, dtype: str, device: str, lacking: list[str] | None = None) -> Any:
+    """Load a folder by transformers; packed weights as the numbers that they stand for.
+
+    Raises:
+        Malformed, Unsupported: see `torch.pretrained.load_pretrained`, and `quant.dequantized`.
+    """
+    from ..torch.pretrained import load_pretrained
+
+    if checkpoint.folder != checkpoint.root:
+        cure = f"Name the folder {checkpoint.folder} with its config.json"
+        raise UsageError("a single weight file where a folder belongs", path=checkpoint.root, cure=cure)
+    state = None
+    if is_quantized(checkpoint):
+        with files_kept_open():
+            state = {name: as_torch(tensor) for name, tensor in dequantized(checkpoint).tensors.items()}
+    return load_pretrained(checkpoint.root, dtype, state, lacking).to(device)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of most weights; `quantized` for packed ones that the config tells of."""
+    if is_quantized(checkpoint):
+        return "quantized"
+    sizes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        size = 1
+        for axis in tensor.shape:
+            size *= axis
+        sizes[tensor.dtype.name] += size
+    return sizes.most_common(1)[0][0]
+
+
+class Adapted:
+    """A base with adapters and a null adapter attached, one of which is on."""
+
+    def __init__(self, model: Any, adapters: Sequence[Adapter], weights: Sequence[float], **options: Any) -> None:
+        self.model, self.device = model, str(next(model.parameters()).device)
+        self.weights, self.options = weights, options
+        self.handles: list[Handle] = []
+        self.null: Handle | None = None
+        for at, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+            self.handles.append(self._inject(adapter, f"adapter{at}", weight))
+
+    def _inject(self, adapter: Adapter, name: str, weight: float) -> Handle:
+        from ..torch.inject import inject
+
+        loaded = adapter.load(self.device)
+        return inject(self.model, loaded, name=name, weight=weight, **self.options)
+
+    def add_null(self, null: Adapter) -> None:
+        """Attach the null adapter, switched off."""
+        self.null = self._inject(null, "null", 1.0)
+        self.null.set_active(False)
+
+    def drop_null(self) -> None:
+        """Take the null adapter off."""
+        if self.null is not None:
+            self.null.remove()
+            self.null = None
+
+    @contextmanager
+    def as_(self, state: str) -> Iterator[None]:
+        """Run as the base, as the base with adapters, or as the base with the null adapter."""
+        for handle in self.handles:
+            handle.set_active(state == "adapted")
+        if self.null is not None:
+            self.null.set_active(state == "null")
+        try:
+            yield
+        finally:
+            for handle in self.handles:
+                handle.set_active(True)
+            if self.null is not None:
+                self.null.set_active(False)
+
+    def run(self, feeds: Mapping[str, Any], state: str) -> Output:
+        """Run one input."""
+        with self.as_(state):
+            return run_torch(self.model, feeds, self.device)
+
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Run with another multiple of the change."""
+        for handle, weight in zip(self.handles, self.weights, strict=True):
+            handle.weight = factor * weight
+        try:
+            yield
+        finally:
+            for handle, weight in zip(self.handles, self.weights, strict=True):
+                handle.weight = weight
+
+
+class Graph:
+    """A graph in onnxruntime, its slots filled by the adapters if it has any."""
+
+    def __init__(self, path: Path, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+        from ..onnx.session import Session
+
+        self.path = path
+        self.session = Session(path)
+        self.chosen: dict[str, float] | None = None
+        if self.session.slots:
+            self.chosen = {}
+            for at, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+                self.session.load(f"adapter{at}", adapter)
+                self.chosen[f"adapter{at}"] = weight
+
+    def run(self, feeds: Mapping[str, Any]) -> Output:
+        """Run one input.
+
+        Raises:
+            Unsupported: the graph gives neither logits nor hidden states.
+            UsageError, ShapeMismatch: it takes other inputs.
+        """
+        import numpy as np
+        import torch
+
+        given = {name: value.numpy() for name, value in feeds.items() if name in self.session.inputs}
+        ids = feeds.get("input_ids")
+        if ids is not None:
+            shape = tuple(ids.shape)
+            usual = {
+                "attention_mask": np.ones(shape, np.int64), "token_type_ids": np.zeros(shape, np.int64),
+                "position_ids": np.arange(shape[1], dtype=np.int64)[None].repeat(shape[0], 0),
+            }  # fmt: skip
+            given |= {name: value for name, value in usual.items() if name in self.session.inputs}
+        names = [name for name in ("logits", "last_hidden_state", "start_logits") if name in self.session.outputs]
+        if not names:
+            cure = "Name the outputs logits or last_hidden_state, as adapterkit export does"
+            raise Unsupported("the graph gives neither logits nor hidden states", path=self.path, cure=cure)
+        told = self.session.run(given, self.chosen, names[:1])
+        return output_of({name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in told.items()})

@@ -1,0 +1,210 @@
+"""Checks against thresholds, and plain sentences on what was measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from .modules import UNCHANGED
+from .result import AdapterEffect, GateCheck, KeptEffect, ModulePart, Thresholds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LEAST = 1e-9
+"""Effect in nats a token below which float32 cannot tell what share of it is kept."""
+
+SHOWN = 3
+"""Modules that a sentence names."""
+
+MOST = 0.9
+"""Share of the modules with one fault from which the fault is the model's."""
+
+EVERYWHERE = 0.5
+"""Share of the modules that the adapters leave alone, holding other weights, from which the base is another one."""
+
+NAMES = {"merged": "the merged model", "onnx": "the graph"}
+
+
+def checks_of(effect: AdapterEffect, kept: Sequence[KeptEffect], limits: Thresholds) -> list[GateCheck]:
+    """Return every check."""
+    found = [*_of_adapter(effect, limits)]
+    for each in kept:
+        found += _of_model(each, effect, limits)
+    return found
+
+
+def _of_adapter(effect: AdapterEffect, limits: Thresholds) -> Iterator[GateCheck]:
+    if not effect.finite:
+        yield GateCheck("finite", "adapter", False, None, None, "the base with the adapters gives NaN or infinities")
+        return
+    yield GateCheck("finite", "adapter", True, None, None, "all outputs of the base with the adapters are finite")
+    text = f"the adapters move the output by {effect.divergence:.3g} {effect.unit}"
+    ok = effect.divergence >= limits.min_effect
+    yield GateCheck("effect", "adapter", ok, effect.divergence, limits.min_effect, text)
+    if limits.min_over_null is not None:
+        if effect.null is None:
+            text = f"there is no null adapter to hold it against: {effect.why_no_null}"
+            yield GateCheck("over null", "adapter", None, None, limits.min_over_null, text)
+        else:
+            ratio = effect.divergence / effect.null if effect.null else float(effect.divergence > 0) * 1e9
+            text = f"that is {ratio:.3g} times what random changes of the same size do"
+            yield GateCheck("over null", "adapter", ratio >= limits.min_over_null, ratio, limits.min_over_null, text)
+
+
+def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> Iterator[GateCheck]:
+    name = NAMES[each.model]
+    if each.why is not None:
+        yield GateCheck("runs", each.model, False, None, None, f"{name} cannot be run: {each.why}")
+        if not each.parts:
+            return
+    elif each.lacking:
+        text = f"the files of {name} lack {_some(each.lacking)}"
+        yield GateCheck("complete", each.model, False, float(len(each.lacking)), 0.0, text)
+    ok: bool | None
+    if each.why is None:
+        ok = each.finite or not effect.finite
+        text = f"{name} gives finite numbers" if each.finite else f"{name} gives NaN or infinities"
+        yield GateCheck("finite", each.model, ok, None, None, text)
+    if each.kept is not None and each.finite and effect.finite:
+        known = effect.divergence >= LEAST
+        text = f"{name} keeps {100 * each.kept:.4g} % of the effect" if known else "the effect is too small to tell"
+        ok = each.kept >= limits.min_kept if known else None
+        yield GateCheck("kept", each.model, ok, each.kept, limits.min_kept, text)
+        if each.scale is not None:
+            ok = abs(each.scale - 1) <= limits.max_scale_error if known else None
+            text = f"{name} holds {each.scale:.3g} times the change"
+            yield GateCheck("scale", each.model, ok, each.scale, limits.max_scale_error, text)
+    if each.parts:
+        faults = each.faults
+        text = f"{len(faults)} of {len(each.parts)} modules of {name} compute something else"
+        yield GateCheck("modules", each.model, not faults, float(len(faults)), 0.0, text)
+    if limits.min_agreement is not None and each.why is None:
+        ok = None if each.agreement is None else each.agreement >= limits.min_agreement
+        text = "share of greedy tokens in common with the base with the adapters"
+        yield GateCheck("agreement", each.model, ok, each.agreement, limits.min_agreement, text)
+    if limits.max_perplexity is not None and each.why is None:
+        known = each.perplexity is not None and bool(effect.perplexity)
+        ratio = each.perplexity / effect.perplexity if known else None  # type: ignore[operator]
+        ok = None if ratio is None else ratio <= limits.max_perplexity
+        text = "perplexity relative to that of the base with the adapters"
+        yield GateCheck("perplexity", each.model, ok, ratio, limits.max_perplexity, text)
+
+
+def verdicts_of(effect: AdapterEffect, kept: Sequence[KeptEffect], checks: Sequence[GateCheck]) -> tuple[str, ...]:
+    """Return sentences, faults first."""
+    faults: list[str] = []
+    notes: list[str] = []
+    failed = {(check.model, check.name) for check in checks if check.ok is False}
+    if not effect.finite:
+        faults.append("the base with the adapters gives NaN or infinities: adapters or base are damaged")
+    elif ("adapter", "effect") in failed:
+        faults.append("the adapter changes nothing")
+    else:
+        text = f"the adapter moves the output by {effect.divergence:.3g} {effect.unit}"
+        if effect.null:
+            ratio = effect.divergence / effect.null
+            text += f", {ratio:.3g} times what random changes of the same size do"
+        notes.append(text)
+    for each in kept:
+        of_model = [*_faults(each, failed)]
+        faults += of_model
+        if not of_model and each.kept is not None:
+            notes.append(f"{NAMES[each.model]} keeps {100 * min(each.kept, 1.0):.4g} % of the effect")
+        below = sum(part.rounded for part in each.parts)
+        if below:
+            notes.append(f"at {below} modules the difference is what rounding to {each.dtype} does")
+    faults += [check.text for check in checks if check.ok is False and check.name in ("over null",)]
+    return tuple(dict.fromkeys([*faults, *notes]))
+
+
+def _faults(each: KeptEffect, failed: set[tuple[str, str]]) -> Iterator[str]:
+    name = NAMES[each.model]
+    if each.why is not None:
+        yield f"{name} cannot be run: {each.why}"
+    if each.lacking:
+        yield f"the files of {name} lack {_some(each.lacking)}, so that transformers draws these weights at random"
+    if not each.finite:
+        where = next((part.module for part in each.parts if "not finite" in part.fault), None)
+        yield f"{name} gives NaN or infinities" + (f", first at {shortened(where)}" if where else "")
+    yield from _by_modules(each, name)
+    if each.faults:
+        yield f"{shortened(each.faults[0].module)} is where they part first"
+        return
+    if (each.model, "scale") in failed and each.scale is not None:
+        yield _scaled(name, each.scale)
+    elif (each.model, "kept") in failed and each.kept is not None:
+        if each.dtype == "quantized" or any(part.rounded for part in each.parts):
+            yield f"rounding has eaten the change: {name} keeps {max(0.0, 100 * each.kept):.3g} % of the effect"
+        else:
+            yield f"{name} keeps {100 * each.kept:.3g} % of the effect: it computes something else"
+    for check in ("agreement", "perplexity"):
+        if (each.model, check) in failed:
+            yield f"{name} misses the threshold for {check}"
+
+
+def _scaled(name: str, scale: float) -> str:
+    if abs(scale) < UNCHANGED:
+        return f"{name} is the base: nothing of the change is there"
+    if scale < 0:
+        return f"{name} holds the change with its sign turned (scale x {scale:.2g})"
+    word = {2: "twice the change", 0.5: "half the change"}.get(round(scale, 1), f"{scale:.2g} times the change")
+    return f"{name} holds {word} (scale x {scale:.2g})"
+
+
+def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
+    """Sentences on faulty modules: one for the model where all have one fault, else one for each kind of fault."""
+    touched = [part for part in each.parts if part.touched]
+    broken = [part for part in touched if part.fault]
+    other = [part for part in each.parts if not part.touched and "other weights" in part.fault]
+    alone = [part for part in each.parts if not part.touched]
+    elsewhere = len(other) >= EVERYWHERE * len(alone) and len(other) > 1
+    if elsewhere and (len(broken) >= EVERYWHERE * len(touched)):
+        yield f"{name} was made from other weights than the base"
+        return
+    scales = [part.scale for part in broken if part.scale is not None and _is_multiple(part)]
+    if touched and len(scales) >= MOST * len(touched) and max(scales) - min(scales) < 2 * UNCHANGED:
+        yield _scaled(name, sum(scales) / len(scales))
+        broken = [part for part in broken if not _is_multiple(part)]
+    kinds: dict[str, list[ModulePart]] = {}
+    for part in [*broken, *(part for part in alone if part.fault)]:
+        if "not finite" not in part.fault:
+            kinds.setdefault(_kind(part), []).append(part)
+    for kind, parts in kinds.items():
+        modules = [shortened(part.module) for part in parts]
+        count = f"{len(parts)} of {len(each.parts)} modules: " if len(parts) > 1 else ""
+        yield f"{count}{_some(modules)} {_plural(kind) if len(parts) > 1 else parts[0].fault}"
+
+
+def _is_multiple(part: ModulePart) -> bool:
+    return "nothing of the change" in part.fault or "times the change" in part.fault or "sign turned" in part.fault
+
+
+def _kind(part: ModulePart) -> str:
+    """A fault without its numbers, so that equal ones stand together."""
+    if part.fault.startswith("holds the change of "):
+        return "holds the change of another module"
+    return "holds another multiple of the change" if "times the change" in part.fault else part.fault
+
+
+def _plural(fault: str) -> str:
+    """A fault of several modules."""
+    verb, _, rest = fault.partition(" ")
+    verbs = {"is": "are", "has": "have", "holds": "hold", "gives": "give", "computes": "compute"}
+    return f"{verbs.get(verb, verb)} {rest}"
+
+
+def shortened(module: str) -> str:
+    """A module's name as people say it: `model.layers.3.mlp.down_proj` is `layer 3 down_proj`."""
+    found = re.search(r"(?:^|\.)(?:layers?|h|blocks?|encoder\.layer)\.(\d+)\.(?:.*\.)?([^.]+)$", module)
+    if found is None:
+        return module or "the model"
+    last = found[2] if found[2] not in ("dense", "LayerNorm") else ".".join(module.split(".")[-2:])
+    return f"layer {found[1]} {last}"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = [*names]
+    more = len(listed) - SHOWN
+    return ", ".join(listed[:SHOWN]) + (f" and {more} more" if more > 0 else "")

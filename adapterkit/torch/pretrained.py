@@ -1,0 +1,125 @@
+"""Load a folder of transformers as a torch model: nothing is downloaded, and no code and no kernel of it is run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterkitError, Malformed, Unsupported, first_line, nearest
+from ..io.inputs import read_input
+from ..io.stages import stage
+
+KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
+"""Implementations of attention and experts that are part of transformers and torch."""
+
+_OWN_CODE = (
+    "If you trust it, load it yourself: adapterkit export takes a function of yours (--model MODULE:FUNCTION, "
+    "adapterkit.onnx.export_factory), and adapterkit.torch any model"
+)
+
+
+def load_pretrained(
+    source: Path, dtype: str, state: Mapping[str, Any] | None = None, lacking: list[str] | None = None
+) -> Any:
+    """Return the model of a folder, in evaluation mode.
+
+    Args:
+        source: the folder; its `config.json` names the class.
+        dtype: name of the torch dtype of the weights.
+        state: the weights by their stored names, where not those of the folder's files are wanted.
+        lacking: gets the names of weights that the model has and the files have not; transformers draws them.
+
+    Raises:
+        Malformed: the config cannot be read, or transformers cannot load the folder.
+        Unsupported: the class is unknown, the folder holds an adapter, or its config names a kernel to download or
+            code of its own.
+    """
+    stage(f"loading {source}")
+    transformers, torch = import_module("transformers"), import_module("torch")
+    try:
+        config = json.loads(read_input(source / "config.json").decode("utf-8"))
+        names = config.get("architectures") or ["AutoModel"]
+        name = names[0]
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
+    # Only class names pass: a name from the file must not reach another attribute of the library.
+    if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
+        raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
+    built = getattr(transformers, name, None)
+    if built is None or not hasattr(built, "from_pretrained"):
+        known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])
+        cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
+        raise Unsupported(f"this transformers has no {name}", path=source, cure=cure)
+    if (source / "adapter_config.json").exists():
+        # transformers would load the base that this file names, whatever it is, instead of this folder.
+        cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
+        raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
+    known_only = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _silent():
+            kind = getattr(built, "config_class", None) or transformers.AutoConfig
+            config = kind.from_pretrained(str(source), **known_only)
+            _check_no_kernel(config, source)
+            if state is not None:
+                vars(config).pop("quantization_config", None)
+                # An Auto class looks for a folder, and there is none.
+                built = transformers.MODEL_MAPPING[type(config)] if name == "AutoModel" else built
+            model, told = built.from_pretrained(
+                str(source) if state is None else None, config=config, dtype=getattr(torch, dtype),
+                **({} if state is None else {"state_dict": dict(state)}), output_loading_info=True, **known_only,
+            )  # fmt: skip
+    except AdapterkitError:
+        raise
+    except Exception as error:  # transformers raises many types of errors for damaged folders.
+        first = first_line(error)
+        if "trust_remote_code" in str(error):
+            raise Unsupported("the model brings its own code, which is not run", path=source, cure=_OWN_CODE) from None
+        raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
+    if lacking is not None:
+        lacking += sorted(told["missing_keys"])
+    return model.eval()
+
+
+def _check_no_kernel(config: Any, source: Path) -> None:
+    """Check that a config, with all configs inside it, names no kernel that transformers would download and run.
+
+    transformers downloads `org/kernel`, and also names such as `flash_attention_2` if that package is not installed;
+    `local_files_only` has no effect there. The loaded config object is checked instead of config.json, which can refer
+    to another file (`configuration_files`).
+
+    Raises:
+        Unsupported: it names one.
+    """
+    held = config if isinstance(config, dict) else vars(config)
+    for key, value in held.items():
+        if str(key).removesuffix("_internal").endswith("_implementation"):
+            for name in value.values() if isinstance(value, dict) else (value,):
+                if name not in KERNELS_OF_TORCH:
+                    field = str(key).removesuffix("_internal").removeprefix("_")
+                    cure = f'Set {field} to "eager" in config.json, or leave it out'
+                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which is refused"
+                    raise Unsupported(why, path=source / "config.json", cure=cure)
+        elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
+            _check_no_kernel(value, source)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide transformers' progress bars and remarks: the library shows nothing, only commands do."""
+    logs = import_module("transformers.utils.logging")
+    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logs.set_verbosity(level)
+        if shown:
+            logs.enable_progress_bar()
