@@ -41,6 +41,7 @@ COMMANDS = {
     "merge of a file": "merge {base}/model.safetensors {adapter} -o {out}.safetensors",
     "merge into a graph": "merge {graph} {adapter} -o {out}.onnx --no-check",
     "inject": "inject {graph} {adapter} -o {out}.onnx --no-check",
+    "bom": "bom {adapter} -o {out}.json",
 }
 """Commands that make an output of an adapter."""
 
@@ -165,8 +166,8 @@ READING = {
 }  # fmt: skip
 """Commands that write nothing."""
 
-ELSEWHERE = {"export": "test_onnx_export.py", "ui": "test_ui.py"}
-"""Commands that need transformers or a browser's requests: their tests."""
+ELSEWHERE = {"export": "test_onnx_export.py", "sign": "test_signatures.py", "ui": "test_ui.py"}
+"""Commands that need transformers, a key or a browser's requests: their tests."""
 
 
 def test_every_command_that_writes_is_here() -> None:
