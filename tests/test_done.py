@@ -112,6 +112,7 @@ def test_other_inputs_are_not_taken_for_the_same(words: list[str], tmp_path: Pat
     changed.write_bytes(kept)
     assert run(*words).stdout.startswith("already done: ")
     more = {"convert": ["--on-loss", "fold"], "merge": ["--weight", "2"], "inject": ["--mode", "slots"]}
+    more["bom"] = ["--serial"]
     more["report"] = ["--rename", "layers.0.q=layers.0.k"]
     assert run(*words, *more.get(words[0], ["--dtype", "F16"])).exit_code == 6
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import cyclonedx
 import pytest
 from command_line import record, run, save_base, save_peft
+from hub_repository import hub  # noqa: F401 - a fixture
 
 import adapterkit as ak
 from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of
@@ -112,3 +113,19 @@ def test_inspect_says_what_a_licence_asks(parts: tuple[Path, Path]) -> None:
     assert (base["licence"], base["licence_spdx"]) == ("llama3.1", None)
     assert "cc-by-nc-4.0, which allows no commercial use" in run("inspect", parts[1]).stdout
     assert "licence llama3.1, which asks for its text" in run("inspect", parts[0]).stdout
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_push_warns_of_a_card_that_says_less(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    ak.merge(parts[0], [parts[1]], tmp_path / "out")
+    pushed = ak.hub.push(tmp_path / "out", "hf://org/out", licence="mit", dry_run=True)
+    assert [each.partition(" is under ")[2].partition(",")[0] for each in pushed.warnings] == [
+        "llama3.1", "cc-by-nc-4.0", "llama3.1",
+    ], pushed.warnings  # fmt: skip
+    assert pushed.warnings[0].startswith("licences: the card says mit, but the base is under llama3.1, which asks for")
+    said = run("push", tmp_path / "out", "hf://org/out", "--licence", "mit")
+    assert (said.exit_code, said.stderr.count("warning: licences: ")) == (0, 3), said.output
+    (parts[1] / "README.md").unlink()
+    ak.merge(parts[0], [parts[1]], tmp_path / "plain")
+    assert ak.hub.push(tmp_path / "plain", "hf://org/plain", dry_run=True).warnings == ()

@@ -6,6 +6,7 @@ licences and what they ask, base and adapters as ancestors. The same files give 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,9 @@ from ._writing import is_done, made_from, refuse_place
 def command(settings: _options.Settings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
     """Runs `adapterkit.provenance.bom`."""
     from ..io.locations import local, located
-    from ..io.staging import check_inputs
+    from ..io.staging import check_inputs, digest_of
     from ..provenance import bom
+    from ..provenance.bom import EPOCH
     from ..provenance.signing import files_of
 
     if out is None:
@@ -37,7 +39,7 @@ def command(settings: _options.Settings, path: str, out: str | None, serial: boo
     refuse_place(out)
     place, root = local(out), located(path)
     files = files_of(root, place)
-    decided = made_from(files)
+    decided = digest_of([made_from(files), os.environ.get(EPOCH)])
     if is_done(settings, str(place), decided, overwrite):
         return
     check_inputs([place], files)

@@ -126,6 +126,8 @@ def _other_bases(record: Mapping[str, Any]) -> View:
     for base in record.get("base", ()):
         yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
         yield f"              the base that was given has {base['given']}"
+        if base.get("how"):
+            yield f"              {base['how']}"
 
 
 def _signature(signed: Mapping[str, Any]) -> View:

@@ -1,4 +1,4 @@
-"""What licences ask of a model that is made from several parts, and where they contradict each other.
+"""Tell what licences ask of a model that is made from several parts, and where they contradict each other.
 
 The licences are data, `spec/licences.toml`. All of it is for warnings: a card may name a wrong licence, and whether a
 change of weights is an adapted work is for lawyers. Nothing is refused because of it.
@@ -19,14 +19,14 @@ from .licences import Licence
 FORMAT = 1
 
 BASE = "the base"
-"""What the base is called among the parts of a merged model."""
+"""Name of the base among the parts of a merged model."""
 
 Part = tuple[str, Licence]
-"""What it is called (`BASE`, or an adapter's name), and the licence that its card names."""
+"""A name (`BASE`, or an adapter's), and the licence that its card names."""
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a family of licences asks; see the head of `spec/licences.toml`."""
+    """Terms that a family of licences asks; see the head of `spec/licences.toml`."""
 
     asks: str
     commercial: bool = True

@@ -186,11 +186,12 @@ def merge(
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        from ..io.checkpoint import fingerprint
+        from ..io.checkpoint import fingerprint, shapes_digest
 
         # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
-        taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
-        planned = make_plan(read, named, options)
+        stored = read if isinstance(read, Original) else checkpoint
+        taken = None if stream else fingerprint(stored)
+        planned = replace(make_plan(read, named, options), shapes=shapes_digest(stored))
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
         if engine == "ray":
             from .cluster import on_ray, recipe_of

@@ -66,7 +66,7 @@ class Bundle:
 
     @property
     def statement(self) -> Mapping[str, Any] | None:
-        """What adapterkit recorded when it signed; None in signatures of other tools."""
+        """The statement that adapterkit recorded when it signed; None in signatures of other tools."""
         found = self.predicate.get(PREDICATE)
         return found if isinstance(found, Mapping) else None
 

@@ -11,10 +11,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.metadata import FINGERPRINT
+from ..core.metadata import FINGERPRINT, SHAPES
 from ..errors import Corrupt, NetworkError, StorageError, UsageError, first_line, public, storage_error
 from ..io.checkpoint import PREFIX, fingerprint, opened
 from ..io.stages import stage
+from ..naming.binding.bases import relation
 from .bundles import DISTRUST, Bundle, read_bundle
 from .keys import model_signing, verifier
 
@@ -73,7 +74,7 @@ def check_signature(
         issuer: who vouches for the identity, such as `https://accounts.google.com`.
 
     Returns:
-        What was signed; a signature that does not hold is an error.
+        The signed files and statement. A signature that does not hold is an error.
 
     Raises:
         Corrupt: a file was changed, added or removed; the signature was changed, or made with another key.
@@ -107,6 +108,8 @@ def check_signature(
 def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | PathLike[str]) -> dict[str, str] | None:
     """Return the recorded and the given fingerprint, if a base is not the one that a signed statement names.
 
+    `how` says how the base relates to the recorded one, where the statement tells the shapes.
+
     Raises:
         UsageError: the statement names no fingerprint, so there is nothing to compare.
     """
@@ -117,8 +120,12 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
     if not known:
         cure = "Leave --base out, or give --base and --adapter both to compute the merge again"
         raise UsageError("the signed statement holds no fingerprint of a base", cure=cure)
-    given = fingerprint(opened(base))
-    return None if given in known else {"named_by": "the signed statement", "expected": known[0], "given": given}
+    checkpoint = opened(base)
+    given = fingerprint(checkpoint)
+    if given in known:
+        return None
+    how = relation(checkpoint, [*map(str, (told.get("base") or {}).get("shapes") or ()), str(kept.get(SHAPES))])
+    return {"named_by": "the signed statement", "expected": known[0], "given": given, "how": how}
 
 
 def _verify(config: Any, root: Path, bundle: Bundle) -> None:
@@ -139,8 +146,8 @@ def _verify(config: Any, root: Path, bundle: Bundle) -> None:
 def _hashing(root: Path, bundle: Bundle) -> Any:
     """Return how files are hashed: as the signer says, and without the signature file itself.
 
-    What it says is not trusted here. model-signing checks the signature of the same bytes before it hashes, and any
-    other way of hashing gives other digests.
+    The signer's word is not trusted here: model-signing checks the signature of the same bytes first, and any other
+    way of hashing gives other digests.
     """
     told = bundle.predicate.get("serialization")
     args: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
@@ -184,7 +191,7 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
     config = model_signing("verifying").Config()
     try:
         return config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
-    except Exception as error:  # Of the network, and of the trust root's files.
+    except Exception as error:  # Errors of the network, and of the trust root's files.
         why = f"sigstore cannot be used: {first_line(error)}"
         raise NetworkError(why, cure="Try again with a network; a signature by a key needs none") from None
 

@@ -34,7 +34,7 @@ GIT = (".git", ".gitattributes", ".github", ".gitignore")
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """What was signed.
+    """A signature that was written.
 
     Attributes:
         path: the file or folder.
@@ -78,7 +78,7 @@ def sign(
         path: a folder, or one file.
         out: the signature file; `PATH.sig` if absent.
         key: a private key in PEM form, of the elliptic curve P-256, P-384 or P-521.
-        password: of the key, if it is encrypted.
+        password: the key's, if it is encrypted.
         certificate: the certificate of the key, in PEM form; then a verifier needs its issuer instead of the key.
         chain: the certificates between it and the one to trust.
         sigstore: sign with an identity of OpenID Connect instead of a key. This needs a network, and writes the
@@ -189,7 +189,7 @@ def _sigstore(token: str | None) -> Any:
     config = model_signing("signing").Config()
     try:
         return config.use_sigstore_signer(identity_token=token, use_ambient_credentials=token is None)
-    except Exception as error:  # Of the network, of the trust root's files, of the environment's identity.
+    except Exception as error:  # Errors of the network, of the trust root's files, of the identity.
         raise NetworkError(f"sigstore cannot be used: {first_line(error)}", cure=_OFFLINE) from None
 
 

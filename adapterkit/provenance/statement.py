@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.licences import licence_at
-from ..core.metadata import METADATA, REPORT, fingerprints_of
+from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
 from ..errors import AdapterkitError, UnknownFormat, first_line, public
 from ..formats import detect, read
 from ..io.checkpoint import opened
@@ -81,7 +81,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, Any]:
         "targets": len(adapter.updates),
         "base": {
             "id": base and base.id, "revision": base and base.revision, "config_hash": base and base.config_hash,
-            "fingerprints": list(fingerprints_of(adapter)),
+            "fingerprints": list(fingerprints_of(adapter)), "shapes": list(shapes_of(adapter)),
         },
         "lineage": [{"op": step.op, "args": _without_metadata(step.args)} for step in adapter.recipe],
     }  # fmt: skip
