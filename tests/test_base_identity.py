@@ -1,4 +1,4 @@
-"""Adapters carry the fingerprint of their base, in files with metadata too; other weights are told from another base."""
+"""Adapters carry the fingerprint of their base, in files with metadata too; other weights are told from other bases."""
 
 from __future__ import annotations
 

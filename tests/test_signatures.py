@@ -189,7 +189,7 @@ def test_the_statement_of_an_adapter_has_its_lineage_and_base(tmp_path: Path, ke
     assert told["digest"] == adapter.digest()
     assert told["lineage"][-1] == {"op": "scale", "args": {"factor": 0.1, "seed": str(2**60)}}
     assert told["base"] == {
-        "id": "hf://org/base?...", "revision": "main", "config_hash": "0" * 64, "fingerprints": []
+        "id": "hf://org/base?...", "revision": "main", "config_hash": "0" * 64, "fingerprints": [], "shapes": []
     }  # fmt: skip
     assert "openSesame" not in base64.b64decode(
         json.loads(Path(signed.out).read_text())["dsseEnvelope"]["payload"]
@@ -342,6 +342,23 @@ def test_what_git_keeps_is_said_not_to_be_signed(merged: Path, keys: tuple[Path,
     assert signed.not_covered == (".git",)
     checked = check_signature(merged, merged / "model.sig", key=keys[1])
     assert (checked.not_covered, checked.files) == ((".git",), signed.files)
+
+
+def test_what_is_fetched_is_what_was_signed(tmp_path: Path, merged: Path, keys: tuple[Path, Path]) -> None:
+    """`pull` and huggingface_hub leave notes in the folder; model-signing's own command leaves them out, too."""
+    signed = sign(merged, tmp_path / "m.sig", key=keys[0])
+    (merged / ".cache" / "huggingface").mkdir(parents=True)
+    for note in (".adapterkit-source.json", ".cache/huggingface/CACHEDIR.TAG"):
+        (merged / note).write_text("x")
+    checked = check_signature(merged, signed.out, key=keys[1])
+    assert checked.not_covered == (".adapterkit-source.json", ".cache/huggingface")
+    words = ["verify", "key", str(merged), "--signature", signed.out, "--public_key", str(keys[1])]
+    assert CliRunner().invoke(model_signing, words).exit_code == 0
+    again = sign(merged, tmp_path / "m.sig", key=keys[0], overwrite=True)
+    assert (again.files, again.not_covered) == (signed.files, checked.not_covered)
+    (merged / ".cache" / "else").write_text("x")
+    with pytest.raises(Corrupt, match="Extra files"):
+        check_signature(merged, signed.out, key=keys[1])
 
 
 # Keys and passwords

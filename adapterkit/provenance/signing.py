@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import (
@@ -22,6 +22,7 @@ from ..errors import (
     public,
     storage_error,
 )
+from ..io.locations import NOTE
 from ..io.stages import stage
 from ..io.staging import check_free, check_inputs, staged
 from .bundles import PREDICATE
@@ -30,6 +31,11 @@ from .statement import statement_of
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
 """Files that model signing leaves out by default; with them, its command would refuse our signatures."""
+
+
+NOTES = (NOTE, ".cache/huggingface")
+"""Notes that `pull` and huggingface_hub put into a folder that they fetch. Signing says to leave them out, so that what
+was fetched is what was signed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Signed:
         out: the signature file.
         files: the number of files whose digests are signed.
         statement: what is recorded of its origin.
-        not_covered: files of git's, which model signing leaves out.
+        not_covered: files that are there and left out: git's, and notes of fetching.
     """
 
     path: str
@@ -135,22 +141,25 @@ def files_of(root: Path, signature: Path) -> list[Path]:
         raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
     if root.is_file():
         return [root]
-    found = sorted(each for each in root.rglob("*") if each.is_file())
-    return [
-        each for each in found if each.absolute() != signature.absolute() and each.relative_to(root).parts[0] not in GIT
-    ]
+    found = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]
+    left_out = [PurePosixPath(name) for name in (*GIT, *NOTES)]
+    return sorted(each for each in found if not _below(each.relative_to(root), left_out))
+
+
+def _below(file: Path, names: Sequence[PurePosixPath]) -> bool:
+    return any(PurePosixPath(file.as_posix()).is_relative_to(name) for name in names)
 
 
 def not_covered(root: Path) -> tuple[str, ...]:
-    """List the files of git's that are there, which no signature of model signing covers by default."""
-    return tuple(name for name in GIT if root.is_dir() and (root / name).exists())
+    """List what is there of git's files and of notes of fetching, which signatures do not cover."""
+    return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
 def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, Any]) -> Any:
     """Return model-signing's payload, which has the digests of all files, with the statement in its predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
-    hashing.set_ignored_paths(paths=inside, ignore_git_paths=True)
+    hashing.set_ignored_paths(paths=[*inside, *NOTES], ignore_git_paths=True)
     try:
         manifest = hashing.hash(root)
     except OSError as error:
