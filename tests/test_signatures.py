@@ -361,6 +361,23 @@ def test_what_is_fetched_is_what_was_signed(tmp_path: Path, merged: Path, keys: 
         check_signature(merged, signed.out, key=keys[1])
 
 
+def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path, merged: Path, keys: tuple[Path, Path]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    good = sign(merged, key=keys[0]).out
+    for call in (
+        lambda: sign(merged, tmp_path / "x.sig", key=tmp_path / "pipe"),
+        lambda: check_signature(merged, tmp_path / "pipe", key=keys[1]),
+        lambda: check_signature(merged, good, key=tmp_path / "pipe"),
+    ):
+        with pytest.raises(Malformed, match="not a regular file"):
+            call()
+    (tmp_path / "pipe").rename(merged / "pipe")
+    with pytest.raises(Unsupported, match="cannot be signed"):
+        sign(merged, tmp_path / "x.sig", key=keys[0])
+    with pytest.raises(Corrupt):
+        check_signature(merged, good, key=keys[1])
+
+
 # Keys and passwords
 
 

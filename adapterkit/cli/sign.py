@@ -60,13 +60,15 @@ def command(
 def _password(file: str | None) -> bytes | None:
     """The password of the key; it is held nowhere else, and no message has it."""
     from ..errors import storage_error
+    from ..io.inputs import open_input
     from ..provenance.keys import PASSWORD
 
     if file is None:
         told = os.environ.get(PASSWORD)
         return None if told is None else os.fsencode(told)
     try:
-        return Path(file).read_bytes().rstrip(b"\r\n")
+        with open_input(Path(file)) as opened:
+            return opened.readline().rstrip(b"\r\n")
     except OSError as error:
         raise storage_error(error, Path(file)) from error
 

@@ -22,9 +22,10 @@ from typing import Any
 from ..core.licence_terms import BASE, Part, called, conflicts, parts_of, spdx_of, terms_of
 from ..core.licences import MAX_CARD, Licence, licence_at, metadata
 from ..core.metadata import REPORT
-from ..errors import AdapterkitError, StorageError, UsageError, storage_error
+from ..errors import AdapterkitError, Malformed, StorageError, UsageError, storage_error
 from ..io.atomic import write_bytes
 from ..io.checkpoint import read_json
+from ..io.inputs import open_input
 from ..io.locations import is_repo, located, path_text
 from ..io.stages import stage
 from ..io.staging import check_free, staged
@@ -251,9 +252,9 @@ def _card(root: Path) -> Mapping[str, Any]:
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
     try:
-        with open(root / "README.md", "rb") as file:
+        with open_input(root / "README.md") as file:
             return metadata(file.read(MAX_CARD).decode("utf-8", "replace"))
-    except OSError:
+    except (OSError, Malformed):
         return {}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Corrupt, storage_error
+from ..io.inputs import open_input
 from ..io.strict_json import load_json
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -79,7 +80,7 @@ def read_bundle(path: Path) -> Bundle:
         StorageError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read(LARGEST + 1)
     except OSError as error:
         raise storage_error(error, path) from error

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported, UsageError, storage_error
+from ..io.inputs import open_input
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
 """Environment variable that holds the password of an encrypted private key."""
+
+LARGEST = 1 << 20
+"""Bytes that are read of a file of keys or certificates."""
 
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 """Elliptic curves that model signing takes: P-256, P-384 and P-521."""
@@ -133,6 +137,7 @@ def _certificates(path: Path) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_input(path) as file:
+            return file.read(LARGEST)
     except OSError as error:
         raise storage_error(error, path) from error
