@@ -335,6 +335,26 @@ def test_links_are_refused_or_followed(tmp_path: Path, merged: Path, keys: tuple
         check_signature(snapshot, signed.out, key=keys[1])
 
 
+def test_links_on_the_way_and_in_what_was_fetched(tmp_path: Path, merged: Path, keys: tuple[Path, Path]) -> None:
+    (tmp_path / "current").symlink_to(merged)
+    signed = sign(tmp_path / "current", key=keys[0])
+    assert signed.out == str(tmp_path / "current.sig")
+    for path in (merged, tmp_path / "current"):
+        assert check_signature(path, signed.out, key=keys[1]).files == 4
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for file in merged.iterdir():
+        (cache / file.name).symlink_to(file)
+    assert check_signature(cache, signed.out, key=keys[1]).files == 4
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "modeling.py").write_text("import os")
+    (cache / "code").symlink_to(tmp_path / "evil")
+    with pytest.raises(Corrupt, match="a link to a folder"):
+        check_signature(cache, signed.out, key=keys[1])
+    with pytest.raises(Unsupported, match="a link to a folder"):
+        sign(cache, key=keys[0], allow_symlinks=True)
+
+
 def test_what_git_keeps_is_said_not_to_be_signed(merged: Path, keys: tuple[Path, Path]) -> None:
     (merged / ".git").mkdir()
     (merged / ".git" / "HEAD").write_text("ref: refs/heads/main\n")

@@ -34,6 +34,11 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whole: bool = False
     restricts: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether it asks for no more than notices."""
+        return self.commercial and self.changes and not self.whole and not self.restricts
+
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     family: str

@@ -18,6 +18,7 @@ from ..io.stages import stage
 from ..naming.binding.bases import relation
 from .bundles import DISTRUST, Bundle, read_bundle
 from .keys import model_signing, verifier
+from .signing import linked_folders, settled
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -88,7 +89,7 @@ def check_signature(
         raise UsageError("whose signature it should be is not told, or told twice", cure=cure)
     if (identity is None) != (issuer is None):
         raise UsageError("an identity needs its issuer", cure="Give --identity and --issuer (identity=, issuer=) both")
-    root, file = Path(path), Path(signature)
+    root, file = settled(Path(path)), Path(signature)
     if not root.exists():
         raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
     bundle = read_bundle(file)
@@ -129,6 +130,11 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
 
 
 def _verify(config: Any, root: Path, bundle: Bundle) -> None:
+    if linked := linked_folders(root):
+        # model-signing passes over them: anything could be added by such a link.
+        raise Corrupt(
+            "the signature does not hold: a link to a folder, which none covers", path=linked[0], cure=DISTRUST
+        )
     config.set_hashing_config(_hashing(root, bundle))
     # For signatures of its first versions, which name no key, model-signing prints a warning.
     silent = contextlib.redirect_stdout(io.StringIO()) if bundle.key is None else contextlib.nullcontext()
@@ -154,7 +160,8 @@ def _hashing(root: Path, bundle: Bundle) -> Any:
     hashing = model_signing("hashing").Config()
     # model-signing writes the digest's name, and asks for the algorithm's.
     algorithm = {"blake2b": "blake2"}.get(str(args.get("hash_type")), args.get("hash_type"))
-    names = {"hashing_algorithm": algorithm, "allow_symlinks": args.get("allow_symlinks") is True}
+    # Links to files are followed whatever was signed: caches of hubs consist of them, and their targets are compared.
+    names = {"hashing_algorithm": algorithm, "allow_symlinks": True}
     try:
         if args.get("method") == "shards":
             hashing.use_shard_serialization(shard_size=int(args["shard_size"]), **names)
@@ -162,7 +169,7 @@ def _hashing(root: Path, bundle: Bundle) -> Any:
             hashing.use_file_serialization(**names)
     except (KeyError, TypeError, ValueError) as error:
         raise Corrupt(f"the signature does not hold: {first_line(error)}", path=bundle.path, cure=DISTRUST) from None
-    hashing.set_allow_symlinks(names["allow_symlinks"])
+    hashing.set_allow_symlinks(True)
     paths = [bundle.path.absolute()] if root.absolute() in bundle.path.absolute().parents else []
     inside = [str(each.relative_to(root.absolute())) for each in paths]
     return hashing.set_ignored_paths(paths=inside, ignore_git_paths=".git" in (args.get("ignore_paths") or ()))

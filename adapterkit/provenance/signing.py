@@ -108,8 +108,8 @@ def sign(
         raise UsageError("one of a key and sigstore is needed", cure="Give --key KEY.pem (key=), or --sigstore")
     if certificate is None and chain:
         raise UsageError("a chain without a certificate", cure="Give --certificate CERT.pem (certificate=), too")
-    root = Path(path)
-    place = signature_file(root) if out is None else Path(out)
+    root = settled(Path(path))
+    place = signature_file(Path(path)) if out is None else Path(out)
     files = files_of(root, place)
     check_free(place, overwrite)
     check_inputs([place], files)
@@ -159,6 +159,9 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[st
     """Return model-signing's payload, which has the digests of all files, with the statement in its predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []
+    if linked := linked_folders(root):
+        cure = "Sign a copy that holds the files themselves: cp -rL"
+        raise Unsupported("a link to a folder, whose files would not be signed", path=linked[0], cure=cure)
     hashing.set_ignored_paths(paths=[*inside, *NOTES], ignore_git_paths=True)
     try:
         manifest = hashing.hash(root)
@@ -169,6 +172,16 @@ def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[st
     payload = model_signing("_signing.signing").Payload(manifest)
     payload.statement.pb.predicate.update({PREDICATE: dict(told)})
     return payload
+
+
+def settled(root: Path) -> Path:
+    """Return the file or folder itself, if its path is a link: model-signing takes no links as such."""
+    return root.resolve() if root.is_symlink() else root
+
+
+def linked_folders(root: Path) -> list[Path]:
+    """List the links to folders below a folder; model-signing passes over them, so their files would not be covered."""
+    return sorted(each for each in root.rglob("*") if each.is_symlink() and each.is_dir())
 
 
 def _not_hashed(root: Path, error: ValueError) -> AdapterkitError:

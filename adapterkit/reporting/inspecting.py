@@ -200,13 +200,13 @@ def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
 
 
 def _licence(path: Path) -> dict[str, Any]:
-    """The licence that the model card names, and what it asks of derived works."""
+    """The licence that the model card names, and what it asks of derived works beyond notices."""
     from ..core.licence_terms import spdx_of, terms_of
     from ..core.licences import licence_at
 
     found = licence_at(path)
     terms = terms_of(found)
-    asks = None if terms is None else terms.asks
+    asks = None if terms is None or terms.plain else terms.asks
     return {"licence": found.get("license"), "licence_spdx": spdx_of(found), "licence_asks": asks}
 
 
