@@ -14,7 +14,7 @@ from .io import resolving as _resolving
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import hub, onnx, ops, torch
+    from . import hub, onnx, ops, provenance, torch
     from .api import convert, inspect, names, report
     from .core.adapter import Adapter, BaseRef, Foreign, Step, Target
     from .destination import WriteResult
@@ -76,6 +76,7 @@ __all__ = [
     "onnx",
     "ops",
     "plan",
+    "provenance",
     "read",
     "report",
     "scan",
@@ -85,7 +86,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("hub", "onnx", "ops", "torch")
+_MODULES = ("hub", "onnx", "ops", "provenance", "torch")
 """Parts of the package that are reached as such."""
 
 

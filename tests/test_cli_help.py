@@ -23,7 +23,7 @@ from adapterkit.cli._examples import EXAMPLES, NEXT
 
 DATA = Path(ak.__file__).parent / "demo" / "data"
 ROOT = Path(ak.__file__).parent.parent
-PARSED = ("hf://", "MODEL", ".onnx", "my_reader.py", "~", "eval", "doctor", "demo", "adapterkit ui")
+PARSED = ("hf://", "MODEL", ".onnx", "my_reader.py", "~", ".pem", "eval", "doctor", "demo", "adapterkit ui")
 """What the lines name that are only parsed; doctor and demo have tests of their own."""
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
     "merge of a file": "merge {base}/model.safetensors {adapter} -o {out}.safetensors",
     "merge into a graph": "merge {graph} {adapter} -o {out}.onnx --no-check",
     "inject": "inject {graph} {adapter} -o {out}.onnx --no-check",
+    "bom": "bom {adapter} -o {out}.json",
 }
 """Commands that make an output of an adapter."""
 
@@ -111,6 +112,7 @@ def test_other_inputs_are_not_taken_for_the_same(words: list[str], tmp_path: Pat
     changed.write_bytes(kept)
     assert run(*words).stdout.startswith("already done: ")
     more = {"convert": ["--on-loss", "fold"], "merge": ["--weight", "2"], "inject": ["--mode", "slots"]}
+    more["bom"] = ["--serial"]
     more["report"] = ["--rename", "layers.0.q=layers.0.k"]
     assert run(*words, *more.get(words[0], ["--dtype", "F16"])).exit_code == 6
 
@@ -165,8 +167,8 @@ READING = {
 }  # fmt: skip
 """Commands that write nothing."""
 
-ELSEWHERE = {"export": "test_onnx_export.py", "ui": "test_ui.py"}
-"""Commands that need transformers or a browser's requests: their tests."""
+ELSEWHERE = {"export": "test_onnx_export.py", "sign": "test_signatures.py", "ui": "test_ui.py"}
+"""Commands that need transformers, a key or a browser's requests: their tests."""
 
 
 def test_every_command_that_writes_is_here() -> None:

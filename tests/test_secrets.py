@@ -25,6 +25,7 @@ ADDRESSES = (
     f"https:/somebody:{SECRET}@127.0.0.1:9/x",
 )
 COMMANDS = {
+    "bom": ["{}", "lora -o {}"],
     "combine": ["{} {} --method linear -o out", "lora lora --method linear -o {}"],
     "convert": ["{} out --to peft", "lora {} --to peft", "lora out --to gguf --base {}"],
     "completion": ["{}"],
@@ -46,9 +47,16 @@ COMMANDS = {
     "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
     "scan": ["{}", "lora --base {}", "lora --sarif {}"],
+    "sign": ["{} --key none.pem", "lora --key {}", "lora --key none.pem -o {}", "lora --key x --password-file {}"],
     "ui": ["{} --no-browser"],
     "validate": ["{}", "lora --base {}"],
-    "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
+    "verify": [
+        "{} --base base --adapter lora",
+        "base --base {} --adapter lora",
+        "base --base base --adapter {}",
+        "lora --signature {} --key x",
+        "base --signature config.json --key {}",
+    ],
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "bom": ("adapterkit bom tuned", "adapterkit bom lora -o lora.cdx.json"),
     "combine": (
         "adapterkit combine lora other --method ties --base base --rank 8 -o combined",
         "adapterkit combine lora other --method linear --weight 0.7 --weight 0.3 --base base --rank 8 -o mix",
@@ -65,9 +66,13 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "resize": ("adapterkit resize lora --rank 2 -o small", "adapterkit resize lora --energy 0.99 -o smaller"),
     "scan": ("adapterkit scan base", "adapterkit scan hf://org/lora --fail-on high"),
+    "sign": ("adapterkit sign lora --key key.pem", "adapterkit sign tuned --key key.pem -o tuned.sig --overwrite"),
     "ui": ("adapterkit ui", "adapterkit ui ~/models ~/adapters --port 7878 --no-browser"),
     "validate": ("adapterkit validate lora", "adapterkit validate lora --base base"),
-    "verify": ("adapterkit verify tuned --base base --adapter lora",),
+    "verify": (
+        "adapterkit verify tuned --base base --adapter lora",
+        "adapterkit verify tuned --signature tuned.sig --key key.pub.pem",
+    ),
 }
 """Command -> two to four lines; fewer where there is nothing else to say."""
 

@@ -129,7 +129,7 @@ def _story(record: Mapping[str, Any], groups: Sequence[_Group]) -> Iterable[tupl
     yield "targets", f"{totals['targets']:,}{where}"
     yield "size", f"{_amounts(totals)}, {', '.join(totals['dtypes'])}"
     if record.get("licence"):
-        yield "licence", record["licence"]
+        yield "licence", _licence(record)
     if record.get("triggers"):
         yield "trigger words", _short(", ".join(record["triggers"]))
     steps = [step["op"] for step in record["recipe"]]
@@ -253,11 +253,18 @@ def _update_row(update: Mapping[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
+def _licence(record: Mapping[str, Any]) -> str:
+    asks = record.get("licence_asks")
+    return str(record["licence"]) + (f", which {asks}" if asks else "")
+
+
 def _base_view(record: Mapping[str, Any], every: bool) -> View:
     totals = record["totals"]
     yield f"{record['path']}: base" + (f", model_type {record['model_type']}" if record["model_type"] else "")
     files = counted(len(record["files"]), "file")
     yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+    if record.get("licence"):
+        yield f"  licence {_licence(record)}"
     if every or len(record["tensors"]) <= FEW:
         columns = ("tensor", "shape", "dtype", "parameters", "bytes")
         yield Table(

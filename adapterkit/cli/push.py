@@ -14,6 +14,7 @@ import click
 
 from ..formats._format import ON_LOSS
 from . import _options
+from ._graphs import warn
 from ._render import Table, View, show
 
 
@@ -55,6 +56,7 @@ def command(
         shard_size=shard_size, private=private, tag=tag, message=message, licence=licence, overwrite=overwrite,
         dry_run=dry_run,
     )  # fmt: skip
+    warn(pushed.warnings)
     show(settings, pushed.record(), _view)
 
 

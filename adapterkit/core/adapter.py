@@ -288,7 +288,7 @@ class Adapter:
 
         Updates are split and joined if the base stores weights in other parts. For example, an adapter of a live model
         of transformers 5 becomes one of the base as stored on a hub, or the reverse. The lineage records the rules that
-        changed names.
+        changed names, and the fingerprint of the base if it holds none.
 
         Args:
             base: an open checkpoint or the path of one.
@@ -300,10 +300,12 @@ class Adapter:
             NotMergeable, Unsupported: an update cannot be split or joined.
         """
         from ..naming.binding import bind
+        from ..naming.binding.bases import identified
 
         bound = bind(self, base, rename=rename)
         rules = [str(rule) for rule in bound.rules if rule.kind != "exact"]
-        return bound.adapter.step("bind", rules=rules) if rules else bound.adapter
+        args = ({"rules": rules} if rules else {}) | identified(self, base)
+        return bound.adapter.step("bind", **args) if args else bound.adapter
 
     def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
         """Return W' - W at a target.

@@ -17,6 +17,12 @@ METADATA = "metadata"
 FINGERPRINT = "base_fingerprint"
 """Argument of a lineage step that holds the fingerprint of the base used in it."""
 
+SHAPES = "base_shapes"
+"""Argument of a lineage step that holds the digest of names and shapes of the base used in it."""
+
+KEYS_OF_FILES = {FINGERPRINT: "adapterkit.base_fingerprint", SHAPES: "adapterkit.base_shapes"}
+"""Argument of a lineage step -> key in the metadata of files whose format has no lineage, such as PEFT's."""
+
 MODEL_TYPE = "model_type"
 """Argument of a lineage step that holds the base's `model_type`, as transformers names it."""
 
@@ -69,7 +75,10 @@ def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tu
     """
     changed = bool(adapter.recipe) and adapter.recipe[-1].op != "read"
     kept = {key: value for key, value in pairs if not (changed and key in _OF_ONE_FILE)}
-    return list((kept | {key: value for key, value in metadata_of(adapter).items() if key not in kept}).items())
+    more = {key: ",".join(known) for name, key in KEYS_OF_FILES.items() if (known := _of_bases(adapter, name))}
+    return list(
+        (kept | {key: value for key, value in (metadata_of(adapter) | more).items() if key not in kept}).items()
+    )
 
 
 def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
@@ -109,8 +118,22 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
-    """Return the fingerprints of bases in an adapter's lineage, each once."""
-    return tuple(dict.fromkeys(_arguments(adapter.recipe, FINGERPRINT)))
+    """Return the fingerprints of bases in an adapter's lineage and in its file's metadata, each once."""
+    return _of_bases(adapter, FINGERPRINT)
+
+
+def shapes_of(adapter: Adapter) -> tuple[str, ...]:
+    """Return the digests of bases' names and shapes in an adapter's lineage and in its file's metadata, each once."""
+    return _of_bases(adapter, SHAPES)
+
+
+def _of_bases(adapter: Adapter, name: str) -> tuple[str, ...]:
+    """Return what lineage says by an argument of its steps, and metadata by a key of its own."""
+    texts = [_strings(step.args.get(METADATA)) for step in adapter.recipe]
+    if adapter.foreign is not None:
+        texts.append(_strings(adapter.foreign.data.get(METADATA)))
+    told = (each for strings in texts for each in strings.get(KEYS_OF_FILES[name], "").split(",") if each)
+    return tuple(dict.fromkeys((*_arguments(adapter.recipe, name), *told)))
 
 
 def model_types_of(adapter: Adapter) -> tuple[str, ...]:

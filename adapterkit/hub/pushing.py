@@ -12,13 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..core.licence_terms import BASE, conflicts, parts_of, passed_over
 from ..core.licences import Licence, licence_at, licence_called, licence_of
 from ..errors import StorageError, storage_error
 from ..io.locations import located
 from .card import is_generated
 from .folders import cache_folder
 from .hubs import remote_at
-from .payload import Payload, card_there, payload_of, prepared
+from .payload import Payload, card_there, payload_of, prepared, record_at
 from .remote import Remote, RemoteFile
 from .transfer import check_listed
 from .uris import Uri, parse
@@ -37,6 +38,7 @@ class Pushed:
         card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
         dry: True if nothing was written.
+        warnings: what the licence of the card leaves out of those of the base and the adapters.
     """
 
     uri: str
@@ -49,6 +51,7 @@ class Pushed:
     card: str | None = None
     tag: str | None = None
     dry: bool = False
+    warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return the same as plain data."""
@@ -56,6 +59,7 @@ class Pushed:
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),
             "replaced": list(self.replaced), "unchanged": list(self.unchanged), "removed": list(self.removed),
             "card": self.card, "tag": self.tag, "dry_run": self.dry,
+            "warnings": list(self.warnings),
         }  # fmt: skip
 
 
@@ -117,8 +121,25 @@ def push(
         passed_on = licence_called(licence) or licence_at(located(path)) or licence_of(card)
         payload = payload_of(source, files, remote, passed_on)
         pushed = _compared(payload, there, remote, is_generated(card))
+        pushed = replace(pushed, warnings=_licence_warnings(source, licence_called(licence), card, base))
         _refuse(pushed, overwrite)
         return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
+
+
+def _licence_warnings(
+    source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
+) -> tuple[str, ...]:  # fmt: skip
+    """Return where the licence that readers will see leaves out what those of the parts ask, and where these conflict.
+
+    A merged model without a licence of its own shows the base's card until it is pushed, so the base's counts then.
+    """
+    record = record_at(source)
+    parts = parts_of(record) if record else []
+    if base is not None:
+        parts = [*parts, (BASE, licence_at(located(base)))]
+    shown = stated or licence_at(source) or licence_of(card)
+    told = dict.fromkeys((*passed_over(shown, parts), *conflicts(parts)))
+    return tuple(f"licences: {each}" for each in told)
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:

@@ -320,6 +320,20 @@ def fingerprint(base: Checkpoint) -> str:
     return PREFIX + digest.hexdigest()
 
 
+SHAPES_PREFIX = "shapes-1-sha256:"
+
+
+def shapes_digest(base: Checkpoint) -> str:
+    """Return a digest of a base's tensor names and shapes: bases of one architecture have it in common.
+
+    Dtypes are left out, so that a cast copy of a base is of the same architecture, and has other weights.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(base.tensors):
+        digest.update(f"{name}\0{list(base.tensors[name].shape)}\0".encode())
+    return SHAPES_PREFIX + digest.hexdigest()
+
+
 def _part(whole: bytes, size: int, first: int, count: int) -> bytes:
     return whole[first * size : (first + count) * size]
 

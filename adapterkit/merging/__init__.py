@@ -21,6 +21,7 @@ from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..core.licences import Licence
     from ..io.resolving import StreamedBase
     from .companions import Companions
     from .execute import Progress
@@ -185,11 +186,12 @@ def merge(
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        from ..io.checkpoint import fingerprint
+        from ..io.checkpoint import fingerprint, shapes_digest
 
         # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
-        taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
-        planned = make_plan(read, named, options)
+        stored = read if isinstance(read, Original) else checkpoint
+        taken = None if stream else fingerprint(stored)
+        planned = replace(make_plan(read, named, options), shapes=shapes_digest(stored))
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
         if engine == "ray":
             from .cluster import on_ray, recipe_of
@@ -352,6 +354,7 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """Return the plan with its companion files, its fingerprint and all warnings."""
+    from ..core.licence_terms import conflicts
     from ..formats import warnings_of
     from ..naming.binding.bases import check_bases
     from .companions import companions
@@ -360,10 +363,29 @@ def _accompanied(
     beside = companions(planned.base, known, tokenizer)
     if planned.vocabulary is not None and planned.vocabulary.get("rows"):
         beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
+    licences = _licences(planned, named, folders)
     told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
     bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
-    warnings = (*told, *bases, *planned.warnings, *beside.warnings)
-    return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
+    against = (f"licences: {each}" for each in conflicts([*licences.items()]))
+    warnings = (*told, *bases, *planned.warnings, *beside.warnings, *against)
+    return replace(planned, companions=beside, fingerprint=fingerprint, licences=licences, warnings=warnings)
+
+
+def _licences(
+    planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None]
+) -> dict[str, Licence]:  # fmt: skip
+    """Return the licences that the cards of base and adapters name, by what these are called in messages."""
+    from ..core.licence_terms import BASE
+    from ..core.licences import licence_at, licence_called
+    from ..core.metadata import metadata_of
+
+    places = {BASE: planned.base.root}
+    places |= {name: folder for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None}
+    found = {name: licence_at(place) for name, place in places.items()}
+    # Files of image models name a licence in their metadata instead of a card.
+    stated = {name: metadata_of(adapter).get("modelspec.license", "") for name, adapter, _ in named}
+    found |= {name: licence_called(text) for name, text in stated.items() if text and not found.get(name)}
+    return {name: licence for name, licence in found.items() if licence}
 
 
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
+from ..core.metadata import SHAPES
 from ..core.tables import html_table
 from ..io.checkpoint import Checkpoint
 from ..io.direct import HELD
@@ -22,6 +23,7 @@ from .planned_updates import Source
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
+    from ..core.licences import Licence
     from ..io.strict_json import JsonValue
     from .requantize import Repacked, Stack
 
@@ -104,6 +106,8 @@ class Plan:
         warnings: one sentence each.
         companions: the files beside the weights.
         fingerprint: the fingerprint of the base's weights, see `io/checkpoint.py`; None if it was not taken.
+        shapes: a digest of the names and shapes of the base's tensors; None if it was not taken.
+        licences: the licences that the cards of base and adapters name, by what these are called in messages.
         vocabulary: plain data about a changed vocabulary; None if it is the base's.
     """
 
@@ -121,6 +125,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
     companions: Companions = field(default_factory=Companions)
     fingerprint: str | None = None
+    shapes: str | None = None
+    licences: Mapping[str, Licence] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] | None = None
     _held: tuple[int, str] | None = field(default=None, init=False)
 
@@ -198,7 +204,9 @@ class Plan:
             "dtype": None if self.dtype is None else self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
             "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
+            **({} if self.shapes is None else {SHAPES: self.shapes}),
             **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
+            **({} if not self.licences else {"licences": {k: dict(v) for k, v in self.licences.items()}}),
         }  # fmt: skip
 
     def record(self, digests: bool = True) -> dict[str, JsonValue]:

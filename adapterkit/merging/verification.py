@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 from threadpoolctl import threadpool_limits
 
-from ..core.metadata import fingerprints_of
+from ..core.metadata import SHAPES, fingerprints_of, shapes_of
 from ..core.tables import html_table
 from ..errors import UsageError
 from ..io.checkpoint import PREFIX, fingerprint
 from ..io.lazy import DType, Lazy
 from ..io.stages import stage
-from ..naming.binding.bases import merge_record
+from ..naming.binding.bases import merge_record, relation
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
 from .companions import REPORT
@@ -68,14 +68,16 @@ class BaseDifference:
         named_by: the adapter, or the file name of the merge's record.
         expected: the recorded fingerprint.
         given: the fingerprint of the base that was given.
+        how: `same architecture, other weights` or `other names or shapes of tensors`; empty if shapes are not recorded.
     """
 
     named_by: str
     expected: str
     given: str
+    how: str = ""
 
     def record(self) -> dict[str, JsonValue]:
-        return {"named_by": self.named_by, "expected": self.expected, "given": self.given}
+        return {"named_by": self.named_by, "expected": self.expected, "given": self.given, "how": self.how}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +163,14 @@ def compare_bases(
 ) -> list[BaseDifference]:
     """Return a difference for the merge's record and each adapter that names another base by its fingerprint."""
     found, given = [], fingerprint(base)
-    recorded = merge_record(merged).get("base_fingerprint")
+    record = merge_record(merged)
+    recorded = record.get("base_fingerprint")
     if isinstance(recorded, str) and recorded.startswith(PREFIX) and recorded != given:
-        found.append(BaseDifference(REPORT, recorded, given))
+        found.append(BaseDifference(REPORT, recorded, given, relation(base, [str(record.get(SHAPES))])))
     for name, adapter, _ in adapters:
         known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
         if known and given not in known:
-            found.append(BaseDifference(name, ", ".join(known), given))
+            found.append(BaseDifference(name, ", ".join(known), given, relation(base, shapes_of(adapter))))
     return found
 
 

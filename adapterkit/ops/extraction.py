@@ -15,9 +15,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
-from ..core.metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
+from ..core.metadata import METADATA, MODEL_TYPE, metadata_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
-from ..io.checkpoint import fingerprint, opened
+from ..io.checkpoint import opened
 from ..io.computed import held, load
 from ..io.lazy import DTYPES, Lazy, from_numpy
 from ..io.stages import stage
@@ -25,7 +25,7 @@ from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
-from ..naming.binding.bases import check_tuned
+from ..naming.binding.bases import check_tuned, identity_of
 from ..naming.binding.fitting import paths_of
 from ..naming.layouts import stored_in_out
 from ..naming.renames import parse_renames
@@ -145,7 +145,7 @@ def extract(
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
     args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
-    known = {FINGERPRINT: fingerprint(job.base), **job.tied()}
+    known: dict[str, Any] = {**identity_of(job.base), **job.tied()}
     if isinstance(family := (job.base.config or {}).get("model_type"), str):
         known[MODEL_TYPE] = family
     carried = _carried(job.tuned)

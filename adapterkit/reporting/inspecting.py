@@ -194,10 +194,20 @@ def inspected(
 
 def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
     """The licence in the model card beside an adapter, and its trigger words."""
-    from ..core.licences import licence_at
     from ..core.metadata import metadata_of, trigger_words
 
-    return {"licence": licence_at(path).get("license"), "triggers": list(trigger_words(metadata_of(adapter)))}
+    return {**_licence(path), "triggers": list(trigger_words(metadata_of(adapter)))}
+
+
+def _licence(path: Path) -> dict[str, Any]:
+    """The licence that the model card names, and what it asks of derived works beyond notices."""
+    from ..core.licence_terms import spdx_of, terms_of
+    from ..core.licences import licence_at
+
+    found = licence_at(path)
+    terms = terms_of(found)
+    asks = None if terms is None or terms.plain else terms.asks
+    return {"licence": found.get("license"), "licence_spdx": spdx_of(found), "licence_asks": asks}
 
 
 def _layers(
@@ -349,7 +359,7 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
     dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
     return {
-        "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"),
+        "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
         "files": [file.name for file in base.files],
         "tensors": [_tensor_record(base, name) for name in base.tensors],
         "totals": {

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from ..core.adapter import LAYOUTS, Adapter, Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
+from ..io.checkpoint import opened
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.binding import view
+from ..naming.binding.bases import identity_of
 from ..naming.layouts import stored_in_out
 from .dropout import check_dropout
 from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
@@ -133,9 +136,37 @@ def create(
     chosen = {"init": init, "dropout": dropout, "seed": seed}
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
     told = {name: value for name, value in chosen.items() if value != unsaid[name]}
-    adapter = Adapter(updates).map(_own).step("create", method=method, **told)
+    adapter = Adapter(updates).map(_own).step("create", method=method, **told, **_stored_base(model))
     adapter.validate()
     return adapter
+
+
+def _stored_base(model: nn.Module) -> dict[str, str]:
+    """Return the fingerprint of the files that a model was loaded from, as its config names them; {} if they are gone.
+
+    The weights in memory would be of no use: they may be cast, quantized or on other devices, and under other names.
+    """
+    config = getattr(model, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return {}
+    try:
+        folder = Path(name) if Path(name).is_dir() else _cached(name)
+        return {} if folder is None else identity_of(opened(folder))
+    except AdapterkitError:
+        return {}
+
+
+def _cached(repo: str) -> Path | None:
+    """Return the folder of a repository in the hub's cache; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @dataclass(frozen=True)
@@ -433,6 +464,8 @@ def create_context(
     # New tokens are the same ones in every module that shares the embedding's weight.
     same = made() if cls.place == "vocabulary" else None
     adapter = Adapter({Target(path): (same or made(),) for path in paths})
+    stored = _stored_base(model)
+    adapter = adapter.step("create", **stored) if stored else adapter
     adapter.validate()
     return adapter
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import config_hash
-from ...core.metadata import REPORT, fingerprints_of
+from ...core.metadata import FINGERPRINT, REPORT, SHAPES, fingerprints_of, shapes_of
 from ...errors import AdapterkitError, CheckFailed, UsageError
-from ...io.checkpoint import PREFIX
+from ...io.checkpoint import PREFIX, SHAPES_PREFIX, shapes_digest
 from ...io.locations import is_repo, source_of
 from ..architectures import STORED_AS
 
@@ -35,8 +35,10 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     found = []
     known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
     if fingerprint is not None and known and fingerprint not in known:
+        how = relation(base, shapes_of(adapter))
         found.append(
             f"{name} was made at a base with the fingerprint {', '.join(known)}; this one has {fingerprint}"
+            + (f" ({how})" if how else "")
         )  # fmt: skip
     wanted = adapter.base
     if wanted is None:
@@ -53,6 +55,36 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
                 f"{name} was made for a base whose config has the hash {wanted.config_hash}; here it is {given}"
             )
     return found
+
+
+def relation(base: Checkpoint, shapes: Sequence[str]) -> str:
+    """Return how a base of another fingerprint relates to the recorded ones; empty if their shapes are not recorded.
+
+    Args:
+        base: the base.
+        shapes: the recorded digests of names and shapes, see `io/checkpoint.py`.
+    """
+    known = [each for each in shapes if each.startswith(SHAPES_PREFIX)]
+    if not known:
+        return ""
+    return "same architecture, other weights" if shapes_digest(base) in known else "other names or shapes of tensors"
+
+
+def identity_of(base: Checkpoint) -> dict[str, str]:
+    """Return the arguments of a lineage step that identify a base: a fingerprint of its weights, and their shapes.
+
+    This reads 16 MiB of the base, spread over all tensors.
+    """
+    from ...io.checkpoint import fingerprint
+
+    return {FINGERPRINT: fingerprint(base), SHAPES: shapes_digest(base)}
+
+
+def identified(adapter: Adapter, base: Checkpoint | str | PathLike[str]) -> dict[str, str]:
+    """Return `identity_of` for an adapter without a fingerprint; nothing for one whose own base is known."""
+    from ...io.checkpoint import opened
+
+    return {} if fingerprints_of(adapter) else identity_of(opened(base))
 
 
 def check_bases(
@@ -111,7 +143,9 @@ def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str,
     recorded = merge_record(tuned).get("base_fingerprint")
     if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):
         return ()
+    how = relation(base, [str(merge_record(tuned).get(SHAPES))])
     why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this one has {given}"
+    why += f" ({how})" if how else ""
     if strict:
         cure = "Give the base that it was merged from, or leave out --strict-base (strict_base=True)"
         raise CheckFailed(why, path=base.root, cure=cure)

@@ -1,0 +1,57 @@
+"""Write a bill of materials of an adapter or a model.
+
+PATH is an adapter, a merged model or an ONNX graph. The result is a CycloneDX 1.6 ML-BOM: every file with its SHA-256,
+licences and what they ask, base and adapters as ancestors. The same files give the same document.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import View, counted, show
+from ._writing import is_done, made_from, refuse_place
+
+
+@click.command(help=__doc__)
+@click.argument("path")
+@click.option("-o", "--out", metavar="FILE", help="File to write; without it the document is printed.")
+@click.option("--serial", is_flag=True, help="Give the document a random serial number, for publishing.")
+@_options.overwrite
+@_options.flags
+@click.pass_obj
+def command(settings: _options.Settings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
+    """Runs `adapterkit.provenance.bom`."""
+    from ..io.locations import local, located
+    from ..io.staging import check_inputs, digest_of
+    from ..provenance import bom
+    from ..provenance.bom import EPOCH
+    from ..provenance.signing import files_of
+
+    if out is None:
+        found = bom(path, serial=serial)
+        show(settings, found.data, lambda _: found.text().splitlines())
+        return
+    refuse_place(out)
+    place, root = local(out), located(path)
+    files = files_of(root, place)
+    decided = digest_of([made_from(files), os.environ.get(EPOCH)])
+    if is_done(settings, str(place), decided, overwrite):
+        return
+    check_inputs([place], files)
+    found = bom(path, serial=serial, leave_out=place)
+    found.save(place, overwrite=overwrite, made_from=decided)
+    main = found.data["metadata"]["component"]
+    record = {
+        "out": str(place), "name": main["name"], "files": len(files), "ancestors": len(found.data["components"])
+    }  # fmt: skip
+    show(settings, record, _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    parts = counted(record["ancestors"], "ancestor")
+    yield f"{record['out']}: {record['name']}, {counted(record['files'], 'file')}, {parts}"

@@ -1,0 +1,81 @@
+"""Sign an adapter or a model, with what it was made from.
+
+Every file of PATH is signed by OpenSSF model signing, and with them a statement: lineage, base, fingerprint, adapters
+with their digests and weights. verify --signature checks it, and so does the command of model-signing. A key needs no
+network; --sigstore does, and writes your identity into a public log.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import View, counted, show
+from ._writing import is_done, made_from, refuse_place
+
+
+@click.command(help=__doc__)
+@click.argument("path")
+@click.option("--key", metavar="KEY.pem", help="Private key: elliptic, P-256, P-384 or P-521, in PEM form.")
+@click.option(
+    "--password-file", metavar="FILE",
+    help="File with the password of an encrypted key; if absent, ADAPTERKIT_KEY_PASSWORD holds it.",
+)  # fmt: skip
+@click.option("--certificate", metavar="CERT.pem", help="Certificate of the key; a verifier then trusts its issuer.")
+@click.option("--chain", multiple=True, metavar="CERT.pem", help="Certificates between it and the trusted. Repeatable.")
+@click.option("--sigstore", is_flag=True, help="Sign with an identity instead of a key. Needs a network.")
+@click.option("--allow-symlinks", is_flag=True, help="Sign what symbolic links point to, instead of refusing them.")
+@click.option("-o", "--out", metavar="FILE", help="Signature file; PATH.sig if absent.")
+@_options.overwrite
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, path: str, key: str | None, password_file: str | None, certificate: str | None,
+    chain: tuple[str, ...], sigstore: bool, allow_symlinks: bool, out: str | None, overwrite: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.provenance.sign`."""
+    from ..io.locations import local
+    from ..provenance import sign
+    from ..provenance.signing import files_of, signature_file
+
+    root = local(path)
+    place = signature_file(root) if out is None else local(out)
+    refuse_place(str(place))
+    keys = [Path(each) for each in (key, certificate, *chain) if each is not None]
+    decided = made_from([*files_of(root, place), *keys])
+    if is_done(settings, str(place), decided, overwrite):
+        return
+    signed = sign(
+        root, place, key=key, password=_password(password_file), certificate=certificate, chain=chain,
+        sigstore=sigstore, allow_symlinks=allow_symlinks, overwrite=overwrite, made_from=decided,
+    )  # fmt: skip
+    show(settings, signed.record(), _view)
+
+
+def _password(file: str | None) -> bytes | None:
+    """The password of the key; it is held nowhere else, and no message has it."""
+    from ..errors import storage_error
+    from ..io.inputs import open_input
+    from ..provenance.keys import PASSWORD
+
+    if file is None:
+        told = os.environ.get(PASSWORD)
+        return None if told is None else os.fsencode(told)
+    try:
+        with open_input(Path(file)) as opened:
+            return opened.readline().rstrip(b"\r\n")
+    except OSError as error:
+        raise storage_error(error, Path(file)) from error
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    told = record["statement"]
+    yield f"{record['out']}: {counted(record['files'], 'file')} of {record['path']} signed, as {told['kind']}"
+    if told.get("unread"):
+        yield f"warning: its lineage could not be read: {told['unread']}"
+    yield from (f"not signed: {name}" for name in record["not_covered"])

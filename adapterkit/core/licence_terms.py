@@ -1,0 +1,174 @@
+"""Tell what licences ask of a model that is made from several parts, and where they contradict each other.
+
+The licences are data, `spec/licences.toml`. All of it is for warnings: a card may name a wrong licence, and whether a
+change of weights is an adapted work is for lawyers. Nothing is refused because of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+from ..errors import Malformed
+from ..io.inputs import read_input
+from .licences import Licence
+
+FORMAT = 1
+
+BASE = "the base"
+"""Name of the base among the parts of a merged model."""
+
+Part = tuple[str, Licence]
+"""A name (`BASE`, or an adapter's), and the licence that its card names."""
+
+
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Terms that a family of licences asks; see the head of `spec/licences.toml`."""
+
+    asks: str
+    commercial: bool = True
+    changes: bool = True
+    whole: bool = False
+    restricts: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it asks for no more than notices."""
+        return self.commercial and self.changes and not self.whole and not self.restricts
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    family: str
+    spdx: str | None = None
+    into: tuple[str, ...] = ()
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    families: dict[str, Terms]
+    licences: dict[str, _Entry]
+    names: dict[str, str]
+
+
+@cache
+def _table() -> _Table:
+    installed = Path(__file__).parent / "data" / "licences.toml"
+    path = installed if installed.is_file() else Path(__file__).parents[2] / "spec" / "licences.toml"
+    found = msgspec.toml.decode(read_input(path), type=_Table)
+    if found.format != FORMAT:
+        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+    return found
+
+
+def family_of(licence: Licence) -> str | None:
+    """Return the family of a licence, such as `permissive` or `llama`; None for one that is not in the table."""
+    entry = _table().licences.get(_id(licence))
+    return entry.family if entry is not None else _table().names.get(licence.get("license_name", "").lower())
+
+
+def terms_of(licence: Licence) -> Terms | None:
+    """Return what a licence asks; None for one that is not in the table."""
+    family = family_of(licence)
+    return None if family is None else _table().families[family]
+
+
+def spdx_of(licence: Licence) -> str | None:
+    """Return the SPDX identifier of a licence; None where SPDX has none, as for most community licences."""
+    entry = _table().licences.get(_id(licence))
+    return None if entry is None else entry.spdx
+
+
+def called(licence: Licence) -> str:
+    """Return the licence's name for messages: `apache-2.0`, or the `license_name` of one that is `other`."""
+    told = licence.get("license", "")
+    return licence.get("license_name", told) if told == "other" else told
+
+
+def conflicts(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return what the licences of a model's parts say against each other, a sentence each.
+
+    Args:
+        parts: base and adapters, in order. Parts without a licence, and licences that are not in the table, are silent.
+    """
+    known = [(name, licence, terms) for name, licence in parts if (terms := terms_of(licence)) is not None]
+    if len(known) < 2:
+        return ()
+    found = [
+        f"{_cited(name, licence)}, which allows no changed copies to be shared"
+        for name, licence, terms in known if not terms.changes
+    ]  # fmt: skip
+    for at, (name, licence, terms) in enumerate(known):
+        for other, second, others in known[at + 1 :]:
+            if _id(licence) == _id(second) or (terms.whole and others.whole and _meet(licence, second)):
+                continue
+            pair = f"{_cited(name, licence)}, and {_cited(other, second)}"
+            if terms.whole and others.whole:
+                found.append(f"{pair}: each asks for the whole to be under it")
+            elif _adds_limits(terms, others) or _adds_limits(others, terms):
+                found.append(f"{pair}: one asks for the whole to be under it, the other adds limits that it forbids")
+            elif terms.commercial != others.commercial:
+                strict = name if not terms.commercial else other
+                found.append(f"{pair}: the result allows no commercial use, because of {strict}")
+    return tuple(dict.fromkeys(found))
+
+
+def _adds_limits(whole: Terms, other: Terms) -> bool:
+    """Whether a licence that must cover the whole, and forbids further limits, meets one that passes on its limits."""
+    return whole.whole and not whole.restricts and other.restricts
+
+
+def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return what a result's own licence leaves out of what its parts ask, a sentence each.
+
+    Args:
+        stated: the licence that the result's card names.
+        parts: what it was made from.
+    """
+    own = terms_of(stated)
+    if own is None:
+        return ()
+    found = []
+    for name, licence in parts:
+        terms = terms_of(licence)
+        if terms is None or _id(licence) == _id(stated) or _id(stated) in _reached(licence):
+            continue
+        dropped = (terms.restricts and not own.restricts) or (own.commercial and not terms.commercial) or terms.whole
+        if dropped or not terms.changes:
+            found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {terms.asks}")
+    return tuple(dict.fromkeys(found))
+
+
+def parts_of(record: Mapping[str, object]) -> list[Part]:
+    """Return the parts that a merge's record names, each with the licence of its card."""
+    told = record.get("licences")
+    pairs = told.items() if isinstance(told, Mapping) else ()
+    found = [(str(name), licence) for name, licence in pairs if isinstance(licence, Mapping)]
+    # Records are written with sorted keys.
+    return sorted(found, key=lambda part: part[0] != BASE)
+
+
+def _id(licence: Licence) -> str:
+    return licence.get("license", "").lower()
+
+
+def _cited(name: str, licence: Licence) -> str:
+    return f"{name} is under {called(licence)}"
+
+
+def _reached(licence: Licence) -> set[str]:
+    """Return the identifiers that a whole with this licence in it may be under, by any number of steps."""
+    found: set[str] = set()
+    left = [_id(licence)]
+    while left:
+        entry = _table().licences.get(left.pop())
+        new = set(entry.into if entry is not None else ()) - found
+        found |= new
+        left += new
+    return found
+
+
+def _meet(first: Licence, second: Licence) -> bool:
+    return bool(({_id(first)} | _reached(first)) & ({_id(second)} | _reached(second)))

@@ -1,0 +1,279 @@
+"""Write a bill of materials for an adapter, a merged model or an ONNX graph: CycloneDX 1.6, an ML-BOM.
+
+It is plain JSON, made here. `cyclonedx-python-lib` has no model cards, which are what an ML-BOM is about; the tests
+validate every document with its copy of the official schema. The same files give the same bytes: there is no serial
+number unless one is asked for, and a time only where SOURCE_DATE_EPOCH tells it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..core.licence_terms import BASE, Part, called, conflicts, parts_of, spdx_of, terms_of
+from ..core.licences import MAX_CARD, Licence, licence_at, metadata
+from ..core.metadata import REPORT
+from ..errors import AdapterkitError, Malformed, StorageError, UsageError, storage_error
+from ..io.atomic import write_bytes
+from ..io.checkpoint import read_json
+from ..io.inputs import open_input
+from ..io.locations import is_repo, located, path_text
+from ..io.stages import stage
+from ..io.staging import check_free, staged
+from .signing import files_of
+from .statement import statement_of
+
+SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
+EPOCH = "SOURCE_DATE_EPOCH"
+"""Environment variable of reproducible builds: seconds since 1970 to write as the document's time."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bom:
+    """A bill of materials.
+
+    Attributes:
+        data: the document, as plain JSON.
+    """
+
+    data: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        main = self.data["metadata"]["component"]
+        return (
+            f"Bom({main['name']!r}: {len(main.get('components', ()))} files, {len(self.data['components'])} ancestors)"
+        )
+
+    def text(self) -> str:
+        """Return the document as a file holds it."""
+        return json.dumps(self.data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def save(self, out: str | PathLike[str], *, overwrite: bool = False, made_from: str | None = None) -> Path:
+        """Write the document, whole or not at all.
+
+        Args:
+            out: the file.
+            overwrite: replace what is there.
+            made_from: a digest of what decides the document, kept with it for a later run.
+
+        Raises:
+            StorageError: something is there, or it cannot be written.
+        """
+        path = Path(out)
+        if path.is_dir():
+            raise StorageError("a folder is there", path=path, cure="Name a file, such as bom.cdx.json")
+        check_free(path, overwrite)
+        with staged(path, overwrite=overwrite, made_from=made_from) as place:
+            write_bytes(place, self.text().encode())
+        return path
+
+
+def bom(path: str | PathLike[str], *, serial: bool = False, leave_out: Path | None = None) -> Bom:
+    """Return the bill of materials of an adapter, a model or an ONNX graph.
+
+    Args:
+        path: a folder or a file.
+        serial: give the document a random serial number, as CycloneDX advises for documents that are published.
+        leave_out: a file below `path` that does not belong to it, such as the one to write.
+
+    Returns:
+        CycloneDX 1.6: the model with the SHA-256 of every file, its licences, base and adapters as ancestors, and a
+        model card with what the files tell.
+
+    Raises:
+        StorageError: nothing is there, or it cannot be read.
+        UsageError: SOURCE_DATE_EPOCH is no number of seconds.
+
+    Example:
+        >>> adapterkit.provenance.bom("merged").save("merged.cdx.json")  # doctest: +SKIP
+    """
+    from .. import __version__
+
+    root = located(path_text(path))
+    files = files_of(root, root if leave_out is None else leave_out) if root.is_dir() else files_of(root, root)
+    stage("reading what it was made from")
+    told = statement_of(root)
+    stage("hashing files")
+    main, ancestors = _main(root, told, files), list(_ancestors(told, root))
+    if ancestors:
+        main["pedigree"] = {"ancestors": [{k: v for k, v in each.items() if k != "bom-ref"} for each in ancestors]}
+    refs = [each["bom-ref"] for each in ancestors]
+    tool = {"type": "application", "name": "adapterkit", "version": __version__}
+    return Bom({
+        "$schema": SCHEMA, "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
+        **({"serialNumber": f"urn:uuid:{uuid.uuid4()}"} if serial else {}),
+        "metadata": {**_time(), "tools": {"components": [tool]}, "component": main},
+        "components": ancestors,
+        "dependencies": [{"ref": main["bom-ref"], "dependsOn": refs}, *({"ref": ref} for ref in refs)],
+    })  # fmt: skip
+
+
+def _time() -> dict[str, str]:
+    text = os.environ.get(EPOCH)
+    if text is None:
+        return {}
+    try:
+        return {"timestamp": datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{EPOCH} is no number of seconds: {text!r}", cure=f"Correct it, or unset {EPOCH}") from None
+
+
+def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, Any]:
+    parts = _parts(told, root)
+    facts = {f"adapterkit:{key}": told.get(key) for key in ("kind", "format", "digest", "unread", "original_sha256")}
+    facts["adapterkit:methods"] = ", ".join(told.get("methods") or ())
+    facts |= {f"adapterkit:licence:{n}:{name}": terms for n, (name, terms) in enumerate(_asks(parts), 1)}
+    facts |= {f"adapterkit:licence-conflict:{n}": each for n, each in enumerate(conflicts(parts), 1)}
+    card = _card(root)
+    component = {
+        "type": "machine-learning-model", "bom-ref": "model", "name": root.resolve().name,
+        "licenses": _licences([licence for _, licence in parts]), "properties": _properties(facts),
+        "modelCard": _model_card(root, card), "tags": _texts(card.get("tags")),
+    }  # fmt: skip
+    if root.is_file():
+        component["hashes"] = [_hash(root)]
+    else:
+        component["components"] = [
+            {"type": "file", "bom-ref": f"file:{name}", "name": name, "hashes": [_hash(file)]}
+            for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files)
+        ]
+    return _filled(component)
+
+
+def _parts(told: Mapping[str, Any], root: Path) -> list[Part]:
+    """Return what has a licence of its own: the parts of a merge, or the adapter or the model itself."""
+    parts = parts_of(told.get("made_from") or {})
+    if told.get("kind") == "merged" and parts:
+        # A merge copies the base's card; another card is the model's own.
+        own = licence_at(root)
+        return parts if not own or own in [licence for _, licence in parts] else [("the model", own), *parts]
+    own = licence_at(root)
+    return [("the model", own)] if own else []
+
+
+def _asks(parts: list[Part]) -> Iterator[tuple[str, str]]:
+    for name, licence in parts:
+        terms = terms_of(licence)
+        if terms is not None:
+            yield name, f"{called(licence)} {terms.asks}"
+
+
+def _ancestors(told: Mapping[str, Any], root: Path) -> Iterator[dict[str, Any]]:
+    record = told.get("made_from") or {}
+    licences = dict(parts_of(record))
+    if told.get("kind") == "merged":
+        facts = {"adapterkit:fingerprint": record.get("base_fingerprint")}
+        yield _model("base", record.get("base_uri") or _base_name(root), None, facts, licences.get(BASE))
+    base = told.get("base") or {}
+    if base.get("id") or base.get("fingerprints"):
+        facts = {"adapterkit:config-sha256": base.get("config_hash")}
+        facts |= {f"adapterkit:fingerprint:{n}": each for n, each in enumerate(base.get("fingerprints") or (), 1)}
+        yield _model("base", base.get("id"), base.get("revision"), facts, None)
+    if told.get("original_sha256"):
+        yield _model("base", "the graph before adapters", None, {"adapterkit:sha256": told["original_sha256"]}, None)
+    adapters = [each for each in record.get("adapters") or () if isinstance(each, Mapping)]
+    for number, each in enumerate(adapters, 1):
+        name = str(each.get("name"))
+        facts = {f"adapterkit:{key}": each.get(key) for key in ("digest", "weight", "targets")}
+        facts |= {
+            f"adapterkit:{key}": ", ".join(map(str, each.get(key) or ())) for key in ("methods", "ranks", "lineage")
+        }
+        yield _model(f"adapter-{number}", name, None, facts, licences.get(name))
+
+
+def _base_name(root: Path) -> str | None:
+    """Return the name of a merged model's base, as its config tells it."""
+    try:
+        name = read_json(root / "config.json").get("_name_or_path")
+    except AdapterkitError:
+        return None
+    return name if is_repo(name) else None
+
+
+def _model(
+    ref: str, name: str | None, revision: str | None, facts: Mapping[str, Any], licence: Licence | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return a component for a base or an adapter."""
+    address = re.fullmatch(r"hf://([^@]+)(?:@(.+))?", name or "")
+    repo, version = (address[1], address[2] or revision) if address is not None else (name, revision)
+    purl = None
+    if is_repo(repo):
+        # The purl type `huggingface` has the commit as its version, and nothing else.
+        commit = f"@{version}" if version is not None and _COMMIT.fullmatch(version) else ""
+        purl = f"pkg:huggingface/{repo}{commit}"
+    return _filled({
+        "type": "machine-learning-model", "bom-ref": ref, "name": repo or "unknown", "version": version, "purl": purl,
+        "licenses": _licences([] if licence is None else [licence]), "properties": _properties(facts),
+    })  # fmt: skip
+
+
+def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
+    found = []
+    for licence in licences:
+        identifier = spdx_of(licence)
+        entry = {"id": identifier} if identifier else {"name": called(licence)}
+        link = licence.get("license_link", "")
+        if link.startswith("https://"):
+            entry["url"] = link
+        if {"license": entry} not in found and (identifier or called(licence)):
+            found.append({"license": entry})
+    return found
+
+
+def _model_card(root: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        config: Mapping[str, Any] = read_json(root / "config.json") if root.is_dir() else {}
+    except AdapterkitError:
+        config = {}
+    architectures = _texts(config.get("architectures"))
+    architecture = architectures[0] if architectures else config.get("model_type")
+    task = card.get("pipeline_tag")
+    parameters = {
+        "task": task if isinstance(task, str) else None,
+        "modelArchitecture": architecture if isinstance(architecture, str) else None,
+        "datasets": [{"type": "dataset", "name": name} for name in _texts(card.get("datasets"))],
+    }
+    return _filled({"modelParameters": _filled(parameters)})
+
+
+def _card(root: Path) -> Mapping[str, Any]:
+    """Return the metadata of the model card; that of the base, if a merge copied it, says nothing of this model."""
+    if (root / REPORT).is_file() or not root.is_dir():
+        return {}
+    try:
+        with open_input(root / "README.md") as file:
+            return metadata(file.read(MAX_CARD).decode("utf-8", "replace"))
+    except (OSError, Malformed):
+        return {}
+
+
+def _hash(file: Path) -> dict[str, str]:
+    try:
+        with open(file, "rb") as opened:
+            return {"alg": "SHA-256", "content": hashlib.file_digest(opened, "sha256").hexdigest()}
+    except OSError as error:
+        raise storage_error(error, file) from error
+
+
+def _texts(value: Any) -> list[str]:
+    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return list(dict.fromkeys(each for each in listed if isinstance(each, str)))
+
+
+def _properties(facts: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"name": name, "value": str(value)} for name, value in facts.items() if value not in (None, "", [])]
+
+
+def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value not in (None, [], {})}

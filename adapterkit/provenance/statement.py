@@ -1,0 +1,120 @@
+"""The statement that a signature carries beside the digests of files: what the signed thing was made from.
+
+It is copied from the files' own records when they are signed: an adapter's lineage, or the record of a merge. A reader
+of the signature then knows base, adapters and weights without opening the files, and cannot be shown others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.licences import licence_at
+from ..core.metadata import METADATA, REPORT, fingerprints_of, shapes_of
+from ..errors import AdapterkitError, UnknownFormat, first_line, public
+from ..formats import detect, read
+from ..io.checkpoint import opened
+from ..naming.binding.bases import merge_record
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+
+VERSION = 1
+"""Version of the statement's fields."""
+
+_EXACT = 1 << 53
+"""The predicate is a protobuf `Struct`, whose numbers are doubles; larger integers are kept as text."""
+
+_OF_FILES = ("written", "norms")
+"""Parts of a merge's record that describe bytes; the signature has the digests of all files already."""
+
+
+def statement_of(path: Path) -> dict[str, Any]:
+    """Return what the files at `path` say they were made from, as plain JSON.
+
+    Args:
+        path: an adapter, a model with or without the record of a merge, an ONNX graph, or any other file or folder.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    from .. import __version__
+
+    told = {"version": VERSION, "adapterkit": __version__, "licence": licence_at(path).get("license"), **_kind(path)}
+    plain: dict[str, Any] = _plain(told)
+    return plain
+
+
+def _kind(path: Path) -> dict[str, Any]:
+    if (path / REPORT).is_file():
+        return _merged(path)
+    try:
+        name = detect(path)
+        return _adapter(read(path, name), name)
+    except UnknownFormat:
+        pass
+    except AdapterkitError as error:
+        # A reader may lack a flag (an alpha that no file tells); the bytes can be signed all the same.
+        return {"kind": "adapter", "unread": error.why}
+    if path.suffix.lower() == ".onnx":
+        return {"kind": "graph", **_original(path)}
+    try:
+        opened(path)
+    except AdapterkitError:
+        return {"kind": "files"}
+    return {"kind": "model"}
+
+
+def _merged(path: Path) -> dict[str, Any]:
+    """Return the statement of a merge's output: its record, but for what only describes bytes."""
+    record = merge_record(opened(path))
+    made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
+    return {"kind": "merged", "made_from": made_from}
+
+
+def _adapter(adapter: Adapter, name: str) -> dict[str, Any]:
+    base = adapter.base
+    return {
+        "kind": "adapter", "format": name, "digest": adapter.digest(), "methods": list(adapter.methods),
+        "targets": len(adapter.updates),
+        "base": {
+            "id": base and base.id, "revision": base and base.revision, "config_hash": base and base.config_hash,
+            "fingerprints": list(fingerprints_of(adapter)), "shapes": list(shapes_of(adapter)),
+        },
+        "lineage": [{"op": step.op, "args": _without_metadata(step.args)} for step in adapter.recipe],
+    }  # fmt: skip
+
+
+def _original(path: Path) -> dict[str, Any]:
+    """Return the sha256 of the graph that adapters were attached to, which `onnx.inject` records."""
+    import onnx
+
+    from ..onnx.injecting import ORIGINAL
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+        note = next((each.value for each in model.metadata_props if each.key == ORIGINAL), None)
+        return {} if note is None else {"original_sha256": json.loads(note)["sha256"]}
+    except Exception as error:  # protobuf's DecodeError, a damaged note: the bytes are signed all the same.
+        return {"unread": first_line(error)}
+
+
+def _without_metadata(args: Any) -> Any:
+    """Leave out the strings of training tools, which can be megabytes; the files that hold them are signed."""
+    if isinstance(args, Mapping):
+        return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
+    return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT:
+        return str(value)
+    return value
