@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ops import combine
     from .ops import compare as diff
     from .scanning import scan
+    from .searching import search
 
 _HOME = {
     "Adapter": "core.adapter",
@@ -47,6 +48,7 @@ _HOME = {
     "read": "formats",
     "report": "api",
     "scan": "scanning",
+    "search": "searching",
     "verify": "merging",
     "write": "formats",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "read",
     "report",
     "scan",
+    "search",
     "torch",
     "verify",
     "write",

@@ -165,7 +165,7 @@ READING = {
 }  # fmt: skip
 """Commands that write nothing."""
 
-ELSEWHERE = {"export": "test_onnx_export.py", "ui": "test_ui.py"}
+ELSEWHERE = {"export": "test_onnx_export.py", "search": "test_search.py", "ui": "test_ui.py"}
 """Commands that need transformers or a browser's requests: their tests."""
 
 
