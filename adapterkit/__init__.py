@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .ops import combine
     from .ops import compare as diff
     from .scanning import scan
+    from .searching import search
 
 _HOME = {
     "Adapter": "core.adapter",
@@ -49,6 +50,7 @@ _HOME = {
     "read": "formats",
     "report": "api",
     "scan": "scanning",
+    "search": "searching",
     "verify": "merging",
     "write": "formats",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "read",
     "report",
     "scan",
+    "search",
     "torch",
     "verify",
     "write",

@@ -21,8 +21,8 @@ from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
     "bom", "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "gate",
-    "help", "inject", "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "sign", "ui",
-    "validate", "verify",
+    "help", "inject", "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "search", "sign",
+    "ui", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 

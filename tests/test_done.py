@@ -167,7 +167,9 @@ READING = {
 }  # fmt: skip
 """Commands that write nothing."""
 
-ELSEWHERE = {"export": "test_onnx_export.py", "sign": "test_signatures.py", "ui": "test_ui.py"}
+ELSEWHERE = {
+    "export": "test_onnx_export.py", "search": "test_search.py", "sign": "test_signatures.py", "ui": "test_ui.py",
+}  # fmt: skip
 """Commands that need transformers, a key or a browser's requests: their tests."""
 
 

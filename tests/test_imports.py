@@ -27,6 +27,7 @@ LAYERS = [
     {"onnx"},
     {"hub"},
     {"destination", "gating", "provenance", "reporting", "scanning"},
+    {"searching"},
     {"api"},
     {"ui"},
     {"cli", "testing"},

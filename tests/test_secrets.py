@@ -46,6 +46,12 @@ COMMANDS = {
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
     "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
+    "search": [
+        "{} lora --base base --data texts -o out.yml",
+        "lora lora --base {} --data texts -o out.yml",
+        "lora lora --base base --data {} -o out.yml",
+        "lora lora --base base --data texts -o {}",
+    ],
     "scan": ["{}", "lora --base {}", "lora --sarif {}"],
     "sign": ["{} --key none.pem", "lora --key {}", "lora --key none.pem -o {}", "lora --key x --password-file {}"],
     "ui": ["{} --no-browser"],

@@ -66,6 +66,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     ),
     "resize": ("adapterkit resize lora --rank 2 -o small", "adapterkit resize lora --energy 0.99 -o smaller"),
     "scan": ("adapterkit scan base", "adapterkit scan hf://org/lora --fail-on high"),
+    "search": (
+        "adapterkit search math code --data validation.jsonl --base MODEL -o best.yml",
+        "adapterkit search math code --data validation.jsonl --base MODEL --method ties --budget 30 -o ties.yml",
+    ),
     "sign": ("adapterkit sign lora --key key.pem", "adapterkit sign tuned --key key.pem -o tuned.sig --overwrite"),
     "ui": ("adapterkit ui", "adapterkit ui ~/models ~/adapters --port 7878 --no-browser"),
     "validate": ("adapterkit validate lora", "adapterkit validate lora --base base"),
@@ -83,6 +87,7 @@ NEXT: Mapping[str, str] = {
     "merge": "adapterkit verify {out} --base {base} --adapter {adapters}",
     "pull": "adapterkit inspect {dst}",
     "resize": "adapterkit inspect {out}",
+    "search": "adapterkit combine {out} -o OUT",
     "validate": "adapterkit merge {base} {src} -o MERGED --plan",
 }
 """Command -> what one often does next; left out where a value that it names was not given."""

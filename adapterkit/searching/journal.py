@@ -1,0 +1,85 @@
+"""The file in which a search keeps its trials: JSON Lines, the first of which says what is searched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import Malformed, UsageError, storage_error
+from ..io.inputs import read_input
+from .result import Trial
+
+VERSION = 1
+
+MAX_BYTES = 1 << 26
+
+
+class Journal:
+    """Appends trials to a file, each in one write, and reads those of an earlier run.
+
+    Args:
+        path: the file; None keeps trials in memory alone.
+        searched: what decides the trials: adapters, data, methods, seed and so on. It is compared with the file's.
+        overwrite: begin anew where the file is of another search.
+
+    Raises:
+        UsageError: the file is of another search.
+        Malformed: the file is no journal.
+        StorageError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, searched: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path, self.head = path, {"adapterkit_search": VERSION, **searched}
+        self.trials: list[Trial] = []
+        if path is None or not path.exists():
+            self._begin()
+            return
+        lines = read_input(path, MAX_BYTES).decode("utf-8", "replace").split("\n")
+        if json.loads(json.dumps(self.head)) != _parsed(lines[0], path, 1):
+            if not overwrite:
+                cure = "Name another file, delete this one, or begin anew by --overwrite (overwrite=True)"
+                raise UsageError("holds trials of another search", path=path, cure=cure)
+            self._begin()
+            return
+        # A run that was killed in the middle of a write leaves a line without an end: its trial is made again.
+        for at, line in enumerate(lines[1:-1], 2):
+            self.trials.append(_trial(_parsed(line, path, at), path, at))
+        if lines[-1]:
+            self._write("".join(f"{line}\n" for line in lines[:-1]), "w")
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial."""
+        self.trials.append(trial)
+        self._write(json.dumps(trial.record()) + "\n", "a")
+
+    def _begin(self) -> None:
+        self._write(json.dumps(self.head) + "\n", "w")
+
+    def _write(self, text: str, mode: str) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+
+def _parsed(line: str, path: Path, at: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        why = "no file of a search's trials"
+        raise Malformed(why, path=path, where=f"line {at}", cure="Name another file, or delete this one") from None
+
+
+def _trial(found: Any, path: Path, at: int) -> Trial:
+    try:
+        return Trial(
+            int(found["number"]), str(found["method"]), tuple(map(float, found["weights"])),
+            {str(name): float(value) for name, value in found["parameters"].items()},
+            None if found["loss"] is None else float(found["loss"]), found["refused"],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Malformed("no trial", path=path, where=f"line {at}", cure="Delete this file") from None

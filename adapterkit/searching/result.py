@@ -1,0 +1,122 @@
+"""The result of a search: its trials, the best of them, and the recipe that repeats it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.tables import html_table
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to combine the adapters, and its score.
+
+    Attributes:
+        number: its place in the search, from 0.
+        method: the combiner.
+        weights: one for each adapter.
+        parameters: the parameters of the method that were not left at their defaults.
+        loss: the score, lower is better; None if there is none.
+        refused: why there is no score.
+    """
+
+    number: int
+    method: str
+    weights: tuple[float, ...]
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    refused: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the trial as plain data."""
+        return {
+            "number": self.number, "method": self.method, "weights": list(self.weights),
+            "parameters": dict(self.parameters), "loss": self.loss, "refused": self.refused,
+        }  # fmt: skip
+
+    def settings(self) -> str:
+        """Return the method, weights and parameters on one line."""
+        said = " ".join(f"{name}={value:.4g}" for name, value in self.parameters.items())
+        weights = " ".join(f"{weight:.4g}" for weight in self.weights)
+        return f"{self.method}, weights {weights}{f', {said}' if said else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A finished search.
+
+    Attributes:
+        adapters: what the adapters are called, in the order of the weights.
+        trials: all trials, in order.
+        base: what the base is called, if one was given.
+        seed: the seed of the search, and of what methods draw.
+        rank: the rank that results without low-rank factors are cut to: a number, or `fit`.
+        resumed: how many trials an earlier run had left.
+    """
+
+    adapters: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    base: str | None = None
+    seed: int = 0
+    rank: int | str = "fit"
+    resumed: int = 0
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the lowest loss; of equal ones the first."""
+        return min(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
+
+    @property
+    def alone(self) -> tuple[float | None, ...]:
+        """The loss of each adapter alone, at weight 1."""
+        found: list[float | None] = []
+        for at in range(len(self.adapters)):
+            unit = tuple(float(other == at) for other in range(len(self.adapters)))
+            same = [trial.loss for trial in self.trials if trial.method == "linear" and trial.weights == unit]
+            found.append(same[0] if same else None)
+        return tuple(found)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `combine` that repeat the best trial."""
+        best = self.best
+        return {
+            "method": best.method, "weights": list(best.weights), "seed": self.seed, "rank": self.rank,
+            **best.parameters,
+        }  # fmt: skip
+
+    def recipe(self) -> str:
+        """Return the best trial as a recipe, for `adapterkit combine --recipe` and `adapterkit merge --recipe`."""
+        import yaml
+
+        best = self.best
+        said: dict[str, Any] = {
+            "merge_method": best.method,
+            "models": [
+                {"model": name, "parameters": {"weight": weight}}
+                for name, weight in zip(self.adapters, best.weights, strict=True)
+            ],
+        }
+        said |= {"parameters": dict(best.parameters)} if best.parameters else {}
+        said |= {"base_model": self.base} if self.base is not None else {}
+        text: str = yaml.safe_dump(said | {"seed": self.seed, "rank": self.rank}, sort_keys=False, allow_unicode=True)
+        return text
+
+    def record(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {
+            "adapters": list(self.adapters), "base": self.base, "seed": self.seed, "best": self.best.record(),
+            "alone": list(self.alone), "resumed": self.resumed, "trials": [trial.record() for trial in self.trials],
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Search({len(self.trials)} trials; best: {self.best.settings()}, loss {self.best.loss:.6g})"
+
+    def _repr_html_(self) -> str:
+        rows: Sequence[Sequence[object]] = [
+            [trial.number, trial.method, " ".join(f"{weight:.4g}" for weight in trial.weights), trial.loss]
+            for trial in sorted(self.trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)[:10]
+        ]
+        return html_table(repr(self), ("trial", "method", "weights", "loss"), rows)

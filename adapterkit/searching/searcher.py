@@ -1,0 +1,296 @@
+"""Search for the combination with the lowest loss.
+
+Known combinations come first: the equal sum, each adapter alone, and every method at weight 1. Then Optuna's TPE
+proposes trials from those before. It was chosen by measurement, on eight planted optima of two adapters, three methods
+and a density: after 50 trials six are within 2 per cent of the planted change's squared norm, and the worst within 5.
+Optuna's Gaussian process finds smooth optima more exactly, but three of the eight it misses by 5 to 26 per cent: it
+stays at the best method so far.
+A draw depends on the seed and the number of a trial, so a resumed search tries what an unbroken one would have tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..core.adapter import Adapter
+from ..errors import AdapterkitError, Unsupported, UsageError
+from ..io.checkpoint import fingerprint, opened
+from ..io.stages import detail, stage
+from ..ops.alignment import source_adapter
+from ..ops.combiners import COMBINERS
+from ..ops.combining import combine
+from ..ops.parameters import resolved
+from .journal import Journal
+from .result import Search, Trial
+
+if TYPE_CHECKING:
+    from ..ops.alignment import Source
+    from ..ops.combiners._combiner import Combiner
+    from ..ops.lowering import Base
+
+    Score = Callable[[Adapter], float]
+
+METHODS = ("linear", "ties", "tsv", "knots_ties")
+"""Methods that are tried if none are named: cheap ones that differ, and need neither data nor the base's weights."""
+
+DENSITY = (0.05, 1.0)
+"""Bounds of the parameter `density` of methods that have it."""
+
+MOST = 1.5
+"""The largest weight that is tried."""
+
+
+def search(
+    adapters: Sequence[Source],
+    data: Score | str | PathLike[str],
+    *,
+    base: Base | None = None,
+    methods: Sequence[str] | None = None,
+    budget: int = 50,
+    tune: Mapping[str, tuple[float, float]] | None = None,
+    most: float = MOST,
+    rank: int | str = "fit",
+    seed: int = 0,
+    trials: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    progress: Callable[[int, int], object] | None = None,
+) -> Search:
+    """Find the method, weights and parameters whose combination has the lowest loss.
+
+    Each trial combines the adapters in factor space, and scores the result attached to the base; nothing is merged on
+    disk.
+
+    Args:
+        adapters: adapters or their paths, of any additive methods.
+        data: a file of texts, one a line or JSON Lines with a field `text`, whose mean loss per token of the base with
+            the combination attached is the score; or a function of the combined adapter that returns a loss.
+        base: a folder of a transformers language model. Texts need it; with a function it resolves names, and gives
+            weights to methods that need them.
+        methods: combiners to choose from; `METHODS` if None.
+        budget: how many trials to make, those of earlier runs in `trials` included.
+        tune: parameters of the methods to search, with their bounds: `{"scale": (0.2, 2)}`. `density` is searched
+            where a method has it.
+        most: the largest weight to try; the smallest is 0.
+        rank: the rank of results without low-rank factors: a number, or `fit`, the largest rank of the inputs.
+        seed: the seed of the search, and of what methods draw.
+        trials: a file that keeps the trials. The same search goes on where it stopped; a finished one is not repeated.
+        overwrite: begin anew if the file is of another search.
+        device: the device of the base that texts are scored on: `auto`, `cpu` or `cuda:N`.
+        progress: called with (trials made, budget).
+
+    Returns:
+        all trials, the best of them, and its recipe.
+
+    Raises:
+        UsageError: no adapters, a budget that the known combinations alone exceed, unknown methods or parameters, a
+            method that needs data of its own, texts without a base, or no trial that could be scored.
+        Unsupported: Optuna is not installed.
+
+    Example:
+        >>> found = ak.search(["math", "code"], "validation.jsonl", base="base", budget=30)
+        >>> print(found.recipe())
+    """
+    if isinstance(adapters, (str, PathLike, Adapter)) or len(adapters) < 2:
+        raise UsageError("a search needs two adapters or more", where="adapters", cure="Name several")
+    space = Space(_checked(methods or METHODS, len(adapters), base), len(adapters), most, tune or {})
+    known = space.known()
+    if budget < len(known):
+        why = f"a budget of {budget}, and {len(known)} combinations that every search begins with"
+        raise UsageError(
+            why, where="budget", cure=f"Allow more by --budget (budget=), or fewer methods than {len(known)}"
+        )
+    read = [source_adapter(source, base) for source in adapters]
+    journal = Journal(
+        None if trials is None else Path(trials).expanduser(),
+        {
+            "adapters": [adapter.digest() for adapter in read], "data": _identity(data), "methods": list(space.methods),
+            "base": None if base is None else fingerprint(opened(base)),
+            "tune": {name: list(bounds) for name, bounds in space.tune.items()}, "most": most, "rank": rank,
+            "seed": seed,
+        },
+        overwrite=overwrite,
+    )  # fmt: skip
+    resumed = len(journal.trials)
+    if resumed < budget:
+        score = data if callable(data) else _texts_score(data, base, device, seed)
+        for number in range(resumed, budget):
+            stage(f"trial {number + 1} of {budget}")
+            chosen = known[number] if number < len(known) else space.proposed(journal.trials, seed)
+            journal.add(_tried(chosen, number, read, base, rank, seed, score))
+            if progress is not None:
+                progress(number + 1, budget)
+    names = tuple(_called(source, at) for at, source in enumerate(adapters))
+    said = None if base is None else fspath(base) if isinstance(base, (str, PathLike)) else str(base.root)
+    found = Search(names, tuple(journal.trials), said, seed, rank, resumed)
+    if found.best.loss is None:
+        why = f"none of {budget} trials has a loss; the first: {found.trials[0].refused}"
+        raise UsageError(why, where="data", cure="Return a finite number for a combined adapter")
+    return found
+
+
+def _called(source: Source, at: int) -> str:
+    return f"adapter{at}" if isinstance(source, Adapter) else fspath(source)
+
+
+def _checked(methods: Sequence[str], count: int, base: Base | None) -> tuple[str, ...]:
+    """Check that every method can be tried with these adapters."""
+    for name in methods:
+        cls = COMBINERS[resolved(name, None, count)[0]]
+        least, largest = cls.takes
+        if count < least or (largest is not None and count > largest):
+            raise UsageError(f"{name} does not take {count} adapters", where="methods", cure="Leave it out")
+        if cls.data is not None:
+            why = f"{name} learns from data of its own"
+            raise UsageError(why, where="methods", cure="Leave it out, or use combine with data=")
+        if cls.based and base is None:
+            raise UsageError(f"{name} needs the base", where="methods", cure="Name it by --base (base=)")
+    return tuple(dict.fromkeys(methods))
+
+
+def _identity(data: object) -> str | None:
+    """A digest of the texts; a function has none, and is taken to be the same."""
+    if callable(data):
+        return None
+    from ..io.inputs import read_input
+    from ..io.locations import located
+
+    return hashlib.sha256(read_input(located(cast("str", data)))).hexdigest()
+
+
+def _texts_score(data: Any, base: Base | None, device: str, seed: int) -> Score:
+    if base is None:
+        raise UsageError("texts are scored on a base", where="data", cure="Name it by --base (base=)")
+    from .texts import TextScore
+
+    return TextScore(base, data, device, seed)
+
+
+def _tried(
+    chosen: Trial, number: int, read: Sequence[Adapter], base: Base | None, rank: int | str, seed: int, score: Score
+) -> Trial:
+    """Make a trial: combine, and score."""
+    loss, refused = None, None
+    try:
+        cut = None if chosen.method == "linear" else rank
+        parameters: dict[str, Any] = dict(chosen.parameters)
+        made = combine(read, chosen.method, list(chosen.weights), base=base, rank=cut, seed=seed, **parameters)
+        loss = float(score(made))
+    except AdapterkitError as error:
+        # An error of the first trial is the caller's to see; later ones only narrow the search.
+        if number == 0:
+            raise
+        refused = str(error)
+    if loss is not None and not math.isfinite(loss):
+        loss, refused = None, f"a loss of {loss}"
+    trial = Trial(number, chosen.method, chosen.weights, chosen.parameters, loss, refused)
+    detail(f"{trial.settings()}: {refused or f'{loss:.6g}'}")
+    return trial
+
+
+class Space:
+    """The space of a search: a method, a weight for each adapter, and parameters of the methods.
+
+    Args:
+        methods: combiners.
+        count: the number of adapters.
+        most: the largest weight.
+        tune: more parameters, with their bounds.
+
+    Raises:
+        UsageError: no method has such a parameter, or bounds that are no interval.
+    """
+
+    def __init__(
+        self, methods: Sequence[str], count: int, most: float, tune: Mapping[str, tuple[float, float]]
+    ) -> None:
+        self.methods, self.count, self.most = tuple(methods), count, most
+        given = {name: (float(low), float(high)) for name, (low, high) in tune.items()}
+        self.tune: dict[str, tuple[float, float]] = {}
+        for name, (low, high) in ({"density": DENSITY} | given).items():
+            known = [self._holders(method)[name] for method in methods if name in self._holders(method)]
+            if name in given and not known:
+                why = f"no method has a parameter {name!r}"
+                raise UsageError(why, where="tune", cure="See adapterkit list combine")
+            if not low < high:
+                raise UsageError(f"bounds {low} and {high} of {name}", where="tune", cure="Give the smaller one first")
+            for holder, bound in ((holder, bound) for holder in known for bound in (low, high)):
+                holder.checked(name, bound)
+            self.tune |= {name: (low, high)} if known else {}
+        if not most >= 1:
+            raise UsageError(f"a largest weight of {most}", where="most", cure="Give 1 or more: each is tried alone")
+
+    def _holders(self, method: str) -> dict[str, type[Combiner]]:
+        """Return each parameter of a method, with the combiner that it belongs to: of `knots_ties` those of both."""
+        name, values = resolved(method, None, self.count)
+        found = dict.fromkeys(COMBINERS[name].parameters(), COMBINERS[name])
+        then = str(values.get("then") or "")
+        return dict.fromkeys(COMBINERS[then].parameters(), COMBINERS[then]) | found if then else found
+
+    def known(self) -> list[Trial]:
+        """Return the combinations that every search begins with."""
+        equal, ones = (1.0 / self.count,) * self.count, (1.0,) * self.count
+        units = [tuple(float(other == at) for other in range(self.count)) for at in range(self.count)]
+        first = [Trial(0, "linear", weights) for weights in (equal, *units)]
+        return first + [Trial(0, method, ones) for method in self.methods]
+
+    def proposed(self, trials: Sequence[Trial], seed: int) -> Trial:
+        """Return what the sampler proposes after these trials."""
+        with _optuna() as optuna:
+            drawn = seed * 1_000_003 + len(trials)
+            sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, n_startup_trials=0)
+            study = optuna.create_study(sampler=sampler)
+            # A method that is tried as the start, but not among those to choose from, does not count.
+            study.add_trials([self._as_optuna(optuna, t) for t in trials if t.method in self.methods])
+            asked = study.ask()
+            method = asked.suggest_categorical("method", self.methods)
+            weights = tuple(asked.suggest_float(f"weight {at}", 0.0, self.most) for at in range(self.count))
+            drawn_values = {name: asked.suggest_float(name, *bounds) for name, bounds in self.tune.items()}
+        holders = self._holders(method)
+        return Trial(len(trials), method, weights, {k: v for k, v in drawn_values.items() if k in holders})
+
+    def _as_optuna(self, optuna: Any, trial: Trial) -> Any:
+        # Every trial has a value of every parameter: the sampler models only those that all trials have. One that the
+        # method does not have, or that was left alone, stands at its default.
+        floats = optuna.distributions.FloatDistribution
+        values: dict[str, Any] = {"method": trial.method}
+        ranges: dict[str, Any] = {"method": optuna.distributions.CategoricalDistribution(self.methods)}
+        for at, weight in enumerate(trial.weights):
+            values[f"weight {at}"], ranges[f"weight {at}"] = weight, floats(0.0, self.most)
+        holders = self._holders(trial.method)
+        for name, (low, high) in self.tune.items():
+            default = holders[name].defaults()[name] if name in holders else None
+            usual = float(default) if isinstance(default, (int, float)) else (low + high) / 2
+            values[name] = min(max(trial.parameters.get(name, usual), low), high)
+            ranges[name] = floats(low, high)
+        state = optuna.trial.TrialState
+        if trial.loss is None:
+            return optuna.trial.create_trial(params=values, distributions=ranges, state=state.FAIL)
+        return optuna.trial.create_trial(params=values, distributions=ranges, value=trial.loss)
+
+
+@contextmanager
+def _optuna() -> Iterator[Any]:
+    """Optuna, without what it would print; its samplers warn that they are experimental."""
+    try:
+        import optuna
+    except ImportError:
+        cure = "pip install 'adapterkit[search]'"
+        raise Unsupported("a search needs Optuna, which is not installed", cure=cure) from None
+    logger = logging.getLogger("optuna")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield optuna
+    finally:
+        logger.setLevel(level)

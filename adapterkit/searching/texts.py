@@ -1,0 +1,63 @@
+"""Score combined adapters by the loss of a live base on texts."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..gating.inputs import inputs_for, texts_of
+from ..gating.models import check_transformers, device_of, load
+from ..io.checkpoint import opened
+
+if TYPE_CHECKING:
+    from ..core.adapter import Adapter
+    from ..ops.lowering import Base
+
+COUNT, LENGTH = 64, 256
+"""Texts that are scored, and tokens of each, at most: a trial of a small model then takes seconds."""
+
+
+class TextScore:
+    """A loss: the mean over all tokens but the first of each text, in nats.
+
+    Args:
+        base: a folder of a transformers language model with its tokenizer; it is loaded once.
+        data: a file of texts.
+        device: the device to run on.
+        seed: which texts are taken of more than `COUNT`.
+
+    Raises:
+        UsageError: the model gives no logits for tokens, or there are no texts.
+        StorageError, Malformed: files that cannot be read.
+    """
+
+    def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
+        checkpoint = opened(base)
+        check_transformers(checkpoint.root)
+        texts = texts_of(data)
+        self.checkpoint, self.device = checkpoint, device_of(device)
+        self.model: Any = load(checkpoint, "float32", self.device)
+        if not hasattr(self.model, "lm_head") and self.model.get_output_embeddings() is None:
+            why = "a model without a head over tokens, which gives texts no loss"
+            raise UsageError(why, path=checkpoint.root, cure="Pass a function as data= that returns a loss")
+        self.inputs = inputs_for(self.model, checkpoint.root, texts, count=COUNT, length=LENGTH, seed=seed)
+
+    def __call__(self, adapter: Adapter) -> float:
+        """Return the loss of the base with the adapter attached."""
+        import torch
+
+        from ..torch.inject import inject
+
+        handle = inject(self.model, adapter.load(self.device), name="trial")
+        total, count = 0.0, 0
+        try:
+            with torch.no_grad():
+                for feed in self.inputs.feeds:
+                    ids = feed["input_ids"].to(self.device)
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                    total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                    count += ids.shape[1] - 1
+        finally:
+            handle.remove()
+        return total / count

@@ -1,0 +1,202 @@
+"""The search for the best combination: it finds what was planted, goes on after a kill, and repeats itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import adapterkit as ak
+from adapterkit.cli import adapterkit
+from adapterkit.errors import AdapterkitError, Malformed, UsageError
+from adapterkit.io.lazy import from_numpy
+
+PATHS = ("layers.0.q", "layers.1.q")
+
+
+def lora(seed: int, rank: int = 4) -> ak.Adapter:
+    random = np.random.default_rng(seed)
+    factors = {
+        path: {"A": from_numpy(random.normal(size=(rank, 24))), "B": from_numpy(random.normal(size=(32, rank)))}
+        for path in PATHS
+    }
+    return ak.Adapter({ak.Target(path): (ak.METHODS["lora"](**each),) for path, each in factors.items()})
+
+
+PAIR = [lora(1), lora(2)]
+
+
+def change(adapter: ak.Adapter) -> np.ndarray:
+    return np.concatenate([np.asarray(adapter.delta(path), np.float64).ravel() for path in PATHS])
+
+
+def away_from(planted: np.ndarray):
+    """The squared distance of a combined change from a planted one, relative to that."""
+    return lambda adapter: float(((change(adapter) - planted) ** 2).sum() / (planted**2).sum())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_planted_optimum_is_found_in_50_trials(method: str) -> None:
+    words = {"density": 0.3, "rank": "fit"} if method == "ties" else {}
+    planted = change(ak.ops.combine(PAIR, method, [1.2, 0.5], **words))
+    if method == "linear":
+        one, other = (change(adapter) for adapter in PAIR)
+        np.testing.assert_allclose(planted, 1.2 * one + 0.5 * other, atol=1e-5)
+    found = ak.search(PAIR, away_from(planted), methods=["linear", "ties", "tsv"], budget=50)
+    assert len(found.trials) == 50
+    assert found.best.loss is not None
+    assert found.best.method == method
+    assert found.best.loss < 0.03
+    assert min(loss for loss in found.alone if loss is not None) > 3 * found.best.loss
+    assert found.best.weights == pytest.approx((1.2, 0.5), abs=0.2)
+    again = ak.ops.combine(PAIR, **found.arguments())
+    assert away_from(planted)(again) == pytest.approx(found.best.loss)
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    score = away_from(change(ak.ops.add(PAIR, [0.3, 1.1])))
+    whole = ak.search(PAIR, score, budget=12, seed=3)
+    kept = tmp_path / "trials"
+    calls = []
+
+    def stopping(adapter: ak.Adapter) -> float:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return score(adapter)
+
+    with pytest.raises(KeyboardInterrupt):
+        ak.search(PAIR, stopping, budget=12, seed=3, trials=kept)
+    kept.write_text(f'{kept.read_text()}{{"number": 9, "me')  # A kill in the middle of a line.
+    on = ak.search(PAIR, score, budget=12, seed=3, trials=kept)
+    assert on.resumed == 9
+    assert on.trials == whole.trials
+    done = ak.search(PAIR, lambda _: pytest.fail("scored again"), budget=12, seed=3, trials=kept)
+    assert (done.resumed, done.trials) == (12, whole.trials)
+    with pytest.raises(UsageError, match="another search"):
+        ak.search(PAIR, score, budget=12, seed=4, trials=kept)
+    assert ak.search(PAIR, score, budget=8, seed=4, trials=kept, overwrite=True).resumed == 0
+    kept.write_text("not JSON\n")
+    with pytest.raises(Malformed, match="no file of a search's trials"):
+        ak.search(PAIR, score, budget=12, seed=3, trials=kept)
+
+
+def test_trials_without_a_loss_are_passed_over() -> None:
+    score = away_from(change(PAIR[0]))
+    found = ak.search(PAIR, lambda a: float("nan") if score(a) < 0.5 else score(a), methods=["linear"], budget=8)
+    assert {trial.loss is None for trial in found.trials} == {True, False}
+    assert found.best.loss is not None
+    assert "a loss of nan" in {trial.refused for trial in found.trials}
+    with pytest.raises(UsageError, match="none of 8 trials"):
+        ak.search(PAIR, lambda _: float("inf"), methods=["linear"], budget=8)
+
+
+def test_what_a_search_refuses() -> None:
+    def score(_: ak.Adapter) -> float:
+        return 1.0
+
+    for match, words in (
+        ("two adapters or more", {"adapters": PAIR[:1]}),
+        ("combinations that every search begins with", {"budget": 3}),
+        ("'tise'.*ties", {"methods": ["tise"]}),
+        ("learns from data of its own", {"methods": ["lorahub"]}),
+        ("slerp does not take 3", {"methods": ["slerp"], "adapters": [*PAIR, lora(3)]}),
+        ("no method has a parameter 'gamma'", {"tune": {"gamma": (0, 1)}}),
+        ("bounds 2.0 and 1.0", {"methods": ["ties"], "tune": {"scale": (2, 1)}}),
+        ("largest weight of 0.5", {"most": 0.5}),
+        ("texts are scored on a base", {"data": __file__}),
+    ):
+        with pytest.raises(AdapterkitError, match=match):
+            ak.search(**{"adapters": PAIR, "data": score, "budget": 20} | words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer of letters, two adapters, and texts that the first was trained on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("search")
+    letters = {letter: number for number, letter in enumerate("abcdefghij ")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ").save_pretrained(root / "base")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(root / "base")
+    ids = torch.tensor([[number % 10 for number in range(20)]])
+    for name in ("trained", "random"):
+        handle = ak.torch.inject(model, ak.torch.create(model, "lora", rank=2, alpha=4), name=name, trainable=True)
+        optimizer = torch.optim.Adam(handle.parameters(), lr=0.05)
+        for _ in range(30 if name == "trained" else 0):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        if name == "random":
+            with torch.no_grad():
+                for parameter in handle.parameters():
+                    parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        ak.write(handle.adapter(), root / name, "peft")
+        handle.remove()
+    (root / "texts.txt").write_text("abcdefghijabcdefghij\nbcdefghijabc\n")
+    return root
+
+
+def words(folder: Path, out: Path, budget: int = 8) -> list[str]:
+    given = ["--base", folder / "base", "--data", folder / "texts.txt", "--budget", budget, "--method", "linear"]
+    return [str(word) for word in ("search", folder / "trained", folder / "random", *given, "-o", out)]
+
+
+def test_texts_are_scored_as_by_the_model_itself(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.yml"
+    done = CliRunner().invoke(adapterkit, [*words(folder, out), "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    model = LlamaForCausalLM.from_pretrained(folder / "base").eval()
+    ids = [[" abcdefghij".index(c) - 1 for c in text] for text in (folder / "texts.txt").read_text().split()]
+    for name, loss in zip(("trained", "random"), record["alone"], strict=True):
+        handle = ak.torch.inject(model, ak.read(folder / name))
+        with torch.no_grad():
+            each = [(float(model(torch.tensor([row]), labels=torch.tensor([row])).loss), len(row) - 1) for row in ids]
+        handle.remove()
+        assert loss == pytest.approx(sum(mean * count for mean, count in each) / sum(count for _, count in each))
+    assert record["best"]["loss"] <= min(record["alone"])
+    recipe = yaml.safe_load(out.read_text())
+    assert [each["model"] for each in recipe["models"]] == [str(folder / "trained"), str(folder / "random")]
+    again = CliRunner().invoke(adapterkit, words(folder, out))
+    assert (again.exit_code, again.stdout.startswith("already done: ")) == (0, True), again.output
+    made = CliRunner().invoke(adapterkit, ["combine", "--recipe", str(out), "-o", str(tmp_path / "made")])
+    assert made.exit_code == 0, made.output
+
+
+def test_a_killed_command_goes_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.yml"
+    script = (
+        "import os, sys; from adapterkit.searching import journal, searcher\n"
+        "from adapterkit.cli import main\n"
+        "add = journal.Journal.add\n"
+        "def adding(self, trial):\n"
+        "    add(self, trial)\n"
+        "    if trial.number == 4: os.kill(os.getpid(), 9)\n"
+        "journal.Journal.add = adding\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *words(folder, out)], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert sorted(os.listdir(tmp_path)) == ["found.yml.trials"]
+    done = CliRunner().invoke(adapterkit, [*words(folder, out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["resumed"] == 5
+    assert len(json.loads(done.stdout)["trials"]) == 8
