@@ -42,6 +42,9 @@ def checkout(tmp_path):
     """The package beside families of which one is new."""
     (tmp_path / "adapterkit").symlink_to(Path(ak.__file__).parent)
     shutil.copytree(folder(), tmp_path / "spec" / "architectures")
+    for each in folder().parent.iterdir():
+        if each.name != "architectures":
+            (tmp_path / "spec" / each.name).symlink_to(each)
     (tmp_path / "spec" / "architectures" / "zebra.toml").write_text(ZEBRA)
     return tmp_path
 
