@@ -1,13 +1,10 @@
 """An image family that nothing in the tree names takes one TOML file, like a language model's."""
 
 import json
-import shutil
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from test_new_family import checkout, run  # noqa: F401 - a fixture
-
-from adapterkit.loaders import folder
 
 QUAGGA = """
 format = 1
@@ -29,7 +26,6 @@ words = ["quagga"]
 
 def test_convert_knows_its_names_in_every_spelling(checkout):  # noqa: F811
     (checkout / "spec" / "architectures" / "quagga.toml").write_text(QUAGGA)
-    shutil.copytree(folder(), checkout / "spec" / "loaders")
     rng = np.random.default_rng(0)
     held, changes = {}, {}
     for name, out in (("gaze.to_q", 8), ("gaze.to_k", 8), ("gaze.to_v", 8), ("trot", 12)):
