@@ -160,8 +160,8 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
 
 
 READING = {
-    "completion", "conformance", "demo", "diff", "doctor", "gate", "help", "inspect", "list", "names", "scan", "validate",
-    "verify",
+    "completion", "conformance", "demo", "diff", "doctor", "gate", "help", "inspect", "list", "names", "scan",
+    "validate", "verify",
 }  # fmt: skip
 """Commands that write nothing."""
 
