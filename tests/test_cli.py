@@ -21,7 +21,8 @@ from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
     "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "gate", "help",
-    "inject", "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "ui", "validate", "verify",
+    "inject", "inspect", "list", "merge", "names", "pull", "push", "report", "resize", "scan", "ui",
+    "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
