@@ -34,8 +34,8 @@ LOAD = """(async (sources, methods) => {
     rules: (file) => run.rules(bytes(file)),
     base: (files) => typeof files === "string" ? run.baseFile(bytes(files))
       : run.base(Object.keys(files), (name) => bytes(files[name])),
-    compute: (adapter, base) => run.computed(bytes(adapter), bytes(base), methods),
-    merge: (adapter, base) => run.merged(bytes(adapter), bytes(base), methods),
+    compute: (adapter, base) => run.computed(bytes(adapter), () => bytes(base), methods),
+    merge: (adapter, base) => run.merged(bytes(adapter), () => bytes(base), methods),
   };
   return Object.keys(asked).length;
 })"""

@@ -165,7 +165,10 @@ def _by_modules(each: KeptEffect, name: str) -> Iterator[str]:
         return
     scales = [part.scale for part in broken if part.scale is not None and _is_multiple(part)]
     if touched and len(scales) >= MOST * len(touched) and max(scales) - min(scales) < 2 * UNCHANGED:
-        yield _scaled(name, sum(scales) / len(scales))
+        mean = sum(scales) / len(scales)
+        # The scale of all modules together is nearer: weak changes are rounded most, and count as much in the mean.
+        known = each.scale is not None and abs(each.scale - mean) < UNCHANGED
+        yield _scaled(name, each.scale if known else mean)  # type: ignore[arg-type]
         broken = [part for part in broken if not _is_multiple(part)]
     kinds: dict[str, list[ModulePart]] = {}
     for part in [*broken, *(part for part in alone if part.fault)]:
