@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house" / "__main__.py")
 house = importlib.util.module_from_spec(spec)
@@ -32,6 +34,7 @@ def test_circles_are_the_nodes_that_reach_each_other():
         assert {frozenset(group) for group in house.components(edges)} == expected
 
 
+@pytest.mark.long
 def test_the_figures_are_printed():
     run = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "house"), "--json"], capture_output=True, text=True, check=True

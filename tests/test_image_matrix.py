@@ -31,6 +31,7 @@ MATRIX = _matrix()
 FAMILIES = [family for family in families() if not family.facts.generic]
 
 
+@pytest.mark.long  # tools/check asks the tool itself.
 def test_the_page_is_up_to_date() -> None:
     assert MATRIX.main(["--check"]) == 0
 

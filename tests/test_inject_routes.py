@@ -264,6 +264,7 @@ def test_training_through_a_compiler(close):
         close(got, wanted, tolerance=1e-12)
 
 
+@pytest.mark.long
 def test_a_whole_model_compiled_with_a_route(close):
     config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 1, "use_cache": False})
     model = transformers.LlamaForCausalLM(config).double().eval()

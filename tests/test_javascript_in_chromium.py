@@ -19,13 +19,14 @@ SPEC = Path(__file__).parents[1] / "spec"
 SETUP = """(async () => {
   globalThis.run = await import("/readers/javascript/run.mjs");
   const bytesOf = async (path) => new Uint8Array(await (await fetch(path)).arrayBuffer());
+  const later = async (path) => { const bytes = await bytesOf(path); return () => bytes; };
   const methods = await (await fetch("/1.1/methods.json")).json();
   const verbs = {
     check: async (path) => run.check(await bytesOf(path), methods),
     canonical: async (path) => run.canonicals(await bytesOf(path)),
     rules: async (path) => run.rules(await bytesOf(path)),
-    compute: async (one, other) => run.computed(await bytesOf(one), await bytesOf(other), methods),
-    merge: async (one, other) => run.merged(await bytesOf(one), await bytesOf(other), methods),
+    compute: async (one, other) => run.computed(await bytesOf(one), await later(other), methods),
+    merge: async (one, other) => run.merged(await bytesOf(one), await later(other), methods),
     base: async (folder, files) => {
       if (!files.length) return run.baseFile(await bytesOf(folder));
       const held = new Map(await Promise.all(files.map(async (name) => [name, await bytesOf(`${folder}/${name}`)])));

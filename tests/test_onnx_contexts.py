@@ -164,7 +164,7 @@ def encoders(tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
+@pytest.mark.parametrize("kind", ["Bert", pytest.param("Roberta", marks=pytest.mark.long), "Electra"])
 def test_a_soft_prompt_behind_embeddings_with_positions(kind, encoders, tmp_path, close):
     _, graph = encoders(kind)
     P = torch.randn(COUNT, 32)

@@ -112,8 +112,15 @@ def ours(session, model, adapter=None):
     return tokens
 
 
-@pytest.mark.parametrize("mode", ["merged", "attached"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        ("llama", "merged"),
+        ("gpt2", "attached"),
+        pytest.param("llama", "attached", marks=pytest.mark.long),
+        pytest.param("gpt2", "merged", marks=pytest.mark.long),
+    ],
+)
 def test_causal_models_write_what_peft_writes(family, mode, folders, tmp_path):
     base, first, _ = folders(family)
     report = ak.onnx.export_pretrained(base, tmp_path / "out", adapter=first, mode=mode)

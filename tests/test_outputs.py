@@ -353,7 +353,7 @@ def test_fresh_bottlenecks_for_modules_without_a_weight(kind, targets, attribute
     handle.remove()
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.long)])
 def test_a_whole_model_compiles(kind, hub, hub_model):
     model = hub_model(kind, torch.float64)
     handle = ak.torch.inject(model, ak.read(HUB / f"{kind}.pfeiffer.safetensors"))

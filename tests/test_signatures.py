@@ -118,17 +118,17 @@ def test_certificates_both_ways(tmp_path: Path, merged: Path) -> None:
     roots = tmp_path / "root.crt"
     ours = sign(merged, tmp_path / "ours.sig", key=private, certificate=tmp_path / "leaf.crt")
     verifying.Config().use_certificate_verifier(certificate_chain=[roots]).verify(merged, Path(ours.out))
-    assert check_signature(merged, ours.out, chain=[roots]).kind == "certificate"
+    assert check_signature(merged, ours.out, trust=[roots]).kind == "certificate"
     theirs = tmp_path / "theirs.sig"
     signer = signing.Config().use_certificate_signer(
         private_key=private, signing_certificate=tmp_path / "leaf.crt", certificate_chain=[roots]
     )
     signer.sign(merged, theirs)
-    assert check_signature(merged, theirs, chain=[roots]).files == ours.files
+    assert check_signature(merged, theirs, trust=[roots]).files == ours.files
     other = certificate("root", leaf_key, "root", leaf_key, ca=True)
     (tmp_path / "other.crt").write_bytes(other.public_bytes(Encoding.PEM))
     with pytest.raises(Corrupt, match="does not hold"):
-        check_signature(merged, ours.out, chain=[tmp_path / "other.crt"])
+        check_signature(merged, ours.out, trust=[tmp_path / "other.crt"])
     with pytest.raises(UsageError, match="by certificate"):
         check_signature(merged, ours.out, key=write_key(tmp_path, leaf_key, "leaf")[1])
     with pytest.raises(Malformed, match="not for this key"):

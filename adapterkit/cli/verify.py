@@ -79,7 +79,7 @@ def _signed(
     from ..provenance import check_signature, other_base
 
     checked = check_signature(
-        located(path), local(signature), key=key, chain=trust, identity=identity, issuer=issuer
+        located(path), local(signature), key=key, trust=trust, identity=identity, issuer=issuer
     )  # fmt: skip
     other = None if base is None else other_base(checked.statement, base)
     return {"ok": other is None, "signature": checked.record(), "base": [] if other is None else [other]}

@@ -60,7 +60,7 @@ def check_signature(
     signature: str | PathLike[str],
     *,
     key: str | PathLike[str] | None = None,
-    chain: Sequence[str | PathLike[str]] = (),
+    trust: Sequence[str | PathLike[str]] = (),
     identity: str | None = None,
     issuer: str | None = None,
 ) -> SignatureCheck:
@@ -70,7 +70,7 @@ def check_signature(
         path: the folder, or the file.
         signature: the signature file.
         key: the public key of the signer, in PEM form.
-        chain: instead of a key, the certificates to trust, in PEM form.
+        trust: instead of a key, the certificates to trust, in PEM form.
         identity: instead of a key, who signed with sigstore, such as an address of e-mail. This needs a network.
         issuer: who vouches for the identity, such as `https://accounts.google.com`.
 
@@ -80,12 +80,12 @@ def check_signature(
     Raises:
         Corrupt: a file was changed, added or removed; the signature was changed, or made with another key.
         StorageError: nothing is there, or it cannot be read.
-        UsageError: not exactly one of a key, a chain and an identity; or the signature is of another kind.
+        UsageError: not exactly one of a key, certificates and an identity; or the signature is of another kind.
         Malformed, Unsupported: the key is no key, or one of another kind; `model-signing` is not installed.
         NetworkError: sigstore cannot be reached.
     """
-    if (key is not None) + bool(chain) + (identity is not None) != 1:
-        cure = "Give --key PUB.pem (key=), --trust CERT.pem (chain=), or --identity with --issuer (identity=, issuer=)"
+    if (key is not None) + bool(trust) + (identity is not None) != 1:
+        cure = "Give one of --key PUB.pem (key=), --trust CERT.pem (trust=) and --identity WHO (identity=)"
         raise UsageError("whose signature it should be is not told, or told twice", cure=cure)
     if (identity is None) != (issuer is None):
         raise UsageError("an identity needs its issuer", cure="Give --identity and --issuer (identity=, issuer=) both")
@@ -93,11 +93,11 @@ def check_signature(
     if not root.exists():
         raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
     bundle = read_bundle(file)
-    wanted = "key" if key is not None else "certificate" if chain else "sigstore"
+    wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
         why = f"the signature is one by {bundle.kind}, and was to be checked by {wanted}"
         raise UsageError(f"{file}: {why}", cure=_ASKS[bundle.kind])
-    config = _sigstore(identity, issuer) if identity is not None else verifier(key, chain)
+    config = _sigstore(identity, issuer) if identity is not None else verifier(key, trust)
     stage("hashing files and checking the signature")
     _verify(config, root, bundle)
     return SignatureCheck(
@@ -119,7 +119,7 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
     recorded = [*((told.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]
     if not known:
-        cure = "Leave --base out, or give --base and --adapter both to compute the merge again"
+        cure = "Leave --base (base=) out, or name the adapters, too: the merge is then computed again"
         raise UsageError("the signed statement holds no fingerprint of a base", cure=cure)
     checkpoint = opened(base)
     given = fingerprint(checkpoint)
@@ -205,6 +205,6 @@ def _sigstore(identity: str, issuer: str | None) -> Any:
 
 _ASKS = {
     "key": "Give the signer's public key: --key PUB.pem (key=)",
-    "certificate": "Give the certificates to trust: --trust CERT.pem (chain=)",
+    "certificate": "Give the certificates to trust: --trust CERT.pem (trust=)",
     "sigstore": "Give who signed it: --identity and --issuer (identity=, issuer=)",
 }
