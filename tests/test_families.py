@@ -117,6 +117,18 @@ def test_the_same_family_its_parts_and_unknown_ones_are_taken(family, config, tm
     ak.merge(base, adapter, tmp_path / "out")
 
 
+def check_fit(base, adapter, trained_class, fits, family):
+    """Merge an adapter that was trained on a class; where it does not fit, the error names its family."""
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    said["auto_mapping"]["base_model_class"] = trained_class
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    if fits:
+        ak.merge(base, adapter, adapter.parent / "out")
+    else:
+        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
+            ak.merge(base, adapter, adapter.parent / "out")
+
+
 @pytest.mark.parametrize(
     ("kind", "fits"),
     [
@@ -135,14 +147,7 @@ def test_a_part_of_a_base_is_of_the_family_of_adapters_of_that_part_only(kind, f
     }  # fmt: skip
     family, trained_class = kind.split()
     base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", family)
-    said = json.loads((adapter / "adapter_config.json").read_text())
-    said["auto_mapping"]["base_model_class"] = trained_class
-    (adapter / "adapter_config.json").write_text(json.dumps(said))
-    if fits:
-        ak.merge(base, adapter, tmp_path / "out")
-    else:
-        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
-            ak.merge(base, adapter, tmp_path / "out")
+    check_fit(base, adapter, trained_class, fits, family)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +162,7 @@ def test_a_part_of_a_base_is_of_the_family_of_adapters_of_that_part_only(kind, f
 def test_one_part_of_a_module_is_not_another(kind, model_type, fits, tmp_path):
     family, trained_class = kind.split()
     base, adapter = save_base(tmp_path / "base", {"model_type": model_type}), save_adapter(tmp_path / "a", family)
-    said = json.loads((adapter / "adapter_config.json").read_text())
-    said["auto_mapping"]["base_model_class"] = trained_class
-    (adapter / "adapter_config.json").write_text(json.dumps(said))
-    if fits:
-        ak.merge(base, adapter, tmp_path / "out")
-    else:
-        with pytest.raises(TargetNotFound, match=f"of the family {family}"):
-            ak.merge(base, adapter, tmp_path / "out")
+    check_fit(base, adapter, trained_class, fits, family)
 
 
 def test_every_family_of_transformers_is_in_the_table_of_model_types():

@@ -180,7 +180,7 @@ def test_wrong_calls_are_refused_with_a_cure(root: str, tmp_path: Path, monkeypa
         with pytest.raises(error, match=match) as raised:
             call()
         assert raised.value.cure
-    monkeypatch.setattr("adapterkit.gating.models.find_spec", lambda _: None)
+    monkeypatch.setattr("adapterkit.torch.pretrained.find_spec", lambda _: None)
     with pytest.raises(UsageError, match="needs transformers") as raised:
         ak.gate(base, adapter)
     assert raised.value.cure == "pip install 'adapterkit[transformers]'"

@@ -406,7 +406,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
     ):
         done = run("export", *words)
         assert (done.exit_code, match in done.stderr) == (code, True), done.stderr
-    monkeypatch.setattr("adapterkit.onnx.pretrained.find_spec", lambda _: None)
+    monkeypatch.setattr("adapterkit.torch.pretrained.find_spec", lambda _: None)
     done = run("export", base, "-o", out, "--adapter", first)
     assert done.exit_code == 2
     assert "pip install 'adapterkit[transformers]'" in done.stderr

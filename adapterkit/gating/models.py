@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, Unsupported, UsageError
+from ..errors import Unsupported, UsageError
 from ..io.lazy import as_torch, files_kept_open
 from ..quant import dequantized, is_quantized
 from .measuring import Output, output_of, run_torch
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
     from ..torch.handle import Handle
-
-
-def check_transformers(path: Path) -> None:
-    """Check that transformers is installed, and that a path is a folder of its.
-
-    Raises:
-        UsageError: it is not installed.
-        Malformed: the folder has no config.json.
-    """
-    if find_spec("transformers") is None:
-        cure = "pip install 'adapterkit[transformers]'"
-        raise UsageError("running models needs transformers, which is not installed", path=path, cure=cure)
-    if not (path / "config.json").is_file():
-        why = "no folder of a transformers model: it has no config.json"
-        raise Malformed(why, path=path, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
 
 
 def device_of(name: str) -> str:

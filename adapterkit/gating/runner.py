@@ -120,7 +120,8 @@ def gate(
         >>> adapterkit.gate("base", "lora", merged="merged").verdicts  # doctest: +SKIP
         ('the merged model keeps 99.98 % of the effect',)
     """
-    from .models import Adapted, check_transformers, device_of, load
+    from ..torch.pretrained import check_transformers
+    from .models import Adapted, device_of, load
 
     started = time.perf_counter()
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
@@ -132,7 +133,7 @@ def gate(
     lines = texts_of(data)
     with inputs_kept():
         checkpoint = opened(base)
-        check_transformers(checkpoint.folder)
+        check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
         graph = None if onnx is None else located(onnx)
@@ -298,11 +299,12 @@ class _Run:
 
     def merged(self, checkpoint: Checkpoint, dtype: str, device: str) -> KeptEffect:
         """Measure what a merged model keeps, as a whole and module by module."""
+        from ..torch.pretrained import check_transformers
         from .measuring import StateSums, run_torch
-        from .models import check_transformers, load, stored_dtype
+        from .models import load, stored_dtype
         from .modules import Watched, judged, scale_of
 
-        check_transformers(checkpoint.folder)
+        check_transformers(checkpoint.folder, "running models")
         lacking: list[str] = []
         told = KeptEffect("merged", public(str(checkpoint.root)), dtype=stored_dtype(checkpoint))
         try:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
 from ..naming.binding.bases import check_base
-from ..torch.pretrained import load_pretrained
+from ..torch.pretrained import check_transformers, load_pretrained
 from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
 from .injecting import Report
 from .tracing import quiet
@@ -316,12 +315,7 @@ def export_pretrained(
     dtype = dtype if kind is None else kind.torch
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {given!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
-    if find_spec("transformers") is None:
-        cure = "pip install 'adapterkit[transformers]'"
-        raise UsageError("exporting a folder needs transformers, which is not installed", path=source, cure=cure)
-    if not (source / "config.json").is_file():
-        why = "no folder of a transformers model: it has no config.json"
-        raise Malformed(why, path=source, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
+    check_transformers(source, "exporting a folder")
     _check_sharing(source, target, share_weights)
     if not share_weights:
         check_folder(target, overwrite)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..gating.inputs import inputs_for, texts_of
-from ..gating.models import check_transformers, device_of, load
+from ..gating.models import device_of, load
 from ..io.checkpoint import opened
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ class TextScore:
     """
 
     def __init__(self, base: Base, data: str | PathLike[str], device: str, seed: int) -> None:
+        from ..torch.pretrained import check_transformers
+
         checkpoint = opened(base)
-        check_transformers(checkpoint.root)
+        check_transformers(checkpoint.root, "scoring texts")
         texts = texts_of(data)
         self.checkpoint, self.device = checkpoint, device_of(device)
         self.model: Any = load(checkpoint, "float32", self.device)

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, Malformed, Unsupported, first_line, nearest
+from ..errors import AdapterkitError, Malformed, Unsupported, UsageError, first_line, nearest
 from ..io.inputs import read_input
 from ..io.stages import stage
 
@@ -21,6 +22,25 @@ _OWN_CODE = (
     "If you trust it, load it yourself: adapterkit export takes a function of yours (--model MODULE:FUNCTION, "
     "adapterkit.onnx.export_factory), and adapterkit.torch any model"
 )
+
+
+def check_transformers(path: Path, work: str) -> None:
+    """Check that transformers is installed, and that a path is a folder of its.
+
+    Args:
+        path: the folder.
+        work: what needs it, as the start of a sentence.
+
+    Raises:
+        UsageError: it is not installed.
+        Malformed: the folder has no config.json.
+    """
+    if find_spec("transformers") is None:
+        cure = "pip install 'adapterkit[transformers]'"
+        raise UsageError(f"{work} needs transformers, which is not installed", path=path, cure=cure)
+    if not (path / "config.json").is_file():
+        why = "no folder of a transformers model: it has no config.json"
+        raise Malformed(why, path=path, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
 
 
 def load_pretrained(
