@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .core.adapter import Adapter, BaseRef, Foreign, Step, Target
     from .destination import WriteResult
     from .errors import AdapterkitError
-    from .formats import FORMATS, detect, read, write
+    from .formats import FORMATS, detect, read
     from .gating import gate
     from .merging import merge, plan, verify
     from .methods import METHODS
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .ops import compare as diff
     from .scanning import scan
     from .searching import search
+    from .writing import write
 
 _HOME = {
     "Adapter": "core.adapter",
@@ -52,7 +53,7 @@ _HOME = {
     "scan": "scanning",
     "search": "searching",
     "verify": "merging",
-    "write": "formats",
+    "write": "writing",
 }
 """Public name -> the module that it is loaded from, and its name there where that is another."""
 

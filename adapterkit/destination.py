@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .core.tables import html_table
 from .errors import UsageError, public
-from .formats import FORMATS, files_read, write
+from .formats import FORMATS, files_read
 from .io.locations import is_address, is_remote, located, path_text
 from .io.staging import check_free, check_inputs, replaced_at, take_over
+from .writing import write
 
 if TYPE_CHECKING:
     from .core.adapter import Adapter

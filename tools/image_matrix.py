@@ -24,10 +24,10 @@ from adapterkit.core.metadata import read_with  # noqa: E402
 from adapterkit.errors import AdapterkitError, Unrepresentable  # noqa: E402
 from adapterkit.formats._image.deciding import FAMILY  # noqa: E402
 from adapterkit.formats._image.writing import encoded  # noqa: E402
-from adapterkit.formats._promotion import Promotion  # noqa: E402
 from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.naming.architectures import fill  # noqa: E402
 from adapterkit.naming.image import Family, families  # noqa: E402
+from adapterkit.writing import Promotion  # noqa: E402
 
 PAGE = ROOT / "docs" / "image-families.md"
 DIALECTS = ("diffusers", "comfyui", "kohya", "lycoris")

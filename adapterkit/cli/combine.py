@@ -99,8 +99,9 @@ def command(
 def _check_writable(outline: Any, name: str, base: Any, on_loss: str, what: str) -> None:
     from tempfile import TemporaryDirectory
 
-    from ..formats import FORMATS, write
+    from ..formats import FORMATS
     from ..ops.outline import check_writable
+    from ..writing import write
 
     with TemporaryDirectory() as folder:
         place = Path(folder) / (FORMATS[name].file or "adapter")

@@ -15,7 +15,6 @@ from ..errors import (  # fmt: skip
     AdapterkitError,
     StorageError,
     UnknownFormat,
-    Unrepresentable,
     UsageError,
     nearest,
     public,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
 
-__all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
+__all__ = ["FORMATS", "Format", "detect", "read", "recognised", "save"]
 
 MEMBER = "adapter_config.json"
 """The file that marks a subfolder as an adapter of its own."""
@@ -142,7 +141,7 @@ def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
     return order
 
 
-def write(
+def save(
     adapter: Adapter,
     path: str | PathLike[str],
     format: str = "adapterkit",  # noqa: A002 - the public contract's word
@@ -150,84 +149,40 @@ def write(
     on_loss: str = "refuse",
     *,
     profile: str | None = None,
-    max_error: float | None = None,
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> list[str]:
-    """Write an adapter; see `Format.write`. Validate it first, and return what was left out or rewritten.
+    """Write an adapter with the methods that it has; `adapterkit.write` also promotes what the format cannot express.
 
     The output is staged beside `path` and renamed into place when it is complete, in every format: after an error
     `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
-    others stay.
+    others stay. Before the rename, the output is read back and compared with the adapter.
 
-    Before the rename, the output is read back and compared with the adapter. If the writer wrote anything else, in
-    whatever format, that is an error.
-
-    Args:
-        adapter: the adapter to write.
-        path: file or folder.
-        format: the format to write.
-        base: the base, for formats that need one to resolve names or order rows.
-        on_loss: what to do with updates that the format cannot express; see `Format.write`.
-        profile: a consumer that supports only a part of the format, such as `"vllm"`. Scalings and ranks that it
-            ignores are folded for it; updates that it cannot run are refused.
-        max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
-            approximate by a low rank; None allows no error.
-        overwrite: replace what is at `path`; False refuses if something is there.
-        made_from: a digest of all inputs of the output, kept with it for a later run; see `adapterkit.io.staging`.
-
-    Raises:
-        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
-            disk is full.
-        Miswritten: the written files do not mean the same as the adapter; the error names target and field.
-        UsageError: the format needs the base to be read back, and no base was given.
-        AdapterkitError: see `Format.write`.
+    Args and errors are those of `adapterkit.write`. Returns what was left out or rewritten, a line each.
     """
     from ..core.adapter import check_adapter
+    from ._proof import prove
 
     check_adapter(adapter)
     if on_loss not in ON_LOSS:
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
-    if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
-        raise UsageError(
-            f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'/--on-loss promote"
-        )
     writer = FORMATS[format]()
     adapter.validate()
     if profile is not None and profile not in writer.profiles:
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
-    target = Path(path_text(path))
-    from ._proof import prove
-
-    def once(adapter: Adapter) -> list[str]:
-        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss, base=below)
-        inputs = [*files_of(adapter), *(() if below is None else below.files)]
-        with (
-            staged(
-                target,
-                overwrite=overwrite,
-                owns=writer.owns | {NOTE},
-                inputs=inputs,
-                made_from=made_from,
-            ) as stage,
-            sources_remembered() as files,
-        ):
-            lines += writer.write(_in_methods_of(writer, fitted, below), stage, on_loss=on_loss, base=below)
-            prove(format, writer, adapter, stage, lines, below, files)
-        return lines
-
-    from ._promotion import Promotion
-
-    promotion = Promotion.into(writer, max_error, below)
-    if on_loss == "promote":
-        return promotion.ask(adapter, once)
-    try:
-        return once(adapter)
-    except Unrepresentable as refusal:
-        promotion.suggest(adapter, refusal)
-        raise
+    fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss, base=below)
+    inputs = [*files_of(adapter), *(() if below is None else below.files)]
+    with (
+        staged(
+            Path(path_text(path)), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+        ) as stage,
+        sources_remembered() as files,
+    ):
+        lines += writer.write(_in_methods_of(writer, fitted, below), stage, on_loss=on_loss, base=below)
+        prove(format, writer, adapter, stage, lines, below, files)
+    return lines
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:

@@ -184,7 +184,8 @@ def _converted(
     path: str | os.PathLike[str], folder: Path, name: str, base: str | os.PathLike[str] | None, on_loss: str
 ) -> Path:
     """Convert the adapter to another format and return its folder."""
-    from ..formats import FORMATS, read, write
+    from ..formats import FORMATS, read
+    from ..writing import write
 
     out = folder / "adapter"
     out.mkdir()

@@ -21,10 +21,10 @@ from ..formats._format import TENSORS
 from ..formats._image import container
 from ..formats._image.deciding import candidates, denoiser_targets, origin_of
 from ..formats._image.dialect import ImageFormat
-from ..formats._promotion import Promotion
 from ..methods.lora import LoRA
 from ..naming import architectures
 from ..naming.image import component_of, encoders, families
+from ..writing import Promotion
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter

@@ -248,7 +248,7 @@ def verify(
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
     if base is None:
-        from .checksums import check_written
+        from .verification import check_written
 
         if adapters or sample is not None:
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")

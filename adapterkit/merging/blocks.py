@@ -76,14 +76,6 @@ def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Bloc
         yield run
 
 
-def logical(fold: PlannedUpdate) -> tuple[int, ...]:
-    """Return the shape of one weight in the view of the updates, `[out, in, *k]`."""
-    # A bias and a vector count as weights with one input.
-    first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
-    shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
-    return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
-
-
 def part_of(fold: PlannedUpdate, block: Block) -> tuple[int, int] | None:
     """Return the rows of the block that the planned update changes; None if it changes none."""
     if fold.target.rows is None or fold.axis == "in":

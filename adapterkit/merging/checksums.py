@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import Malformed, UsageError, storage_error
-from ..io.checkpoint import Checkpoint
 from ..io.direct import CHUNK, read_all
 from .companions import REPORT
-from .options import most_workers
-from .verification import Difference, Verification
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from ..io.strict_json import JsonValue
-    from .execute import Progress
 
 Run = tuple[int, int, str]
 """(offset of a run in its file, its number of bytes, their sha256)."""
@@ -61,24 +54,7 @@ def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress | None) -> Verification:
-    """Compare the files of a merge's output with the checksums in its record; see `adapterkit.verify`."""
-    folder = merged.root if isinstance(merged, Checkpoint) else Path(merged)
-    written = _recorded(folder)
-    total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
-    done, differences = 0, list[Difference]()
-    with ThreadPoolExecutor(most_workers()) as pool:
-        for (name, runs), found in zip(
-            written.items(), pool.map(lambda item: _wrong(folder / item[0], item[1]), written.items()), strict=True
-        ):
-            differences += [Difference(name, why) for why in found]
-            done += sum(nbytes for _, nbytes, _ in runs)
-            if progress is not None:
-                progress(done, total)
-    return Verification(0, 0, tuple(differences), files=len(written))
-
-
-def _wrong(path: Path, runs: list[Run]) -> list[str]:
+def wrong_runs(path: Path, runs: list[Run]) -> list[str]:
     """Return one line for each fault of a file."""
     try:
         with open(path, "rb", buffering=0) as file:
@@ -97,7 +73,7 @@ def _wrong(path: Path, runs: list[Run]) -> list[str]:
         raise storage_error(error, path) from error
 
 
-def _recorded(folder: Path) -> dict[str, list[Run]]:
+def recorded(folder: Path) -> dict[str, list[Run]]:
     """Return the runs of each recorded file, in file order and without gaps.
 
     Raises:

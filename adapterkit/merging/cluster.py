@@ -126,13 +126,13 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
 
 def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
     """Return the paths of the adapters; adapters that exist only in memory are written into the stage first."""
-    from ..formats import write
+    from ..formats import save
 
     paths = []
     for position, (path, (_, adapter, _weight)) in enumerate(zip(recipe.adapters, named, strict=True)):
         if path is None:
             path = str((stage.folder / f"adapter{position}.safetensors").resolve())
-            write(adapter, path)
+            save(adapter, path)
         paths.append(path)
     return tuple(paths)
 

@@ -22,7 +22,7 @@ from ..errors import AdapterkitError, Malformed, Unsupported
 from ..io.lazy import Lazy, as_lazy
 from ..linalg.namespace import namespace
 from ..linalg.philox import WORD, philox
-from .blocks import Block, cut_to, logical, part_of, view_of
+from .blocks import Block, cut_to, part_of, view_of
 from .planned import Output
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _read(leaf: Leaf) -> Leaf:
 
 def norm_of(updates: list[Update], fold: PlannedUpdate) -> float:
     """Return the Frobenius norm of the change that additive updates make."""
-    shape = logical(fold)
+    shape = fold.logical
     experts = range(fold.shape[0]) if fold.target.stacked else (None,)
     norms = []
     for expert in experts:
@@ -184,7 +184,7 @@ def is_thin(fold: PlannedUpdate, updates: Sequence[Update]) -> bool:
     """Whether all updates are low-rank products, so that multiplying joined factors is the fastest way."""
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
-    pairs = [update.pair(logical(fold)) for update in updates if isinstance(update, Additive)]
+    pairs = [update.pair(fold.logical) for update in updates if isinstance(update, Additive)]
     return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
 
 
@@ -195,7 +195,7 @@ def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
     """
     from ..methods.lora import LoRA
 
-    pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
+    pairs = [(w, u.pair(fold.logical)) for fold, us, w in terms for u in additive(us)]
     factors = [(w, *pair) for w, pair in pairs if pair is not None]
     rank, rows, width = sum(len(A) for _, _, A in factors), len(factors[0][1]), factors[0][2].shape[1]
     A = workspace.take(rank * width, "A").reshape((rank, width))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .. import __version__
 from ..core.metadata import SHAPES
@@ -25,13 +25,33 @@ from .quantized import quantized_record
 if TYPE_CHECKING:
     from ..core.licences import Licence
     from ..io.strict_json import JsonValue
-    from .requantize import Repacked, Stack
+    from ..quant import Packed
+    from .arrays import Workspace
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements of a block: few enough that its float64 image, 3 MB, stays in a core's cache."""
 
 STEPS = 4
 """Temporary arrays of a block's size that a formula of the weight needs beside the block."""
+
+
+class PackedPart(Protocol):
+    """What quantizes a packed weight again, or a stack of them in one tensor; it computes all its stored tensors."""
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as it is stored, under the name that its parts have in common."""
+
+    @property
+    def folds(self) -> tuple[PlannedUpdate, ...]:
+        """The planned updates of the weight."""
+
+    @property
+    def held(self) -> int:
+        """The memory that computing it takes, in bytes."""
+
+    def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
+        """Return the bytes of every stored tensor, and squared norms by their position."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +67,7 @@ class Output:
     offset: int
     source: Lazy
     folds: tuple[PlannedUpdate, ...]
-    part: Repacked | Stack | None = None
+    part: PackedPart | None = None
     seed: int | None = None
 
     @property

@@ -44,6 +44,14 @@ class PlannedUpdate:
         return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
 
     @property
+    def logical(self) -> tuple[int, ...]:
+        """The shape of one weight in the view of the updates, `[out, in, *k]`."""
+        # A bias and a vector count as weights with one input.
+        first, second, *rest = self.shape[1:] if self.target.stacked else (*self.shape, 1)[: max(2, len(self.shape))]
+        shape = (second, first, *rest) if self.axis == "in" else (first, second, *rest)
+        return shape if self.target.rows is None else (self.target.rows[1] - self.target.rows[0], *shape[1:])
+
+    @property
     def blockable(self) -> bool:
         """Whether a block of stored rows can be computed without the others."""
         return not self.bias and all(update.cuts(self.axis) for update in self.updates)

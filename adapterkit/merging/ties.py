@@ -308,12 +308,11 @@ def _same_update(a: Update, one: PlannedUpdate, b: Update, other: PlannedUpdate)
 def _factors(update: Update, fold: PlannedUpdate) -> tuple[Array, Array] | None:
     """Return (left, right) with W + left @ right in the stored layout, without the scaling; None without factors."""
     from .arrays import NumpyArrays
-    from .blocks import logical
 
     if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
         return None
     plain = update.replace(scaling=1.0) if "scaling" in update.attributes else update
-    pair: Any = plain.map(cast("Callable[[Leaf], Leaf]", NumpyArrays().load)).pair(logical(fold))
+    pair: Any = plain.map(cast("Callable[[Leaf], Leaf]", NumpyArrays().load)).pair(fold.logical)
     if pair is None:
         return None
     B, A = pair

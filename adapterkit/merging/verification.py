@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from threadpoolctl import threadpool_limits
@@ -14,21 +15,23 @@ from threadpoolctl import threadpool_limits
 from ..core.metadata import SHAPES, fingerprints_of, shapes_of
 from ..core.tables import html_table
 from ..errors import UsageError
-from ..io.checkpoint import PREFIX, fingerprint
+from ..io.checkpoint import PREFIX, Checkpoint, fingerprint
 from ..io.lazy import DType, Lazy
 from ..io.stages import stage
 from ..naming.binding.bases import merge_record, relation
 from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
+from .checksums import recorded, wrong_runs
 from .companions import REPORT
-from .options import Options
+from .options import Options, most_workers
 from .planned import Output, Plan
 from .planning import make_plan
 from .ties import parse_tied
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from ..core.adapter import Adapter
-    from ..io.checkpoint import Checkpoint
     from ..io.lazy import Array
     from ..io.strict_json import JsonValue
     from .execute import Progress
@@ -156,6 +159,23 @@ def compare(
                 progress(done, total)
     targets = sum(bool(output.folds) for output in outputs)
     return Verification(len(outputs), targets, tuple(differences), base=tuple(base_differences))
+
+
+def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress | None) -> Verification:
+    """Compare the files of a merge's output with the checksums in its record; see `adapterkit.verify`."""
+    folder = merged.root if isinstance(merged, Checkpoint) else Path(merged)
+    written = recorded(folder)
+    total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
+    done, differences = 0, list[Difference]()
+    with ThreadPoolExecutor(most_workers()) as pool:
+        for (name, runs), found in zip(
+            written.items(), pool.map(lambda item: wrong_runs(folder / item[0], item[1]), written.items()), strict=True
+        ):
+            differences += [Difference(name, why) for why in found]
+            done += sum(nbytes for _, nbytes, _ in runs)
+            if progress is not None:
+                progress(done, total)
+    return Verification(0, 0, tuple(differences), files=len(written))
 
 
 def compare_bases(

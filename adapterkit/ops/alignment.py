@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive
 from ..errors import AdapterkitError, ShapeMismatch, UnknownFormat, UsageError, nearest, public
+from ..formats import read
+from ..formats._image.naming import in_one_naming
 from ..io.checkpoint import opened
 from ..io.locations import is_address, path_text
 from ..naming.binding import renamed, weight_shape
@@ -148,8 +150,6 @@ def source_adapter(source: Source, base: Base | None) -> Adapter:
     if isinstance(source, Adapter):
         source.validate()
         return source
-    from ..formats import read
-
     try:
         return read(source, base=base)
     except UnknownFormat as error:
@@ -176,8 +176,6 @@ def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
     """Rename adapters of image models to one naming, since each tool has different names for the same modules."""
     if len(adapters) < 2:
         return adapters
-    from ..formats._image.naming import in_one_naming
-
     named = in_one_naming([adapter.updates for adapter in adapters])
     return [a if u is a.updates else a.replace(updates=u) for a, u in zip(adapters, named, strict=True)]
 

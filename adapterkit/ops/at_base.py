@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive, Update
 from ..errors import NotMergeable, UsageError
+from ..formats._trained import sites_as_trained
 from ..io.checkpoint import opened
 from ..io.computed import computed, load
 from ..io.lazy import DTYPES
@@ -38,8 +39,6 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
     """
-    from ..formats._trained import sites_as_trained
-
     found = bind(adapter, base, aliases=aliases(base))
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     return found.adapter, tuple(sites_as_trained(found.sites, adapter.recipe, shapes))

@@ -9,8 +9,9 @@ import pytest
 
 from ..core.adapter import Adapter, Target
 from ..errors import Unsupported, UsageError
-from ..formats import read, write
+from ..formats import read
 from ..ops import COMBINERS, combine
+from ..writing import write
 from .examples import example
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Unrepresentable, UsageError
-from ..formats import FORMATS, detect, read, recognised, write
+from ..formats import FORMATS, detect, read, recognised
 from ..methods import METHODS
+from ..writing import write
 from .examples import example
 
 WIDTH = 16

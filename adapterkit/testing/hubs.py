@@ -9,9 +9,10 @@ import pytest
 
 from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Unsupported
-from ..formats import read, write
+from ..formats import read
 from ..hub import pull, push
 from ..hub.hubs import HUBS
+from ..writing import write
 from .examples import example
 
 

@@ -10,8 +10,9 @@ import pytest
 from ..core.adapter import Adapter, Target
 from ..core.updates import Update
 from ..errors import AdapterkitError, Unsupported
-from ..formats import read, write
+from ..formats import read
 from ..methods import METHODS
+from ..writing import write
 from .examples import example
 
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..formats import write
+from ..writing import write
 from .handle import Handle
 
 

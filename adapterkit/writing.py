@@ -1,8 +1,9 @@
-"""Promotion: rewrite updates that a format cannot express by a wider method that it has, and try the writer again.
+"""Write an adapter in any format; on request, updates that the format cannot express become a wider method that it has.
 
 A writer refuses before it writes anything, and says which updates it cannot express (`Unrepresentable.places`).
-Low-rank changes become the LoRA of exactly their factors, with a larger rank: no decomposition. Others become a
-difference of weights if the format has that, and the nearest LoRA only if the caller accepts an error.
+Promotion rewrites these and asks the writer again. Low-rank changes become the LoRA of exactly their factors, with a
+larger rank: no decomposition. Others become a difference of weights if the format has that, and the nearest LoRA only
+if the caller accepts an error. This computes, so it stands above `ops`, and the writers below in `formats`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..core.updates import Additive
-from ..errors import AdapterkitError, Miswritten, NotMergeable, Unrepresentable, UsageError
-from ..io.computed import computed, held, load
-from ..io.lazy import as_lazy
-from ..methods.dense import Dense
-from ..methods.lora import LoRA
-from ..methods.replacement import Replacement
+from .core.adapter import Adapter, check_adapter
+from .core.updates import Additive
+from .errors import AdapterkitError, Miswritten, NotMergeable, Unrepresentable, UsageError
+from .formats import FORMATS, save
+from .formats._functions import unlike
+from .io.checkpoint import opened
+from .io.computed import computed, held, load
+from .io.lazy import as_lazy
+from .methods.dense import Dense
+from .methods.lora import LoRA
+from .methods.replacement import Replacement
+from .naming.binding import bind, view_shape, weight_shape
 
 if TYPE_CHECKING:
-    from ..core.adapter import Adapter, Target
-    from ..core.updates import Update
-    from ..io.checkpoint import Checkpoint
-    from ..io.computed import Array
-    from ..io.lazy import DType, Lazy, Shape
-    from ..ops.lowering import Delta
-    from ._format import Format
+    from .core.adapter import Target
+    from .core.updates import Update
+    from .formats import Format
+    from .io.checkpoint import Checkpoint
+    from .io.computed import Array
+    from .io.lazy import DType, Lazy, Shape
+    from .ops.lowering import Delta
 
 ACCEPT = "Accept an error by max_error=/--max-error, give the base to formulas that need it, or write another format"
 
@@ -39,6 +46,67 @@ Written = list[str]
 Ask = Callable[["Adapter"], Written]
 Made = tuple["Target", "Update", str]
 """(target, the update that replaces all updates there, a line that reports it)."""
+
+
+def write(
+    adapter: Adapter,
+    path: str | PathLike[str],
+    format: str = "adapterkit",  # noqa: A002 - the public contract's word
+    base: Checkpoint | str | PathLike[str] | None = None,
+    on_loss: str = "refuse",
+    *,
+    profile: str | None = None,
+    max_error: float | None = None,
+    overwrite: bool = True,
+    made_from: str | None = None,
+) -> list[str]:
+    """Write an adapter; see `Format.write`. Validate it first, and return what was left out or rewritten.
+
+    The output is staged beside `path` and renamed into place when it is complete, in every format: after an error
+    `path` is unchanged. If `path` is a folder with an adapter, the files that the format owns are replaced and all
+    others stay.
+
+    Before the rename, the output is read back and compared with the adapter. If the writer wrote anything else, in
+    whatever format, that is an error.
+
+    Args:
+        adapter: the adapter to write.
+        path: file or folder.
+        format: the format to write.
+        base: the base, for formats that need one to resolve names or order rows.
+        on_loss: what to do with updates that the format cannot express; see `Format.write`.
+        profile: a consumer that supports only a part of the format, such as `"vllm"`. Scalings and ranks that it
+            ignores are folded for it; updates that it cannot run are refused.
+        max_error: with `on_loss="promote"`, the largest relative Frobenius error of a change that the format can only
+            approximate by a low rank; None allows no error.
+        overwrite: replace what is at `path`; False refuses if something is there.
+        made_from: a digest of all inputs of the output, kept with it for a later run; see `adapterkit.io.staging`.
+
+    Raises:
+        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
+            disk is full.
+        Miswritten: the written files do not mean the same as the adapter; the error names target and field.
+        UsageError: the format needs the base to be read back, and no base was given.
+        AdapterkitError: see `Format.write`.
+    """
+    check_adapter(adapter)
+    if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
+        raise UsageError(
+            f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'/--on-loss promote"
+        )
+    below = None if base is None else opened(base)
+
+    def once(adapter: Adapter) -> list[str]:
+        return save(adapter, path, format, below, on_loss, profile=profile, overwrite=overwrite, made_from=made_from)
+
+    promotion = Promotion.into(FORMATS[format](), max_error, below)
+    if on_loss == "promote":
+        return promotion.ask(adapter, once)
+    try:
+        return once(adapter)
+    except Unrepresentable as refusal:
+        promotion.suggest(adapter, refusal)
+        raise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,8 +205,6 @@ class Promotion:
 
     def _of_difference(self, target: Target, update: Dense, said: str) -> Made | None:
         """Return the update that replaces a difference of weights in a format without them; None if there is none."""
-        from ..naming.binding import weight_shape
-
         shape = weight_shape(target, [update], self.base)
         if not target.stacked and shape is not None and len(shape) > 1:
             made = _by_identity(update, shape)
@@ -153,7 +219,7 @@ class Promotion:
 
     def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
         """Return the LoRA of the smallest rank within the accepted error."""
-        from ..ops import promote
+        from .ops import promote
 
         cuts: list[Any] = []
         made = promote(alone, error=error, base=self.base, report=cuts.append)
@@ -209,9 +275,6 @@ def _zeros(shape: Shape, kind: DType) -> Lazy:
 
 def _weight_at(target: Target, update: Dense, base: Checkpoint) -> Lazy | None:
     """Return the base's parameter at a target, as it is stored; None if the base has none of this name and shape."""
-    from ..core.adapter import Adapter
-    from ..naming.binding import bind
-
     try:
         site = bind(Adapter({target: (update,)}), base).sites[0]
     except AdapterkitError:
@@ -227,9 +290,8 @@ def _sum(weight: Lazy, update: Dense) -> Lazy:
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
     """Return the LoRA of the factors of all updates together; None if one has no factors, or no known shape."""
-    from ..naming.binding import weight_shape
-    from ..ops.building import low_rank
-    from ..ops.lowering import Change
+    from .ops.building import low_rank
+    from .ops.lowering import Change
 
     additive = [u for u in found if isinstance(u, Additive) and type(u).pair is not Additive.pair]
     shape = weight_shape(target, additive, base) if len(additive) == len(found) else None
@@ -256,8 +318,8 @@ def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
 
 def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
     """Return everything that all updates add to the weight, as one difference."""
-    from ..ops.alignment import places
-    from ..ops.building import dense
+    from .ops.alignment import places
+    from .ops.building import dense
 
     _, (place,) = places([alone], base=base, lower="promoted")
     change, kind = place.changes()[0], _type(place.target, place.all_updates)
@@ -279,8 +341,6 @@ def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base
     Raises:
         Miswritten: it is not the sum.
     """
-    from ._functions import unlike
-
     # The promoted update comes first: rounding is judged by its element type, not by the given updates' narrower one.
     if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
         raise _mispromoted(target, found, why)
@@ -303,8 +363,6 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
     """
     import numpy as np
 
-    from ..core.adapter import Adapter
-
     (given, found), *_ = alone.updates.items()
     if not promoted.changes_weight:
         return
@@ -318,8 +376,6 @@ def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float
 
 def _shaped(alone: Adapter) -> bool:
     """Whether the updates tell the shape of their weight without a base."""
-    from ..naming.binding import view_shape
-
     try:
         return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
     except UsageError:
@@ -332,8 +388,7 @@ def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritte
 
 
 def _type(target: Target, found: Sequence[Update]) -> DType:
-    from ..core.adapter import Adapter
-    from ..ops.building import result_type
+    from .ops.building import result_type
 
     return result_type([Adapter({target: tuple(found)})], None)
 
