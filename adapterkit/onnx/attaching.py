@@ -17,10 +17,9 @@ from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
 from .calls import Words
+from .found import FoldedNorm, Found, Spot
 from .layers import Attention, Layer, MatMul, taken_apart
-from .norms import FoldedNorm
 from .outlets import Ended
-from .resolving import Found, Spot
 from .rowwise import RowSlots
 from .values import Unsayable, Value
 

@@ -15,10 +15,11 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .attentions import Attention, attention_at, with_prefixes, without_factors
 from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
+from .found import Spot
 from .layers import Gather, Layer
 from .modules import Module, module_at, modules_of, same_end
 from .operands import input_behind
-from .resolving import Spot, spots_of
+from .resolving import spots_of
 from .tokens import past_inputs
 from .values import SYMBOLS, Value, plain
 

@@ -27,16 +27,15 @@ from ..io.staging import files_below, staged
 from ..naming.binding import renamed
 from .contexts import parted
 from .model_file import opened
-from .reading import inputs_of, loaded
+from .reading import config_of, inputs_of, loaded
 from .resolving import is_named, spots_of, taken
-from .shadows import config_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from .found import Found
     from .injecting import Report
     from .reading import Base
-    from .resolving import Found
     from .tying import Tying
 
 DEEP = 2

@@ -18,7 +18,7 @@ from .operands import attribute, is_constant, numbers
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .resolving import Spot
+    from .found import Spot
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 

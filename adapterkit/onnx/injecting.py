@@ -26,11 +26,11 @@ from .building import Building
 from .calls import Words
 from .checking import Outcome, checked_injection
 from .contexts import of_attention, parted, place
+from .found import Found
 from .model_file import Source, opened, placing, save
-from .reading import base_warnings, inputs_of, loaded, name_of
-from .resolving import Found, resolve
+from .reading import base_warnings, config_of, inputs_of, loaded, name_of
+from .resolving import resolve
 from .saturation import Saturation, clipping
-from .shadows import config_of
 from .slots import write_adapter
 from .tying import Tying
 

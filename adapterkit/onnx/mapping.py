@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetNotFound, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_array
-from .matching import distance, nearest
+from .found import METHODS, NEAR, Known, Spot, distance
+from .matching import nearest
 from .model_file import opened
 from .modules import same_end
-from .norms import NEAR
-from .resolving import METHODS, NUMBERED, Known, Spot, by_name, spots_of
+from .resolving import NUMBERED, by_name, spots_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint

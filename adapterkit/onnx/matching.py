@@ -16,9 +16,9 @@ from ..core.adapter import Adapter
 from ..errors import TargetNotFound
 from ..io.lazy import as_array
 from ..naming.binding import find_sites
+from .found import APART, NEAR, Found, Known, Spot, distance
 from .modules import same_end
-from .norms import APART, NEAR, refuse_folded, with_norms
-from .resolving import Found, Known, Spot
+from .norms import refuse_folded, with_norms
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -152,17 +152,6 @@ def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
                 rows = (int(start), int(start) + len(W))
                 found.append(replace(spot, rows=rows, shape=W.shape))
     return found
-
-
-def distance(W: Any, spot: Spot) -> float | None:
-    """Return the relative distance between a weight and a layer's, in either orientation; None if shapes differ."""
-    turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
-    if W.shape not in (spot.shape, turned):
-        return None
-    held = spot.kind.held(spot.node).astype(np.float32)
-    size = max(float(np.linalg.norm(W)), 1e-30)
-    ways = [V for V in (held, held.swapaxes(0, 1)) if V.shape == W.shape]
-    return min(float(np.linalg.norm(V - W)) / size for V in ways)
 
 
 def _array(base: Checkpoint, name: str) -> Any:

@@ -23,6 +23,7 @@ from ..naming.binding import renamed
 from .building import Array, Branch, Building, kind_of
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .checking import Outcome, checked_merge
+from .found import Found, Spot
 from .injecting import Report
 from .layers import Layer, Recurrent
 from .model_file import Source as Opened
@@ -31,7 +32,7 @@ from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packed import CHOICES, EXPLAINED, as_float, is_packed, packing_of
 from .reading import base_warnings, inputs_of, loaded, name_of
-from .resolving import Found, Spot, resolve
+from .resolving import resolve
 from .saturation import clipping
 from .tying import Tying
 

@@ -18,19 +18,14 @@ import onnx_ir as ir
 from ..errors import TargetNotFound, Unsupported
 from ..io.lazy import as_array
 from .building import Array
+from .found import APART, NEAR, FoldedNorm, distance
 from .layers import Conv, ConvTranspose, Gemm, MatMul, bias_after, dequantized, only_reader
 from .modules import CLASSES, SCOPES, listed, same_end
 from .operands import attribute, is_constant, numbers, sources
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
-    from .resolving import Found, Spot
-
-NEAR = 0.15
-"""Largest relative distance, in the Frobenius norm, at which a rounded weight counts as the same."""
-
-APART = 3.0
-"""How many times farther away the second nearest weight must be."""
+    from .found import Found, Spot
 
 ALIKE = 1e-3
 """Factors closer to 1 than this need not be told apart from no norm."""
@@ -40,37 +35,6 @@ EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
 
 _FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
 _PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FoldedNorm:
-    """A batch normalisation folded into a layer: the graph's output is `scale * y + shift` of the base's `y`.
-
-    Attributes:
-        name: the norm's name in the base.
-        scale: `gamma / sqrt(var + eps)`, `[out]`, float64.
-        shift: `beta - scale * mean`, `[out]`, float64.
-        weight: the base's weight as formulas see it, `[out, in, *k]`, float64.
-        bias: the base's bias, `[out]`, float64; None if the module has none.
-    """
-
-    name: str
-    scale: Array
-    shift: Array
-    weight: Array
-    bias: Array | None
-
-    def factors(self, groups: int) -> Array:
-        """Return the scale in a shape that multiplies a weight `[out, in, *k]`.
-
-        Args:
-            groups: for a transposed convolution, whose weight has `out / groups` outputs for each input.
-        """
-        rest = self.weight.ndim - 2
-        if groups == 1:
-            return self.scale.reshape(-1, *[1] * (rest + 1))
-        each = np.repeat(self.scale.reshape(groups, -1).T, self.weight.shape[1] // groups, axis=1)
-        return each.reshape(*each.shape, *[1] * rest)
 
 
 def groups_of(spot: Spot) -> int:
@@ -153,8 +117,6 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
     Raises:
         TargetNotFound: the layer holds other numbers, or two explanations of them are about equally near.
     """
-    from .matching import distance
-
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
     if not issubclass(spot.kind, Conv | Gemm | MatMul) or (bias := _bias_of(spot)) is None:

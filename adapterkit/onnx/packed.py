@@ -25,7 +25,7 @@ from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 if TYPE_CHECKING:
-    from .resolving import Spot
+    from .found import Spot
 
 
 @dataclass(frozen=True, eq=False)

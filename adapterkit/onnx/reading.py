@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
+from ..errors import UsageError
 from ..io.checkpoint import opened as opened_base
+from ..io.checkpoint import read_json
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -55,3 +57,19 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     from ..naming.binding.bases import check_base
 
     return check_base(adapters, base, strict)
+
+
+def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
+    """Return the config of the exported model: the base's, or the one beside the graph.
+
+    Raises:
+        UsageError: there is neither.
+        Malformed: it is not a JSON object.
+    """
+    if base is not None and base.config is not None:
+        return base.config
+    beside = None if path is None else path.parent / "config.json"
+    if beside is None or not beside.is_file():
+        why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
+        raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
+    return read_json(beside)

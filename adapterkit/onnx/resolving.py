@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from ..formats._trained import sites_as_trained
 from ..io.stages import stage
 from ..naming.binding import Site, check_site, find_sites, fits
+from .found import METHODS, Found, Known, Spot
 from .heads import in_heads, in_parts
 from .layers import (
     RECURRENT,
@@ -32,9 +33,9 @@ from .layers import (
     Recurrent,
 )
 from .modules import SCOPES, listed, same_end
-from .norms import FoldedNorm, is_norm, refuse_folded
+from .norms import is_norm, refuse_folded
 from .operands import THROUGH, is_constant, nodes_of, sources
-from .outlets import Outlet, outlet
+from .outlets import outlet
 from .packed import FusedMatMul, MatMulInteger, MatMulNBits
 
 if TYPE_CHECKING:
@@ -61,91 +62,10 @@ def kinds_of(node: ir.Node) -> list[type[Layer]]:
 # found by the numbers of their weights, if the base is available. Nothing is guessed.
 
 
-METHODS = ("scopes", "folded_from", "initializer", "path", "heads", "values", "packed", "nearest")
-"""How a name was found: the exporter's module scopes, its note of a folded parameter, the stored tensor's name, the
-node's name, the head counts of the attention that reads a packed layer, equal numbers, equal rows of a weight that
-packs several layers, or the nearest numbers."""
-
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
 _MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Spot:
-    """A node that is a layer.
-
-    Attributes:
-        node: the node.
-        kind: the kind of layer.
-        names: method -> names of the node's weight, as in the base, with `weight`.
-        shape: the weight's shape as formulas see it, `[out, in, *k]`.
-        sources: the stored tensors that the weight is computed from.
-        rows: the layer's outputs among the node's, if the node packs several layers.
-    """
-
-    node: ir.Node
-    kind: type[Layer]
-    names: Mapping[str, tuple[str, ...]]
-    shape: tuple[int, ...]
-    sources: tuple[ir.Value, ...]
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """A target in a graph.
-
-    Attributes:
-        target: the target under the graph's own name, in the layout `out *in`.
-        asked: the target as the adapter names it.
-        updates: the updates at the target.
-        spots: its nodes, one per call of the module.
-        method: how they were found, one of `METHODS`.
-        confidence: 1 for names and equal numbers; for the nearest numbers, 1 minus their relative distance.
-        turned: True if the updates see the weight with its first two axes swapped.
-        outlet: its output site, if that is not the node's output; a module without a weight has no spots.
-        norm: the batch normalisation that an exporter folded into it.
-    """
-
-    target: Target
-    asked: Target
-    updates: tuple[Any, ...]
-    spots: tuple[Spot, ...]
-    method: str
-    confidence: float
-    turned: bool = False
-    outlet: Outlet | None = None
-    norm: FoldedNorm | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape as formulas see it; for a module without a weight, its channels twice."""
-        if self.spots:
-            return self.spots[0].shape
-        return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
-
-    @property
-    def last(self) -> ir.Node | None:
-        """Its node; for a module, the last one."""
-        if self.spots:
-            return self.spots[0].node
-        return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
-
-    @property
-    def nodes(self) -> list[str]:
-        """The names of its nodes; for a module, of the last one."""
-        return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
-
-    def record(self) -> dict[str, Any]:
-        """Return the same as plain data."""
-        return {
-            "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
-            "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
-            "method": self.method, "confidence": round(self.confidence, 4),
-            **({"folded_norm": self.norm.name} if self.norm is not None else {}),
-        }  # fmt: skip
 
 
 def resolve(
@@ -421,10 +341,6 @@ def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
     prefix = next((containers[each] for each in above if each in containers), "")
     return (f"{prefix}{path}.weight",) if path else ()
-
-
-Known = dict[str, tuple[str, list[Spot]]]
-"""Name of a weight -> the method that found it, and its nodes."""
 
 
 def by_name(spots: Sequence[Spot]) -> Known:

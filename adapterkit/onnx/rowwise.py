@@ -24,7 +24,7 @@ from .values import Value
 
 if TYPE_CHECKING:
     from ..core.updates import Update
-    from .resolving import Found
+    from .found import Found
 
 INDEX = "adapter_index"
 """Name of the input that has a number of an adapter for each row."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_line
-from ..io.checkpoint import Checkpoint, read_json
 from .building import Branch, Copies, between, copied, element_type
 from .modules import module_at, modules_of
 from .operands import input_behind
+from .reading import config_of
 from .resolving import spots_of
 from .tokens import (
     CALL,
@@ -42,22 +41,6 @@ SHADOW = "shadow"
 
 Fixed = tuple[int, int] | None
 """Rows and positions of every call, or None where they are open."""
-
-
-def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
-    """Return the config of the exported model: the base's, or the one beside the graph.
-
-    Raises:
-        UsageError: there is neither.
-        Malformed: it is not a JSON object.
-    """
-    if base is not None and base.config is not None:
-        return base.config
-    beside = None if path is None else path.parent / "config.json"
-    if beside is None or not beside.is_file():
-        why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
-        raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
-    return read_json(beside)
 
 
 class Shadows:

@@ -26,11 +26,11 @@ from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
 from ..naming.binding import find_sites, renamed
 from .building import FREE, Array, Building
+from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
 from .model_file import opened
 from .reading import loaded
-from .resolving import Found
 from .values import Value
 
 if TYPE_CHECKING:

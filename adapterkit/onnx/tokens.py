@@ -6,21 +6,37 @@ Nodes that read all tokens compute the same for the call's tokens as without a p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
-from .building import Branch
+from .building import Branch, Building
 from .values import SYMBOLS, Value, plain
-
-if TYPE_CHECKING:
-    from .calls import Words
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Inputs that models are called with."""
+
+
+class Call(Protocol):
+    """What is asked of the model's call.
+
+    Attributes:
+        building: the model.
+        made: word -> an input that was added to the graph.
+    """
+
+    building: Building
+    made: dict[str, ir.Value]
+
+    def input(self, word: str) -> ir.Value | None:
+        """Return the graph input for a word; None if there is none."""
+
+    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
+        """Add an integer input to the graph, once per word."""
+
 
 _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
@@ -44,7 +60,7 @@ def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(np.int64).value
 
 
-def every_token(words: Words, branch: Branch) -> ir.Value:
+def every_token(words: Call, branch: Branch) -> ir.Value:
     """Return all token numbers, `[rows, positions]`.
 
     Raises:
@@ -64,7 +80,7 @@ def every_token(words: Words, branch: Branch) -> ir.Value:
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
 
 
-def every_position(words: Words, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
+def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> ir.Value:
     """Return all positions, `[rows, positions]`; those of the past precede the first one of the call.
 
     Args:
@@ -83,7 +99,7 @@ def every_position(words: Words, branch: Branch, value: ir.Value, own: Value) ->
     return every.value
 
 
-def of_call(value: ir.Value, words: Words, branch: Branch, own: Value) -> ir.Value:
+def of_call(value: ir.Value, words: Call, branch: Branch, own: Value) -> ir.Value:
     """Cut a value computed for all tokens, `[rows, positions, ...]`, to the call's own tokens."""
     if EARLIER not in words.made:
         return value

@@ -19,10 +19,9 @@ from ..merging.planned_update import PlannedUpdate
 from ..merging.ties import acting, parse_tied
 from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
-from .norms import NEAR
+from .found import METHODS, NEAR, Found, Spot
 from .packed import is_packed
-from .resolving import METHODS, Found, Spot
-from .shadows import config_of
+from .reading import config_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
