@@ -9,10 +9,11 @@ This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx lib
 from __future__ import annotations
 
 from .exporting import export
-from .injecting import Report, eject, inject
+from .injecting import eject, inject
 from .mapping import Place, layers
 from .merging import merge, plan
 from .pretrained import export_factory, export_pretrained
+from .report import Report
 from .session import Session
 from .slots import fit, write_adapter
 

@@ -18,6 +18,7 @@ from ..io.ort_adapter import read_ort_adapter
 from ..io.stages import stage
 from .attaching import attach
 from .building import Building
+from .folding import fold, unpacked
 from .model_file import Source, inline, opened
 from .operands import attribute
 from .providers import session_of
@@ -187,8 +188,6 @@ def checked_injection(
     other: bytes | None = None
     bare = not _exact(source.model)
     if all(update.kind in ("additive", "weight") for _, update in adapter):
-        from .merging import fold
-
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # Missing biases and packed weights cannot be merged.
             # A floating-point layer does not round what a quantizer of activations rounds.
@@ -272,8 +271,6 @@ def checked_merge(
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     found = resolve(source.model, adapters[0], weights, tying)
     if quantized == "dequantize":
-        from .merging import unpacked
-
         found = unpacked(found, building)
     try:
         attach(found, building)

@@ -29,11 +29,11 @@ from .attaching import attach
 from .building import Building
 from .checking import Outcome
 from .found import Found
-from .injecting import Report
 from .model_file import INLINE, STAYS, placing, save_fresh
 from .modules import same_end
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded
+from .report import Report
 from .resolving import resolve
 from .slots import Slots, write_adapter
 from .tracing import traced

@@ -28,13 +28,13 @@ from ..naming.binding import renamed
 from .contexts import parted
 from .model_file import opened
 from .reading import config_of, inputs_of, loaded
+from .report import Report
 from .resolving import is_named, spots_of, taken
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from .found import Found
-    from .injecting import Report
     from .reading import Base
     from .tying import Tying
 
@@ -288,17 +288,16 @@ def _others(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
 
 
 def inject_folder(
-    folder: Path, adapter: Any, out: str | PathLike[str], *, base_weights: Base | None, rename: str | Sequence[str],
+    inject: Callable[..., Report], folder: Path, adapter: Any, out: str | PathLike[str], *,
+    base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: Any,
 ) -> Report:  # fmt: skip
-    """Attach an adapter to the graphs of a folder; see `inject`.
+    """Attach an adapter to the graphs of a folder by `injecting.inject`, which is called once for each graph.
 
     Raises:
         TargetNotFound: no graph has a target, and `allow_partial` is not set.
         And what `inject` raises.
     """
-    from .injecting import inject
-
     parts, (whole,), base = _read(folder, [adapter], base_weights, rename)
     division = divided(parts, whole, base, allow_partial)
     inputs = [*inputs_of(adapter, base_weights), *files_of_folder(folder, parts)]
@@ -311,18 +310,17 @@ def inject_folder(
 
 
 def merge_folder(
-    folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *, weights: Sequence[float] | None,
+    merge: Callable[..., Report], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
+    weights: Sequence[float] | None,
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: Any,
 ) -> Report:  # fmt: skip
-    """Fold adapters into the graphs of a folder; see `merge`.
+    """Fold adapters into the graphs of a folder by `merging.merge`, which is called once for each graph.
 
     Raises:
         TargetNotFound: no graph has a target, and `allow_partial` is not set.
         And what `merge` raises.
     """
-    from .merging import merge
-
     parts, read, base = _read(folder, adapters, base_weights, rename)
     divisions = [divided(parts, one, base, allow_partial) for one in read]
     factors = _factors(weights, len(read))
@@ -342,12 +340,11 @@ def merge_folder(
 
 
 def plan_folder(
-    folder: Path, adapters: Any, *, weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
+    plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Any, *,
+    weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
     base_weights: Base | None, **options: Any,
 ) -> tuple[Found, ...]:  # fmt: skip
     """Return where `merge_folder` would fold adapters; writes nothing."""
-    from .merging import plan
-
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     parts, read, base = _read(folder, several, base_weights, rename)
     _factors(weights, len(read))
@@ -434,8 +431,6 @@ def joined(
     reports: Mapping[str, Report], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
 ) -> Report:
     """Return one report of all graphs, with the paths that the files have at the end."""
-    from .injecting import Report
-
     moved = {
         name: replace(
             each, out=out / each.out.relative_to(scratch), files=tuple(out / f.relative_to(scratch) for f in each.files)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -26,11 +25,12 @@ from .building import Building
 from .calls import Words
 from .checking import Outcome, checked_injection
 from .contexts import of_attention, parted, place
-from .found import Found
+from .folders import folder_of, inject_folder, left_out, only_graph
 from .model_file import Source, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
+from .report import Report
 from .resolving import resolve
-from .saturation import Saturation, clipping
+from .saturation import clipping
 from .slots import write_adapter
 from .tying import Tying
 
@@ -65,60 +65,6 @@ ORIGINAL = "adapterkit.original"
 """Metadata key under which a rewritten model stores what is needed to restore the original."""
 
 MODES = ("constant", "slots", "rows")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Report:
-    """The result of changing a graph.
-
-    Attributes:
-        out: the written model.
-        files: all written files.
-        found: the place of each target.
-        difference: the largest difference that the check found; None if it did not run.
-        note: why the check did not run; for context, how to use it.
-        damage: for each target with a requantized weight, its `error` relative to the merged weight, and `kept`, the
-            part of the change that is left.
-        reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
-            None if it did not run, e.g. because of operators outside of ONNX.
-        saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
-            check did not run.
-        warnings: sentences for the user, each with a cure.
-        parts: for a folder of graphs, the report of each changed graph, by its name.
-    """
-
-    out: Path
-    files: tuple[Path, ...]
-    found: tuple[Found, ...]
-    difference: float | None = None
-    note: str | None = None
-    damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    reference: float | None = None
-    saturation: Saturation | None = None
-    warnings: tuple[str, ...] = ()
-    parts: Mapping[str, Report] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Return the same as plain data."""
-        if self.parts:
-            targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
-            files = [file.relative_to(self.out).as_posix() for file in self.files]
-            return {
-                **replace(self, parts={}).record(),
-                "files": files,
-                "targets": targets,
-                "graphs": {
-                    name: {"targets": len(part.found), "difference": part.difference, "note": part.note}
-                    for name, part in self.parts.items()
-                },
-            }
-        return {
-            "out": str(self.out), "files": [file.name for file in self.files],
-            "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
-            "reference": self.reference, "warnings": list(self.warnings),
-            **({"saturation": self.saturation.record()} if self.saturation else {}),
-            **({"damage": dict(self.damage)} if self.damage else {}),
-        }  # fmt: skip
 
 
 @places_errors
@@ -178,11 +124,9 @@ def inject(
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
-    from .folders import folder_of, inject_folder, left_out, only_graph
-
     if (folder := folder_of(model, out)) is not None:
         return inject_folder(
-            folder, adapter, out, mode=mode, base_weights=base_weights, call=call, experts=experts, tied=tied,
+            inject, folder, adapter, out, mode=mode, base_weights=base_weights, call=call, experts=experts, tied=tied,
             strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
             made_from=made_from,
         )  # fmt: skip

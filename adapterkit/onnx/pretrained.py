@@ -28,7 +28,7 @@ from ..io.locations import located, path_text
 from ..naming.binding.bases import check_base
 from ..torch.pretrained import check_transformers, load_pretrained
 from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
-from .injecting import Report
+from .report import Report
 from .tracing import quiet
 
 if TYPE_CHECKING:

@@ -1,0 +1,256 @@
+"""Fold updates into the weights of a graph's layers, of those that are named and of no others.
+
+A stored tensor may be shared with other layers, because it is tied or because the exporter stored equal tensors once.
+Then it stays as it is for those, and the layer gets its own copy. Everything is computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.updates import Update
+from ..errors import Malformed, NotMergeable, Unsupported
+from ..io.lazy import as_array
+from ..merging.planned_update import PlannedUpdate as Folded
+from .building import Array, Branch, Building, kind_of
+from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
+from .found import Found, Spot
+from .layers import Layer, Recurrent
+from .norms import groups_of
+from .operands import held_apart, numbers, shape_of
+from .packed import EXPLAINED, as_float, is_packed, packing_of
+
+PlannedUpdate = tuple[Found, float]
+"""A target of one adapter, and that adapter's weight in the merge."""
+
+
+def fold(
+    folds: Sequence[PlannedUpdate], building: Building, quantized: str | None = None,
+    damage: dict[str, Mapping[str, float]] | None = None,
+) -> list[ir.Value]:  # fmt: skip
+    """Give every named layer its own changed weight and bias; return the new values, whose numbers are lazy.
+
+    Args:
+        folds: targets and factors.
+        building: the model that is being changed.
+        quantized: what to do with packed weights, one of `CHOICES`.
+        damage: gets the error of each requantized weight, by target.
+    """
+    if quantized == "dequantize":
+        floating = unpacked([place for place, _ in folds], building)
+        folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
+    fresh: dict[tuple[Any, ...], ir.Value] = {}
+    # All targets of a node are folded together, because its weight is rounded only once.
+    # Queries, keys and values of one packed layer are spots of one node.
+    by_node: dict[Any, tuple[Spot, list[PlannedUpdate]]] = {}
+    for place, factor in folds:
+        for spot in dict.fromkeys(place.spots):
+            by_node.setdefault((spot.node, spot.kind), (spot, []))[1].append((place, factor))
+    for spot, at in by_node.values():
+        Folding(spot, at, building, fresh).done(quantized, damage)
+    settle(fresh.values())
+    return list(fresh.values())
+
+
+def unpacked(found: Sequence[Found], building: Building) -> list[Found]:
+    """Return the same targets with their packed layers converted to floating point."""
+    made: dict[Any, ir.Value] = {}
+    nodes: dict[Any, Spot] = {}
+    spots: dict[Spot, Spot] = {}
+    for spot in dict.fromkeys(spot for place in found for spot in place.spots):
+        if not is_packed(spot):
+            spots[spot] = spot
+            continue
+        key = spot.node, spot.kind
+        if key not in nodes:
+            nodes[key] = as_float(spot, building, made)
+        spots[spot] = replace(nodes[key], names=spot.names, rows=spot.rows, shape=spot.shape)
+    return [replace(place, spots=tuple(spots[spot] for spot in place.spots)) for place in found]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folding:
+    """The updates to fold into one layer.
+
+    Attributes:
+        spot: the layer.
+        at: its targets and their factors.
+        building: the model that is being changed.
+        fresh: new tensors of the whole merge, by what they are made from.
+    """
+
+    spot: Spot
+    at: list[PlannedUpdate]
+    building: Building
+    fresh: dict[tuple[Any, ...], ir.Value]
+
+    @property
+    def name(self) -> str:
+        """The target, for errors."""
+        return str(self.at[0][0].asked)
+
+    @property
+    def updates(self) -> list[Update]:
+        return [update for place, _ in self.at for update in place.updates]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple((id(place), factor) for place, factor in self.at)
+
+    def done(self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None) -> None:
+        """Replace the layer's bias and weight by the changed ones."""
+        layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
+        if packed and quantized is None:
+            raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
+        normed = next((place.norm for place, _ in self.at if place.norm is not None), None)
+        if packed and normed is not None:
+            why = f"a quantized weight that the batch normalisation {normed.name} is folded into, quantized again"
+            raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize, quantized='dequantize'")
+        self._bias(layer)
+        if issubclass(self.spot.kind, Recurrent):
+            self._recurrent(layer.operand, self.spot.kind)
+        elif packed and any(update.changes_weight for update in self.updates):
+            done = self._packed()
+            if damage is not None:
+                damage[self.name] = done
+        elif normed is not None and any(update.changes_weight for update in self.updates):
+            make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
+            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            self.spot.node.replace_input_with(self.spot.kind.position, new)
+        elif any(update.changes_weight for update in self.updates):
+            self._weight(layer.operand)
+
+    def _bias(self, layer: Layer) -> None:
+        bias, changing = layer.own_bias if layer.after is None else layer.after[1], self.updates
+        own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
+        if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
+            cure = "Inject it instead of merging"
+            raise NotMergeable("changes a bias that the layer does not have", where=self.name, cure=cure)
+        if bias is None or not any(update.changes_bias for update in changing):
+            return
+        make = partial(_bias, self.spot, self.at, self.spot.kind.detached(self.spot.node), held_apart(bias))
+        new = self._made(bias, make, "bias", id(bias), id(layer.operand))
+        holder = self.spot.node if layer.after is None else layer.after[0]
+        holder.replace_input_with(list(holder.inputs).index(bias), new)
+
+    def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
+        make = kind.changed(self.spot.node, partial(_added, self.at))
+        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
+
+    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Any) -> ir.Value:
+        """Return a tensor that is computed as a whole, in place of an old one and in its dtype."""
+        kind, name = kind_of(old), self.name
+        change = Change(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
+        return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
+
+    def _packed(self) -> dict[str, float]:
+        packing = packing_of(self.spot, self.building, self.fresh)
+        return packing.again(Change(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape)))
+
+    def _weight(self, held: ir.Value) -> None:
+        stored = stored_behind(held)
+        change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        # Nodes with the same tensor and the same changes share the result.
+        key = ("weight", id(stored.value), *self.key)
+        new = fresh_value(self.building, self.fresh, key, stored.value, change)
+        exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)
+
+    def _folds(self, stored: Stored, shape: tuple[int, ...]) -> tuple[Folded, ...]:
+        return tuple(_stored(place, factor, self.spot, stored, shape) for place, factor in self.at)
+
+
+def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
+    """Return a target's weight updates, with the layout in which the tensor is stored."""
+    turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
+    target = replace(place.target, layout="in out *k" if turned else "out *in")
+    updates = tuple(update for update in place.updates if update.changes_weight)
+    return Folded(target, updates, factor, 0, False, shape)
+
+
+def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: ir.Value) -> Array:
+    """Return the changed bias as the node takes it, in float64."""
+    before = numbers(bias).astype(np.float64)
+    flat, after = before.reshape(-1), before.reshape(-1).copy()
+    needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
+    W = _seen(held().astype(np.float64), spot) if needs else None
+    for place, factor in at:
+        rows = slice(*place.target.rows) if place.target.rows else slice(None)
+        norm = place.norm
+        own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
+        seen = None if W is None else _part(W if norm is None else norm.weight, place)
+        # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
+        after[rows] += factor * scale * (_through(place, seen, own[rows])[1] - own[rows])
+    return after.reshape(before.shape)
+
+
+def _or_zeros(array: Array | None, like: Array) -> Array:
+    return np.zeros_like(like) if array is None else array
+
+
+def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array]) -> Array:
+    """Return the changed weight of a layer with a folded norm, as the node takes it, in float64.
+
+    The updates apply to the base's weight. Their change is then multiplied by the norm's scale, as the graph's is.
+    """
+    V = _seen(held().astype(np.float64), spot).copy()
+    for place, factor in at:
+        assert place.norm is not None
+        D = np.zeros_like(V)
+        W = _part(place.norm.weight, place)
+        _part(D, place)[...] = _through(place, W)[0] - W
+        V += factor * place.norm.factors(groups_of(spot)) * D
+    return _seen(V, spot)
+
+
+def _added(at: list[PlannedUpdate], W: Array) -> Array:
+    """Return the changed weight, computed as a whole, in float64."""
+    after = W.copy()
+    for place, factor in at:
+        rows = slice(*place.target.rows) if place.target.rows else slice(None)
+        after[rows] += factor * (_through(place, W[rows])[0] - W[rows])
+    return after
+
+
+def _through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
+    """Apply a target's updates to W and b, in order."""
+    for update in place.updates:
+        loaded = _wide(update)
+        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
+        b = loaded.new_bias(b) if b is not None else b
+        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
+    return W, b
+
+
+def _wide(update: Update) -> Update:
+    def wide(leaf: Any) -> Any:
+        array = as_array(leaf)
+        return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+    return update.map(wide)
+
+
+def _seen(W: Array, spot: Spot) -> Array:
+    return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
+
+
+def _part(W: Array, place: Found) -> Array:
+    W = W.swapaxes(0, 1) if place.turned else W
+    return W[slice(*place.target.rows)] if place.target.rows else W
+
+
+def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
+    if array.dtype == kind.numpy():
+        return array
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(array).astype(kind.numpy())
+    # Only an overflow is an error here. A base may hold NaN or infinity already.
+    if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
+        cure = "Merge with a smaller weight"
+        raise Malformed(f"merging gives values that {kind.name} cannot hold", where=name, cure=cure)
+    return out

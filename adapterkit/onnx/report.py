@@ -1,0 +1,66 @@
+"""The result of changing a graph, or a folder of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .found import Found
+    from .saturation import Saturation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """The result of changing a graph.
+
+    Attributes:
+        out: the written model.
+        files: all written files.
+        found: the place of each target.
+        difference: the largest difference that the check found; None if it did not run.
+        note: why the check did not run; for context, how to use it.
+        damage: for each target with a requantized weight, its `error` relative to the merged weight, and `kept`, the
+            part of the change that is left.
+        reference: the largest difference between ONNX's reference implementation and onnxruntime on the written graph;
+            None if it did not run, e.g. because of operators outside of ONNX.
+        saturation: for static quantization, how many values the graph clips without and with the adapter; None if the
+            check did not run.
+        warnings: sentences for the user, each with a cure.
+        parts: for a folder of graphs, the report of each changed graph, by its name.
+    """
+
+    out: Path
+    files: tuple[Path, ...]
+    found: tuple[Found, ...]
+    difference: float | None = None
+    note: str | None = None
+    damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reference: float | None = None
+    saturation: Saturation | None = None
+    warnings: tuple[str, ...] = ()
+    parts: Mapping[str, Report] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Return the same as plain data."""
+        if self.parts:
+            targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]
+            files = [file.relative_to(self.out).as_posix() for file in self.files]
+            return {
+                **replace(self, parts={}).record(),
+                "files": files,
+                "targets": targets,
+                "graphs": {
+                    name: {"targets": len(part.found), "difference": part.difference, "note": part.note}
+                    for name, part in self.parts.items()
+                },
+            }
+        return {
+            "out": str(self.out), "files": [file.name for file in self.files],
+            "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
+            "reference": self.reference, "warnings": list(self.warnings),
+            **({"saturation": self.saturation.record()} if self.saturation else {}),
+            **({"damage": dict(self.damage)} if self.damage else {}),
+        }  # fmt: skip
