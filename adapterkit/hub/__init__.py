@@ -5,12 +5,12 @@ Importing this package does not import huggingface_hub; that happens at the firs
 
 from __future__ import annotations
 
-from .hubs import hub_of
+from .hubs import hub_of, parse
 from .pulling import Pulled, pull
 from .pushing import Pushed, outgoing, push
 from .reading import fetched, headers, streamed
 from .remote import Remote, RemoteFile
-from .uris import Uri, parse
+from .uris import Uri
 
 __all__ = [
     "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "hub_of", "outgoing", "parse", "pull",

@@ -18,9 +18,10 @@ from ..io.locations import located, source_of
 from ..merging.companions import CARD, REPORT
 from .card import Model, adapter_card, model_card
 from .folders import scratch
+from .hubs import parse
 from .remote import Content, Digests, Remote, RemoteFile
 from .transfer import digests, digests_of, read_range
-from .uris import Uri, check_names, parse
+from .uris import Uri, check_names
 
 
 def is_of_the_base(folder: Path) -> bool:

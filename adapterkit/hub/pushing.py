@@ -18,11 +18,11 @@ from ..errors import StorageError, storage_error
 from ..io.locations import located
 from .card import is_generated
 from .folders import cache_folder
-from .hubs import remote_at
+from .hubs import parse, remote_at
 from .payload import Payload, card_there, payload_of, prepared, record_at
 from .remote import Remote, RemoteFile
 from .transfer import check_listed
-from .uris import Uri, parse
+from .uris import Uri
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ from ..io.lazy import ELSEWHERE, Span
 from ..io.locations import NOTE
 from ..io.safetensors import MAX_HEADER
 from .folders import cache_folder, locked, scratch
-from .hubs import remote_at
+from .hubs import parse, remote_at
 from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
 from .transfer import fetch, read_range
-from .uris import Uri, parse
+from .uris import Uri
 
 OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
 """Weights in other formats; not downloaded if there are safetensors files."""

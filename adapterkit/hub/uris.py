@@ -99,29 +99,6 @@ class Uri:
         return replace(self, revision=revision)
 
 
-def parse(text: str) -> Uri:
-    """Parse a uri.
-
-    Raises:
-        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leaves the repository.
-    """
-    from .hubs import hub_of
-
-    scheme, rest = scheme_of(text)
-    named = hub_of(scheme or "hf").named
-    uri = named(rest.removesuffix("/"))
-    place, mark, member = rest.rpartition("#")
-    # `NAME#member` is the subfolder `member`. In an `Address`, `#` and a digest name a state of the place instead.
-    if mark and not isinstance(uri, Address):
-        check_name(member, UsageError)
-        uri = named(place.removesuffix("/"))
-        if uri is not None:
-            uri = replace(uri, path=f"{uri.path}/{member}" if uri.path else member)
-    if uri is None:
-        raise UsageError(f"{text!r} is not the name of something on a hub", cure=f"Write {hub_of(scheme or 'hf').form}")
-    return uri
-
-
 def scheme_of(text: str) -> tuple[str | None, str]:
     """Split a name into its scheme (None without one) and the rest."""
     match = _SCHEME.fullmatch(text)

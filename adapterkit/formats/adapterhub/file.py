@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Leaf
-    from .config import Settings
+    from .settings import Settings
 
 
 KINDS = {

@@ -11,10 +11,11 @@ import msgspec
 from ...core.adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
 from ...errors import Malformed
 from .._leftovers import leftovers
-from .config import Settings, parse, parts
+from .config import parse, parts
 from .container import Content
 from .families import family_of
 from .file import AGAIN, Found, Kept, Key, Naming, Part, parse_keys
+from .settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,9 +17,9 @@ from ...core.adapter import Foreign
 from ...errors import Malformed, StorageError, UsageError, storage_error
 from ...io.atomic import write_bytes
 from ...io.checkpoint import read_json
-from .config import RELEASE
 from .container import save
 from .reader import FORMAT, Hints, hints_of
+from .settings import RELEASE
 from .writer import encode
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ...errors import Unrepresentable
 from ...io.lazy import as_lazy
 from .._losses import Loss, expressible
-from .config import RELEASE
 from .container import SAFETENSORS, Content
 from .families import family_of
 from .file import Naming, root_of
 from .layers import family_of_base, model_type_of, on_outputs
 from .proof import says
 from .reader import FORMAT, HEAD, Hints, by_family, hints_of, spell
+from .settings import RELEASE
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates

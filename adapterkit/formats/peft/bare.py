@@ -23,7 +23,8 @@ from ...io.torch_file import is_torch_file, read_torch_file, read_torch_value
 from ...naming.image import looks_of_pipeline
 from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
-from .keys import PREFIX, Key, parse_key
+from .file import Key
+from .keys import PREFIX, parse_key
 
 _LORA = re.compile(r".+\.lora_(?:[AB](?:\.[^.]+)?\.weight|embedding_[AB](?:\.[^.]+)?)", re.DOTALL)
 _ALPHA = ".alpha"

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of
 from ...naming.layouts import stored_in_out
-from .config import names_module, parse_version, written_by_unsloth
 from .factors import Factors, adapt, check_rank
 from .file import File, Findings, Found
+from .settings import names_module, parse_version, written_by_unsloth
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
 from ...io.lazy import from_numpy
-from .file import make
+from .file import Key, make
 from .keys import LATENT
 
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.lazy import Lazy
-    from .config import Settings
     from .file import File
-    from .keys import Key
+    from .settings import Settings
 
 FIELDS = {
     ("lora_A", "weight"): "A",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import ShapeMismatch
-from .config import Settings
-from .file import File, Findings, Found, make
+from .file import File, Findings, Found, Key, make
 from .patterns import matches
+from .settings import Settings
 
 if TYPE_CHECKING:
     from ...io.lazy import Shape
-    from .keys import Key
 
 PART = "ia3_l"
 

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from sys import intern
-from typing import NamedTuple
 
 from ...errors import Malformed
 from ...io.lazy import Lazy
 from .families import FAMILIES, Family, family_of_type
+from .file import Key
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
@@ -31,60 +31,6 @@ _PLAIN = re.compile(
     re.DOTALL,
 )
 """Matches most keys. No family has parts or shared words that begin or end like these, so none is imported for them."""
-_WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
-_OUTERMOST = re.compile(r"(?:\.base_layer)*$")
-
-
-class Key(NamedTuple):
-    """One key of a file of tensors.
-
-    Attributes:
-        text: the key itself.
-        stem: the path before the part, including wrappers; for a parameter of the base its whole path; empty for a
-            tensor that all modules share.
-        part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
-        leaf: the end of the key after the part: `weight`, `bias` or nothing.
-        adapter: the adapter's name, if the key has it.
-        copy: `modules_to_save` or `original_module`, if the key is of that part of PEFT's wrapper.
-    """
-
-    text: str
-    stem: str
-    part: str = ""
-    leaf: str = ""
-    adapter: str | None = None
-    copy: str = ""
-
-    @property
-    def word(self) -> str:
-        """Return the part with the end of the key after it: `lora_A.weight`."""
-        return f"{self.part}.{self.leaf}" if self.leaf else self.part
-
-    @property
-    def path(self) -> str:
-        """Return the dotted path in the base's own names."""
-        return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
-
-    @property
-    def wrapped(self) -> bool:
-        """Whether its path holds names of PEFT's wrappers."""
-        return ".base_layer" in self.stem or ".token_adapter" in self.stem
-
-    @property
-    def depth(self) -> int:
-        """Count the adapted parameters of the same module that are wrapped outside this one."""
-        if not self.wrapped:
-            return 0
-        found = _OUTERMOST.search(self.stem)
-        return 0 if found is None else found.group().count(".base_layer")
-
-    @property
-    def module(self) -> str:
-        """Return the path of the outermost wrapped module; for an attention's output projection, the attention's."""
-        if not self.wrapped:
-            return self.stem
-        inside = _OUTERMOST.sub("", self.stem)
-        return _WRAPPERS.sub("", inside.partition(".base_layer.")[0])
 
 
 def prefix_of(peft_type: str) -> str:

@@ -5,8 +5,7 @@ PEFT swaps the module for its copy, so every floating-point parameter and buffer
 
 from __future__ import annotations
 
-from .file import File, Findings, Kept
-from .keys import Key
+from .file import File, Findings, Kept, Key
 from .replacement import place, replaced
 
 PART = "ln_tuning_layers"

@@ -16,7 +16,7 @@ from .file import Found, make
 
 if TYPE_CHECKING:
     from ...io.lazy import Lazy
-    from .config import Settings
+    from .settings import Settings
 
 
 def decode(settings: Settings, factors: Factors) -> Iterator[Found]:

@@ -16,9 +16,9 @@ from . import config as fields
 from . import ia3, ln_tuning, lora, replacement, rows
 from .experts import ORDERS
 from .families import family_of_type
-from .file import File, Findings, Found, Kept
+from .file import File, Findings, Found, Kept, Key
 from .hints import FORMAT, Hints, fingerprint
-from .keys import Key, parse_keys, prefix_of
+from .keys import parse_keys, prefix_of
 from .spelling import spell_updates, stored
 
 if TYPE_CHECKING:

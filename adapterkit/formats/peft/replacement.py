@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from ...errors import Unsupported
-from .file import File, Findings, Found, Kept, make
-from .keys import Key
+from .file import File, Findings, Found, Kept, Key, make
 
 
 def decode(file: File) -> Findings:

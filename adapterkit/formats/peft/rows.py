@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...errors import Malformed, ShapeMismatch
 from ...io.lazy import DTYPES, Lazy
-from .config import Settings
 from .file import File, Findings, Found, Kept, make
+from .settings import Settings
 
 PART = "trainable_tokens_delta"
 ORIGINAL = "trainable_tokens_original"

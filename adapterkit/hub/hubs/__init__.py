@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...core.registry import Registry
 from ...errors import UsageError, nearest
 from ..remote import Remote
-from ..uris import Uri
+from ..uris import Address, Uri, check_name, scheme_of
 from ._filesystems import filesystem
 
 HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remote)
@@ -29,3 +31,24 @@ def hub_of(scheme: str) -> type[Remote]:
 def remote_at(uri: Uri, token: str | None = None) -> Remote:
     """Return the remote that a uri names."""
     return hub_of(uri.scheme)(uri, token)
+
+
+def parse(text: str) -> Uri:
+    """Parse a uri.
+
+    Raises:
+        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leaves the repository.
+    """
+    scheme, rest = scheme_of(text)
+    named = hub_of(scheme or "hf").named
+    uri = named(rest.removesuffix("/"))
+    place, mark, member = rest.rpartition("#")
+    # `NAME#member` is the subfolder `member`. In an `Address`, `#` and a digest name a state of the place instead.
+    if mark and not isinstance(uri, Address):
+        check_name(member, UsageError)
+        uri = named(place.removesuffix("/"))
+        if uri is not None:
+            uri = replace(uri, path=f"{uri.path}/{member}" if uri.path else member)
+    if uri is None:
+        raise UsageError(f"{text!r} is not the name of something on a hub", cure=f"Write {hub_of(scheme or 'hf').form}")
+    return uri

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ....core.adapter import Target, Updates
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..config import Settings
     from ..file import Findings, Naming, Part
+    from ..settings import Settings
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]

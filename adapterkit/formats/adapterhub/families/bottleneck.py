@@ -24,8 +24,8 @@ from ._family import Family, Fields, Number
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..config import Settings
     from ..file import Findings, Key, Naming, Part
+    from ..settings import Settings
 
 
 PHM = {

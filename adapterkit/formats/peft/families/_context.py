@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
-from ..file import File, Findings, Found, make
+from ..file import File, Findings, Found, Key, make
 from ._family import Family, Own, check_parts
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
     from ....methods.prefix import Prefix
     from ....methods.prompt import Prompt
-    from ..keys import Key
 
 EMBEDDINGS = "prompt_embeddings"
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ..._format import Departure
-    from ..config import Settings
-    from ..file import File, Findings, Found
-    from ..keys import Key
+    from ..file import File, Findings, Found, Key
+    from ..settings import Settings
 
 Parts = dict[str, "tuple[str, Lazy]"]
 """Field -> part of the key, and tensor as PEFT stores it."""

@@ -13,7 +13,7 @@ from ....io.lazy import DTYPES, Lazy
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
+    from ..file import Key
 
 
 LARGEST = 1 << 34

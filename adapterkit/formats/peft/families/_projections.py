@@ -11,7 +11,7 @@ import msgspec
 
 from ....errors import Malformed, ShapeMismatch, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
-from ..file import File, Findings, Found, make
+from ..file import File, Findings, Found, Key, make
 from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
 from ._weights import not_embedded
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 

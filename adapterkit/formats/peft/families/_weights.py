@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....errors import ShapeMismatch, UsageError
 from ....naming.layouts import stored_in_out
-from ..file import base_shape
+from ..file import Key, base_shape
 from ..patterns import matches
 from ..spelling import is_embedding
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
     from ..file import File
-    from ..keys import Key
 
 
 def layout(file: File, path: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed
 from ....io.lazy import Lazy, as_lazy
 from ....methods.adalora import AdaLoRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Rank, check_parts, check_rank, minority
 from ._weights import not_embedded
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 """Part -> field of the update."""

@@ -17,8 +17,7 @@ from ....io.lazy import Lazy, as_array, as_lazy, from_numpy
 from ....linalg.clusters import k_means
 from ....linalg.rotations import singular_by_sketch
 from ....methods.adamss import AdaMSS
-from ..file import File, Found
-from ..keys import Key
+from ..file import File, Found, Key
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:

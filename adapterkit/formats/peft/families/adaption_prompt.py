@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.adaption_prompt import AdaptionPrompt
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 GPT2 = "attn"
 """The name of GPT-2's attentions; PEFT adds to their outputs, to others before the heads are mixed."""

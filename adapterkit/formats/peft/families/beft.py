@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.dense import Dense
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 PART = "beft_bias"
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.boft import BOFT
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 
 class Fields(Own, frozen=True, kw_only=True):

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....io.lazy import as_lazy
 from ....methods.c3a import C3A
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts
 from ._weights import check_size, side, size_at, size_fields
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 PART = "c3a_kernel"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ....io.lazy import as_lazy
 from ....methods.deft import DEFT
 from ..alphas import exact_alpha
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, check_parts, check_rank
 from ._weights import not_embedded
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 PARTS = {"deft_P": "P", "deft_R": "R"}
 

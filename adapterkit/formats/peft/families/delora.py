@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....io.lazy import as_lazy
 from ....methods.delora import DeLoRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Parts, check_parts, check_rank, scaled_numbers
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 FIELDS = {"delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": "w_norm"}
 """Part -> field of the update."""

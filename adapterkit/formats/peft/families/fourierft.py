@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....io.lazy import as_lazy
 from ....methods._coefficients import SEED
 from ....methods.fourierft import FourierFT
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
 from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
@@ -16,7 +16,6 @@ from ._weights import check_size, layout, not_linear, side, size_at, size_fields
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 PART = "fourierft_spectrum"
 

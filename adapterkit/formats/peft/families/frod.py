@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy, from_numpy
 from ....methods.frod import FRoD
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import not_embedded
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
 """Part -> field of the update."""

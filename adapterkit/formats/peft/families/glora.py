@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.glora import GLoRA
-from ..file import File, Findings, Found, Kept, make
+from ..file import File, Findings, Found, Kept, Key, make
 from ._family import Family, Own, check_rank
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
 """Word in the config -> ends of the fields."""

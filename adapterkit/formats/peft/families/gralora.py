@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....io.lazy import as_lazy
 from ....methods.gralora import GraLoRA
 from ..alphas import exact_alpha
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, not_linear, side, unlike
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.hira import HiRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Parts, check_parts, check_rank
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 PLAIN = {"A": "hira_A", "B": "hira_B"}
 EMBEDDING = {"A": "hira_embedding_A", "B": "hira_embedding_B"}

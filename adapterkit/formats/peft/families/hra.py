@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....io.lazy import as_lazy
 from ....methods.hra import HRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_rank
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 PART = "hra_u"
 

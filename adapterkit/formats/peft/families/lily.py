@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.lily import Lily
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..config import Settings
     from ..file import Findings
-    from ..keys import Key
+    from ..settings import Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
 """Part -> field of the update."""

@@ -15,14 +15,13 @@ from ....io.lazy import Lazy, as_lazy
 from ....linalg.products import even_split
 from ....methods.lokr import LoKr
 from ..._format import Departure
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Scaled, check_parts, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 FIRST = {"lokr_w1": "w1"}, {"lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b"}
 SECOND = (

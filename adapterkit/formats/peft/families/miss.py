@@ -9,7 +9,7 @@ from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.miss import MiSS
 from ....methods.miss_bat import MiSSBat
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, check_rank, minority
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 PART = "miss_block"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....io.lazy import as_lazy
 from ....methods.multitask_prompt import MultitaskPrompt
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._context import EMBEDDINGS, SIZES, ContextFamily, Sizes, check_sizes, rows, stacks
 from ._family import Own
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
 """Key -> field of the update."""

@@ -12,7 +12,7 @@ from ....methods.oft import OFT
 from ....methods.oft_patches import OFTPatches
 from ..._format import Departure
 from ..convolutions import on_patches, turns_patches
-from ..file import File, Found
+from ..file import File, Found, Key
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 

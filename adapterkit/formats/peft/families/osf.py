@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....methods.osf import OSF
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ..patterns import exactly, finds
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
 """Part -> field of the update."""

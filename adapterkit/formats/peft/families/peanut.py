@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch
 from ....io.lazy import Lazy, as_lazy
 from ....methods.peanut import PEANuT
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, check_parts, check_rank
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 
 class Fields(Own, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import as_lazy
 from ....methods.poly import Poly
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Rank, check_parts, minority
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
 """Part -> field of the update."""

@@ -11,14 +11,13 @@ from ....errors import ShapeMismatch
 from ....io.lazy import as_lazy
 from ....linalg.rotations import block_size
 from ....methods.psoft import PSOFT
-from ..file import File, Found
+from ..file import File, Found, Key
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.lazy import Lazy
-    from ..keys import Key
 
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
 

@@ -9,7 +9,7 @@ from ....errors import Malformed, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.randlora import RandLoRA
 from ..alphas import exact_alpha
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Rank, check_parts, check_rank, minority, stored_inputs
 from ._weights import not_embedded
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....io.lazy import as_lazy
 from ....methods.road import RoAd
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 FIELDS = {"road_theta": "theta", "road_alpha": "alpha"}
 """Part -> field of the update."""

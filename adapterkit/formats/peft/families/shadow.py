@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.shadow import Shadow
-from ..file import File, Found, Kept, make
+from ..file import File, Found, Kept, Key, make
 from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ..file import Findings
-    from ..keys import Key
 
 NETWORK, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
 _ENDS = {"in": "0.weight", "in_bias": "0.bias", "out": "2.weight", "out_bias": "2.bias"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....io.lazy import DTYPES, Lazy, as_array, as_lazy
 from ....methods.shira import SHiRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Parts, check_parts
 from ._weights import check_size, side, weight_in
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
 """Part -> field of the update."""

@@ -9,7 +9,7 @@ from ....errors import Unrepresentable, Unsupported
 from ....io.lazy import as_lazy
 from ....methods.supertuning import SuperTuning
 from ..alphas import exact_alpha
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, side, unlike, weight_in
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}

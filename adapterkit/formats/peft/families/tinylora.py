@@ -15,7 +15,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.tinylora import TinyLoRA
 from ....naming.orders import declared_by, in_order
-from ..file import File, Findings, Found, make
+from ..file import File, Findings, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, side
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..keys import Key
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
 """Part -> field of the update."""

@@ -15,9 +15,8 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import DTYPES, Lazy, as_lazy
 from ....methods.unilora import UniLoRA
 from ....naming.orders import declared_by, in_order
-from ..config import names_module
-from ..file import File, Findings, Found, make
-from ..keys import Key
+from ..file import File, Findings, Found, Key, make
+from ..settings import names_module
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, not_linear, side, weight_shape
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....methods.vblora import VBLoRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Parts, check_parts
 from ._weights import check_size, layout, not_linear, side
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 BANK = "vblora_vector_bank"
 LOGITS = {"vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B"}

@@ -10,7 +10,7 @@ from ....io.lazy import Lazy, as_lazy
 from ....methods._coefficients import SEED
 from ....methods.waveft import WaveFT
 from ..._format import Departure
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ..patterns import exactly, first_match
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
@@ -20,7 +20,6 @@ from ._weights import check_size, layout, not_linear, side, size_fields, unlike,
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
-    from ..keys import Key
 
 PART = "waveft_spectrum"
 

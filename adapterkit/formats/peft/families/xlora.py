@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....methods.xlora import XLoRA
-from ..file import File, Found, make
+from ..file import File, Found, Key, make
 from ._family import Family, Own, Rank, check_parts
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ..file import Findings
-    from ..keys import Key
 
 LAYERS = "internal_xlora_classifier.layers"
 

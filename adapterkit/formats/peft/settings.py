@@ -1,0 +1,137 @@
+"""The fields of a config that decide what its tensors mean, typed, with PEFT's defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ...errors import Malformed
+from .patterns import first_match, matches
+
+RESIDUAL = ("olora", "pissa")
+"""Initialisations that subtract from the base a value that can be computed from it exactly; methods of these names."""
+
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
+
+
+class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kasa_config`: weights of the terms that KaSA adds to the loss in training."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+
+class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`use_bdlora`: words in the names of the modules whose A, or whose B, is block-diagonal."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Rank = 1
+    match_strict: bool = True
+
+    def factor(self, name: str) -> str:
+        """Return A or B, whichever is block-diagonal at the module `name`; empty for neither."""
+        named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
+        found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
+        if len(found) > 1:
+            why = "target_modules_bd_a and target_modules_bd_b both name it"
+            raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
+        return found[0] if found else ""
+
+
+class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arrow_config`: how Arrow chooses experts, and their names; the experts themselves are not loaded.
+
+    The seed is for PEFT's randomised search for the router's vectors; the experts' factors give the same without it.
+    """
+
+    top_k: Rank = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a config that this format reads, with PEFT's defaults; `own` has those of a family."""
+
+    peft_type: str
+    r: Rank = 8
+    lora_alpha: Number = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | None = True
+    kasa_config: Kasa | None = None
+    use_bdlora: Blocks | None = None
+    alora_invocation_tokens: Tokens | None = None
+    arrow_config: Router | None = None
+    enable_lora: list[bool] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Tokens | dict[str, Tokens] | None = None
+    token_indices: Tokens | None = None
+    feedforward_modules: list[str] | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
+    peft_version: str | None = None
+    auto_mapping: Any = None
+    own: Any = None
+
+    @property
+    def unsloth(self) -> bool:
+        """Whether the config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+        return written_by_unsloth(
+            {"auto_mapping": self.auto_mapping, "base_model_name_or_path": self.base_model_name_or_path}
+        )
+
+    def before(self, release: tuple[int, int]) -> bool:
+        """Whether the file was written by PEFT before this release; False if the config does not say."""
+        return parse_version(self.peft_version) < release
+
+    @property
+    def residual(self) -> str:
+        """Return `olora` or `pissa` if the adapter's initial values were subtracted from the base; else empty."""
+        word = self.init_lora_weights
+        return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
+
+    def rank(self, name: str) -> int:
+        """Return the rank at the module or parameter `name`."""
+        return first_match(self.rank_pattern or {}, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """Return the factor on B @ A at the module or parameter `name`."""
+        alpha, rank = first_match(self.alpha_pattern or {}, name, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def written_by_unsloth(config: Mapping[str, Any]) -> bool:
+    """Whether a config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+    mapping = config.get("auto_mapping")
+    marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
+    return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
+
+
+def parse_version(version: str | None) -> tuple[int, ...]:
+    """Return the first two numbers of a release of PEFT, such as (0, 18); a very large one if it is not stated."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else (1 << 30,)
+
+
+def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
+    """Whether PEFT's `target_modules` names a module: a string is a pattern, the items of a list are whole endings."""
+    if isinstance(target_modules, str):
+        return matches(target_modules, path, whole=True)
+    return any(path == name or path.endswith(f".{name}") for name in target_modules or ())
