@@ -15,29 +15,52 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import hub, onnx, ops, provenance, torch
-    from .api import convert, inspect, names, report
+    from .api import NameMap, convert, inspect, names, report
     from .core.adapter import Adapter, BaseRef, Foreign, Step, Target
     from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read
     from .gating import gate
+    from .gating.result import Gate
+    from .io.checkpoint import Checkpoint
     from .merging import merge, plan, verify
+    from .merging.options import MergeOptions
+    from .merging.planned import Plan
+    from .merging.report import Report
+    from .merging.verification import Verification
     from .methods import METHODS
     from .ops import combine
     from .ops import compare as diff
+    from .ops.comparison import Comparison
+    from .reporting.inspecting import Inspection
+    from .reporting.report import AdapterReport
     from .scanning import scan
+    from .scanning.findings import Scan
     from .searching import search
+    from .searching.result import Search
     from .writing import write
 
 _HOME = {
     "Adapter": "core.adapter",
+    "AdapterReport": "reporting.report",
     "AdapterkitError": "errors",
     "BaseRef": "core.adapter",
+    "Checkpoint": "io.checkpoint",
+    "Comparison": "ops.comparison",
     "FORMATS": "formats",
     "Foreign": "core.adapter",
+    "Gate": "gating.result",
+    "Inspection": "reporting.inspecting",
     "METHODS": "methods",
+    "MergeOptions": "merging.options",
+    "NameMap": "api",
+    "Plan": "merging.planned",
+    "Report": "merging.report",
+    "Scan": "scanning.findings",
+    "Search": "searching.result",
     "Step": "core.adapter",
     "Target": "core.adapter",
+    "Verification": "merging.verification",
     "WriteResult": "destination",
     "combine": "ops",
     "convert": "api",
@@ -61,11 +84,23 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "Adapter",
+    "AdapterReport",
     "AdapterkitError",
     "BaseRef",
+    "Checkpoint",
+    "Comparison",
     "Foreign",
+    "Gate",
+    "Inspection",
+    "MergeOptions",
+    "NameMap",
+    "Plan",
+    "Report",
+    "Scan",
+    "Search",
     "Step",
     "Target",
+    "Verification",
     "WriteResult",
     "combine",
     "convert",

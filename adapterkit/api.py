@@ -26,7 +26,7 @@ from .naming.binding.tables import name_map
 if TYPE_CHECKING:
     from .io.checkpoint import Checkpoint
     from .reporting.inspecting import Inspection
-    from .reporting.report import Report
+    from .reporting.report import AdapterReport
 
 
 def convert(
@@ -255,7 +255,7 @@ def report(
     out: str | PathLike[str] | None = None,
     rename: str | Sequence[str] = (),
     overwrite: bool = False,
-) -> Report:
+) -> AdapterReport:
     """Measure adapters and tell what stands out, in numbers, sentences and pictures; notebooks show the result.
 
     Args:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.reporting import measuring
 from adapterkit.reporting.grid import cells
-from adapterkit.reporting.report import Report
+from adapterkit.reporting.report import AdapterReport
 from adapterkit.reporting.verdicts import RULES
 
 LAYERS, RANK, WIDE = 8, 8, {"self_attn.q_proj": (96, 64), "self_attn.o_proj": (64, 96), "mlp.up_proj": (128, 64)}
@@ -91,11 +91,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> Report:
+def both(folder: Path) -> AdapterReport:
     return ak.report([folder / "one", folder / "other"], base=folder / "base")
 
 
-def test_norms_spectra_and_values_are_numpys_on_whole_matrices(folder: Path, both: Report) -> None:
+def test_norms_spectra_and_values_are_numpys_on_whole_matrices(folder: Path, both: AdapterReport) -> None:
     W = load_file(folder / "base" / "model.safetensors")
     effects = both.measured.effects
     assert len(effects) == 2 * LAYERS * len(WIDE)
@@ -130,7 +130,7 @@ def test_intruders_are_those_of_whole_decompositions(folder: Path) -> None:
     assert max(counted) > 0
 
 
-def test_relations_are_numpys_on_whole_matrices(folder: Path, both: Report) -> None:
+def test_relations_are_numpys_on_whole_matrices(folder: Path, both: AdapterReport) -> None:
     one, other = dense(folder / "one"), dense(folder / "other")
     products = 0.0
     for each in both.measured.relations:
@@ -422,7 +422,7 @@ class Page(HTMLParser):
         self.rows += tag == "tr"
 
 
-def test_the_page_is_whole_and_loads_nothing(both: Report) -> None:
+def test_the_page_is_whole_and_loads_nothing(both: AdapterReport) -> None:
     text = both.html()
     assert text == both.html()
     page = Page(text)
@@ -459,7 +459,7 @@ def test_the_page_of_many_targets_stays_small(tmp_path: Path) -> None:
     assert "The 2,000 largest of 2,400 rows" in report.html()
 
 
-def test_figures_are_svg_and_png(both: Report, tmp_path: Path) -> None:
+def test_figures_are_svg_and_png(both: AdapterReport, tmp_path: Path) -> None:
     files = both.figures(tmp_path / "figures")
     assert {path.name for path in files} >= {"norms-1-one.svg", "spectra-2-other.png", "cosine.svg", "interference.png"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in files if path.suffix == ".png")

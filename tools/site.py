@@ -277,6 +277,11 @@ def python_page() -> str:
         value = getattr(ak, name)
         if inspect.isfunction(value):
             lines += [f"## ak.{name}", "", *_function(f"ak.{name}", value)]
+    lines += ["## Results, options and other classes", ""]
+    for name in sorted(ak.__all__):
+        value = getattr(ak, name)
+        if inspect.isclass(value):
+            lines += [f"### ak.{name}", "", "```text", inspect.getdoc(value) or "", "```", ""]
     lines += ["## ak.ops", ""]
     for name in sorted(ak.ops.__all__):
         value = getattr(ak.ops, name)

@@ -197,14 +197,14 @@ def _converted(
 def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
     """Return a model's files with its weights split into shards of at most `shard_size` bytes, and a new index."""
     from ..io.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
-    from ..merging.options import Options
+    from ..merging.options import MergeOptions
     from ..merging.planning import index_of, make_plan
     from ..merging.report import local, run_plan
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
     # A merge without adapters copies the tensors unchanged and writes shards of the given size.
-    plan = make_plan(base, [], Options(shard_size=shard_size))
+    plan = make_plan(base, [], MergeOptions(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
     out = folder / "model"

@@ -21,6 +21,7 @@ class StreamedBase(Protocol):
     @property
     def path(self) -> Path:
         """The local folder, or the one file, with all headers."""
+        ...
 
     def bring(self, paths: Iterable[str]) -> None:
         """Download weight files unless they are there."""
@@ -41,9 +42,11 @@ class Hub(Protocol):
 
     def fetched(self, name: str) -> Path:
         """Return a local path of something on a hub, downloading it if needed."""
+        ...
 
     def headers(self, name: str) -> AbstractContextManager[Path]:
         """Return a context with a local path for reading headers."""
+        ...
 
     def outgoing(
         self,
@@ -53,9 +56,11 @@ class Hub(Protocol):
         unchanged: Callable[[], object] = ...,
     ) -> AbstractContextManager[Path]:
         """Return a context with a local path whose content is pushed to a hub at the end."""
+        ...
 
     def streamed(self, name: str | os.PathLike[str], out: Path) -> AbstractContextManager[StreamedBase]:
         """Return a context with a base whose weight files are downloaded one at a time."""
+        ...
 
 
 class _Installed:

@@ -16,7 +16,7 @@ from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, local, located, outgoing, path_text, streamed
 from ..io.staging import Staging, check_free, is_within
 from ..naming.renames import rule_texts
-from .options import Options
+from .options import options_of
 from .staging_dir import SUFFIX
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..io.resolving import StreamedBase
     from .companions import Companions
     from .execute import Progress
+    from .options import MergeOptions
     from .planned import Plan
     from .report import Report
     from .verification import Verification
@@ -54,22 +55,25 @@ def plan(
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
     vocab: str | None = None,
+    options: MergeOptions | None = None,
 ) -> Plan:
     """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
+
+    The arguments are those of `merge`; `options` holds several of them as one value.
 
     Raises:
         AdapterkitError: as `merge`, before anything is written.
     """
     from .planning import make_plan
     from .quantized import as_merged
-    from .ties import parse_tied
 
-    checkpoint = as_merged(opened(base), quantized, onto, dtype)
+    chosen = options_of(
+        options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
+        link=link, rename=rename, vocab=vocab,
+    )  # fmt: skip
+    checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype)
     named = _named(adapters, weights, checkpoint)
-    options = Options(
-        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=rule_texts(rename), vocab=vocab
-    )
-    planned = make_plan(checkpoint, named, options)
+    planned = make_plan(checkpoint, named, chosen)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
 
@@ -100,6 +104,7 @@ def merge(
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
     vocab: str | None = None,
+    options: MergeOptions | None = None,
 ) -> Report:
     """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
@@ -149,6 +154,7 @@ def merge(
             `model_type` of a base without a config, where names and shapes leave two readings; `rows:by_head` or
             `rows:by_part` says how a sharded MiniMax-H3 stores the rows of its fused queries, keys and values.
         stream: download a base from a hub one weight file at a time, verified, and delete each file after its use.
+        options: several of these arguments as one value; what it holds is not given by name as well.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
@@ -166,15 +172,14 @@ def merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
-                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
-                rename=rename, vocab=vocab,
+                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
+                options=options,
             )  # fmt: skip
         return replace(report, out=str(out), already=bool(same))
-    from .ties import parse_tied
-
-    options = Options(
-        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, rule_texts(rename), vocab
-    )
+    chosen = options_of(
+        options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
+        link=link, checksums=checksums, rename=rename, vocab=vocab,
+    )  # fmt: skip
     _check_engine(engine, address, stream)
     target = Path(path_text(out))
     with _opened_base(base, target, stream) as (checkpoint, shards):
@@ -183,7 +188,7 @@ def merge(
         from .quantized import Original, as_merged
         from .report import local, run_plan
 
-        read = as_merged(checkpoint, quantized, onto, dtype)
+        read = as_merged(checkpoint, quantized, onto, chosen.dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint, shapes_digest
@@ -191,20 +196,20 @@ def merge(
         # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
         stored = read if isinstance(read, Original) else checkpoint
         taken = None if stream else fingerprint(stored)
-        planned = replace(make_plan(read, named, options), shapes=shapes_digest(stored))
+        planned = replace(make_plan(read, named, chosen), shapes=shapes_digest(stored))
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
         if engine == "ray":
             from .cluster import on_ray, recipe_of
 
-            recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), options, device)
-            chosen = on_ray(recipe, named, address)
+            recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), chosen, device)
+            used = on_ray(recipe, named, address)
         elif shards is not None:
             from .streaming import streamed_engine
 
-            chosen = streamed_engine(device, shards)
+            used = streamed_engine(device, shards)
         else:
-            chosen = local(device)
-        return run_plan(planned, target, chosen, progress, started, overwrite)
+            used = local(device)
+        return run_plan(planned, target, used, progress, started, overwrite)
 
 
 @places_errors

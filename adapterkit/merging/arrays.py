@@ -67,12 +67,15 @@ class Arrays(Protocol):
 
     def load(self, leaf: Leaf) -> Numbers:
         """Load a leaf onto the device: real numbers in float64, integers in int64."""
+        ...
 
     def over(self, buffer: memoryview, dtype: DType) -> Numbers:
         """View bytes in host memory as a flat array, without a copy."""
+        ...
 
     def empty(self, count: int) -> Numbers:
         """Allocate a flat float64 array on the device."""
+        ...
 
     def assign(self, target: Numbers, values: Numbers) -> None:
         """Copy values into an array of the same shape, rounded to nearest in its dtype; the devices may differ."""
@@ -82,9 +85,11 @@ class Arrays(Protocol):
 
     def finite(self, values: Numbers, dtype: DType) -> bool:
         """Whether values of a dtype hold no NaN and no infinity."""
+        ...
 
     def quiet(self) -> AbstractContextManager[None]:
         """A context for a worker thread: one BLAS thread, and no overflow warnings, since results are checked."""
+        ...
 
 
 class Workspace:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
 from ..io.checkpoint import Checkpoint, opened
-from .options import Options
+from .options import MergeOptions
 from .planned import Plan
 from .planning import make_plan
 from .report import Engine
@@ -44,7 +44,7 @@ class Recipe:
     quantized: str | None
     onto: str | None
     adapters: tuple[str | None, ...]
-    options: Options
+    options: MergeOptions
     device: str
     names: tuple[tuple[str, float], ...] = ()
 
@@ -68,7 +68,7 @@ def recipe_of(
     quantized: str | None,
     onto: Base | None,
     adapters: Sequence[Source],
-    options: Options,
+    options: MergeOptions,
     device: str,
 ) -> Recipe:  # fmt: skip
     """Return the recipe of a merge, with absolute paths that all nodes can open."""

@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import StorageError, UsageError
+from ..naming.renames import rule_texts
+from .ties import parse_tied
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """Options of a merge; see the arguments of `adapterkit.merge` with the same names."""
+class MergeOptions:
+    """How a merge is planned, as one value: for `plan` and `merge` alike, in place of arguments of the same names.
+
+    Attributes:
+        dtype: cast all floating tensors to this, such as `"bf16"`; the base's own dtypes when not given.
+        shard_size: bytes of an output file at most; the base's own sharding when not given.
+        tied: which layers an update changes where the base ties its head to its embedding; see `merge`.
+        allow_partial: skip targets that the base does not have instead of refusing.
+        seed: round stochastically, with draws of this number.
+        memory: the most bytes to hold beyond the imports; half of the free memory when not given.
+        link: write hard links to unchanged files of the base instead of copies.
+        checksums: take a sha256 of each run of bytes while it is written.
+        rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
+        vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
+
+    Example:
+        >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
+        >>> adapterkit.plan("base", "lora", options=options).bytes  # doctest: +SKIP
+        >>> adapterkit.merge("base", "lora", "out", options=options)  # doctest: +SKIP
+    """
 
     dtype: str | None = None
     shard_size: int | None = None
-    tied: str | None = None
+    tied: str | Mapping[str, str] | None = None
     allow_partial: bool = False
     seed: int | None = None
     memory: int | None = None
     link: bool = False
     checksums: bool = False
-    rename: tuple[str, ...] = ()
+    rename: str | Sequence[str] = ()
     vocab: str | None = None
+
+
+def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:
+    """Return the options of a call, given as one value or by name; rules are read, and `tied` has its one form.
+
+    Raises:
+        UsageError: both are given, or `given` is something else.
+    """
+    if given is not None and not isinstance(given, MergeOptions):
+        why = f"options is a {type(given).__name__}"
+        raise UsageError(why, where="options", cure="Pass options=adapterkit.MergeOptions(...)")
+    plain = MergeOptions()
+    twice = [] if given is None else [name for name, value in named.items() if value != getattr(plain, name)]
+    if twice:
+        why = f"{twice[0]} is given twice, by name and in options"
+        cure = f"Say it in options=MergeOptions({twice[0]}=...) alone, or leave options= out"
+        raise UsageError(why, where=twice[0], cure=cure)
+    found = MergeOptions(**named) if given is None else given
+    return replace(found, tied=parse_tied(found.tied), rename=rule_texts(found.rename))
 
 
 # The memory that a merge may hold, and the number of workers that fit into it.

@@ -41,17 +41,21 @@ class PackedPart(Protocol):
     @property
     def packed(self) -> Packed:
         """The weight as it is stored, under the name that its parts have in common."""
+        ...
 
     @property
     def folds(self) -> tuple[PlannedUpdate, ...]:
         """The planned updates of the weight."""
+        ...
 
     @property
     def held(self) -> int:
         """The memory that computing it takes, in bytes."""
+        ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Return the bytes of every stored tensor, and squared norms by their position."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

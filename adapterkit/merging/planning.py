@@ -20,12 +20,14 @@ from ..io.lazy import DTYPES, ELSEWHERE, DType, Lazy, Shape, Span, dtype_named, 
 from ..io.locations import source_of
 from ..io.safetensors import encode_header
 from ..io.stages import stage
+from ..naming.renames import rule_texts
 from ..quant import Dequantized, config_file
-from .options import Options, allowed
+from .options import MergeOptions, allowed
 from .planned import Output, OutputFile, Plan
 from .planned_update import PlannedUpdate
 from .planned_updates import folds_by_tensor
 from .quantized import config_changes
+from .ties import parse_tied
 
 if TYPE_CHECKING:
     from .requantize import Repacked, Stack
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 def make_plan(
     base: Checkpoint,
     adapters: Sequence[tuple[str, Adapter, float]],
-    options: Options,
+    options: MergeOptions,
 ) -> Plan:
     """Plan the merge of (name, adapter, weight) into a base; reads headers only.
 
@@ -47,7 +49,8 @@ def make_plan(
     stage("planning from headers")
     # `as_merged` has set the types of a GGUF output, which are more than safetensors knows.
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
-    bound = folds_by_tensor(base, adapters, options.tied, options.allow_partial, options.rename, options.vocab)
+    tied = parse_tied(options.tied)
+    bound = folds_by_tensor(base, adapters, tied, options.allow_partial, rule_texts(options.rename), options.vocab)
     base, folds, names, changes = bound.base, bound.folds, bound.names, bound.config_changes
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
@@ -71,7 +74,7 @@ def make_plan(
     origin = source_of(base.folder)
     uri = None if origin is None else origin.uri
     planned = Plan(
-        base, bound.sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link,
+        base, bound.sources, files, tied, changes, cast, options.seed, allowed(options.memory), options.link,
         uri, options.checksums, tuple(bound.warnings), vocabulary=bound.vocabulary,
     )  # fmt: skip
     planned.workers  # noqa: B018 - raises if the memory is too small, before any work

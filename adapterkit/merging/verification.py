@@ -23,7 +23,7 @@ from ..naming.ties import find_tie, is_embedding
 from .arrays import Arrays, NumpyArrays, Workspace
 from .checksums import recorded, wrong_runs
 from .companions import REPORT
-from .options import Options, most_workers
+from .options import MergeOptions, most_workers
 from .planned import Output, Plan
 from .planning import make_plan
 from .ties import parse_tied
@@ -138,7 +138,7 @@ def compare(
     """Compare a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
     stage("comparing every element")
     vocab = _vocab(merged, base)
-    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
+    options = MergeOptions(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0

@@ -162,6 +162,7 @@ class Written(Protocol):
 
     def room(self, nbytes: int) -> memoryview:
         """Return memory for the next `nbytes` bytes."""
+        ...
 
     def filled(self, nbytes: int) -> None:
         """Write the first `nbytes` bytes of that memory."""
@@ -172,6 +173,7 @@ class Pipeline(Protocol):
 
     def computing(self) -> AbstractContextManager[object]:
         """A context whose loads and computations happen before those of any later block."""
+        ...
 
     def through(
         self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written

@@ -13,13 +13,13 @@ from .injecting import eject, inject
 from .mapping import Place, layers
 from .merging import merge, plan
 from .pretrained import export_factory, export_pretrained
-from .report import Report
+from .report import GraphReport
 from .session import Session
 from .slots import fit, write_adapter
 
 __all__ = [
+    "GraphReport",
     "Place",
-    "Report",
     "Session",
     "eject",
     "export",

@@ -33,7 +33,7 @@ from .model_file import INLINE, STAYS, placing, save_fresh
 from .modules import same_end
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded
-from .report import Report
+from .report import GraphReport
 from .resolving import resolve
 from .slots import Slots, write_adapter
 from .tracing import traced
@@ -90,7 +90,7 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
         yield folder
 
 
-def moved(report: Report, target: Path, carried: Sequence[Path] = ()) -> Report:
+def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
     """Return the report of an export in a scratch folder, with the paths that the files have in `target`."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / "model.onnx", files=files)
@@ -270,7 +270,7 @@ def export(
     share: str | PathLike[str] | None = None,
     check: bool = True,
     rename: str | Sequence[str] = (),
-) -> Report:
+) -> GraphReport:
     """Write a torch model as a graph by torch's dynamo exporter; tensors and nodes keep the modules' names.
 
     Args:
@@ -289,7 +289,7 @@ def export(
         inside: the attribute of a wrapper that holds the model; names are relative to it.
         also: further examples of `args`, of other sizes, for the check.
         quantize: `int8` or `int4`: pack the linear layers by onnxruntime's quantizers; see quantizing.py.
-            `Report.damage` has the error of each weight, `Report.difference` that of the outputs.
+            `GraphReport.damage` has the error of each weight, `GraphReport.difference` that of the outputs.
         share: safetensors files in the folder of `out`, or that folder: weights in them are not copied, and the graph
             refers to their bytes.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
@@ -344,7 +344,7 @@ def export(
         runs = _runs(held, path, adapters, mode)
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
-    return Report(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+    return GraphReport(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
 
 
 def read_adapters(adapters: Adapters) -> dict[str, Adapter]:

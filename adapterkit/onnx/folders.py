@@ -28,7 +28,7 @@ from ..naming.binding import renamed
 from .contexts import parted
 from .model_file import opened
 from .reading import config_of, inputs_of, loaded
-from .report import Report
+from .report import GraphReport
 from .resolving import is_named, spots_of, taken
 
 if TYPE_CHECKING:
@@ -288,10 +288,10 @@ def _others(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
 
 
 def inject_folder(
-    inject: Callable[..., Report], folder: Path, adapter: Any, out: str | PathLike[str], *,
+    inject: Callable[..., GraphReport], folder: Path, adapter: Any, out: str | PathLike[str], *,
     base_weights: Base | None, rename: str | Sequence[str],
     allow_partial: bool, overwrite: bool, made_from: str | None, **options: Any,
-) -> Report:  # fmt: skip
+) -> GraphReport:  # fmt: skip
     """Attach an adapter to the graphs of a folder by `injecting.inject`, which is called once for each graph.
 
     Raises:
@@ -302,7 +302,7 @@ def inject_folder(
     division = divided(parts, whole, base, allow_partial)
     inputs = [*inputs_of(adapter, base_weights), *files_of_folder(folder, parts)]
 
-    def change(part: Part, there: Path) -> Report | None:
+    def change(part: Part, there: Path) -> GraphReport | None:
         own = division.of[part.name]
         return None if own is None else inject(part.path, own, there, base_weights=base_weights, **options)
 
@@ -310,11 +310,11 @@ def inject_folder(
 
 
 def merge_folder(
-    merge: Callable[..., Report], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
+    merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
     weights: Sequence[float] | None,
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
     made_from: str | None, **options: Any,
-) -> Report:  # fmt: skip
+) -> GraphReport:  # fmt: skip
     """Fold adapters into the graphs of a folder by `merging.merge`, which is called once for each graph.
 
     Raises:
@@ -326,7 +326,7 @@ def merge_folder(
     factors = _factors(weights, len(read))
     inputs = [*(file for one in adapters for file in inputs_of(one, base_weights)), *files_of_folder(folder, parts)]
 
-    def change(part: Part, there: Path) -> Report | None:
+    def change(part: Part, there: Path) -> GraphReport | None:
         own = [(one.of[part.name], f) for one, f in zip(divisions, factors, strict=True) if one.of[part.name]]
         if not own:
             return None
@@ -371,12 +371,12 @@ def _read(
 
 
 def _written(
-    folder: Path, parts: Sequence[Part], out: Path, change: Callable[[Part, Path], Report | None],
+    folder: Path, parts: Sequence[Part], out: Path, change: Callable[[Part, Path], GraphReport | None],
     inputs: Sequence[Path], overwrite: bool, made_from: str | None, warnings: tuple[str, ...],
-) -> Report:  # fmt: skip
+) -> GraphReport:  # fmt: skip
     others = list(_others(folder, parts))
     with placed_folder(out, parts, others, folder, inputs, overwrite, made_from) as scratch:
-        reports: dict[str, Report] = {}
+        reports: dict[str, GraphReport] = {}
         for part in parts:
             there = scratch / part.name
             there.parent.mkdir(parents=True, exist_ok=True)
@@ -428,8 +428,8 @@ def _copied(files: Iterable[Path], home: Path, there: Path) -> None:
 
 
 def joined(
-    reports: Mapping[str, Report], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
-) -> Report:
+    reports: Mapping[str, GraphReport], scratch: Path, out: Path, files: Sequence[Path], warnings: tuple[str, ...]
+) -> GraphReport:
     """Return one report of all graphs, with the paths that the files have at the end."""
     moved = {
         name: replace(
@@ -441,7 +441,7 @@ def joined(
     unchecked = [f"{name}: {each.note}" for name, each in moved.items() if each.note]
     references = [each.reference for each in moved.values() if each.reference is not None]
     saturations = [each.saturation for each in moved.values() if each.saturation is not None]
-    return Report(
+    return GraphReport(
         out, tuple(files), tuple(found for each in moved.values() for found in each.found),
         max(differences, default=None), "; ".join(unchecked) or None,
         {target: told for each in moved.values() for target, told in each.damage.items()},

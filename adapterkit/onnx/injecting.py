@@ -28,7 +28,7 @@ from .contexts import of_attention, parted, place
 from .folders import folder_of, inject_folder, left_out, only_graph
 from .model_file import Source, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
-from .report import Report
+from .report import GraphReport
 from .resolving import resolve
 from .saturation import clipping
 from .slots import write_adapter
@@ -84,7 +84,7 @@ def inject(
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
-) -> Report:
+) -> GraphReport:
     """Attach an adapter to a graph, so that each target computes the adapter's formulas.
 
     Args:
@@ -169,7 +169,7 @@ def inject(
             told = checked_injection(model, rest, base, path, beside, given, **options)
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
-    return Report(
+    return GraphReport(
         target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
         warnings=warnings,
     )  # fmt: skip

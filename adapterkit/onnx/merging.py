@@ -24,7 +24,7 @@ from .model_file import Source as Opened
 from .model_file import opened, placing, save_merged
 from .packed import CHOICES
 from .reading import base_warnings, inputs_of, loaded, name_of
-from .report import Report
+from .report import GraphReport
 from .resolving import resolve
 from .saturation import clipping
 from .tying import Tying
@@ -51,7 +51,7 @@ def merge(
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
-) -> Report:
+) -> GraphReport:
     """Fold adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), with one rounding.
 
     Args:
@@ -63,7 +63,7 @@ def merge(
         weights: one factor per adapter; 1 for each if not given.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
         quantized: for packed weights. `dequantize` folds into the dequantized numbers and writes a floating-point
-            layer. `requantize` quantizes the result again in the same scheme; `Report.damage` has the error.
+            layer. `requantize` quantizes the result again in the same scheme; `GraphReport.damage` has the error.
         tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
             default, those that the tool which trained the adapter changed.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names, instead
@@ -111,7 +111,7 @@ def merge(
             told = checked_merge(model, read, factors, base_weights, place.path, quantized, given, tying)
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     found = tuple(found for found, _ in folds)
-    return Report(
+    return GraphReport(
         target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
         warnings=warnings,
     )  # fmt: skip

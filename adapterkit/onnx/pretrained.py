@@ -28,7 +28,7 @@ from ..io.locations import located, path_text
 from ..naming.binding.bases import check_base
 from ..torch.pretrained import check_transformers, load_pretrained
 from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
-from .report import Report
+from .report import GraphReport
 from .tracing import quiet
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "ops
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
     **options: Any,
-) -> Report:  # fmt: skip
+) -> GraphReport:  # fmt: skip
     """Write a folder with `model.onnx` and adapter files for its slots, from the module that a function returns.
 
     Args:
@@ -283,7 +283,7 @@ def export_pretrained(
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
     strict_base: bool = False,
-) -> Report:  # fmt: skip
+) -> GraphReport:  # fmt: skip
     """Write a folder with `model.onnx`, adapter files for its slots, config and tokenizer.
 
     Args:
@@ -328,7 +328,7 @@ def export_pretrained(
         torch_model = load_pretrained(source, dtype)
     words = words_of(torch_model, source)
 
-    def written(folder: Path) -> Report:
+    def written(folder: Path) -> GraphReport:
         return export(
             words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
             input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,

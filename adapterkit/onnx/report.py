@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Report:
+class GraphReport:
     """The result of changing a graph.
 
     Attributes:
@@ -41,7 +41,7 @@ class Report:
     reference: float | None = None
     saturation: Saturation | None = None
     warnings: tuple[str, ...] = ()
-    parts: Mapping[str, Report] = field(default_factory=dict)
+    parts: Mapping[str, GraphReport] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return the same as plain data."""

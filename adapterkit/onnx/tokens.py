@@ -36,6 +36,7 @@ class Call(Protocol):
 
     def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
         """Add an integer input to the graph, once per word."""
+        ...
 
 
 _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")

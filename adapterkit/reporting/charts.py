@@ -122,7 +122,7 @@ def _drawing() -> Any:
         import vl_convert
     except ImportError as error:
         why = "drawing charts needs the package vl-convert-python"
-        cure = 'pip install "adapterkit[report]"; the numbers alone need no drawing: --json (Report.record())'
+        cure = 'pip install "adapterkit[report]"; the numbers alone need no drawing: --json (AdapterReport.record())'
         raise Unsupported(why, cure=cure) from error
     return vl_convert
 

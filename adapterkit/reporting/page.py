@@ -24,7 +24,7 @@ from .verdicts import LEVELS, percent
 if TYPE_CHECKING:
     from .facts import Facts
     from .measuring import Effect
-    from .report import Report
+    from .report import AdapterReport
 
 MOST_ROWS = 2000
 """Rows of the table of targets: 45,000 make a page of 10 MB. The largest changes are shown, all are in the record."""
@@ -35,7 +35,7 @@ HIDDEN = ("metadata", "of", "base_fingerprint")
 """Values of lineage steps that are shown elsewhere, or are too long for a line."""
 
 
-def page(report: Report) -> str:
+def page(report: AdapterReport) -> str:
     """Return the whole page."""
     stage("drawing")
     title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
@@ -77,7 +77,7 @@ signs and values of single elements are those of an evenly spread block of each 
 """
 
 
-def fragment(report: Report) -> str:
+def fragment(report: AdapterReport) -> str:
     """Return what a notebook shows: verdicts and drawings, without scripts and without styles for anything else."""
     verdicts = "".join(
         f'<li><b>{escape(HEADINGS[each.level])}</b>: {escape(each.text)}</li>' for each in report.verdicts
@@ -90,11 +90,11 @@ def fragment(report: Report) -> str:
     return f"<div><h3>{_heading(report)}</h3><ul>{verdicts}</ul>{drawings}</div>"
 
 
-def _heading(report: Report) -> str:
+def _heading(report: AdapterReport) -> str:
     return escape(", ".join(facts.name for facts in report.facts))
 
 
-def _lead(report: Report) -> str:
+def _lead(report: AdapterReport) -> str:
     measured = report.measured
     targets = len({effect.target for effect in measured.effects})
     told = [f"{len(report.facts)} adapter{'' if len(report.facts) == 1 else 's'} at {targets:,} targets"]
@@ -108,7 +108,7 @@ def _lead(report: Report) -> str:
     return ", ".join(told) + "."
 
 
-def _parts(report: Report) -> Iterable[str]:
+def _parts(report: AdapterReport) -> Iterable[str]:
     yield _section("verdicts", "Verdicts", _verdicts(report))
     yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
     for group, charts in groupby(report.charts, key=lambda chart: chart.group):
@@ -128,7 +128,7 @@ def _section(name: str, title: str, inside: str, kind: str = "") -> str:
     return f'<section id="{name}" aria-labelledby="{name}-h">{head}<div{of}>{inside}</div></section>'
 
 
-def _verdicts(report: Report) -> str:
+def _verdicts(report: AdapterReport) -> str:
     found = []
     for level in LEVELS:
         here = [each for each in report.verdicts if each.level == level]
@@ -224,7 +224,7 @@ SHARES = ("share", "first direction", "of the weight", "kept")
 class _Rows:
     """The data that the columns read."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: AdapterReport) -> None:
         self.facts = report.facts
         self.totals = [report.measured.norm(at) for at in range(len(report.facts))]
         self.kept = {each.target: each.kept for each in report.measured.merged}
@@ -235,7 +235,7 @@ def _share(effect: Effect, rows: _Rows) -> float | None:
     return None if effect.norm is None or not total else (effect.norm / total) ** 2
 
 
-def _table(report: Report) -> str:
+def _table(report: AdapterReport) -> str:
     effects = report.measured.effects
     rows = _Rows(report)
     shown = sorted(effects, key=lambda each: -(each.norm or 0.0))[:MOST_ROWS]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class AdapterReport:
     """A report about adapters. It shows itself in notebooks.
 
     Attributes:
@@ -123,7 +123,7 @@ class Report:
 def made(
     adapters: Sequence[Adapter], names: Sequence[str], *, paths: Sequence[Path | None] = (),
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
-) -> Report:  # fmt: skip
+) -> AdapterReport:  # fmt: skip
     """Make a report.
 
     Args:
@@ -146,7 +146,7 @@ def made(
     measured = measure(
         adapters, names, base=_plain(base), merged=_plain(merged), weights=weights, rename=rename
     )  # fmt: skip
-    return Report(
+    return AdapterReport(
         tuple(facts), measured, tuple(verdicts(measured, facts)), None if base is None else str(base.root),
         None if merged is None else str(merged.root), time.perf_counter() - started,
     )  # fmt: skip

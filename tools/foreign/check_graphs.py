@@ -102,7 +102,7 @@ def merged(path: Path, adapter: Adapter, base: Path, scratch: Path) -> str:
     return "".join(words)
 
 
-def said(report: ak.onnx.Report) -> str:
+def said(report: ak.onnx.GraphReport) -> str:
     """What the check came to."""
     told = [] if report.difference is None else [f"differs by {report.difference:.1e}"]
     return ", ".join([*told, *([] if report.note is None else [report.note])])

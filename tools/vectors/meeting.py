@@ -438,6 +438,22 @@ def computed() -> Iterator[Computed]:
     inner = np.maximum(normed(h + r, gain, shift) @ first[0].T, 0) @ first[1].T + h
     ended = normed(neck(inner, *second) + r, gain, shift)
     yield case("residual_comes_once", ended, reads, again, **{f"q.{name}": value for name, value in closed.items()})
+    seen = {f"q.{name}": value for name, value in closed.items()}
+    bare = {"attributes": {"original_ln_before": True, "original_ln_after": False}}
+    yield case("residual_as_the_last_says", ended, _update("bottleneck") | bare, again, **seen)
+    left = neck(inner, *second)
+    yield case(
+        "residual_that_the_last_leaves_out", left, reads, again | {"attributes": {"original_ln_after": False}}, **seen
+    )
+    table, tokens = _values("ct", 3, 5), np.array([4, 0])
+    looked = {"q.weight": stored(table, "F64"), "q.x": stored(tokens, "I64")}
+    beside = _update("bottleneck", attributes={"parallel": True})
+    file = _file(beside, down=parts["down"], up=parts["up"])
+    read = table.T[tokens] + np.maximum(r @ first[0].T, 0) @ first[1].T + r
+    known = looked | {"q.added": stored(r, "F64"), "q.y": stored(read, "F64")}
+    yield Computed("tokens_beside_a_residual", file, known, ("R-10.9", "R-13.4"))
+    square = looked | {"q.weight": stored(table[:, :3], "F64"), "q.x": stored(np.array([2, 0]), "I64")}
+    yield Computed("tokens_that_a_formula_computes_with", file, square, ("R-13.4",), "Unsupported", "q")
     behind = lora | {"target": {"path": "q", "rows": [0, 3]}}
     yield case("weight_of_another_target", neck(changed, *first), _update("bottleneck"), behind)
     placed = {"residual": "first", "norm": "last", "original_ln_after": False}

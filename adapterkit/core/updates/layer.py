@@ -18,14 +18,17 @@ class Layer(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, `[out, in, *k]`."""
+        ...
 
     @property
     def channel(self) -> int:
         """The axis of the output's channels."""
+        ...
 
     @property
     def weight(self) -> Tensor:
         """The current weight, `[out, in, *k]`."""
+        ...
 
     @property
     def bias(self) -> Tensor | None:
@@ -34,30 +37,39 @@ class Layer(Protocol):
     @property
     def call(self) -> Mapping[str, Any]:
         """The arguments of the model's own call, by name."""
+        ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the complete output."""
+        ...
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         """Apply another weight with the same geometry (stride, padding, lookup)."""
+        ...
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
         """Apply `op` with zeros around the input and without dilation."""
+        ...
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         """Mix channels by a matrix `[out, r]`, as a 1x1 convolution does."""
+        ...
 
     def per_channel(self, v: Tensor) -> Tensor:
         """Return a vector `[out]` in the shape that adds to the output."""
+        ...
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return the output before a residual is added and the sum normalised."""
+        ...
 
     def residual(self, x: Tensor) -> Tensor | None:
         """Return the value that is added to the output, if any."""
 
     def norm(self, h: Tensor) -> Tensor:
         """Normalise the sum; h itself if there is no normalisation."""
+        ...
 
     def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
         """Return the output for another hidden value; without `whole`, neither residual nor norm is part of it."""
+        ...
