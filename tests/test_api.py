@@ -179,3 +179,49 @@ def test_inspect_is_what_the_command_prints(folder: Path, monkeypatch: pytest.Mo
     assert repr(found).startswith("NameMap(")
     assert found._repr_html_().count("<tr>") == 1 + len(found["targets"])
     assert ak.verify("base.safetensors", "base.safetensors", ["a"])._repr_html_().count("<tr>") > 1
+
+
+def test_options_are_one_value_for_plan_and_merge(folder: Path) -> None:
+    """The same options by name and as one value give the same plan and the same bytes."""
+    base, options = folder / "base.safetensors", ak.MergeOptions(dtype="bf16", seed=3, rename=["model.q=model.q"])
+    named = {"dtype": "bf16", "seed": 3, "rename": "model.q=model.q"}
+    plan = ak.plan(base, folder / "a", options=options)
+    assert isinstance(plan, ak.Plan)
+    assert plan.digest == ak.plan(base, folder / "a", **named).digest  # type: ignore[arg-type]
+    assert plan.digest != ak.plan(base, folder / "a").digest
+    one = ak.merge(base, folder / "a", folder / "one.safetensors", options=options)
+    ak.merge(base, folder / "a", folder / "two.safetensors", **named)  # type: ignore[arg-type]
+    assert isinstance(one, ak.Report)
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    assert isinstance(ak.verify(folder / "one.safetensors", base, folder / "a", seed=3), ak.Verification)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"options": ak.MergeOptions(seed=1), "dtype": "bf16"}, r"dtype is given twice.*MergeOptions\(dtype="),
+        ({"options": {"dtype": "bf16"}}, r"options is a dict.*adapterkit\.MergeOptions"),
+        ({"options": ak.MergeOptions(tied="both")}, "unknown choice 'both' for tied weights"),
+        ({"options": ak.MergeOptions(dtype="float17")}, "float17"),
+    ],
+)
+def test_options_that_contradict_are_refused(folder: Path, given: dict[str, object], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        ak.merge(folder / "base.safetensors", folder / "a", folder / "out.safetensors", **given)  # type: ignore[arg-type]
+    assert not (folder / "out.safetensors").exists()
+
+
+def test_results_are_public_and_of_one_name(folder: Path) -> None:
+    """No two public classes share a name, and every verb returns one of them."""
+    classes = [value for name in ak.__all__ if isinstance(value := getattr(ak, name), type)]
+    names = [each.__name__ for each in (*classes, ak.onnx.GraphReport)]
+    assert len(set(names)) == len(names)
+    base = folder / "base.safetensors"
+    results = {
+        ak.Inspection: ak.inspect(folder / "a"), ak.Comparison: ak.diff(folder / "a", folder / "b"),
+        ak.NameMap: ak.names(base, folder / "a"), ak.Scan: ak.scan(folder / "a"),
+        ak.AdapterReport: ak.report(folder / "a"), ak.Plan: ak.plan(base, folder / "a"),
+    }  # fmt: skip
+    for kind, found in results.items():
+        assert type(found) is kind
+        assert "\n" not in repr(found)

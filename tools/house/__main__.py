@@ -139,11 +139,16 @@ def comments() -> dict[str, Any]:
     return found
 
 
-def circles(trees: dict[Path, ast.Module]) -> dict[str, Any]:
-    """Circles of imports, those of functions and of types included: number, and the largest."""
+def circles_of(trees: dict[Path, ast.Module]) -> list[list[str]]:
+    """Modules that import one another, those of functions and of types included: one list a circle."""
     names = {name_of(path): path for path in trees}
     edges = {name: set(imported(name, path, trees[path], names)) for name, path in names.items()}
-    groups = [group for group in components(edges) if len(group) > 1]
+    return [sorted(group) for group in components(edges) if len(group) > 1]
+
+
+def circles(trees: dict[Path, ast.Module]) -> dict[str, Any]:
+    """Circles of imports: number, and the largest."""
+    groups = circles_of(trees)
     return {
         "circles of imports": len(groups),
         "modules in the largest circle": max(map(len, groups), default=0),
