@@ -13,8 +13,6 @@ from .ggml_k_blocks import k_pieces
 if TYPE_CHECKING:
     from .lazy import Array
 
-    Array = Array
-
 BLOCKS = {
     "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),

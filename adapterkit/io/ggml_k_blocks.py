@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .lazy import Array
 
-    Array = Array
-
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
 """Candidate scales: how far beyond a run's largest number the range reaches, in quantization steps."""
 
