@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Mutation testing of formulas and of the engine: change one operator or number, and see whether a test fails.
+
+    python tools/mutants.py                      all chapters of tools/mutants.toml
+    python tools/mutants.py lora blocks          these
+    python tools/mutants.py --sample 20          at most 20 mutants of each, drawn by --seed
+    python tools/mutants.py --list               what there is
+
+cosmic-ray makes the mutants. It writes them into the files, so everything happens in a copy of the checkout. A mutant
+that survives is a line that no test holds: write the test, or say in tools/mutants.toml why the line computes the same.
+Exit code 1 if one survives without a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("adapterkit", "spec", "tests", "tools", "docs", "examples", "pyproject.toml", "README.md", "CHANGELOG.md")
+TIMEOUT = 300
+"""Seconds that the tests of one mutant may take."""
+
+
+def main() -> int:
+    """Run the chapters that are asked for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", metavar="CHAPTER")
+    parser.add_argument("--sample", type=int, metavar="N", help="at most N mutants of each chapter")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--list", action="store_true", help="list the chapters")
+    options = parser.parse_args()
+    known = tomllib.loads((ROOT / "tools" / "mutants.toml").read_text("utf-8"))
+    chapters = {each["name"]: each for each in known["chapter"]}
+    if options.list:
+        for name, each in chapters.items():
+            print(f"{name:16} {each['module']}: {each['tests']}")
+        return 0
+    if unknown := [name for name in options.chapters if name not in chapters]:
+        parser.error(f"no chapter {unknown[0]}; known: {', '.join(chapters)}")
+    reasons = {(each["line"], each["operator"]): each["why"] for each in known.get("same", ())}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(folder))
+        left = [
+            survivor
+            for name in options.chapters or chapters
+            for survivor in survivors(chapters[name], copy, options.sample, options.seed, reasons)
+        ]
+    return bool(left)
+
+
+def copied(folder: Path) -> Path:
+    """Copy what the tests need, and link the environment."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def survivors(
+    chapter: dict[str, Any], copy: Path, sample: int | None, seed: int, reasons: dict[tuple[str, str], str]
+) -> list[str]:
+    """Run one chapter's mutants; print and return those that no test noticed and no reason explains."""
+    source = (copy / chapter["module"]).read_text("utf-8")
+    python = ROOT / ".venv" / "bin" / "python"
+    command = f"{python} -m pytest -q -x -p no:cacheprovider {chapter['tests']}"
+    config, session = copy / "mutants.config.toml", copy / "mutants.sqlite"
+    config.write_text(
+        f"[cosmic-ray]\nmodule-path = {json.dumps(chapter['module'])}\ntimeout = {TIMEOUT}.0\nexcluded-modules = []\n"
+        f"test-command = {json.dumps(command)}\n\n[cosmic-ray.distributor]\nname = 'local'\n"
+    )
+    session.unlink(missing_ok=True)
+    ray(copy, "init", config.name, session.name)
+    skipped = thinned(session, sample, seed) if sample is not None else 0
+    ray(copy, "exec", config.name, session.name)
+    lines, left, killed, same = source.split("\n"), [], 0, 0
+    for spec, result in records(session):
+        if result["worker_outcome"] == "skipped":
+            continue
+        if result["test_outcome"] != "survived":
+            killed += 1
+            continue
+        line, operator = lines[spec["start"] - 1].strip(), spec["operator"].rpartition("/")[2]
+        if (line, operator) in reasons:
+            same += 1
+            continue
+        left.append(f"{chapter['module']}:{spec['start']}: {operator}: {line}")
+    print(f"{chapter['name']}: {killed} killed, {same} that compute the same, {len(left)} survived", end="")
+    print(f", {skipped} not drawn" if skipped else "", flush=True)
+    for each in left:
+        print(f"    {each}", flush=True)
+    (copy / chapter["module"]).write_text(source, "utf-8")
+    return left
+
+
+def ray(copy: Path, *words: str) -> None:
+    """Run cosmic-ray in the copy, quietly."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    command = [str(ROOT / ".venv" / "bin" / "python"), "-m", "cosmic_ray.cli", *words]
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.exit(f"cosmic-ray {words[0]}: {run.stderr[-2000:]}\nInstall it: .venv/bin/python -m pip install cosmic-ray")
+
+
+def thinned(session: Path, sample: int, seed: int) -> int:
+    """Mark all mutants but a sample as skipped; return how many."""
+    from cosmic_ray.work_db import WorkDB, use_db
+    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+
+    with use_db(str(session), WorkDB.Mode.open) as database:
+        items = sorted(item.job_id for item in database.work_items)
+        kept = set(random.Random(seed).sample(items, min(sample, len(items))))
+        for job in (job for job in items if job not in kept):
+            database.set_result(job, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+    return len(items) - len(kept)
+
+
+def records(session: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each mutant, with where it is and what became of it."""
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    found = []
+    with use_db(str(session), WorkDB.Mode.open) as database:
+        for job, result in database.results:
+            item = next(each for each in database.work_items if each.job_id == job)
+            mutation = item.mutations[0]
+            spec = {"start": mutation.start_pos[0], "operator": mutation.operator_name}
+            outcome = None if result.test_outcome is None else result.test_outcome.value
+            found.append((spec, {"worker_outcome": result.worker_outcome.value, "test_outcome": outcome}))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
