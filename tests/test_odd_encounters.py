@@ -6,14 +6,17 @@ of its own, which carries the text.
 
 import copy
 import itertools
+import tempfile
 
 import accelerate
 import peft
 import pytest
 import torch
 import transformers
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from situations import Situations, X, adapter, changed, inject, one
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn import functional
 
 import adapterkit as ak
@@ -372,6 +375,66 @@ def test_a_lazy_module_has_no_adapter_yet(targets):
     assert ak.torch.create(model, "lora", targets=targets, rank=2).updates
 
 
+@odd("diffusers' layerwise casting after injecting", raises=Unsupported, match="layerwise casting rounds the adapter")
+def _():
+    model = one().float()
+    inject(model)
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+    model(X.float())
+
+
+@odd("diffusers' layerwise casting before injecting", raises=Unsupported, match="skip_modules_pattern")
+def _():
+    model = one().float()
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+    inject(model)
+
+
+@odd("diffusers' layerwise casting of other layers")
+def _():
+    model = nn.Sequential(one()[0].float(), nn.Linear(8, 8))
+    inject(model)
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=["^0$"])
+    model(X.float())
+    W, b = model[1].weight.float(), model[1].bias.float()
+    return model(X.float()), functional.linear(linear(one()[0]).float(), W, b)
+
+
+@odd("diffusers' group offloading to disk, before and after")
+def _():
+    results = []
+    for first in (True, False):
+        model, twin = Stack().double(), stack()[2]
+        with tempfile.TemporaryDirectory() as folder:
+            if first:
+                inject(model, UP, 16, 16)
+            apply_group_offloading(
+                model, onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=folder
+            )
+            if not first:
+                inject(model, UP, 16, 16)
+            model(X)
+            results.append(model(X))
+    return torch.cat(results), torch.cat([twin(X)] * 2)
+
+
+@odd("torch.distributed.checkpoint's state dicts of the model")
+def _():
+    model, handle, _ = stack(trainable=True)
+    assert set(get_model_state_dict(model)) == set(Stack().state_dict())
+    handle.checkpoint = "adapter"
+    optimizer = torch.optim.AdamW(handle.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    wanted, state = model(X), copy.deepcopy(get_model_state_dict(model))
+    assert len(state) == 2
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.zero_()
+    set_model_state_dict(model, state)
+    return model(X), wanted
+
+
 # Adapters that transformers itself manages, through PEFT.
 
 
@@ -464,8 +527,8 @@ def test_a_peft_model_around_ours(kind, tmp_path):
         torch.testing.assert_close(model.merge_and_unload()(IDS).logits, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_there_are_twenty():
-    assert len(SITUATIONS) >= 20
+def test_there_are_thirty():
+    assert len(SITUATIONS) >= 30
 
 
 @pytest.mark.parametrize("name", SITUATIONS)

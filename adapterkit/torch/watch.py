@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
+from .layers import check_precision
 from .leaves import Leaf, reclaim
 from .sharding import check_averaged
 
@@ -187,7 +188,7 @@ class _Step:
         if self.blocks and any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self._look(module)
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
         """Look while the module is compiled; see `_Hook.look_once`."""
         self._look(self.module)
@@ -243,7 +244,7 @@ class _Hook:
         self._gather()
         self._stand()
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
         """Look while the model is compiled. That it returns is a constant, so that what it does is not traced.
 
@@ -309,6 +310,7 @@ class _Hook:
         if self.forwards is None:
             self._gather()
         for module, forward in self.forwards or ():
+            check_precision(module)
             kind: Any = type(module)
             if "forward" not in module.__dict__ or kind.forward is not forward:
                 moved = True
