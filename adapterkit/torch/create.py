@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..core.adapter import LAYOUTS, Adapter, Target
 from ..core.updates import ContextUpdate, Update
@@ -295,6 +296,10 @@ def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
     module = _module(model, path)
     if module is not None and not _weighted(module):
         return tuple(_as_if_square(module, path).shape)
+    held: Any = getattr(module, "weight", None)
+    if is_lazy(held):
+        cure = "Call the model once, so that it takes its sizes from its input"
+        raise Unsupported(f"a {type(module).__name__} without a weight yet", where=path, cure=cure)
     stored = tuple(model.get_parameter(path).shape) if module is None else stored_shape(module)
     return tuple(view(torch.empty(stored, device="meta"), target).shape)[int(target.stacked) :]
 

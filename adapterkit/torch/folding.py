@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,8 @@ class Merged:
         values: the bits there.
         checksum: that of the bits from before.
         version: torch's count of the parameter's changes after the merge.
+        dtype: the parameter's, where its bits are computed again.
+        stack: the merges into the parameter that can be undone, in their order; all of them hold the same list.
     """
 
     parameter: Tensor
@@ -95,23 +97,38 @@ class Merged:
     values: Tensor | None = None
     checksum: tuple[int, int] = (0, 0)
     version: int = -1
+    dtype: torch.dtype | None = None
+    stack: list[Merged] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "version": self.version - self.parameter._version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The parameter of a copied model counts its changes anew.
+        self.__dict__.update(state, version=state["version"] + state["parameter"]._version)
+        _MERGES.setdefault(self.parameter, self.stack)
 
     @property
     def is_last(self) -> bool:
         """Whether nothing changed the parameter since."""
-        return _MERGES[self.parameter][-1] is self and self.parameter._version == self.version
+        return self.stack[-1] is self and self.parameter._version == self.version
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the parameter has another dtype since, in which its bits cannot be computed again."""
+        return self.dtype not in (None, self.parameter.dtype)
 
     def push(self) -> None:
         """Note the merge as the last change of the parameter."""
         self.version = self.parameter._version
-        _MERGES.setdefault(self.parameter, []).append(self)
+        self.stack = _MERGES.setdefault(self.parameter, self.stack)
+        self.stack.append(self)
 
     def pop(self) -> None:
         """Note that the merge is undone; the merge before this one is then the parameter's last change."""
-        merges = _MERGES[self.parameter]
-        merges.pop()
-        if merges:
-            merges[-1].version = self.parameter._version
+        self.stack.pop()
+        if self.stack:
+            self.stack[-1].version = self.parameter._version
 
     def slim(self, again: Tensor) -> None:
         """Keep only the places where the bits computed again differ, if that takes less memory.
@@ -123,7 +140,8 @@ class Merged:
         was, now = _bits(self.before), _bits(again)
         places = (was != now).nonzero().flatten()
         if len(places) * (8 + was.element_size()) < was.numel() * was.element_size():
-            self.places, self.values, self.checksum, self.before = places, was[places], _checksum(was), None
+            self.places, self.values, self.checksum, self.dtype = places, was[places], _checksum(was), self.before.dtype
+            self.before = None
 
     def restored(self, again: Tensor) -> Tensor | None:
         """Return the bits from before, as a tensor; None where the checksum is another.
@@ -137,7 +155,7 @@ class Merged:
         assert self.values is not None
         found = again.detach().clone(memory_format=torch.contiguous_format)
         bits = _bits(found)
-        bits[self.places] = self.values
+        bits[self.places.to(bits.device)] = self.values.to(bits.device)
         return found if _checksum(bits) == self.checksum else None
 
 
@@ -212,6 +230,14 @@ def fold(hook: ForwardHook, parts: list[Part]) -> None:
     changed = hook.changed(parts, torch.float64)
     for path, value in changed.items():
         put(tensor_at(hook.module, path), value)
+
+
+def is_whole(model: nn.Module, folded: Folded, merged: Sequence[Merged]) -> bool:
+    """Whether a model still has the modules and the parameters that a merge changed."""
+    modules, parameters = {id(module) for module in model.modules()}, {id(each.parameter) for each in merged}
+    if any(id(hook.module) not in modules for hook, _ in folded):
+        return False
+    return all(id(tensor_at(hook.module, p)) in parameters for hook, parts in folded for p in changed_by(parts))
 
 
 def subtracted(folded: Folded, merged: list[Merged]) -> list[tuple[Merged, Tensor | None]]:

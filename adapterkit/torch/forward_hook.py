@@ -75,6 +75,7 @@ class ForwardHook:
         self.slot = "_old_forward" if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook") else "forward"
         self.module, self.original = module, getattr(module, self.slot)
         self.before = module.__dict__.get(self.slot)
+        self.wrapper: Any = None  # Another tool's forward around this one, when the last part was detached.
         self.layer: Layer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
         self.parts: list[Part] = []
@@ -127,10 +128,11 @@ class ForwardHook:
 
     def _stand(self) -> None:
         self._look()
-        self.module.__dict__[HOOK] = self
-        self.module.__dict__[SCRIPTING] = self.refuse_scripting
-        mine = Entry(self) if self.contexts or self.call_recorders else self.forward
-        self.module.__dict__[self._standing() or self.slot] = mine
+        held, slot = self.module.__dict__, self._standing()
+        wrapped = slot is None and self.slot in held and (held.get(HOOK) is self or self.wrapper is not None)
+        held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
+        if not wrapped:  # Otherwise another tool's forward stands there, and calls this one.
+            held[slot or self.slot] = Entry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
         """Take in what is attached now, and throw away what was worked out for other parts."""
@@ -182,6 +184,7 @@ class ForwardHook:
         del self.module.__dict__[HOOK], self.module.__dict__[SCRIPTING]
         slot = self._standing()
         if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
+            self.wrapper = self.module.__dict__.get(self.slot)
             return
         if self.before is not None:
             self.module.__dict__[slot] = self.before
@@ -194,7 +197,9 @@ class ForwardHook:
         scope = self.recall.scope(self.module.training, self.recalled)
         if self.copied is not None:
             self._check_copy(self.copied)
-        if self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        plain = self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
+        # Making a plan reads the tensors in another order than using it: torch.jit.trace compares two runs.
+        if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
             if y is not None:
                 return y
@@ -609,6 +614,23 @@ def hook_at(module: nn.Module) -> ForwardHook:
     """The hook that stands at a module, or a new one."""
     standing = module.__dict__.get(HOOK)
     return standing if isinstance(standing, ForwardHook) else ForwardHook(module)
+
+
+def hook_again(hook: ForwardHook) -> ForwardHook | None:
+    """Return the hook for parts that `hook` had to the end; None where another tool's forward would go around less.
+
+    Args:
+        hook: a hook without parts.
+    """
+    held = hook.module.__dict__
+    standing = held.get(HOOK)
+    if hook.wrapper is not None:
+        return hook if standing in (None, hook) and held.get(hook.slot) is hook.wrapper else None
+    met = held.get("forward") if standing is None else standing.before
+    own = getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
+    # Inside of accelerate's hooks a new one stands where the old one would.
+    fits = met is hook.before or own or "_hf_hook" in held
+    return hook_at(hook.module) if fits else None
 
 
 def names_of(model: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +15,8 @@ from ..core.adapter import Adapter, Target
 from ..core.updates import Update
 from ..errors import ShapeMismatch, UsageError, nearest
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
-from .folding import KEEPS, Merged, changed_by, fold, foldable, restore, slim, subtracted
-from .forward_hook import ForwardHook, Part
+from .folding import KEEPS, Merged, changed_by, fold, foldable, is_whole, restore, slim, subtracted
+from .forward_hook import ForwardHook, Part, hook_again, names_of
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .routing import check_unrouted
@@ -303,8 +304,8 @@ class Handle:
         """Give the base the exact bits back that it had before `merge_(keep=...)`, and attach the adapter again.
 
         Raises:
-            UsageError: the adapter was not merged with `keep`, its weights were changed since, or, where they are
-                recomputed, the adapter was. Nothing is changed then.
+            UsageError: the adapter was not merged with `keep`, its weights were changed or replaced since, or, where
+                they are recomputed, the adapter was; or another adapter has its name. Nothing is changed then.
         """
         if self._state != "merged" or not self._merged:
             why = "there are no weights from before a merge"
@@ -312,6 +313,23 @@ class Handle:
         if not all(each.is_last for each in self._merged):
             why = "the merged weights were changed after the merge"
             raise UsageError(why, where=self.name, cure="Undo that first: the last merge is unmerged first")
+        if not is_whole(self._model, self._folded, self._merged):
+            why = "the merged weights, or their modules, were replaced after the merge"
+            raise UsageError(why, where=self.name, cure="Load the base again, and inject the adapter into it")
+        if any(each.is_cast for each in self._merged):
+            why = "the merged weights got another dtype, in which the bits from before cannot be computed again"
+            raise UsageError(why, where=self.name, cure='Convert the model back, or merge with keep="copy"')
+        if self.name in names_of(self._model):
+            why = "another adapter of this name is attached"
+            raise UsageError(why, where=self.name, cure="Remove that one first")
+        hooks: list[ForwardHook] = []
+        for hook, _ in self._parts:
+            again = hook_again(hook)  # Another adapter's hook may stand at the module now.
+            if again is None:
+                why = "another tool has put a forward on the layer since the merge, or taken one off"
+                cure = "Undo that, call unmerge_(), and do it again"
+                raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
+            hooks.append(again)
         found = subtracted(self._folded, self._merged)
         if any(value is None for _, value in found):
             why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
@@ -321,7 +339,9 @@ class Handle:
             each.pop()
         for leaf in self._leaves:
             leaf.register()
-        for hook, parts in self._parts:
+        self._hooks = hooks
+        for hook, (_, parts) in zip(hooks, self._parts, strict=True):
+            hook.home = hook.home or weakref.ref(self._model)
             for part in parts:
                 hook.attach(part)
         self._state, self._merged, self._folded = "attached", [], []

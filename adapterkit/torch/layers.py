@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.updates import Update
-from ..errors import ShapeMismatch
+from ..errors import ShapeMismatch, Unsupported
 
 Forward = Callable[..., Any]
 
@@ -289,6 +289,21 @@ def stored_shape(module: nn.Module) -> tuple[int, ...]:
         return (int(sizes[0]), int(sizes[1]))
     W: Any = module.weight
     return tuple(W.shape)
+
+
+def check_precision(module: nn.Module) -> None:
+    """Check that diffusers' layerwise casting does not round a module's tensors between forwards.
+
+    It casts all of them, an adapter's too, and its forward stands around the one that would see the weight cast back.
+
+    Raises:
+        Unsupported: it does.
+    """
+    hooks = module.__dict__.get("_diffusers_hook")
+    if hooks is not None and hooks.get_hook("layerwise_casting") is not None:
+        why = "diffusers' layerwise casting rounds the adapter along with the weight"
+        cure = "Leave the layer out by skip_modules_pattern, or call handle.merge_() before enable_layerwise_casting()"
+        raise Unsupported(why, where=type(module).__name__, cure=cure)
 
 
 def _channels(w: Tensor, channels: int) -> ShapeMismatch:

@@ -314,8 +314,9 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
     if tensor.is_floating_point():
         wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
-    made = spread(tensor.clone(), like, model)
-    return nn.Parameter(made) if trained and made.is_floating_point() else made
+    with torch.inference_mode(False):  # A tensor that is made under it can never be trained.
+        made = spread(tensor.clone(), like, model)
+        return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
 def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,13 +1,18 @@
 """Notice at the next forward that another tool took an adapter out of the model.
 
 `quantize_dynamic`, `replace_module` functions and attention fusers put a new module in the place of one that carries an
-adapter. The new one runs without it, and nothing else would say so. A tool that deletes a module's `forward` takes the
-adapter off with it. One that patches the forward of its class, or gives the module another class, would be ignored: the
-adapter runs the forward that it met.
+adapter, or of a block around it. The new one runs without it, and nothing else would say so. A tool that deletes a
+module's `forward` takes the adapter off with it. One that patches the forward of its class, or gives the module another
+class, would be ignored: the adapter runs the forward that it met.
+
+The model's own forward looks at everything. People also call a part of a model: its encoder, one block, the layers of
+a pipeline's stage. Each module on the way down to an adapter therefore looks at the next step of the way.
 """
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,11 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
+from .layers import check_precision
 from .leaves import Leaf, reclaim
 from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
-"""(parent, name of the child, the module with an adapter)."""
+"""(parent, name of the child, the child): a step on the way from the model to a module with an adapter."""
 
 Forwards = list[tuple[nn.Module, Any]]
 """(module with an adapter, the forward of its class)."""
@@ -113,12 +119,7 @@ class Watch:
 
     def _find(self) -> list[Place]:
         wanted = {id(module): module for module in self.modules if module is not self.model}
-        found = [
-            (parent, name, child)
-            for parent in self.model.modules()
-            for name, child in parent._modules.items()
-            if child is not None and id(child) in wanted
-        ]
+        found = ways(self.model, wanted.keys())
         present = {id(child) for _, _, child in found}
         lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
@@ -127,14 +128,97 @@ class Watch:
 
     def _raise(self, module: nn.Module, why: str) -> None:
         where = next((name for name, each in self.model.named_modules() if each is module), None)
-        cure = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"
-        raise Unsupported(f"the adapter {self.name!r} does not act any more: {why}", where=where, cure=cure)
+        raise Unsupported(f"the adapter {self.name!r} does not act any more: {why}", where=where, cure=_AGAIN)
+
+
+def ways(model: nn.Module, wanted: Iterable[int]) -> list[Place]:
+    """Return each step on the ways from a model down to some modules, which are given by their ids."""
+    leads: dict[int, bool] = dict.fromkeys(wanted, True)
+    seen: set[int] = set()
+    found: list[Place] = []
+
+    def lead(module: nn.Module) -> bool:
+        if id(module) not in seen:
+            seen.add(id(module))
+            for name, child in module._modules.items():
+                if child is not None and lead(child):
+                    found.append((module, name, child))
+                    leads[id(module)] = True
+        return leads.get(id(module), False)
+
+    lead(model)
+    return found
+
+
+class _Step:
+    """The forward pre-hook of a module between a model and its adapters, for those who call that module by itself.
+
+    It holds no more of the model than what lies below: a copy of one block must not copy the model.
+
+    Args:
+        module: the module.
+        places: its steps, and those of the lists below it, which nobody calls.
+        home: the model.
+    """
+
+    def __init__(self, module: nn.Module, places: list[Place], home: nn.Module) -> None:
+        self.module, self.places = module, places
+        self.home: weakref.ref[nn.Module] | None = weakref.ref(home)
+        self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "home": None}  # A weak reference cannot be pickled; the model's hook puts it back.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Step:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            for parent, name, child in self.places:  # The compiler guards each of them.
+                if parent._modules.get(name) is not child:
+                    self.look_once()
+            return
+        for parent, name, child in self.places:
+            if parent._modules.get(name) is not child:
+                self._look(module)
+                break
+        if self.blocks and any(parent.__dict__.get("fused_projections") for parent in self.blocks):
+            self._look(module)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def look_once(self) -> bool:
+        """Look while the module is compiled; see `_Hook.look_once`."""
+        self._look(self.module)
+        return True
+
+    def _look(self, module: nn.Module) -> None:
+        """Look for what was moved in the whole model, or, in a copy of a part of it, below the module.
+
+        Raises:
+            Unsupported: an adapter does not act any more.
+        """
+        home = None if self.home is None else self.home()
+        if home is not None:
+            _hook_of(home).look_again()
+            return
+        present = {id(each) for each in module.modules()}
+        for parent, name, child in self.places:
+            lost = parent._modules.get(name) is not child and id(child) not in present
+            if lost or (parent.__dict__.get("fused_projections") and _is_fused_away(name)):
+                why = f"an adapter does not act any more: {name} of a {type(parent).__name__} was replaced or fused"
+                raise Unsupported(why, where=type(module).__name__, cure=_AGAIN)
 
 
 class _Hook:
     """The forward pre-hook of a model with adapters: one for all of them, as they mostly have the same modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.steps: list[_Step] = []
+        self.steps_of_model: list[Place] = []
         self.watches: list[Watch] = []
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
@@ -145,13 +229,64 @@ class _Hook:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "forwards": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for step in self.steps:
+            step.home = weakref.ref(self.model)
+
     def add(self, watch: Watch) -> None:
         self.watches.append(watch)
         self._gather()
+        self._stand()
 
     def drop(self, watch: Watch) -> None:
         self.watches.remove(watch)
         self._gather()
+        self._stand()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def look_once(self) -> bool:
+        """Look while the model is compiled. That it returns is a constant, so that what it does is not traced.
+
+        Raises:
+            Unsupported: an adapter does not act any more.
+        """
+        for watch in self.watches:
+            watch.check()
+        return True
+
+    def look_again(self) -> None:
+        """Find the adapters' modules where they are now.
+
+        Raises:
+            Unsupported: one does not act any more.
+        """
+        for watch in self.watches:
+            watch.check()
+        self._gather()
+        self._stand()
+
+    def _stand(self) -> None:
+        """Put a hook at each module on the way to an adapter, in the place of those from before."""
+        for step in self.steps:
+            hooks = step.module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is step]:
+                del hooks[key]
+        own: dict[int, list[Place]] = {}
+        for place in self.places:
+            own.setdefault(id(place[0]), []).append(place)
+
+        def below(module: nn.Module) -> list[Place]:
+            steps = own.get(id(module), [])
+            uncalled = [child for _, _, child in steps if type(child).forward is nn.Module.forward]
+            return [*steps, *(place for child in uncalled for place in below(child))]
+
+        parents = {id(parent): parent for parent, _, _ in self.places if parent is not self.model}
+        called = [each for each in parents.values() if type(each).forward is not nn.Module.forward]
+        self.steps_of_model = below(self.model)
+        self.steps = [_Step(module, below(module), self.model) for module in called]
+        for step in self.steps:
+            step.module.register_forward_pre_hook(step)
 
     def _gather(self) -> None:
         each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
@@ -162,7 +297,10 @@ class _Hook:
         self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # Its guards do the same.
+        if torch.compiler.is_compiling():
+            for parent, name, child in self.steps_of_model:  # The compiler guards each of them.
+                if parent._modules.get(name) is not child:
+                    self.look_once()
             return
         if "_is_replica" in model.__dict__:
             # Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
@@ -172,6 +310,7 @@ class _Hook:
         if self.forwards is None:
             self._gather()
         for module, forward in self.forwards or ():
+            check_precision(module)
             kind: Any = type(module)
             if "forward" not in module.__dict__ or kind.forward is not forward:
                 moved = True
@@ -184,9 +323,7 @@ class _Hook:
                 watch.reclaim()
             self._gather()
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
-            for watch in self.watches:
-                watch.check()
-            self._gather()
+            self.look_again()
         if DistributedDataParallel._active_ddp_module is not None:
             for watch in self.watches:
                 check_averaged((leaf.tensor for leaf in watch.leaves), watch.name)
@@ -196,7 +333,7 @@ def _hook_of(model: nn.Module) -> _Hook:
     """The hook of this module at a model, registered if it is not there."""
     found = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
     if found is None:
-        found = _Hook()
+        found = _Hook(model)
         model.register_forward_pre_hook(found)
     return found
 
@@ -215,3 +352,6 @@ def _no_fused_path(_: nn.Module, args: Any) -> None:
     if args and isinstance(args[0], torch.Tensor) and args[0].is_nested:
         cure = "Call torch.backends.mha.set_fastpath_enabled(False), or build it with enable_nested_tensor=False"
         raise Unsupported("an nn.TransformerEncoder that packs its input for the fused path", cure=cure)
+
+
+_AGAIN = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"
