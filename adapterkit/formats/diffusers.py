@@ -46,7 +46,7 @@ FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _PART = f"(?:{'|'.join(PARTS)})"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
-    r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?|dora_scale)"
+    r"|lora_up\.weight|lora_magnitude_vector(?:(?:\.default)?\.weight)?|dora_scale)"
 )
 _SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
 _ALPHA = re.compile(rf"({_PART}\..+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
@@ -67,7 +67,8 @@ _LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
 _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]")
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {
-    "lora_magnitude_vector.weight": "dora", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
+    "lora_magnitude_vector.weight": "dora", "lora_magnitude_vector.default.weight": "dora",
+    "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora",
 }  # fmt: skip
 """Words of keys -> slots; `dora_scale` is OneTrainer's, under diffusers' names."""

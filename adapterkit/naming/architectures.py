@@ -116,6 +116,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kohya: the naming that sd-scripts and tools like it flatten into their keys.
         distinctive: no language model has such names, so they identify the part without a prefix.
         generic: the names allow any number of blocks; the family is chosen only if no other has all names.
+        unlikely: the family shares names with one that far more adapters are of; it is chosen only if no other has all
+            names, or if metadata, a base, or the width and the number of the blocks identify it.
         widths: inputs of its blocks in the published models.
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs divided by its inputs.
@@ -136,6 +138,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kohya: str = "native"
     distinctive: bool = False
     generic: bool = False
+    unlikely: bool = False
     widths: list[int] = []
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}

@@ -58,6 +58,15 @@ WAN = {"dim": 1536, "out_dim": 16, "num_heads": 12, "ffn_dim": 8960, "num_layers
        "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
        "in_dim": 36}  # fmt: skip
 
+WAN_S2V = {key: value for key, value in WAN.items() if key not in ("in_dim", "dim")} | {
+    "in_dim": 16, "dim": 1536, "audio_inject_layers": [0, 1],
+}  # fmt: skip
+RADIANCE = {key: value for key, value in FLUX.items() if key != "guidance_embed"} | {
+    "in_channels": 3, "out_channels": 3, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5,
+    "patch_size": 16, "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_depth": 2, "nerf_max_freqs": 8,
+    "nerf_tile_size": 512, "nerf_embedder_dtype": None, "use_x0": False, "use_sequential_txt_ids": False,
+}  # fmt: skip
+
 LTXAV = {"num_layers": 2, "image_model": "ltxav"}
 
 ACE1 = {
@@ -121,6 +130,14 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         )
     ],
     "chroma": [
+        *(
+            (
+                "ChromaRadiance",
+                "ldm.chroma_radiance.model:ChromaRadiance",
+                RADIANCE | {"nerf_final_head_type": head},
+            )
+            for head in ("linear", "conv")
+        ),
         (
             "Chroma",
             "ldm.chroma.model:Chroma",
@@ -133,7 +150,7 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
                 "hidden_dim": 5120,
                 "n_layers": 5,
             },
-        )
+        ),
     ],
     "auraflow": [
         (
@@ -188,6 +205,7 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
                 "n_kv_heads": 30,
                 "axes_dims": [32, 48, 48],
                 "z_image_modulation": True,
+                "siglip_feat_dim": 1152,
                 "ffn_dim_multiplier": 8.0 / 3.0,
             },
         )
@@ -226,6 +244,8 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         )
     ],
     "wan": [
+        ("WAN22_Animate", "ldm.wan.model_animate:AnimateWanModel", WAN | {"model_type": "animate", "num_layers": 10}),
+        ("WAN22_S2V", "ldm.wan.model:WanModel_S2V", WAN_S2V | {"model_type": "s2v"}),
         ("WAN21", "ldm.wan.model:WanModel", WAN | {"model_type": "i2v"}),
         ("WAN21_Vace", "ldm.wan.model:VaceWanModel", WAN | {"vace_layers": 2, "vace_in_dim": 96, "in_dim": 16}),
     ],
@@ -246,6 +266,27 @@ MODELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
                 "depth_single_blocks": 0,
             },
         )
+    ],
+    "hunyuan_image": [
+        (
+            "HunyuanImage21",
+            "ldm.hunyuan_video.model:HunyuanVideo",
+            HUNYUAN
+            | {
+                "in_channels": 64,
+                "patch_size": [1, 1],
+                "hidden_size": 3584,
+                "num_heads": 28,
+                "axes_dim": [64, 64],
+                "context_in_dim": 3584,
+                "byt5": True,
+                "meanflow": True,
+                "vec_in_dim": None,
+            },
+        )
+    ],
+    "longcat_image": [
+        ("LongCatImage", "ldm.flux.model:Flux", FLUX | {"vec_in_dim": None, "guidance_embed": False}),
     ],
     "ltx": [("LTXV", "ldm.lightricks.model:LTXVModel", {"num_layers": 2})],
     "ltx2": [
@@ -508,7 +549,8 @@ def leads(family: Any, path: str, naming: str, prefix: str, known: dict[str, Any
         total = shapes[weight][0]
         start = 0 if rows is None else rows[1]
         size = total if rows is None else rows[2]
-        same = weight == f"diffusion_model.{piece.path}.weight" or _alike(weight, piece.path)
+        own = f"diffusion_model.{piece.path}"
+        same = weight in (own, f"{own}.weight") or _alike(weight, piece.path)
         unit = total / piece.there.of
         part = piece.there.whole or (round(piece.there.start * unit), round(piece.there.parts * unit)) == (start, size)
         if same and (part or family.name in UNEVEN):

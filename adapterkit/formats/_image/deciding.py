@@ -38,12 +38,14 @@ class Origin:
         naming: `native`, `comfyui` or `diffusers`; empty if not known.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
+        unknown: the base's class in diffusers, if no family is known to have it.
         metadata: the metadata of the file that the adapter was read from.
     """
 
     naming: str = ""
     families: tuple[str, ...] = ()
     inside: bool = False
+    unknown: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,7 +70,8 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
     elif any(path.startswith(("model.diffusion_model.", "diffusion_model.")) for path in known):
         naming = "native"
     inside = all(target.path in known for target in adapter.updates)
-    return Origin(naming, families, inside, metadata)
+    kind = str((base.config or {}).get("_class_name", ""))
+    return Origin(naming, families, inside, "" if families else kind, metadata)
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
@@ -91,7 +94,8 @@ def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
     """List the families that have all of these modules; modules of text encoders are not considered."""
     split = map(rooted, paths)
     inside = [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in DENOISERS]
-    return tuple(family.name for family in families() if all(path in family for path in inside))
+    fitting = [family for family in families() if all(path in family for path in inside)]
+    return tuple(family.name for family in narrowed(fitting, lambda family: not family.facts.unlikely))
 
 
 def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
@@ -118,6 +122,10 @@ def decide(updates: Updates, targets: Collection[Target], naming: str, origin: O
         (family, ""), or (None, reason). Neither a family nor a reason if the names stay as they are.
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
+    if origin.unknown:
+        # Models share names: those of BRIA's attention are FLUX's, and no tool has FLUX's own names for them.
+        why = f"the base is a {origin.unknown}, whose names in {_naming(naming)} are not known"
+        return None, "" if origin.naming == naming else why
     fitting = candidates(updates, targets, origin)
     if not fitting:
         return None, "" if origin.naming == naming else _unknown(paths, naming)
@@ -138,6 +146,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = [family for family in families() if all(path in family for path in paths)]
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = likely(fitting, paths, _inputs(updates, targets), origin)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
         # The caller or the writer of the file named them: other evidence only chooses among the named families.
@@ -180,13 +189,35 @@ def narrowed(families: list[Family], fits: Callable[[Family], object]) -> list[F
     return [family for family in families if fits(family)] or families
 
 
+def likely(fitting: list[Family], paths: Collection[str], inputs: Collection[int], origin: Origin) -> list[Family]:
+    """Leave out the unlikely families that nothing but their names speaks for, if another family is left.
+
+    Args:
+        fitting: the families that have all names.
+        paths: the names, without the part of the pipeline.
+        inputs: the sizes of the adapted weights' inputs.
+        origin: the known facts about the naming; metadata and base families count.
+    """
+
+    def spoken_for(family: Family) -> bool:
+        if family.name in origin.families or said(family, origin.metadata):
+            return True
+        width = set(family.facts.widths).intersection(inputs)
+        others = (other.facts.widths for other in fitting if not other.facts.unlikely)
+        return bool(width) and (complete(family, paths) or all(width.isdisjoint(widths) for widths in others))
+
+    return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
+
+
+def _naming(naming: str) -> str:
+    words = {"native": "its authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
+    return words.get(naming, "the naming of this format")
+
+
 def _unknown(paths: Iterable[str], naming: str) -> str:
     best = max(families(), key=lambda family: sum(path in family for path in paths))
     odd = next(path for path in paths if path not in best)
-    words = {"native": "its authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
-    return (
-        f"{odd} is a module of no family that can be translated into {words.get(naming, 'the naming of this format')}"
-    )
+    return f"{odd} is a module of no family that can be translated into {_naming(naming)}"
 
 
 def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:

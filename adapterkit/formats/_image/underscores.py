@@ -26,7 +26,7 @@ from ...naming.image import (
 )
 from ...naming.patterns import flatten
 from ...naming.pieces import Piece
-from .deciding import complete, families_in, narrowed, said
+from .deciding import Origin, complete, families_in, likely, narrowed, said
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -99,6 +99,7 @@ def _together(
     if not fitting:
         return {}
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = likely(fitting, (), (), Origin(families=tuple(of_base or ()), metadata=metadata))
     tags = {words[stem][0] for stem in inside}
     own = {_FAMILIES.get(tag) for tag in tags}
     fitting = narrowed(
@@ -172,6 +173,9 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
         return found[0]
     if found:
         raise TargetNotFound(f"it can be any of {', '.join(found)}", where=stem, cure=_DECIDE)
+    if tag == "lora_te3" and encoders()["t5"].unflattened(flat):
+        why = "nothing in the file tells which text encoder lora_te3 is: FLUX's T5 is its second, SD 3's its third"
+        raise TargetNotFound(why, where=stem, cure=_DECIDE)
     raise TargetNotFound("no module of a known model has this name", where=stem, cure=_near(flat, walked))
 
 

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "spec" / "architectures"
 HOLE = re.compile(r"(?<=blocks\.)\d+|(?<=layers\.)\d+|(?<=refiner\.)\d+|(?<=norms\.)\d+|(?<=experts\.)\d+"
                   r"|(?<=adaLN_modulations\.)\d+|(?<=layernorm_list\.)\d+|(?<=adaln_modules\.)\d+"
+                  r"|(?<=face_adapter\.)\d+|(?<=injector\.)\d+|(?<=injector_adain_layers\.)\d+"
                   r"|(?<=image\.)\d+|(?<=image_cond\.)\d+|(?<=^caption_projection\.)\d+(?=\.linear)")  # fmt: skip
 LETTERS = "nmkj"
 
@@ -72,7 +73,7 @@ def toml_of(name: str, family: Family) -> str:
     facts: dict[str, Any] = {}
     if family.title:
         facts["title"] = family.title
-    facts["classes"] = list(family.classes)
+    facts["classes"] = [*family.classes, *family.alike]
     facts["words"] = WORDS[name]
     if name in SD_SCRIPTS:
         facts["sd_scripts"] = True
@@ -80,6 +81,8 @@ def toml_of(name: str, family: Family) -> str:
         facts["kohya"] = family.kohya
     if family.distinctive:
         facts["distinctive"] = True
+    if family.unlikely:
+        facts["unlikely"] = True
     facts["widths"] = sorted(widths)
     if family.beside:
         facts["beside"] = family.beside
@@ -121,7 +124,10 @@ def toml_of(name: str, family: Family) -> str:
                          "of": sum(rows) // unit}  # fmt: skip
                 places["diffusers_fused"] = _place(place)
     for weight, places in weights.items() if family.comfyui else ():
-        there = family.comfyui.get(_name(places.get("native", "")))
+        source = places.get("native", "")
+        there = family.comfyui.get(_name(source))
+        if isinstance(there, str) and there and isinstance(source, dict):
+            there = {**source, "name": there}  # The same rows of a module with another name.
         own = places.get("diffusers", weight)
         if there is None and (renamed := family.comfyui.get(_name(own))) is not None:
             # ComfyUI has diffusers' module under another name, with the rows in diffusers' order.
@@ -197,6 +203,10 @@ def weights_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         if name in cases:
             continue
         weights[name if name not in weights else f"native.{name}"] = {"diffusers": "", "native": name}
+    for ours, theirs in family.parameters.items():
+        weights[ours] = {"native": theirs}
+    for pattern in itertools.chain.from_iterable(map(_expanded, family.elsewhere.split())):
+        weights[pattern.replace("#", "{n}")] = {"diffusers": "", "native": pattern.replace("#", "{n}")}
     if unknown:
         print(f"{family.classes[0]} has no {', '.join(unknown)}", file=sys.stderr)
     return weights

@@ -23,6 +23,7 @@ class Family:
 
     Attributes:
         classes: model classes of diffusers; the first has the names.
+        alike: further classes, whose modules have the same names.
         convert: from the authors' state dict to diffusers'; None where both have the same names.
         native: patterns of the authors' names.
         title: its name in messages.
@@ -33,8 +34,11 @@ class Family:
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
         modules: part in `beside` -> diffusers' class of it.
-        distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see spec/architectures/README.md.
+        unlikely, distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see README.md of
+            spec/architectures.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        parameters: parameters that are no module's weight: diffusers' name -> the authors'; both are templates.
+        elsewhere: patterns of authors' modules of further models of the family, which diffusers does not have.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
         fused: module that fuse_qkv_projections makes -> the modules beside it that it is made of.
@@ -45,12 +49,14 @@ class Family:
     convert: Callable[..., State] | None = None
     native: str = ""
     title: str = ""
+    alike: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     rows: int = 12
     blocks: int = 2
     lora: bool = False
     kohya: str = "native"
     distinctive: bool = False
+    unlikely: bool = False
     counted: bool = False
     widths: tuple[int, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
@@ -59,6 +65,8 @@ class Family:
     header_alpha: bool = False
     whole_norms: bool = False
     ratios: tuple[str, ...] = ()
+    parameters: dict[str, str] = field(default_factory=dict)
+    elsewhere: str = ""
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
@@ -238,6 +246,37 @@ def _hunyuan_video_15(state: State) -> State:
     return single.convert_hunyuan_video_transformer_to_diffusers(renamed)
 
 
+_HUNYUAN_IMAGE = _HUNYUAN_VIDEO_15 | {
+    "time_in.mlp.0": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_guidance_embed.timestep_embedder.linear_2",
+    "time_r_in.mlp.0": "time_guidance_embed.timestep_embedder_r.linear_1",
+    "time_r_in.mlp.2": "time_guidance_embed.timestep_embedder_r.linear_2",
+    "guidance_in.mlp.0": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.mlp.2": "time_guidance_embed.guidance_embedder.linear_2",
+    **{f"linear1_{x}.": f"attn.to_{x}." for x in "qkv"}, "linear1_mlp": "proj_mlp", "linear2.fc": "proj_out",
+    "single_blocks": "single_transformer_blocks",
+}  # fmt: skip
+"""The same of HunyuanImage 2.1, whose authors have linear1 in four parts."""
+
+
+def _hunyuan_image(state: State) -> State:
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for word, other in _HUNYUAN_IMAGE.items():
+            name = name.replace(word, other) if word != "single_blocks" or "modulation" not in key else name
+        name = name.replace(".modulation.linear", ".norm.linear") if name.startswith("single") else name
+        for letter in "qk" if name.startswith("single") else "":
+            name = name.replace(f".{letter}_norm", f".attn.norm_{letter}")
+        renamed[name.replace("single_blocks", "single_transformer_blocks")] = value
+    return single.convert_hunyuan_video_transformer_to_diffusers(renamed)
+
+
+def _longcat_image(state: State) -> State:
+    made = single.convert_flux_transformer_checkpoint_to_diffusers(state)
+    return {key.replace("time_text_embed.", "time_embed."): value for key, value in made.items()}
+
+
 def _wan(state: State) -> State:
     made = single.convert_wan_transformer_to_diffusers(state)
     for word, other in (
@@ -261,6 +300,28 @@ _QKV_IN_COMFYUI = {
     for x in ("img", "txt") for part, letter in enumerate("qkv")
 }  # fmt: skip
 
+
+_REFINER = "txt_in.individual_token_refiner.blocks.{n}"
+_IN_FLUX = {
+    "attn_proj": "attn.proj", "attn_q_norm": "attn.norm.query_norm", "attn_k_norm": "attn.norm.key_norm",
+    "mod.linear": "mod.lin", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+}  # fmt: skip
+_HUNYUAN_IMAGE_IN_COMFYUI = {
+    **{f"double_blocks.{{n}}.{x}_attn_{letter}": {"name": f"double_blocks.{{n}}.{x}_attn.qkv", "part": part, "of": 3}
+       for x in ("img", "txt") for part, letter in enumerate("qkv")},
+    **{f"double_blocks.{{n}}.{x}_{word}": f"double_blocks.{{n}}.{x}_{other}"
+       for x in ("img", "txt") for word, other in _IN_FLUX.items()},
+    **{f"single_blocks.{{n}}.linear1_{letter}": {"name": "single_blocks.{n}.linear1", "part": part, "of": 7}
+       for part, letter in enumerate("qkv")},
+    "single_blocks.{n}.linear1_mlp": {"name": "single_blocks.{n}.linear1", "part": 3, "parts": 4, "of": 7},
+    "single_blocks.{n}.linear2.fc": "single_blocks.{n}.linear2",
+    "single_blocks.{n}.modulation.linear": "single_blocks.{n}.modulation.lin",
+    **{f"single_blocks.{{n}}.{x[0]}_norm": f"single_blocks.{{n}}.norm.{x}_norm" for x in ("query", "key")},
+    **{f"{_REFINER}.{word}": f"{_REFINER}.{other}" for word, other in (
+        ("self_attn_qkv", "self_attn.qkv"), ("self_attn_proj", "self_attn.proj"), ("mlp.fc1", "mlp.0"),
+        ("mlp.fc2", "mlp.2"))},
+}  # fmt: skip
+"""ComfyUI's names of HunyuanImage 2.1's modules: FLUX's words; `comfyui_keys.py` compares them with its model."""
 
 _CONTEXT, _MODULATION = (
     "transformer_blocks.{n}.norm1_context.linear",
@@ -330,7 +391,9 @@ FAMILIES: dict[str, Family] = {
         double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale single_blocks.#.linear1*7 single_blocks.#.linear2
         single_blocks.#.norm.{query,key}_norm:scale""",
         rows=3072, counted=True, ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"),
-        sources=("lodestone-rock/flow: chroma's model.py",), whole_norms=True,
+        elsewhere="""img_in_patch nerf_image_embedder.embedder.0 nerf_blocks.#.{param_generator,norm}
+        nerf_final_layer.{norm,linear} nerf_final_layer_conv.{norm,conv}""",
+        sources=("lodestone-rock/flow: chroma's model.py", "ComfyUI: Chroma Radiance"), whole_norms=True,
     ),
     "sd3": Family(
         ("SD3Transformer2DModel",), single.convert_sd3_transformer_checkpoint_to_diffusers,
@@ -376,13 +439,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "z_image": Family(
         ("ZImageTransformer2DModel",), single.convert_z_image_transformer_checkpoint_to_diffusers,
-        """x_embedder t_embedder.mlp.{0,2} cap_embedder.{0,1} final_layer.linear final_layer.adaLN_modulation.1
+        """x_embedder t_embedder.mlp.{0,2} {cap,siglip}_embedder.{0,1} final_layer.linear final_layer.adaLN_modulation.1
         {layers,noise_refiner}.#.adaLN_modulation.0
-        {layers,noise_refiner,context_refiner}.#.attention.qkv*3
-        {layers,noise_refiner,context_refiner}.#.attention.{out,q_norm,k_norm}
-        {layers,noise_refiner,context_refiner}.#.feed_forward.w{1,2,3}
-        {layers,noise_refiner,context_refiner}.#.{attention,ffn}_norm{1,2}""",
-        kohya="diffusers", sources=("Tongyi-MAI/Z-Image as ComfyUI stores it",),
+        {layers,noise_refiner,context_refiner,siglip_refiner}.#.attention.qkv*3
+        {layers,noise_refiner,context_refiner,siglip_refiner}.#.attention.{out,q_norm,k_norm}
+        {layers,noise_refiner,context_refiner,siglip_refiner}.#.feed_forward.w{1,2,3}
+        {layers,noise_refiner,context_refiner,siglip_refiner}.#.{attention,ffn}_norm{1,2}""",
+        config={"siglip_feat_dim": 1152}, kohya="diffusers", sources=("Tongyi-MAI/Z-Image as ComfyUI stores it",),
     ),
     "hidream": Family(
         ("HiDreamImageTransformer2DModel",), None, widths=(2560,), kohya="diffusers",
@@ -395,13 +458,26 @@ FAMILIES: dict[str, Family] = {
         sources=("QwenLM/Qwen-Image",),
     ),
     "wan": Family(
-        ("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel"), _wan,
+        ("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel",
+         "WanAnimateTransformer3DModel"), _wan,
         f"""fps_embedding fps_projection.{{0,2}}
+        pose_patch_embedding face_encoder.{{conv1_local,conv2,conv3}}.conv face_encoder.out_proj
+        motion_encoder.enc.fc.{{0,1,2,3,4}}
+        face_adapter.fuser_blocks.#.linear1_kv*2 face_adapter.fuser_blocks.#.{{linear1_q,linear2,q_norm,k_norm}}
         patch_embedding vace_patch_embedding {{text,time}}_embedding.{{0,2}} time_projection.1 head.head
         img_emb.proj.{{0,1,3,4}} {_inside("blocks", _WAN)} {_inside("vace_blocks", _WAN)}
         vace_blocks.#.{{before,after}}_proj""",
         config={"image_dim": 1280, "added_kv_proj_dim": 5120}, widths=(1536, 2048, 3072),
-        sources=("Wan-Video/Wan2.1: model.py and vace_model.py", "SkyworkAI/SkyReels-V2"),
+        alike=("ChronoEditTransformer3DModel", "HeliosTransformer3DModel", "AnyFlowTransformer3DModel",
+               "AnyFlowFARTransformer3DModel"),
+        parameters={"scale_shift_table": "head.modulation", "blocks.{n}.scale_shift_table": "blocks.{n}.modulation",
+                    "vace_blocks.{n}.scale_shift_table": "vace_blocks.{n}.modulation"},
+        elsewhere="""cond_encoder trainable_cond_mask audio_injector.injector.#.{q,k,v,o,norm_q,norm_k}
+        audio_injector.injector_adain_layers.#.linear frame_packer.{proj,proj_2x,proj_4x}
+        casual_audio_encoder.encoder.{conv1_local,conv1_global,conv2,conv3}.conv
+        casual_audio_encoder.encoder.final_linear""",
+        sources=("Wan-Video/Wan2.1: model.py and vace_model.py", "SkyworkAI/SkyReels-V2",
+                 "Wan-Video/Wan2.2: S2V's modules as ComfyUI has them"),
         comfyui=dict.fromkeys(
             ("fps_embedding", "fps_projection.0", "fps_projection.2", "vace_blocks.{n}.cross_attn.k_img",
              "vace_blocks.{n}.cross_attn.v_img"), ""
@@ -418,7 +494,7 @@ FAMILIES: dict[str, Family] = {
         single_blocks.#.linear1*7 single_blocks.#.{linear2,modulation.linear,q_norm,k_norm}
         final_layer.linear final_layer.adaLN_modulation.1""",
         rows=3072, counted=True, config={"guidance_embeds": True}, sources=("Tencent-Hunyuan/HunyuanVideo: models.py",),
-        comfyui=_IN_COMFYUI,
+        comfyui=_IN_COMFYUI, alike=("HunyuanVideoFramepackTransformer3DModel",),
     ),
     "hunyuan_video_15": Family(
         ("HunyuanVideo15Transformer3DModel",), _hunyuan_video_15,
@@ -431,6 +507,40 @@ FAMILIES: dict[str, Family] = {
         config={"use_meanflow": True}, sources=("diffusers: scripts/convert_hunyuan_video1_5_to_diffusers.py",),
         comfyui=_IN_COMFYUI | _QKV_IN_COMFYUI,
     ),
+    "hunyuan_image": Family(
+        ("HunyuanImageTransformer2DModel",), _hunyuan_image,
+        """img_in.proj {time,time_r,guidance}_in.mlp.{0,2} txt_in.input_embedder txt_in.t_embedder.mlp.{0,2}
+        txt_in.c_embedder.linear_{1,2} txt_in.individual_token_refiner.blocks.#.self_attn_qkv*3
+        txt_in.individual_token_refiner.blocks.#.{self_attn_proj,mlp.fc1,mlp.fc2,adaLN_modulation.1,norm1,norm2}
+        byt5_in.{layernorm,fc1,fc2,fc3}
+        double_blocks.#.{img,txt}_attn_{q,k,v,proj,q_norm,k_norm} double_blocks.#.{img,txt}_mod.linear
+        double_blocks.#.{img,txt}_mlp.{fc1,fc2} single_blocks.#.linear1_{q,k,v} single_blocks.#.linear1_mlp*4
+        single_blocks.#.linear2.fc single_blocks.#.{modulation.linear,q_norm,k_norm}
+        final_layer.linear final_layer.adaLN_modulation.1""",
+        title="HunyuanImage 2.1", unlikely=True, counted=True,
+        config={"text_embed_2_dim": 1472, "guidance_embeds": True, "use_meanflow": True},
+        sources=("diffusers: scripts/convert_hunyuan_image_to_diffusers.py",),
+        comfyui=_IN_COMFYUI | _HUNYUAN_IMAGE_IN_COMFYUI,
+    ),
+    "longcat_image": Family(
+        ("LongCatImageTransformer2DModel",), _longcat_image,
+        """{img,txt}_in time_in.{in,out}_layer final_layer.linear final_layer.adaLN_modulation.1
+        double_blocks.#.{img,txt}_attn.qkv*3 double_blocks.#.{img,txt}_attn.proj
+        double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale double_blocks.#.{img,txt}_mod.lin
+        double_blocks.#.{img,txt}_mlp.{0,2} single_blocks.#.linear1*7 single_blocks.#.linear2
+        single_blocks.#.modulation.lin single_blocks.#.norm.{query,key}_norm:scale""",
+        title="LongCat-Image", unlikely=True, rows=3072, sources=("ComfyUI: LongCatImage",),
+    ),
+    "qwen_image21": Family(
+        ("QwenImage21Transformer2DModel",), title="Qwen-Image 2.1", counted=True, kohya="diffusers",
+    ),
+    "nucleus_image": Family(
+        ("NucleusMoEImageTransformer2DModel",), title="Nucleus-Image", counted=True, unlikely=True,
+    ),
+    "minimax_music3": Family(
+        ("MiniMaxMusic3Transformer1DModel",), title="MiniMax Music 3", counted=True, unlikely=True,
+    ),
+    "allegro": Family(("AllegroTransformer3DModel",), title="Allegro", counted=True, unlikely=True),
     "ltx": Family(
         ("LTXVideoTransformer3DModel",), single.convert_ltx_transformer_checkpoint_to_diffusers, "<ltx>",
         widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
@@ -456,6 +566,7 @@ FAMILIES: dict[str, Family] = {
         transformer.layers.#.{input,post_attention}_layernorm mixins.adaln_layer.adaLN_modulations.#.1*12
         mixins.adaln_layer.{query,key}_layernorm_list.#""",
         config={"ofs_embed_dim": 512}, kohya="diffusers", widths=(3072,), comfyui=_COGVIDEOX_IN_COMFYUI,
+        alike=("ConsisIDTransformer3DModel",),
         sources=("diffusers: scripts/convert_cogvideox_to_diffusers.py",),
     ),
     "cogview4": Family(
@@ -465,6 +576,7 @@ FAMILIES: dict[str, Family] = {
         transformer.layers.#.attention.query_key_value*3 transformer.layers.#.attention.dense
         transformer.layers.#.mlp.{dense_h_to_4h,dense_4h_to_h}""",
         kohya="diffusers", sources=("diffusers: scripts/convert_cogview4_to_diffusers.py",),
+        alike=("CogView3PlusTransformer2DModel",),
     ),
     "kandinsky5": Family(("Kandinsky5Transformer3DModel",), native="=", kohya="diffusers", widths=(4096, 1792)),
     "krea2": Family(
@@ -551,6 +663,12 @@ WORDS: dict[str, list[str]] = {
     "cosmos": ["anima", "cosmos"],
     "ernie_image": ["ernieimage"],
     "ace_step": ["acestep"],
+    "hunyuan_image": ["hunyuanimage"],
+    "longcat_image": ["longcatimage"],
+    "qwen_image21": ["qwenimage21"],
+    "nucleus_image": ["nucleus"],
+    "minimax_music3": ["minimaxmusic3"],
+    "allegro": ["allegro"],
 }
 """What metadata of files call the families, in lower-case letters and digits alone."""
 
@@ -579,6 +697,8 @@ ENCODERS: dict[str, dict[str, dict[str, str]]] = {
     "qwen_image": {"text_encoder": _llm("qwen25_7b", "model.language_model.")},
     "wan": {"text_encoder": {"kind": "t5", "comfyui": "umt5xxl"}},
     "hunyuan_video": {"text_encoder": _llm("llama"), "text_encoder_2": _CLIP_L},
+    "hunyuan_image": {"text_encoder": _llm("qwen25_7b"), "text_encoder_2": {"kind": "t5", "comfyui": "byt5_small"}},
+    "longcat_image": {"text_encoder": _llm("qwen25_7b", "model.language_model.")},
     "hunyuan_video_15": {
         "text_encoder": _llm("qwen25_7b"), "text_encoder_2": {"kind": "t5", "comfyui": "byt5_small"},
     },

@@ -1,0 +1,181 @@
+"""Models whose modules have the names of another family's: each is told apart, or its names are not translated."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.errors import TargetNotFound, Unrepresentable
+
+RANDOM = np.random.default_rng(18)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def lora(stem, out, into, rank=1, words=("lora_A.weight", "lora_B.weight")):
+    return {
+        f"{stem}.{words[0]}": RANDOM.normal(size=(rank, into)).astype("f2"),
+        f"{stem}.{words[1]}": RANDOM.normal(size=(out, rank)).astype("f2"),
+    }
+
+
+def attention(width, blocks, first="transformer_blocks", name="attn", numbers=None):
+    """A file of LoRAs in diffusers' names, as PEFT's default targets give it: attention alone."""
+    tensors = {}
+    for block in range(blocks) if numbers is None else numbers:
+        for word in ATTENTION:
+            tensors |= lora(f"transformer.{first}.{block}.{name}.{word}", width, width)
+    return tensors
+
+
+def given(folder, tensors, metadata=None):
+    path = folder / "given.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def base(folder, kind, tensors):
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps({"_class_name": kind, "_diffusers_version": "0.42.1"}))
+    save_file(tensors, folder / "base" / "diffusion_pytorch_model.safetensors")
+    return folder / "base"
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "blocks", "name"),
+    [("qwen_image21", 4096, 32, "attn"), ("minimax_music3", 2048, 36, "attn"), ("nucleus_image", 2048, 24, "attn"),
+     ("allegro", 2304, 32, "attn1")],
+)  # fmt: skip
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_attention_alone_gets_no_other_models_names(family, width, blocks, name, to, tmp_path):
+    adapter = ak.read(given(tmp_path, attention(width, blocks, name=name)))
+    if (family, to) == ("qwen_image21", "kohya"):
+        ak.write(adapter, tmp_path / "out.safetensors", to)
+        assert "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight" in load_file(tmp_path / "out.safetensors")
+        return
+    with pytest.raises(Unrepresentable, match=f"{family}: .* name of this module is not known"):
+        ak.write(adapter, tmp_path / "out.safetensors", to)
+    ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"ss_base_model_version": "flux1"}])
+def test_flux_is_still_flux(metadata, tmp_path):
+    """All of its blocks, or metadata, tell it from HunyuanVideo, which has the same names and width."""
+    numbers = (0, 7) if metadata else range(19)
+    tensors = attention(3072, 0, numbers=numbers)
+    tensors |= lora(f"transformer.single_transformer_blocks.{7 if metadata else 37}.proj_mlp", 12288, 3072)
+    ak.write(ak.read(given(tmp_path, tensors, metadata)), tmp_path / "out.safetensors", "kohya")
+    assert "lora_unet_double_blocks_0_img_attn_proj.alpha" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_a_base_of_no_known_family_has_no_names_there(to, tmp_path):
+    tensors = attention(8, 2)
+    names = (key.removeprefix("transformer.").removesuffix(".lora_B.weight") for key in tensors if "lora_B" in key)
+    weights = {f"{name}.weight": np.zeros((8, 8), "f4") for name in names}
+    weights["caption_projection.0.linear.weight"] = np.zeros((4, 8), "f4")
+    adapter = ak.read(given(tmp_path, tensors))
+    ours = base(tmp_path, "BriaFiboTransformer2DModel", weights)
+    with pytest.raises(Unrepresentable, match="the base is a BriaFiboTransformer2DModel"):
+        ak.write(adapter, tmp_path / "out.safetensors", to, base=ours)
+    ak.write(adapter, tmp_path / "out.safetensors", "diffusers", base=ours)
+    assert load_file(tmp_path / "out.safetensors").keys() == tensors.keys()
+
+
+def hunyuan_image():
+    """HunyuanImage 2.1 as sd-scripts trains it: its authors' split weights, in blocks of the published width."""
+    tensors = {}
+    for letter in "qkv":
+        tensors |= lora(f"lora_unet_double_blocks_0_img_attn_{letter}", 3584, 3584, 1, DOWN_UP)
+        tensors |= lora(f"lora_unet_single_blocks_0_linear1_{letter}", 3584, 3584, 1, DOWN_UP)
+    tensors |= lora("lora_unet_single_blocks_0_linear1_mlp", 14336, 3584, 1, DOWN_UP)
+    return tensors | lora("lora_unet_single_blocks_0_linear2_fc", 3584, 17920, 1, DOWN_UP)
+
+
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+
+
+def test_hunyuan_image_is_split_for_its_trainer_and_fused_for_comfyui(tmp_path):
+    adapter = ak.read(given(tmp_path, hunyuan_image()))
+    steps = {to: tmp_path / f"{to}.safetensors" for to in ("diffusers", "comfyui", "kohya")}
+    for to, path in steps.items():
+        ak.write(adapter, path, to)
+        adapter = ak.read(path)
+    there = {key.rpartition(".lora")[0] for key in load_file(steps["comfyui"]) if ".lora" in key}
+    assert {"diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.0.linear1"} <= there
+    assert "lora_unet_single_blocks_0_linear1_mlp.lora_down.weight" in load_file(steps["kohya"])
+    ak.write(adapter, tmp_path / "back.safetensors", "diffusers")
+    first, last = ak.read(steps["diffusers"]), ak.read(tmp_path / "back.safetensors")
+    assert {target.path for target in first.updates} == {target.path for target in last.updates}
+    for name in ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v"):
+        path = f"transformer.{name}"
+        np.testing.assert_allclose(first.delta(path), last.delta(path), rtol=2e-6, atol=2e-6)
+
+
+# Wan's further models: S2V and Animate, and the differences that distillations hold beside LoRAs.
+
+
+def test_a_difference_of_wans_modulation_does_not_stop_the_rest(tmp_path):
+    tensors = lora("diffusion_model.blocks.0.self_attn.q", 8, 8, 2, DOWN_UP)
+    tensors |= {"diffusion_model.blocks.0.modulation.diff": np.ones((1, 6, 8), "f4"),
+                "diffusion_model.head.modulation.diff": np.ones((1, 2, 8), "f4")}  # fmt: skip
+    adapter = ak.read(given(tmp_path, tensors))
+    with pytest.raises(Unrepresentable, match="scale_shift_table"):
+        ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
+    lines = ak.write(adapter, tmp_path / "out.safetensors", "diffusers", on_loss="drop")
+    assert sum("scale_shift_table" in line for line in lines) == 2
+    assert {key.rpartition(".lora")[0] for key in load_file(tmp_path / "out.safetensors")} == {
+        "transformer.blocks.0.attn1.to_q"
+    }
+    ak.write(adapter, tmp_path / "again.safetensors", "comfyui")
+    assert load_file(tmp_path / "again.safetensors").keys() == tensors.keys()
+
+
+def test_wan_animates_face_adapter_has_keys_and_values_in_one(tmp_path):
+    tensors = lora("diffusion_model.face_adapter.fuser_blocks.1.linear1_kv", 16, 8, 2)
+    tensors |= lora("diffusion_model.face_adapter.fuser_blocks.1.linear1_q", 8, 8, 2)
+    ak.write(ak.read(given(tmp_path, tensors)), tmp_path / "out.safetensors", "diffusers")
+    made = load_file(tmp_path / "out.safetensors")
+    whole = tensors["diffusion_model.face_adapter.fuser_blocks.1.linear1_kv.lora_B.weight"]
+    for number, word in enumerate(("to_k", "to_v")):
+        rows = made[f"transformer.face_adapter.1.{word}.lora_B.weight"]
+        np.testing.assert_array_equal(rows, whole[8 * number : 8 * number + 8])
+
+
+def test_wan_s2v_is_wan_whose_audio_diffusers_does_not_have(tmp_path):
+    tensors = lora("diffusion_model.audio_injector.injector.3.q", 8, 8) | lora("diffusion_model.blocks.0.ffn.0", 16, 8)
+    adapter = ak.read(given(tmp_path, tensors))
+    with pytest.raises(Unrepresentable, match="wan: diffusers' name of this module is not known"):
+        ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
+    ak.write(adapter, tmp_path / "out.safetensors", "kohya")
+    assert "lora_unet_audio_injector_injector_3_q.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+# Spellings of keys.
+
+
+@pytest.mark.parametrize(
+    "word", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"]
+)
+@pytest.mark.parametrize(
+    "stem", ["diffusion_model.double_blocks.0.img_attn.proj", "transformer.transformer_blocks.0.attn.to_out.0"]
+)
+def test_pefts_magnitudes_in_files_of_other_tools(stem, word, tmp_path):
+    magnitude = RANDOM.random(8).astype("f4") + 1
+    path = given(tmp_path, lora(stem, 8, 6, 2) | {f"{stem}.{word}": magnitude})
+    ((update,),) = ak.read(path).updates.values()
+    assert update.method == "dora"
+    np.testing.assert_array_equal(np.asarray(update.magnitude.fetch()).view("f4"), magnitude)
+    ak.write(ak.read(path), tmp_path / "out.safetensors", ak.detect(path))
+    assert load_file(tmp_path / "out.safetensors").keys() == load_file(path).keys()
+
+
+def test_a_third_text_encoder_alone_asks_for_the_family(tmp_path):
+    stem = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    path = given(tmp_path, lora(stem, 8, 8, 2, DOWN_UP))
+    with pytest.raises(TargetNotFound, match=r"which text encoder lora_te3 is.*--family"):
+        ak.read(path)
+    assert [target.path for target in ak.read(path, family="flux").updates] == [
+        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    ]
