@@ -69,6 +69,35 @@ def test_every_layout_in_a_live_model_computes_what_peft_computes(family, tmp_pa
         assert torch.equal(plain(IDS).logits, before)
 
 
+ROUTERS = {"mixtral": "mlp.gate", "qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router",
+           "granitemoe": "block_sparse_moe.router"}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ROUTERS)
+@pytest.mark.parametrize("kind", ["router", "whole router", "whole experts"])
+def test_routers_and_whole_stacks_merge_into_a_base_as_it_is_stored(family, kind, tmp_path):
+    plain = model(family)
+    plain.save_pretrained(tmp_path / "base")
+    chosen = {
+        "router": {"target_modules": [], "target_parameters": [f"{ROUTERS[family]}.weight"]},
+        "whole router": {"target_modules": ["q_proj"], "modules_to_save": [ROUTERS[family].rpartition(".")[2]]},
+        "whole experts": {"target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+    }
+    tuned = get_peft_model(model(family), LoraConfig(r=2, lora_alpha=4, **chosen[kind])).eval()
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    tuned.save_pretrained(tmp_path / "peft")
+    expected = tuned(IDS).logits
+    assert not torch.allclose(plain(IDS).logits, expected, rtol=0.05)
+    ak.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "merged")
+    merged = type(plain).from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    close(merged(IDS).logits, expected)
+    ak.torch.inject(plain, ak.read(tmp_path / "peft", base=tmp_path / "base"))
+    close(plain(IDS).logits, expected)
+
+
 METHOD_CASES = {
     "dora": lambda e, out, in_: {"A": (e, 2, in_), "B": (e, out, 2), "magnitude": (e, out)},
     "loha": lambda e, out, in_: {"w1_a": (e, out, 2), "w1_b": (e, 2, in_), "w2_a": (e, out, 2), "w2_b": (e, 2, in_)},

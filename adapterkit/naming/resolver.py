@@ -202,6 +202,7 @@ def resolve(
     left = _by_renames(targets, base, renames, resolution)
     left = _exact(left, base, resolution)
     left = _unwrapped(left, base, resolution)
+    left = _of_modules(left)
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
     if left:
@@ -263,6 +264,15 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
     if seen:
         resolution.rules.append(Rule("wrapper", " ".join(f"{word}." for word in sorted(seen)), placed))
     return rest
+
+
+def _of_modules(left: Left) -> Left:
+    """Name targets that are the weight of a module by the module, as the other rules and the families' files do.
+
+    PEFT's `target_parameters=["mlp.gate.weight"]` is the weight of a router, which Mixtral's files keep in
+    `block_sparse_moe.gate`.
+    """
+    return [(target, name.removesuffix(".weight")) for target, name in left]
 
 
 def _by_architecture(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:

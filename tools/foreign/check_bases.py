@@ -7,8 +7,10 @@ every linear layer and on every stack of experts (`target_parameters`). adapterk
 transformers again. `right`: every parameter and the logits equal those of PEFT's model within 1e-4 of the largest.
 `refused`: adapterkit raised one of its errors. Anything else is `wrong`. A base of another family must be refused.
 
-With `--live` the adapter is injected into the live model instead of merged, under the names that PEFT gave it and under
-those that the base has on disk (`Adapter.bind`); the logits of both must equal those of PEFT's model.
+With `--live` the adapter is injected into the live model instead of merged, under the names that PEFT gave it and
+under those that the base has on disk (`Adapter.bind`); the logits of both must equal those of PEFT's model. A model
+that takes none of the inputs here is compared layer by layer: each adapted linear layer is called with random inputs,
+and all parameters after `merge_` must equal those of PEFT's merged model.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """
@@ -19,6 +21,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import tempfile
 import warnings
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent / "architectures"))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from families import FAMILIES  # noqa: E402
+from peft.tuners.lora import Linear  # noqa: E402
 from peft_models import adapted, logits_of  # noqa: E402
 from tiny import tiny  # noqa: E402
 
@@ -48,7 +52,9 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[f
             return float("inf"), f"{name} is missing"
         scale = float(tensor.abs().max()) if tensor.numel() else 0.0
         distance = float((tensor - other[name]).abs().max()) / (scale or 1.0) if tensor.numel() else 0.0
-        if not distance <= worst:
+        if math.isnan(distance):
+            return float("inf"), f"{name} is not a number"
+        if distance > worst:
             worst, where = distance, name
     return worst, where
 
@@ -89,7 +95,7 @@ def check_live(model_type: str, folder: Path) -> tuple[str, str]:
     peft.save_pretrained(adapter, save_embedding_layers=False)
     expected = logits_of(peft)
     if expected is None:
-        return "not run", "no logits"
+        return check_layers(peft, plain, adapter, base)
     merged = logits_of(peft.merge_and_unload())
     largest, details = float(expected.abs().max()), []
     noise = 0.0 if merged is None else float((expected - merged).abs().max()) / largest
@@ -113,6 +119,45 @@ def check_live(model_type: str, folder: Path) -> tuple[str, str]:
     if before is None or after is None or not torch.equal(before, after):
         return "wrong", "removing the adapter does not restore the model"
     return ("right" if effect > LIMIT else "wrong"), f"{', '.join(details)} (the adapter's effect {effect:.1e})"
+
+
+def layer_outputs(model: torch.nn.Module, widths: dict[str, int]) -> dict[str, torch.Tensor]:
+    """What some layers of a model give for random inputs of their widths, by their names."""
+    made = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        return {
+            name: model.get_submodule(name)(torch.randn(3, width, generator=made)) for name, width in widths.items()
+        }
+
+
+def check_layers(peft: Any, plain: Any, adapter: Path, base: Path) -> tuple[str, str]:
+    """(verdict, detail) of an injected model that cannot be run as a whole: layer by layer, and merged."""
+    inner = peft.base_model.model
+    widths = {name: module.in_features for name, module in inner.named_modules() if type(module) is Linear}
+    expected, before = layer_outputs(inner, widths), layer_outputs(plain, widths)
+    whole = {name: each.clone() for name, each in peft.merge_and_unload().named_parameters()}
+    given, details = adapterkit.read(adapter, base=base), []
+    for said, make in (("live", lambda: given), ("stored", lambda: given.bind(base))):
+        try:
+            handle = adapterkit.torch.inject(plain, make())
+        except AdapterkitError as error:
+            return "refused", f"{said}: {type(error).__name__}: {error}"
+        distance, where = far(expected, layer_outputs(plain, widths))
+        handle.remove()
+        details.append(f"{said} {distance:.1e}")
+        if distance > LIMIT:
+            return "wrong", f"{', '.join(details)} at {where}"
+    after = layer_outputs(plain, widths)
+    if not all(torch.equal(each, after[name]) for name, each in before.items()):
+        return "wrong", "removing the adapter does not restore the model"
+    adapterkit.torch.inject(plain, given).merge_()
+    distance, where = far(whole, dict(plain.named_parameters()))
+    details.append(f"merged {distance:.1e}")
+    if distance > LIMIT:
+        return "wrong", f"{', '.join(details)} at {where}"
+    effect = min((float((each - before[name]).abs().max()) for name, each in expected.items()), default=0.0)
+    detail = f"{', '.join(details)}, {len(widths)} layers (the smallest effect {effect:.1e})"
+    return ("right" if effect > LIMIT else "wrong"), detail
 
 
 def check(model_type: str, folder: Path) -> tuple[str, str]:

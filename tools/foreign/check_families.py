@@ -1,6 +1,6 @@
 """Binds the adapters of many model types to the bases of all others: a base of the wrong family must be refused.
 
-    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N] [--again FILE]
+    python tools/foreign/check_families.py [MODEL_TYPE...] [--json FILE] [--every N [--first K]] [--again FILE]
 
 Bases and adapters are those of `check_bases.py`: tiny random models with sizes of one kind, so that shapes refuse as
 little as they can. Each model type has three adapters: `named`, PEFT's file as PEFT writes it for a model without a
@@ -8,8 +8,8 @@ task type, which names the family; `plain`, the same without that, as PEFT write
 `plain` one with the layers of attention alone, as most people train. Each is bound to the base of every other model
 type.
 
-With `--every N` only every N-th pair is bound; with `--again FILE` those that the JSON of an earlier run has: all that
-were not refused.
+With `--every N` only every N-th pair is bound, from pair K on; with `--again FILE` those that the JSON of an earlier
+run has: all that were not refused.
 
 `refused`: adapterkit raised one of its errors. `part`: the base has a model of the adapter's family inside, or is of
 one class with its base. `alike`: the adapter names no family, and the base has a module of each name and shape, in its
@@ -186,6 +186,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--every", type=int, default=1, help="bind every N-th pair only")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first pair, from 0")
     parser.add_argument("--again", type=Path, help="bind the pairs of this JSON only")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -205,7 +206,7 @@ def main() -> int:
         if arguments.again:
             wanted = {tuple(key.split()[:0:-1]) for key in json.loads(arguments.again.read_text())}
             pairs = [pair for pair in pairs if pair in wanted]
-        for base_type, adapter_type in pairs[:: arguments.every]:
+        for base_type, adapter_type in pairs[arguments.first :: arguments.every]:
             base, adapter = made[base_type], made[adapter_type]
             for kind in adapter.adapters:
                 word, detail = verdict(kind, adapter, base)

@@ -105,6 +105,8 @@ def _taken(
     """Return the part of a target that one move takes, with the layout that remains of the target's."""
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
+        if not stack and _whole_stack(updates):
+            layout, stack = _LAYOUT_OF_STACK[layout], True
         count = updates[0].dims(stack).get("e") if stack else 0
         if not isinstance(count, int) or move.expert >= count:
             why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
@@ -116,6 +118,12 @@ def _taken(
     if move.turn is not None:
         updates = tuple(_turned(update, move.turn, stack, target, config) for update in updates)
     return replace(target, path=move.path, layout=layout), updates
+
+
+def _whole_stack(updates: tuple[Update, ...]) -> bool:
+    """Whether updates hold whole weights of three axes: PEFT's `modules_to_save=["experts"]` does not say `stacked`."""
+    dims = [update.dims() for update in updates]
+    return all("in" not in each and len(each.get("rest") or ()) > 1 for each in dims)  # type: ignore[arg-type]
 
 
 def _slice(leaf: Any, index: int) -> Any:
