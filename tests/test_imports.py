@@ -84,8 +84,6 @@ BY_STRING = {
 
 CIRCLES = {
     "core.adapter": "`Adapter.bind` and `Adapter.delta` are public methods, and binding makes adapters",
-    "torch.forward_hook": "the parts of one forward pass speak of one another's types",
-    "torch.handle": "a handle is read and folded by functions that take it",
     "formats._image.dialect": "a dialect is read and written by functions that take it",
 }
 """A module of each circle of more than two -> why it is one; imports of types alone count, too."""

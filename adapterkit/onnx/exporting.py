@@ -124,7 +124,7 @@ def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list
 @contextmanager
 def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
     """Merge adapters into the live model's parameters for the block; the original tensors are put back unchanged."""
-    from ..torch.folding import changes
+    from ..torch.handle import changes
 
     with injected(model, adapters) as handles:
         changed = changes(handles) if handles else []

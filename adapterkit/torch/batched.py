@@ -37,13 +37,13 @@ from ..errors import ShapeMismatch
 from .layers import Layer
 from .lean import is_eager, is_wide, may_overwrite
 from .outputs import Switch
-from .routing import Route, check_switches
-from .scopes import SETTINGS, Scope
+from .routing import check_switches
+from .scopes import SETTINGS, Route, Scope
 
 if TYPE_CHECKING:
-    from .forward_hook import Part
     from .lean import Plan
     from .leaves import Leaf
+    from .parts import Part
 
 
 class Stack:

@@ -17,7 +17,7 @@ The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -27,13 +27,21 @@ from .leaves import Leaf, is_leaf_name
 from .sharding import put
 
 if TYPE_CHECKING:
-    from .handle import Handle
+    from .watch import Watch
 
 CHOICES = ("base", "adapter", "all")
 """Choices for the content of the model's state dict."""
 
 HANDLES = "_adapterkit_handles"
 """The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
+
+
+class Saved(Protocol):
+    """What is asked of a handle here: what a state dict holds of it, its tensors, and the watch over its hooks."""
+
+    checkpoint: str
+    _leaves: tuple[Leaf, ...]
+    _watch: Watch
 
 
 def watch_state(model: nn.Module) -> None:
@@ -52,7 +60,7 @@ def leave_state(model: nn.Module) -> None:
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    handles: list[Handle] = module.__dict__.get(HANDLES, [])
+    handles: list[Saved] = module.__dict__.get(HANDLES, [])
     for handle in handles:
         handle._watch.reclaim()
     if any(handle.checkpoint == "adapter" for handle in handles):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,13 @@ from ..merging.blocks import blocks
 from ..merging.compute import BlockMerger
 from ..merging.planned import Output
 from ..merging.planned_update import PlannedUpdate
-from .forward_hook import ForwardHook, Part
+from .forward_hook import ForwardHook
 from .layers import Quantized
 from .leaves import LiveUpdates
 from .outputs import Switch
-from .sharding import gathered, is_partitioned, is_sharded, put
+from .parts import Part
+from .sharding import gathered, is_sharded, put
 from .weights import tensor_at
-
-if TYPE_CHECKING:
-    from .handle import Handle
 
 
 def fits(parameter: Tensor, parts: list[Part]) -> bool:
@@ -278,42 +276,14 @@ def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
             each.parameter.copy_(value)
 
 
-def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
-    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+def checked_folds(model: nn.Module, found: Folded) -> Folded:
+    """Hooks of a model with parts of them, of layers that share a parameter only one.
 
     Raises:
-        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+        NotMergeable: a bias to change is missing, or a weight cannot be changed in place.
     """
-    return [
-        (tensor_at(hook.module, path), value)
-        for hook, parts in foldable(handles)
-        for path, value in hook.changed(parts, torch.float64).items()
-    ]
-
-
-def foldable(handles: Sequence[Handle]) -> Folded:
-    """The hooks of the handles with their parts of it, all of which can be folded into weights."""
-    for handle in handles:
-        handle._check()
-        if any(map(is_partitioned, handle._model.parameters())):
-            cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
-            raise NotMergeable("weights that DeepSpeed's ZeRO has partitioned", where=handle.name, cure=cure)
-        # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
-        live = [
-            (part.target, update)
-            for hook in handle._hooks
-            for part in hook.parts
-            if part.switch is handle._switch
-            for update in part.updates
-        ]
-        for target, update in (*handle._adapter, *live):
-            if update.kind in ("output", "context"):
-                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
-    switches = [handle._switch for handle in handles]
-    hooks = dict.fromkeys(hook for handle in handles for hook in handle._hooks)
-    found = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]
-    found, shared = _once(handles[0]._model, found)
-    memory = Memory(handles[0]._model)
+    found, shared = _once(model, found)
+    memory = Memory(model)
     for hook, parts in found:
         _check_parts(hook, parts, shared, memory)
     return found
@@ -322,9 +292,9 @@ def foldable(handles: Sequence[Handle]) -> Folded:
 def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory: Memory) -> None:
     for part in parts:
         if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
-            raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
+            raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=KEEP_INJECTED)
         if isinstance(hook.layer, Quantized):
-            raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
+            raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=KEEP_INJECTED)
     for path in changed_by(parts):
         parameter, where = tensor_at(hook.module, path), str(parts[0].target)
         owner, _, name = path.rpartition(".")
@@ -336,16 +306,16 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
             cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
             raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
         if parameter.layout is not torch.strided:
-            raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
+            raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=KEEP_INJECTED)
         if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-            raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
+            raise NotMergeable("a weight whose elements share memory", where=where, cure=KEEP_INJECTED)
         if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
             kind = type(parameter.data).__name__
             cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
             raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
         names = memory.beside(parameter)
         if len(names) > 1 and id(parameter) not in shared:
-            raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=_KEEP)
+            raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=KEEP_INJECTED)
 
 
 def _once(model: nn.Module, found: Folded) -> tuple[Folded, set[int]]:
@@ -385,4 +355,4 @@ def change_alike(parts: list[Part]) -> bool:
     )  # fmt: skip
 
 
-_KEEP = "Keep it injected instead"
+KEEP_INJECTED = "Keep it injected instead"

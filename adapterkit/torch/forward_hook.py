@@ -13,14 +13,13 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Target, order_counts
+from ..core.adapter import order_counts
 from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
@@ -30,40 +29,12 @@ from .context import ContextPart, surround
 from .dropout import dropped_change
 from .layers import Difference, Layer, Linear, Quantized, is_packed, layer_of, moved
 from .lean import Plan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
-from .leaves import LiveUpdates
-from .outputs import Beside, Change, InputRecorder, OutputSite, Switch, through
-from .routing import Route, check_expert, check_switches, is_expert, join, split
-from .scopes import SETTINGS, Recall, Scope, current
+from .outputs import Beside, Change, InputRecorder, Switch, through
+from .parts import HOOK, Part
+from .routing import check_expert, check_switches, is_expert, join, split
+from .scopes import SETTINGS, Recall, Route, Scope, current
 from .sharding import constants_on_every_process, is_sharded, whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One target's updates at a hook; `weight` and `bias` are parameters' paths below the hook's module.
-
-    Updates of outputs are a part of their own, with an output site. `dropout` is the probability of the training.
-    """
-
-    switch: Switch
-    target: Target
-    bound: LiveUpdates
-    weight: str | None
-    bias: str | None
-    direct: bool
-    output_site: OutputSite | None = None
-    dropout: float = 0.0
-
-    @property
-    def updates(self) -> tuple[Update, ...]:
-        """The updates over the tensors that the model holds now."""
-        return self.bound.updates
-
-    @property
-    def foldable(self) -> bool:
-        """Whether the module's parameters can carry all of it: its laws are of weights, its biases have a place."""
-        kinds = all(update.kind in ("additive", "weight") for update in self.updates)
-        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
 
 
 class ForwardHook:
@@ -600,9 +571,6 @@ _EXCHANGING = threading.RLock()
 
 SCRIPTING = "__prepare_scriptable__"
 """The attribute of a module that torch.jit.script calls before it compiles the module."""
-
-HOOK = "_adapterkit_hook"
-"""The attribute of a module that holds its hook, wherever other tools have moved its forward."""
 
 
 def hooks_of(model: nn.Module) -> list[ForwardHook]:

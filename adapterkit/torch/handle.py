@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,12 +13,25 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Update
-from ..errors import ShapeMismatch, UsageError, nearest
+from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
-from .folding import KEEPS, Merged, changed_by, fold, foldable, is_whole, restore, slim, subtracted
-from .forward_hook import ForwardHook, Part, hook_again, names_of
+from .folding import (
+    KEEP_INJECTED,
+    KEEPS,
+    Folded,
+    Merged,
+    changed_by,
+    checked_folds,
+    fold,
+    is_whole,
+    restore,
+    slim,
+    subtracted,
+)
+from .forward_hook import ForwardHook, hook_again, names_of
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
+from .parts import Part
 from .routing import check_unrouted
 from .scopes import switched
 from .sharding import is_partitioned, put, shape_of, whole
@@ -381,3 +394,40 @@ def handles(model: nn.Module) -> dict[str, Handle]:
             path = unwrapped(model, path)
             found[f"{path}:{handle.name}" if path else handle.name] = handle
     return found
+
+
+def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+
+    Raises:
+        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+    """
+    return [
+        (tensor_at(hook.module, path), value)
+        for hook, parts in foldable(handles)
+        for path, value in hook.changed(parts, torch.float64).items()
+    ]
+
+
+def foldable(handles: Sequence[Handle]) -> Folded:
+    """The hooks of the handles with their parts of it, all of which can be folded into weights."""
+    for handle in handles:
+        handle._check()
+        if any(map(is_partitioned, handle._model.parameters())):
+            cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+            raise NotMergeable("weights that DeepSpeed's ZeRO has partitioned", where=handle.name, cure=cure)
+        # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
+        live = [
+            (part.target, update)
+            for hook in handle._hooks
+            for part in hook.parts
+            if part.switch is handle._switch
+            for update in part.updates
+        ]
+        for target, update in (*handle._adapter, *live):
+            if update.kind in ("output", "context"):
+                raise NotMergeable("is not a change of weights", where=str(target), cure=KEEP_INJECTED)
+    switches = [handle._switch for handle in handles]
+    hooks = dict.fromkeys(hook for handle in handles for hook in handle._hooks)
+    found = [(hook, [part for part in hook.parts if part.switch in switches]) for hook in hooks]
+    return checked_folds(handles[0]._model, found)

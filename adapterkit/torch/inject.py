@@ -26,11 +26,12 @@ from .context import ContextPart, parts_of
 from .dropout import check_dropout, dropout_of
 from .experts import with_experts
 from .folding import change_alike
-from .forward_hook import ForwardHook, Part, hook_at, names_of
+from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle
 from .layers import check_precision, device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
 from .outputs import OutputSite, Switch, find_output_site
+from .parts import Part
 from .sharding import check_gathered, check_unwrapped
 from .structure import embedding_of
 from .weights import tensor_at

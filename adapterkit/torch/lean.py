@@ -32,7 +32,7 @@ from .layers import Layer
 from .scopes import Scope
 
 if TYPE_CHECKING:
-    from .forward_hook import Part
+    from .parts import Part
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,58 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from ..errors import ShapeMismatch, Unsupported, UsageError, nearest
-from .scopes import SETTINGS, current, routed
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which adapter each row goes through.
-
-    Attributes:
-        names: an adapter, or None for the base, for each row.
-        flattened: rows may come flattened with the tokens that follow them.
-        axis: the axis that rows lie on.
-        known: the adapters attached to the model.
-        switches: those of these adapters.
-        table: `[rows]`, positions in `known`; `len(known)` stands for the base.
-        plans: what batched.py worked out for this route.
-    """
-
-    names: tuple[str | None, ...]
-    flattened: bool
-    axis: int = 0
-    known: tuple[str, ...] = field(default=(), compare=False)
-    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
-    table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    def groups(self) -> dict[str | None, list[int]]:
-        """Name -> its rows."""
-        return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
-
-    def rows_first(self, tensor: Tensor) -> Tensor:
-        """View a module's input or output as `[rows, ...]`.
-
-        Raises:
-            ShapeMismatch: it does not have as many rows.
-        """
-        rows = self.table.shape[0]
-        if self.axis and tensor.ndim > self.axis:
-            tensor = tensor.movedim(self.axis, 0)
-        if tensor.ndim and tensor.shape[0] == rows:
-            return tensor
-        if tensor.ndim and tensor.shape[0] == 1:
-            return tensor.expand(rows, *tensor.shape[1:])
-        if tensor.ndim and self.flattened and not self.axis and tensor.shape[0] % rows == 0:
-            return tensor.reshape(rows, -1, *tensor.shape[1:])
-        raise _mismatch(self, tensor.shape[0] if tensor.ndim else 0)
-
-    def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Undo `rows_first`: `[rows, ...]` in the shape of a module's output `like`, but for its number of rows."""
-        if self.axis and like.ndim > self.axis:
-            return tensor.movedim(0, self.axis)
-        return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
+from ..errors import Unsupported, UsageError, nearest
+from .parts import HOOK
+from .scopes import SETTINGS, Route, current, routed
 
 
 @contextmanager
@@ -100,8 +50,6 @@ def route(
         Unsupported: raised by a forward through a module whose rows cannot be told apart; or a module of the model has
             rows second and `axis` is not given.
     """
-    from .forward_hook import HOOK
-
     names = tuple(names)
     hooks, first = [], None
     for module in model.modules():
@@ -309,16 +257,7 @@ def _count(route: Route, tensors: list[Tensor], where: str) -> int:
         return 1
     if sizes and route.flattened and sizes[0] % rows == 0:
         return sizes[0]
-    raise _mismatch(route, sizes[0] if sizes else 0).at(where=where)
-
-
-def _mismatch(route: Route, size: int) -> ShapeMismatch:
-    rows = len(route.names)
-    some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(route.names))[:8])
-    why = f"{size or 'no'} rows where the route names {rows} ({some}{', ...' if rows > 8 else ''})"
-    joined = size and not size % rows and not route.axis
-    more = "; pass flattened=True if the model has joined rows and tokens" if joined else ""
-    return ShapeMismatch(why, cure=f"Name one adapter, or None, for each row{more}")
+    raise route.mismatch(sizes[0] if sizes else 0).at(where=where)
 
 
 def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:

@@ -15,14 +15,71 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import Unsupported, UsageError
+from ..errors import ShapeMismatch, Unsupported, UsageError
 
-if TYPE_CHECKING:
-    from .routing import Route
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapter each row goes through.
+
+    Attributes:
+        names: an adapter, or None for the base, for each row.
+        flattened: rows may come flattened with the tokens that follow them.
+        axis: the axis that rows lie on.
+        known: the adapters attached to the model.
+        switches: those of these adapters.
+        table: `[rows]`, positions in `known`; `len(known)` stands for the base.
+        plans: what batched.py worked out for this route.
+    """
+
+    names: tuple[str | None, ...]
+    flattened: bool
+    axis: int = 0
+    known: tuple[str, ...] = field(default=(), compare=False)
+    switches: tuple[Any, ...] = field(default=(), compare=False, repr=False)
+    table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def groups(self) -> dict[str | None, list[int]]:
+        """Name -> its rows."""
+        return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
+
+    def rows_first(self, tensor: Tensor) -> Tensor:
+        """View a module's input or output as `[rows, ...]`.
+
+        Raises:
+            ShapeMismatch: it does not have as many rows.
+        """
+        rows = self.table.shape[0]
+        if self.axis and tensor.ndim > self.axis:
+            tensor = tensor.movedim(self.axis, 0)
+        if tensor.ndim and tensor.shape[0] == rows:
+            return tensor
+        if tensor.ndim and tensor.shape[0] == 1:
+            return tensor.expand(rows, *tensor.shape[1:])
+        if tensor.ndim and self.flattened and not self.axis and tensor.shape[0] % rows == 0:
+            return tensor.reshape(rows, -1, *tensor.shape[1:])
+        raise self.mismatch(tensor.shape[0] if tensor.ndim else 0)
+
+    def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """Undo `rows_first`: `[rows, ...]` in the shape of a module's output `like`, but for its number of rows."""
+        if self.axis and like.ndim > self.axis:
+            return tensor.movedim(0, self.axis)
+        return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
+
+    def mismatch(self, size: int) -> ShapeMismatch:
+        """The error of a forward with another number of rows than the route has."""
+        rows = len(self.names)
+        some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(self.names))[:8])
+        why = f"{size or 'no'} rows where the route names {rows} ({some}{', ...' if rows > 8 else ''})"
+        joined = size and not size % rows and not self.axis
+        more = "; pass flattened=True if the model has joined rows and tokens" if joined else ""
+        return ShapeMismatch(why, cure=f"Name one adapter, or None, for each row{more}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""What a hook at a module runs: the updates of one target of one adapter, with all that decides how they act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .leaves import LiveUpdates
+from .outputs import OutputSite, Switch
+
+if TYPE_CHECKING:
+    from ..core.adapter import Target
+    from ..core.updates import Update
+
+HOOK = "_adapterkit_hook"
+"""The attribute of a module that holds its hook, wherever other tools have moved its forward."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One target's updates at a hook; `weight` and `bias` are parameters' paths below the hook's module.
+
+    Updates of outputs are a part of their own, with an output site. `dropout` is the probability of the training.
+    """
+
+    switch: Switch
+    target: Target
+    bound: LiveUpdates
+    weight: str | None
+    bias: str | None
+    direct: bool
+    output_site: OutputSite | None = None
+    dropout: float = 0.0
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The updates over the tensors that the model holds now."""
+        return self.bound.updates
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the module's parameters can carry all of it: its laws are of weights, its biases have a place."""
+        kinds = all(update.kind in ("additive", "weight") for update in self.updates)
+        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
