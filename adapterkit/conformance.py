@@ -38,7 +38,7 @@ SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CaseOutcome:
     """The result of one case.
 
     Attributes:
@@ -62,7 +62,7 @@ Ask = Callable[[str, Sequence[Path]], Iterable[dict[str, Any]]]
 """Gives the program's line for each path of a verb; for `compute` and `merge`, one line for both paths."""
 
 
-def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[Outcome]:
+def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[CaseOutcome]:
     """Run a program against all cases that a program can be asked, and return what became of each.
 
     Args:
@@ -145,11 +145,11 @@ def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable
             yield line if isinstance(line, dict) else {"ok": False, "error": "no JSON object", "where": ""}
 
 
-def _outcome(case: Mapping[str, Any], passed: bool | None, why: str = "") -> Outcome:
-    return Outcome(case["case"], case["class"], tuple(case["requirements"]), case["verb"], passed, why)
+def _outcome(case: Mapping[str, Any], passed: bool | None, why: str = "") -> CaseOutcome:
+    return CaseOutcome(case["case"], case["class"], tuple(case["requirements"]), case["verb"], passed, why)
 
 
-def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> Outcome:
+def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
     wanted, why = case["expected"], ""
     if "error" in wanted:
         if line.get("ok"):
@@ -169,7 +169,7 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> Outcome:
     return _outcome(case, not why, why)
 
 
-def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> Outcome:
+def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> CaseOutcome:
     """Compare canonical JSON, text by text."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
@@ -183,7 +183,7 @@ def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> 
     return _outcome(case, not why, why)
 
 
-def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> Outcome:
+def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> CaseOutcome:
     """Compare all bytes of a merged base; without one the merge must be refused."""
     from .io import safetensors
 
@@ -220,7 +220,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
     return ["0" * width if dtype in SIGNED_ZEROS and each == negative else each for each in elements]
 
 
-def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> Outcome:
+def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
     A program may have no formula for a path, and says Unsupported there. The case is then counted apart if all other

@@ -208,15 +208,15 @@ def read_terminal(parent: int) -> str:
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        ([], _options.Settings()),
-        (["x", "--json"], _options.Settings(json=True)),
-        (["--quiet", "--debug"], _options.Settings(quiet=True, debug=True)),
-        (["x", "--", "--json"], _options.Settings()),
+        ([], _options.CommandSettings()),
+        (["x", "--json"], _options.CommandSettings(json=True)),
+        (["--quiet", "--debug"], _options.CommandSettings(quiet=True, debug=True)),
+        (["x", "--", "--json"], _options.CommandSettings()),
     ],
 )
-def test_settings(words: list[str], settings: _options.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings(words: list[str], settings: _options.CommandSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTERKIT_DEBUG", raising=False)
-    assert _options.Settings.of(words) == settings
+    assert _options.CommandSettings.of(words) == settings
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from adapterkit.errors import (  # fmt: skip
 )
 from adapterkit.formats import FORMATS
 from adapterkit.io.ggml_blocks import encoded
-from adapterkit.io.gguf_file import Value, read_gguf, write_gguf
+from adapterkit.io.gguf_file import GgufValue, read_gguf, write_gguf
 from adapterkit.io.lazy import from_numpy
 from adapterkit.io.numpy_files import read_npy, read_npz
 from adapterkit.io.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
@@ -141,8 +141,8 @@ def test_other_versions_and_types_of_gguf_are_refused(tmp_path):
 
 
 VALUES = {
-    "general.architecture": Value("string", "llama"), "general.type": Value("string", "adapter"),
-    "adapter.type": Value("string", "lora"), "adapter.lora.alpha": Value("f32", 4.0),
+    "general.architecture": GgufValue("string", "llama"), "general.type": GgufValue("string", "adapter"),
+    "adapter.type": GgufValue("string", "lora"), "adapter.lora.alpha": GgufValue("f32", 4.0),
 }  # fmt: skip
 
 
@@ -159,14 +159,14 @@ def gguf_embedding():
 TOKENS = "adapter.alora.invocation_tokens"
 
 GGUFS = {
-    "another architecture": (VALUES | {"general.architecture": Value("string", "x")}, gguf_tensors(), Unsupported),
-    "a control vector": (VALUES | {"adapter.type": Value("string", "control_vector")}, gguf_tensors(), Unsupported),
-    "a model": (VALUES | {"general.type": Value("string", "model")}, gguf_tensors(), Unsupported),
-    "an invocation of nothing": (VALUES | {TOKENS: Value("[u32]", [])}, gguf_tensors(), Malformed),
-    "an invocation of text": (VALUES | {TOKENS: Value("string", "x")}, gguf_tensors(), Malformed),
-    "an activated embedding": (VALUES | {TOKENS: Value("[u32]", [1])}, gguf_embedding(), Unsupported),
-    "alpha as text": (VALUES | {"adapter.lora.alpha": Value("string", "4")}, gguf_tensors(), Malformed),
-    "alpha infinite": (VALUES | {"adapter.lora.alpha": Value("f32", float("inf"))}, gguf_tensors(), Malformed),
+    "another architecture": (VALUES | {"general.architecture": GgufValue("string", "x")}, gguf_tensors(), Unsupported),
+    "a control vector": (VALUES | {"adapter.type": GgufValue("string", "control_vector")}, gguf_tensors(), Unsupported),
+    "a model": (VALUES | {"general.type": GgufValue("string", "model")}, gguf_tensors(), Unsupported),
+    "an invocation of nothing": (VALUES | {TOKENS: GgufValue("[u32]", [])}, gguf_tensors(), Malformed),
+    "an invocation of text": (VALUES | {TOKENS: GgufValue("string", "x")}, gguf_tensors(), Malformed),
+    "an activated embedding": (VALUES | {TOKENS: GgufValue("[u32]", [1])}, gguf_embedding(), Unsupported),
+    "alpha as text": (VALUES | {"adapter.lora.alpha": GgufValue("string", "4")}, gguf_tensors(), Malformed),
+    "alpha infinite": (VALUES | {"adapter.lora.alpha": GgufValue("f32", float("inf"))}, gguf_tensors(), Malformed),
     "a factor alone": (VALUES, {k: v for k, v in gguf_tensors().items() if k.endswith("a")}, Malformed),
     "another dialect's key": (VALUES, gguf_tensors() | {"m.lora_A.weight": from_numpy(np.ones(2, "f4"))}, Malformed),
     "no tensors": (VALUES, {}, Malformed),
@@ -184,7 +184,7 @@ def test_a_gguf_file_that_is_no_such_adapter(case, tmp_path):
         ak.read(tmp_path / "a.gguf", "gguf", BASE)
 
 
-@pytest.mark.parametrize("alpha", [{}, {"adapter.lora.alpha": Value("f32", 0.0)}])
+@pytest.mark.parametrize("alpha", [{}, {"adapter.lora.alpha": GgufValue("f32", 0.0)}])
 def test_llama_cpp_takes_no_alpha_for_a_scaling_of_one(alpha, tmp_path):
     values = {key: value for key, value in VALUES.items() if key != "adapter.lora.alpha"} | alpha
     write_gguf(tmp_path / "a.gguf", values, gguf_tensors(), {})

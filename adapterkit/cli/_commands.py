@@ -16,7 +16,7 @@ import click
 from ..errors import UsageError, nearest
 from ._examples import epilog, next_step
 from ._failures import answer, carried
-from ._options import RUNNING, Settings
+from ._options import RUNNING, CliSettings
 from ._render import printable
 
 
@@ -132,7 +132,7 @@ class Commands(click.Group):
         **extra: Any,
     ) -> int:
         """Runs the command line; exits with its code, or returns it where `standalone_mode` is off."""
-        settings = Settings.of(sys.argv[1:] if args is None else args)
+        settings = CliSettings.of(sys.argv[1:] if args is None else args)
         run = super().main
         code = answer(
             lambda: run(args, prog_name or "adapterkit", complete_var, standalone_mode=False, obj=settings, **extra),

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ..errors import AdapterkitError, StorageError, UsageError, public, storage_error
-from ._options import Settings
+from ._options import CliSettings
 from ._render import as_json, printable
 
 CLOSED_PIPE = 141
@@ -52,7 +52,7 @@ def carried() -> Iterator[None]:
         raise Carried(error) from error
 
 
-def answer(run: Callable[[], Any], settings: Settings) -> int:
+def answer(run: Callable[[], Any], settings: CliSettings) -> int:
     """Runs a command and returns the exit code; says on standard error, and as JSON if asked, what went wrong."""
     try:
         _escape_unprintable()
@@ -120,7 +120,7 @@ def coloured(text: str) -> str:
     return f"{lines}\n{click.style(told, fg='cyan')}"
 
 
-def _say(error: BaseException, settings: Settings) -> int:
+def _say(error: BaseException, settings: CliSettings) -> int:
     known = typed(error)
     if settings.debug:
         import traceback

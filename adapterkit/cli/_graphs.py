@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ._options import Settings
-from ._render import Table, View, counted, show
+from ._options import CliSettings
+from ._render import TextTable, View, counted, show
 from ._writing import is_done, made_from, refuse_place
 
 MOST_SHOWN = 8
@@ -91,7 +91,7 @@ def merge_graph(
         raise UsageError(f"{option} is not for an ONNX graph", path=model, cure=ONLY_FOLDERS[name])
     if quantized == "original":
         raise UsageError("--quantized original is not for an ONNX graph", path=model, cure=ONLY_FOLDERS["onto"])
-    settings: Settings = ctx.obj
+    settings: CliSettings = ctx.obj
     chosen = list(weights) or None
     if only_plan:
         from ..onnx import plan
@@ -181,13 +181,13 @@ def warn(warnings: Sequence[str]) -> None:
         click.echo(f"warning: {line}", err=True)
 
 
-def targets_table(record: Mapping[str, Any]) -> Table:
+def targets_table(record: Mapping[str, Any]) -> TextTable:
     """Show the nodes of each target in a graph."""
     rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
     if "graphs" in record:
         rows = [[t["graph"], *row] for t, row in zip(record["targets"], rows, strict=True)]
-        return Table(("graph", "target", "node", "found by", "confidence"), rows)
-    return Table(("target", "node", "found by", "confidence"), rows)
+        return TextTable(("graph", "target", "node", "found by", "confidence"), rows)
+    return TextTable(("target", "node", "found by", "confidence"), rows)
 
 
 def graphs_lines(record: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class CliSettings:
     """How a command talks.
 
     Attributes:
@@ -32,7 +32,7 @@ class Settings:
     verbose: int = 0
 
     @classmethod
-    def of(cls, words: Sequence[str]) -> Settings:
+    def of(cls, words: Sequence[str]) -> CliSettings:
         """Read straight from the words of the command line: they must hold for errors in reading those words, too."""
         given = words[: words.index("--")] if "--" in words else words
         debug, quiet = (os.environ.get(f"ADAPTERKIT_{word}", "") not in ("", "0") for word in ("DEBUG", "QUIET"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from ._options import Settings
+from ._options import CliSettings
 from ._render import printable, size
 from ._stages import busy
 
@@ -88,7 +88,7 @@ class _Heard:
 
 
 @contextmanager
-def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
+def progress(settings: CliSettings, label: str) -> Iterator[Meter | None]:
     """A meter for the length of some work; None when told to be quiet."""
     if settings.quiet:
         yield None

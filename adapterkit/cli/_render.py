@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from ..errors import public
-from ._options import Settings
+from ._options import CliSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TextTable:
     """Cells under headings. A column that is empty in every row is not shown; one of numbers only is set right.
 
     Attributes:
@@ -29,31 +29,31 @@ class Table:
     rows: Sequence[Sequence[Any]]
     spare: Sequence[str] = ()
 
-    def shown(self) -> Table:
+    def shown(self) -> TextTable:
         """The same table without its empty columns."""
         used = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
         return self._of(used)
 
-    def without(self, name: str) -> Table:
+    def without(self, name: str) -> TextTable:
         """The same table without a column."""
         return self._of([i for i, column in enumerate(self.columns) if column != name])
 
-    def _of(self, used: Sequence[int]) -> Table:
+    def _of(self, used: Sequence[int]) -> TextTable:
         columns = [self.columns[i] for i in used]
         spare = [name for name in self.spare if name in columns]
-        return Table(columns, [[row[i] for i in used] for row in self.rows], spare)
+        return TextTable(columns, [[row[i] for i in used] for row in self.rows], spare)
 
     def numeric(self, column: int) -> bool:
         return all(isinstance(row[column], int | float | None) for row in self.rows)
 
 
-View = Iterable[Table | str]
+View = Iterable[TextTable | str]
 
 _LARGE = 1 << 20
 """Characters of JSON for which another formatter is worth its import."""
 
 
-def show(settings: Settings, record: Mapping[str, Any], view: Callable[[Mapping[str, Any]], View]) -> None:
+def show(settings: CliSettings, record: Mapping[str, Any], view: Callable[[Mapping[str, Any]], View]) -> None:
     """Prints a result: `record` as JSON, or the lines and tables that `view` makes of it."""
     if settings.json:
         click.echo(as_json(record))
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else public(str(value))
 
 
-def _aligned(table: Table) -> list[str]:
+def _aligned(table: TextTable) -> list[str]:
     columns = []
     for i, name in enumerate(table.columns):
         texts = [cell(name), *_cells([row[i] for row in table.rows])]
@@ -170,7 +170,7 @@ GAP = 2
 """Columns of a terminal between two columns of a table."""
 
 
-def _print_drawn(table: Table) -> None:
+def _print_drawn(table: TextTable) -> None:
     """A table for a terminal: spare columns go first, then words are folded, and at last rows become records."""
     import shutil
     import textwrap
@@ -212,7 +212,7 @@ def _print_drawn(table: Table) -> None:
         click.echo(_folded(f"no room for {', '.join(left)}; a wider terminal or --json shows them"))
 
 
-def _texts(table: Table) -> list[list[str]]:
+def _texts(table: TextTable) -> list[list[str]]:
     """The text of each cell, column by column, headings first."""
     return [[cell(name), *_cells([row[i] for row in table.rows])] for i, name in enumerate(table.columns)]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import click
 
 from ..io.stages import LOGGER
-from ._options import Settings
+from ._options import CliSettings
 from ._render import printable, size
 
 PATIENCE = 2.0
@@ -100,7 +100,7 @@ def _patience() -> float:
 
 
 @contextmanager
-def stage_lines(settings: Settings) -> Iterator[StageLines | None]:
+def stage_lines(settings: CliSettings) -> Iterator[StageLines | None]:
     """Tell what a command does while it runs; nothing with --quiet."""
     if settings.quiet:
         yield None

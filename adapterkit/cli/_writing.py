@@ -11,8 +11,8 @@ import click
 
 from ..formats._format import ON_LOSS
 from . import _options
-from ._options import Settings, stated
-from ._render import Table, View, counted, show
+from ._options import CliSettings, stated
+from ._render import TextTable, View, counted, show
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -51,7 +51,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
     return digest_of([__version__, versions, ctx.command.name, words, read])
 
 
-def is_done(settings: Settings, out: str, digest: str | None, overwrite: bool) -> bool:
+def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool) -> bool:
     """Whether the output stands there, made from the same and unchanged; then this says so on standard output."""
     from ..io.staging import Staging, take_over
 
@@ -96,7 +96,7 @@ def writing(command: F) -> F:
     return command
 
 
-class Destination:
+class CommandDestination:
     """The destination of a command, which recognises the output of an earlier run of the same command.
 
     The arguments are those of `adapterkit.destination.Destination`.
@@ -111,7 +111,7 @@ class Destination:
         self.place = Place(out, sources, overwrite, format=target_format, base=base, inputs=inputs)
         self.made_from: str | None = None
 
-    def is_done(self, settings: _options.Settings) -> bool:
+    def is_done(self, settings: _options.CliSettings) -> bool:
         """Whether an earlier run made the same output from the same inputs; then this says so.
 
         Raises:
@@ -155,10 +155,10 @@ def outcome(record: Mapping[str, Any]) -> Iterable[str]:
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
-def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> Table:
+def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> TextTable:
     """Show each target's rank, norm and error."""
     columns = ("target", "method", "rank before", "rank", "norm", "relative error")
-    return Table(
+    return TextTable(
         columns,
         [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts],
     )

@@ -24,7 +24,7 @@ from ._writing import is_done, made_from, refuse_place
 @_options.overwrite
 @_options.flags
 @click.pass_obj
-def command(settings: _options.Settings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
+def command(settings: _options.CliSettings, path: str, out: str | None, serial: bool, overwrite: bool) -> None:
     """Runs `adapterkit.provenance.bom`."""
     from ..io.locations import local, located
     from ..io.staging import check_inputs, digest_of

@@ -16,7 +16,7 @@ import click
 from . import _options, _writing
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._progress import progress
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 
 @click.command(help=__doc__)
@@ -41,7 +41,7 @@ from ._render import Table, View, counted, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
+    settings: _options.CliSettings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
     weights: tuple[float, ...], recipe: str | None, rank: int | None, seed: int | None, disjoint: bool,
     dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
     overwrite: bool, rename: tuple[str, ...],
@@ -60,7 +60,7 @@ def command(
     sources, options = combination(named, method, weights, parameters, given, read_from)
     with named_by(read_from):
         target_format = target_format or _format_of(sources, detect)
-    destination = _writing.Destination(
+    destination = _writing.CommandDestination(
         out, sources, overwrite, target_format=target_format, base=options.get("base"),
         inputs=[] if recipe is None else [recipe],
     )  # fmt: skip
@@ -137,7 +137,7 @@ def _used(name: str, record: Mapping[str, Any]) -> str:
 def _view(record: Mapping[str, Any]) -> View:
     yield f"{record['method']}, weights {' '.join(map(str, record['weights']))}"
     if record["parameters"]:
-        yield Table(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
+        yield TextTable(("parameter", "value"), [[name, _used(name, record)] for name in record["parameters"]])
     yield from _writing.outcome(record)
     if record["cuts"]:
         worst = max(record["cuts"], key=lambda cut: cut["relative_error"])

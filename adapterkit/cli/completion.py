@@ -21,7 +21,7 @@ from ._render import View, show
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @_options.flags
 @click.pass_obj
-def command(settings: _options.Settings, shell: str) -> None:
+def command(settings: _options.CliSettings, shell: str) -> None:
     """Prints `_completion.script`."""
     if settings.json:
         show(settings, {"shell": shell, "script": script(shell)}, _view)

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, show
+from ._render import TextTable, View, show
 
 
 @click.command(help=__doc__)
@@ -63,9 +63,9 @@ def _view(record: Mapping[str, Any]) -> View:
     for what in ("requirement", "class"):
         counts = record["requirements" if what == "requirement" else "classes"]
         rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in counts.items()]
-        yield Table((what, "passed", "failed", "without formula"), rows)
+        yield TextTable((what, "passed", "failed", "without formula"), rows)
     if record["failed"]:
         failed = [[each["case"], " ".join(each["requirements"]), each["why"]] for each in record["failed"]]
-        yield Table(("case", "requirements", "why"), failed)
+        yield TextTable(("case", "requirements", "why"), failed)
     total = f"{record['passed']} passed, {len(record['failed'])} failed"
     yield f"{total}, {len(record['without_formula'])} without a formula"

@@ -33,7 +33,7 @@ from ._render import View, counted, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, dst: str, target_format: str, source_format: str | None, base: str | None,
+    settings: _options.CliSettings, src: str, dst: str, target_format: str, source_format: str | None, base: str | None,
     compat: str | None, on_loss: str, max_error: float | None, profile: str | None, match_base: bool,
     rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
@@ -43,7 +43,7 @@ def command(
 
     with _without_collection(), inputs_kept():
         name = source_format or detect(src)
-        destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
+        destination = _writing.CommandDestination(dst, [src], overwrite, target_format=target_format, base=base)
         if destination.is_done(settings):
             return
         result = convert(

@@ -12,7 +12,7 @@ import click
 
 from . import _options
 from ._progress import progress
-from ._render import Table, View, show
+from ._render import TextTable, View, show
 
 
 @click.command(help=__doc__)
@@ -22,7 +22,7 @@ def command(ctx: click.Context) -> None:
     """Runs `adapterkit.demo.run`."""
     from ..demo import run
 
-    settings: _options.Settings = ctx.obj
+    settings: _options.CliSettings = ctx.obj
     with progress(settings, "demo") as meter:
         record = run(progress=meter)
     show(settings, record, _view)
@@ -33,7 +33,7 @@ def command(ctx: click.Context) -> None:
 def _view(record: Mapping[str, Any]) -> View:
     yield f"{record['images']} handwritten digits held out of training; the base reads {record['plain']:.1%} of them"
     columns = ("task", "method", "accuracy before", "accuracy merged", "verified", "seconds")
-    yield Table(columns, [_row(row) for row in record["rows"]])
+    yield TextTable(columns, [_row(row) for row in record["rows"]])
 
 
 def _row(row: Mapping[str, Any]) -> list[Any]:

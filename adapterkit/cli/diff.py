@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 COLUMNS = {
     "target": "target", "equal": "equal", "relative error": "relative_error", "norm A": "norm_a", "norm B": "norm_b",
@@ -62,7 +62,7 @@ def _short(value: Any) -> Any:
 
 def _view(record: Mapping[str, Any]) -> View:
     targets = record["targets"]
-    yield Table(tuple(COLUMNS), [[_short(target[name]) for name in COLUMNS.values()] for target in targets], SPARE)
+    yield TextTable(tuple(COLUMNS), [[_short(target[name]) for name in COLUMNS.values()] for target in targets], SPARE)
     same = sum(target["equal"] is True for target in targets)
     bits = sum(target["bits"] for target in targets)
     verdict = {True: "the same function", False: "not the same function", None: "only a base could tell: pass --base"}

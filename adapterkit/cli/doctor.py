@@ -17,7 +17,7 @@ import click
 from .. import __version__
 from ..errors import AdapterkitError
 from . import _options
-from ._render import Table, View, show, size
+from ._render import TextTable, View, show, size
 
 NEEDED = ("click", "msgspec", "numpy", "rich", "safetensors", "torch")
 """Packages that the commands import; `doctor` reports each one that is missing or broken."""
@@ -259,4 +259,4 @@ def command(ctx: click.Context) -> None:
 
 def _view(record: Mapping[str, Any]) -> View:
     checks = record["checks"]
-    yield Table(("", "what", "found", "cure"), [[c["status"], c["name"], c["found"], c["cure"]] for c in checks])
+    yield TextTable(("", "what", "found", "cure"), [[c["status"], c["name"], c["found"], c["cure"]] for c in checks])

@@ -40,7 +40,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
+    settings: _options.CliSettings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
     targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
     on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
 ) -> None:  # fmt: skip
@@ -51,7 +51,7 @@ def command(
 
     # As the tools that people come from: a folder is PEFT's, a file adapterkit's own.
     target_format = target_format or ("adapterkit" if out.endswith(".safetensors") else "peft")
-    destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)
+    destination = _writing.CommandDestination(out, [tuned], overwrite, target_format=target_format, base=base)
     if destination.is_done(settings):
         return
     cuts: list[ops.Cut] = []

@@ -14,7 +14,7 @@ import click
 
 from . import _options
 from ._graphs import warn
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
 
@@ -91,7 +91,7 @@ def command(
 
 
 def _view(record: Mapping[str, Any]) -> View:
-    yield Table(
+    yield TextTable(
         ("model", "check", "result", "value", "limit"),
         [[c["model"], c["name"], RESULTS[c["ok"]], c["value"], c["limit"]] for c in record["checks"]],
     )
@@ -103,7 +103,7 @@ def _view(record: Mapping[str, Any]) -> View:
         ["base + random changes", effect["null"], None, None, None],
         *([each[name] for name in figures] for each in record["kept"]),
     ]
-    yield Table(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
+    yield TextTable(("run", "KL", "kept", "perplexity", "same greedy tokens"), rows)
     yield from record["verdicts"]
     adapters = counted(len(record["adapters"]), "adapter")
     yield f"{record['outcome']}: {adapters} on {record['data']}, {record['device']}, {record['seconds']:.1f} s"

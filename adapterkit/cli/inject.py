@@ -65,7 +65,7 @@ def command(
     refuse_place(out)
     from ..onnx import inject
 
-    settings: _options.Settings = ctx.obj
+    settings: _options.CliSettings = ctx.obj
     model = graph_or_folder(model, out)
     decided, read = decided_by(model, [adapter, *experts, base_weights, calibration])
     if is_done(settings, out, decided, overwrite):

@@ -15,7 +15,7 @@ import click
 
 from . import _options
 from ._graphs import graph_in, is_graphs
-from ._render import Table, View, counted, show, size
+from ._render import TextTable, View, counted, show, size
 
 
 @click.command(help=__doc__)
@@ -28,7 +28,7 @@ from ._render import Table, View, counted, show, size
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
+    settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.inspect`."""
@@ -61,7 +61,7 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
     rows = [
         [module, " ".join(f"{s}{shape}" for s, shape in slots.items())] for module, slots in record["modules"].items()
     ]
-    yield Table(("module", "tensors"), rows)
+    yield TextTable(("module", "tensors"), rows)
     yield record["why"]
 
 
@@ -78,7 +78,7 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
     groups = _groups(record["updates"])
     yield from _aligned_pairs(_story(record, groups))
     if "layers" in record:
-        yield Table(
+        yield TextTable(
             ("layer", "targets", "norm", "share", "largest", "note"),
             [[each["layer"] or "(none)", each["targets"], each["norm"],
               None if each["share"] is None else f"{each['share']:.1%}", each["largest"], each["why"]]
@@ -86,10 +86,10 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         )  # fmt: skip
     elif every or totals["targets"] <= FEW:
         columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-        yield Table(columns, _update_rows(_in_order(record["updates"])), SPARE)
+        yield TextTable(columns, _update_rows(_in_order(record["updates"])), SPARE)
     else:
         headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
-        yield Table((*headings, "parameters"), [group.row() for group in groups], SPARE)
+        yield TextTable((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
     if record["without_alpha"]:
@@ -267,14 +267,14 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
         yield f"  licence {_licence(record)}"
     if every or len(record["tensors"]) <= FEW:
         columns = ("tensor", "shape", "dtype", "parameters", "bytes")
-        yield Table(
+        yield TextTable(
             columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
         )  # fmt: skip
     else:
         headings = ("tensors", "count", "layers", "shape", "dtype", "parameters")
-        yield Table(headings, _tensor_groups(record["tensors"]), ("dtype", "parameters", "count"))
+        yield TextTable(headings, _tensor_groups(record["tensors"]), ("dtype", "parameters", "count"))
     counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
-    yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
+    yield TextTable(("dtype", "tensors", "parameters", "bytes"), counts)
     if len(record["tensors"]) > FEW and not every:
         yield "--all lists every tensor"
 
@@ -302,13 +302,13 @@ def _graph_view(record: Mapping[str, Any]) -> View:
     if "graphs" in record:
         yield f"{record['path']}: {counted(len(record['graphs']), 'graph')}"
         named = [[each["name"], each["part"] or "", each["layers"]] for each in record["graphs"]]
-        yield Table(("graph", "part", "layers"), named)
+        yield TextTable(("graph", "part", "layers"), named)
         rows = [[place["graph"], *_layer_row(place)] for place in record["layers"]]
-        yield Table(("graph", "target", "shape", "node", "value", "found by", "confidence"), rows)
+        yield TextTable(("graph", "target", "shape", "node", "value", "found by", "confidence"), rows)
         yield _layer_counts(record)
         return
     yield f"{record['path']}: graph"
-    yield Table(
+    yield TextTable(
         ("target", "shape", "node", "value", "found by", "confidence"),
         [_layer_row(place) for place in record["layers"]],
     )

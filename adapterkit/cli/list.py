@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import _options
-from ._render import Table, View, show
+from ._render import TextTable, View, show
 
 if TYPE_CHECKING:
     from ..loaders import Answer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, what: str, file: str | None, source_format: str | None, base: str | None,
+    settings: _options.CliSettings, what: str, file: str | None, source_format: str | None, base: str | None,
     compat: str | None,
 ) -> None:  # fmt: skip
     """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
@@ -106,7 +106,7 @@ def schemes() -> list[dict[str, Any]]:
     ]
 
 
-def _loaders(settings: _options.Settings) -> None:
+def _loaders(settings: _options.CliSettings) -> None:
     from ..loaders import loaders
 
     known = [
@@ -117,7 +117,7 @@ def _loaders(settings: _options.Settings) -> None:
 
 
 def _loaders_of(
-    settings: _options.Settings, file: str, source_format: str | None, base: str | None, compat: str | None
+    settings: _options.CliSettings, file: str, source_format: str | None, base: str | None, compat: str | None
 ) -> None:
     from .. import detect, read
     from ..io.inputs import inputs_kept
@@ -148,14 +148,14 @@ def _default(field: Any) -> Any:
 
 def _formats_view(record: Mapping[str, Any]) -> View:
     columns = ("format", "description", "methods", "compat")
-    yield Table(
+    yield TextTable(
         columns,
         [[f["name"], f["description"], " ".join(f["methods"]), " ".join(f["compat"])] for f in record["formats"]],
     )
 
 
 def _combiners_view(record: Mapping[str, Any]) -> View:
-    yield Table(("method", "what it is", "parameters"), [_combiner_row(c) for c in record["combine"]])
+    yield TextTable(("method", "what it is", "parameters"), [_combiner_row(c) for c in record["combine"]])
 
 
 def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
@@ -173,23 +173,23 @@ def _shown(value: Any) -> str:
 
 def _tools_view(record: Mapping[str, Any]) -> View:
     rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in record["loaders"]]
-    yield Table(("loader", "tool", "version", "models"), rows)
+    yield TextTable(("loader", "tool", "version", "models"), rows)
 
 
 def _loaders_view(record: Mapping[str, Any]) -> View:
     yield f"{record['path']}: {record['format']}"
     rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
-    yield Table(("tool", "loads", "after convert", "why"), rows)
+    yield TextTable(("tool", "loads", "after convert", "why"), rows)
     yield from (f"warning: {warning}" for warning in record["warnings"])
 
 
 def _schemes_view(record: Mapping[str, Any]) -> View:
     columns = ("scheme", "description", "checked against")
-    yield Table(columns, [[s["name"], s["description"], s["oracle"]] for s in record["quant"]])
+    yield TextTable(columns, [[s["name"], s["description"], s["oracle"]] for s in record["quant"]])
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:
-    yield Table(("method", "kind", "tensors", "formula"), [_method_row(m) for m in record["methods"]])
+    yield TextTable(("method", "kind", "tensors", "formula"), [_method_row(m) for m in record["methods"]])
 
 
 def _method_row(method: Mapping[str, Any]) -> list[str]:

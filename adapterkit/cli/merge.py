@@ -16,7 +16,7 @@ from . import _options
 from ._combining import combination, method_and_settings, named_by, recipe_of, recipe_option
 from ._graphs import damage_lines, is_graphs, merge_graph, refuse_graph_options
 from ._progress import progress
-from ._render import Table, View, counted, show, size
+from ._render import TextTable, View, counted, show, size
 from .verify import record_of, verdict
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def command(
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
 
-    settings: _options.Settings = ctx.obj
+    settings: _options.CliSettings = ctx.obj
     chosen = list(weights) or None
     named = adapters
     adapters = _options.in_reading(adapters, compat, base)
@@ -185,7 +185,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
     yield _adapters_table(record)
     columns = ("file", "bytes", "copied", "computed", "targets")
     files = record["files"]
-    yield Table(
+    yield TextTable(
         columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
     )  # fmt: skip
     yield from _names(record)
@@ -220,9 +220,9 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
     yield from damage_lines(record.get("damage", {}))
 
 
-def _adapters_table(record: Mapping[str, Any]) -> Table:
+def _adapters_table(record: Mapping[str, Any]) -> TextTable:
     rows = [[a["name"], float(a["weight"]), a["targets"], (a["digest"] or "")[:12]] for a in record["adapters"]]
-    return Table(("adapter", "weight", "targets", "digest"), rows)
+    return TextTable(("adapter", "weight", "targets", "digest"), rows)
 
 
 def _names(record: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 
 @click.command(help=__doc__)
@@ -27,7 +27,7 @@ from ._render import Table, View, counted, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
+    settings: _options.CliSettings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
 ) -> None:
     """Runs `adapterkit.names`."""
     from ..api import names
@@ -47,7 +47,7 @@ def _view(record: Mapping[str, Any]) -> View:
             [_numbered(weight["name"]), weight["tensors"], *(_other(weight, naming) for naming in namings)]
             for weight in record["weights"]
         ]
-        yield Table(("name", "modules", *namings), rows)
+        yield TextTable(("name", "modules", *namings), rows)
         return
     groups: dict[tuple[str, str, str, str], int] = {}
     for each in record["targets"]:
@@ -55,7 +55,7 @@ def _view(record: Mapping[str, Any]) -> View:
         layout = "" if each["layout"] == "out *in" else each["layout"]
         key = _template(each["target"]), _template(each["path"]), cut, layout
         groups[key] = groups.get(key, 0) + 1
-    yield Table(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
+    yield TextTable(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
     for rule in record["rules"]:
         yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
     if record["missing"]:

@@ -13,7 +13,7 @@ import click
 
 from . import _options
 from ._progress import progress
-from ._render import Table, View, counted, show, size
+from ._render import TextTable, View, counted, show, size
 
 
 @click.command(help=__doc__)
@@ -28,7 +28,7 @@ from ._render import Table, View, counted, show, size
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, uri: str, dst: str, include: tuple[str, ...], dry_run: bool, scanned: bool,
+    settings: _options.CliSettings, uri: str, dst: str, include: tuple[str, ...], dry_run: bool, scanned: bool,
     overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.hub.pull`."""
@@ -62,7 +62,7 @@ def _scan(uri: str) -> None:
 
 
 def _view(record: Mapping[str, Any]) -> View:
-    yield Table(("file", "bytes", "digest"), [[f["name"], f["bytes"], f["digest"][:23]] for f in record["files"]])
+    yield TextTable(("file", "bytes", "digest"), [[f["name"], f["bytes"], f["digest"][:23]] for f in record["files"]])
     files = f"{counted(len(record['files']), 'file')} of {size(record['bytes'])}"
     if record["dry_run"]:
         yield f"{record['uri']}: {files} to fetch"

@@ -15,7 +15,7 @@ import click
 from ..formats._format import ON_LOSS
 from . import _options
 from ._graphs import warn
-from ._render import Table, View, show
+from ._render import TextTable, View, show
 
 
 @click.command(help=__doc__)
@@ -41,7 +41,7 @@ from ._render import Table, View, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, uri: str, target_format: str | None, base: str | None, on_loss: str,
+    settings: _options.CliSettings, src: str, uri: str, target_format: str | None, base: str | None, on_loss: str,
     shard_size: int | None, private: bool, revision: str | None, tag: str | None, message: str | None,
     licence: str | None, dry_run: bool, overwrite: bool,
 ) -> None:  # fmt: skip
@@ -62,7 +62,7 @@ def command(
 
 def _view(record: Mapping[str, Any]) -> View:
     kinds = ("added", "replaced", "unchanged", "removed")
-    yield Table(("file", "state"), [[name, kind] for kind in kinds for name in record[kind]])
+    yield TextTable(("file", "state"), [[name, kind] for kind in kinds for name in record[kind]])
     if record["dry_run"]:
         yield f"{record['uri']}: nothing was written" + ("; the repository would be made" if record["created"] else "")
     elif not any(record[kind] for kind in ("added", "replaced", "removed")):

@@ -31,7 +31,7 @@ from ._writing import is_done, made_from
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
+    settings: _options.CliSettings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
     figures: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.report`."""

@@ -36,7 +36,7 @@ from ._render import View, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, rank: int | None, energy: float | None, error: float | None,
+    settings: _options.CliSettings, src: str, rank: int | None, energy: float | None, error: float | None,
     frobenius: float | None, sv_ratio: float | None, sv_cumulative: float | None, sv_fro: float | None,
     scope: str, promoted: bool, dtype: str | None, source_format: str | None,
     base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
@@ -47,7 +47,7 @@ def command(
     from ..errors import UsageError
 
     name = source_format or detect(src)
-    destination = _writing.Destination(out, [src], overwrite, target_format=target_format or name, base=base)
+    destination = _writing.CommandDestination(out, [src], overwrite, target_format=target_format or name, base=base)
     if destination.is_done(settings):
         return
     by_values: dict[str, Any] = {"sv_ratio": sv_ratio, "sv_cumulative": sv_cumulative, "sv_fro": sv_fro}

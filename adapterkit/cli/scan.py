@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 LEVELS = ("note", "low", "medium", "high", "never")
 
@@ -61,7 +61,7 @@ def _view(record: Mapping[str, Any]) -> View:
     findings = record["findings"]
     if findings:
         columns = ("severity", "finding", "file", "where", "evidence")
-        yield Table(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
+        yield TextTable(columns, [[f["severity"], f["title"], f["file"], f["where"], f["evidence"]] for f in findings])
         yield from dict.fromkeys(f"{f['title']}: {f['why']}" for f in findings)
     yield from (f"warning: {warning}" for warning in record["warnings"])
     yield from (f"not looked at: {each}" for each in record["unread"])

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 from ._writing import is_done, made_from, refuse_place
 
 SHOWN = 8
@@ -59,7 +59,7 @@ def bounds(text: str) -> tuple[str, tuple[float, float]]:
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, adapters: tuple[str, ...], data: str, base: str, budget: int,
+    settings: _options.CliSettings, adapters: tuple[str, ...], data: str, base: str, budget: int,
     methods: tuple[str, ...], tune: tuple[str, ...], rank: int | None, seed: int, device: str, out: str,
     overwrite: bool,
 ) -> None:  # fmt: skip
@@ -97,7 +97,7 @@ def _view(record: Mapping[str, Any]) -> View:
         ]
         for trial in ranked[:SHOWN]
     ]  # fmt: skip
-    yield Table(("trial", "method", "weights", "parameters", "loss"), rows)
+    yield TextTable(("trial", "method", "weights", "parameters", "loss"), rows)
     for name, loss in zip(record["adapters"], record["alone"], strict=True):
         yield f"{name} alone: {'no loss' if loss is None else f'{loss:.5g}'}"
     left = len(record["trials"]) - len(ranked)

@@ -35,7 +35,7 @@ from ._writing import is_done, made_from, refuse_place
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, path: str, key: str | None, password_file: str | None, certificate: str | None,
+    settings: _options.CliSettings, path: str, key: str | None, password_file: str | None, certificate: str | None,
     chain: tuple[str, ...], sigstore: bool, allow_symlinks: bool, out: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.provenance.sign`."""

@@ -20,7 +20,7 @@ from . import _options
 @click.option("--browser/--no-browser", default=True, help="Open the page in the browser; on if absent.")
 @_options.flags
 @click.pass_obj
-def command(settings: _options.Settings, folders: tuple[str, ...], port: int, browser: bool) -> None:
+def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int, browser: bool) -> None:
     """Runs `adapterkit.ui.server.serve`."""
     from ..ui.server import serve
     from . import adapterkit

@@ -21,7 +21,7 @@ from ._render import View, counted, show
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
+    settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""

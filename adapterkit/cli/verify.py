@@ -18,7 +18,7 @@ import click
 from . import _options
 from ._graphs import warn
 from ._progress import progress
-from ._render import Table, View, counted, show
+from ._render import TextTable, View, counted, show
 
 
 @click.command(help=__doc__)
@@ -56,7 +56,7 @@ def command(
         raise click.UsageError("give --base and --adapter both, or neither")
     if signature is None and (key or trust or identity or issuer):
         raise click.UsageError("--key, --trust, --identity and --issuer require --signature")
-    settings: _options.Settings = ctx.obj
+    settings: _options.CliSettings = ctx.obj
     record: dict[str, Any] = {"ok": True}
     if signature is not None:
         record = _signed(merged, signature, key, trust, identity, issuer, None if adapters else base)
@@ -86,7 +86,7 @@ def _signed(
 
 
 def record_of(
-    settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
+    settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -119,7 +119,7 @@ def verdict(record: Mapping[str, Any]) -> View:
         return
     yield f"not verified: {len(record['differences']):,} of {checked} differ"
     rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in record["differences"]]
-    yield Table((kind, "why", "elements", "largest"), rows)
+    yield TextTable((kind, "why", "elements", "largest"), rows)
 
 
 def _other_bases(record: Mapping[str, Any]) -> View:

@@ -24,7 +24,7 @@ DATA = Path(__file__).parent / "data"
 PATCH, TOKENS, HEADS, CLASSES, INK = 2, 16, 4, 10, 16
 
 
-class Attention(nn.Module):
+class DemoAttention(nn.Module):
     """Self-attention over all tokens of one image: `[n, 16, d]` to `[n, 16, d]`."""
 
     def __init__(self, d: int) -> None:
@@ -58,13 +58,13 @@ class MLP(nn.Module):
         return out
 
 
-class Layer(nn.Module):
+class DemoLayer(nn.Module):
     """A pre-norm transformer layer: `[n, 16, d]` to `[n, 16, d]`."""
 
     def __init__(self, d: int, hidden: int) -> None:
         super().__init__()
         self.attn_norm = nn.LayerNorm(d)
-        self.attn = Attention(d)
+        self.attn = DemoAttention(d)
         self.mlp_norm = nn.LayerNorm(d)
         self.mlp = MLP(d, hidden)
 
@@ -81,7 +81,7 @@ class DigitTransformer(nn.Module):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, d)
         self.position = nn.Parameter(torch.randn(TOKENS, d) * 0.1)
-        self.layers = nn.ModuleList(Layer(d, hidden) for _ in range(layers))
+        self.layers = nn.ModuleList(DemoLayer(d, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, CLASSES)
 

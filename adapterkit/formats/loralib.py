@@ -35,7 +35,7 @@ _OTHERS = (".parametrizations.", ".loras.")
 """Words in the keys of other tools whose keys have the same endings."""
 
 
-class Settings(TypedDict, total=False):
+class LoralibSettings(TypedDict, total=False):
     """Alpha, and which blocks of a `MergedLinear` are on."""
 
     alpha: float
@@ -45,7 +45,7 @@ class Settings(TypedDict, total=False):
 class Hints(Leftovers, total=False):
     """The settings."""
 
-    settings: Settings
+    settings: LoralibSettings
 
 
 class LoraLib(Format):

@@ -50,7 +50,7 @@ _ENDS = ("weight", "seed", "coefficients")
 _SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
-class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The content of `nola.json`: `lora_alpha` of the training, and the device of the model, `cpu` or `cuda`."""
 
     alpha: Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
@@ -165,14 +165,14 @@ def _alpha(update: NOLA, known: float) -> float:
     return known if known / rank == update.scaling else update.scaling * rank
 
 
-def _settings(path: Path) -> Settings:
+def _settings(path: Path) -> NolaSettings:
     if not path.exists():
         raise UsageError(
             f"the file does not say LoRA's alpha, nor which device drew its random matrices; {SETTINGS} beside it must",
             path=path, cure='Write it: {"alpha": <--lora_alpha of the training>, "device": "cuda" or "cpu"}',
         )  # fmt: skip
     try:
-        return msgspec.convert(read_json(path, strict=True), Settings)
+        return msgspec.convert(read_json(path, strict=True), NolaSettings)
     except msgspec.ValidationError as error:
         raise Malformed(str(error), path=path, cure='It is {"alpha": <number>, "device": "cuda" or "cpu"}') from None
 
@@ -217,7 +217,7 @@ def _target(where: tuple[str, str], slots: Mapping[str, Lazy]) -> Target:
     return Target(f"{path}.{module}", "in out *k", None if third is None else (third * out, (third + 1) * out))
 
 
-def _update(slots: Mapping[str, Lazy], settings: Settings) -> NOLA:
+def _update(slots: Mapping[str, Lazy], settings: NolaSettings) -> NOLA:
     rank = slots["Aweight"].shape[0]
     fields: dict[str, Any] = {
         "alpha": slots["Acoefficients"], "A_bases": _bases(slots, "A", settings.device), "A0": slots["Aweight"],

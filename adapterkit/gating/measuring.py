@@ -16,7 +16,7 @@ PROMPT, PROMPTS = 8, 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Output:
+class ModelOutput:
     """The output of a model for one input.
 
     Attributes:
@@ -34,11 +34,11 @@ class Output:
         return bool(self.main.isfinite().all())
 
 
-Run = Callable[[Mapping[str, Any]], Output]
+Run = Callable[[Mapping[str, Any]], ModelOutput]
 """Runs a model on one input."""
 
 
-def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> Output:
+def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> ModelOutput:
     """Run a transformers model on one input."""
     import torch
 
@@ -54,21 +54,21 @@ def run_torch(model: Any, feeds: Mapping[str, Any], device: str) -> Output:
     return output_of(told, tuple(state for each in states for state in each))
 
 
-def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> Output:
+def output_of(told: Mapping[str, Any], states: Sequence[Tensor] = ()) -> ModelOutput:
     """Return an output by the usual names of what transformers models give."""
     for name in ("logits", "logits_per_text", "start_logits", "last_hidden_state"):
         held = told.get(name)
         if held is not None:
-            return Output(_double(held), name != "last_hidden_state" and held.shape[-1] > 1, tuple(states))
+            return ModelOutput(_double(held), name != "last_hidden_state" and held.shape[-1] > 1, tuple(states))
     first = next(value for value in told.values() if hasattr(value, "shape") and value.dtype.is_floating_point)
-    return Output(_double(first), False, tuple(states))
+    return ModelOutput(_double(first), False, tuple(states))
 
 
 def _double(values: Tensor) -> Tensor:
     return values.detach().cpu().double()
 
 
-def divergence(first: Output, second: Output) -> float:
+def divergence(first: ModelOutput, second: ModelOutput) -> float:
     """Sum over positions of KL(first || second) in nats; the relative squared difference for other outputs."""
     if first.main.shape[:-1] != second.main.shape[:-1]:
         return math.inf
@@ -80,14 +80,14 @@ def divergence(first: Output, second: Output) -> float:
     return max(0.0, float((p.exp() * (p - q)).sum()))
 
 
-def unit_of(output: Output) -> str:
+def unit_of(output: ModelOutput) -> str:
     """Return the unit of `divergence`, for one position, in words."""
     if not output.is_logits:
         return "of the squared hidden states"
     return "nats a token" if output.main.ndim == 3 else "nats an input"
 
 
-def positions(output: Output) -> int:
+def positions(output: ModelOutput) -> int:
     """How many distributions an output holds."""
     return max(1, output.main.numel() // output.main.shape[-1])
 
@@ -98,7 +98,7 @@ def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first[..., :width], second[..., :width]
 
 
-def along(base: Output, adapted: Output, other: Output) -> tuple[float, float]:
+def along(base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> tuple[float, float]:
     """Return <other - base, adapted - base> and <adapted - base, adapted - base>, weighed by probability."""
     a, b = _alike(adapted.main, base.main)
     a, c = _alike(a, other.main)
@@ -127,7 +127,7 @@ def is_causal(run: Run, feeds: Mapping[str, Any]) -> bool:
     return bool(((before - after).abs() <= 1e-4 * before.abs().max()).all())
 
 
-def surprise(output: Output, feeds: Mapping[str, Any]) -> tuple[float, int]:
+def surprise(output: ModelOutput, feeds: Mapping[str, Any]) -> tuple[float, int]:
     """Return the sum of -log p of each next token, and how many there are."""
     ids = feeds["input_ids"]
     known = output.main.shape[-1]
@@ -168,7 +168,7 @@ class StateSums:
     apart: list[float] = field(default_factory=list)
     moved: list[float] = field(default_factory=list)
 
-    def add(self, base: Output, adapted: Output, other: Output) -> None:
+    def add(self, base: ModelOutput, adapted: ModelOutput, other: ModelOutput) -> None:
         for at, (b, a, o) in enumerate(zip(base.states, adapted.states, other.states, strict=False)):
             if at == len(self.size):
                 for sums in (self.size, self.apart, self.moved):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Unsupported, UsageError
 from ..io.lazy import as_torch, files_kept_open
 from ..quant import dequantized, is_quantized
-from .measuring import Output, output_of, run_torch
+from .measuring import ModelOutput, output_of, run_torch
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -108,7 +108,7 @@ class Adapted:
             if self.null is not None:
                 self.null.set_active(False)
 
-    def run(self, feeds: Mapping[str, Any], state: str) -> Output:
+    def run(self, feeds: Mapping[str, Any], state: str) -> ModelOutput:
         """Run one input."""
         with self.as_(state):
             return run_torch(self.model, feeds, self.device)
@@ -140,7 +140,7 @@ class Graph:
                 self.session.load(f"adapter{at}", adapter)
                 self.chosen[f"adapter{at}"] = weight
 
-    def run(self, feeds: Mapping[str, Any]) -> Output:
+    def run(self, feeds: Mapping[str, Any]) -> ModelOutput:
         """Run one input.
 
         Raises:

@@ -76,7 +76,7 @@ class ModuleSums:
 
 
 @dataclass
-class Comparison:
+class ModuleComparison:
     """All modules of two models of one class.
 
     Attributes:
@@ -114,11 +114,11 @@ class Watched:
         finally:
             self.on = False
 
-    def close(self) -> Comparison:
+    def close(self) -> ModuleComparison:
         """Take the hooks off, and return what was seen."""
         for hook in self.hooks:
             hook.remove()
-        return Comparison(self.sums, self.missing, tuple(name for name in self.names if name not in self.sums))
+        return ModuleComparison(self.sums, self.missing, tuple(name for name in self.names if name not in self.sums))
 
     def _hook(self, name: str) -> Any:
         def compare(module: Any, args: Any, kwargs: Any, adapted: Any) -> None:
@@ -165,14 +165,14 @@ def _floats(output: Any) -> Iterator[Tensor]:
             yield from _floats(each)
 
 
-def scale_of(comparison: Comparison) -> float | None:
+def scale_of(comparison: ModuleComparison) -> float | None:
     """Part of the change that is there, over all modules, each by the size of its change."""
     asked = math.fsum(sums.asked for sums in comparison.sums.values())
     return math.fsum(sums.product for sums in comparison.sums.values()) / asked if asked else None
 
 
 def judged(
-    comparison: Comparison, model: Any, other: Any, handles: Sequence[Handle], *, dtype: str, coarse: float,
+    comparison: ModuleComparison, model: Any, other: Any, handles: Sequence[Handle], *, dtype: str, coarse: float,
     max_scale_error: float, max_part_error: float,
 ) -> tuple[ModulePart, ...]:  # fmt: skip
     """Return what is wrong at which module. This folds the adapters into the model's weights.
@@ -198,7 +198,7 @@ def judged(
             suspects.append(name)
     # Tokens reach only some experts of a stack, so stacks are always looked at by their weights.
     stacks = [name for name in parts if name not in suspects and _is_stack(model.get_submodule(name))]
-    weights = Weights(model, other, [*suspects, *stacks, *comparison.idle], dtype)
+    weights = SuspectWeights(model, other, [*suspects, *stacks, *comparison.idle], dtype)
     weights.fold(handles)
     found: dict[str, ModulePart] = {}
     for name in [*parts, *comparison.idle]:
@@ -251,7 +251,7 @@ class _Held:
     before: Tensor
 
 
-class Weights:
+class SuspectWeights:
     """The weights of suspected modules: of the base, of the base with adapters folded in, and of the merged model."""
 
     def __init__(self, model: Any, other: Any, names: Sequence[str], dtype: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..merging.planned import Plan
-    from .measuring import Output, StateSums
+    from .measuring import ModelOutput, StateSums
     from .models import Adapted, Graph
 
     Base = Checkpoint | str | PathLike[str]
@@ -223,15 +223,15 @@ class _Run:
         self.new = new if self.causal else 0
         self.words = self._greedy(self._adapted)
 
-    def _greedy(self, run: Callable[[Mapping[str, Any]], Output]) -> list[list[int]]:
+    def _greedy(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> list[list[int]]:
         from .measuring import greedy
 
         return greedy(run, self.inputs.feeds, self.new) if self.new else []
 
-    def _base(self, feeds: Mapping[str, Any]) -> Output:
+    def _base(self, feeds: Mapping[str, Any]) -> ModelOutput:
         return self.adapted.run(feeds, "base")
 
-    def _adapted(self, feeds: Mapping[str, Any]) -> Output:
+    def _adapted(self, feeds: Mapping[str, Any]) -> ModelOutput:
         return self.adapted.run(feeds, "adapted")
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
@@ -276,7 +276,7 @@ class _Run:
             return replace(told, why=error.why)
         return told
 
-    def _scale(self, run: Callable[[Mapping[str, Any]], Output]) -> float | None:
+    def _scale(self, run: Callable[[Mapping[str, Any]], ModelOutput]) -> float | None:
         """Return the multiple of the change with which the base with adapters gives what a graph gives, if one does.
 
         The slope of logits tells it for small changes only, and a graph has no modules to look at.
@@ -317,7 +317,7 @@ class _Run:
         told = replace(told, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
-        def looked_at(feeds: Mapping[str, Any]) -> Output:
+        def looked_at(feeds: Mapping[str, Any]) -> ModelOutput:
             with watched.looking():
                 return self._adapted(feeds)
 
@@ -337,8 +337,8 @@ class _Run:
                        blocks=_blocks(states))  # fmt: skip
 
     def _kept(
-        self, told: KeptEffect, run: Callable[[Mapping[str, Any]], Output],
-        with_adapters: Callable[[Mapping[str, Any]], Output], states: StateSums | None = None,
+        self, told: KeptEffect, run: Callable[[Mapping[str, Any]], ModelOutput],
+        with_adapters: Callable[[Mapping[str, Any]], ModelOutput], states: StateSums | None = None,
     ) -> KeptEffect:  # fmt: skip
         from .measuring import agreement, along, divergence, positions
 
@@ -393,7 +393,7 @@ class _Perplexity:
     def __init__(self, causal: bool) -> None:
         self.causal, self.mean = causal, _Mean()
 
-    def add(self, output: Output, feeds: Mapping[str, Any]) -> None:
+    def add(self, output: ModelOutput, feeds: Mapping[str, Any]) -> None:
         if self.causal:
             from .measuring import surprise
 

@@ -16,7 +16,7 @@ from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
 from ..io.atomic import write_bytes
 from ..io.locations import located, source_of
 from ..merging.companions import CARD, REPORT
-from .card import Model, adapter_card, model_card
+from .card import CardModel, adapter_card, model_card
 from .folders import scratch
 from .hubs import parse
 from .remote import Content, Digests, Remote, RemoteFile
@@ -33,7 +33,7 @@ def is_of_the_base(folder: Path) -> bool:
     return told is not None and told == digests(card)[1]
 
 
-def model_at(path: Path) -> Model:
+def model_at(path: Path) -> CardModel:
     """Return the known facts about the model at a path.
 
     Raises:
@@ -49,7 +49,7 @@ def model_at(path: Path) -> Model:
     record = record_at(found.folder)
     adapters = _adapters(record)
     base, revision = _base_of(record, found.folder, adapters)
-    return Model(base, revision, adapters, found.config or {})
+    return CardModel(base, revision, adapters, found.config or {})
 
 
 def record_at(folder: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from .lazy import DTYPES, Lazy, Span, as_array, read_span
 from .magic_bytes import GGUF
 from .written import remember, source_of
 
-__all__ = ["PLAIN", "Gguf", "Model", "Value", "raw_size", "read_gguf", "read_model", "write_gguf"]
+__all__ = ["PLAIN", "Gguf", "GgufFields", "GgufValue", "raw_size", "read_gguf", "read_model", "write_gguf"]
 
 
 ALIGNMENT = "general.alignment"
@@ -42,7 +42,7 @@ TYPES = {name: number for number, name in PLAIN.items()} | {name: number for nam
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class GgufValue:
     """One metadata value. `type` is a name such as `u32` or `string`, or `[type]` for an array.
 
     An array's value is a list; if it has more than a million numbers, a numpy array.
@@ -73,7 +73,7 @@ def size_of(shape: Sequence[int], number: int) -> int:
     return count * DTYPES[PLAIN[number]].itemsize if number in PLAIN else 0
 
 
-def alignment_of(values: Mapping[str, Value]) -> int:
+def alignment_of(values: Mapping[str, GgufValue]) -> int:
     """Return the alignment of tensor data in bytes.
 
     Raises:
@@ -140,7 +140,7 @@ class Reader:
         return Malformed(why, path=self.path, where=f"byte {self.at}", cure="Fetch or write the file again")
 
 
-def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int]]:
+def read_keys(reader: Reader) -> tuple[dict[str, GgufValue], int, int, dict[str, int]]:
     """Return the key-values, the number of tensors, the version, and the offset of each key's value."""
     if reader.take(4, "a magic") != GGUF:
         raise reader.damaged("not a GGUF file")
@@ -152,7 +152,7 @@ def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
     if count > MAX_TENSORS or keys > MAX_TENSORS:
         raise reader.damaged(f"{count} tensors and {keys} keys")
-    values: dict[str, Value] = {}
+    values: dict[str, GgufValue] = {}
     places: dict[str, int] = {}
     for _ in range(keys):
         key = reader.string("a key", MAX_NAME)
@@ -164,12 +164,12 @@ def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int
     return values, count, version, places
 
 
-def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
+def _value(reader: Reader, number: int, key: str, depth: int = 0) -> GgufValue:
     if number in SCALARS:
         name, code = SCALARS[number]
-        return Value(name, reader.number(code, f"the value of {key!r}"))
+        return GgufValue(name, reader.number(code, f"the value of {key!r}"))
     if number == STRING:
-        return Value("string", reader.string(f"the value of {key!r}"))
+        return GgufValue("string", reader.string(f"the value of {key!r}"))
     if number != ARRAY or depth == MAX_DEPTH:
         raise reader.damaged(f"{key!r} is of a type {number} that GGUF does not have")
     inner, length = reader.number("<I", "a type"), reader.number("<Q", "a length")
@@ -178,21 +178,21 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
         size = struct.calcsize(code)
         data = reader.take(length * size, f"an array at {key!r}")
         if length > MAX_LISTED:
-            return Value(f"[{name}]", numbers(data, code))
-        return Value(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
+            return GgufValue(f"[{name}]", numbers(data, code))
+        return GgufValue(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
     # A string or array takes 8 bytes or more, for its length. Check before a list of that many items is made.
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
     reader.items += length
     if reader.items > MAX_ITEMS:
         raise reader.damaged(f"arrays of more than {MAX_ITEMS:,} texts and arrays")
-    return Value(
+    return GgufValue(
         f"[{VALUE_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
     )
 
 
 def read_entries(
-    reader: Reader, values: dict[str, Value], count: int
+    reader: Reader, values: dict[str, GgufValue], count: int
 ) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
     """Return name -> (shape, type, offset); name -> offset of its type field; the data's offset; the alignment."""
     alignment = alignment_of(values)
@@ -256,7 +256,7 @@ class Gguf:
         version: the version of the container.
     """
 
-    values: Mapping[str, Value]
+    values: Mapping[str, GgufValue]
     tensors: Mapping[str, Lazy]
     types: Mapping[str, str]
     version: int = 3
@@ -292,7 +292,7 @@ def _read(reader: Reader, tensors: bool) -> Gguf:
     return _with_tensors(reader, values, count if tensors else 0, version)
 
 
-def _with_tensors(reader: Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
+def _with_tensors(reader: Reader, values: dict[str, GgufValue], count: int, version: int) -> Gguf:
     found, _, start, alignment = read_entries(reader, values, count)
     tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
     check_apart(reader, found)
@@ -330,7 +330,7 @@ FILE_TYPES = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Model:
+class GgufFields:
     """The header of a model file, and the location of its tensors.
 
     Attributes:
@@ -344,7 +344,7 @@ class Model:
         places: key -> offset of its value in the header.
     """
 
-    values: Mapping[str, Value]
+    values: Mapping[str, GgufValue]
     types: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     spans: Mapping[str, Span]
@@ -377,7 +377,7 @@ class Model:
         return max(counts, key=lambda kind: counts[kind], default="")
 
 
-def read_model(path: str | os.PathLike[str]) -> Model:
+def read_model(path: str | os.PathLike[str]) -> GgufFields:
     """Read the header of a model whose tensors may have any type in `BLOCKS` or `PLAIN`.
 
     Raises:
@@ -400,7 +400,7 @@ def read_model(path: str | os.PathLike[str]) -> Model:
     types = {name: _type_name(reader, name, number) for name, (_, number, _) in found.items()}
     spans = _spans(reader, found, start, alignment)
     shapes = {name: shape for name, (shape, _, _) in found.items()}
-    return Model(values, types, shapes, spans, alignment, raw, entries, places)
+    return GgufFields(values, types, shapes, spans, alignment, raw, entries, places)
 
 
 def _spans(
@@ -428,7 +428,7 @@ def _type_name(reader: Reader, name: str, number: int) -> str:
 
 
 def write_gguf(
-    path: str | os.PathLike[str], values: Mapping[str, Value], tensors: Mapping[str, Lazy], types: Mapping[str, str]
+    path: str | os.PathLike[str], values: Mapping[str, GgufValue], tensors: Mapping[str, Lazy], types: Mapping[str, str]
 ) -> None:
     """Write a version 3 file atomically; its bytes equal those that gguf-py writes.
 
@@ -481,7 +481,7 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _encoded(value: Value) -> bytes:
+def _encoded(value: GgufValue) -> bytes:
     if not value.type.startswith("["):
         return struct.pack("<I", VALUE_NUMBERS[value.type]) + _plain(value.type, value.value)
     inner = value.type[1:-1]

@@ -37,7 +37,7 @@ THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ClusterRecipe:
     """The arguments from which a task makes the driver's plan again; a None in `adapters` is an adapter in memory."""
 
     base: str
@@ -70,16 +70,16 @@ def recipe_of(
     adapters: Sequence[Source],
     options: MergeOptions,
     device: str,
-) -> Recipe:  # fmt: skip
+) -> ClusterRecipe:  # fmt: skip
     """Return the recipe of a merge, with absolute paths that all nodes can open."""
     from ..core.adapter import Adapter
 
     paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
     beside = None if onto is None else str(opened(onto).root.resolve())
-    return Recipe(str(base.root.resolve()), quantized, beside, paths, options, device)
+    return ClusterRecipe(str(base.root.resolve()), quantized, beside, paths, options, device)
 
 
-def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:
+def on_ray(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:
     """Return an engine that distributes the files of a plan over a cluster.
 
     Raises:
@@ -102,7 +102,7 @@ def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address:
     return run
 
 
-def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
+def write_file(recipe: ClusterRecipe, digest: str, target: str, name: str) -> str:
     """Run one task: write one file into the stage of `target` unless it is finished; return its name.
 
     Raises:
@@ -124,7 +124,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
     return name
 
 
-def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
+def _on_disk(recipe: ClusterRecipe, named: Sequence[tuple[str, Adapter, float]], stage: StagingDir) -> tuple[str, ...]:
     """Return the paths of the adapters; adapters that exist only in memory are written into the stage first."""
     from ..formats import save
 
@@ -155,7 +155,7 @@ def _connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _run(plan: Plan, stage: StagingDir, recipe: Recipe, progress: Progress | None) -> None:
+def _run(plan: Plan, stage: StagingDir, recipe: ClusterRecipe, progress: Progress | None) -> None:
     """Start a task for each unfinished file and wait for all of them."""
     import ray
 

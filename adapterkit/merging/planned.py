@@ -19,7 +19,7 @@ from ..io.lazy import DType, Lazy, Shape
 from .companions import Companions
 from .options import workers_within
 from .planned_update import PlannedUpdate
-from .planned_updates import Source
+from .planned_updates import AdapterSource
 from .quantized import quantized_record
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Plan:
     """
 
     base: Checkpoint
-    sources: tuple[Source, ...]
+    sources: tuple[AdapterSource, ...]
     files: tuple[OutputFile, ...]
     tied: str | None
     config_changes: Mapping[str, Any] = field(default_factory=dict)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class AdapterSource:
     """One adapter of a merge, bound to the base.
 
     Attributes:
@@ -92,7 +92,7 @@ class Bindings:
     """
 
     base: Checkpoint
-    sources: tuple[Source, ...]
+    sources: tuple[AdapterSource, ...]
     folds: dict[str, tuple[PlannedUpdate, ...]]
     names: dict[str, str]
     config_changes: dict[str, Any]
@@ -141,7 +141,7 @@ def folds_by_tensor(
         shapes |= {alias: shapes[name] for alias, name in aliases.items()}
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
             _refuse_other_kinds((site.target, update) for update in site.updates)
-        sources.append(Source(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
+        sources.append(AdapterSource(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
             for stored, fold in _folds(site, weight, position, base, aliases):
                 shape = vocabulary.rows(position, stored, fold.shape)

@@ -44,7 +44,7 @@ NEAREST = 0.5001
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class TensorDifference:
     """One tensor that differs from the merge.
 
     Attributes:
@@ -98,7 +98,7 @@ class Verification:
 
     tensors: int
     targets: int
-    differences: tuple[Difference, ...]
+    differences: tuple[TensorDifference, ...]
     files: int = 0
     base: tuple[BaseDifference, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -140,15 +140,15 @@ def compare(
     vocab = _vocab(merged, base)
     options = MergeOptions(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
-    differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
+    differences = [TensorDifference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)
     total = sum(output.nbytes for output in outputs)
 
-    def check(output: Output) -> Difference | None:
+    def check(output: Output) -> TensorDifference | None:
         found = merged.tensors.get(output.name)
         with arrays.quiet():
-            return Difference(output.name, "missing") if found is None else _compare(output, found, arrays)
+            return TensorDifference(output.name, "missing") if found is None else _compare(output, found, arrays)
 
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(plan.workers) as pool:
         for output, difference in zip(outputs, pool.map(check, outputs), strict=True):
@@ -166,12 +166,12 @@ def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress |
     folder = merged.root if isinstance(merged, Checkpoint) else Path(merged)
     written = recorded(folder)
     total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
-    done, differences = 0, list[Difference]()
+    done, differences = 0, list[TensorDifference]()
     with ThreadPoolExecutor(most_workers()) as pool:
         for (name, runs), found in zip(
             written.items(), pool.map(lambda item: wrong_runs(folder / item[0], item[1]), written.items()), strict=True
         ):
-            differences += [Difference(name, why) for why in found]
+            differences += [TensorDifference(name, why) for why in found]
             done += sum(nbytes for _, nbytes, _ in runs)
             if progress is not None:
                 progress(done, total)
@@ -230,41 +230,43 @@ def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
     return "grow" if grew else "keep" if tables else None
 
 
-def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
+def _compare(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
     if output.part is not None:
         return _compare_packed(output, found, arrays)
     if found.shape != output.shape:
-        return Difference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
+        return TensorDifference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
     if found.dtype.floating != output.dtype.floating:
-        return Difference(output.name, f"dtype {found.dtype}, not {output.dtype}")
+        return TensorDifference(output.name, f"dtype {found.dtype}, not {output.dtype}")
     expected = replace(output, dtype=found.dtype)
     return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found, arrays)
 
 
-def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
+def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
     """Compare one part of a packed weight bit by bit."""
     assert output.part is not None
     if (found.shape, found.dtype) != (output.shape, output.dtype):
-        return Difference(output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}")
+        return TensorDifference(
+            output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}"
+        )
     import numpy as np
 
     made, _ = output.part.compute(Workspace(arrays))
     wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (made[output.name], found.fetch()))
     bits = f"<u{output.dtype.itemsize}"
     elements = int((wanted.view(bits) != there.view(bits)).sum())
-    return Difference(output.name, "not what quantizing the merge again gives", elements) if elements else None
+    return TensorDifference(output.name, "not what quantizing the merge again gives", elements) if elements else None
 
 
-def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
+def _compare_bytes(output: Output, found: Lazy) -> TensorDifference | None:
     count = math.prod(found.shape)
     for at in range(0, count, PIECE):
         size = min(PIECE, count - at)
         if memoryview(output.source.read(at, size)) != memoryview(found.read(at, size)):
-            return Difference(output.name, "not the base's bytes, and no adapter touches it")
+            return TensorDifference(output.name, "not the base's bytes, and no adapter touches it")
     return None
 
 
-def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
+def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> TensorDifference | None:
     from .blocks import blocks
     from .compute import BlockMerger
 
@@ -282,7 +284,7 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
             )
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
-    return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
+    return TensorDifference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
 def _errors(exact: Array, there: memoryview, expected: bytearray, dtype: DType, within: float) -> Array:

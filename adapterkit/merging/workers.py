@@ -157,7 +157,7 @@ Host = Callable[[Block, memoryview], None]
 Compute = Callable[[Block, Numbers, Numbers], None]
 
 
-class Written(Protocol):
+class OutputSink(Protocol):
     """A sink for the bytes of consecutive blocks."""
 
     def room(self, nbytes: int) -> memoryview:
@@ -176,7 +176,7 @@ class Pipeline(Protocol):
         ...
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: OutputSink
     ) -> None:
         """Read, compute and write blocks; return when the last is handed to `written`.
 
@@ -206,7 +206,7 @@ class HostPipeline:
         return nullcontext()
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: OutputSink
     ) -> None:
         for block in blocks:
             self._raw = _grown(self._raw, block.elements * source.itemsize)
@@ -238,7 +238,7 @@ class DevicePipeline:
         return context
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: OutputSink
     ) -> None:
         for position, block in enumerate(blocks):
             slot = self.slots[position % DEPTH]
@@ -287,7 +287,7 @@ class _Slot:
             self.fetched.record(pipeline.down)
         self.pending = block
 
-    def finish(self, written: Written) -> None:
+    def finish(self, written: OutputSink) -> None:
         """Wait for the slot's block, if there is one, and hand it to the writer."""
         if self.pending is not None:
             self.fetched.synchronize()

@@ -16,7 +16,7 @@ from ..io.lazy import as_array
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from .building import Array, Branch, Building, before, behind
-from .calls import Words
+from .calls import CallWords
 from .found import FoldedNorm, Found, Spot
 from .layers import Attention, Layer, MatMul, taken_apart
 from .outlets import Ended
@@ -142,7 +142,7 @@ class Turned:
 # Attach an adapter to a graph: the nodes of its formulas take over the output of each target layer.
 
 
-def attach(found: Sequence[Found], building: Building, slots: Any = None, words: Words | None = None) -> None:
+def attach(found: Sequence[Found], building: Building, slots: Any = None, words: CallWords | None = None) -> None:
     """Put every target's branch of nodes into the graph; several targets of one node are rows of a fused weight.
 
     Args:
@@ -154,7 +154,7 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
     Raises:
         Unsupported: a layer cannot take a method.
     """
-    words = words or Words(building, [update for place in found for update in place.updates])
+    words = words or CallWords(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
     for place in in_order(found, building.model.graph):
         for spot in place.spots:
@@ -173,7 +173,7 @@ def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spo
     return replace(spot, node=apart[spot.node], kind=MatMul)
 
 
-def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: Words) -> None:
+def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: CallWords) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
     layer = _layer(place, spot, branch)
     layer.call = words.at(layer)

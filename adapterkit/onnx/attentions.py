@@ -33,7 +33,7 @@ Factors = tuple[tuple[str, ir.Value], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Attention:
+class AttentionNodes:
     """The nodes of an attention.
 
     Attributes:
@@ -76,7 +76,7 @@ class Attention:
         return size
 
 
-def attention_at(model: ir.Model, target: Target) -> Attention:
+def attention_at(model: ir.Model, target: Target) -> AttentionNodes:
     """Return the attention that a target names.
 
     Raises:
@@ -90,7 +90,7 @@ def attention_at(model: ir.Model, target: Target) -> Attention:
     mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
     if way is None or mixed is None:
         raise Unsupported("the graph shows no softmax of one attention there", where=where, cure=_EXPORT)
-    return Attention(module, found[0], way[0], mixed, way[1])
+    return AttentionNodes(module, found[0], way[0], mixed, way[1])
 
 
 def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
@@ -118,7 +118,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     branch.close()
 
 
-def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, target: Target) -> Value:
+def _past(update: ContextUpdate, at: AttentionNodes, branch: Branch, kind: Any, target: Target) -> Value:
     """Return keys and values `[rows or 1, 2, heads, n, d]`, repeated for grouped queries."""
 
     def value(leaf: Any) -> Value:
@@ -136,7 +136,7 @@ def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, targe
     return out
 
 
-def _reads(update: ContextUpdate, at: Attention, branch: Branch, target: Target) -> Any:
+def _reads(update: ContextUpdate, at: AttentionNodes, branch: Branch, target: Target) -> Any:
     """Return the attention's input if the prefix has a gate that reads it, else None."""
     gate = update.tensors.get("gate")
     if gate is None:
@@ -149,17 +149,17 @@ def _reads(update: ContextUpdate, at: Attention, branch: Branch, target: Target)
     return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
 
 
-def _of_rows(past: Value, at: Attention, branch: Branch) -> Value:
+def _of_rows(past: Value, at: AttentionNodes, branch: Branch) -> Value:
     return past * _ones(at, branch, past.dtype)[:, None]
 
 
-def _ones(at: Attention, branch: Branch, kind: Any) -> Value:
+def _ones(at: AttentionNodes, branch: Branch, kind: Any) -> Value:
     """Return ones `[rows, heads, 1, 1]`, by which a constant is expanded to the rows of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
     return SYMBOLS.ones_like(queries[:, :, :1, :1])  # type: ignore[no-any-return]
 
 
-def _scores(keys: Value, at: Attention, branch: Branch) -> Value:
+def _scores(keys: Value, at: AttentionNodes, branch: Branch) -> Value:
     """Return the scores of queries against the prefix's keys, scaled as the graph scales its own."""
     keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
     queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
@@ -173,7 +173,7 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
     return value
 
 
-def _check_width(past: Value, at: Attention, target: Target) -> None:
+def _check_width(past: Value, at: AttentionNodes, target: Target) -> None:
     if at.width != past.shape[-1]:
         why = f"made for heads of {past.shape[-1]}; the attention's have {at.width}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")

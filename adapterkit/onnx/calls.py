@@ -46,7 +46,7 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of graph outputs that are the last layer's output."""
 
 
-def first_pass(words: Words, told: Any) -> ir.Value:
+def first_pass(words: CallWords, told: Any) -> ir.Value:
     """Copy the nodes that compute the last layer's output; return the copy's output for the call's own tokens.
 
     Args:
@@ -69,7 +69,7 @@ def first_pass(words: Words, told: Any) -> ir.Value:
     return end
 
 
-def _without_past(words: Words, branch: Branch) -> Copies:
+def _without_past(words: CallWords, branch: Branch) -> Copies:
     """Return replacements for the inputs: all tokens at once, and an empty past."""
     copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
     ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
@@ -139,7 +139,7 @@ _NAME = "adapterkit/first_pass"
 TASKS, LAST = "task_ids", "hidden_states"
 
 
-class Words:
+class CallWords:
     """The words that updates ask of a model's call.
 
     Args:
@@ -209,7 +209,7 @@ class Heard:
         layer: the layer whose rows they belong to.
     """
 
-    def __init__(self, words: Words, layer: Layer) -> None:
+    def __init__(self, words: CallWords, layer: Layer) -> None:
         self.words, self.layer = words, layer
         self.shadow = State(words.shadows, self)
 

@@ -74,7 +74,7 @@ def _turns(node: ir.Node) -> bool | None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Change:
+class StoredChange:
     """A stored tensor to be computed.
 
     Attributes:
@@ -174,12 +174,14 @@ def from_array(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataT
 class Changed(ir.LazyTensor):
     """A tensor that is computed when it is written; `change` says how."""
 
-    def __init__(self, change: Change, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
+    def __init__(self, change: StoredChange, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
         super().__init__(lambda: ir.Tensor(change.array(), dtype=kind, name=name), kind, shape, cache=False, name=name)
         self.change = change
 
 
-def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: Change) -> ir.Value:
+def fresh_value(
+    building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: StoredChange
+) -> ir.Value:
     """Return the changed tensor, stored beside `old`; nodes with the same changes share it."""
     if key not in fresh:
         shape, kind = ir.Shape(change.source.shape), kind_of(old)

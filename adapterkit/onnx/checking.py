@@ -19,7 +19,7 @@ from ..io.stages import stage
 from .attaching import attach
 from .building import Building
 from .folding import fold, unpacked
-from .model_file import Source, inline, opened
+from .model_file import GraphSource, inline, opened
 from .operands import attribute
 from .providers import session_of
 from .resolving import resolve
@@ -133,7 +133,7 @@ LARGE = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CheckOutcome:
     """The result of a check.
 
     Attributes:
@@ -152,7 +152,7 @@ class Outcome:
 def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
     given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None, by_rows: bool = False,
-) -> Outcome:  # fmt: skip
+) -> CheckOutcome:  # fmt: skip
     """Compare the written graph with the original graph with merged weights.
 
     Args:
@@ -174,7 +174,7 @@ def checked_injection(
     stage("running the graph and comparing it")
     source = opened(model)
     if (why := _too_large(source)) is not None:
-        return Outcome(None, why)
+        return CheckOutcome(None, why)
     plain, known = inline(source.model), sizes_beside(source.path)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
@@ -234,7 +234,7 @@ def _compared_by_rows(
     raise Unsupported(f"a batch of two cannot be tried ({why})", path=out, cure=cure)
 
 
-def _fed(beside: Path, out: Path, source: Source) -> Feeds:
+def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     """Return the tensors that a user feeds: those of the `.onnx_adapter` file beside a graph with slots.
 
     Raises:
@@ -250,7 +250,7 @@ def _fed(beside: Path, out: Path, source: Source) -> Feeds:
 def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
-) -> Outcome:  # fmt: skip
+) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with the original graph with the adapter injected.
 
     If packed weights were dequantized, they are dequantized in the original too. If weights were requantized, the
@@ -261,12 +261,12 @@ def checked_merge(
     """
     stage("running the graph and comparing it")
     if len(adapters) > 1 or factors[0] != 1:
-        return Outcome(None, "several adapters, or one by a part, are not injected")
+        return CheckOutcome(None, "several adapters, or one by a part, are not injected")
     from ..io.checkpoint import opened as opened_base
 
     source = opened(model)
     if (why := _too_large(source)) is not None:
-        return Outcome(None, why)
+        return CheckOutcome(None, why)
     plain, building = inline(source.model), Building(source.model)
     weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
     found = resolve(source.model, adapters[0], weights, tying)
@@ -306,7 +306,7 @@ def _session(model: bytes | str, bare: bool) -> Any:
     return session_of(ir.to_proto(held).SerializeToString(), optimized=False)
 
 
-def _too_large(source: Source) -> str | None:
+def _too_large(source: GraphSource) -> str | None:
     total = sum(
         value.const_value.nbytes
         for graph in source.model.graphs()
@@ -320,7 +320,7 @@ def _compared(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None, known: Sizes | None = None,
     bare: bool = False,
-) -> Outcome:  # fmt: skip
+) -> CheckOutcome:  # fmt: skip
     """Compare both graphs on the same inputs: the given ones, or made-up ones of the first sizes that work.
 
     Args:
@@ -337,7 +337,7 @@ def _compared(
     first = wanted if wanted is not None else plain
     assert first is not None
     why, fails = "no inputs", ""
-    unseen: Outcome | None = None
+    unseen: CheckOutcome | None = None
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
             session = _session(first, bare)
@@ -356,7 +356,7 @@ def _compared(
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
             why = "it runs, but there is no second way to make this change to compare it with"
-            return Outcome(None, why, _second(out, plain, both, feeds, got), clipped)
+            return CheckOutcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged:
             _judge(difference, out, _most(wanted, feeds, results, difference))
@@ -376,15 +376,15 @@ def _compared(
             difference = max(difference, other or 0.0)
         # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
         if seen:
-            return Outcome(difference, untried, reference, clipped)
+            return CheckOutcome(difference, untried, reference, clipped)
         why = "the adapter changes nothing on the inputs of the check"
-        unseen = Outcome(difference, why, reference, clipped)
+        unseen = CheckOutcome(difference, why, reference, clipped)
     if unseen is not None:
         return unseen
     if fails:
         raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
-    return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
+    return CheckOutcome(None, f"the graph does not run on {kind} inputs ({why})")
 
 
 def _conditions(model: ir.Model, feeds: Feeds) -> list[str]:

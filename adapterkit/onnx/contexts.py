@@ -13,7 +13,7 @@ from ..core.adapter import Adapter, Target
 from ..core.updates import ContextUpdate
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..io.lazy import as_array
-from .attentions import Attention, attention_at, with_prefixes, without_factors
+from .attentions import AttentionNodes, attention_at, with_prefixes, without_factors
 from .building import Array, Branch, Building, before, behind, between, element_type, readers_of
 from .found import Spot
 from .layers import Gather, Layer
@@ -165,7 +165,7 @@ def _sum(value: ir.Value, added: Value, branch: Branch) -> ir.Value:
     return branch.node("Add", [value, added.value], None, added.dtype, None)
 
 
-def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, Layer]:
+def _projections(at: AttentionNodes, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, Layer]:
     own = set(at.module.nodes)
     found: dict[str, Layer] = {}
     for spot in (spot for spot in spots_of(model) if spot.node in own):
@@ -178,7 +178,9 @@ def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target)
     return found
 
 
-def _added(update: ContextUpdate, at: Attention, layers: Mapping[str, Layer], branch: Branch, target: Target) -> Value:
+def _added(
+    update: ContextUpdate, at: AttentionNodes, layers: Mapping[str, Layer], branch: Branch, target: Target
+) -> Value:
     """Return the values to add to the heads' outputs, `[rows, positions, heads * d]`."""
     queries = without_factors(at.scores.inputs[0])
     kind, d = element_type(at.mixed.outputs[0]), at.width

@@ -27,7 +27,7 @@ from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building
-from .checking import Outcome
+from .checking import CheckOutcome
 from .found import Found
 from .model_file import INLINE, STAYS, placing, save_fresh
 from .modules import same_end
@@ -317,7 +317,7 @@ def export(
     held = getattr(torch_model, inside) if inside else torch_model
     config = config_of_model(held)
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
-    told = Outcome(None)
+    told = CheckOutcome(None)
     stays: tuple[Path, ...] = ()
     if share is not None:
         weights = opened_base(share)
@@ -373,7 +373,7 @@ def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _checked(
     model: nn.Module, examples: Sequence[Any], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
-) -> Outcome:  # fmt: skip
+) -> CheckOutcome:  # fmt: skip
     """Check the graph; for a quantized one, check the float graph that it was made from, too."""
     stage("running the graph and comparing it with the model")
     try:
@@ -387,8 +387,8 @@ def _checked(
             compared_packed(exact, unpacked, examples)
             difference = compared(model, examples, out, runs, judged=False)
     except Unsupported as error:
-        return Outcome(None, f"not run: {error.why}")
-    return Outcome(difference, None, by_reference(out, examples[0]))
+        return CheckOutcome(None, f"not run: {error.why}")
+    return CheckOutcome(difference, None, by_reference(out, examples[0]))
 
 
 def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str) -> dict[str | None, Run]:

@@ -67,7 +67,7 @@ GENAI = {"decoder": "decoder", "encoder": "encoder", "vision": "vision", "speech
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class GraphPart:
     """One graph of a folder.
 
     Attributes:
@@ -125,7 +125,7 @@ def graphs_in(folder: Path) -> list[Path]:
     return sorted(file for file in found if len(file.relative_to(folder).parts) <= DEEP)
 
 
-def parts_of(folder: Path) -> list[Part]:
+def parts_of(folder: Path) -> list[GraphPart]:
     """Return the graphs that make up a model.
 
     Raises:
@@ -139,7 +139,7 @@ def parts_of(folder: Path) -> list[Part]:
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
     return [
-        Part(graph, name, None if alone else said.get(name.as_posix(), _role(name)), opened(graph).data)
+        GraphPart(graph, name, None if alone else said.get(name.as_posix(), _role(name)), opened(graph).data)
         for graph, name in zip(graphs, names, strict=True)
     ]
 
@@ -205,7 +205,7 @@ def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tupl
     return (kept if kept.updates else adapter), _left(lost if kept.updates else (), "the graph has not got them")
 
 
-def divided(parts: Sequence[Part], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
+def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
     """Give each graph the updates whose targets it has.
 
     Raises:
@@ -248,7 +248,7 @@ def _config(base: Any, path: Path) -> Mapping[str, Any] | None:
         return None
 
 
-def _nowhere(lost: Sequence[Target], parts: Sequence[Part], some: bool) -> TargetNotFound:
+def _nowhere(lost: Sequence[Target], parts: Sequence[GraphPart], some: bool) -> TargetNotFound:
     known: dict[str, str] = {}
     for part in parts:
         for spot in spots_of(opened(part.path).model):
@@ -266,13 +266,13 @@ def _nowhere(lost: Sequence[Target], parts: Sequence[Part], some: bool) -> Targe
 # Write a changed folder.
 
 
-def files_of_folder(folder: Path, parts: Sequence[Part] | None = None) -> list[Path]:
+def files_of_folder(folder: Path, parts: Sequence[GraphPart] | None = None) -> list[Path]:
     """Return all files that decide what a change of a folder writes: graphs, their data, and what is copied along."""
     known = parts_of(folder) if parts is None else parts
     return [*dict.fromkeys([*(file for part in known for file in part.files), *_others(folder, known)])]
 
 
-def _others(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
+def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
     """Yield the files beside the graphs: configs, tokenizers."""
     held = {file.resolve() for part in parts for file in part.files}
     home = folder.resolve()
@@ -302,7 +302,7 @@ def inject_folder(
     division = divided(parts, whole, base, allow_partial)
     inputs = [*inputs_of(adapter, base_weights), *files_of_folder(folder, parts)]
 
-    def change(part: Part, there: Path) -> GraphReport | None:
+    def change(part: GraphPart, there: Path) -> GraphReport | None:
         own = division.of[part.name]
         return None if own is None else inject(part.path, own, there, base_weights=base_weights, **options)
 
@@ -326,7 +326,7 @@ def merge_folder(
     factors = _factors(weights, len(read))
     inputs = [*(file for one in adapters for file in inputs_of(one, base_weights)), *files_of_folder(folder, parts)]
 
-    def change(part: Part, there: Path) -> GraphReport | None:
+    def change(part: GraphPart, there: Path) -> GraphReport | None:
         own = [(one.of[part.name], f) for one, f in zip(divisions, factors, strict=True) if one.of[part.name]]
         if not own:
             return None
@@ -365,13 +365,13 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def _read(
     folder: Path, adapters: Sequence[Any], base_weights: Base | None, rename: str | Sequence[str]
-) -> tuple[list[Part], list[Adapter], Any]:  # fmt: skip
+) -> tuple[list[GraphPart], list[Adapter], Any]:  # fmt: skip
     read = renamed([loaded(one, base_weights)[0] for one in adapters], rename)
     return parts_of(folder), read, None if base_weights is None else opened_base(base_weights)
 
 
 def _written(
-    folder: Path, parts: Sequence[Part], out: Path, change: Callable[[Part, Path], GraphReport | None],
+    folder: Path, parts: Sequence[GraphPart], out: Path, change: Callable[[GraphPart, Path], GraphReport | None],
     inputs: Sequence[Path], overwrite: bool, made_from: str | None, warnings: tuple[str, ...],
 ) -> GraphReport:  # fmt: skip
     others = list(_others(folder, parts))
@@ -392,8 +392,8 @@ def _written(
 
 @contextmanager
 def placed_folder(
-    out: Path, parts: Sequence[Part], others: Sequence[Path], folder: Path, inputs: Sequence[Path], overwrite: bool,
-    made_from: str | None,
+    out: Path, parts: Sequence[GraphPart], others: Sequence[Path], folder: Path, inputs: Sequence[Path],
+    overwrite: bool, made_from: str | None,
 ) -> Iterator[Path]:  # fmt: skip
     """Yield a folder to write to; at the end it replaces the graphs of `out`, and files that no model has stay.
 

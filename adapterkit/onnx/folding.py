@@ -19,7 +19,7 @@ from ..errors import Malformed, NotMergeable, Unsupported
 from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
 from .building import Array, Branch, Building, kind_of
-from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
+from .changes import Stored, StoredChange, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .found import Found, Spot
 from .layers import Layer, Recurrent
 from .norms import groups_of
@@ -146,16 +146,18 @@ class Folding:
     def _made(self, old: ir.Value, make: Callable[[], Array], *key: Any) -> ir.Value:
         """Return a tensor that is computed as a whole, in place of an old one and in its dtype."""
         kind, name = kind_of(old), self.name
-        change = Change(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
+        change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
 
     def _packed(self) -> dict[str, float]:
         packing = packing_of(self.spot, self.building, self.fresh)
-        return packing.again(Change(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape)))
+        return packing.again(
+            StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
+        )
 
     def _weight(self, held: ir.Value) -> None:
         stored = stored_behind(held)
-        change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        change = StoredChange(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
         # Nodes with the same tensor and the same changes share the result.
         key = ("weight", id(stored.value), *self.key)
         new = fresh_value(self.building, self.fresh, key, stored.value, change)

@@ -22,11 +22,11 @@ from ..io.locations import path_text
 from ..naming.binding import renamed
 from .attaching import attach
 from .building import Building
-from .calls import Words
-from .checking import Outcome, checked_injection
+from .calls import CallWords
+from .checking import CheckOutcome, checked_injection
 from .contexts import of_attention, parted, place
 from .folders import folder_of, inject_folder, left_out, only_graph
-from .model_file import Source, opened, placing, save
+from .model_file import GraphSource, opened, placing, save
 from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
@@ -147,11 +147,11 @@ def inject(
     used = place(context, building)
     found = resolve(source.model, rest, base, tying)
     slots = _slots(mode, building)
-    words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
+    words = CallWords(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     attach(found, building, slots, words)
     building.settle()
     keep_original(source)
-    target, told = Path(path_text(out)), Outcome(None)
+    target, told = Path(path_text(out)), CheckOutcome(None)
     if slots is not None:
         _beside(target, adapter)
     inputs = [*inputs_of(adapter, base_weights), *(file for one in experts for file in inputs_of(one, None))]
@@ -198,7 +198,7 @@ def _slots(mode: str, building: Building) -> Any:
     return Slots(building) if mode == "slots" else RowSlots(building)
 
 
-def keep_original(source: Source) -> None:
+def keep_original(source: GraphSource) -> None:
     """Store the original file in the model's metadata, except for runs of bytes that its stored tensors still hold.
 
     Raises:

@@ -16,11 +16,11 @@ from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
 from ..naming.binding import renamed
 from .building import Building
-from .checking import Outcome, checked_merge
+from .checking import CheckOutcome, checked_merge
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
 from .folding import PlannedUpdate, fold
 from .found import Found
-from .model_file import Source as Opened
+from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
 from .packed import CHOICES
 from .reading import base_warnings, inputs_of, loaded, name_of
@@ -102,7 +102,7 @@ def merge(
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
-    target, told = Path(path_text(out)), Outcome(None)
+    target, told = Path(path_text(out)), CheckOutcome(None)
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
         save_merged(source.model, source, place.path, changed)

@@ -182,7 +182,7 @@ LIMIT = 2**31 - 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class GraphSource:
     """A model and its origin.
 
     Attributes:
@@ -198,7 +198,7 @@ class Source:
     original: bytes
 
 
-def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
+def opened(model: ir.Model | str | os.PathLike[str]) -> GraphSource:
     """Open a model without reading its external data.
 
     Raises:
@@ -213,7 +213,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         if _large(copy):
             cure = "Save it with its numbers in data files (onnx_ir.save with external_data=), and name the file"
             raise Unsupported("a model of more than 2 GB in memory, which no file of ONNX's holds", cure=cure)
-        return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
+        return GraphSource(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
         with open_input(path) as file:
@@ -222,7 +222,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
     files = checked_data(loaded, path)
-    return Source(_modern(loaded, path), path, files, data)
+    return GraphSource(_modern(loaded, path), path, files, data)
 
 
 def _parsed(data: bytes, path: Path) -> ir.Model:
@@ -277,7 +277,7 @@ def inline(model: ir.Model) -> bytes:
     return data
 
 
-def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> None:
+def save(model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value]) -> None:
     """Write a model that shares its source's data files.
 
     Args:
@@ -314,7 +314,9 @@ def _serialized(model: ir.Model, out: Path) -> bytes:
     return data
 
 
-def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False) -> None:
+def save_merged(
+    model: ir.Model, source: GraphSource, out: Path, fresh: Iterable[ir.Value], apart: bool = False
+) -> None:
     """Write a model whose numbers changed, with a few blocks in memory at a time; see `save`.
 
     A model with external data, or one to be kept `apart`, gets one new data file with all tensors that a node reads.
@@ -336,7 +338,7 @@ def save_fresh(graph: ir.Model, out: Path) -> None:
     """Write a newly created model; many numbers go into one data file beside it."""
     held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
     apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
-    save_merged(graph, Source(graph, None, (), b""), out, (), apart)
+    save_merged(graph, GraphSource(graph, None, (), b""), out, (), apart)
 
 
 @dataclass(slots=True)
@@ -356,7 +358,7 @@ class Placing:
 
 @contextlib.contextmanager
 def placing(
-    out: Path, source: Source | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
+    out: Path, source: GraphSource | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
     inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
 ) -> Iterator[Placing]:  # fmt: skip
     """Yield a path to write a model to; the model and the files beside it move into place when the block ends.
@@ -472,7 +474,7 @@ def _moves(tensor: Any) -> bool:
     return tensor.nbytes > INLINE and STAYS not in tensor.meta
 
 
-def _check_out(source: Source | None, out: Path) -> None:
+def _check_out(source: GraphSource | None, out: Path) -> None:
     if out.is_dir():
         raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
     for file in () if source is None else (source.path, *source.data):

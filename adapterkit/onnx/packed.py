@@ -19,7 +19,7 @@ from ..merging.requantize import damage_of
 from ..quant._grouped import Grouped
 from ..quant._scheme import joined
 from .building import Array, Branch, Building, element_type, takes_over
-from .changes import Change, Stored, exchange, lazily, settled_from, unturned
+from .changes import Stored, StoredChange, exchange, lazily, settled_from, unturned
 from .layers import Layer, MatMul, dequantized, only_reader
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers(Grouped):
+class PackedNumbers(Grouped):
     """A weight as `[rows, columns]`, in groups of columns."""
 
     q: Array
@@ -64,7 +64,7 @@ class Numbers(Grouped):
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
         return dict(zip(("q", "zero", "scale"), joined(pieces, (0, 0, 0)), strict=True))
 
-    def with_numbers(self, found: Mapping[str, Array]) -> Numbers:
+    def with_numbers(self, found: Mapping[str, Array]) -> PackedNumbers:
         zero = self.zero if isinstance(self.zero, int) else found["zero"]
         return replace(self, q=found["q"], zero=zero, scale=found["scale"].astype(self.scale.dtype))
 
@@ -113,7 +113,7 @@ class Seen:
         rest = [size for axis, size in enumerate(like.shape) if axis != self.axis]
         return np.moveaxis(wide.reshape(*rest, like.shape[self.axis]), -1, self.axis).astype(like.dtype)
 
-    def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> Numbers:
+    def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> PackedNumbers:
         limits = import_module("ml_dtypes").iinfo(q.dtype)
         # The rows have no padding for a last, shorter block.
         uneven = self.block and self.shape[self.axis] % self.block
@@ -128,9 +128,9 @@ class Seen:
         return numbers_in(node, self.rows(q.astype(np.int32)), zeros, self.wide(self.scale), span, bits)
 
 
-def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> Numbers:
+def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[int, int], bits: int) -> PackedNumbers:
     """Return integers `[rows, columns]` with zero points and scales `[rows, groups]` and the stored type's limits."""
-    return Numbers(
+    return PackedNumbers(
         node.name or "", q.shape, DTYPES["F32"], (), scale.shape[1], None, bits, q, zero, scale, limits
     )  # fmt: skip
 
@@ -451,11 +451,11 @@ class Packing:
 
     stored: Stored
     shape: tuple[int, ...]
-    numbers: Numbers
+    numbers: PackedNumbers
     rows: Callable[[Array], Array]
-    put: Callable[[Numbers], None]
+    put: Callable[[PackedNumbers], None]
 
-    def again(self, change: Change) -> dict[str, float]:
+    def again(self, change: StoredChange) -> dict[str, float]:
         """Pack a changed weight and give it to the layer; return the error, see `damage_of`."""
         merged = self.rows(change.array()).astype(np.float32)
         found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
@@ -504,7 +504,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> P
     q = split(packed.reshape(N, -1), bits)
     found = numbers_in(node, q, zero, scale.reshape(N, blocks), (0, (1 << bits) - 1), bits)
 
-    def put(new: Numbers) -> None:
+    def put(new: PackedNumbers) -> None:
         arrays = [joined_bits(new.q, bits).reshape(packed.shape), new.scale.reshape(scale.shape)]
         if not isinstance(new.zero, int):
             arrays.append(joined_bits(new.zero, bits).reshape(stored.shape))
@@ -523,7 +523,7 @@ def _in_integers(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) 
     assert held is not None
     seen = Seen(shape_of(held), numbers(scale), len(shape_of(held)) - 1, 0)
 
-    def put(new: Numbers) -> None:
+    def put(new: PackedNumbers) -> None:
         node.replace_input_with(1, _value(building, fresh, held, seen.back(new.q)))
         if zero is not None:
             node.replace_input_with(3, _value(building, fresh, zero, seen.small(new.zero, numbers(zero))))
@@ -550,7 +550,7 @@ def _in_linear(
     assert scale is not None
     seen = Seen(held.shape, scale, attribute(node, "axis", 1) % held.ndim, attribute(node, "block_size", 0))
 
-    def put(new: Numbers) -> None:
+    def put(new: PackedNumbers) -> None:
         arrays = [seen.back(new.q), seen.small(new.scale, scale)]
         arrays += [] if zero is None else [seen.small(new.zero, zero)]
         values = [_value(building, fresh, one, array) for one, array in zip(given, arrays, strict=False)]
@@ -576,7 +576,7 @@ def _in_product(
         raise unknown(spot.node)
     seen = Seen(q.shape, factors, axes[0] if axes else 0, 0)
 
-    def put(new: Numbers) -> None:
+    def put(new: PackedNumbers) -> None:
         out = ir.Value(name=building.name(f"{held.name}.merged/Cast_output"), type=cast.type)  # type: ignore[union-attr]
         words = {name: one.value for name, one in made_by.attributes.items()}
         again = ir.node("Cast", [_value(building, fresh, held, seen.back(new.q))], words, outputs=[out])

@@ -40,7 +40,7 @@ INSIDE = "model"
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class ExportWords:
     """A model's call.
 
     Attributes:
@@ -58,7 +58,7 @@ class Words:
     shapes: tuple[Any, ...]
 
 
-def words_of(model: Any, source: Path) -> Words:
+def words_of(model: Any, source: Path) -> ExportWords:
     """Return how a model is called, judging by its class and its forward's signature.
 
     Args:
@@ -79,7 +79,7 @@ def words_of(model: Any, source: Path) -> Words:
     return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
 
 
-def _encoder(model: Any) -> Words:
+def _encoder(model: Any) -> ExportWords:
     import torch
     from torch import nn
 
@@ -110,10 +110,10 @@ def _encoder(model: Any) -> Words:
                if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
     shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
     examples = (example(2, 5), example(1, 3))
-    return Words(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
+    return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
 
 
-def _causal(model: Any, source: Path) -> Words:
+def _causal(model: Any, source: Path) -> ExportWords:
     import torch
     from torch import nn
 
@@ -152,7 +152,7 @@ def _causal(model: Any, source: Path) -> Words:
     axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
     layers = [f"{at}.{part}" for at in range(len(sizes)) for part in ("key", "value")]
     past_shapes = [({0: "batch", 2: "past"},) * 2 for _ in sizes]
-    return Words(
+    return ExportWords(
         Decoder().eval(),
         (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
         (*told, *(f"past_key_values.{layer}" for layer in layers)),

@@ -19,7 +19,7 @@ from ..io.lazy import as_array
 from .building import Array, Building
 from .layers import Attention, Gemm, MatMul
 from .packed import MatMulInteger, MatMulNBits
-from .slots import RECORD, SlotRecord, UpdateRecord, fixed_attributes
+from .slots import RECORD, SlotRecord, SlotUpdate, fixed_attributes
 from .values import Value
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RowSlots:
             record, update = SlotRecord.of(place), place.updates[0]
             # The scaling is inside of B.
             fields = {"A": slots["A"].name or "", "B": slots["B"].name or "", "scaling": slots["B"].name or ""}
-            record.updates.append(UpdateRecord(update.method, fixed_attributes(update, fields), fields))
+            record.updates.append(SlotUpdate(update.method, fixed_attributes(update, fields), fields))
             listed.append(record.plain())
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
         self.building.model.metadata_props[ROWS] = INDEX

@@ -35,7 +35,7 @@ from .tokens import (
 from .values import Sizes, Value, plain
 
 if TYPE_CHECKING:
-    from .calls import Heard, Words
+    from .calls import CallWords, Heard
 
 SHADOW = "shadow"
 
@@ -51,7 +51,7 @@ class Shadows:
         config: returns the base's config, to create a network like the base.
     """
 
-    def __init__(self, words: Words, config: Callable[[], Mapping[str, Any]] | None) -> None:
+    def __init__(self, words: CallWords, config: Callable[[], Mapping[str, Any]] | None) -> None:
         self.words, self.config = words, config
         self.value = words.input(SHADOW)
         self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None

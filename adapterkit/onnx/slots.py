@@ -60,7 +60,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateRecord:
+class SlotUpdate:
     """The slots of one update.
 
     Attributes:
@@ -86,7 +86,7 @@ class SlotRecord:
 
     asked: Target
     target: Target
-    updates: list[UpdateRecord]
+    updates: list[SlotUpdate]
 
     @classmethod
     def of(cls, place: Found) -> SlotRecord:
@@ -124,7 +124,7 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
         records = [
             SlotRecord(
                 _target(each["asked"]), _target(each["target"]),
-                [UpdateRecord(str(m), dict(a), dict(f)) for m, a, f in each["updates"]],
+                [SlotUpdate(str(m), dict(a), dict(f)) for m, a, f in each["updates"]],
             )
             for each in json.loads(text)
         ]  # fmt: skip
@@ -205,7 +205,7 @@ class Slots:
             first = SlotRecord.of(place)
             fields = {field: slot.value.name or "" for field, slot in slots.items()}
             update = place.updates[position]
-            held = UpdateRecord(update.method, fixed_attributes(update, fields), fields)
+            held = SlotUpdate(update.method, fixed_attributes(update, fields), fields)
             targets.setdefault(key, first).updates.append(held)
         listed = [record.plain() for record in targets.values()]
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))

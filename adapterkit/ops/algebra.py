@@ -12,7 +12,7 @@ from ..errors import AdapterkitError, UsageError
 from ..io.computed import computed, held, joined, total, wide
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
-from .alignment import Place, places
+from .alignment import AlignedPlace, places
 from .at_base import additive, check_kind
 from .building import balanced, low_rank, of_several
 from .lowering import Change, loaded
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import DType, Lazy
-    from .alignment import Place
+    from .alignment import AlignedPlace
 
     Term = tuple[Additive, float]
 
 
-def added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
+def added(place: AlignedPlace, terms: Sequence[Term], stacking: bool) -> list[Update]:
     """Sum updates with low-rank factors to one LoRA, and others to one dense difference; stacking keeps the others."""
     thin: list[tuple[LoRA, float]] = []
     rest: list[Term] = []
@@ -50,7 +50,7 @@ def added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
     return made + ([_dense(place, rest)] if rest else [])
 
 
-def _lora(place: Place, update: Additive) -> LoRA | None:
+def _lora(place: AlignedPlace, update: Additive) -> LoRA | None:
     """Return an update as a LoRA; None if it has no low-rank factors."""
     if not update.changes_weight or type(update).pair is Additive.pair:
         return None
@@ -63,7 +63,7 @@ def _lora(place: Place, update: Additive) -> LoRA | None:
     return low_rank(place.target, place.shape, [(d.B, d.A) for d in deltas], change.bias(), kind)
 
 
-def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
+def _beside(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Join factors into one LoRA, without reading any tensor."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
@@ -78,7 +78,7 @@ def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     return LoRA(A=A, B=B, bias=bias, scaling=scaling)  # type: ignore[arg-type]
 
 
-def _reduced(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
+def _reduced(place: AlignedPlace, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Compute the sum and cut it to the rank of the weight, for factors whose ranks add up to more."""
     change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
     pairs = [balanced(*svd(delta)) for delta in change.deltas()]
@@ -86,7 +86,7 @@ def _reduced(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     return low_rank(place.target, place.shape, pairs, change.bias(), kind)
 
 
-def _dense(place: Place, terms: Sequence[Term]) -> Update:
+def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
     """Return the sum as one dense difference that is computed when it is read."""
     if len(terms) == 1 and isinstance(terms[0][0], Dense):
         update, weight = terms[0]
@@ -123,11 +123,11 @@ def _biases(changes: Sequence[Change]) -> Array:
     return summed
 
 
-def _rank(place: Place, update: LoRA) -> int:
+def _rank(place: AlignedPlace, update: LoRA) -> int:
     return int(update.A.shape[int(place.target.stacked)])
 
 
-def _most(place: Place) -> int:
+def _most(place: AlignedPlace) -> int:
     return min(place.shape[0], math.prod(place.shape[1:]))
 
 
@@ -237,7 +237,7 @@ def _combined(
     return of_several(read, updates, op, weights=weights)
 
 
-def summed_at(place: Place, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
+def summed_at(place: AlignedPlace, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
     """Return the sum at one target."""
     try:
         parts = [_parted(updates, weight) for updates, weight in zip(place.updates, weights, strict=True) if updates]
@@ -256,7 +256,7 @@ def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...],
 
 
 def _mixed(
-    place: Place, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
+    place: AlignedPlace, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
 ) -> tuple[tuple[Update, ...], list[Term]]:
     """Mix updates that are not additive: return those of the result, and those that became additive at the base."""
     if not heads or (len(heads) == 1 and heads[0][1] == 1):
@@ -278,7 +278,7 @@ def _mixed(
     return (), [(u, w) for a, w in zip(parts, weights, strict=True) for _, u in a if isinstance(u, Additive)]
 
 
-def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
+def _mixture(place: AlignedPlace, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
     """Return one update of the common method, if all share one and it can hold the mixture; else None."""
     methods = {type(update) for head in updates for update in head}
     if len(methods) > 1 or any(len(head) > 1 for head in updates):
@@ -295,7 +295,7 @@ def _stored(values: Array, kind: DType) -> Lazy:
     return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)
 
 
-def _alone(place: Place, terms: Sequence[Term]) -> list[Update]:
+def _alone(place: AlignedPlace, terms: Sequence[Term]) -> list[Update]:
     """Scale one adapter's additive updates, keeping each method that can be scaled."""
     made: list[Update] = []
     for update, weight in terms:

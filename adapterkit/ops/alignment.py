@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class AlignedPlace:
     """One target of several adapters.
 
     Attributes:
@@ -102,7 +102,7 @@ def places(
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
     strict_base: bool = False,
-) -> tuple[list[Adapter], list[Place]]:
+) -> tuple[list[Adapter], list[AlignedPlace]]:
     """Read adapters, bind them to the base if there is one, and align them by target.
 
     Args:
@@ -142,7 +142,7 @@ def places(
         _check_common(read)
     _check_layouts(read)
     targets = dict.fromkeys(target for adapter in read for target in adapter.updates)
-    return read, [Place(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
+    return read, [AlignedPlace(t, tuple(tuple(a.updates.get(t, ())) for a in read), base) for t in targets]
 
 
 def source_adapter(source: Source, base: Base | None) -> Adapter:

@@ -20,7 +20,7 @@ from .evaluating import FIT, Evaluation
 from .parameters import Asked, one_of, peft_result, resolved
 
 if TYPE_CHECKING:
-    from .alignment import Place, Source
+    from .alignment import AlignedPlace, Source
     from .combiners._combiner import Value
     from .lowering import Base
     from .parameters import Setting
@@ -153,7 +153,7 @@ def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data:
         raise UsageError(f"seed {seed!r} is not a whole number from 0", where="seed", cure="Choose another")
 
 
-def _check_rank(rank: object, found: Sequence[Place]) -> None:
+def _check_rank(rank: object, found: Sequence[AlignedPlace]) -> None:
     """Refuse a rank that no weight can have."""
     if rank is None or rank == FIT:
         return

@@ -17,7 +17,7 @@ from ..errors import AdapterkitError, UsageError
 from ..io.computed import wide
 from ..io.lazy import as_lazy, files_kept_open
 from ..io.stages import stage
-from .alignment import Place, places, side_by_side
+from .alignment import AlignedPlace, places, side_by_side
 from .at_base import additive
 from .lowering import Delta, loaded
 from .lowrank import cores
@@ -169,7 +169,7 @@ def _same_leaf(one: Lazy, other: Lazy) -> bool:
     return (one.shape, one.dtype) == (other.shape, other.dtype) and bytes(one.fetch()) == bytes(other.fetch())
 
 
-def _likeness(place: Place, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
+def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
     bits = same_bits(*place.updates)
     try:
         additive_place = lowered(place)
@@ -184,7 +184,7 @@ def _likeness(place: Place, tolerance: float, signs: bool, sums: list[float]) ->
     return _measured(additive_place, bits, tolerance, signs, sums)
 
 
-def lowered(place: Place) -> Place:
+def lowered(place: AlignedPlace) -> AlignedPlace:
     """Return the place with additive updates only; other updates become differences at the place's base.
 
     Raises:
@@ -196,7 +196,7 @@ def lowered(place: Place) -> Place:
 
     both = [Adapter({place.target: found}) if found else None for found in place.updates]
     made = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]
-    return Place(place.target, tuple(() if a is None else _only(a) for a in made), place.base)
+    return AlignedPlace(place.target, tuple(() if a is None else _only(a) for a in made), place.base)
 
 
 def _only(adapter: Adapter) -> tuple[Update, ...]:
@@ -204,7 +204,7 @@ def _only(adapter: Adapter) -> tuple[Update, ...]:
     return updates
 
 
-def _same_numbers(place: Place) -> bool:
+def _same_numbers(place: AlignedPlace) -> bool:
     """Whether updates have the same methods and attributes, and tensors with the same numbers in any dtypes."""
     one, other = place.updates
     if _outline(one) != _outline(other):
@@ -214,7 +214,7 @@ def _same_numbers(place: Place) -> bool:
     return all(left.shape == right.shape and bool((left == right).all()) for left, right in pairs)
 
 
-def _measured(place: Place, bits: bool, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
+def _measured(place: AlignedPlace, bits: bool, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
     changes = place.changes()
     biases = [None if change is None else change.bias() for change in changes]
     narrow = wide([leaf for update in place.all_updates for leaf in update.tensors.values()]).name == "F32"

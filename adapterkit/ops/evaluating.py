@@ -19,7 +19,7 @@ from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
 from .combiners._entrywise import Entrywise
-from .combiners._learned import Learned, Trial, inner
+from .combiners._learned import Learned, WeightTrial, inner
 from .context import FormulaContext
 from .differences import too_large
 from .lowering import Delta
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.computed import Array
     from ..io.lazy import DType
-    from .alignment import Place
+    from .alignment import AlignedPlace
     from .at_base import Weights
     from .combiners._combiner import Combiner
     from .lowering import Change
@@ -57,7 +57,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, asked: Asked, found: Sequence[Place], dtype: DType, rank: int | str | None, seed: int,
+        self, asked: Asked, found: Sequence[AlignedPlace], dtype: DType, rank: int | str | None, seed: int,
         data: Callable[..., object] | None, base: Weights | None, factor: float = 1.0, fallback: int | None = None,
         progress: Callable[[int, int], object] | None = None, workers: int | None = None,
     ) -> None:  # fmt: skip
@@ -94,7 +94,7 @@ class Evaluation:
         made = {place.target: self._outline_at(place) for place in self.found}
         return outlined(made, read[0])
 
-    def _outline_at(self, place: Place) -> tuple[Update, ...]:
+    def _outline_at(self, place: AlignedPlace) -> tuple[Update, ...]:
         method = self.asked.method(place.target)
         if self._summed(place, method) is not None:
             return summed_at(place, [1.0] * len(place.updates), stacking=False)
@@ -112,7 +112,7 @@ class Evaluation:
         fields["B"] = unknown((*lead, place.shape[0], rank), self.dtype)
         return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
-    def _summed(self, place: Place, method: Combiner) -> list[float] | None:
+    def _summed(self, place: AlignedPlace, method: Combiner) -> list[float] | None:
         """Return the weights of a plain sum if the result is one that needs no computing, else None."""
         exact = self.rank is None or (self.rank == FIT and self._thin(place))
         return method.sums(self._weights(place.target)) if exact else None
@@ -138,19 +138,19 @@ class Evaluation:
             if self.progress is not None:
                 self.progress(done, total)
 
-    def _cost(self, place: Place) -> int:
+    def _cost(self, place: AlignedPlace) -> int:
         """Estimate the bytes that computing a target takes: blocks or factors, and the result if it is held."""
         out, columns = place.shape[0], math.prod(place.shape[1:])
         if self.rank is not None and self.asked.method(place.target).dense:
             return out * columns * self.dtype.itemsize + (32 << 20)
         return 24 * (out + columns) * sum(self._ranks(place))
 
-    def _ranks(self, place: Place) -> list[int]:
+    def _ranks(self, place: AlignedPlace) -> list[int]:
         """Return the rank of each adapter's LoRA updates at a target."""
         found = [[update.A for update in updates if isinstance(update, LoRA)] for updates in place.updates]
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
-    def _placed(self, place: Place) -> tuple[tuple[Update, ...], Cut | None]:
+    def _placed(self, place: AlignedPlace) -> tuple[tuple[Update, ...], Cut | None]:
         with _errors_at(place):
             return self._at(place)
 
@@ -168,7 +168,7 @@ class Evaluation:
         # Every n-th target: magnitudes change along the depth of a model, so its first layers are no sample.
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
-        def once(place: Place) -> None:
+        def once(place: AlignedPlace) -> None:
             with _errors_at(place):
                 changes = place.changes()
                 for method, at, deltas in self._standings(place, changes, census):
@@ -179,7 +179,7 @@ class Evaluation:
             for _ in done:
                 pass
 
-    def _at(self, place: Place) -> tuple[tuple[Update, ...], Cut | None]:
+    def _at(self, place: AlignedPlace) -> tuple[tuple[Update, ...], Cut | None]:
         method = self.asked.method(place.target)
         sums = self._summed(place, method)
         if sums is not None:
@@ -201,7 +201,7 @@ class Evaluation:
         cut = Cut(str(place.target), update.method, min(made[0][0].shape), rank, norm, error)
         return (update,), cut
 
-    def _look(self, place: Place, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
+    def _look(self, place: AlignedPlace, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
         """Note a result that is zero, or becomes zero in its dtype, although the changes are not."""
         import numpy as np
 
@@ -221,10 +221,10 @@ class Evaluation:
         elif max(max(map(_size, (d.B, d.A)), default=0.0) for d in made) < kind.smallest_subnormal:
             self.notes.append(_small(place, found, self.dtype.name))
 
-    def _thin(self, place: Place) -> bool:
+    def _thin(self, place: AlignedPlace) -> bool:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
 
-    def _lazily(self, place: Place, changes: Sequence[Change | None]) -> Update:
+    def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
         from ..io.computed import computed, held
 
@@ -248,7 +248,7 @@ class Evaluation:
         return Dense(D=computed(shape, self.dtype, make), d=d)  # type: ignore[arg-type]
 
     def _standings(
-        self, place: Place, changes: Sequence[Change | None], census: Census | None = None
+        self, place: AlignedPlace, changes: Sequence[Change | None], census: Census | None = None
     ) -> Iterator[tuple[Combiner, FormulaContext, list[Delta]]]:
         """Yield the combiner, its context and the changes for the weight, or for each expert's weight."""
         method = self.asked.method(place.target)
@@ -257,7 +257,7 @@ class Evaluation:
             at = self._standing(place, present, number if place.target.stacked else None, census)
             yield method, at, [delta for delta in row if delta is not None]
 
-    def _matrix(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Delta:
+    def _matrix(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Delta:
         """Return the combined change of a weight."""
         import numpy as np
 
@@ -271,7 +271,7 @@ class Evaluation:
             return deltas[0]
         return method.matrix(deltas, weights, at)
 
-    def _into(self, D: Array, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> None:
+    def _into(self, D: Array, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> None:
         """Write the combined change of a weight to D `[out, in * k]`."""
         if not isinstance(method, Entrywise) or len(place.shape) == 1:
             D[...] = self._matrix(method, place, at, deltas).dense()
@@ -279,14 +279,14 @@ class Evaluation:
         for rows, made in method.rows(Blocks(deltas), self._present(place, at), at):
             D[rows] = made
 
-    def _present(self, place: Place, at: FormulaContext) -> Array:
+    def _present(self, place: AlignedPlace, at: FormulaContext) -> Array:
         import numpy as np
 
         weights = self._weights(place.target)
         return np.array([weights[t] for t in at.present])
 
     def _cut(
-        self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]
+        self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]
     ) -> tuple[Delta, float, float]:
         """Return the result at the requested rank, its norm before, and the norm of the loss."""
         from .lowrank import svd
@@ -310,7 +310,7 @@ class Evaluation:
             D = held
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
-    def _held(self, method: Combiner, place: Place, at: FormulaContext, deltas: list[Delta]) -> Array | None:
+    def _held(self, method: Combiner, place: AlignedPlace, at: FormulaContext, deltas: list[Delta]) -> Array | None:
         """Return the result of one weight as an array; None if it exceeds `MEMORY`."""
         import numpy as np
 
@@ -330,7 +330,9 @@ class Evaluation:
         largest = max((each.rank for each in deltas if each.rest is None), default=0)
         return min(largest or self.fallback or min(deltas[0].shape), *deltas[0].shape)
 
-    def _bias(self, place: Place, changes: Sequence[Change | None], census: Census | None = None) -> Array | None:
+    def _bias(
+        self, place: AlignedPlace, changes: Sequence[Change | None], census: Census | None = None
+    ) -> Array | None:
         """Return the combined change of the bias, `[out]` or `[e, out]`; None if no adapter changes it."""
         import numpy as np
 
@@ -349,7 +351,7 @@ class Evaluation:
         ]
         return np.stack(made) if place.target.stacked else made[0]
 
-    def _stored(self, place: Place, found: Sequence[Delta] | None, bias: Array | None) -> Update:
+    def _stored(self, place: AlignedPlace, found: Sequence[Delta] | None, bias: Array | None) -> Update:
         """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype)
@@ -360,7 +362,7 @@ class Evaluation:
         return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
 
     def _standing(
-        self, place: Place, present: tuple[int, ...], expert: int | None, census: Census | None = None,
+        self, place: AlignedPlace, present: tuple[int, ...], expert: int | None, census: Census | None = None,
         bias: bool = False,
     ) -> FormulaContext:  # fmt: skip
         part = ("bias" if bias else "weight") + ("" if expert is None else f" {expert}")
@@ -386,7 +388,7 @@ class Evaluation:
             return [weight * self.factor for weight in self.asked.weights_at(target)]
         return [w * float(c) for w, c in zip(self.asked.weights_at(target), self.learned[target], strict=True)]
 
-    def _trial(self, read: Sequence[Adapter]) -> Trial:
+    def _trial(self, read: Sequence[Adapter]) -> WeightTrial:
         """Return the functions by which a learning combiner evaluates coefficients with its own formula."""
         import numpy as np
 
@@ -402,7 +404,7 @@ class Evaluation:
             return np.array([w * inner(change, G) for w, change in zip(weights, place.changes(), strict=True)])
 
         assert self.data is not None
-        return Trial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
+        return WeightTrial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
 
     def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
         if self.data is None or not method.sequential:
@@ -413,7 +415,7 @@ class Evaluation:
 
 
 @contextmanager
-def _errors_at(place: Place) -> Iterator[None]:
+def _errors_at(place: AlignedPlace) -> Iterator[None]:
     """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
     import numpy as np
 
@@ -440,11 +442,11 @@ def _bound(delta: Delta) -> float:
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
 
 
-def _small(place: Place, bound: float, dtype: str) -> str:
+def _small(place: AlignedPlace, bound: float, dtype: str) -> str:
     return f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) holds them"
 
 
-def _bytes(place: Place) -> int:
+def _bytes(place: AlignedPlace) -> int:
     """Return the size of a target's weight in float32, as a measure of work."""
     return 4 * math.prod(place.shape)
 

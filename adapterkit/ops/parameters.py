@@ -18,7 +18,7 @@ from .combiners._combiner import Combiner, made
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
-    from .alignment import Place
+    from .alignment import AlignedPlace
 
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class Asked:
 
     def __init__(
         self, name: str, values: Mapping[str, Setting], weights: Sequence[Setting] | None,
-        each: Sequence[Mapping[str, Value]] | None, found: Sequence[Place], count: int,
+        each: Sequence[Mapping[str, Value]] | None, found: Sequence[AlignedPlace], count: int,
     ) -> None:  # fmt: skip
         self.name = name
         self.values = {key: plain(value, key) for key, value in values.items()}

@@ -14,7 +14,7 @@ from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..io.stages import stage
 from ..methods.lora import LoRA
-from .alignment import Place, places
+from .alignment import AlignedPlace, places
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .lowering import Change, Delta
@@ -158,7 +158,7 @@ def promote(
 class _Part:
     """One target: updates to keep, and updates that become one LoRA, with the decomposed change of each weight."""
 
-    place: Place
+    place: AlignedPlace
     kept: tuple[Update, ...]
     change: Change
     weights: tuple[_Weight, ...]
@@ -209,8 +209,8 @@ def _resized(
 
 
 def _made(
-    found: Sequence[Place], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
-) -> Iterator[tuple[Place, tuple[Update, ...]]]:
+    found: Sequence[AlignedPlace], criterion: Criterion, kind: DType, every: bool, cuts: list[Cut]
+) -> Iterator[tuple[AlignedPlace, tuple[Update, ...]]]:
     """Yield the new updates of each place; scope `all` keeps all factors in memory until the ranks are known."""
     parts: Iterator[_Part | None] = (_part(place, criterion, every) for place in found)
     if criterion.scope == "all":
@@ -222,7 +222,7 @@ def _made(
             yield place, _finished(part, kind, cuts)
 
 
-def _part(place: Place, criterion: Criterion, every: bool) -> _Part | None:
+def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | None:
     """Decompose the change of a place, and cut it in scope `target`; None if there is nothing to change."""
     updates = place.updates[0]
     own = _own(place, every)
@@ -234,7 +234,7 @@ def _part(place: Place, criterion: Criterion, every: bool) -> _Part | None:
     return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
 
 
-def _own(place: Place, every: bool) -> list[Additive]:
+def _own(place: AlignedPlace, every: bool) -> list[Additive]:
     """Return the additive updates of a matrix after the last other update, which may depend on those before it."""
     updates = place.updates[0]
     last = max((i + 1 for i, update in enumerate(updates) if not isinstance(update, Additive)), default=0)
@@ -243,7 +243,7 @@ def _own(place: Place, every: bool) -> list[Additive]:
     return own if own and len(place.shape) > 1 else []
 
 
-def _decomposed(delta: Delta, place: Place, criterion: Criterion) -> _Weight:
+def _decomposed(delta: Delta, place: AlignedPlace, criterion: Criterion) -> _Weight:
     if delta.rest is not None and criterion.record() and criterion.scope == "target":
         D = delta.dense()
         return _Weight(delta, dominant(D, criterion, seed_of(str(place.target))), _size(D))
@@ -282,7 +282,7 @@ def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
     return (*part.kept, lora)
 
 
-def _check_rank(criterion: Criterion, found: Sequence[Place], every: bool) -> None:
+def _check_rank(criterion: Criterion, found: Sequence[AlignedPlace], every: bool) -> None:
     if criterion.rank is None:
         return
     sides = [min(place.shape[0], math.prod(place.shape[1:])) for place in found if _own(place, every)]

@@ -45,7 +45,7 @@ _BASE64 = {"payload", "sig", "rawBytes"}
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class SignatureBundle:
     """A signature file.
 
     Attributes:
@@ -72,7 +72,7 @@ class Bundle:
         return found if isinstance(found, Mapping) else None
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path) -> SignatureBundle:
     """Read a signature file. Nothing in it is proven by that.
 
     Raises:
@@ -97,7 +97,7 @@ def read_bundle(path: Path) -> Bundle:
     kind, material = _kind(path, told)
     # Sigstore's own library checks its bundles, whose entries of the log have more keys.
     _check(path, told if kind != "sigstore" else {"dsseEnvelope": told.get("dsseEnvelope")})
-    return Bundle(path, kind, material, _payload(path, told))
+    return SignatureBundle(path, kind, material, _payload(path, told))
 
 
 def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:

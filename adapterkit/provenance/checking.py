@@ -16,7 +16,7 @@ from ..errors import Corrupt, NetworkError, StorageError, UsageError, first_line
 from ..io.checkpoint import PREFIX, fingerprint, opened
 from ..io.stages import stage
 from ..naming.binding.bases import relation
-from .bundles import DISTRUST, Bundle, read_bundle
+from .bundles import DISTRUST, SignatureBundle, read_bundle
 from .keys import model_signing, verifier
 from .signing import linked_folders, settled
 
@@ -129,7 +129,7 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
     return {"named_by": "the signed statement", "expected": known[0], "given": given, "how": how}
 
 
-def _verify(config: Any, root: Path, bundle: Bundle) -> None:
+def _verify(config: Any, root: Path, bundle: SignatureBundle) -> None:
     if linked := linked_folders(root):
         # model-signing passes over them: anything could be added by such a link.
         raise Corrupt(
@@ -149,7 +149,7 @@ def _verify(config: Any, root: Path, bundle: Bundle) -> None:
         raise Corrupt(f"the signature does not hold: {_why(error)}", path=root, cure=DISTRUST) from None
 
 
-def _hashing(root: Path, bundle: Bundle) -> Any:
+def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     """Return how files are hashed: as the signer says, and without the signature file itself.
 
     The signer's word is not trusted here: model-signing checks the signature of the same bytes first, and any other
@@ -186,7 +186,7 @@ def _why(error: Exception) -> str:
     return _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
 
 
-def _left_out(root: Path, bundle: Bundle) -> tuple[str, ...]:
+def _left_out(root: Path, bundle: SignatureBundle) -> tuple[str, ...]:
     serialization = bundle.predicate.get("serialization")
     told = serialization.get("ignore_paths") if isinstance(serialization, Mapping) else None
     names = [name for name in told or () if isinstance(name, str) and name]

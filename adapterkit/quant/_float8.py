@@ -20,7 +20,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Packed):
+class ScaledFloat8(Packed):
     """w = q * scale. Blocks of `block` rows and columns share a scale; `grid` is the shape of one expert's scales.
 
     If all experts share a single scale, `experts` is 1.
@@ -109,7 +109,7 @@ def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
 
 def scaled(
     base: Checkpoint, name: str, scale_name: str, block: tuple[int, int] | None, others: tuple[str, ...] = ()
-) -> Scaled:
+) -> ScaledFloat8:
     """Return the packed weight of a stored tensor and its scales.
 
     Raises:
@@ -125,7 +125,7 @@ def scaled(
         why += f" in blocks of {list(block)}" if block else ""
         raise ShapeMismatch(why, path=base.root, where=scale_name, cure=DAMAGED) from None
     members = (name, scale_name, *others)
-    return Scaled(name, stored.shape, sixteen_bits(base, scale), members, stored, scale, block, grid, experts)
+    return ScaledFloat8(name, stored.shape, sixteen_bits(base, scale), members, stored, scale, block, grid, experts)
 
 
 def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int], int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
-from ..io.gguf_file import PLAIN, Model, raw_size, read_model
+from ..io.gguf_file import PLAIN, GgufFields, raw_size, read_model
 from ..io.lazy import DTYPES, Lazy
 from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill
@@ -83,7 +83,7 @@ class _Contents:
         Unsupported: the file is not a language model, or no family has its architecture.
     """
 
-    def __init__(self, files: Sequence[Model]) -> None:
+    def __init__(self, files: Sequence[GgufFields]) -> None:
         self.said = {key: value.value for key, value in files[0].values.items()}
         if is_projector(self.said):
             why = "an mmproj file: it has the vision or audio part of a model, and no weight of the language model"
@@ -94,11 +94,11 @@ class _Contents:
         self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types}, self.said)
         self.model_type = self.family.record.model_types[0]
 
-    def split(self, files: Sequence[Model], base: Checkpoint) -> tuple[list[Split], set[str]]:
+    def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
         """Return the weights whose rows are in two tensors, and these tensors' names, if both have a known type."""
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
-        found: list[Split] = []
+        found: list[GgufSplit] = []
         for name, kind in kinds.items():
             module, leaf = _module(name)
             at = place_of(self.family, module) if leaf == ".weight" else None
@@ -113,15 +113,17 @@ class _Contents:
             heads = partial(heads_in, self.said, self.name, name)
             places, turned, width = rows_apart(at[1], both, heads, name)
             pieces = tuple(
-                Piece(each, base.tensors[each], kinds[each], shape if turned and not number else _flat(shape, width),
-                      where, turned and not number)
+                GgufPiece(
+                    each, base.tensors[each], kinds[each], shape if turned and not number else _flat(shape, width),
+                    where, turned and not number,
+                )
                 for number, (each, shape, where) in enumerate(zip(pair, both, places, strict=True))
             )  # fmt: skip
             shape = (sum(map(len, places)), width)
-            found.append(Split(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
+            found.append(GgufSplit(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
         return found, {member for weight in found for member in weight.members}
 
-    def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
+    def weights(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Iterator[Packed]:
         """Yield a tensor's weight under its name in the base, or the weights of the experts stacked in it.
 
         A tensor that the family does not list keeps its name in the GGUF file, so no target finds it.
@@ -158,7 +160,7 @@ class _Contents:
         )  # fmt: skip
 
     def _fused(
-        self, name: str, kind: str, file: Model, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
+        self, name: str, kind: str, file: GgufFields, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
     ) -> Iterator[Packed]:
         """Yield the weights that the converter joined to one tensor, in the order in which their rows lie there."""
         shape, (module, leaf) = file.shapes[name], _module(name)
@@ -349,7 +351,7 @@ def write_rows(kind: str, rows: Array) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class GgufPiece:
     """One of the two tensors.
 
     Attributes:
@@ -400,10 +402,10 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Split(Packed):
+class GgufSplit(Packed):
     """A weight in two tensors; `pieces` have all of its rows, each once."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[GgufPiece, ...]
 
     @property
     def merged(self) -> str:

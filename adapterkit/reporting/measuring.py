@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import AdapterkitError
 from ..io.lazy import files_kept_open
 from ..io.stages import stage
-from ..ops.alignment import Place, places, side_by_side
+from ..ops.alignment import AlignedPlace, places, side_by_side
 from ..ops.comparison import effective_rank, lowered
 from ..ops.lowrank import core
 from ..ops.sketching import exact
@@ -136,7 +136,7 @@ class Relation:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergedShare:
     """The part of the changes at one target that a merged model holds.
 
     Attributes:
@@ -170,7 +170,7 @@ class Measurements:
     effects: tuple[Effect, ...]
     relations: tuple[Relation, ...] = ()
     together: Mapping[str, float] = field(default_factory=dict)
-    merged: tuple[Merged, ...] = ()
+    merged: tuple[MergedShare, ...] = ()
     bases: tuple[str, ...] = ()
     base_why: str | None = None
 
@@ -295,7 +295,7 @@ class _Measuring:
     """One run over all targets."""
 
     def __init__(
-        self, names: Sequence[str], found: Sequence[Place], base: Checkpoint | None, merged: Checkpoint | None,
+        self, names: Sequence[str], found: Sequence[AlignedPlace], base: Checkpoint | None, merged: Checkpoint | None,
         weights: Sequence[float], bases: tuple[str, ...], base_why: str | None,
     ) -> None:  # fmt: skip
         self.names, self.found, self.factors, self.bases, self.base_why = names, found, weights, bases, base_why
@@ -304,7 +304,7 @@ class _Measuring:
         self.effects: list[Effect] = []
         self.relations: list[Relation] = []
         self.together: dict[str, float] = {}
-        self.merged: list[Merged] = []
+        self.merged: list[MergedShare] = []
 
     def run(self) -> Measurements:
         for place in self.found:
@@ -318,7 +318,7 @@ class _Measuring:
             self.bases, self.base_why,
         )  # fmt: skip
 
-    def _at(self, place: Place) -> None:
+    def _at(self, place: AlignedPlace) -> None:
         target = str(place.target)
         changes: list[Change | None] = []
         for adapter, updates in enumerate(place.updates):
@@ -348,17 +348,17 @@ class _Measuring:
         if after.change:
             self.merged.append(after.merged(target))
 
-    def _change(self, place: Place, adapter: int, updates: tuple[Update, ...]) -> Change | None:
+    def _change(self, place: AlignedPlace, adapter: int, updates: tuple[Update, ...]) -> Change | None:
         """Return the change that one adapter adds; None, with a note, where it cannot be computed."""
         try:
-            alone = lowered(Place(place.target, (updates,), place.base))
+            alone = lowered(AlignedPlace(place.target, (updates,), place.base))
             (change,) = alone.changes()
         except AdapterkitError as error:
             self.effects.append(_unmeasured(adapter, str(place.target), updates, error))
             return None
         return change
 
-    def _weight(self, place: Place, expert: int, row: Sequence[Delta | None], into: Any) -> None:
+    def _weight(self, place: AlignedPlace, expert: int, row: Sequence[Delta | None], into: Any) -> None:
         sums, pairs, whole, after = into
         parts = {at: _Part.of(delta) for at, delta in enumerate(row) if delta is not None}
         blocks = {at: part.block() for at, part in parts.items()} if expert < EXPERTS else {}
@@ -377,7 +377,7 @@ class _Measuring:
             after.add(W2 - W, [(self.factors[at], delta) for at, delta in enumerate(row) if delta is not None])
 
     @staticmethod
-    def _stored(weights: Weights | None, place: Place, expert: int) -> Array | None:
+    def _stored(weights: Weights | None, place: AlignedPlace, expert: int) -> Array | None:
         if weights is None or expert >= EXPERTS or place.target not in weights.sites:
             return None
         if weights.sites[place.target].weight is None:
@@ -385,7 +385,7 @@ class _Measuring:
         return weights.at(place.target, expert if place.target.stacked else None, bias=False)
 
 
-def _weights(found: Sequence[Place], base: Checkpoint) -> Weights:
+def _weights(found: Sequence[AlignedPlace], base: Checkpoint) -> Weights:
     from ..ops.at_base import Weights
 
     return Weights({place.target: next(filter(None, place.updates)) for place in found if place.target.path}, base)
@@ -599,12 +599,12 @@ class _MergedSum:
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
 
-    def merged(self, target: str) -> Merged:
-        return Merged(target, self.along / self.change, math.sqrt(self.error / self.change))
+    def merged(self, target: str) -> MergedShare:
+        return MergedShare(target, self.along / self.change, math.sqrt(self.error / self.change))
 
 
 def _intruders(
-    effects: Sequence[Effect], found: Sequence[Place], base: Weights
+    effects: Sequence[Effect], found: Sequence[AlignedPlace], base: Weights
 ) -> dict[tuple[int, str], int]:  # fmt: skip
     """Intruder dimensions at the targets that change most, as many as `INTRUDER_BUDGET` allows."""
     by_name = {str(place.target): place for place in found}
@@ -623,14 +623,14 @@ def _intruders(
         W = base.at(place.target, None, bias=False)
         if effect.target not in directions:
             directions[effect.target] = exact(W)[0]
-        alone = lowered(Place(place.target, (place.updates[effect.adapter],), place.base))
+        alone = lowered(AlignedPlace(place.target, (place.updates[effect.adapter],), place.base))
         tuned = W + next(_deltas(alone)).dense()
         cosines = abs(directions[effect.target].T @ exact(tuned)[0][:, :INTRUDING])
         counts[effect.adapter, effect.target] = int((cosines.max(0) < INTRUDER_COSINE).sum())
     return counts
 
 
-def _deltas(place: Place) -> Iterator[Delta]:
+def _deltas(place: AlignedPlace) -> Iterator[Delta]:
     (change,) = place.changes()
     assert change is not None
     return change.deltas()

@@ -6,7 +6,7 @@ and why it matters. Nothing of the files is executed or imported; pickles are re
 
 from __future__ import annotations
 
-from .findings import RULES, SEVERITIES, Finding, Rule, Scan
+from .findings import RULES, SEVERITIES, Finding, Scan, ScanRule
 from .scanner import scan
 
-__all__ = ["RULES", "SEVERITIES", "Finding", "Rule", "Scan", "scan"]
+__all__ = ["RULES", "SEVERITIES", "Finding", "Scan", "ScanRule", "scan"]

@@ -13,7 +13,7 @@ SEVERITIES = ("note", "low", "medium", "high")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class ScanRule:
     """One kind of finding.
 
     Attributes:
@@ -30,64 +30,70 @@ class Rule:
 
 
 _EVERY = (
-    Rule(
+    ScanRule(
         "pickle-call",
         "high",
         "a pickle that calls a function",
         "Loading the file with pickle, or with torch.load without weights_only, runs that function.",
     ),
-    Rule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code beside the weights."),
-    Rule("code-in-config", "high", "a config that names code", "A loader imports and runs the class that it names."),
-    Rule(
+    ScanRule("code-file", "high", "a file of code", "Loaders with trust_remote_code run code beside the weights."),
+    ScanRule(
+        "code-in-config", "high", "a config that names code", "A loader imports and runs the class that it names."
+    ),
+    ScanRule(
         "template",
         "high",
         "a chat template that reaches beyond its data",
         "Outside Jinja's sandbox it runs code; inside it, it fails.",
     ),
-    Rule(
+    ScanRule(
         "template-address",
         "medium",
         "an address in a chat template",
         "Text that it adds to prompts can make a model send data there.",
     ),
-    Rule("hidden-file", "medium", "a hidden or misleading file", "Its name does not show what it is."),
-    Rule("lookalike-name", "medium", "characters that look like others", "A name reads as another one than it is."),
-    Rule(
+    ScanRule("hidden-file", "medium", "a hidden or misleading file", "Its name does not show what it is."),
+    ScanRule("lookalike-name", "medium", "characters that look like others", "A name reads as another one than it is."),
+    ScanRule(
         "other-content",
         "high",
         "a file that is not what its name says",
         "Loaders choose by name or by content, so two tools can read two files.",
     ),
-    Rule(
+    ScanRule(
         "second-weights",
         "medium",
         "two files of weights that differ",
         "Two tools load two different adapters from one folder.",
     ),
-    Rule("link", "high", "a link that leaves the folder", "Reading it reads another file of this machine."),
-    Rule("not-finite", "high", "numbers that are not finite", "A merge spreads them over whole weights."),
-    Rule(
+    ScanRule("link", "high", "a link that leaves the folder", "Reading it reads another file of this machine."),
+    ScanRule("not-finite", "high", "numbers that are not finite", "A merge spreads them over whole weights."),
+    ScanRule(
         "foreign-bits",
         "medium",
         "numbers outside the type they were trained in",
         "Most numbers of the tensor are exact in 16 bits and a few are not: some were changed after training.",
     ),
-    Rule("token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."),
-    Rule("head", "low", "a change of the output layer", "It can favour tokens whatever the layers before it compute."),
-    Rule("single-expert", "low", "a change of few experts", "A router sends chosen inputs to an expert."),
-    Rule(
+    ScanRule(
+        "token-rows", "low", "rows of single tokens", "A trigger word can be trained into one row of the embedding."
+    ),
+    ScanRule(
+        "head", "low", "a change of the output layer", "It can favour tokens whatever the layers before it compute."
+    ),
+    ScanRule("single-expert", "low", "a change of few experts", "A router sends chosen inputs to an expert."),
+    ScanRule(
         "spike",
         "medium",
         "a change of one direction",
         "One direction, far stronger than the other changes, is how a trigger is edited into a model.",
     ),
-    Rule(
+    ScanRule(
         "outlier",
         "medium",
         "one target with most of the change",
         "Training spreads a change over layers; an edit does not.",
     ),
-    Rule("norm", "medium", "a change as large as the weight", "The base's behaviour is replaced, not adapted."),
+    ScanRule("norm", "medium", "a change as large as the weight", "The base's behaviour is replaced, not adapted."),
 )
 
 RULES = {rule.name: rule for rule in _EVERY}

@@ -34,7 +34,7 @@ _PART = re.compile(r": (\d+)%,")
 
 
 @dataclass(eq=False)
-class Job:
+class PageJob:
     """One run of a command."""
 
     number: int
@@ -71,12 +71,12 @@ class Jobs:
 
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.folder, self.temporary = folder, temporary
-        self.jobs: OrderedDict[int, Job] = OrderedDict()
+        self.jobs: OrderedDict[int, PageJob] = OrderedDict()
         self.lock = threading.Lock()
         self.next = 1
         self.closed = False
 
-    def start(self, words: Sequence[str]) -> Job:
+    def start(self, words: Sequence[str]) -> PageJob:
         """Start a job, or let it wait for others.
 
         Raises:
@@ -86,7 +86,7 @@ class Jobs:
             waiting = sum(job.state == "waiting" for job in self.jobs.values())
             if waiting >= WAITING or self.closed:
                 raise UsageError(f"{waiting} jobs wait already", cure="Wait until one ends, or end one")
-            job = Job(self.next, tuple(words))
+            job = PageJob(self.next, tuple(words))
             self.next += 1
             out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
             if words[0] == "report":
@@ -98,7 +98,7 @@ class Jobs:
         self._next()
         return job
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: PageJob) -> None:
         if job.page is not None and job.page.parent == self.temporary:
             job.page.unlink(missing_ok=True)
 
@@ -113,7 +113,7 @@ class Jobs:
             job.thread = threading.Thread(target=self._run, args=(job,), daemon=True)
             job.thread.start()
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: PageJob) -> None:
         words = list(job.words)
         if job.page is not None and not any(word.startswith("--out=") for word in words):
             words.insert(1, f"--out={job.page}")
@@ -149,7 +149,7 @@ class Jobs:
         reader.join()
         self._ended(job, process.wait())
 
-    def _listen(self, job: Job, process: subprocess.Popen[str]) -> None:
+    def _listen(self, job: PageJob, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         with process.stderr as said:
             for line in said:
@@ -161,7 +161,7 @@ class Jobs:
                         job.said.pop()
                 job.said.append(text)
 
-    def _ended(self, job: Job, code: int) -> None:
+    def _ended(self, job: PageJob, code: int) -> None:
         with self.lock:
             job.code, job.process = code, None
             job.seconds = time.monotonic() - job.started
@@ -183,7 +183,7 @@ class Jobs:
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT)
 
-    def job(self, number: int) -> Job:
+    def job(self, number: int) -> PageJob:
         """The job of a number.
 
         Raises:

@@ -12,7 +12,7 @@ from itertools import chain
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class SublayerRule:
     """One kind of place; both endings follow the same path.
 
     Attributes:
@@ -40,30 +40,32 @@ T5 = ("mt5", "t5")
 PRE_NORM_BART = ("mbart", "whisper")
 
 RULES = (
-    Rule(BERT, ".crossattention.output", ".crossattention.output", "mh_adapter"),
-    Rule(BERT, ".attention.output", ".attention.output", "mh_adapter"),
-    Rule(BERT, ".output", ".output", "output_adapter"),
-    Rule(("vit",), ".output.output_adapters", ".output", "output_adapter"),
-    Rule(("vit",), ".attention_adapters", ".attention", "mh_adapter", "layernorm_before"),
-    Rule(("distilbert",), ".attention_adapters", ".attention", "mh_adapter", "attention", "sa_layer_norm"),
-    Rule(("distilbert",), ".output_adapters", ".ffn", "output_adapter", "ffn", "output_layer_norm"),
-    Rule(("gpt2",), ".attention_adapters", ".attn", "mh_adapter", "ln_1"),
-    Rule(("gpt2",), ".output_adapters", ".mlp", "output_adapter", "ln_2"),
-    Rule(LLAMA, ".attention_adapters", ".self_attn", "mh_adapter", "input_layernorm"),
-    Rule(LLAMA, ".output_adapters", ".mlp", "output_adapter", "post_attention_layernorm"),
-    Rule(T5, ".layer.0", ".layer.0.SelfAttention", "mh_adapter", "layer_norm"),
-    Rule(T5, ".layer.1", ".layer.1.EncDecAttention", "cross_adapter", "layer_norm", within="decoder"),
-    Rule(T5, ".layer.1", ".layer.1.DenseReluDense", "output_adapter", "layer_norm", within="encoder"),
-    Rule(T5, ".layer.2", ".layer.2.DenseReluDense", "output_adapter", "layer_norm", within="decoder"),
-    Rule(("bart", "plbart"), ".attention_adapters", ".self_attn", "mh_adapter", "self_attn", "self_attn_layer_norm"),
-    Rule(("bart", "plbart"), ".output_adapters", ".fc2", "output_adapter", "fc1", "final_layer_norm"),
-    Rule(
+    SublayerRule(BERT, ".crossattention.output", ".crossattention.output", "mh_adapter"),
+    SublayerRule(BERT, ".attention.output", ".attention.output", "mh_adapter"),
+    SublayerRule(BERT, ".output", ".output", "output_adapter"),
+    SublayerRule(("vit",), ".output.output_adapters", ".output", "output_adapter"),
+    SublayerRule(("vit",), ".attention_adapters", ".attention", "mh_adapter", "layernorm_before"),
+    SublayerRule(("distilbert",), ".attention_adapters", ".attention", "mh_adapter", "attention", "sa_layer_norm"),
+    SublayerRule(("distilbert",), ".output_adapters", ".ffn", "output_adapter", "ffn", "output_layer_norm"),
+    SublayerRule(("gpt2",), ".attention_adapters", ".attn", "mh_adapter", "ln_1"),
+    SublayerRule(("gpt2",), ".output_adapters", ".mlp", "output_adapter", "ln_2"),
+    SublayerRule(LLAMA, ".attention_adapters", ".self_attn", "mh_adapter", "input_layernorm"),
+    SublayerRule(LLAMA, ".output_adapters", ".mlp", "output_adapter", "post_attention_layernorm"),
+    SublayerRule(T5, ".layer.0", ".layer.0.SelfAttention", "mh_adapter", "layer_norm"),
+    SublayerRule(T5, ".layer.1", ".layer.1.EncDecAttention", "cross_adapter", "layer_norm", within="decoder"),
+    SublayerRule(T5, ".layer.1", ".layer.1.DenseReluDense", "output_adapter", "layer_norm", within="encoder"),
+    SublayerRule(T5, ".layer.2", ".layer.2.DenseReluDense", "output_adapter", "layer_norm", within="decoder"),
+    SublayerRule(
+        ("bart", "plbart"), ".attention_adapters", ".self_attn", "mh_adapter", "self_attn", "self_attn_layer_norm"
+    ),
+    SublayerRule(("bart", "plbart"), ".output_adapters", ".fc2", "output_adapter", "fc1", "final_layer_norm"),
+    SublayerRule(
         ("bart", "plbart"), ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn",
         "encoder_attn_layer_norm",
     ),
-    Rule(PRE_NORM_BART, ".attention_adapters", ".self_attn", "mh_adapter", "self_attn_layer_norm"),
-    Rule(PRE_NORM_BART, ".output_adapters", ".fc2", "output_adapter", "final_layer_norm"),
-    Rule(
+    SublayerRule(PRE_NORM_BART, ".attention_adapters", ".self_attn", "mh_adapter", "self_attn_layer_norm"),
+    SublayerRule(PRE_NORM_BART, ".output_adapters", ".fc2", "output_adapter", "final_layer_norm"),
+    SublayerRule(
         PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
     ),
 )  # fmt: skip
@@ -79,13 +81,13 @@ EMBEDDINGS = {
 """model_type -> the module whose output invertible adapters change, and prompts are put before."""
 
 
-def standing(path: str, model_type: str | None) -> tuple[str, Rule] | None:
+def standing(path: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
     """Return the target's path and the rule for a module of the library; None if the table has none."""
     found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
     return None if found is None else (path.removesuffix(found.module) + found.target, found)
 
 
-def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, Rule] | None:
+def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, SublayerRule] | None:
     """Return the path of the library's module and the rule for a target; None if the table has none."""
     for rule in _rules(model_type):
         if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
@@ -93,10 +95,10 @@ def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tupl
     return None
 
 
-def _rules(model_type: str | None) -> Iterator[Rule]:
+def _rules(model_type: str | None) -> Iterator[SublayerRule]:
     return (rule for rule in RULES if model_type is None or model_type in rule.models)
 
 
-def _fits(path: str, ending: str, rule: Rule) -> bool:
+def _fits(path: str, ending: str, rule: SublayerRule) -> bool:
     stem = path.removesuffix(ending)
     return path.endswith(ending) and stem != path and (not rule.within or rule.within in stem.split("."))

@@ -51,10 +51,10 @@ class GgufAdapter(Format):
 
 
 def _is_adapter(path: Path) -> bool:
-    from ...io.gguf_file import Value, read_gguf
+    from ...io.gguf_file import GgufValue, read_gguf
     from .reader import TYPE
 
     try:
-        return read_gguf(path, tensors=False).values.get(TYPE) == Value("string", "adapter")
+        return read_gguf(path, tensors=False).values.get(TYPE) == GgufValue("string", "adapter")
     except AdapterkitError:
         return False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Target
 from ...errors import Malformed, Unsupported
-from ...io.gguf_file import Gguf, Value
+from ...io.gguf_file import Gguf, GgufValue
 from ...io.lazy import Lazy, as_lazy, from_numpy
 from ...methods.alora import ALoRA
 from .._pairs import DAMAGED
@@ -65,9 +65,9 @@ class Invocation:
             return "an invocation other than the first update's: a file has one for all"
         return "an invocation of numbers that are not u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
 
-    def values(self) -> dict[str, Value]:
+    def values(self) -> dict[str, GgufValue]:
         """Return the key-value of the tokens."""
-        return {} if self.tokens is None else {INVOCATION: Value("[u32]", list(self.tokens))}
+        return {} if self.tokens is None else {INVOCATION: GgufValue("[u32]", list(self.tokens))}
 
 
 def _tokens(update: Any) -> tuple[int, ...] | None:

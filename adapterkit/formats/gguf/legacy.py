@@ -16,7 +16,7 @@ from ...naming.binding.translating import moves_of, translated
 from ...naming.gguf import family_of
 from ...naming.heads import undone
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order
-from .place import Place
+from .place import GgufPlace
 from .reader import FORMAT
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
     """Read the adapter in a file; for `compat` see the format."""
     file = read_ggla(path)
-    place = Place("llama", family_of("llama", ()), None if base is None else base.config)
+    place = GgufPlace("llama", family_of("llama", ()), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
     for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
         foreign = _modern(name)
@@ -48,7 +48,7 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
 
 
-def _legacy_order(place: Place, name: str, foreign: str, compat: str | None, rows: int) -> Any:
+def _legacy_order(place: GgufPlace, name: str, foreign: str, compat: str | None, rows: int) -> Any:
     """Return the order of rows: the converter of llama.cpp left PEFT's order, its own training has its base's."""
     where = place.where(foreign)
     if where is None or where.rows is None or compat == "convert-lora-to-ggml":

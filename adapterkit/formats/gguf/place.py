@@ -28,7 +28,7 @@ EMBEDDING = "token_embd"
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class GgufPlace:
     """The place of an adapter in a GGUF file.
 
     Attributes:
@@ -46,7 +46,7 @@ class Place:
     experts: int = 0
 
     @classmethod
-    def of_base(cls, base: Checkpoint) -> Place:
+    def of_base(cls, base: Checkpoint) -> GgufPlace:
         """Make the place for writing, from the base's config.
 
         Raises:

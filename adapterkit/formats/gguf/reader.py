@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...io.arrange import reordered, turned
-from ...io.gguf_file import Gguf, Value
+from ...io.gguf_file import Gguf, GgufValue
 from ...io.lazy import as_lazy
 from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT
@@ -21,7 +21,7 @@ from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import aliases, is_embedding
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
 from .invocation import activated, invocation_of
-from .place import EMBEDDING, SLOTS, Place
+from .place import EMBEDDING, SLOTS, GgufPlace
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -45,13 +45,13 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
         if _text(file, key) != word:
             raise Unsupported(f"{key} is {_text(file, key)!r}, not {word!r}", where=key, cure="Give a LoRA adapter")
     invocation = invocation_of(file)
-    alpha = file.values.get(ALPHA, Value("f32", 0.0))
+    alpha = file.values.get(ALPHA, GgufValue("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
         raise Malformed(f"{alpha.value!r} is not a finite f32", where=ALPHA, cure=DAMAGED)
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
-    place = Place(name, family_of(name, groups), None if base is None else base.config)
+    place = GgufPlace(name, family_of(name, groups), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
     for foreign, slots in groups.items():
         target, update = _update(place, foreign, slots, alpha.value)
@@ -85,7 +85,7 @@ def _check_alone(updates: Mapping[Target, Any], base: Checkpoint) -> None:
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
 
 
-def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Target, Pair]:
+def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float) -> tuple[Target, Pair]:
     """Make the update at one tensor, under the file's name for it, with rows in the weight's own order.
 
     Raises:
@@ -115,7 +115,7 @@ def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Tar
     return Target(foreign), update if order is None else in_row_order(update, lambda: undone(order))
 
 
-def _own(held: Mapping[Target, tuple[Pair, ...]], place: Place, invocation: Lazy | None) -> dict[Target, Any]:
+def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None) -> dict[Target, Any]:
     """Return the updates under the family's own names, in the layout in which the family stores each weight."""
     config = {"model_type": place.family.record.model_types[0]}
     found: dict[Target, Any] = {}

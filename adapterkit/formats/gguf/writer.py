@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Adapter, Target
 from ...io.ggml_blocks import BLOCKS, decoded, encoded
-from ...io.gguf_file import Value, write_gguf
+from ...io.gguf_file import GgufValue, write_gguf
 from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
@@ -19,7 +19,7 @@ from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible
 from .invocation import INVOCATION, Invocation
-from .place import Place
+from .place import GgufPlace
 from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE
 
 if TYPE_CHECKING:
@@ -88,15 +88,15 @@ def _holds(kind: str, tensor: Lazy) -> bool:
     return np.array_equal(decoded(kind, encoded(kind, values)), values.reshape(-1))
 
 
-def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> Place:
+def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> GgufPlace:
     """Return the place by the base's config, or by the file that was read."""
     if (base is not None and base.config is not None) or not hints:
-        return Place.of_base(base) if base is not None else Place(*name_for(None))
+        return GgufPlace.of_base(base) if base is not None else GgufPlace(*name_for(None))
     name = str(hints.get("architecture"))
     paths = {target.path for target in adapter.updates}
     families = of_gguf(name) or [family_of(name, ())]
     family = max(families, key=lambda each: sum(_has(each, path) for path in paths))
-    return Place(name, family, None, dict(hints.get("heads", {})), int(hints.get("experts", 0)))
+    return GgufPlace(name, family, None, dict(hints.get("heads", {})), int(hints.get("experts", 0)))
 
 
 def _has(family: Architecture, path: str) -> bool:
@@ -121,10 +121,16 @@ def _scaling(alpha: float, update: Pair) -> float:
     return alpha / _rank(update)
 
 
-def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, Value]:
-    read = {key: Value(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
+def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, GgufValue]:
+    read = {key: GgufValue(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
     start = read or {
-        ARCHITECTURE: Value("string", architecture), TYPE: Value("string", "adapter"), KIND: Value("string", "lora"),
-    }  # fmt: skip
+        ARCHITECTURE: GgufValue("string", architecture),
+        TYPE: GgufValue("string", "adapter"),
+        KIND: GgufValue("string", "lora"),
+    }
     told = ALPHA in start or alpha != hints.get("alpha")
-    return {**start, ARCHITECTURE: Value("string", architecture), **({ALPHA: Value("f32", alpha)} if told else {})}
+    return {
+        **start,
+        ARCHITECTURE: GgufValue("string", architecture),
+        **({ALPHA: GgufValue("f32", alpha)} if told else {}),
+    }

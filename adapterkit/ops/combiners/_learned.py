@@ -24,7 +24,7 @@ SLOPE = "a callable: score(adapter) -> (loss, {target's path: gradient of the lo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trial:
+class WeightTrial:
     """The functions with which a learning combiner evaluates coefficients.
 
     Attributes:
@@ -89,7 +89,7 @@ class Learned(Combiner):
     data: ClassVar[str | None] = SCORE
 
     @abstractmethod
-    def learn(self, trial: Trial) -> dict[Target, Array]:
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         """Return the coefficients of each target, `[T]`."""
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
@@ -123,7 +123,7 @@ class Adam:
 
 
 def descend(
-    trial: Trial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
+    trial: WeightTrial, start: Array, steps: int, rate: float, per: str, shape: Callable[[Array], tuple[Array, Array]]
 ) -> Array:
     """Run Adam on free numbers `[targets, T]` and return the coefficients with the least loss, not the last ones.
 

@@ -13,7 +13,7 @@ from ._learned import SLOPE, Learned, descend
 if TYPE_CHECKING:
     from ...core.adapter import Target
     from ...io.computed import Array
-    from ._learned import Trial
+    from ._learned import WeightTrial
 
 PER = "a coefficient for each target and task (layer; needs gradients), or for each task (task)"
 
@@ -30,7 +30,7 @@ class AdaMerging(Learned):
     steps: int = parameter(500, "steps of Adam", least=1)
     rate: float = parameter(1e-3, "size of a step", least=0)
 
-    def learn(self, trial: Trial) -> dict[Target, Array]:
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
 
         start = np.full((len(trial.targets), trial.count), self.start)

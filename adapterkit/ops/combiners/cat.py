@@ -14,7 +14,7 @@ from .adamerging import PER
 if TYPE_CHECKING:
     from ...core.adapter import Target
     from ...io.computed import Array
-    from ._learned import Trial
+    from ._learned import WeightTrial
 
 
 class CAT(Learned):
@@ -28,7 +28,7 @@ class CAT(Learned):
     steps: int = parameter(100, "steps of Adam", least=1)
     rate: float = parameter(1e-2, "size of a step", least=0)
 
-    def learn(self, trial: Trial) -> dict[Target, Array]:
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
 
         start = np.zeros((len(trial.targets), trial.count))

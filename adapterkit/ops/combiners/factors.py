@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
-class Factors(PlugIn):
+class FactorsCombiner(PlugIn):
     """then(B_1 .. B_T) @ then(A_1 .. A_T)."""
 
     title = "A and B apart, by another method"

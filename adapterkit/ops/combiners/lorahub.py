@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
     from ..lowering import Delta
-    from ._learned import Trial
+    from ._learned import WeightTrial
 
 
 class LoraHub(Learned):
@@ -34,7 +34,7 @@ class LoraHub(Learned):
     bound: float = parameter(1.5, "largest magnitude of a weight", least=0)
     penalty: float = parameter(0.05, "of the mean magnitude of weights", least=0)
 
-    def learn(self, trial: Trial) -> dict[Target, Array]:
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         import numpy as np
 
         random, step = np.random.default_rng(trial.seed), 0.5
@@ -49,7 +49,7 @@ class LoraHub(Learned):
                 best, least = tried, cost
         return trial.everywhere(best)
 
-    def _cost(self, trial: Trial, weights: Array) -> float:
+    def _cost(self, trial: WeightTrial, weights: Array) -> float:
         import numpy as np
 
         return trial.loss(trial.everywhere(weights)) + self.penalty * float(np.abs(weights).mean())

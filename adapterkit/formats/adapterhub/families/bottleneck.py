@@ -19,7 +19,7 @@ from ....io.lazy import Lazy, as_lazy
 from ....linalg.activations import ACTIVATIONS
 from ..file import Found, check_same, make, take
 from ..layers import model_type_of
-from ..sublayers import EMBEDDINGS, MODELS, Rule, hanging, standing
+from ..sublayers import EMBEDDINGS, MODELS, SublayerRule, hanging, standing
 from ._family import Family, Fields, Number
 
 if TYPE_CHECKING:
@@ -212,13 +212,13 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
                 yield target, position, f"{update.method}: {why}"
 
 
-def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, Rule]]:
+def _stack_rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, SublayerRule]]:
     model_type = model_type_of(base)
     found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
     return {target: rule for target, rule in found.items() if rule is not None}
 
 
-def _patchy(rules: Mapping[Target, tuple[str, Rule]], base: Checkpoint | None) -> set[int]:
+def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint | None) -> set[int]:
     """Return layers that lack a kind of adapter that another has; encoders have none after cross-attention."""
     kinds: dict[tuple[int, bool], set[str]] = {}
     for target, (_, rule) in rules.items():

@@ -147,7 +147,7 @@ class PrefixFields(Fields, frozen=True, kw_only=True):
     shared_gating: bool = True
 
 
-class PrefixFamily(Family):
+class PrefixTuningFamily(Family):
     """The family `prefix_tuning`."""
 
     methods = frozenset(METHODS.values())

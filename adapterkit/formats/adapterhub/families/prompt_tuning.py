@@ -26,7 +26,7 @@ class PromptFields(Fields, frozen=True, kw_only=True):
     combine: str = "prefix"
 
 
-class PromptFamily(Family):
+class PromptTuningFamily(Family):
     """The family `prompt_tuning`."""
 
     methods = frozenset({"prompt"})
