@@ -208,15 +208,15 @@ def read_terminal(parent: int) -> str:
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        ([], _options.CommandSettings()),
-        (["x", "--json"], _options.CommandSettings(json=True)),
-        (["--quiet", "--debug"], _options.CommandSettings(quiet=True, debug=True)),
-        (["x", "--", "--json"], _options.CommandSettings()),
+        ([], _options.CliSettings()),
+        (["x", "--json"], _options.CliSettings(json=True)),
+        (["--quiet", "--debug"], _options.CliSettings(quiet=True, debug=True)),
+        (["x", "--", "--json"], _options.CliSettings()),
     ],
 )
-def test_settings(words: list[str], settings: _options.CommandSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings(words: list[str], settings: _options.CliSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTERKIT_DEBUG", raising=False)
-    assert _options.CommandSettings.of(words) == settings
+    assert _options.CliSettings.of(words) == settings
 
 
 @pytest.mark.parametrize(

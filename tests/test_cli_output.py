@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adapterkit.cli import _progress
-from adapterkit.cli._options import CommandSettings
+from adapterkit.cli._options import CliSettings
 from adapterkit.cli._render import TextTable, as_json, cell, printable, show, size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_a_plain_table_is_aligned_and_drops_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
     table = TextTable(("name", "note", "count"), [("a", None, 5), ("longer", "", 12_345)])
-    show(CommandSettings(), {}, lambda _: [table, "end"])
+    show(CliSettings(), {}, lambda _: [table, "end"])
     assert capsys.readouterr().out == "name     count\na            5\nlonger  12,345\nend\n"
 
 
 def test_json_is_one_document_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    show(CommandSettings(json=True), {"a": 1}, lambda _: pytest.fail("the view is for people"))
+    show(CliSettings(json=True), {"a": 1}, lambda _: pytest.fail("the view is for people"))
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
@@ -76,7 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_plain_progress_is_a_line_every_few_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress.progress(CommandSettings(), "merge") as meter:
+    with _progress.progress(CliSettings(), "merge") as meter:
         for second in range(17):
             clock.now = 100.0 + second
             meter(second * 10**9, 16 * 10**9)
@@ -90,11 +90,11 @@ def test_plain_progress_is_a_line_every_few_seconds(clock: Clock, capsys: pytest
 
 
 def test_short_work_and_quiet_work_show_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress.progress(CommandSettings(), "merge") as meter:
+    with _progress.progress(CliSettings(), "merge") as meter:
         meter(1, 2)
         clock.now += 4.9
         meter(2, 2)
-    with _progress.progress(CommandSettings(quiet=True), "merge") as meter:
+    with _progress.progress(CliSettings(quiet=True), "merge") as meter:
         assert meter is None
     assert capsys.readouterr().err == ""
 
@@ -107,7 +107,7 @@ def test_progress_of_nothing_does_not_divide_by_it() -> None:
 BAR = """
 import sys
 from adapterkit.cli import _progress
-from adapterkit.cli._options import Settings
+from adapterkit.cli._options import CliSettings
 _progress.DELAY = float(sys.argv[1])
 with _progress.progress(Settings(), "merge") as meter:
     meter(1_000_000, 4_000_000)

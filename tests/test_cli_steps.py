@@ -14,7 +14,7 @@ from test_cli_help import at_terminal
 import adapterkit as ak
 from adapterkit.cli import _stages
 from adapterkit.cli._failures import as_flags
-from adapterkit.cli._options import CommandSettings
+from adapterkit.cli._options import CliSettings
 from adapterkit.errors import UsageError
 from adapterkit.io.stages import detail, stage
 
@@ -45,7 +45,7 @@ def test_short_work_is_silent_and_v_tells_each_step() -> None:
 def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
     monkeypatch.setattr(_stages, "AGAIN", 60.0)
-    with _stages.stage_lines(CommandSettings()) as lines:
+    with _stages.stage_lines(CliSettings()) as lines:
         assert lines is not None
         lines.command = "export"
         stage("tracing the model")
@@ -57,7 +57,7 @@ def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monk
 
 def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
-    with _stages.stage_lines(CommandSettings()):
+    with _stages.stage_lines(CliSettings()):
         _stages.busy.set()
         stage("merging")
         time.sleep(0.3)
