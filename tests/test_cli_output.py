@@ -109,7 +109,7 @@ import sys
 from adapterkit.cli import _progress
 from adapterkit.cli._options import CliSettings
 _progress.DELAY = float(sys.argv[1])
-with _progress.progress(Settings(), "merge") as meter:
+with _progress.progress(CliSettings(), "merge") as meter:
     meter(1_000_000, 4_000_000)
     meter(4_000_000, 4_000_000)
 """
