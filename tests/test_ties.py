@@ -246,6 +246,84 @@ def test_a_head_with_other_rows_than_the_embedding_is_not_tied(tmp_path: Path) -
     assert torch.equal(merged["language_model.model.embed_tokens.weight"], embedding)
 
 
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+ENCODER = {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 16}
+OTHER_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "BertForMaskedLM": ("BertConfig", ENCODER, "word_embeddings"),  # The head's bias is a second name of another one.
+    "RobertaForMaskedLM": ("RobertaConfig", ENCODER, "word_embeddings"),
+    "AlbertForMaskedLM": ("AlbertConfig", {**ENCODER, "embedding_size": 8}, "word_embeddings"),
+    "ElectraForMaskedLM": ("ElectraConfig", {**ENCODER, "embedding_size": 8}, "word_embeddings"),
+    "ModernBertForMaskedLM": (
+        "ModernBertConfig", {**ENCODER, "pad_token_id": 0, "layer_types": ["full_attention"]}, "tok_embeddings",
+    ),
+    "CTRLLMHeadModel": (
+        "CTRLConfig",
+        {"vocab_size": VOCABULARY, "n_embd": 8, "dff": 8, "n_layer": 1, "n_head": 2, "n_positions": 8},
+        "w",
+    ),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4},
+        "embeddings",
+    ),
+    "GPTNeoXJapaneseForCausalLM": (
+        "GPTNeoXJapaneseConfig",
+        {**SMALL, "num_attention_heads": 2, "intermediate_multiple_size": 1, "tie_word_embeddings": True},
+        "embed_in",
+    ),
+    "TrOCRForCausalLM": (
+        "TrOCRConfig",
+        {
+            "vocab_size": VOCABULARY, "d_model": 8, "decoder_layers": 1, "decoder_attention_heads": 2,
+            "decoder_ffn_dim": 8,
+        },
+        "embed_tokens",
+    ),
+    "ProphetNetForConditionalGeneration": (
+        "ProphetNetConfig",
+        {
+            "vocab_size": VOCABULARY, "hidden_size": 8, "num_encoder_layers": 1, "num_decoder_layers": 1,
+            "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "encoder_ffn_dim": 8,
+            "decoder_ffn_dim": 8, "decoder_start_token_id": 0,
+        },
+        "lm_head",
+    ),
+}  # fmt: skip
+"""Class -> its config's class, sizes, an adapted layer: models whose head, or embedding, has a name of its own.
+
+ProphetNet's halves have an embedding each, and all three share one table.
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_heads_of_any_name_are_untied(name: str, tmp_path: Path) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config, sizes, embedding = OTHER_NAMES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=[embedding], init_lora_weights=False)).eval()
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    inputs = {"decoder_input_ids": TOKENS[:, :3]} if "Conditional" in name else {}
+    with torch.no_grad():
+        expected, plain = peft(input_ids=TOKENS, **inputs).logits, None
+        with peft.disable_adapter():
+            plain = peft(input_ids=TOKENS, **inputs).logits
+    ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    again, told = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not told["missing_keys"]
+    with torch.no_grad():
+        found = again.eval()(input_ids=TOKENS, **inputs).logits
+    assert error(expected, found) < 1e-5 < error(expected, plain)
+    ak.verify(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter")
+
+
 def test_both_halves_of_bart_have_their_embeddings_when_the_head_is_untied(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import BartConfig, BartForConditionalGeneration

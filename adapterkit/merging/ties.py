@@ -98,6 +98,10 @@ def settle_tie(
     for layer in tie.inputs:
         names.setdefault(layer, tie.stored)
         written[layer] = inputs
+    # transformers ties all of a class or nothing: BERT's head would load a bias of its own, which is nowhere.
+    for copy, source in tie.beside:
+        names.setdefault(copy, source)
+        written[copy] = folds.get(source, [])
     folds |= {name: found for name, found in written.items() if found}
     return untied(config)
 

@@ -325,7 +325,8 @@ class _Known:
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Return every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
-        for own in _variants(name):
+        rooted = (f"{self.root}.{name}",) if self.root and not name.startswith(f"{self.root}.") else ()
+        for own in (*_variants(name), *rooted):
             if self.loses_a_part(name, own):
                 continue
             for ours in self.architecture.namings_with(own):
@@ -337,6 +338,16 @@ class _Known:
             if found:
                 break
         return found
+
+    @cached_property
+    def root(self) -> str:
+        """Return the module that the class without a head is inside the others: `vit` of a ViT; empty for `model`.
+
+        `AutoModel` gives that class, and an adapter of it has no such word: `layers.0.attention.q_proj`.
+        """
+        firsts = Counter(weight.partition(".")[0] for weight in self.architecture.record.weights)
+        (word, count), *_ = firsts.most_common(1) or [("", 0)]
+        return word if 2 * count > firsts.total() and is_family(word) else ""
 
     def loses_a_part(self, name: str, own: str) -> bool:
         """Whether a name lost, with its prefix, the one word that says which part of a model it is in.

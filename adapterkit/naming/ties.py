@@ -1,16 +1,22 @@
 """Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
 
-A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. Names are those of
-transformers' model families; they come from `_tied_weights_keys` of its model classes.
+A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. What the classes of
+transformers tie is in `spec/architectures/ties`; a base whose config names none of them is told by the names of its
+tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+import msgspec
+
+from ..errors import Malformed
+from .architectures import FORMAT, architecture_of, folder
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -35,16 +41,6 @@ _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGenera
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
 """Endings of classes without such a head; their configs say `tie_word_embeddings`, too."""
 
-_TIED_BY_DEFAULT = frozenset({
-    "albert", "bart", "bert", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "camembert", "cohere",
-    "cohere2", "ctrl", "deberta", "deberta-v2", "distilbert", "electra", "ernie4_5", "ernie4_5_moe", "falcon",
-    "falcon_mamba", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text",
-    "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "longt5", "m2m_100", "mamba", "marian", "mbart", "modernbert",
-    "mpt", "openai-gpt", "opt", "paligemma", "pegasus", "recurrent_gemma", "roberta", "smollm3", "starcoder2",
-    "switch_transformers", "t5", "t5gemma", "udop", "umt5", "whisper", "xglm", "xlm-roberta", "zamba", "zamba2",
-})  # fmt: skip
-"""Model types whose config class ties if config.json does not say; the others of transformers do not."""
-
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
 """Model types that multiply the head's input by `d_model ** -0.5`, unless the config says that it is not tied."""
 
@@ -58,12 +54,15 @@ class Tie:
         inputs: names of the input embeddings that read it: `(stored,)`, or those of an encoder and a decoder.
         head: the name of the output head's weight.
         apart: the head is on disk too, although the config ties it.
+        beside: further names that transformers ties while the config says so -> the stored tensor that they are: the
+            bias of BERT's head.
     """
 
     stored: str
     inputs: tuple[str, ...]
     head: str
     apart: bool = False
+    beside: tuple[tuple[str, str], ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -84,18 +83,32 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
         names: the stored tensors.
         config: the base's `config.json`.
     """
-    embeddings = [name for name in names if _is(name, EMBEDDINGS)]
-    if len(embeddings) != 1:
-        return None
-    stored = embeddings[0]
+    pairs = _pairs_of(config)
+    known = _head_and_embedding(pairs)
+    head, stored = (None, None) if known is None else (known[0], _stored_as(known[1], names, config))
+    if stored is None:
+        embeddings = [name for name in names if _is(name, EMBEDDINGS)]
+        if len(embeddings) != 1:
+            return None
+        stored = embeddings[0]
     # Other layers are called `output`, too; only a head has the embedding's shape.
     shape = getattr(names[stored], "shape", None)
-    heads = [name for name in names if _is(name, HEADS) and getattr(names[name], "shape", None) == shape]
+    heads = [
+        name for name in names
+        if (name == head or _is(name, HEADS)) and name != stored and getattr(names[name], "shape", None) == shape
+    ]  # fmt: skip
     # Llama 3.2 Vision has a head with fewer rows than its embedding, so it is a tensor of its own.
-    apart = bool(heads) or any(_is(name, _ONLY_HEADS) for name in names)
-    if not _says_tied(config, apart) or len(heads) > 1:
+    apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
+    if not _says_tied(config, apart, head is not None) or len(heads) > 1:
         return None
-    return Tie(stored, _inputs(stored), heads[0] if heads else f"{_head_of(config)}.weight", bool(heads))
+    head = heads[0] if heads else head or f"{_head_of(config)}.weight"
+    inputs = tuple(one for one, other in pairs.items() if known and other == known[1] and one != known[0])
+    beside = {}
+    for pair in pairs.items():
+        missing = [name for name in pair if name not in names]
+        if known is not None and len(missing) == 1 and not {*missing} & {known[0], head, *inputs}:
+            beside[missing[0]] = next(name for name in pair if name in names)
+    return Tie(stored, _read_by(stored, inputs) if inputs else _inputs(stored), head, bool(heads), (*beside.items(),))
 
 
 def aliases(base: Checkpoint) -> Mapping[str, str]:
@@ -157,7 +170,7 @@ def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def kept_tied(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the changes to a config whose head stays tied: none if it, or the default of its family, says so."""
-    silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in _TIED_BY_DEFAULT
+    silent = _explicit(config or {}) is None and (config or {}).get("model_type") not in table().defaults
     return {"tie_word_embeddings": True} if silent else {}
 
 
@@ -180,19 +193,100 @@ def _inputs(stored: str) -> tuple[str, ...]:
     return tuple(f"{prefix}.{half}.embed_tokens.weight".removeprefix(".") for half in ("encoder", "decoder"))
 
 
-def _says_tied(config: Mapping[str, Any] | None, has_head: bool) -> bool:
+def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """List the input embeddings that read a tensor: those of both halves, which call no third, or it and one more."""
+    return inputs if len(inputs) > 1 else (stored, *inputs)
+
+
+class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Classes that tie the same weights.
+
+    Attributes:
+        pairs: second name of a parameter -> the parameter.
+        classes: names of the classes.
+    """
+
+    pairs: dict[str, str]
+    classes: list[str]
+
+
+class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the models of one library tie.
+
+    Attributes:
+        format: the version of the file's form.
+        defaults: model types that tie where config.json does not say.
+        ties: what each class ties.
+        sources: where the facts come from.
+    """
+
+    format: int
+    defaults: frozenset[str]
+    ties: list[TiesOfClasses]
+    sources: list[str] = []
+
+
+@cache
+def table() -> TieTable:
+    """Load what the classes of transformers tie.
+
+    Raises:
+        Malformed: the file is damaged.
+    """
+    path = folder() / "ties" / "transformers.toml"
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=TieTable)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Malformed(f"not a table of ties ({error})", path=path, cure="Correct the file") from error
+    if found.format != FORMAT:
+        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+    return found
+
+
+@cache
+def _by_class() -> Mapping[str, dict[str, str]]:
+    return {name: each.pairs for each in table().ties for name in each.classes}
+
+
+def _pairs_of(config: Mapping[str, Any] | None) -> Mapping[str, str]:
+    """Return what the class of a base ties, in the names of its live model; empty if its config names no such class."""
+    listed = (config or {}).get("architectures")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return next((_by_class()[name] for name in names if name in _by_class()), {})
+
+
+def _head_and_embedding(pairs: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the pair of a head and the embedding that it reads, among all that a class ties."""
+    found = []
+    for one, other in pairs.items():
+        if one.endswith(".weight") and (_is(other, HEADS) or _is(one, HEADS) or "embed" not in one):
+            found.append((other, one) if _is(other, HEADS) else (one, other))
+    return found[0] if len(found) == 1 else None
+
+
+def _stored_as(name: str, names: Mapping[str, Any], config: Mapping[str, Any] | None) -> str | None:
+    """Return the stored name of a live model's weight; None if it is not among the base's names."""
+    family = architecture_of(config)
+    place = None
+    if family is not None and name.removesuffix(".weight") in family.record.weights:
+        place = family.place(name.removesuffix(".weight"), "hub")
+    known = (name, "" if place is None else f"{place.name}.weight")
+    return next((each for each in known if each in names), None)
+
+
+def _says_tied(config: Mapping[str, Any] | None, has_head: bool, known: bool) -> bool:
     """Whether the config, or else its family's default, ties; a class with a head but no weight for it must tie."""
     if config is None:
         return False
     listed = config.get("architectures")
     classes = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    with_head = any(name.endswith(_WITH_HEAD) for name in classes)
+    with_head = known or any(name.endswith(_WITH_HEAD) for name in classes)
     if not has_head and not with_head and any(name.endswith(_HEADLESS) for name in classes):
         return False
     explicit = _explicit(config)
     if explicit is not None:
         return bool(explicit)
-    return config.get("model_type") in _TIED_BY_DEFAULT if has_head else with_head
+    return config.get("model_type") in table().defaults if has_head else with_head
 
 
 def _explicit(config: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from ...errors import TargetNotFound, nearest
 from ..architectures import architecture_of, expert_count
 from ..model_types import has_model, models_of, module_of
 from ..renames import Rename, family_of, parse_renames, renamed_by
-from ..resolver import Names, Rule, resolve
+from ..resolver import Fits, Names, Resolution, Rule, resolve
 from .deducing import deduced
 from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
@@ -190,6 +190,8 @@ def find_sites(
     found = resolve(
         list(by_path), names, architecture=architecture, renames=rules, partial=partial, fits=fitting
     )  # fmt: skip
+    if found.missing and architecture is None and config is not None:
+        _place_in_parts(found, names, config, fitting)
     if found.missing and architecture is None and not names_family(config):
         lost = set(found.missing)
         placeless = {target: updates for target, updates in adapter.updates.items() if target.path in lost}
@@ -214,6 +216,30 @@ def find_sites(
         sites.append(Site(target, updates, *(keys or (None, None))))
         origins.append(origin)
     return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None, config)
+
+
+def _place_in_parts(found: Resolution, names: Names, config: Mapping[str, Any], fits: Fits) -> None:
+    """Place targets by the families of a base's parts: an encoder-decoder of two models has a config for each.
+
+    TrOCR's published models are a `vision-encoder-decoder` of a ViT, whose layers have other names in transformers 5.
+    """
+    for key, part in config.items():
+        architecture = architecture_of(part) if isinstance(part, Mapping) else None
+        if architecture is None:
+            continue
+        for prefix in (f"{key}.", f"{key.removesuffix('_config')}_model."):
+            ours = [path.removeprefix(prefix) for path in found.missing if path.startswith(prefix)]
+            inside = frozenset(path.removeprefix(prefix) for path in names.paths if path.startswith(prefix))
+            if not ours or not inside:
+                continue
+            placed = resolve(
+                ours, Names(inside, experts=expert_count(part)), architecture=architecture,
+                fits=lambda path, place, at=prefix: fits(at + path, at + place),  # type: ignore[misc]
+            )  # fmt: skip
+            for path, moves in placed.moves.items():
+                found.moves[prefix + path] = tuple(replace(move, path=prefix + move.path) for move in moves)
+            found.missing = [path for path in found.missing if path not in found.moves]
+            found.rules += [replace(rule, text=f"{rule.text} in {prefix}") for rule in placed.rules]
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
