@@ -193,6 +193,13 @@ def test_compiled_code_notices_a_replaced_module(full, part):
         run(X)
 
 
+@odd("a replica of one block by nn.DataParallel, on one of several devices", raises=Unsupported, match="torchrun")
+def _():
+    model, _, _ = stack()
+    replica = model.blocks[0]._replicate_for_data_parallel()
+    replica(X)
+
+
 # Merges undone after something else has happened.
 
 

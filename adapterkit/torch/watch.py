@@ -181,6 +181,7 @@ class _Step:
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
+        _check_no_replica(module)
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child:
                 self._look(module)
@@ -302,10 +303,7 @@ class _Hook:
                 if parent._modules.get(name) is not child:
                     self.look_once()
             return
-        if "_is_replica" in model.__dict__:
-            # Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
-            cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
-            raise Unsupported("nn.DataParallel on several devices", where=self.watches[0].name, cure=cure)
+        _check_no_replica(model)
         moved = any(parent._modules.get(name) is not module for parent, name, module in self.places)
         if self.forwards is None:
             self._gather()
@@ -341,6 +339,19 @@ def _hook_of(model: nn.Module) -> _Hook:
 def _is_fused_away(name: str) -> bool:
     """Whether a module's name is one of the projections that diffusers fuses into one."""
     return name.rpartition("_")[2] in ("q", "k", "v", "kv")
+
+
+def _check_no_replica(module: nn.Module) -> None:
+    """Check that a module is no replica of nn.DataParallel.
+
+    Its modules call hooks that read the weights of the first device, in threads that know no route or switch.
+
+    Raises:
+        Unsupported: it is one.
+    """
+    if "_is_replica" in module.__dict__:
+        cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
+        raise Unsupported("nn.DataParallel on several devices", where=type(module).__name__, cure=cure)
 
 
 def _no_fused_path(_: nn.Module, args: Any) -> None:
