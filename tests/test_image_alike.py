@@ -2,12 +2,14 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.errors import TargetNotFound, Unrepresentable
+from adapterkit.errors import Malformed, TargetNotFound, Unrepresentable, Unsupported, UsageError
 
 RANDOM = np.random.default_rng(18)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -111,6 +113,99 @@ def test_hunyuan_image_is_split_for_its_trainer_and_fused_for_comfyui(tmp_path):
     for name in ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v"):
         path = f"transformer.{name}"
         np.testing.assert_allclose(first.delta(path), last.delta(path), rtol=2e-6, atol=2e-6)
+
+
+def flux(prefix=""):
+    """Two weights of FLUX in BFL's names, and the text encoder of a checkpoint for ComfyUI if there is a prefix."""
+    weights = {f"{prefix}double_blocks.0.img_attn.qkv.weight": RANDOM.normal(size=(96, 32)).astype("f4"),
+               f"{prefix}final_layer.adaLN_modulation.1.weight": RANDOM.normal(size=(64, 32)).astype("f4"),
+               f"{prefix}single_blocks.0.linear1.weight": RANDOM.normal(size=(224, 32)).astype("f4")}  # fmt: skip
+    if prefix:
+        weights["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"] = np.zeros((4, 4), "f4")
+    return weights
+
+
+def test_a_whole_checkpoint_is_of_its_denoisers_family(tmp_path):
+    """Shift and scale stand the other way round in BFL's names, which only FLUX's are for certain."""
+    tensors = lora("transformer.norm_out.linear", 64, 32, 4)
+    weights = flux("model.diffusion_model.")
+    save_file(weights, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", [given(tmp_path, tensors)], tmp_path / "out.safetensors")
+    A, B = (tensors[f"transformer.norm_out.linear.lora_{x}.weight"].astype("f8") for x in "AB")
+    name = "model.diffusion_model.final_layer.adaLN_modulation.1.weight"
+    change = load_file(tmp_path / "out.safetensors")[name] - weights[name].astype("f8")
+    np.testing.assert_allclose(change, np.roll(B @ A, 32, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_that_name_another_family_than_the_bases(tmp_path):
+    weights = flux()
+    save_file(weights, tmp_path / "base.safetensors")
+    tensors = lora("transformer.transformer_blocks.0.attn.to_q", 32, 32)
+    for said in ("qwen-image", "stable-diffusion-v3.5"):
+        path = given(tmp_path, tensors, {"modelspec.architecture": said.replace("v3.5", "3.5")})
+        with pytest.raises(UsageError, match=r"its metadata say that it is of .* and the base is of flux"):
+            ak.merge(tmp_path / "base.safetensors", [path], tmp_path / "out.safetensors")
+    for said in ("flux-1-dev", "chroma"):
+        path = given(tmp_path, tensors, {"modelspec.architecture": said})
+        ak.merge(tmp_path / "base.safetensors", [path], tmp_path / f"{said}.safetensors")
+
+
+def comfyui_fp8(weights, form):
+    """A base as ComfyUI's tools scale it to 8 bits: the older files, the newer ones, or those with a header entry."""
+    stored, metadata = {}, {"format": "pt"}
+    layers = {}
+    for name, weight in weights.items():
+        if weight.shape[0] < 64 or name.startswith("text_encoders"):
+            stored[name] = weight
+            continue
+        scale, module = np.array(np.abs(weight).max() / 448, "f4"), name.removesuffix(".weight")
+        stored[name] = (weight / scale).astype(ml_dtypes.float8_e4m3fn)
+        stored[f"{module}.{'scale_weight' if form == 'marker' else 'weight_scale'}"] = scale
+        layers[module] = {"format": "float8_e4m3fn"}
+        if form == "entries":
+            text = json.dumps(layers[module]).encode()
+            stored[f"{module}.comfy_quant"] = np.frombuffer(text, "u1")
+    if form == "marker":
+        stored["model.diffusion_model.scaled_fp8"] = np.zeros(2, ml_dtypes.float8_e4m3fn)
+        stored["model.diffusion_model.single_blocks.0.linear2.weight"] = np.ones((4, 4), ml_dtypes.float8_e4m3fn)
+    if form == "header":
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+    return stored, metadata
+
+
+@pytest.mark.parametrize("form", ["marker", "entries", "header"])
+def test_scaled_8_bit_floats_of_comfyui(form, tmp_path):
+    """The scale counts: a change that is added to the stored numbers themselves is rounded away."""
+    name = "model.diffusion_model.double_blocks.0.img_attn.qkv"
+    stored, metadata = comfyui_fp8(flux("model.diffusion_model."), form)
+    save_file(stored, tmp_path / "base.safetensors", metadata)
+    tensors = lora(name, 96, 32, 4)
+    path = given(tmp_path, tensors)
+    with pytest.raises(Unsupported, match=r"quantized \(fp8\)"):
+        ak.merge(tmp_path / "base.safetensors", [path], tmp_path / "out.safetensors")
+    word = "scale_weight" if form == "marker" else "weight_scale"
+    W = stored[f"{name}.weight"].astype("f8") * stored[f"{name}.{word}"]
+    wanted = W + tensors[f"{name}.lora_B.weight"].astype("f8") @ tensors[f"{name}.lora_A.weight"].astype("f8")
+    for quantized, ulps in (("dequantize", 2.0**-8), ("requantize", 2.0**-4)):
+        out = tmp_path / f"{quantized}.safetensors"
+        ak.merge(tmp_path / "base.safetensors", [path], out, quantized=quantized)
+        with safe_open(out, "pt") as file:
+            found = {key: file.get_tensor(key).double().numpy() for key in file.keys()}  # noqa: SIM118
+            told = file.metadata()
+        made = found[f"{name}.weight"] * found.get(f"{name}.{word}", 1.0)
+        np.testing.assert_allclose(made, wanted, rtol=ulps, atol=ulps * np.abs(wanted).max())
+        left = [key for key in found if "scale_weight" in key or "weight_scale" in key or "comfy_quant" in key]
+        assert bool(left) == (quantized == "requantize")
+        assert ("_quantization_metadata" in told) == (quantized == "requantize" and form == "header")
+
+
+def test_comfyuis_other_formats_are_named(tmp_path):
+    stored, _ = comfyui_fp8(flux("model.diffusion_model."), "entries")
+    name = "model.diffusion_model.double_blocks.0.img_attn.qkv"
+    for text, error in ((b'{"format": "nvfp4"}', Unsupported), (b"[", Malformed)):
+        save_file(stored | {f"{name}.comfy_quant": np.frombuffer(text, "u1")}, tmp_path / "base.safetensors")
+        with pytest.raises(error, match=r"img_attn\.qkv\.comfy_quant"):
+            ak.merge(tmp_path / "base.safetensors", [given(tmp_path, lora(name, 96, 32))], tmp_path / "out.safetensors")
 
 
 # Wan's further models: S2V and Animate, and the differences that distillations hold beside LoRAs.

@@ -35,6 +35,9 @@ SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "ada
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 """Files that tools write beside a config, and that describe packed weights only."""
 
+COMFYUI = "_quantization_metadata"
+"""Header key under which ComfyUI's files may name the format of each module."""
+
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
 """Element types that no packed weight has. If a base has no other types, no scheme is asked or imported."""
 
@@ -148,9 +151,10 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
 
 
 def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return a file's metadata without torchao's entries for each tensor."""
+    """Return a file's metadata without what torchao and ComfyUI say there about each tensor."""
     torchao = "tensor_names" in metadata
-    return {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
+    kept = {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
+    return {key: value for key, value in kept.items() if key != COMFYUI}
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:

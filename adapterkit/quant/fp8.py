@@ -5,22 +5,35 @@ DeepSeek-AI 2024, DeepSeek-V3, arXiv:2412.19437, section 3.3; Micikevicius et al
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..errors import Malformed
+from ..errors import Malformed, Unsupported
 from ._float8 import DTYPES, scaled
 from ._scheme import DAMAGED, Packed, Scheme, settings
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
 
-INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub")
+INPUTS = ("input_scale", "input_scale_ub", "activation_scale", "activation_scale_ub", "scale_input")
 """Scales of a layer's inputs, which only fp8 arithmetic uses."""
+
+COMFYUI = "scale_weight"
+"""ComfyUI's name of a scale, beside the weight: `<module>.scale_weight`. It leaves some weights without one."""
+
+LAYOUT = "comfy_quant"
+"""ComfyUI's newer files say each module's format: the bytes of a JSON object, `<module>.comfy_quant`."""
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+"""ComfyUI's formats that are plain 8-bit floats with a scale; others reorder their scales for its kernels."""
 
 
 class Fp8(Scheme):
-    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what shares one."""
+    """`<weight>` in an 8-bit float, and `<weight>_scale_inv` or `<weight>_scale`, whose shape shows what shares one.
+
+    ComfyUI's older files have `<module>.scale_weight` in its place.
+    """
 
     url = "https://huggingface.co/docs/transformers/main/en/quantization/finegrained_fp8"
     description = "8-bit floats with a scale for the tensor, a row, or a block (DeepSeek)"
@@ -29,23 +42,54 @@ class Fp8(Scheme):
     def detect(self, base: Checkpoint) -> bool:
         if settings(base).get("quant_method") == "compressed-tensors":
             return False
+        _check_layouts(base)
         return any(tensor.dtype.name in DTYPES and _scale(base, name) for name, tensor in base.tensors.items())
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
-        block = _block(base)
+        block, comfyui = _block(base), _of_comfyui(base)
         for name, tensor in base.tensors.items():
             if tensor.dtype.name not in DTYPES or len(tensor.shape) < 2:
                 continue
             scale = _scale(base, name)
+            if scale is None and comfyui:
+                continue
             if scale is None:
                 raise Malformed("8-bit floats without a scale", path=base.root, where=name, cure=DAMAGED)
             module = name.rpartition(".")[0]
-            others = tuple(other for word in INPUTS if (other := f"{module}.{word}") in base.tensors)
+            others = tuple(other for word in (*INPUTS, LAYOUT) if (other := f"{module}.{word}") in base.tensors)
             yield scaled(base, name, scale, block, others)
 
 
 def _scale(base: Checkpoint, name: str) -> str | None:
-    return next((key for word in ("_scale_inv", "_scale") if (key := name + word) in base.tensors), None)
+    module, _, word = name.rpartition(".")
+    keys = [f"{name}_scale_inv", f"{name}_scale", *([f"{module}.{COMFYUI}"] if word == "weight" else [])]
+    return next((key for key in keys if key in base.tensors), None)
+
+
+def _of_comfyui(base: Checkpoint) -> bool:
+    return any(name.rpartition(".")[2] in (COMFYUI, LAYOUT) for name in base.tensors)
+
+
+def _check_layouts(base: Checkpoint) -> None:
+    """Check that ComfyUI's own format of each module is one that this scheme reads.
+
+    Raises:
+        Unsupported: it is another; such weights must not be taken for those of a scheme with the same names.
+        Malformed: it is no JSON object.
+    """
+    for name, tensor in base.tensors.items():
+        if name.rpartition(".")[2] != LAYOUT:
+            continue
+        try:
+            said = json.loads(bytes(tensor.fetch())) if tensor.nbytes < 1 << 16 else None
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise Malformed("not the bytes of a JSON object", path=base.root, where=name, cure=DAMAGED)
+        if said.get("format") not in FORMATS:
+            why = f"ComfyUI's format {said.get('format')!r}, whose scales lie in the order of its kernels"
+            cure = "Merge into the model that was quantized, and quantize the result with ComfyUI's tool"
+            raise Unsupported(why, path=base.root, where=name, cure=cure)
 
 
 def _block(base: Checkpoint) -> tuple[int, int] | None:

@@ -6,11 +6,12 @@ FLUX's, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...core.metadata import metadata_of
+from ...errors import UsageError
 from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, families_of, rooted
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
 
     kind = (base.config or {}).get("_class_name")
     named = tuple(family.name for family in families() if kind in family.facts.classes)
-    return named or families_of_all(modules_of(base))
+    paths = modules_of(base)
+    # A checkpoint for ComfyUI holds text encoders and a VAE, too; its denoiser has a prefix of its own.
+    inside = [path for path in paths if ROOTS.get(rooted(path)[0][:-1], "") == "denoiser"]
+    return named or families_of_all(inside or paths)
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
@@ -182,6 +186,33 @@ def has_encoders(family: Family, parts: Mapping[str, str]) -> bool:
     """Whether a family's pipelines have these text encoders."""
     known = family.facts.encoders
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
+
+
+def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, str]) -> None:
+    """Check that the family which a file's metadata name can be that of the base.
+
+    Half of a Qwen-Image adapter's names are also FLUX's, and their weights have the same shapes.
+
+    Args:
+        paths: the names of the adapter's modules in the denoiser, without the part of the pipeline.
+        base: the base.
+        metadata: the file's metadata.
+
+    Raises:
+        UsageError: the metadata name another family, which has all of these names, too.
+    """
+    known = [family for family in families() if all(path in family for path in paths)]
+    told = [family for family in known if said(family, metadata)]
+    if not told or not paths:
+        return
+    held = families_in(base)
+    there = [family for family in families() if family.name in held]
+    meanings = {_outcome(family, paths, "native") for family in there}
+    # FLUX and Chroma call the same modules by the same names, so adapters of one are used with the other.
+    if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
+        why = f"its metadata say that it is of {told[0].title}, and the base is of {there[0].title}"
+        cure = f"Name the base that it was trained on, or read it with family={there[0].name!r} (--family)"
+        raise UsageError(why, where=paths[0], cure=cure)
 
 
 def narrowed(families: list[Family], fits: Callable[[Family], object]) -> list[Family]:

@@ -14,7 +14,7 @@ from ...naming.image import families, families_with, rooted
 from ...naming.resolver import WRAPPERS
 from .biases import check_biases
 from .bundles import Bundle, split
-from .deciding import FAMILY, Origin, denoiser_targets
+from .deciding import FAMILY, Origin, check_said, denoiser_targets
 from .file import rules_for
 from .hints import Leftovers
 from .laws import decode
@@ -50,6 +50,9 @@ def decoded(
         _check_shapes(stem, found)
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
+    if base is not None:
+        inside = [rooted(target.path)[1] for target in denoiser_targets(updates, ())]
+        check_said(list(dict.fromkeys(inside)), base, dict(metadata))
     placed_there = updates if base is None else placed(updates, base)
     bundle = Bundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
     hints.keys |= bundle.keys
