@@ -36,7 +36,7 @@ STEPS = 4
 
 
 class PackedPart(Protocol):
-    """What quantizes a packed weight again, or a stack of them in one tensor; it computes all its stored tensors."""
+    """Quantizes a packed weight again, or a stack of them in one tensor, and computes all its stored tensors."""
 
     @property
     def packed(self) -> Packed:

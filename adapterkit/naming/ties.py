@@ -1,8 +1,8 @@
 """Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
 
-A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes. What the classes of
-transformers tie is in `spec/architectures/ties`; a base whose config names none of them is told by the names of its
-tensors.
+A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes.
+`spec/architectures/ties` lists the weights that each class of transformers ties; a base whose config names none of these
+classes is told by the names of its tensors.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the models of one library tie.
+    """The weights that the models of one library tie.
 
     Attributes:
         format: the version of the file's form.

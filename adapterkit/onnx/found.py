@@ -1,4 +1,4 @@
-"""What is found in a graph: the nodes that are layers, norms folded into them, and an adapter's targets at them.
+"""Finds in a graph: the nodes that are layers, norms folded into them, and an adapter's targets at them.
 
 `resolving` finds them; the modules that it asks (`heads`, `norms`, `matching`, `packed`, `tying`) speak of them, too.
 """

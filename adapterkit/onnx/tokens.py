@@ -21,7 +21,7 @@ TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attenti
 
 
 class Call(Protocol):
-    """What is asked of the model's call.
+    """The model's call, as far as tokens need it.
 
     Attributes:
         building: the model.

@@ -37,7 +37,7 @@ HANDLES = "_adapterkit_handles"
 
 
 class Saved(Protocol):
-    """What is asked of a handle here: what a state dict holds of it, its tensors, and the watch over its hooks."""
+    """A handle, as far as state dicts need it: what they hold of it, its tensors, and the watch over its hooks."""
 
     checkpoint: str
     _leaves: tuple[Leaf, ...]

@@ -1,4 +1,4 @@
-"""What a hook at a module runs: the updates of one target of one adapter, with all that decides how they act."""
+"""The parts that a hook at a module runs: each holds the updates of one target, and all that decides how they act."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the families of tensors share: keys, the parsed file that they read, and the updates that they find in it."""
+"""Shared by the families of tensors: keys, the parsed file that they read, and the updates that they find in it."""
 
 from __future__ import annotations
 
