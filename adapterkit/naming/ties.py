@@ -1,8 +1,8 @@
 """Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes.
-`spec/architectures/ties` lists the weights that each class of transformers ties; a base whose config names none of these
-classes is told by the names of its tensors.
+`spec/architectures/ties` lists the weights that each class of transformers ties; a base whose config names none of
+these classes is told by the names of its tensors.
 """
 
 from __future__ import annotations
