@@ -310,3 +310,20 @@ def test_what_a_start_takes_from_the_base_is_written_as_lora_and_the_refusal_say
     doubled = ak.torch.create(model, "dora", targets="0", rank=2, alpha=4, init=init)
     with pytest.raises(Unrepresentable, match=r"residual .*\. Drop them"):  # No LoRA is what a DoRA is.
         ak.write(doubled, tmp_path / "dora", format="peft")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("layer", [nn.Linear(256, 32), nn.Conv2d(16, 32, 3)], ids=["linear", "convolution"])
+def test_the_first_A_spreads_as_pefts(method: str, layer: nn.Module) -> None:
+    """Uniform, and as wide as the inputs ask: a wider or narrower start trains otherwise, and nothing else tells."""
+    from peft import LoraConfig, get_peft_model
+
+    adapter = ak.torch.create(nn.Sequential(layer), method, targets=["0"], rank=64)
+    ours = next(iter(adapter.updates.values()))[0].tensors["A"].float()
+    torch.manual_seed(0)
+    theirs = get_peft_model(nn.Sequential(layer), LoraConfig(r=64, target_modules=["0"], use_dora=method == "dora"))
+    A = next(value for name, value in theirs.named_parameters() if ".lora_A." in name).detach()
+    assert ours.shape == A.shape
+    assert float(ours.std()) == pytest.approx(float(A.std()), rel=0.03)
+    assert float(ours.abs().max()) == pytest.approx(float(A.abs().max()), rel=0.03)
+    assert abs(float(ours.mean())) < 0.03 * float(A.abs().max())
