@@ -314,7 +314,7 @@ def test_what_a_start_takes_from_the_base_is_written_as_lora_and_the_refusal_say
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("layer", [nn.Linear(256, 32), nn.Conv2d(16, 32, 3)], ids=["linear", "convolution"])
-def test_the_first_A_spreads_as_pefts(method: str, layer: nn.Module) -> None:
+def test_the_first_factors_spread_as_pefts(method: str, layer: nn.Module) -> None:
     """Uniform, and as wide as the inputs ask: a wider or narrower start trains otherwise, and nothing else tells."""
     from peft import LoraConfig, get_peft_model
 
