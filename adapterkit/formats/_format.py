@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +121,11 @@ class Format:
     dtypes: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""
     owns: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
+        """Return the departures that may concern updates of these methods; all, unless a format knows better."""
+        return cls.departures
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this format's: no false negatives, no data read, no error raised."""

@@ -7,7 +7,7 @@ it, so they call this before they compute. An adapter that was not read from a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,20 +37,21 @@ def as_trained(
     Raises:
         Unsupported: no method here computes what the tool computed at this layer.
     """
-    return _by_rules(_rules(recipe), updates, LayerFacts(shape, padding), target)
+    return _by_rules(_rules(recipe, {update.method for update in updates}), updates, LayerFacts(shape, padding), target)
 
 
 Rule = Callable[["Update", LayerFacts], "Update"]
 
 
-def _rules(recipe: Sequence[Step]) -> list[Rule]:
-    """Return the facts about single layers that the source formats of an adapter recorded."""
+def _rules(recipe: Sequence[Step], methods: Collection[str]) -> list[Rule]:
+    """Return the facts about single layers that the source formats of an adapter recorded for these methods."""
     names = {
         str(step.args.get("format"))
         for step in recipe
         if step.op == "read" and step.args.get("compat") != FORMULA and step.args.get("format") in FORMATS
     }
-    return [each.at_layer for name in sorted(names) for each in FORMATS[name].departures.values() if each.at_layer]
+    departures = [each for name in sorted(names) for each in FORMATS[name].departures_of(methods).values()]
+    return [each.at_layer for each in departures if each.at_layer]
 
 
 def _by_rules(
@@ -77,8 +78,8 @@ def sites_as_trained(
     Raises:
         Unsupported: see `as_trained`.
     """
-    found = []
-    rules = _rules(recipe)
+    found, sites = [], list(sites)
+    rules = _rules(recipe, {update.method for site in sites for update in site.updates})
     for site in sites if rules else ():
         plain = not site.target.stacked and site.target.rows is None
         stored = shapes.get(site.weight) if plain and site.weight is not None else None
@@ -86,4 +87,4 @@ def sites_as_trained(
         updates = site.updates if shape is None else _by_rules(rules, site.updates, LayerFacts(shape), site.target)
         same = all(one is other for one, other in zip(updates, site.updates, strict=True))
         found.append(site if same else replace(site, updates=updates))
-    return found if rules else list(sites)
+    return found if rules else sites

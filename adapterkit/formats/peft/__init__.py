@@ -15,9 +15,10 @@ from .._format import FORMULA, Departure, Format, derived
 from .container import CONFIG, METADATA, SAFETENSORS, SHARDED, TORCH, check_stated, header_of, load, save, sniff
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from ...core.adapter import Adapter
+    from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
 
 
@@ -25,9 +26,11 @@ def _methods() -> frozenset[str]:
     from .families import FAMILIES
     from .pairs import BESIDE
 
-    return frozenset(
-        m.__module__.rpartition(".")[2] for m in (*BESIDE, *(m for f in FAMILIES.values() for m in f.methods()))
-    )
+    return frozenset(map(_name, (*BESIDE, *(m for f in FAMILIES.values() for m in f.methods()))))
+
+
+def _name(method: type[Update]) -> str:
+    return method.__module__.rpartition(".")[2]
 
 
 def _departures() -> Mapping[str, Departure]:
@@ -35,6 +38,14 @@ def _departures() -> Mapping[str, Departure]:
     from .lora import DEPARTURES
 
     return DEPARTURES | {name: each for family in FAMILIES.values() for name, each in family.departures.items()}
+
+
+def _departures_of(methods: Collection[str]) -> Mapping[str, Departure] | None:
+    """Return LoRA's departures, if these methods are in no family; the families are many files to import."""
+    from .lora import DEPARTURES
+    from .pairs import BESIDE
+
+    return DEPARTURES if {*methods} <= {*map(_name, BESIDE)} else None
 
 
 def _experts_orders() -> frozenset[str]:
@@ -61,6 +72,11 @@ class Peft(Format):
     experts_orders = derived(_experts_orders)
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH, SHARDED[0], "adapter_model-*-of-*.safetensors"})
+
+    @classmethod
+    def departures_of(cls, methods: Collection[str]) -> Mapping[str, Departure]:
+        found = _departures_of(methods)
+        return cls.departures if found is None else found
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
