@@ -162,7 +162,7 @@ def test_the_reader_in_javascript_conforms(archive, tmp_path):
         each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
     }
     assert {name for name in computed if name in METHODS} == FORMULAS
-    assert len(computed) == len(FORMULAS) + 45  # and layers with several updates, and refusals
+    assert len(computed) == len(FORMULAS) + 46  # and layers with several updates, and refusals
 
 
 def test_the_reader_in_javascript_is_one_readable_file():

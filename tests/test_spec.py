@@ -21,7 +21,7 @@ import adapterkit as ak
 from adapterkit.core.updates.rules import names_in
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats import FORMATS
-from adapterkit.formats.adapterkit import KEY, SPEC, FileRecord
+from adapterkit.formats.adapterkit import KEY, SPEC, Record
 from adapterkit.linalg.activations import ACTIVATIONS
 from adapterkit.methods import METHODS
 
@@ -278,7 +278,7 @@ def test_the_page_names_every_field_of_the_record(schema):
     for definition in schema.schema["$defs"].values():
         for name in definition["properties"]:
             assert re.search(rf"[`{{\" ,]{name}[`}}\",]", page), name
-    assert set(schema.schema["$defs"]["Record"]["properties"]) == set(FileRecord.__struct_fields__)
+    assert set(schema.schema["$defs"]["Record"]["properties"]) == set(Record.__struct_fields__)
 
 
 VALUES = st.sampled_from(

@@ -79,7 +79,7 @@ class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
     tensors: dict[str, str]
 
 
-class FileRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The value of the metadata key."""
 
     version: Version
@@ -149,7 +149,7 @@ def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
     return _decode(_parse(text), tensors)
 
 
-def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> FileRecord:
+def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
     """Return the record of an adapter; adds the tensors that it names to `tensors`. A shared leaf is stored once."""
     names: dict[int, str] = {}
 
@@ -160,7 +160,7 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> FileRecord:
         return names[id(leaf)]
 
     base, foreign = adapter.base, adapter.foreign
-    return FileRecord(
+    return Record(
         version=version_of(adapter),
         updates=[_encode_update(target, update, store) for target, update in adapter],
         recipe=[StepRecord(step.op, dict(step.args)) for step in adapter.recipe],
@@ -197,7 +197,7 @@ def _unused(name: str, taken: Mapping[str, Any]) -> str:
     return free
 
 
-def _parse(text: str) -> FileRecord:
+def _parse(text: str) -> Record:
     """Parse the record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
     try:
         fields = load_json(text)
@@ -205,7 +205,7 @@ def _parse(text: str) -> FileRecord:
             raise ValueError("the record is not a JSON object")
         if _check_version(fields.get("version")):
             fields = _keep_unknown(fields)
-        record = msgspec.convert(fields, FileRecord)
+        record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
         # msgspec writes `$.updates[0].tensors[...]`, with dots in place of a mapping's key.
@@ -217,7 +217,7 @@ def _parse(text: str) -> FileRecord:
 
 
 def _keep_unknown(fields: dict[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in fields.items() if name in FileRecord.__struct_fields__}
+    known = {name: value for name, value in fields.items() if name in Record.__struct_fields__}
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
     if not isinstance(kept, dict) or kept.keys() & unknown.keys():
@@ -236,7 +236,7 @@ def _check_version(version: Any) -> bool:
     return minor > own_minor
 
 
-def _decode(record: FileRecord, tensors: Mapping[str, Lazy]) -> Adapter:
+def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
     unused = dict.fromkeys(tensors)
 
     def take(name: str, field: str) -> Lazy:

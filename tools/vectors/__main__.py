@@ -97,14 +97,14 @@ def schema() -> dict[str, Any]:
     """The schema, generated from the types that the native reader decodes into."""
     import msgspec
 
-    from adapterkit.formats.adapterkit import FileRecord
+    from adapterkit.formats.adapterkit import Record
 
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": ID,
         "title": f"The value of the metadata key `adapterkit`, specification {VERSION}",
     }
-    return head | msgspec.json.schema(FileRecord)
+    return head | msgspec.json.schema(Record)
 
 
 def manifest_files(root: Path) -> Iterator[tuple[str, bytes]]:

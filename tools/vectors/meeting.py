@@ -454,13 +454,17 @@ def computed() -> Iterator[Computed]:
     yield Computed("tokens_beside_a_residual", file, known, ("R-10.9", "R-13.4"))
     square = looked | {"q.weight": stored(table[:, :3], "F64"), "q.x": stored(np.array([2, 0]), "I64")}
     yield Computed("tokens_that_a_formula_computes_with", file, square, ("R-13.4",), "Unsupported", "q")
+    necks = {name: tensor for name, tensor in (parts | two).items() if name not in "AB"}
+    turned = again | {"target": {"path": "q", "layout": "in out *k"}}
+    file = _file(_update("bottleneck"), turned, **necks)
+    other = looked | {"q.weight": stored(table[:, :3], "F64"), "q.x": stored(table[:2, :3], "F64")}
+    yield Computed("output_in_another_layout", file, other, ("R-13.4",), "Unsupported", "q")
     behind = lora | {"target": {"path": "q", "rows": [0, 3]}}
     yield case("weight_of_another_target", neck(changed, *first), _update("bottleneck"), behind)
     placed = {"residual": "first", "norm": "last", "original_ln_after": False}
     file = _file(_update("bottleneck", attributes=placed), down=parts["down"], up=parts["up"])
     beside = held | {f"q.{name}": value for name, value in closed.items()}
     yield Computed("norm_of_the_block_left_out", file, beside, ("R-10.10",), "Unsupported", "q")
-    necks = {name: tensor for name, tensor in (parts | two).items() if name not in "AB"}
     behind = again | {"attributes": placed | {"original_ln_after": True}}
     file = _file(_update("bottleneck", attributes=placed), behind, **necks)
     yield Computed("norm_left_out_before_another", file, beside, ("R-10.10",), "Unsupported", "q")

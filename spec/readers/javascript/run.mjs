@@ -134,7 +134,7 @@ function outputsAt(path, entries, base) {
   }
   const reads = ({ attributes }) => attributes.get("parallel") && !beside.added && !(DTYPES.get(x.dtype).real && same(x.shape, plain(x).shape));
   const blocks = (updates) => new Set(updates.map(({ attributes }) => JSON.stringify(["residual", "norm"].map((name) => attributes.get(name)))));
-  const strange = placed.find(({ updates }) => plain(x).shape.length < 2 || updates.some(reads) || blocks(updates).size > 1);
+  const strange = placed.find(({ target, updates }) => target.layout !== layout || plain(x).shape.length < 2 || updates.some(reads) || blocks(updates).size > 1);
   if (strange) throw new AdapterError("Unsupported", strange.target.name, "no formula says what comes out (R-13.4)");
   const layer = outputs.reduce((before, update) => {
     const { t, a } = fieldsOf(update);

@@ -119,7 +119,7 @@ def _changed(adapter: Adapter, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not outputs:
         y = _live(adapter, given) if "x" in given else None
         return merged if y is None or not y.isfinite().all() else merged | {"y": y}
-    _check_outputs(outputs, held, given)
+    _check_outputs(outputs, held, given, first.layout)
     y = _live(adapter, given)
     if not y.isfinite().all():
         raise Malformed("what comes out is no number", where=f"{first.path}.y", cure="Look at the factors")
@@ -136,7 +136,7 @@ def _hidden(update: Update) -> int | None:
 
 
 def _check_outputs(
-    outputs: Mapping[Target, tuple[Update, ...]], held: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    outputs: Mapping[Target, tuple[Update, ...]], held: Mapping[str, Tensor], given: Mapping[str, Tensor], layout: str
 ) -> None:
     """What the weight, the call and the block do not have of all that updates of outputs need."""
     from vector_layers import convolves, layer_shape, whole
@@ -166,7 +166,12 @@ def _check_outputs(
         strange = (
             any(_parallel(update, given) for update in own) and layer_shape(target.layout, given) != given["x"].shape
         )
-        strange |= axes < 2 or len(beside) > 1 or (tokens and any(_reads(update, given) for update in own))
+        strange |= (
+            target.layout != layout
+            or axes < 2
+            or len(beside) > 1
+            or (tokens and any(_reads(update, given) for update in own))
+        )
         strange |= axes > 3 and any(isinstance(update, ReFT) for update in own)
         grouped = [update for update in own if isinstance(update, AcrossGroups)]
         strange |= bool(grouped) and conv and target.layout == "in out *k"
