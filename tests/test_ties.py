@@ -324,6 +324,31 @@ def test_heads_of_any_name_are_untied(name: str, tmp_path: Path) -> None:
     ak.verify(tmp_path / "merged", tmp_path / "base", tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_bias_that_peft_leaves_out_of_a_tied_head_is_kept_and_said(tmp_path: Path) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config, sizes, _ = OTHER_NAMES["BertForMaskedLM"]
+    model = transformers.BertForMaskedLM(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [1, 5]})
+    ).eval()
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    report = ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert any("cls.predictions.decoder.bias is kept" in warning for warning in report.plan.warnings)
+    with torch.no_grad():
+        trained = peft(input_ids=TOKENS).logits
+        whole = peft.merge_and_unload()(input_ids=TOKENS).logits
+        found = transformers.BertForMaskedLM.from_pretrained(tmp_path / "merged").eval()(input_ids=TOKENS).logits
+    assert error(whole, found) < 1e-5
+    assert error(trained + model.cls.predictions.bias, found) < 1e-5 < error(trained, found)
+
+
 def test_both_halves_of_bart_have_their_embeddings_when_the_head_is_untied(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import BartConfig, BartForConditionalGeneration

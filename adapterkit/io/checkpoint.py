@@ -258,8 +258,10 @@ def raw(span: Span) -> Lazy:
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
+    # A mixture's index names 45,000 tensors and 163 files; a name takes 15 us to check.
+    files = {file: contained(path.parent, file) for file in dict.fromkeys(weight_map.values())}
     for name, file in weight_map.items():
-        if name not in home or home[name] != contained(path.parent, file):
+        if name not in home or home[name] != files[file]:
             raise Malformed(
                 f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
             )

@@ -85,6 +85,12 @@ def settle_tie(
         for layer, found in acting(tie, part, adapter, tied, warnings).items():
             changed[layer] += found
     inputs, head = changed[tie.inputs[0]], changed[tie.head]
+    bias = f"{tie.head.removesuffix('.weight')}.bias"
+    if _loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
+        warnings.append(
+            f"{bias} is kept, as PEFT's own merge keeps it; PEFT's forward pass leaves it out where token rows are "
+            "trained at a tied head, so the merged model's logits differ from those of training by this bias"
+        )
     if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
         why = f"the adapter changes {' and '.join(tie.inputs)} differently, and a model stores one tensor for both"
         cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
@@ -104,6 +110,15 @@ def settle_tie(
         written[copy] = folds.get(source, [])
     folds |= {name: found for name, found in written.items() if found}
     return untied(config)
+
+
+def _loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
+    """Whether PEFT trained rows at a head: its layer of token rows calls the head without a bias (PEFT 0.21.2)."""
+    return any(
+        update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}
+        for fold in head
+        for update in fold.updates
+    )
 
 
 def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
@@ -144,7 +159,10 @@ def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: l
         for fold in folds:
             shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
             for layer in tie.layers:
-                is_named = layer == name or (name == tie.stored and layer in tie.inputs)
+                # T5's `shared` is read by both halves; T5Gemma 2's encoder has the table that the decoder reads, too,
+                # and PEFT adapts the one that is named.
+                is_alias = name == tie.stored and tie.stored not in tie.inputs
+                is_named = layer == name or (is_alias and layer in tie.inputs)
                 updates = fold.updates if is_named else shared
                 if updates:
                     found[layer].append(replace(fold, updates=updates))

@@ -1,8 +1,8 @@
 """Find tied weights: layers that read one stored tensor, such as an output head and the input embeddings.
 
 A checkpoint stores a tied tensor once, under the embedding's name, or twice with equal bytes.
-`spec/architectures/ties` lists the weights that each class of transformers ties; a base whose config names none of
-these classes is told by the names of its tensors.
+`spec/architectures/ties` lists the ties of the classes of transformers; the names of its tensors tell those of a base
+whose config names no such class.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class TiesOfClasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The weights that the models of one library tie.
+    """The ties of one library's models.
 
     Attributes:
         format: the version of the file's form.
@@ -228,7 +228,7 @@ class TieTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def table() -> TieTable:
-    """Load what the classes of transformers tie.
+    """Load the ties of the classes of transformers.
 
     Raises:
         Malformed: the file is damaged.
@@ -249,7 +249,7 @@ def _by_class() -> Mapping[str, dict[str, str]]:
 
 
 def _pairs_of(config: Mapping[str, Any] | None) -> Mapping[str, str]:
-    """Return what the class of a base ties, in the names of its live model; empty if its config names no such class."""
+    """Return the ties of a base's class, in the names of its live model; empty if its config names no such class."""
     listed = (config or {}).get("architectures")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return next((_by_class()[name] for name in names if name in _by_class()), {})
