@@ -275,11 +275,10 @@ class Handle:
         check_unrouted(self._switch)
         for switch, hooks in self._copies().items():
             for hook in hooks:
-                parts = [part for part in (*hook.parts, *hook.contexts) if part.switch is switch]
+                bound = [part.bound for part in hook.parts if part.switch is switch]
+                bound += [part.bound for part in hook.contexts if part.switch is switch]
                 hook.detach(switch)
-                for leaf in {
-                    id(leaf): leaf for part in parts for own in part.bound.leaves for leaf in own.values()
-                }.values():
+                for leaf in dict.fromkeys(leaf for each in bound for own in each.leaves for leaf in own.values()):
                     leaf.release()
         for hook in self._hooks:
             hook.detach(self._switch)
