@@ -200,6 +200,58 @@ def _():
     replica(X)
 
 
+# A layer is copied inside the model, as depth upscaling does.
+
+
+def upscaled(model):
+    """Put a copy of the first block behind it."""
+    first, second = model.blocks
+    model.blocks = nn.ModuleList([first, copy.deepcopy(first), second])
+    return model
+
+
+@odd("a copied layer in the same model, switched off, weighed and removed")
+def _():
+    model, handle, twin = stack(trainable=True)
+    base = upscaled(Stack().double())
+    upscaled(model)
+    torch.testing.assert_close(model(X), upscaled(twin)(X))
+    with handle.disable():
+        torch.testing.assert_close(model(X), base(X))
+    handle.set_active(False)
+    torch.testing.assert_close(model(X), base(X))
+    handle.set_active(True)
+    handle.weight = 0
+    torch.testing.assert_close(model(X), base(X))
+    handle.remove()
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in base.named_parameters()]
+    model.blocks[1].up = copy.deepcopy(model.blocks[1].up)  # Nothing is watched there any more.
+    return model(X), base(X)
+
+
+@odd("a copied layer in the same model, the adapter read", raises=UsageError, match=r"blocks\.1\.up: a copied layer")
+def _():
+    model, handle, _ = stack()
+    upscaled(model)
+    handle.adapter()
+
+
+@odd("a copied layer in the same model, merged", raises=UsageError, match="a copied layer")
+def _():
+    model, handle, _ = stack()
+    upscaled(model)
+    handle.merge_()
+
+
+@odd("a block copied out of the model is on its own")
+def _():
+    model, handle, twin = stack()
+    block = copy.deepcopy(model.blocks[0])
+    handle.set_active(False)
+    handle.remove()
+    return block(X), twin.blocks[0](X)
+
+
 # Merges undone after something else has happened.
 
 

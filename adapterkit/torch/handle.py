@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .folding import (
     slim,
     subtracted,
 )
-from .forward_hook import ForwardHook, hook_again, names_of
+from .forward_hook import ForwardHook, hook_again, hooks_of, names_of
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .parts import Part
@@ -112,7 +112,33 @@ class Handle:
         self._check()
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
-        self._switch.weight = value
+        for switch in (self._switch, *self._copies()):
+            switch.weight = value
+
+    def _copies(self) -> dict[Switch, list[ForwardHook]]:
+        """The adapter's switches at layers of the model that were copied along with it, and their hooks.
+
+        A layer that is copied into the same model (depth upscaling, clones) is switched, weighed and freed with the
+        others. One that is copied out of the model is on its own.
+        """
+        found: dict[Switch, list[ForwardHook]] = {}
+        for hook in hooks_of(self._model):
+            for switch in hook.switches:
+                if switch.name == self.name and switch is not self._switch:
+                    found.setdefault(switch, []).append(hook)
+        return found
+
+    def _check_uncopied(self) -> None:
+        """Check that the handle holds all that the adapter changes.
+
+        Raises:
+            UsageError: a layer was copied along with its part of the adapter, which is of no target.
+        """
+        hook = next((hook for hooks in self._copies().values() for hook in hooks), None)
+        if hook is not None:
+            where = next((name for name, module in self._model.named_modules() if module is hook.module), None)
+            cure = "Copy layers of the model before inject() or after remove()"
+            raise UsageError(f"a copied layer has a part of the adapter {self.name!r}", where=where, cure=cure)
 
     @property
     def checkpoint(self) -> str:
@@ -135,13 +161,16 @@ class Handle:
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
         self._check()
-        self._switch.active = active
+        for switch in (self._switch, *self._copies()):
+            switch.active = active
 
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Run the model without this adapter for the length of a `with`, in this thread or asyncio task alone."""
         self._check()
-        with switched(self._switch, False):
+        with ExitStack() as stack:
+            for switch in (self._switch, *self._copies()):
+                stack.enter_context(switched(switch, False))
             yield
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -241,6 +270,7 @@ class Handle:
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
         """
         self._check()
+        self._check_uncopied()
         now = self._adapter.map(_copy)
         return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
 
@@ -256,6 +286,13 @@ class Handle:
         """
         self._check()
         check_unrouted(self._switch)
+        for switch, hooks in self._copies().items():
+            for hook in hooks:
+                bound = [part.bound for part in hook.parts if part.switch is switch]
+                bound += [part.bound for part in hook.contexts if part.switch is switch]
+                hook.detach(switch)
+                for leaf in dict.fromkeys(leaf for each in bound for own in each.leaves for leaf in own.values()):
+                    leaf.release()
         for hook in self._hooks:
             hook.detach(self._switch)
         self._leave()
@@ -283,6 +320,7 @@ class Handle:
             raise UsageError(f"no such choice: {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
         self._check()
         check_unrouted(self._switch)
+        self._check_uncopied()
         self._watch.check()
         folded = foldable([self])
         again = keep == "recompute"
