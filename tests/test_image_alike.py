@@ -10,8 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, TargetNotFound, Unrepresentable, Unsupported, UsageError
+from adapterkit.naming.image import families
 
 RANDOM = np.random.default_rng(18)
+FAMILIES = {family.name: family.title for family in families()}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -56,7 +58,7 @@ def test_attention_alone_gets_no_other_models_names(family, width, blocks, name,
         ak.write(adapter, tmp_path / "out.safetensors", to)
         assert "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight" in load_file(tmp_path / "out.safetensors")
         return
-    with pytest.raises(Unrepresentable, match=f"{family}: .* name of this module is not known"):
+    with pytest.raises(Unrepresentable, match=f"{FAMILIES[family]}: .* name of this module is not known"):
         ak.write(adapter, tmp_path / "out.safetensors", to)
     ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
 

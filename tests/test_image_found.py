@@ -118,7 +118,7 @@ def test_metadata_stay_when_keys_are_spelled_anew(tmp_path):
 
 
 def test_a_family_that_is_not_known_is_not_said_to_be_refused(tmp_path):
-    path = saved(tmp_path, {f"diffusion_model.face_adapter.fuser_blocks.{n}.linear2": (24, 24) for n in range(2)})
+    path = saved(tmp_path, {f"diffusion_model.quagga_adapter.fuser_blocks.{n}.linear2": (24, 24) for n in range(2)})
     assert loads(path, "comfyui") == "unknown"
 
 

@@ -166,7 +166,7 @@ def outcome_of(family: Family, dialect: str, method: str, targets: dict[str, int
         try:
             Promotion.into(writer, None, None).ask(adapter, ask)
         except AdapterkitError:
-            return "", reason.replace(f"{family.name}: ", "").replace(f" of {family.title}", " of this family")
+            return "", reason.replace(f"{family.title}: ", "").replace(f" of {family.title}", " of this family")
         return ("D" if "dense" in kinds else "L"), ""
     return "=", ""
 

@@ -64,6 +64,10 @@ SPELLINGS = (
 """What keys begin with, whose names follow, and the slots."""
 
 
+PARAMETERS = ("modulation", "scale_shift_table")
+"""How the names of tables of shifts and scales end, which are parameters of a block."""
+
+
 def main() -> int:
     """Write or check the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -134,6 +138,8 @@ def sizes(family: Family, naming: str) -> dict[str, tuple[int, int]]:
 
 
 def _is_norm(place: Any) -> bool:
+    if place.name.endswith(PARAMETERS):
+        return True  # No LoRA adapts a parameter that is no module's.
     words = place.name.split(".")[-2:]
     return any("norm" in word for word in words) and words[-1] not in ("1", "2") and "linear" not in words[-1]
 

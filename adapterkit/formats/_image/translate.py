@@ -125,7 +125,7 @@ class _Into:
             words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
                 self.naming, f"the {self.naming}"
             )
-            return self.lose(target, found, f"{self.family.name}: {words} name of this module is not known")
+            return self.lose(target, found, f"{self.family.title}: {words} name of this module is not known")
         first = pieces[0]
         if len(pieces) == 1 and first.here.whole and first.there.whole:
             return self.keep(replace(target, path=root + first.path), found)

@@ -518,6 +518,7 @@ FAMILIES: dict[str, Family] = {
         single_blocks.#.linear2.fc single_blocks.#.{modulation.linear,q_norm,k_norm}
         final_layer.linear final_layer.adaLN_modulation.1""",
         title="HunyuanImage 2.1", unlikely=True, counted=True,
+        ratios=("*transformer_blocks.{n}.attn.to_?", "*.attn.add_*", "single_transformer_blocks.{n}.proj_mlp"),
         config={"text_embed_2_dim": 1472, "guidance_embeds": True, "use_meanflow": True},
         sources=("diffusers: scripts/convert_hunyuan_image_to_diffusers.py",),
         comfyui=_IN_COMFYUI | _HUNYUAN_IMAGE_IN_COMFYUI,
