@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adapterkit as ak
+from adapterkit.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -108,3 +109,20 @@ def test_two_encoders_in_one_model_have_the_names_of_both(tmp_path: Path) -> Non
     found = VisionTextDualEncoderModel.from_pretrained(tmp_path / "merged").eval()(**inputs)
     close(found.image_embeds, expected.image_embeds)
     close(found.text_embeds, expected.text_embeds)
+
+
+def test_an_embedding_that_the_decoder_ties_to_its_head_is_not_changed_in_both_without_a_word(tmp_path: Path) -> None:
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    parts = BertConfig(**TEXT), BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    model = drawn(EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*parts)))
+    model.save_pretrained(tmp_path / "base")
+    peft = adapted(model, ["decoder.bert.embeddings.word_embeddings"], tmp_path / "adapter")
+    with pytest.raises(UsageError, match="ties its head to this embedding"):
+        ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "both", tied="merge")
+    live = EncoderDecoderModel.from_pretrained(tmp_path / "base").eval()
+    ak.torch.inject(live, ak.read(tmp_path / "adapter", base=tmp_path / "base"))
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    with torch.no_grad():
+        close(live(**inputs).logits, peft(**inputs).logits)

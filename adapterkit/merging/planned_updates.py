@@ -16,7 +16,7 @@ from ..naming.resolver import Rule
 from ..naming.ties import find_tie
 from ..quant import Dequantized
 from .planned_update import PlannedUpdate
-from .ties import parse_tied, settle_tie
+from .ties import MERGE, parse_tied, refuse_tied_part, settle_tie
 from .vocabulary import Vocabulary, parse_vocab
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def folds_by_tensor(
     if tie is not None:
         rows = base.tensors[tie.stored].shape[0]
         changes = settle_tie(tie, folds, names, bound_adapters, tied, config, warnings, rows)
+    elif tied != MERGE:
+        refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
     sorted_ = {name: tuple(found) for name, found in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())

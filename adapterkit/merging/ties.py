@@ -6,7 +6,7 @@ token rows are the exception and change both. `tied` overrides that, for all upd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,7 @@ from ..core.adapter import Target
 from ..core.updates import Additive, Update
 from ..errors import UsageError
 from ..io.lazy import as_lazy
-from ..naming.ties import Tie, kept_tied, untied, untied_scale
+from ..naming.ties import Tie, is_embedding, is_head, kept_tied, ties_by_default, untied, untied_scale
 from .planned_update import PlannedUpdate
 
 if TYPE_CHECKING:
@@ -110,6 +110,32 @@ def settle_tie(
         written[copy] = folds.get(source, [])
     folds |= {name: found for name, found in written.items() if found}
     return untied(config)
+
+
+def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, Any] | None) -> None:
+    """Refuse a change of an embedding that the decoder of an encoder-decoder of two models ties to its head.
+
+    TrOCR's published models are such models. The output would need a head whose name only the decoder's class tells.
+
+    Args:
+        folds: planned updates by the stored names.
+        stored: names of the base's tensors.
+        config: the base's config, with the decoder's in it.
+
+    Raises:
+        UsageError: PEFT changed the embedding alone, and a merge would change the head, too.
+    """
+    part = (config or {}).get("decoder")
+    inside = [name for name in stored if name.startswith("decoder.")]
+    if not isinstance(part, Mapping) or not ties_by_default(part) or any(map(is_head, inside)):
+        return
+    for name in inside:
+        updates = [update for fold in folds.get(name, ()) for update in fold.updates]
+        if is_embedding(name) and any(update.shared_as != "rows" for update in updates):
+            why = (
+                "the decoder ties its head to this embedding, and the adapter was trained to change the embedding alone"
+            )
+            raise UsageError(why, where=name, cure=f"Inject it into a live model; {_MERGE} changes both")
 
 
 def _loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:

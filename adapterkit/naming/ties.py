@@ -136,6 +136,12 @@ def says_tied(config: Mapping[str, Any] | None) -> bool:
     return _explicit(config or {}) is True
 
 
+def ties_by_default(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that head and embeddings are one tensor, or else whether its model type does."""
+    explicit = _explicit(config)
+    return config.get("model_type") in table().defaults if explicit is None else explicit is True
+
+
 def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
     """Make the tie of layers that share their numbers in a live model or in a graph.
 
