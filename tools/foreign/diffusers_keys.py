@@ -64,7 +64,7 @@ SPELLINGS = (
 """What keys begin with, whose names follow, and the slots."""
 
 
-PARAMETERS = ("modulation", "scale_shift_table")
+PARAMETERS = (".modulation", "scale_shift_table")
 """How the names of tables of shifts and scales end, which are parameters of a block."""
 
 
