@@ -212,7 +212,7 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
     if there and not any(family in there or _outcome(family, paths, "native") in meanings for family in told):
         why = f"its metadata say that it is of {told[0].title}, and the base is of {there[0].title}"
         name = there[0].name
-        cure = f"Name the base that it was trained on, or read it with family={name!r} (convert with --family {name} first)"
+        cure = f"Name the base that it was trained on, or convert the file with --family {name} (family={name!r}) first"
         raise UsageError(why, where=paths[0], cure=cure)
 
 
