@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class ProjectionFields(Own, frozen=True, kw_only=True):
     """Rank, and the place of the projections."""
 
     r: Rank = 256
@@ -35,7 +35,7 @@ class Projections(Family):
     """VeRA's config and keys: `parts` are those of b and d, `shared` those of A and B; A has `halves` times r rows."""
 
     halves: ClassVar[int] = 1
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = ProjectionFields
     read: ClassVar[Mapping[str, str]] = {
         "projection_prng_key": "the seed from which the projections are drawn, where they are not in the file",
         "save_projection": "whether the projections are in the file",
@@ -82,7 +82,7 @@ class Projections(Family):
         if config.get("save_projection", True):
             return frozenset()
         try:
-            seed = msgspec.convert(dict(config), Fields).projection_prng_key
+            seed = msgspec.convert(dict(config), ProjectionFields).projection_prng_key
         except msgspec.ValidationError:
             return frozenset()  # The reader of the config reports its faults.
         some = next(iter(cls.of_it(updates).values()))

@@ -25,7 +25,7 @@ EPSILON = 1e-5
 """Value that PEFT adds to the rank before it divides by it."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class AdaLoRAFields(Own, frozen=True, kw_only=True):
     """The rank before training, and the rank that training left."""
 
     init_r: Rank = 12
@@ -39,7 +39,7 @@ class AdaloraFamily(Family):
     peft_type = "ADALORA"
     method = AdaLoRA
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = AdaLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "init_r": "scaling = lora_alpha / (init_r + 0.00001), also where rank was dropped",
     }
@@ -120,7 +120,7 @@ class AdaloraFamily(Family):
             yield target, "adalora of another scaling than the others: the config has one for all"
 
 
-def _left(own: Fields, key: Key) -> int:
+def _left(own: AdaLoRAFields, key: Key) -> int:
     """Return the rank that the config gives a module."""
     kept = (own.rank_pattern or {}).get(f"{key.path}.lora_E")
     if kept is not None and len(kept) != own.init_r:

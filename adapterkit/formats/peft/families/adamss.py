@@ -32,7 +32,7 @@ NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
 """Allowed difference of the file's singular vectors from the base's, by dtype; the vectors have length 1."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class AdaMSSFields(Own, frozen=True, kw_only=True):
     """Sizes, and the seed."""
 
     r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
@@ -46,7 +46,7 @@ class AdamssFamily(Family):
     peft_type = "ADAMSS"
     method = AdaMSS
     parts = ("adamss_A.*", "adamss_B.*", "adamss_newB")
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = AdaMSSFields
     read: ClassVar[Mapping[str, str]] = {
         "num_subspaces": "groups of rows of each module",
         "random_seed": "seed of torch.svd_lowrank on the CPU, whose vectors k-means makes groups of",
@@ -102,7 +102,7 @@ class AdamssFamily(Family):
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
         numbers = cls.numbers(updates)
-        own = Fields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
+        own = AdaMSSFields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
         for target, found in updates.items():
             for update in found:
                 if isinstance(update, AdaMSS) and target.stacked:
@@ -125,7 +125,7 @@ class AdamssFamily(Family):
         }
 
 
-def _unproven(own: Fields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
+def _unproven(own: AdaMSSFields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
     """Say why PEFT would not find the groups of an update again; empty if it would."""
     basis = _joined(as_lazy(update.basis), update.basis_bias)
     group, count = as_array(update.group), int(update.A.shape[0])
@@ -168,7 +168,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
     return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
 
 
-def _groups(own: Fields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
+def _groups(own: AdaMSSFields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
     """Return the group of each row of the weight.
 
     Raises:

@@ -21,7 +21,7 @@ GPT2 = "attn"
 """The name of GPT-2's attentions; PEFT adds to their outputs, to others before the heads are mixed."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class AdaptionPromptFields(Own, frozen=True, kw_only=True):
     """The number of tokens, and of the last layers that have them."""
 
     adapter_len: int | None = None
@@ -35,7 +35,7 @@ class AdaptionPromptFamily(Family):
     method = AdaptionPrompt
     parts = ("adaption_gate", "adaption_prompt")
     names_modules = False
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = AdaptionPromptFields
     read: ClassVar[Mapping[str, str]] = {
         "adapter_layers": "number of the last layers that have tensors",
         "adapter_len": "number of virtual tokens",

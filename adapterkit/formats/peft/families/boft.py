@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class BOFTFields(Own, frozen=True, kw_only=True):
     """Blocks and factors."""
 
     boft_block_size: int = 4
@@ -31,7 +31,7 @@ class BoftFamily(Family):
     peft_type = "BOFT"
     method = BOFT
     parts = ("boft_R", "boft_s")
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = BOFTFields
     read: ClassVar[Mapping[str, str]] = {
         "boft_block_num": "number of blocks; 0 where boft_block_size says it",
         "boft_block_size": "size of blocks; 0 where boft_block_num says it",
@@ -73,7 +73,7 @@ class BoftFamily(Family):
         }
 
 
-def _check(own: Fields, key: Key, R: Lazy) -> None:
+def _check(own: BOFTFields, key: Key, R: Lazy) -> None:
     if (own.boft_block_size > 0) == (own.boft_block_num > 0):
         why = "boft_block_size and boft_block_num, of which one must be 0"
         raise Malformed(why, where="boft_block_size", cure="Save the adapter again with PEFT")

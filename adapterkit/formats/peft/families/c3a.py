@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PART = "c3a_kernel"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class C3AFields(Own, frozen=True, kw_only=True):
     """Size of the blocks."""
 
     block_size: int = 256
@@ -31,7 +31,7 @@ class C3AFamily(Family):
     peft_type = "C3A"
     method = C3A
     parts = (PART,)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = C3AFields
     read: ClassVar[Mapping[str, str]] = {
         "block_size": "rows and columns of a block",
         "block_size_pattern": "the same of the modules it matches behind a dot, or names whole",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PARTS = {"deft_P": "P", "deft_R": "R"}
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class DEFTFields(Own, frozen=True, kw_only=True):
     """Rank, scaling and formula."""
 
     r: int = 8
@@ -35,7 +35,7 @@ class DeftFamily(Family):
     peft_type = "DEFT"
     method = DEFT
     parts = tuple(PARTS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = DEFTFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r, of the r that a module has; 1 without it",
         "decomposition_method": "qr: Q is made orthonormal; relu: it is P itself",

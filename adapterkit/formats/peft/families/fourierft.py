@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PART = "fourierft_spectrum"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class FourierFTFields(Own, frozen=True, kw_only=True):
     """The number of coefficients, their positions, and the factor on the change."""
 
     n_frequency: int = 1000
@@ -36,7 +36,7 @@ class FourierFTFamily(Family):
     method = FourierFT
     parts = (PART,)
     folds = ("spectrum",)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = FourierFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "how many coefficients there are",
         "n_frequency_pattern": "the same of the modules it matches behind a dot, or names whole",

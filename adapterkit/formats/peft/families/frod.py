@@ -27,7 +27,7 @@ SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
 """Field, or part of one -> shared key without the kind of module."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class FRoDFields(Own, frozen=True, kw_only=True):
     """The number of places, and whether the basis is in the file."""
 
     save_projection: bool = True
@@ -46,7 +46,7 @@ class FrodFamily(Family):
     method = FRoD
     parts = tuple(FIELDS)
     shared = tuple(f"{word}.*" for word in SHARED.values())
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = FRoDFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
         "save_projection": "whether the basis is in the file; refused without it",

@@ -23,7 +23,7 @@ FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
 LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class GLoRAFields(Own, frozen=True, kw_only=True):
     """Rank, and the form of each support."""
 
     r: int = 4
@@ -41,7 +41,7 @@ class GloraFamily(Family):
     peft_type = "GLORA"
     method = GLoRA
     parts = tuple(f"glora_{s}.{leaf}" for s in "ABCDE" for leaf in LEAVES if s in "ABC" or leaf in ("X", "zeros"))
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = GLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "config_A_B": "form of A and B",
         "config_C": "form of C, where the module has a bias",

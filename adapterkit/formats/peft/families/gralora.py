@@ -22,7 +22,7 @@ HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.wei
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class GraLoRAFields(Own, frozen=True, kw_only=True):
     """Ranks, blocks, and the parts of the scaling."""
 
     alpha: float = 64
@@ -37,7 +37,7 @@ class GraLoRAFamily(Family):
     method = GraLoRA
     parts = tuple(HYBRID)
     folds = ("B",)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = GraLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / (r + hybrid_r)",
         "gralora_k": "blocks along each axis",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PART = "hra_u"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class HRAFields(Own, frozen=True, kw_only=True):
     """The form of the directions."""
 
     r: int = 8
@@ -30,7 +30,7 @@ class HraFamily(Family):
     peft_type = "HRA"
     method = HRA
     parts = (PART,)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = HRAFields
     read: ClassVar[Mapping[str, str]] = {"apply_GS": "the directions are made orthogonal first"}
     fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
 

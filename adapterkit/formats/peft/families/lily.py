@@ -31,7 +31,7 @@ FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "rou
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class LilyFields(Own, frozen=True, kw_only=True):
     """Sizes, and which tensors modules share."""
 
     r: Rank = 32
@@ -46,7 +46,7 @@ class LilyFamily(Family):
     peft_type = "LILY"
     method = Lily
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = LilyFields
     read: ClassVar[Mapping[str, str]] = {
         "num_B": "number of factors on the side of the outputs",
         "scaling": "the factor on the change",

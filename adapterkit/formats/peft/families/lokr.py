@@ -31,7 +31,7 @@ SECOND = (
 """Part -> field of the update, for the forms of each factor; the first form of which any part exists is used."""
 
 
-class Fields(Scaled, frozen=True, kw_only=True):
+class LoKrFields(Scaled, frozen=True, kw_only=True):
     """The way in which PEFT splits sides."""
 
     decompose_factor: int = -1
@@ -44,7 +44,7 @@ class LokrFamily(Family):
     peft_type = "LOKR"
     method = LoKr
     parts = tuple(dict.fromkeys(part for form in (*FIRST, *SECOND) for part in form))
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = LoKrFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
         "decompose_both": "whether the first factor is taken apart where the rank is small; as in the tensors",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PART = "miss_block"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class MiSSFields(Own, frozen=True, kw_only=True):
     """Rank, and the form of the block."""
 
     r: int = 64
@@ -36,7 +36,7 @@ class MissFamily(Family):
     method = MiSS
     others = (MiSSBat,)
     parts = (PART,)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = MiSSFields
     read: ClassVar[Mapping[str, str]] = {
         "init_weights": "mini: the block repeats over the outputs; bat: it is a matrix for each r outputs",
         "mini_r": "width of a mini block",

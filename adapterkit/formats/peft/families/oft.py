@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class OFTFields(Own, frozen=True, kw_only=True):
     """Sizes of blocks, the series, and the limit on the rotation."""
 
     r: int = 0
@@ -44,7 +44,7 @@ class OftFamily(Family):
     method = OFT
     others = (OFTPatches,)
     parts = (PLAIN, EMBEDDING)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = OFTFields
     empty = True
     departures: ClassVar[Mapping[str, Departure]] = {
         "oft_series_before_0_18": Departure(
@@ -133,7 +133,7 @@ def _of_patches(file: File, key: Key) -> bool:
     return shape is not None and turns_patches(tuple(shape))
 
 
-def _check(own: Fields, key: Key, tensor: Lazy) -> None:
+def _check(own: OFTFields, key: Key, tensor: Lazy) -> None:
     if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
         raise Malformed("r and oft_block_size, of which one must be 0", where="oft_block_size", cure=_AGAIN)
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
@@ -149,7 +149,7 @@ def _before_018(version: str | None) -> bool:
     return [int(number) if number.isdigit() else 0 for number in numbers] < [0, 18]
 
 
-def _expected(own: Fields, width: int) -> tuple[int, int]:
+def _expected(own: OFTFields, width: int) -> tuple[int, int]:
     """Return number and size of the blocks that PEFT makes for a width."""
     divisor = nearest_divisor(width, own.oft_block_size or own.r)
     return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)

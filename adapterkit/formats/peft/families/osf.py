@@ -23,7 +23,7 @@ FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_par
 Rank = int | float | None
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class OSFFields(Own, frozen=True, kw_only=True):
     """The number of singular values that stay, or a fraction of all."""
 
     effective_rank: Rank = None
@@ -45,7 +45,7 @@ class OsfFamily(Family):
     peft_type = "OSF"
     method = OSF
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = OSFFields
     read: ClassVar[Mapping[str, str]] = {
         "effective_rank": "how many singular values stay, or which share, else half; rank_pattern says it by module",
     }

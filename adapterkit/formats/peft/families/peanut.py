@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class PEANuTFields(Own, frozen=True, kw_only=True):
     """Rank, depth, scaling and activation."""
 
     r: int = 32
@@ -31,7 +31,7 @@ class PeanutFamily(Family):
     peft_type = "PEANUT"
     method = PEANuT
     parts = ("peanut_A.weight", "peanut_B.weight", "peanut_encoders.*.weight", "peanut_decoders.*.weight")
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = PEANuTFields
     read: ClassVar[Mapping[str, str]] = {
         "act_fn": "the activation",
         "depth": "number of encoders and of decoders",

@@ -21,7 +21,7 @@ FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class PolyFields(Own, frozen=True, kw_only=True):
     """All sizes except the module's own."""
 
     r: Rank = 8
@@ -37,7 +37,7 @@ class PolyFamily(Family):
     peft_type = "POLY"
     method = Poly
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = PolyFields
     read: ClassVar[Mapping[str, str]] = {
         "n_skills": "number of pairs of factors in a split",
         "n_splits": "number of blocks of channels that are mixed apart",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class PSOFTFields(Own, frozen=True, kw_only=True):
     """Rank, the form of R, and how A and B follow from the base."""
 
     r: int = 32
@@ -49,7 +49,7 @@ class PsoftFamily(Family):
     peft_type = "PSOFT"
     method = PSOFT
     parts = (WEIGHT, VECTOR_A, VECTOR_B)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = PSOFTFields
     empty = True
     read: ClassVar[Mapping[str, str]] = {
         "ab_svd_init": "psoft_init: the singular values go to B; pissa_init: to both factors by their roots",
@@ -124,7 +124,7 @@ class PsoftFamily(Family):
         }
 
 
-def _check(own: Fields, key: Key, weight: Lazy) -> None:
+def _check(own: PSOFTFields, key: Key, weight: Lazy) -> None:
     wanted = (own.r * (own.r - 1) // 2,) if own.psoft_orth else (own.r, own.r)
     if weight.shape != wanted:
         why = f"{list(weight.shape)}, where the config says rank {own.r}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Unsupported
 from ....methods.pvera import PVeRA
-from ._projections import Fields, Projections
+from ._projections import ProjectionFields, Projections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._family import Own
 
 
-class Drawing(Fields, frozen=True, kw_only=True):
+class Drawing(ProjectionFields, frozen=True, kw_only=True):
     """Whether the model also draws random values outside of training."""
 
     sample_at_inference: bool = False

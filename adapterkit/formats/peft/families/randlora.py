@@ -23,7 +23,7 @@ SHARED = {"randlora_A": "A", "randlora_B": "B"}
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class RandLoRAFields(Own, frozen=True, kw_only=True):
     """Rank and scaling, and the place of the bases."""
 
     r: Rank = 32
@@ -38,7 +38,7 @@ class RandloraFamily(Family):
     method = RandLoRA
     parts = (*OWN, *SHARED)
     shared = tuple(SHARED)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = RandLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "randlora_alpha": "scaling = randlora_alpha / r",
         "save_projection": "whether the bases are in the file; must be on",

@@ -18,7 +18,7 @@ FIELDS = {"road_theta": "theta", "road_alpha": "alpha"}
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class RoAdFields(Own, frozen=True, kw_only=True):
     """The variant, and the size of a group."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
@@ -31,7 +31,7 @@ class RoadFamily(Family):
     peft_type = "ROAD"
     method = RoAd
     parts = tuple(FIELDS)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = RoAdFields
     read: ClassVar[Mapping[str, str]] = {
         "group_size": "how many outputs make a group",
         "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share angle and scale",

@@ -34,7 +34,7 @@ FIELDS = {
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class ShadowFields(Own, frozen=True, kw_only=True):
     """Sizes of the network and of the blocks' shares."""
 
     r: Rank = 8
@@ -56,7 +56,7 @@ class ShadowFamily(Family):
     parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
     # In a pattern a star is one word of a key; in a key to write it stands for any end.
     shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = ShadowFields
     read: ClassVar[Mapping[str, str]] = {
         "share_embeddings": "the network reads the base's embeddings, where it is as wide",
         "shadow_alpha": "the factor on what is added to a block's input",

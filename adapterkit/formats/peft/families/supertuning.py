@@ -23,7 +23,7 @@ HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight"
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class SupertuningFields(Own, frozen=True, kw_only=True):
     """The number of elements, and the rank and alpha of a LoRA beside them."""
 
     sparsity: float = 0.99
@@ -39,7 +39,7 @@ class SuperTuningFamily(Family):
     method = SuperTuning
     parts = tuple(HYBRID)
     folds = ("B",)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = SupertuningFields
     read: ClassVar[Mapping[str, str]] = {
         "save_precomputed_indices": "false: the positions are left out, refused",
         "sparsity": "int(out * in * (1 - sparsity)) elements",

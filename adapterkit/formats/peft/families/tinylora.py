@@ -29,7 +29,7 @@ FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
 SEED = 42
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class TinyLoRAFields(Own, frozen=True, kw_only=True):
     """Sizes, the number of groups that share a v, and the seed of P."""
 
     r: int = 2
@@ -46,7 +46,7 @@ class TinyLoRAFamily(Family):
     method = TinyLoRA
     parts = tuple(FIELDS)
     shared = ("tinylora_v.*",)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = TinyLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "projection_seed": "P of module i is drawn from this plus i, by torch's generator on the CPU",
         "save_projection": "whether the file has P; else the base's model_type tells the order of the modules",
@@ -78,7 +78,7 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
         key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
         check_size(key, side(A, 0, 2), max(most, 0), "r")
-        # Fields that are still None are filled in once all modules are known.
+        # TinyLoRAFields that are still None are filled in once all modules are known.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
         return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))

@@ -31,7 +31,7 @@ FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind i
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class UniLoRAFields(Own, frozen=True, kw_only=True):
     """Sizes, the seed of the positions, and the fields that say which modules there are."""
 
     r: int = 4
@@ -49,7 +49,7 @@ class UniLoRAFamily(Family):
     method = UniLoRA
     parts = tuple(FIELDS)
     shared = (THETA,)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = UniLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "positions: numpy's default_rng shuffles them for all modules together",
         "save_indices": "whether the file has the positions; else the base's model_type or torch file tells the order",

@@ -31,7 +31,7 @@ CHOSEN = {
 """Part -> field of the update."""
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class VBLoRAFields(Own, frozen=True, kw_only=True):
     """Sizes of the bank, how many vectors are mixed, and the form of the file."""
 
     num_vectors: int = 256
@@ -47,7 +47,7 @@ class VBLoRAFamily(Family):
     method = VBLoRA
     parts = (*LOGITS, *CHOSEN)
     shared = (BANK,)
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = VBLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "num_vectors": "vectors of the bank",
         "save_only_topk_weights": "whether the file has indices and weights in the place of logits",

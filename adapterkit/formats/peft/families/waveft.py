@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PART = "waveft_spectrum"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class WaveFTFields(Own, frozen=True, kw_only=True):
     """The number of coefficients, their positions, their transform, and the factor on the change."""
 
     n_frequency: int = 2592
@@ -46,7 +46,7 @@ class WaveFTFamily(Family):
     departures: ClassVar[Mapping[str, Departure]] = {
         "waveft_coif4": Departure("PEFT's numbers for coif4, which are no wavelet's", "the Coiflet's numbers")
     }
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = WaveFTFields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "how many coefficients there are",
         "n_frequency_pattern": "the same of the modules it matches",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LAYERS = "internal_xlora_classifier.layers"
 
 
-class Fields(Own, frozen=True, kw_only=True):
+class XLoRAFields(Own, frozen=True, kw_only=True):
     """The fields that decide the meaning of the classifier's tensors."""
 
     hidden_size: Rank = 4096
@@ -45,7 +45,7 @@ class XloraFamily(Family):
     method = XLoRA
     shared = (f"{LAYERS}.*.weight", f"{LAYERS}.*.bias")
     names_modules = False
-    own: ClassVar[type[Own]] = Fields
+    own: ClassVar[type[Own]] = XLoRAFields
     read: ClassVar[Mapping[str, str]] = {
         "adapters": "the experts' names, 0 and on, and paths, which are not followed",
         "enable_softmax": "shares are a softmax of the logits",
@@ -139,7 +139,7 @@ def _numbers(depth: int, dropout: bool) -> list[int]:
     return [position * (3 if dropout else 2) for position in range(depth)]
 
 
-def _check_sizes(own: Fields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
+def _check_sizes(own: XLoRAFields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
     reads = tensors.get("first", tensors["last"])
     if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
         why = f"{list(reads.shape)}, where the config says that {own.hidden_size} numbers are read"
