@@ -8,14 +8,14 @@ from adapterkit.naming import litgpt, tinker, torchtune
 from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
 from adapterkit.naming.experts import Experts
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
-from adapterkit.naming.tables import Names, Table
+from adapterkit.naming.tables import NameTable, TableNames
 
 TABLES = {"litgpt": litgpt.table().pairs, "torchtune": torchtune.table().pairs}
 
 
 @pytest.mark.parametrize("pairs", TABLES.values(), ids=TABLES.keys())
 def test_a_table_is_undone_by_its_other_way(pairs):
-    table = Table(pairs)
+    table = NameTable(pairs)
     for own, foreign in pairs.items():
         for number in (0, 7, 31):
             mine, theirs = (template.replace("{n}", str(number)) for template in (own, foreign))
@@ -64,16 +64,16 @@ def test_most_families_of_llama_cpp_have_their_places():
 
 
 def test_a_base_that_is_walked_gives_its_own_names():
-    table = Table({"model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up"})
-    names = Names(table, ["model.language_model.layers.1.mlp.up_proj"])
+    table = NameTable({"model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up"})
+    names = TableNames(table, ["model.language_model.layers.1.mlp.up_proj"])
     assert names.back("blk.1.ffn_up") == "model.language_model.layers.1.mlp.up_proj"
     with pytest.raises(TargetNotFound, match="0 places"):
         names.back("blk.0.ffn_up")
-    twice = Names(table, ["model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"])
+    twice = TableNames(table, ["model.layers.1.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj"])
     with pytest.raises(TargetNotFound, match="2 places"):
         twice.back("blk.1.ffn_up")
     with pytest.raises(TargetNotFound):
-        Names(table).back("blk.1.ffn_gate")
+        TableNames(table).back("blk.1.ffn_gate")
 
 
 def test_rope_pairs_put_the_two_rows_side_by_side():

@@ -26,7 +26,7 @@ from adapterkit.formats._image.deciding import FAMILY  # noqa: E402
 from adapterkit.formats._image.writing import encoded  # noqa: E402
 from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.naming.architectures import fill  # noqa: E402
-from adapterkit.naming.image import Family, families  # noqa: E402
+from adapterkit.naming.image import ImageFamily, families  # noqa: E402
 from adapterkit.writing import Promotion  # noqa: E402
 
 PAGE = ROOT / "docs" / "image-families.md"
@@ -102,7 +102,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(family: Family, dialect: str, method: str, reasons: dict[str, int]) -> str:
+def _cell(family: ImageFamily, dialect: str, method: str, reasons: dict[str, int]) -> str:
     found = []
     for targets in (plain(family, norm=method == "norm"), () if method == "norm" else fused(family)):
         if targets and not (found and found[0].isdigit()):
@@ -111,7 +111,7 @@ def _cell(family: Family, dialect: str, method: str, reasons: dict[str, int]) ->
     return ", ".join(dict.fromkeys(found))
 
 
-def plain(family: Family, *, norm: bool = False) -> dict[str, int]:
+def plain(family: ImageFamily, *, norm: bool = False) -> dict[str, int]:
     """The first module of the blocks, or norm, that is whole in every naming -> its outputs."""
     for name, out in _modules(family, norm):
         pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
@@ -120,7 +120,7 @@ def plain(family: Family, *, norm: bool = False) -> dict[str, int]:
     return {}
 
 
-def fused(family: Family) -> dict[str, int]:
+def fused(family: ImageFamily) -> dict[str, int]:
     """The modules that are one fused weight in the authors' naming -> their outputs; none where nothing is fused."""
     for name, _ in _modules(family, norm=False):
         pieces = family.moves(name, "diffusers", "native")
@@ -131,7 +131,7 @@ def fused(family: Family) -> dict[str, int]:
     return {}
 
 
-def _modules(family: Family, norm: bool) -> Iterator[tuple[str, int]]:
+def _modules(family: ImageFamily, norm: bool) -> Iterator[tuple[str, int]]:
     for weight in family.architecture.record.weights:
         place = family.architecture.place(weight, "diffusers")
         if place is None:
@@ -143,13 +143,13 @@ def _modules(family: Family, norm: bool) -> Iterator[tuple[str, int]]:
             yield name, round(SIZE * (family.ratio(name) or 1))
 
 
-def adapter_of(family: Family, method: str, targets: dict[str, int]) -> Adapter:
+def adapter_of(family: ImageFamily, method: str, targets: dict[str, int]) -> Adapter:
     """An adapter of one method on these modules, each with factors of its own."""
     updates = {Target(f"{family.component}.{name}"): (MAKERS[method](out, SIZE),) for name, out in targets.items()}
     return read_with(Adapter(updates, recipe=(Step("read", {"format": "diffusers"}),)), {FAMILY: family.name})
 
 
-def outcome_of(family: Family, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
+def outcome_of(family: ImageFamily, dialect: str, method: str, targets: dict[str, int]) -> tuple[str, str]:
     """`=`, `L`, `D`, or the reason why a dialect refuses a method on these modules."""
     adapter = adapter_of(family, method, targets)
     writer = FORMATS[dialect]()

@@ -25,7 +25,7 @@ from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, inst
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.core.updates import Additive  # noqa: E402
-from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
+from adapterkit.naming.image import COMFYUI, KOHYA, ImageFamily  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
 from adapterkit.ops.combiners import COMBINERS  # noqa: E402
@@ -139,7 +139,7 @@ NAMINGS = {"diffusers": "diffusers", "comfyui": COMFYUI, "kohya": KOHYA}
 """Format -> the naming in which it is written; those that are not here keep any names."""
 
 
-def _names(family: Family, format_name: str) -> str:
+def _names(family: ImageFamily, format_name: str) -> str:
     """`=` diffusers' own names, `N` others one to one, `F` others with fused weights, empty where names are unknown."""
     naming = family.wanted(NAMINGS.get(format_name, "diffusers"))
     if naming == "diffusers":

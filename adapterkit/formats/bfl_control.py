@@ -16,8 +16,8 @@ from ..naming.image import component_of, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
-from ._image.file import Key, Module, Rules
-from ._image.hints import Hints
+from ._image.file import ImageKey, ImageModule, Rules
+from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -50,17 +50,17 @@ class BflControl(ImageFormat):
         stems = {key.stem for key in parsed if key is not None and key.slot != "set_weight"}
         return None not in parsed and bool(stems) and all(map(_of_flux, stems))
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         if _NORM.fullmatch(key):
-            return Key(key, key, "set_weight")
+            return ImageKey(key, key, "set_weight")
         found = _KEY.fullmatch(key)
-        return Key(key, found[1], _WORDS[found[2]]) if found else None
+        return ImageKey(key, found[1], _WORDS[found[2]]) if found else None
 
     def spell(self, stem: str, slot: str) -> str:
         return stem if slot == "set_weight" else f"{stem}.{SLOTS.get(slot, slot)}"
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         return {stem: Target(f"transformer.{stem}") for stem in modules}
 
@@ -76,7 +76,7 @@ class BflControl(ImageFormat):
         return rest if _of_flux(rest) and target.rows is None and component_of(target.path) == "transformer" else None
 
     def metadata(
-        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: ImageHints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), True
 

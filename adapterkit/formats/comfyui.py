@@ -36,14 +36,14 @@ from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, Key, Module, Rules
-from ._image.hints import Hints
+from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Lazy
-    from ..naming.image import Family
+    from ..naming.image import ImageFamily
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
 
@@ -99,22 +99,22 @@ class Comfyui(ImageFormat):
         parsed = [_OTHER.fullmatch(key) for key in keys]
         return bool(parsed) and all(parsed) and bool(_families({_rest(each[1]) for each in parsed if each is not None}))
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         found = _KEY.fullmatch(key)
         if found is not None:
-            return Key(key, found[1], _WORDS.get(found[2]) or _BARE[found[2]])
+            return ImageKey(key, found[1], _WORDS.get(found[2]) or _BARE[found[2]])
         other = _OTHER.fullmatch(key)
-        return Key(key, other[1], _WORDS[other[3]]) if other and _DOTTED.fullmatch(other[2]) else None
+        return ImageKey(key, other[1], _WORDS[other[3]]) if other and _DOTTED.fullmatch(other[2]) else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS.get(slot, slot)}"
 
-    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
         modules = super().modules(tensors)
         return _stacked(modules) if any(key.endswith(".default.weight") for key in tensors) else modules
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         others = {stem: path for stem in modules if (path := in_other_words(stem, beside()))}
         rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.") and stem not in others]
@@ -146,7 +146,7 @@ class Comfyui(ImageFormat):
         return f"text_encoders.{word}.transformer.{name}" if word else None
 
     def metadata(
-        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: ImageHints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), False
 
@@ -158,7 +158,7 @@ def _apart(update: Update) -> tuple[Update, ...]:
     return (update.replace(bias=None), Dense(D=None, d=update.bias, scaling=update.scaling))
 
 
-def _stacked(modules: dict[str, Module]) -> dict[str, Module]:
+def _stacked(modules: dict[str, ImageModule]) -> dict[str, ImageModule]:
     """Reorder rows that DiffSynth has head by head: first all queries, then all keys, then all values.
 
     DiffSynth trains MiniMax-H3 with the rows in the order of the authors' shards; all other tools reorder these when
@@ -213,7 +213,7 @@ def _families(names: Collection[str]) -> list[str]:
     return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
 
 
-def _path(stem: str, part: str, fitting: Sequence[Family]) -> str:
+def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
     """Return the target of a module, given the part that is the U-Net or transformer and the families that fit."""
     root, rest = rooted(stem)
     if not stem.startswith("text_encoders."):

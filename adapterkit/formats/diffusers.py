@@ -28,9 +28,9 @@ from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets
 from ._image.dialect import ImageFormat, folder_file
-from ._image.file import Found, Key, Module, Rules
+from ._image.file import ImageKey, ImageModule, ImageUpdate, Rules
 from ._image.fusing import narrow
-from ._image.hints import Hints
+from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -92,7 +92,7 @@ class Diffusers(ImageFormat):
             return path / FILES[0] if path.is_dir() or not path.suffix else path
         return folder_file(path, FILES)
 
-    def rules_in(self, file: Path, hints: Hints) -> Rules:
+    def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing: torch files have no header for scalings, so alphas that were read are kept."""
         if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
             return self.rules
@@ -108,29 +108,29 @@ class Diffusers(ImageFormat):
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot not in ("alpha", SCALE))
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         if key.startswith(("double_blocks.", "single_blocks.")):
             return None
         if found := _FIRST.fullmatch(key):
             part = "to_out.0" if found[2] == "to_out" else found[2]
-            return Key(key, f"{found[1]}.{part}", found[3])
+            return ImageKey(key, f"{found[1]}.{part}", found[3])
         if found := _SECOND.fullmatch(key):
-            return Key(key, found[1], found[2])
+            return ImageKey(key, found[1], found[2])
         if found := _THIRD.fullmatch(key):
-            return Key(key, found[1], _WORDS[found[2]])
+            return ImageKey(key, found[1], _WORDS[found[2]])
         if found := _LOKR.fullmatch(key):
-            return Key(key, found[1], found[2])
+            return ImageKey(key, found[1], found[2])
         stem, _, word = key.rpartition(".")
         if word == "weight" and _NORM.fullmatch(stem):
-            return Key(key, stem, SCALE)
+            return ImageKey(key, stem, SCALE)
         found = _ALPHA.fullmatch(key)
-        return Key(key, found[1], "alpha") if found else None
+        return ImageKey(key, found[1], "alpha") if found else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.weight" if slot == SCALE else f"{stem}.{SLOTS.get(slot, slot)}"
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         return {stem: Target(_path(stem)) for stem in modules}
 
@@ -174,7 +174,7 @@ class Diffusers(ImageFormat):
         mixed = [min(kind.values(), key=len) for kind in kinds.values() if len(kind) > 1]
         return changed, [*losses, *((target, "lokr beside lora in one part") for each in mixed for target in each)]
 
-    def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
+    def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
         update = cast(Any, found.update)
@@ -194,9 +194,9 @@ class Diffusers(ImageFormat):
             raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"an alpha beside {CONFIG}", where=stem, cure="Take one of the two out")
-        return Found(update.replace(scaling=settings.scaling(name)), found.fields, found.kept, found.derived)
+        return ImageUpdate(update.replace(scaling=settings.scaling(name)), found.fields, found.kept, found.derived)
 
-    def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
+    def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         old = hints.metadata if hints.stems else [("format", "pt")]
         if hints.stems and len(hints.without_alpha) < len(hints.stems):
             return old, False

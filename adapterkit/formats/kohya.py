@@ -19,8 +19,8 @@ from ._image import container, turned
 from ._image.arguments import OPTIONS
 from ._image.container import Metadata
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
-from ._image.file import Key, Module, Rules
-from ._image.hints import Hints
+from ._image.file import ImageKey, ImageModule, Rules
+from ._image.hints import ImageHints
 from ._image.underscores import prefixes_of, resolve, stem_of
 
 if TYPE_CHECKING:
@@ -58,24 +58,24 @@ class Kohya(ImageFormat):
         keys = container.names(path)
         return any(map(self.parse, keys)) and not any(key.startswith("lycoris_") or _foreign(key) for key in keys)
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         found = _KEY.fullmatch(key)
         if found is None or not (found[2] in _WORDS or turned.PART.fullmatch(found[2])):
             return None
         if found[1].startswith("oft_unet_") != found[2].startswith("oft_blocks") and found[2] != "alpha":
             return None
-        return Key(key, found[1], _WORDS.get(found[2], found[2]))
+        return ImageKey(key, found[1], _WORDS.get(found[2], found[2]))
 
     def spell(self, stem: str, slot: str) -> str:
         bare, _, part = stem.partition(".")
         word = SLOTS.get(slot, slot)
         return f"{bare}.{word}.{part}" if part and slot == "oft_blocks" else f"{bare}.{word}"
 
-    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
         return {part.stem: part for module in super().modules(tensors).values() for part in turned.parts(module)}
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         paths = resolve(dict.fromkeys(stem.partition(".")[0] for stem in modules), metadata, base)
         rows = turned.rows_of(modules)
@@ -116,7 +116,7 @@ class Kohya(ImageFormat):
             return None if part is None else f"{stem}.{part}"
         return None if target.rows else stem
 
-    def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
+    def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("ss_network_module", "networks.lora")]), False
 
 

@@ -19,7 +19,7 @@ from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
 from ..naming.litgpt import FLAGS, MLP, QKV, is_litgpt, parts, table
-from ..naming.tables import Table, without_prefix
+from ..naming.tables import NameTable, without_prefix
 from ._folders import make_folder
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -39,12 +39,12 @@ _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection"
 
 
 @cache
-def _qkv() -> Table:
+def _qkv() -> NameTable:
     """Return own template -> litgpt's name of the fused weight, and the part of it."""
-    return Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
+    return NameTable({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
-class Hints(Leftovers, total=False):
+class LitgptHints(Leftovers, total=False):
     """The two files of settings and their texts, and the heads."""
 
     settings: dict[str, Any]
@@ -85,7 +85,7 @@ class Litgpt(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, LitgptHints)
         before = hints.get("settings", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(

@@ -42,7 +42,7 @@ class LoralibSettings(TypedDict, total=False):
     enable_lora: list[bool]
 
 
-class Hints(Leftovers, total=False):
+class LoralibHints(Leftovers, total=False):
     """The settings."""
 
     settings: LoralibSettings
@@ -75,7 +75,7 @@ class LoraLib(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, LoralibHints)
         read = hints.get("settings", {})
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)

@@ -16,8 +16,8 @@ from ._image import container
 from ._image.arguments import OPTIONS
 from ._image.container import Metadata
 from ._image.dialect import ALPHAS, PADDING, ImageFormat
-from ._image.file import Key, Module, Rules
-from ._image.hints import Hints
+from ._image.file import ImageKey, ImageModule, Rules
+from ._image.hints import ImageHints
 from ._image.underscores import resolve, stem_of
 from .kohya import LYCORIS
 from .kohya import SLOTS as LOCON
@@ -57,15 +57,15 @@ class Lycoris(ImageFormat):
         keys = [key for key in container.names(path) if self.parse(key)]
         return any(key.startswith("lycoris_") or key.partition(".")[2].startswith(LYCORIS) for key in keys)
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         found = _KEY.fullmatch(key)
-        return Key(key, found[1], _WORDS[found[2]]) if found and found[2] in _WORDS else None
+        return ImageKey(key, found[1], _WORDS[found[2]]) if found and found[2] in _WORDS else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS[slot]}"
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         return {stem: Target(path) for stem, path in resolve(modules, metadata, base).items()}
 
@@ -73,6 +73,6 @@ class Lycoris(ImageFormat):
         return None if target.rows else stem_of(target.path, paths, lycoris=True)
 
     def metadata(
-        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: ImageHints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("ss_network_module", "lycoris.kohya")]), False

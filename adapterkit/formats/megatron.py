@@ -26,7 +26,7 @@ SETTINGS = "megatron.json"
 PREFIX = "decoder.layers."
 
 
-class Hints(Leftovers, total=False):
+class MegatronHints(Leftovers, total=False):
     """The prefix of names, whether weights are fused, heads and alpha."""
 
     prefix: str
@@ -63,7 +63,7 @@ class Megatron(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, MegatronHints)
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(bridge()), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )

@@ -32,7 +32,7 @@ _STEM = ".parametrizations.weight.0.lora_"
 _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
 
 
-class Hints(Leftovers, total=False):
+class MinLoraHints(Leftovers, total=False):
     """The settings."""
 
     settings: dict[str, float]
@@ -64,7 +64,7 @@ class MinLora(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, MinLoraHints)
         first = hints.get("settings", {}).get("alpha")
         alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}

@@ -53,7 +53,7 @@ _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.ope
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
-class Hints(Leftovers, total=False):
+class NemoHints(Leftovers, total=False):
     """The prefix of names, whether weights are fused, heads, alpha, the config and its text."""
 
     prefix: str
@@ -99,7 +99,7 @@ class Nemo(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, NemoHints)
         alpha, pairs, lines = of_one_alpha(
             adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )

@@ -57,7 +57,7 @@ class NolaSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     device: Literal["cpu", "cuda"]
 
 
-class Hints(Leftovers, total=False):
+class NolaHints(Leftovers, total=False):
     """The settings of the file that the adapter was read from; its seeds are kept as tensors."""
 
     alpha: float
@@ -93,7 +93,7 @@ class Nola(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, NolaHints)
         seeds = adapter.foreign.tensors if hints and adapter.foreign is not None else {}
         stems, tensors, alphas = _stems(seeds), dict[str, Lazy](), set[float]()
         lost: list[str] = []

@@ -34,7 +34,7 @@ _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale|zero_point))")
 
 
-class Hints(Leftovers, total=False):
+class OliveHints(Leftovers, total=False):
     """The two version numbers of an .onnx_adapter."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -78,7 +78,7 @@ class Olive(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, OliveHints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="Olive", on_loss=on_loss)
         tensors: dict[str, Lazy] = {}

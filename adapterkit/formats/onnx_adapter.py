@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FORMAT = "onnx_adapter"
 
 
-class Hints(Leftovers, total=False):
+class OnnxAdapterHints(Leftovers, total=False):
     """The two version numbers."""
 
     adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
@@ -75,7 +75,7 @@ class OnnxAdapter(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, OnnxAdapterHints)
         told = adapter.replace(foreign=None) if hints else adapter
         tensors: dict[str, Leaf] = {}
         record = encode_record(told, tensors)

@@ -45,7 +45,7 @@ WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
 _REAL = ("F16", "BF16", "F32")
 
 
-class Hints(Leftovers, total=False):
+class TensorRTHints(Leftovers, total=False):
     """Columns of the config, width of the weights, targets in the order of rows."""
 
     columns: int
@@ -84,7 +84,7 @@ class TensorRtLlm(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, TensorRTHints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
         pairs, folded = of_no_number(pairs, dialect="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}

@@ -16,7 +16,7 @@ from ..io.arrange import item, stacked
 from ..io.lazy import Lazy, as_lazy
 from ..methods.lora import LoRA
 from ..naming.experts import Experts
-from ..naming.tables import Names, Table, modules_of, without_prefix
+from ..naming.tables import NameTable, TableNames, modules_of, without_prefix
 from ..naming.tinker import EXPERTS, HEAD, is_tinker
 from ._folders import folder_of
 from ._format import Format
@@ -37,7 +37,7 @@ _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_s
 """Fields of PEFT's config that would change the meaning of the tensors."""
 
 
-class Hints(Leftovers, total=False):
+class TinkerHints(Leftovers, total=False):
     """The config."""
 
     config: dict[str, Any]
@@ -75,7 +75,7 @@ class Tinker(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
+        hints = remembered(adapter, FORMAT, TinkerHints)
         before = hints.get("config", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
@@ -142,13 +142,13 @@ class _OwnNames:
 
     def __init__(self, base: Checkpoint | None) -> None:
         own = None if base is None else dict.fromkeys(modules_of(base.tensors))
-        self.names = None if own is None else Names(_Same(), own)
+        self.names = None if own is None else TableNames(_Same(), own)
 
     def named(self, path: str) -> str:
         return path if self.names is None else self.names.back(path)
 
 
-class _Same(Table):
+class _Same(NameTable):
     """A table that maps every name of a language model to itself."""
 
     def __init__(self) -> None:

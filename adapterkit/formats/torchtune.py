@@ -16,7 +16,7 @@ from ..io.lazy import Lazy, as_lazy
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.heads import heads_of, rope_pairs, undone
-from ..naming.tables import Names, modules_of
+from ..naming.tables import TableNames, modules_of
 from ..naming.torchtune import meta_order, table, turned
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -33,7 +33,7 @@ SETTINGS, CONFIG = "torchtune.json", "adapter_config.json"
 _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}
 
 
-class Hints(Leftovers, total=False):
+class TorchtuneHints(Leftovers, total=False):
     """Alpha, heads, and whether rows are in Meta's order."""
 
     alpha: float
@@ -57,7 +57,7 @@ class Torchtune(Format):
         try:
             tensors = load(path)
             order = _Order({}, base)
-            names = Names(table(), None if base is None else modules_of(base.tensors))
+            names = TableNames(table(), None if base is None else modules_of(base.tensors))
             updates: dict[Target, tuple[Pair, ...]] = {}
             for foreign, slots in grouped(tensors, _SLOTS, FORMAT).items():
                 update = pair(slots, alpha / check_factors(foreign, slots))
@@ -72,8 +72,8 @@ class Torchtune(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
-        names, order = Names(table()), _Order(hints.get("heads", {}), base)
+        hints = remembered(adapter, FORMAT, TorchtuneHints)
+        names, order = TableNames(table()), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:
             return unfit(target, update) if names.there(target.path) else "no name in torchtune's table"

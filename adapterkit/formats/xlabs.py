@@ -17,8 +17,8 @@ from ..naming.image import rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, Key, Module, Rules
-from ._image.hints import Hints
+from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
     from ..core.updates import Update
@@ -50,16 +50,16 @@ class Xlabs(ImageFormat):
     def sniff(self, path: Path) -> bool:
         return any(map(self.parse, container.names(path)))
 
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         found = _KEY.fullmatch(key)
         fits = found is not None and (found[2] == "double") == bool(found[3])
-        return Key(key, found[1], found[4]) if found is not None and fits else None
+        return ImageKey(key, found[1], found[4]) if found is not None and fits else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{slot}.weight"
 
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         return {stem: _target(module) for stem, module in modules.items()}
 
@@ -71,12 +71,12 @@ class Xlabs(ImageFormat):
         return f"{found[1]}.processor.{word}" if found and word and target.rows == rows else None
 
     def metadata(
-        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: ImageHints, stems: Mapping[str, str]
     ) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("format", "pt")]), True
 
 
-def _target(module: Module) -> Target:
+def _target(module: ImageModule) -> Target:
     block, _, word = module.stem.partition(".processor.")
     path = f"transformer.{block}.{_PLACES[word]}"
     if word != "qkv_lora":

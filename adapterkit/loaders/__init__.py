@@ -28,7 +28,7 @@ from ..writing import Promotion
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..naming.image import Family
+    from ..naming.image import ImageFamily
 
 FORMAT = 1
 """Version of the files' format that this code reads."""
@@ -46,7 +46,7 @@ class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     processors: bool = False
 
 
-class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EncoderKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One spelling of the modules of text encoders."""
 
     prefix: str
@@ -78,7 +78,7 @@ class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     convert: list[str] = []
     slots: list[str] = []
     keys: list[Keys] = []
-    encoders: list[Encoder] = []
+    encoders: list[EncoderKeys] = []
     files: list[Files] = []
     differs: dict[str, str] = {}
 
@@ -183,7 +183,7 @@ class _File:
     format: str
     keys: tuple[str, ...]
     container: str
-    families: tuple[Family, ...]
+    families: tuple[ImageFamily, ...]
     inside: bool
 
     @classmethod
@@ -275,7 +275,7 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     return ("no" if refuses else "part"), why
 
 
-def _holds(tool: Loader, family: Family | None, key: str) -> bool:
+def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
     for keys in tool.keys:
         if family is None or family.name not in keys.families or not key.startswith(keys.prefix):
             continue
@@ -301,7 +301,7 @@ def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
             yield rest[: -len(end)]
 
 
-def _held(keys: Keys, family: Family, name: str) -> bool:
+def _held(keys: Keys, family: ImageFamily, name: str) -> bool:
     names = family.names(keys.naming)
     if keys.processors:
         if ".processor." not in name:

@@ -90,7 +90,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     ratio: float | None = None
 
 
-class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
     Attributes:
@@ -142,7 +142,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     widths: list[int] = []
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
-    encoders: dict[str, Encoder] = {}
+    encoders: dict[str, TextEncoder] = {}
     prefixes: dict[str, str] = {}
     beside: dict[str, str] = {}
     modules: dict[str, list[str]] = {}
@@ -151,7 +151,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whole_norms: bool = False
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file. The README beside the files says what each field means."""
 
     format: int
@@ -190,7 +190,7 @@ class Architecture:
         apart: `WEIGHT` is one of its namings.
     """
 
-    def __init__(self, record: Record, *, apart: bool = False) -> None:
+    def __init__(self, record: ArchitectureRecord, *, apart: bool = False) -> None:
         self.record = record
         self.family = record.family
         self.apart = apart
@@ -407,7 +407,7 @@ def load(path: Path) -> Architecture:
     Raises:
         Malformed: it does not have the form of the README, or a naming is not one to one.
     """
-    record = _decoded(path, Record)
+    record = _decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):
         for key, place in naming.weights.items() if set(naming.model_types) & set(record.model_types) else ():
             if key in record.weights:
@@ -437,7 +437,7 @@ def namings_of(name: str) -> tuple[Naming, ...]:
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
-_T = TypeVar("_T", Record, Naming)
+_T = TypeVar("_T", ArchitectureRecord, Naming)
 
 
 def _decoded(path: Path, kind: type[_T]) -> _T:
@@ -451,7 +451,7 @@ def _decoded(path: Path, kind: type[_T]) -> _T:
     return found
 
 
-def faults(record: Record) -> Iterator[str]:
+def faults(record: ArchitectureRecord) -> Iterator[str]:
     """Yield the faults of a file that its schema cannot show; every naming must be one to one with the weights."""
     if record.format != FORMAT:
         yield f"format {record.format}, and this version reads format {FORMAT}"

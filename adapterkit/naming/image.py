@@ -12,7 +12,7 @@ from functools import cache, cached_property, lru_cache
 
 from . import architectures
 from .architectures import Architecture, Head, Place, fill
-from .patterns import Names, names_of
+from .patterns import PatternNames, names_of
 from .pieces import Piece, Run, merged
 
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
@@ -28,7 +28,7 @@ FUSED = "diffusers_fused"
 """The naming of diffusers after `fuse_qkv_projections`; diffusers loads a LoKr of a fused weight into it."""
 
 
-class Family:
+class ImageFamily:
     """A family that is a part of a diffusers pipeline.
 
     Args:
@@ -42,7 +42,7 @@ class Family:
         self.component = self.facts.component
         self.title = self.facts.title or self.name
         self.text = text
-        self._names: dict[str, Names] = {}
+        self._names: dict[str, PatternNames] = {}
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -53,7 +53,7 @@ class Family:
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
-    def modules(self, part: str) -> Names:
+    def modules(self, part: str) -> PatternNames:
         """All names of a part of the pipeline that lies inside the authors' model."""
         if part not in self._names:
             self._names[part] = names_of(_pattern(name) for name in self.facts.modules[part])
@@ -77,7 +77,7 @@ class Family:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
 
-    def names(self, naming: str) -> Names:
+    def names(self, naming: str) -> PatternNames:
         """Return all names of one naming; none if the family does not have it."""
         naming = self.wanted(naming)
         if naming not in self._names:
@@ -133,9 +133,9 @@ def _run(place: Place) -> Run:
 
 
 @cache
-def families() -> tuple[Family, ...]:
+def families() -> tuple[ImageFamily, ...]:
     """List the families whose names are known, generic ones last."""
-    found = [Family(head, text) for head, text in architectures.of_pipelines()]
+    found = [ImageFamily(head, text) for head, text in architectures.of_pipelines()]
     return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
@@ -152,7 +152,7 @@ def looks_of_pipeline(paths: Iterable[str]) -> bool:
 
 
 @cache
-def encoders() -> dict[str, Names]:
+def encoders() -> dict[str, PatternNames]:
     """Return the names of the text encoders, which are the same everywhere."""
     llm = ("llama", "qwen3", "gemma2")
     blocks = {
@@ -194,12 +194,12 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 """Further names of tensors that the architecture files list under one name."""
 
 
-def families_with(names: Collection[str]) -> list[Family]:
+def families_with(names: Collection[str]) -> list[ImageFamily]:
     """List the published families that have all of these modules, in any naming; empty if `names` is empty."""
     return [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
 
 
-def families_of(path: str, naming: str) -> list[Family]:
+def families_of(path: str, naming: str) -> list[ImageFamily]:
     """List the families in which a module of this naming is called `path`."""
     return [family for family in families() if path in family and path in family.names(naming)]
 

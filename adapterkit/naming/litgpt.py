@@ -7,7 +7,7 @@ from collections.abc import Collection
 from functools import cache
 
 from .architectures import namings_of
-from .tables import Table
+from .tables import NameTable
 
 QKV = "attn.qkv"
 
@@ -19,11 +19,11 @@ def parts() -> dict[str, str]:
 
 
 @cache
-def table() -> Table:
+def table() -> NameTable:
     """Return own template -> litgpt's, for modules that are one weight and may have LoRA."""
     places = namings_of("litgpt")[0].places()
     found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
-    return Table(found | {"lm_head": "lm_head"})
+    return NameTable(found | {"lm_head": "lm_head"})
 
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}

@@ -17,7 +17,7 @@ from .architectures import FORMAT, folder, is_family, of_gguf
 from .gguf import ARCHITECTURE
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelTypeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file.
 
     Attributes:
@@ -34,7 +34,7 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @cache
-def table() -> Table:
+def table() -> ModelTypeTable:
     """Load what is known of transformers.
 
     Raises:
@@ -42,7 +42,7 @@ def table() -> Table:
     """
     path = folder() / "model_types" / "transformers.toml"
     try:
-        found = msgspec.toml.decode(path.read_bytes(), type=Table)
+        found = msgspec.toml.decode(path.read_bytes(), type=ModelTypeTable)
     except (ValueError, msgspec.MsgspecError) as error:
         raise Malformed(f"not a table of model types ({error})", path=path, cure="Correct the file") from error
     if found.format != FORMAT:

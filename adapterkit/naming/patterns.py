@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class PatternNames:
     """The names of one family of models in one naming; made by `names_of`."""
 
     patterns: frozenset[str]
@@ -40,7 +40,7 @@ class Names:
         return list(found)
 
 
-def names_of(patterns: Iterable[str]) -> Names:
+def names_of(patterns: Iterable[str]) -> PatternNames:
     """Return the names that patterns describe."""
     dots: dict[str, list[str]] = {}
     underscores: dict[str, list[str]] = {}
@@ -48,7 +48,9 @@ def names_of(patterns: Iterable[str]) -> Names:
     for pattern in kept:
         dots.setdefault(_NUMBER.sub("#", pattern), []).append(pattern)
         underscores.setdefault(_NUMBER.sub("#", flatten(pattern)), []).append(pattern)
-    return Names(frozenset(kept), {k: tuple(v) for k, v in dots.items()}, {k: tuple(v) for k, v in underscores.items()})
+    return PatternNames(
+        frozenset(kept), {k: tuple(v) for k, v in dots.items()}, {k: tuple(v) for k, v in underscores.items()}
+    )
 
 
 @lru_cache(maxsize=1 << 16)

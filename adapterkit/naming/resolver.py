@@ -29,7 +29,7 @@ PERHAPS = frozenset({"module", "default"})
 """Words of DistributedDataParallel and of adapters' names that a model may also have itself."""
 
 
-class Part(NamedTuple):
+class PathPart(NamedTuple):
     """The rows of a fused weight that belong to one of its parts.
 
     Attributes:
@@ -62,8 +62,8 @@ class Move:
     """
 
     path: str
-    take: Part | None = None
-    into: Part | None = None
+    take: PathPart | None = None
+    into: PathPart | None = None
     expert: int | None = None
     slot: int | None = None
     turn: tuple[Place, Place] | None = None
@@ -304,7 +304,7 @@ def _by_architecture(left: Left, base: Names, architecture: Architecture, resolu
     return rest
 
 
-def _spot(move: Move) -> tuple[str, Part | None, int | None]:
+def _spot(move: Move) -> tuple[str, PathPart | None, int | None]:
     """Return the part of the base that a move writes to: path, rows, slice of a stack."""
     return move.path, move.into, move.slot
 
@@ -496,13 +496,13 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
     return next(iter(found), None)
 
 
-def part_of(place: Place) -> Part | None:
+def part_of(place: Place) -> PathPart | None:
     """Return the part of a tensor that a place is; None if it is the whole tensor."""
     if place.qkv is not None:
-        return Part(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
+        return PathPart(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
         return None
-    return Part(place.part, place.of, place.interleaved)
+    return PathPart(place.part, place.of, place.interleaved)
 
 
 def _joined(moves: list[Move]) -> tuple[Move, ...]:

@@ -16,7 +16,7 @@ PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.
 """Prefixes that bases with more than a language model put before its names."""
 
 
-class Table:
+class NameTable:
     """A one-to-one table: own name <-> foreign name.
 
     Args:
@@ -44,7 +44,7 @@ class Table:
         return {_shape(foreign): own for own, foreign in self.pairs.items()}
 
 
-class Names:
+class TableNames:
     """The names of one base in one format.
 
     Args:
@@ -53,7 +53,7 @@ class Names:
             that the table lacks, such as `language_model.`, is found.
     """
 
-    def __init__(self, table: Table, modules: Iterable[str] | None = None) -> None:
+    def __init__(self, table: NameTable, modules: Iterable[str] | None = None) -> None:
         self.table = table
         self.walked: dict[str, list[str]] | None = None
         if modules is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from .architectures import namings_of
-from .tables import Table
+from .tables import NameTable
 
 
 @cache
-def table() -> Table:
+def table() -> NameTable:
     """Return own template -> torchtune's; all families have the same names."""
-    return Table({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
+    return NameTable({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
 
 
 @cache

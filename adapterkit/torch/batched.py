@@ -41,12 +41,12 @@ from .routing import check_switches
 from .scopes import SETTINGS, Route, Scope
 
 if TYPE_CHECKING:
-    from .lean import Plan
+    from .lean import LeanPlan
     from .leaves import Leaf
     from .parts import Part
 
 
-class Stack:
+class FactorStack:
     """The factors of several adapters at one layer.
 
     Attributes:
@@ -113,20 +113,20 @@ class Stack:
         return True
 
 
-class Kept:
+class KeptStacks:
     """The stack and the plan that a hook keeps; copies and pickles of a model start without them."""
 
     def __init__(self) -> None:
-        self.stack: Stack | None = None
-        self.plan: Plan | None = None
+        self.stack: FactorStack | None = None
+        self.plan: LeanPlan | None = None
         self.rows: RowPlan | None = None
         self.model: tuple[object, list[Any], dict[str, Switch]] | None = None  # See routing.py.
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Kept:
-        return Kept()
+    def __deepcopy__(self, _memo: dict[int, Any]) -> KeptStacks:
+        return KeptStacks()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, ()
+        return KeptStacks, ()
 
 
 def _dtype_of(like: Tensor) -> torch.dtype:
@@ -173,7 +173,7 @@ MOST_RANKS = 4096
 """Ranks that are remembered at the same time."""
 
 
-def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept) -> Tensor:
+def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: KeptStacks) -> Tensor:
     """Run a layer once and add to each row what its adapter adds.
 
     Args:
@@ -216,7 +216,7 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
 
 
 def add_to_rows(
-    layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor, kept: Kept | None = None
+    layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor, kept: KeptStacks | None = None
 ) -> Tensor:
     """`add_by_row` for a layer that is a product of matrices, with its stack and places at hand.
 
@@ -330,7 +330,7 @@ class RowPlan:
     right one. A plan checks only what may have changed since: settings, tensors, and the state of torch.
     """
 
-    def __init__(self, module: nn.Module, stack: Stack) -> None:
+    def __init__(self, module: nn.Module, stack: FactorStack) -> None:
         self.token, self.module, self.stack = SETTINGS.token, module, stack
         self.W = module._parameters["weight"]
         self.device, self.dtype = stack.A.device, stack.A.dtype
@@ -364,7 +364,7 @@ def _is_frozen(part: Part) -> bool:
     return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
 
 
-def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> Stack:
+def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> FactorStack:
     """Stack the factors of parts, in their order; ranks are padded to the highest with zeros."""
     leaves = _leaves(parts) if keep else None
     # A stack that was made in inference mode could not be used in training.
@@ -381,7 +381,7 @@ def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> S
         if any(each is not None for each in biases):
             bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
         # Tensors of a mode (FakeTensorMode) have no values for the forwards after it.
-        return Stack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
+        return FactorStack(parts, stacked_A, stacked_B, bias, ranks, leaves if type(stacked_A) is Tensor else None)
 
 
 def _leaves(parts: Sequence[Part]) -> list[Leaf] | None:
@@ -417,7 +417,7 @@ def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tenso
     return torch.cat(all_A), torch.cat(all_B), bias
 
 
-def _grouped(layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor) -> Tensor:
+def _grouped(layer: Layer, stack: FactorStack, places: Places, route: Route, x: Tensor) -> Tensor:
     """Two batched products over the rows of each adapter, for few tokens a row: no factor is copied."""
     y: Tensor = layer(x)
     if not places.count:
@@ -446,7 +446,7 @@ def _grouped(layer: Layer, stack: Stack, places: Places, route: Route, x: Tensor
     return y.add_(change) if alone else route.rows_back(rows_of_y + change, y)
 
 
-def _side_by_side(layer: Layer, stack: Stack, places: Places, x: Tensor) -> Tensor:
+def _side_by_side(layer: Layer, stack: FactorStack, places: Places, x: Tensor) -> Tensor:
     """The factors of all adapters as one pair of a rank as high as all together, with a mask that picks each row's.
 
     For few adapters that is three operations in place of five.
@@ -470,7 +470,7 @@ def _side_by_side(layer: Layer, stack: Stack, places: Places, x: Tensor) -> Tens
     return torch.addmm(y.reshape(rows, -1), h, stack.joined_B).view(y.shape)
 
 
-def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+def _gathered(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """Two batched products: each row of x with the factors of its slot."""
     y = layer(x)
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
@@ -483,7 +483,7 @@ def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor
     return route.rows_back(out.reshape(rows_of_y.shape), y)
 
 
-def _masked(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+def _masked(layer: Layer, stack: FactorStack, index: Tensor, route: Route, x: Tensor) -> Tensor:
     """The factors of all adapters side by side, as one of a rank as high as all together; a mask picks each row's.
 
     A convolution's or embedding's geometry is not a product of matrices, and its A is short beside its output.

@@ -72,7 +72,7 @@ def split(*adapters: Adapter, sizes: Sequence[int]) -> Adapter:
     """
     if len(sizes) != len(_some(adapters)):
         raise UsageError(f"{len(sizes)} sizes for {len(adapters)} adapters", where="sizes", cure="Pass one each")
-    return _blocks("split", adapters, lambda children, _: Split(children=children, lengths=tuple(sizes)))
+    return _blocks("split", adapters, lambda children, _: SplitBlock(children=children, lengths=tuple(sizes)))
 
 
 def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
@@ -88,7 +88,7 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
     """
     settings, weights = read_fusion(fusion)
 
-    def made(children: tuple[Any, ...], target: Target) -> Block:
+    def made(children: tuple[Any, ...], target: Target) -> ComposedBlock:
         own: Any = next((held for path, held in weights.items() if _alike(path, target.path)), None)
         if own is None:
             raise TargetNotFound(
@@ -162,7 +162,9 @@ def parallel(model: nn.Module, names: Sequence[str | None]) -> Callable[..., Any
     return run
 
 
-def _blocks(name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Any, ...], Target], Block]) -> Adapter:
+def _blocks(
+    name: str, adapters: Sequence[Adapter], made: Callable[[tuple[Any, ...], Target], ComposedBlock]
+) -> Adapter:
     """An adapter of blocks, one at each target of any of them."""
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.updates)
     updates: dict[Target, tuple[Update, ...]] = {}
@@ -201,7 +203,7 @@ Child = Update | None
 """An adapter's update at the target; None where it has none, so that the layer stays as it is."""
 
 
-class Block(OutputUpdate):
+class ComposedBlock(OutputUpdate):
     """A subclass says in `joined` what becomes of its children's values."""
 
     children: tuple[Any, ...] = ()
@@ -306,7 +308,7 @@ class Block(OutputUpdate):
         raise AssertionError("each block defines it")
 
 
-class Chain(Block):
+class Chain(ComposedBlock):
     """One after the other: each sees the layer as those before it leave it."""
 
     def joined(self, x: Any, layer: Any) -> Any:
@@ -318,7 +320,7 @@ class Chain(Block):
         return self.value(last, x, layer)
 
 
-class Average(Block):
+class Average(ComposedBlock):
     """The weighted sum of what all make of the layer."""
 
     weights: tuple[float, ...] = ()
@@ -328,7 +330,7 @@ class Average(Block):
         return sum(values[1:], values[0])
 
 
-class Split(Block):
+class SplitBlock(ComposedBlock):
     """Each changes positions of its own, which follow each other."""
 
     lengths: tuple[int, ...] = ()
@@ -350,7 +352,7 @@ class Split(Block):
         return namespace(x).concat(values, axis=-2)
 
 
-class Fuse(Block):
+class Fuse(ComposedBlock):
     """AdapterFusion: h' = residual + attention of the layer over what its bottlenecks change.
 
     Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247. `query`, `key` and `value` are left out where the config

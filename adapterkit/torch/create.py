@@ -29,7 +29,7 @@ from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .prefixes import is_attention
 from .sharding import check_gathered, whole
-from .starts import OF_DATA, Moments, Place, find, moments_of, start_of
+from .starts import OF_DATA, Moments, StartPlace, find, moments_of, start_of
 from .structure import embedding_of, heads_of, sizes_of
 from .wrappers import unwrapped
 
@@ -244,7 +244,7 @@ def _started(
         cls.check_axes(tuple(W.shape))
         like = cls.initial(W, None, rank, lambda shape: W.new_zeros(shape), **attributes)
         scaling: Any = like.attributes["scaling"]
-        place = Place(W.float(), rank, float(scaling), isinstance(module, nn.Embedding), seen)
+        place = StartPlace(W.float(), rank, float(scaling), isinstance(module, nn.Embedding), seen)
         start = start_of(init, place)
     except AdapterkitError as error:
         raise error.at(where=f"{path}: {cls.__name__.lower()}") from None

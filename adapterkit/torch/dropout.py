@@ -22,7 +22,7 @@ from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import Unsupported, UsageError
 from ..formats.peft.compose import DROPOUTS
-from .layers import Difference, Layer
+from .layers import Layer, WeightDifference
 
 
 def check_dropout(dropout: float, cls: type[Update], method: str) -> None:
@@ -66,7 +66,7 @@ def dropped_change(
         some = functional.dropout(x, p) if not whole and update.dropout == "input" else x
         kept = _without_blocks(update, p) if not whole and update.dropout == "blocks" else update
         if isinstance(update, Additive):
-            added = kept.forward(some, Difference(layer))
+            added = kept.forward(some, WeightDifference(layer))
         else:
             W, b = seen.weight, seen.bias
             added = layer.op(some, kept.new_weight(W) - W)

@@ -23,13 +23,13 @@ from ..core.adapter import order_counts
 from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
-from .batched import Kept, add_by_row, add_to_rows, factors_of, places_of, rank_of
+from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, surround
 from .dropout import dropped_change
-from .layers import Difference, Layer, Linear, Quantized, is_packed, layer_of, moved
-from .lean import Plan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
-from .outputs import Beside, Change, InputRecorder, Switch, through
+from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, layer_of, moved
+from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
+from .outputs import Beside, InputRecorder, OutputChange, Switch, through
 from .parts import HOOK, Part
 from .routing import check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Route, Scope, current
@@ -56,7 +56,7 @@ class ForwardHook:
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
         self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
-        self.kept = Kept()
+        self.kept = KeptStacks()
         self.bare = False  # Nothing but updates of weights: no contexts, recorders or output sites.
         self.plain = False  # All parts are thin, and the layer is an nn.Linear under its own forward.
         self.switched: tuple[Switch, ...] = ()  # Those of the parts.
@@ -103,7 +103,7 @@ class ForwardHook:
         wrapped = slot is None and self.slot in held and (held.get(HOOK) is self or self.wrapper is not None)
         held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
         if not wrapped:  # Otherwise another tool's forward stands there, and calls this one.
-            held[slot or self.slot] = Entry(self) if self.contexts or self.call_recorders else self.forward
+            held[slot or self.slot] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
         """Take in what is attached now, and throw away what was worked out for other parts."""
@@ -115,7 +115,7 @@ class ForwardHook:
         self.switched = tuple(part.switch for part in self.parts)
         self.recalled = tuple(self.switches)
         self.drops = any(part.dropout for part in self.parts)
-        self.kept = Kept()
+        self.kept = KeptStacks()
         SETTINGS.renew()
 
     def _meet(self, kind: type) -> None:
@@ -235,11 +235,11 @@ class ForwardHook:
             y = self._new_plan(scope).run(x)
         return y
 
-    def _new_plan(self, scope: Scope) -> Plan:
+    def _new_plan(self, scope: Scope) -> LeanPlan:
         token = SETTINGS.token
         active = [part for part in self.parts if part.switch.acts(scope)]
         alone = len(active) == 1 and len(active[0].bound.leaves) == 1
-        plan = self.kept.plan = Plan(token, scope, active[0] if alone else None, self.layer)
+        plan = self.kept.plan = LeanPlan(token, scope, active[0] if alone else None, self.layer)
         return plan
 
     def _row_by_row(self, route: Route, scope: Scope, x: Any) -> Any:
@@ -282,7 +282,7 @@ class ForwardHook:
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
         inner = [part for part in parts if part.output_site is None]
         outer = [(part, part.output_site) for part in parts if part.output_site]
-        changes = [Change(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
+        changes = [OutputChange(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
         if not changes:
             return self._weighed(inner, args, kwargs)
         try:
@@ -606,7 +606,7 @@ def names_of(model: nn.Module) -> set[str]:
     return {switch.name for hook in hooks_of(model) for switch in hook.switches}
 
 
-class Entry:
+class HookEntry:
     """A hook's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
 
     def __init__(self, hook: ForwardHook) -> None:
@@ -648,7 +648,7 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     for part in parts:
         if all(isinstance(update, Additive) for update in part.updates):
             for update in part.updates:
-                y = y + part.switch.weight * _live(update, layer).forward(x, Difference(layer))
+                y = y + part.switch.weight * _live(update, layer).forward(x, WeightDifference(layer))
         else:
             y = y + part.switch.weight * (_chain(layer, part.updates)(x) - base)
     return y

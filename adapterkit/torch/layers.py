@@ -243,7 +243,7 @@ class Quantized(Linear):
         return stored_shape(self.module)
 
 
-class Difference:
+class WeightDifference:
     """A layer whose own output counts as nothing, so that an additive update yields what it adds."""
 
     def __init__(self, layer: Layer) -> None:

@@ -377,7 +377,7 @@ _NOTHING = _Nothing()
 # when the layer or the adapter has other tensors.
 
 
-class Plan:
+class LeanPlan:
     """The forward of an `nn.Linear` with one low-rank update.
 
     Args:

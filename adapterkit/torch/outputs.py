@@ -180,7 +180,7 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
     return norms[0] if norms else None
 
 
-class Words(dict[str, Any]):
+class CallArguments(dict[str, Any]):
     """The arguments of the model's call, by name; asking for more is an error."""
 
     def __missing__(self, name: str) -> Any:
@@ -303,7 +303,7 @@ class ModuleCall:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class OutputChange:
     """One adapter's updates of an output, for one call: its weight, and the residual that its recorder kept."""
 
     weight: float
@@ -314,7 +314,7 @@ class Change:
 
 
 def through(
-    module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[Change],
+    module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[OutputChange],
     parameters: Parameters,
 ) -> Any:  # fmt: skip
     """y + sum of weight * (f(x) - y); the module runs once for all updates that see it end alike."""
@@ -334,8 +334,8 @@ def through(
     return call.ended(y)
 
 
-def _changed(call: ModuleCall, change: Change) -> Tensor:
-    call.given, call.call = change.residual, Words(change.call)
+def _changed(call: ModuleCall, change: OutputChange) -> Tensor:
+    call.given, call.call = change.residual, CallArguments(change.call)
     layer: Any = call
     for update in change.updates:
         layer = Composed(layer, moved(update, call.like.device, call.like.dtype))

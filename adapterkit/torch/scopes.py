@@ -136,7 +136,7 @@ def within(scope: Scope) -> Iterator[None]:
         raise UsageError(why, cure=cure)
 
 
-class Settings:
+class ScopeSettings:
     """The settings that hold for everybody: a token that each change of an adapter's weight or switch replaces.
 
     A plan or a stack is valid as long as the token that was read *before* it was made is the current one. That costs
@@ -151,7 +151,7 @@ class Settings:
         self.token = object()
 
 
-SETTINGS = Settings()
+SETTINGS = ScopeSettings()
 
 
 def routed(routes: Mapping[Any, Route]) -> Any:

@@ -42,7 +42,7 @@ class Start:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class StartPlace:
     """One layer, as an initialiser sees it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Place:
         return torch.zeros(len(self.W), self.rank)
 
 
-def start_of(init: str, place: Place) -> Start:
+def start_of(init: str, place: StartPlace) -> Start:
     """Return what the factors begin with; draws from torch's global generator.
 
     Args:
@@ -99,7 +99,7 @@ def find(init: str) -> Kind:
     return KINDS[name]
 
 
-Kind = Callable[[str, Place], Start]
+Kind = Callable[[str, StartPlace], Start]
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -108,16 +108,16 @@ def _drawn(*shape: int) -> Tensor:
     return out
 
 
-def _default(_: str, place: Place) -> Start:
+def _default(_: str, place: StartPlace) -> Start:
     return Start(_drawn(place.rank, *place.W.shape[1:]), place.zeros())
 
 
-def _gaussian(_: str, place: Place) -> Start:
+def _gaussian(_: str, place: StartPlace) -> Start:
     A = torch.empty(place.rank, *place.W.shape[1:])
     return Start(nn.init.normal_(A, std=1 / place.rank), place.zeros())
 
 
-def _orthogonal(_: str, place: Place) -> Start:
+def _orthogonal(_: str, place: StartPlace) -> Start:
     """Factors that are not zero, in orthogonal subspaces: their product is."""
     if place.rank % 2:
         raise UsageError(f"init='orthogonal' needs an even rank, got {place.rank}", cure="Pass an even rank=")
@@ -127,7 +127,7 @@ def _orthogonal(_: str, place: Place) -> Start:
     return Start(A, torch.randn(half, len(place.W)).T.mm(Q[1::2]) / 10.0)
 
 
-def _pissa(init: str, place: Place) -> Start:
+def _pissa(init: str, place: StartPlace) -> Start:
     """The largest singular values; `pissa_niter_N` finds them by N steps of a randomised method."""
     r = place.rank
     if init == "pissa":
@@ -138,12 +138,12 @@ def _pissa(init: str, place: Place) -> Start:
     return _split(place, U[:, :r], S[:r], V[:r])
 
 
-def _olora(_: str, place: Place) -> Start:
+def _olora(_: str, place: StartPlace) -> Start:
     Q, R = torch.linalg.qr(place.W)
     return _without(place, R[: place.rank], Q[:, : place.rank])
 
 
-def _corda(init: str, place: Place) -> Start:
+def _corda(init: str, place: StartPlace) -> Start:
     """The components of W that matter most (or least, `corda_kpm`) for the inputs of the data."""
     assert place.seen is not None
     C = place.seen.covariance()
@@ -160,13 +160,13 @@ def _corda(init: str, place: Place) -> Start:
     return _split(place, U[:, some], S[some], V[some])
 
 
-def _eva(_: str, place: Place) -> Start:
+def _eva(_: str, place: StartPlace) -> Start:
     """The directions in which the inputs of the data vary most."""
     assert place.seen is not None
     return Start(place.seen.components()[1][: place.rank], place.zeros())
 
 
-def _loftq(init: str, place: Place) -> Start:
+def _loftq(init: str, place: StartPlace) -> Start:
     """The largest part of what rounding the weight loses; the base becomes the rounded weight.
 
     As PEFT's, for which the scaling is no part of it: with alpha other than the rank, the start is not the nearest.
@@ -198,13 +198,13 @@ def _to_int8(W: Tensor) -> Tensor:
     return q * largest / 127.0
 
 
-def _split(place: Place, U: Tensor, S: Tensor, V: Tensor) -> Start:
+def _split(place: StartPlace, U: Tensor, S: Tensor, V: Tensor) -> Start:
     """Singular values shared by both factors."""
     root = (S / place.scaling).sqrt()
     return _without(place, root[:, None] * V, U * root)
 
 
-def _without(place: Place, A: Tensor, B: Tensor) -> Start:
+def _without(place: StartPlace, A: Tensor, B: Tensor) -> Start:
     A, B = A.contiguous(), B.contiguous()
     return Start(A, B, Residual(A=A.clone(), B=B.clone(), D=None, scaling=place.scaling))
 

@@ -15,7 +15,7 @@ GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
 """Names of an attention's modules: one that has others computes something else."""
 
 
-class Heads(ABC):
+class HeadSizes(ABC):
     """An attention's projections.
 
     Attributes:
@@ -43,7 +43,7 @@ class Heads(ABC):
         """Mix the heads of `[batch, m, heads * d]` by the output projection, without its bias."""
 
 
-class Separate(Heads):
+class Separate(HeadSizes):
     """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves where the model has them."""
 
     def __init__(self, module: Any) -> None:
@@ -70,7 +70,7 @@ class Separate(Heads):
         return _without_bias(self.module.o_proj, h)
 
 
-class Fused(Heads):
+class Fused(HeadSizes):
     """GPT-2's: `c_attn` for queries, keys and values, and `c_proj`."""
 
     def __init__(self, module: Any) -> None:
@@ -89,7 +89,7 @@ class Fused(Heads):
         return _without_bias(self.module.c_proj, h)
 
 
-def heads_of(module: nn.Module) -> Heads:
+def heads_of(module: nn.Module) -> HeadSizes:
     """An attention's projections.
 
     Raises:

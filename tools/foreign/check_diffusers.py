@@ -38,7 +38,7 @@ from adapterkit.formats._image.deciding import origin_of  # noqa: E402
 from adapterkit.formats._image.translate import in_diffusers  # noqa: E402
 from adapterkit.io.lazy import as_torch  # noqa: E402
 from adapterkit.methods.lora import LoRA  # noqa: E402
-from adapterkit.naming.image import Family, families  # noqa: E402
+from adapterkit.naming.image import ImageFamily, families  # noqa: E402
 
 CHANGES, OUTPUTS = 1e-6, 1e-5
 FAMILIES = {family.name: family for family in families()}
@@ -232,7 +232,7 @@ def modules_of(kind: Kind, model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def names_of(
-    kind: Kind, family: Family | None, path: str, shape: tuple[int, ...]
+    kind: Kind, family: ImageFamily | None, path: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the modules of the file's naming that hold a module of diffusers, each with the shape of its weight."""
     if kind.naming == "diffusers":

@@ -33,7 +33,7 @@ from adapterkit.formats._image.translate import in_diffusers  # noqa: E402
 from adapterkit.io.lazy import from_numpy  # noqa: E402
 from adapterkit.methods.lora import LoRA  # noqa: E402
 from adapterkit.naming.architectures import fill  # noqa: E402
-from adapterkit.naming.image import Family, families  # noqa: E402
+from adapterkit.naming.image import ImageFamily, families  # noqa: E402
 
 OUT = ROOT / "spec" / "loaders" / "diffusers.toml"
 
@@ -103,7 +103,7 @@ def toml(names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def spelled(family: Family, prefix: str, naming: str, slots: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def spelled(family: ImageFamily, prefix: str, naming: str, slots: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """All modules of a naming, and those of which diffusers makes the same as the family's file says."""
     known = naming in family.namings and (prefix not in ("transformer.", "unet.") or family.component in (prefix[:-1],))
     if not known or (family.component == "unet" and prefix == "lora_transformer_"):
@@ -123,7 +123,7 @@ def spelled(family: Family, prefix: str, naming: str, slots: tuple[str, ...]) ->
     return list(shapes), held or []
 
 
-def sizes(family: Family, naming: str) -> dict[str, tuple[int, int]]:
+def sizes(family: ImageFamily, naming: str) -> dict[str, tuple[int, int]]:
     """Template of a module that is no norm -> rows and columns of its weight."""
     found = {}
     unit = ROWS.get(family.name, 12)
@@ -145,7 +145,7 @@ def _is_norm(place: Any) -> bool:
 
 
 def same(
-    family: Family, prefix: str, naming: str, slots: tuple[str, ...], shapes: Mapping[str, tuple[int, int]]
+    family: ImageFamily, prefix: str, naming: str, slots: tuple[str, ...], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str] | None:
     """The modules of which diffusers makes what the family's file says; None where it refuses the file."""
     rng, held, updates, names = np.random.default_rng(0), dict[str, Any](), {}, {}
@@ -172,7 +172,7 @@ def same(
     return found
 
 
-def converted(family: Family, held: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def converted(family: ImageFamily, held: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """Module -> the change that diffusers' loader makes of a file."""
     loader = getattr(lora_pipeline, f"{LOADERS[family.name]}LoraLoaderMixin")
     given = dict(held)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from ...errors import Malformed
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
-from .file import AGAIN, Module
+from .file import AGAIN, ImageModule
 
 if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
 
 
-def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -> None:
+def check_biases(modules: Mapping[str, ImageModule], part_of: Callable[[str], str]) -> None:
     """Check the biases of a file's modules.
 
     Raises:

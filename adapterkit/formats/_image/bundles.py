@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.lazy import Lazy
     from .deciding import Origin
-    from .hints import Hints
+    from .hints import ImageHints
 
 PREFIX = "bundle_emb."
 EMBEDDING = "text_model.embeddings.token_embedding"
@@ -45,7 +45,7 @@ def split(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], dict[str, Lazy]
     return {key: leaf for key, leaf in tensors.items() if key not in bundled}, bundled
 
 
-class Bundle:
+class ImageBundle:
     """The embeddings of a file.
 
     Attributes:
@@ -119,7 +119,7 @@ def is_bundled(target: Target, update: object) -> bool:
     return there and isinstance(update, TextualInversion) and bool(update.token) and "." not in update.token
 
 
-def keyed(updates: Updates, hints: Hints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
+def keyed(updates: Updates, hints: ImageHints, origin: Origin) -> tuple[Updates, dict[str, Lazy]]:
     """Separate the embeddings, by key, from the other updates; without a LoRA beside them nothing is separated."""
     found = {t: tuple(u for u in each if is_bundled(t, u)) for t, each in updates.items()}
     found = {target: each for target, each in found.items() if each}

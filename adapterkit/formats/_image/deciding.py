@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.metadata import metadata_of
 from ...errors import UsageError
-from ...naming.image import COMFYUI, ROOTS, Family, encoder_kind, families, families_of, rooted
+from ...naming.image import COMFYUI, ROOTS, ImageFamily, encoder_kind, families, families_of, rooted
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
@@ -113,7 +113,9 @@ def denoiser_targets(updates: Updates, stay: Collection[str]) -> list[Target]:
     return found
 
 
-def decide(updates: Updates, targets: Collection[Target], naming: str, origin: Origin) -> tuple[Family | None, str]:
+def decide(
+    updates: Updates, targets: Collection[Target], naming: str, origin: Origin
+) -> tuple[ImageFamily | None, str]:
     """Choose the family by which targets are translated, or say why there is none.
 
     Args:
@@ -139,7 +141,7 @@ def decide(updates: Updates, targets: Collection[Target], naming: str, origin: O
     return fitting[0], ""
 
 
-def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[Family]:
+def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[ImageFamily]:
     """List the possible families of targets of a denoiser: those with all names, narrowed by the other evidence.
 
     Args:
@@ -182,7 +184,7 @@ def encoder_kinds(updates: Iterable[Target]) -> dict[str, str]:
     return found
 
 
-def has_encoders(family: Family, parts: Mapping[str, str]) -> bool:
+def has_encoders(family: ImageFamily, parts: Mapping[str, str]) -> bool:
     """Whether a family's pipelines have these text encoders."""
     known = family.facts.encoders
     return all(name in known and known[name].kind == kind for name, kind in parts.items())
@@ -216,12 +218,14 @@ def check_said(paths: Sequence[str], base: Checkpoint, metadata: Mapping[str, st
         raise UsageError(why, where=paths[0], cure=cure)
 
 
-def narrowed(families: list[Family], fits: Callable[[Family], object]) -> list[Family]:
+def narrowed(families: list[ImageFamily], fits: Callable[[ImageFamily], object]) -> list[ImageFamily]:
     """Keep the families that fit; all if none fits, because the evidence is then about another kind of model."""
     return [family for family in families if fits(family)] or families
 
 
-def likely(fitting: list[Family], paths: Collection[str], inputs: Collection[int], origin: Origin) -> list[Family]:
+def likely(
+    fitting: list[ImageFamily], paths: Collection[str], inputs: Collection[int], origin: Origin
+) -> list[ImageFamily]:
     """Leave out the unlikely families that nothing but their names speaks for, if another family is left.
 
     Args:
@@ -231,7 +235,7 @@ def likely(fitting: list[Family], paths: Collection[str], inputs: Collection[int
         origin: the known facts about the naming; metadata and base families count.
     """
 
-    def spoken_for(family: Family) -> bool:
+    def spoken_for(family: ImageFamily) -> bool:
         if family.name in origin.families or said(family, origin.metadata):
             return True
         width = set(family.facts.widths).intersection(inputs)
@@ -252,7 +256,7 @@ def _unknown(paths: Iterable[str], naming: str) -> str:
     return f"{odd} is a module of no family that can be translated into {_naming(naming)}"
 
 
-def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:
+def _possible(family: ImageFamily, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:
     """Whether the family has that many blocks and weights of these shapes."""
     for path in paths:
         first, _, rest = path.partition(".")
@@ -262,7 +266,7 @@ def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: I
     return all(_shaped(family, target, updates[target]) for target in targets) if family.facts.ratios else True
 
 
-def said(family: Family, metadata: Mapping[str, str]) -> bool:
+def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
     """Whether metadata of a file name the family, and no longer word names another."""
     if FAMILY in metadata:
         return family.name in metadata[FAMILY].split()
@@ -279,7 +283,7 @@ _TELLING = (
 """Metadata keys that name the model that was trained."""
 
 
-def complete(family: Family, paths: Iterable[str]) -> bool:
+def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
     """Whether the last of the blocks that all published models have is there, and none after it."""
     last: dict[str, int] = {}
     for path in paths:
@@ -291,7 +295,7 @@ def complete(family: Family, paths: Iterable[str]) -> bool:
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
-def _shaped(family: Family, target: Target, found: Iterable[Any]) -> bool:
+def _shaped(family: ImageFamily, target: Target, found: Iterable[Any]) -> bool:
     rest = rooted(target.path)[1]
     ratio = family.ratio(rest)
     if ratio is None or target.rows is not None:
@@ -310,7 +314,7 @@ def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
     return {size for size in sizes if isinstance(size, int)}
 
 
-def _outcome(family: Family, paths: Collection[str], naming: str) -> tuple[Any, ...]:
+def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[Any, ...]:
     """Return the names in the requested naming."""
     wanted = family.wanted(naming)
     source = family.naming_of(paths, wanted)

@@ -13,7 +13,7 @@ from .._format import Departure, Format
 from .._padding import lora_among_zeros, refused
 from . import container
 from .bundles import PREFIX
-from .file import AGAIN, Key, Module, Rules
+from .file import AGAIN, ImageKey, ImageModule, Rules
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .._format import LayerFacts
     from .container import Metadata
     from .deciding import Origin
-    from .file import Found
-    from .hints import Hints
+    from .file import ImageUpdate
+    from .hints import ImageHints
     from .translate import Changed, Losses
 
 
@@ -85,7 +85,7 @@ class ImageFormat(Format, ABC):
     # A subclass defines these methods.
 
     @abstractmethod
-    def parse(self, key: str) -> Key | None:
+    def parse(self, key: str) -> ImageKey | None:
         """Split a key into module name and slot; None if it is another format's."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class ImageFormat(Format, ABC):
 
     @abstractmethod
     def targets(
-        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+        self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         """Return stem -> target."""
 
@@ -102,7 +102,7 @@ class ImageFormat(Format, ABC):
         """Return the name of a target in keys; None if it has none."""
         return target.path if target.rows is None else None
 
-    def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
+    def rescaled(self, found: ImageUpdate, stem: str, metadata: Mapping[str, str]) -> ImageUpdate:
         """Apply a scaling that is stored outside the slots to an update."""
         return found
 
@@ -130,7 +130,7 @@ class ImageFormat(Format, ABC):
 
         return why_not(update, rules)
 
-    def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
+    def metadata(self, updates: Updates, hints: ImageHints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """Return the metadata to write, and whether they state the scalings, so that alphas are left out."""
         return hints.metadata, False
 
@@ -138,7 +138,7 @@ class ImageFormat(Format, ABC):
         """Return the file to use if the path is a folder."""
         return path
 
-    def rules_in(self, file: Path, hints: Hints) -> Rules:
+    def rules_in(self, file: Path, hints: ImageHints) -> Rules:
         """Return the rules for writing a file of this name."""
         return self.rules
 
@@ -174,14 +174,14 @@ class ImageFormat(Format, ABC):
         """Return the part of a file in which all LoRAs have a bias, or none."""
         return ""
 
-    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, ImageModule]:
         """Return stem -> the tensors of one module.
 
         Raises:
             Malformed: a key is another format's, or is there twice.
             Unsupported: a key is of an embedding that belongs in another file.
         """
-        grouped: dict[str, dict[str, Key]] = {}
+        grouped: dict[str, dict[str, ImageKey]] = {}
         for text in tensors:
             key = self.parse(text)
             if key is None and text.startswith(PREFIX):
@@ -197,7 +197,9 @@ class ImageFormat(Format, ABC):
         if not grouped:
             raise Malformed("no tensors", cure=AGAIN)
         return {
-            stem: Module(stem, {s: tensors[k.text] for s, k in slots.items()}, {s: k.text for s, k in slots.items()})
+            stem: ImageModule(
+                stem, {s: tensors[k.text] for s, k in slots.items()}, {s: k.text for s, k in slots.items()}
+            )
             for stem, slots in grouped.items()
         }
 

@@ -21,7 +21,7 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...methods.weight_norm import WeightNorm
-from .file import Rules, Stored
+from .file import Rules, StoredTensor
 from .laws import EPSILON, drawn, number
 
 _SLOTS: dict[type[Update], str] = {
@@ -107,7 +107,7 @@ def _unscaled(update: Update, rules: Rules) -> str:
     return "" if said or not isinstance(update, (LoRA, DoRA)) else "B"
 
 
-def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
+def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
     """Return the slots of an update that `why_not` accepts, its alpha last.
 
     Args:
@@ -125,69 +125,74 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
     if isinstance(update, OFT | BOFTOutputs):
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
-        rescale = [Stored("rescale", _column(leaves["rescale"], 1 + kernel), "rescale")] if "rescale" in leaves else []
-        return [Stored("oft_blocks", blocks, "square"), *rescale, Stored("alpha", number(alpha))]
+        rescale = (
+            [StoredTensor("rescale", _column(leaves["rescale"], 1 + kernel), "rescale")] if "rescale" in leaves else []
+        )
+        return [StoredTensor("oft_blocks", blocks, "square"), *rescale, StoredTensor("alpha", number(alpha))]
     if isinstance(update, GLoRAProducts):
-        slots = [Stored(name.lower(), leaf, name) for name, leaf in leaves.items()]
+        slots = [StoredTensor(name.lower(), leaf, name) for name, leaf in leaves.items()]
         rank = leaves["A2"].shape[0]
         return [*slots, _alpha(update, math.sqrt(rank) if rules.trained.rs else rank)]
     if isinstance(update, WeightNorm):
         ones = [1] * kernel
         shapes = {"out": (-1, 1, *ones), "into": (1, -1, *ones)}
-        return [Stored("dora", leaf.reshape(*shapes[name]), name) for name, leaf in leaves.items()]
+        return [StoredTensor("dora", leaf.reshape(*shapes[name]), name) for name, leaf in leaves.items()]
     if isinstance(update, IA3Weights):
         import numpy as np
 
         on_input = from_numpy(np.array(int(update.w_in is not None), dtype=np.int64))
         shaped = {n: leaf.reshape(1, -1, *[1] * kernel) if kernel else leaf for n, leaf in leaves.items()}
-        return [*(Stored("weight", leaf, name) for name, leaf in shaped.items()), Stored("on_input", on_input)]
+        return [
+            *(StoredTensor("weight", leaf, name) for name, leaf in shaped.items()),
+            StoredTensor("on_input", on_input),
+        ]
     return _whole(update, leaves, rules)
 
 
-def _low_rank(update: Any, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
+def _low_rank(update: Any, leaves: Mapping[str, Lazy], rules: Rules) -> list[StoredTensor]:
     A, B = leaves["A"], leaves["B"]
     kernel = len(A.shape) - 2
-    slots = [Stored("down", A, "A"), Stored("up", _column(B, kernel), "B")]
+    slots = [StoredTensor("down", A, "A"), StoredTensor("up", _column(B, kernel), "B")]
     if "magnitude" in leaves:
         lengths = leaves["magnitude"]
         peft = lengths.reshape(1, -1, *[1] * kernel) if kernel else lengths
-        slots.append(Stored("dora", peft if rules.peft else _column(lengths, 1 + kernel), "magnitude"))
+        slots.append(StoredTensor("dora", peft if rules.peft else _column(lengths, 1 + kernel), "magnitude"))
     if "bias" in leaves:
-        slots.append(Stored("bias", leaves["bias"], "bias"))
+        slots.append(StoredTensor("bias", leaves["bias"], "bias"))
     return [*slots, _alpha(update, A.shape[0] / drawn(A.shape[0], rules.trained.unit))]
 
 
-def _loha(update: LoHa, leaves: Mapping[str, Lazy]) -> list[Stored]:
+def _loha(update: LoHa, leaves: Mapping[str, Lazy]) -> list[StoredTensor]:
     cored, slots = update.t1 is not None, []
     for n in (1, 2):
         a = leaves[f"w{n}_a"]
-        slots.append(Stored(f"hada_w{n}_a", _turned(a) if cored else a, f"w{n}_a"))
+        slots.append(StoredTensor(f"hada_w{n}_a", _turned(a) if cored else a, f"w{n}_a"))
         inner = f"w{n}_in" if cored else f"w{n}_b"
-        slots.append(Stored(f"hada_w{n}_b", leaves[inner], inner))
-        slots += [Stored(f"hada_t{n}", leaves[f"t{n}"], f"t{n}")] if cored else []
+        slots.append(StoredTensor(f"hada_w{n}_b", leaves[inner], inner))
+        slots += [StoredTensor(f"hada_t{n}", leaves[f"t{n}"], f"t{n}")] if cored else []
     return [*slots, _alpha(update, leaves["w1_a"].shape[1])]
 
 
-def _lokr(update: LoKr, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
+def _lokr(update: LoKr, leaves: Mapping[str, Lazy], rules: Rules) -> list[StoredTensor]:
     cored = update.t2 is not None
     slots = []
     for name, leaf in leaves.items():
         slot = "lokr_" + ("w2_b" if name == "w2_in" else name)
-        slots.append(Stored(slot, _turned(leaf) if cored and name == "w2_a" else leaf, name))
+        slots.append(StoredTensor(slot, _turned(leaf) if cored and name == "w2_a" else leaf, name))
     rank = next((leaves[name].shape[1] for name in ("w1_a", "w2_a") if name in leaves), 0)
     return [*slots, _alpha(update, rank or (update.scaling**2 if rules.trained.rs else 1))]
 
 
-def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
+def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[StoredTensor]:
     if isinstance(update, Replacement):
-        return [Stored(f"set_{name}", leaf, name) for name, leaf in leaves.items()]
+        return [StoredTensor(f"set_{name}", leaf, name) for name, leaf in leaves.items()]
     norm = rules.norms and "D" in leaves and len(leaves["D"].shape) == 1
     slots = {"D": "w_norm", "d": "b_norm"} if norm else {"D": "diff", "d": "diff_b"}
-    return [Stored(slots[name], leaf, name) for name, leaf in leaves.items()]
+    return [StoredTensor(slots[name], leaf, name) for name, leaf in leaves.items()]
 
 
-def _alpha(update: Any, rank: float) -> Stored:
-    return Stored("alpha", number(update.scaling * rank))
+def _alpha(update: Any, rank: float) -> StoredTensor:
+    return StoredTensor("alpha", number(update.scaling * rank))
 
 
 def _column(leaf: Lazy, ones: int) -> Lazy:

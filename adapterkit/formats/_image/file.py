@@ -19,7 +19,7 @@ AGAIN = "Write the file again with the tool that made it"
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ImageKey:
     """A parsed key: the module's name as the format spells it, and the slot."""
 
     text: str
@@ -28,7 +28,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Module:
+class ImageModule:
     """The tensors of one module of a file.
 
     Attributes:
@@ -109,7 +109,7 @@ def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class ImageUpdate:
     """An update made from slots: field -> slot; and slots that are only kept."""
 
     update: Update
@@ -122,7 +122,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
+class StoredTensor:
     """A tensor to write: its slot, and the field it holds; an alpha holds none."""
 
     slot: str

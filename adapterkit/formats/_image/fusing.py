@@ -112,7 +112,7 @@ def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class FusedPart:
     """An update of a run of rows of a fused weight."""
 
     run: Run
@@ -125,7 +125,7 @@ class Part:
         return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
-def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
+def joined(parts: Sequence[FusedPart], *, fold: bool) -> tuple[Update | None, str]:
     """Join updates into one update of the fused weight, or say why that is not possible.
 
     Args:

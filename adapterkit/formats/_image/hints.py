@@ -15,7 +15,7 @@ from ...io.lazy import Lazy, as_lazy
 from .._leftovers import leftovers
 from .container import Metadata
 from .encode import encode
-from .file import Found, Module, Rules, Stored, rules_at
+from .file import ImageModule, ImageUpdate, Rules, StoredTensor, rules_at
 
 if TYPE_CHECKING:
     from ...io.lazy import Leaf
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ImageHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The leftovers.
 
     Attributes:
@@ -47,13 +47,13 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     compat: str | None = None
 
 
-def hints_of(adapter: Adapter, format: str) -> Hints:  # noqa: A002 - the public contract's word
+def hints_of(adapter: Adapter, format: str) -> ImageHints:  # noqa: A002 - the public contract's word
     """Return the leftovers of an adapter that was read from this format; empty ones for any other.
 
     Raises:
         Malformed: they are damaged.
     """
-    return leftovers(adapter, format, Hints)
+    return leftovers(adapter, format, ImageHints)
 
 
 def fingerprint(leaf: Leaf) -> str:
@@ -67,7 +67,7 @@ Spell = Callable[[str, str], str]
 """Module's name and slot -> key."""
 
 
-class Leftovers:
+class ImageLeftovers:
     """Collects the facts of a file that the writer could not know."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Leftovers:
         self.kept: list[str] = []
         self.idle: dict[str, str] = {}
 
-    def add(self, spell: Spell, target: Target, module: Module, found: list[Found], rules: Rules) -> None:
+    def add(self, spell: Spell, target: Target, module: ImageModule, found: list[ImageUpdate], rules: Rules) -> None:
         self.stems[str(target)] = module.stem
         for each in found:
             self.derived |= {module.keys[s]: fingerprint(each.update.tensors[f]) for s, f in each.derived.items()}
@@ -97,20 +97,20 @@ class Leftovers:
         else:
             self.without.append(module.stem)
 
-    def _compare(self, spell: Spell, module: Module, stored: Stored, slot: str | None) -> None:
+    def _compare(self, spell: Spell, module: ImageModule, stored: StoredTensor, slot: str | None) -> None:
         if slot is None or slot not in module.tensors or slot == "alpha":
             return
         self._spelled(spell, module, stored.slot, slot)
         if stored.field and module.tensors[slot].shape != stored.leaf.shape:
             self.shapes[module.keys[slot]] = list(module.tensors[slot].shape)
 
-    def _spelled(self, spell: Spell, module: Module, default: str, slot: str) -> None:
+    def _spelled(self, spell: Spell, module: ImageModule, default: str, slot: str) -> None:
         key = spell(module.stem, default)
         if key != module.keys[slot]:
             self.keys[key] = module.keys[slot]
 
     def made(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
-        hints = Hints(
+        hints = ImageHints(
             metadata=metadata, stems=self.stems, keys=self.keys, shapes=self.shapes, without_alpha=self.without,
             derived=self.derived, idle=self.idle, compat=compat,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
     whole = {"w1", "w2"} <= update.tensors.keys()
     if whole and not rules.trained.rs:
         return True
-    value, wanted = (Module("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
+    value, wanted = (ImageModule("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
     # A scaling that contains sqrt(r) does not give the alpha back to the last bit.
     near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
     return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

@@ -25,13 +25,13 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...methods.weight_norm import WeightNorm
-from .file import AGAIN, Found, Module, Rules, rules_at
+from .file import AGAIN, ImageModule, ImageUpdate, Rules, rules_at
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")
 OTHERS = {"alpha"}
 
 
-def decode(module: Module, rules: Rules) -> list[Found]:
+def decode(module: ImageModule, rules: Rules) -> list[ImageUpdate]:
     """Return the updates that the slots of a module make up, in order of application.
 
     Raises:
@@ -59,11 +59,11 @@ def decode(module: Module, rules: Rules) -> list[Found]:
 
 
 @lru_cache(maxsize=1 << 10)
-def _laws(slots: tuple[str, ...]) -> list[Callable[[Module, Rules], Found]]:
+def _laws(slots: tuple[str, ...]) -> list[Callable[[ImageModule, Rules], ImageUpdate]]:
     return [law for starts, law in _LAWS if any(slot.startswith(starts) for slot in slots)]
 
 
-def scaling(module: Module, rank: int, rules: Rules) -> float:
+def scaling(module: ImageModule, rank: int, rules: Rules) -> float:
     """Return alpha / rank; 1 if the alpha is missing or 0, unless the formula is selected.
 
     Raises:
@@ -83,7 +83,7 @@ def scaling(module: Module, rank: int, rules: Rules) -> float:
     return alpha / rank if alpha or rules.by_formula else 1.0
 
 
-def _lora(module: Module, rules: Rules) -> Found:
+def _lora(module: ImageModule, rules: Rules) -> ImageUpdate:
     down, _ = module.need("down", "up")
     rank = down.shape[0] if down.shape else 0
     fields = {"A": "down", "B": "up"}
@@ -100,8 +100,8 @@ def _lora(module: Module, rules: Rules) -> Found:
         if "bias" in module.tensors:
             raise Unsupported("DoRA with a bias of its own", where=module.keys["bias"], cure="Merge it with its tool")
         leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
-        return Found(DoRA(**leaves), fields, tuple(derived), derived)
-    return Found(LoRA(**leaves), fields, tuple(derived), derived)
+        return ImageUpdate(DoRA(**leaves), fields, tuple(derived), derived)
+    return ImageUpdate(LoRA(**leaves), fields, tuple(derived), derived)
 
 
 def drawn(rank: int, unit: int) -> int:
@@ -112,7 +112,7 @@ def drawn(rank: int, unit: int) -> int:
     return unit if unit and rank % unit == 0 else 1
 
 
-def _through(module: Module) -> Lazy:
+def _through(module: ImageModule) -> Lazy:
     """Multiply down by mid: the kernel that a Tucker form is equal to, in float32."""
     down, mid = module.need("down", "mid")
     rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
@@ -139,12 +139,12 @@ LARGEST = 1 << 31
 """Largest number of elements of a kernel that is computed from a core."""
 
 
-def _is_dora(module: Module) -> bool:
+def _is_dora(module: ImageModule) -> bool:
     """Whether a LoRA has one magnitude an output, which is DoRA; one an input is a normalisation after it."""
     return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
 
 
-def _per_output(module: Module, out: int) -> bool:
+def _per_output(module: ImageModule, out: int) -> bool:
     """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] as in PEFT's convolutions."""
     shape = module.tensors["dora"].shape
     if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
@@ -152,11 +152,11 @@ def _per_output(module: Module, out: int) -> bool:
     return shape[:1] == (out,) and all(n == 1 for n in shape[1:])
 
 
-def _magnitude(module: Module) -> Lazy:
+def _magnitude(module: ImageModule) -> Lazy:
     return module.tensors["dora"].reshape(-1)
 
 
-def _normed(module: Module, update: Any) -> Found:
+def _normed(module: ImageModule, update: Any) -> ImageUpdate:
     """Decode magnitudes after a LoHa, a LoKr or a LoRA: [out, 1, ...], or with wd_on_output=False [1, in, 1, ...]."""
     shape = module.tensors["dora"].shape
     sizes = [n for n in shape if n != 1]
@@ -169,10 +169,10 @@ def _normed(module: Module, update: Any) -> Found:
         why = f"magnitudes {list(shape)} of a module with {width} {'inputs' if inputs else 'outputs'}"
         raise ShapeMismatch(why, where=module.keys["dora"], cure=AGAIN)
     leaves: dict[str, Any] = {"into" if inputs else "out": _magnitude(module)}
-    return Found(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
+    return ImageUpdate(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
 
 
-def _check_bypassed(module: Module, update: Update) -> None:
+def _check_bypassed(module: ImageModule, update: Update) -> None:
     if isinstance(update, LoRA) and len(update.A.shape) > 2:
         why = (
             "DoRA of a convolution, trained with bypass_mode: LyCORIS leaves its magnitude out of account, but not at "
@@ -186,7 +186,7 @@ EPSILON = 2.0**-23
 """LyCORIS adds this, float32's epsilon, to a norm that it divides by."""
 
 
-def _loha(module: Module, rules: Rules) -> Found:
+def _loha(module: ImageModule, rules: Rules) -> ImageUpdate:
     needed = [f"hada_w{n}_{x}" for n in (1, 2) for x in "ab"]
     cored = any(slot.startswith("hada_t") for slot in module.tensors)
     module.need(*needed, *(("hada_t1", "hada_t2") if cored else ()))
@@ -198,10 +198,10 @@ def _loha(module: Module, rules: Rules) -> Found:
         if cored:
             fields[f"t{n}"], leaves[f"t{n}"] = f"hada_t{n}", module.tensors[f"hada_t{n}"]
     rank = module.tensors["hada_w1_b"].shape[0] if module.tensors["hada_w1_b"].shape else 0
-    return Found(LoHa(**leaves, scaling=scaling(module, rank, rules)), fields)
+    return ImageUpdate(LoHa(**leaves, scaling=scaling(module, rank, rules)), fields)
 
 
-def _lokr(module: Module, rules: Rules) -> Found:
+def _lokr(module: ImageModule, rules: Rules) -> ImageUpdate:
     slots = [slot for slot in module.tensors if slot.startswith("lokr_")]
     cored = "lokr_t2" in module.tensors
     fields = {slot.removeprefix("lokr_"): slot for slot in slots}
@@ -218,10 +218,10 @@ def _lokr(module: Module, rules: Rules) -> Found:
     root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
     update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
-    return Found(update, fields)
+    return ImageUpdate(update, fields)
 
 
-def _oft(module: Module, rules: Rules) -> Found:
+def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
     if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
@@ -233,11 +233,11 @@ def _oft(module: Module, rules: Rules) -> Found:
     leaves["constraint"] = _constraint(module, rules) * blocks.shape[-2] * blocks.shape[-3]
     leaves["on_output"] = rules.trained.bypass
     if len(blocks.shape) == 4:
-        return Found(BOFTOutputs(**leaves), fields)
-    return Found(OFT(**leaves, side="out"), fields)
+        return ImageUpdate(BOFTOutputs(**leaves), fields)
+    return ImageUpdate(OFT(**leaves, side="out"), fields)
 
 
-def _constraint(module: Module, rules: Rules) -> float:
+def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
         raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=AGAIN)
     alpha = module.number("alpha")
@@ -247,7 +247,7 @@ def _constraint(module: Module, rules: Rules) -> float:
     return alpha
 
 
-def _glora(module: Module, rules: Rules) -> Found:
+def _glora(module: ImageModule, rules: Rules) -> ImageUpdate:
     _no_dora(module)
     slots = ("a1", "a2", "b1", "b2")
     tensors = module.need(*slots)
@@ -260,10 +260,10 @@ def _glora(module: Module, rules: Rules) -> Found:
     # Other modules save an alpha multiplied by sqrt(r); GLoRA saves the one that the user gave.
     times = math.sqrt(rank) if rules.trained.rs else 1.0
     update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
-    return Found(update, dict(zip(leaves, slots, strict=True)))
+    return ImageUpdate(update, dict(zip(leaves, slots, strict=True)))
 
 
-def _ia3(module: Module, rules: Rules) -> Found:
+def _ia3(module: ImageModule, rules: Rules) -> ImageUpdate:
     _no_dora(module)
     module.need("weight", "on_input")
     on_input = module.number("on_input")
@@ -271,31 +271,31 @@ def _ia3(module: Module, rules: Rules) -> Found:
         raise Malformed(f"{on_input} is neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
     field = "w_in" if on_input else "w"
     leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
-    return Found(
+    return ImageUpdate(
         IA3Weights(**leaves, on_output=rules.trained.bypass and not on_input), {field: "weight"}, ("on_input",)
     )
 
 
-def _dense(module: Module, _: Rules) -> Found:
+def _dense(module: ImageModule, _: Rules) -> ImageUpdate:
     slots = {"D": "diff", "d": "diff_b"} if "diff" in module.tensors or "diff_b" in module.tensors else _NORM
     fields = {field: slot for field, slot in slots.items() if slot in module.tensors}
     leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
-    return Found(Dense(**leaves), fields)
+    return ImageUpdate(Dense(**leaves), fields)
 
 
-def _set(module: Module, _: Rules) -> Found:
+def _set(module: ImageModule, _: Rules) -> ImageUpdate:
     fields = {field: slot for field, slot in (("weight", "set_weight"), ("bias", "set_bias")) if slot in module.tensors}
     leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
-    return Found(Replacement(**leaves), fields)
+    return ImageUpdate(Replacement(**leaves), fields)
 
 
-def _t_lora(module: Module, _: Rules) -> Found:
+def _t_lora(module: ImageModule, _: Rules) -> ImageUpdate:
     slot = next(slot for slot in module.tensors if slot.startswith(T_LORA))
     why = "T-LoRA changes a weight by the difference from its first factors, which the file does not hold"
     raise Unsupported(why, where=module.keys[slot], cure="Merge it where it was trained, and extract a LoRA")
 
 
-def _reshape(module: Module, _: Rules) -> Found:
+def _reshape(module: ImageModule, _: Rules) -> ImageUpdate:
     why = "it enlarges the weight that it adapts, so no base has that weight"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
 
@@ -303,7 +303,7 @@ def _reshape(module: Module, _: Rules) -> Found:
 _NORM = {"D": "w_norm", "d": "b_norm"}
 T_LORA = ("q_layer", "p_layer", "lambda_layer")
 
-_LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
+_LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]], ...] = (
     (T_LORA, _t_lora),
     (("reshape_weight",), _reshape),
     (("set_",), _set),
@@ -318,20 +318,20 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
 """Prefixes of the slots of each method -> its reader, in order of application."""
 
 
-def _no_dora(module: Module) -> None:
+def _no_dora(module: ImageModule) -> None:
     if "dora" in module.tensors:
         why = "a magnitude on another method than LoRA"
         raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS, and extract a LoRA")
 
 
-def _checked(update: LoKr, module: Module) -> None:
+def _checked(update: LoKr, module: ImageModule) -> None:
     try:
         update.check()
     except Malformed as error:
         raise Malformed(error.why, where=module.where, cure=AGAIN) from None
 
 
-def _flat(module: Module, slot: str, axes: int) -> Lazy:
+def _flat(module: ImageModule, slot: str, axes: int) -> Lazy:
     """Return a tensor without the axes of size 1 after its first."""
     leaf = module.tensors[slot]
     if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):

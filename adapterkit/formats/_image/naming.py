@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
-    from ...naming.image import Family
+    from ...naming.image import ImageFamily
 
 
 def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
@@ -105,5 +105,5 @@ def _titles(families: frozenset[str]) -> str:
     return " or ".join(sorted(_family(name).title for name in specific(families) or families))
 
 
-def _family(name: str) -> Family:
+def _family(name: str) -> ImageFamily:
     return next(each for each in all_families() if each.name == name)

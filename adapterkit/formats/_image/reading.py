@@ -13,10 +13,10 @@ from ...io.lazy import DTYPES, Lazy, at_once
 from ...naming.image import families, families_with, rooted
 from ...naming.resolver import WRAPPERS
 from .biases import check_biases
-from .bundles import Bundle, split
+from .bundles import ImageBundle, split
 from .deciding import FAMILY, Origin, check_said, denoiser_targets
 from .file import rules_for
-from .hints import Leftovers
+from .hints import ImageLeftovers
 from .laws import decode
 from .placing import placed
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from .container import Metadata
     from .dialect import ImageFormat
-    from .file import Found
+    from .file import ImageUpdate
 
 
 def decoded(
@@ -44,7 +44,7 @@ def decoded(
     _check_apart(targets)
     check_biases(modules, dialect.switch)
     rules = rules_for(dialect.rules, compat, dict(metadata))
-    updates, hints = dict[Target, tuple["Update", ...]](), Leftovers()
+    updates, hints = dict[Target, tuple["Update", ...]](), ImageLeftovers()
     for stem, module in modules.items():
         found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
         _check_shapes(stem, found)
@@ -54,7 +54,7 @@ def decoded(
         inside = [rooted(target.path)[1] for target in denoiser_targets(updates, ())]
         check_said(list(dict.fromkeys(inside)), base, dict(metadata))
     placed_there = updates if base is None else placed(updates, base)
-    bundle = Bundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
+    bundle = ImageBundle(embeddings, updates, Origin(dialect.naming, metadata=dict(metadata)))
     hints.keys |= bundle.keys
     hints.shapes |= bundle.shapes
     hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
@@ -102,7 +102,7 @@ def check_family(adapter: Adapter, family: str) -> None:
             raise UsageError(why, where=str(target), cure="Name another family, or leave --family (family=) out")
 
 
-def _check_shapes(stem: str, found: list[Found]) -> None:
+def _check_shapes(stem: str, found: list[ImageUpdate]) -> None:
     """Check shapes of tensors at once, because `Leftovers` compares them with what would be written."""
     for each in found:
         try:

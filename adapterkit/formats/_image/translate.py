@@ -9,10 +9,10 @@ from ...core.adapter import Target, Updates
 from ...core.updates import Update
 from ...methods.lokr import LoKr
 from ...methods.oft import OFT
-from ...naming.image import FUSED, Family, families_of, rooted
+from ...naming.image import FUSED, ImageFamily, families_of, rooted
 from ...naming.pieces import Piece, Run
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
-from .fusing import Part, joined, outputs_of, parted
+from .fusing import FusedPart, joined, outputs_of, parted
 
 Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
@@ -89,7 +89,7 @@ class _Member:
 class _Into:
     """Collects the updates of one family in the requested naming."""
 
-    family: Family
+    family: ImageFamily
     naming: str
     fold: bool
     fuse: bool
@@ -200,7 +200,7 @@ class _Into:
                     self.lose(target, self.origins[target], why)
 
     def _joined(self, path: str, members: list[_Member]) -> tuple[Update | None, str]:
-        parts = [Part(member.run, member.update) for member in members]
+        parts = [FusedPart(member.run, member.update) for member in members]
         if len({(member.run.start, member.run.stop) for member in members}) < len(members):
             return None, "several updates on parts of a fused weight"
         if all(isinstance(part.update, OFT) and part.unit for part in parts):
@@ -258,4 +258,4 @@ def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
     parts = parted(update, [(piece.here.start * unit, piece.here.stop * unit) for piece in pieces])
     if parts is None:
         return None
-    return joined([Part(piece.there, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]
+    return joined([FusedPart(piece.there, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]

@@ -13,14 +13,14 @@ from ...core.adapter import Target, Updates
 from ...errors import Malformed, ShapeMismatch
 from ...methods.oft import OFT
 from ...naming.image import component_of, families_of, rooted
-from .file import AGAIN, Module
+from .file import AGAIN, ImageModule
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}
 """Last word of a fused weight's path -> how many parts it has."""
 
 
-def parts(module: Module) -> list[Module]:
+def parts(module: ImageModule) -> list[ImageModule]:
     """Return a module for each part, named with `.` and the part's number; any other module unchanged.
 
     Raises:
@@ -36,13 +36,13 @@ def parts(module: Module) -> list[Module]:
     return [_part(module, number, numbered[number]) for number in range(len(numbered))]
 
 
-def _part(module: Module, number: int, slot: str) -> Module:
+def _part(module: ImageModule, number: int, slot: str) -> ImageModule:
     slots = {"oft_blocks": slot} | ({"alpha": "alpha"} if "alpha" in module.tensors else {})
     tensors = {name: module.tensors[own] for name, own in slots.items()}
-    return Module(f"{module.stem}.{number}", tensors, {name: module.keys[own] for name, own in slots.items()})
+    return ImageModule(f"{module.stem}.{number}", tensors, {name: module.keys[own] for name, own in slots.items()})
 
 
-def rows_of(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+def rows_of(modules: Mapping[str, ImageModule]) -> dict[str, tuple[int, int]]:
     """Return name of a part -> its rows, if a weight has more than one part.
 
     Raises:

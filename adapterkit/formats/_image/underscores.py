@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import TargetNotFound, nearest
 from ...naming.image import (
     ROOTS,
-    Family,
+    ImageFamily,
     beside,
     component_of,
     encoders,
@@ -131,17 +131,17 @@ def _kind(flat: str) -> str:
     return next((kind for kind, names in encoders().items() if names.unflattened(flat)), "")
 
 
-def _kinds(family: Family) -> set[str]:
+def _kinds(family: ImageFamily) -> set[str]:
     return {encoder.kind for encoder in family.facts.encoders.values()}
 
 
-def _in_diffusers(family: Family, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
+def _in_diffusers(family: ImageFamily, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
     paths = [rooted(path)[1] for path in reading.values()]
     naming = family.naming_of(paths)
     return tuple(family.moves(path, naming, "diffusers") for path in paths)
 
 
-def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
+def _reading(family: ImageFamily, inside: Mapping[str, str]) -> dict[str, str]:
     """Return stem -> path in the one naming of a family that has all stems; empty if no naming has."""
     if not all(family.may_have(flat) for flat in inside.values()):
         return {}
@@ -220,7 +220,7 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
     return next(iter(told)) if len(told) == 1 else ""
 
 
-def _has(family: Family, flats: Iterable[str]) -> bool:
+def _has(family: ImageFamily, flats: Iterable[str]) -> bool:
     """Whether one of a family's namings has all of these names."""
     return any(all(family.unflattened(flat, naming) for flat in flats) for naming in family.namings)
 

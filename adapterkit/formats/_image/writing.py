@@ -19,7 +19,7 @@ from .bundles import keyed
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
-from .hints import Hints, fingerprint, hints_of, still
+from .hints import ImageHints, fingerprint, hints_of, still
 from .placing import kernel_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .container import Metadata
     from .deciding import Origin
     from .dialect import ImageFormat
-    from .file import Rules, Stored
+    from .file import Rules, StoredTensor
 
 
 def encoded(
@@ -80,9 +80,9 @@ def _stored(
     dialect: ImageFormat,
     rules: Rules,
     stem: str,
-    stored: Stored,
+    stored: StoredTensor,
     update: Update,
-    hints: Hints,
+    hints: ImageHints,
     kept: Mapping[str, object],
     said: bool,
 ) -> dict[str, Lazy]:
@@ -106,7 +106,7 @@ def _stored(
 
 
 def _sources(
-    dialect: ImageFormat, stem: str, stored: Stored, hints: Hints, kept: Mapping[str, object]
+    dialect: ImageFormat, stem: str, stored: StoredTensor, hints: ImageHints, kept: Mapping[str, object]
 ) -> dict[str, Lazy]:
     """Return the tensors from which a field was computed when it was read."""
     if stored.slot != "down" or not hints.derived:
@@ -115,7 +115,7 @@ def _sources(
     return {k: as_lazy(kept[k]) for k in keys if k in kept and k in hints.derived}  # type: ignore[arg-type]
 
 
-def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[Target, int], str]:
+def _stems(dialect: ImageFormat, updates: Updates, hints: ImageHints) -> dict[tuple[Target, int], str]:
     paths = [target.path for target in updates]
     found: dict[tuple[Target, int], str] = {}
     for target, each in updates.items():
@@ -127,7 +127,7 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 
 
 def _expressible(
-    dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
+    dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
     """Return the updates that a file can express, and a line for each thing that was left out or rewritten."""
     updates, idle = without_effect(updates, rules)
@@ -169,7 +169,7 @@ def _keeping(origin: Origin) -> str:
     )
 
 
-def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
+def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHints) -> Iterable[tuple[Target, str]]:
     paths = [target.path for target in updates]
     yield from mixed_biases(
         updates,
@@ -201,7 +201,7 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
                 yield target, why
 
 
-def _same(stored: Stored, one: Lazy, other: Lazy) -> bool:
+def _same(stored: StoredTensor, one: Lazy, other: Lazy) -> bool:
     """Whether two updates share an alpha, because they are parts of one module that are trained apart."""
     return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 

@@ -10,7 +10,7 @@ import msgspec
 
 from ...errors import Malformed, Unsupported
 from .families import FAMILIES, family_of_architecture
-from .families._family import Family
+from .families._family import AdapterHubFamily
 from .settings import Settings
 
 
@@ -32,7 +32,7 @@ def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None)
     return settings
 
 
-def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, type[Family], Any]]:
+def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, type[AdapterHubFamily], Any]]:
     """Yield place, family and typed fields of each config: one, or those of a union.
 
     Raises:
@@ -53,7 +53,7 @@ def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, 
         yield _part(member, f"config.configs[{position}]", settings)
 
 
-def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, type[Family], Any]:
+def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, type[AdapterHubFamily], Any]:
     architecture = own.get("architecture")
     family = family_of_architecture(architecture)
     if family is None:

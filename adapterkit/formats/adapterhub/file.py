@@ -45,7 +45,7 @@ _KEY = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class AdapterHubKey:
     """One key of a file of tensors.
 
     Attributes:
@@ -61,7 +61,7 @@ class Key:
     slot: str
 
 
-def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[Key, Lazy]:
+def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[AdapterHubKey, Lazy]:
     """Parse the keys, in file order.
 
     Raises:
@@ -70,7 +70,7 @@ def parse_keys(tensors: Mapping[str, Lazy], name: str) -> dict[Key, Lazy]:
     return {parse_key(text, name): tensor for text, tensor in tensors.items()}
 
 
-def parse_key(text: str, name: str) -> Key:
+def parse_key(text: str, name: str) -> AdapterHubKey:
     """Parse one key.
 
     Raises:
@@ -83,7 +83,7 @@ def parse_key(text: str, name: str) -> Key:
     if found["name"] != name:
         why = f"of an adapter {found['name']!r}, but the config is of {name!r}"
         raise Malformed(why, where=text, cure="Save one adapter a folder")
-    return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
+    return AdapterHubKey(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
 
 # Targets do not determine all of a key: it also has the adapter's name, and the path of the base in the saved model.
@@ -94,7 +94,7 @@ INNER = ("blocks", "decoder", "embeddings", "encoder", "h", "layer", "layers", "
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class AdapterHubNaming:
     """The names that one file uses.
 
     Attributes:
@@ -126,7 +126,7 @@ def root_of(paths: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class AdapterHubPart:
     """A file as one of its configs sees it: the whole file, except in a union.
 
     Attributes:
@@ -141,7 +141,7 @@ class Part:
 
     settings: Settings
     own: Any
-    tensors: Mapping[Key, Lazy]
+    tensors: Mapping[AdapterHubKey, Lazy]
     base: Checkpoint | None = None
     compat: str | None = None
     at: str = "config"
@@ -152,13 +152,13 @@ class Part:
         """Whether to read the paper's formula if the library's forward departs from it."""
         return self.compat == FORMULA
 
-    def groups(self, kind: str) -> dict[str, dict[str, Key]]:
+    def groups(self, kind: str) -> dict[str, dict[str, AdapterHubKey]]:
         """Return module -> slot -> key, for the keys of a kind.
 
         Raises:
             Malformed: two keys mean the same.
         """
-        found: dict[str, dict[str, Key]] = {}
+        found: dict[str, dict[str, AdapterHubKey]] = {}
         for key in self.tensors:
             if key.kind != kind:
                 continue
@@ -176,22 +176,22 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class AdapterHubUpdate:
     """One update of a file, and the keys that it was made from."""
 
     target: Target
     update: Update
-    keys: tuple[Key, ...]
+    keys: tuple[AdapterHubKey, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class KeptKey:
     """A key whose tensor does not affect the adapter's function, and is kept to be written back."""
 
-    key: Key
+    key: AdapterHubKey
 
 
-Findings = Iterator[Found | Kept]
+Findings = Iterator[AdapterHubUpdate | KeptKey]
 
 
 def joined(leaves: list[Lazy]) -> Lazy:
@@ -215,7 +215,7 @@ def make(method: str, leaves: Mapping[str, Leaf], **attributes: Any) -> Update:
     return METHODS[method](**leaves, **attributes)
 
 
-def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dict[str, Lazy]:
+def take(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], fields: Mapping[str, str]) -> dict[str, Lazy]:
     """Return field -> tensor, for a table of slot -> field.
 
     Raises:
@@ -228,7 +228,7 @@ def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dic
     return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
 
 
-def check_same(part: Part, one: Key, other: Key) -> None:
+def check_same(part: AdapterHubPart, one: AdapterHubKey, other: AdapterHubKey) -> None:
     """Check that two keys hold the same values, because the library stores one tensor under both.
 
     Raises:

@@ -14,7 +14,7 @@ from .._leftovers import leftovers
 from .config import parse, parts
 from .container import Content
 from .families import family_of
-from .file import AGAIN, Found, Kept, Key, Naming, Part, parse_keys
+from .file import AGAIN, AdapterHubKey, AdapterHubNaming, AdapterHubPart, AdapterHubUpdate, KeptKey, parse_keys
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
-    from .families._family import Family
+    from .families._family import AdapterHubFamily
 
 
 FORMAT = "adapterhub"
@@ -31,7 +31,7 @@ HEAD = "head/"
 """Prefix of a prediction head's tensors among the leftovers."""
 
 
-class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AdapterHubHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The leftovers.
 
     Attributes:
@@ -55,13 +55,13 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     head_file: str | None = None
 
 
-def hints_of(adapter: Adapter) -> Hints:
+def hints_of(adapter: Adapter) -> AdapterHubHints:
     """Return the leftovers of an adapter that was read from such a folder; empty ones for any other.
 
     Raises:
         Malformed: the leftovers are damaged.
     """
-    return leftovers(adapter, FORMAT, Hints)
+    return leftovers(adapter, FORMAT, AdapterHubHints)
 
 
 # Decoding turns a config and tensors into an `Adapter`; every tensor must be accounted for.
@@ -77,11 +77,11 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
     """
     updates, kept, settings = assemble(content, compat=compat, base=base)
     root = _root(parse_keys(content.tensors, settings.name))
-    hints = Hints(
+    hints = AdapterHubHints(
         config=dict(content.config),
         file=content.file,
         root=root,
-        keys=_departures(updates, content, Naming(settings.name, settings.model_type, root)),
+        keys=_departures(updates, content, AdapterHubNaming(settings.name, settings.model_type, root)),
         compat=compat,
         interface=None if content.interface is None else dict(content.interface),
         head=None if content.head is None else dict(content.head),
@@ -96,15 +96,15 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 
 def assemble(
     content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
-) -> tuple[Updates, list[Key], Settings]:
+) -> tuple[Updates, list[AdapterHubKey], Settings]:
     """Return the updates by target, the keys that are only kept, and the settings; `heads` are those of a prefix."""
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
-    found: list[Found] = []
-    kept: list[Key] = []
+    found: list[AdapterHubUpdate] = []
+    kept: list[AdapterHubKey] = []
     for at, family, own in parts(content.config, settings):
-        for finding in family.decode(Part(settings, own, tensors, base, compat, at, heads)):
-            if isinstance(finding, Kept):
+        for finding in family.decode(AdapterHubPart(settings, own, tensors, base, compat, at, heads)):
+            if isinstance(finding, KeptKey):
                 kept.append(finding.key)
             else:
                 found.append(finding)
@@ -116,15 +116,15 @@ def assemble(
     return updates, kept, settings
 
 
-def spell(updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+def spell(updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
     """Yield key and tensor of everything that the families of the updates write."""
     for family, own in by_family(updates).items():
         yield from family.spell(own, naming)
 
 
-def by_family(updates: Updates) -> dict[type[Family], Updates]:
+def by_family(updates: Updates) -> dict[type[AdapterHubFamily], Updates]:
     """Group the updates by family; those of no family are left out."""
-    found: dict[type[Family], dict[Target, tuple[Update, ...]]] = {}
+    found: dict[type[AdapterHubFamily], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
             if family := family_of(update):
@@ -133,21 +133,21 @@ def by_family(updates: Updates) -> dict[type[Family], Updates]:
     return dict(found)
 
 
-def _check_all_used(tensors: Mapping[Key, Lazy], used: set[Key]) -> None:
+def _check_all_used(tensors: Mapping[AdapterHubKey, Lazy], used: set[AdapterHubKey]) -> None:
     left = next((key for key in tensors if key not in used), None)
     if left is not None:
         why = "a tensor that nothing in the config has a place for"
         raise Malformed(why, where=left.text, cure=f"The config is not of this file; {AGAIN[0].lower()}{AGAIN[1:]}")
 
 
-def _departures(updates: Updates, content: Content, naming: Naming) -> dict[str, str]:
+def _departures(updates: Updates, content: Content, naming: AdapterHubNaming) -> dict[str, str]:
     """Return the file's keys that differ from the writer's own choice."""
     parsed = parse_keys(content.tensors, naming.name)
     had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
     return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
 
 
-def _root(keys: Iterable[Key]) -> str:
+def _root(keys: Iterable[AdapterHubKey]) -> str:
     """Return the path of the base model, by a key of a tensor that the whole model shares; empty if there is none."""
     shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
     return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")

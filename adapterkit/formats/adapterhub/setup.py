@@ -18,7 +18,7 @@ from ...errors import Malformed, StorageError, UsageError, storage_error
 from ...io.atomic import write_bytes
 from ...io.checkpoint import read_json
 from .container import save
-from .reader import FORMAT, Hints, hints_of
+from .reader import FORMAT, AdapterHubHints, hints_of
 from .settings import RELEASE
 from .writer import encode
 
@@ -170,7 +170,7 @@ def _named(adapter: Adapter, name: str) -> Adapter:
     hints = hints_of(adapter)
     if hints.config.get("name") == name:
         return adapter
-    own = Hints(config={"name": name}, root=hints.root, interface=hints.interface)
+    own = AdapterHubHints(config={"name": name}, root=hints.root, interface=hints.interface)
     return replace(adapter, foreign=Foreign(FORMAT, msgspec.to_builtins(own), {}))
 
 

@@ -14,10 +14,10 @@ from ...io.lazy import as_lazy
 from .._losses import Loss, expressible
 from .container import SAFETENSORS, Content
 from .families import family_of
-from .file import Naming, root_of
+from .file import AdapterHubNaming, root_of
 from .layers import family_of_base, model_type_of, on_outputs
 from .proof import says
-from .reader import FORMAT, HEAD, Hints, by_family, hints_of, spell
+from .reader import FORMAT, HEAD, AdapterHubHints, by_family, hints_of, spell
 from .settings import RELEASE
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
     return content, lines
 
 
-def _content(adapter: Adapter, updates: Updates, hints: Hints, config: Mapping[str, Any]) -> Content:
+def _content(adapter: Adapter, updates: Updates, hints: AdapterHubHints, config: Mapping[str, Any]) -> Content:
     root = hints.root or root_of(target.path for target in updates)
-    naming = Naming(str(config["name"]), config.get("model_type"), root)
+    naming = AdapterHubNaming(str(config["name"]), config.get("model_type"), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
     stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}
@@ -78,7 +78,7 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
     return own, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
 
 
-def _config(adapter: Adapter, updates: Updates, hints: Hints, base: Checkpoint | None) -> dict[str, Any]:
+def _config(adapter: Adapter, updates: Updates, hints: AdapterHubHints, base: Checkpoint | None) -> dict[str, Any]:
     own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None

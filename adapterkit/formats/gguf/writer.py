@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 METHODS = (LoRA, ALoRA)
 
 
-class Hints(Leftovers, total=False):
+class GgufHints(Leftovers, total=False):
     """Architecture, alpha and heads, key-values as (key, type, value), and block types of quantized tensors."""
 
     architecture: str
@@ -48,7 +48,7 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
     Raises:
         Unrepresentable: llama.cpp cannot express it, and `on_loss` does not allow a rewriting.
     """
-    hints = remembered(adapter, FORMAT, Hints)
+    hints = remembered(adapter, FORMAT, GgufHints)
     place = _place(hints, adapter, base)
     invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
     moves = place.moves(adapter.updates)

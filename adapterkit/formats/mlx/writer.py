@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 METADATA = {"format": "mlx"}
 
 
-class Hints(Leftovers, total=False):
+class MlxHints(Leftovers, total=False):
     """The config and its text, the tensors' metadata, own names -> MLX's."""
 
     config: dict[str, Any]
@@ -49,7 +49,7 @@ def written(
     Raises:
         Unrepresentable: MLX-LM cannot express it, and `on_loss` does not allow a rewriting.
     """
-    hints = remembered(adapter, FORMAT, Hints)
+    hints = remembered(adapter, FORMAT, MlxHints)
     adapter = _stacked(adapter, None if base is None else base.config)
     only = all(isinstance(update, Replacement) for _, update in adapter)
     config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)

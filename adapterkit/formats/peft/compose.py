@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...methods.ia3 import IA3
 from .experts import as_written
 from .families import family_of_type
-from .hints import Hints, fingerprint
+from .hints import PeftHints, fingerprint
 from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
 from .pairs import PAIRS, law_fields
 from .spelling import is_embedding, lora_paths
@@ -46,7 +46,7 @@ ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_t
 def configs(
     adapter: Adapter,
     updates: Updates,
-    hints: Hints,
+    hints: PeftHints,
     peft_type: str,
     numbers: Mapping[str, Any],
     base: Checkpoint | None,
@@ -84,7 +84,7 @@ def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
-def _base_fields(adapter: Adapter, hints: Hints) -> dict[str, Any]:
+def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, Any]:
     """Return the base's name, if it is not the one that was read."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):

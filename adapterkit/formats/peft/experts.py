@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...io.lazy import Lazy, as_lazy, bytes_of
 from ...naming.layouts import stored_in_out
-from .factors import Factors, adapt, check_rank
+from .factors import PeftFactors, adapt, check_rank
 from .file import File, Findings, Found
 from .settings import names_module, parse_version, written_by_unsloth
 
@@ -56,7 +56,7 @@ def adapts_parameter(file: File, path: str) -> bool:
     return bool(_names(file, path)) and not names_module(file.settings.target_modules, path)
 
 
-def decode(file: File, factors: Iterable[Factors]) -> Findings:
+def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:
     """Return the updates of parameters.
 
     Raises:
@@ -64,7 +64,7 @@ def decode(file: File, factors: Iterable[Factors]) -> Findings:
         Unsupported: several parameters are possible, and nothing can decide.
         ShapeMismatch: a rank differs from the config's.
     """
-    modules: dict[str, list[Factors]] = {}
+    modules: dict[str, list[PeftFactors]] = {}
     for each in factors:
         modules.setdefault(each.key.path, []).append(each)
     for path, group in modules.items():
@@ -171,7 +171,7 @@ def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Targ
     return {**config, "lora_B_layout": order}
 
 
-def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> Found:
+def _parameter(file: File, factors: PeftFactors, path: str, swaps: bool | None) -> Found:
     rank = file.settings.rank(path)
     experts = max(factors.A.shape[0] // rank, 1)
     check_rank(factors, rank, experts)
@@ -193,7 +193,7 @@ def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> F
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
-def _order(file: File, factors: Factors, experts: int, rank: int) -> str:
+def _order(file: File, factors: PeftFactors, experts: int, rank: int) -> str:
     """Return the order of lora_B's columns.
 
     Raises:
@@ -214,7 +214,7 @@ def _order(file: File, factors: Factors, experts: int, rank: int) -> str:
     return RANK_MAJOR
 
 
-def _swaps(file: File, factors: Factors, path: str, shape: Shape | None, related: bool | None) -> bool:
+def _swaps(file: File, factors: PeftFactors, path: str, shape: Shape | None, related: bool | None) -> bool:
     """Whether lora_A has the outputs and lora_B the inputs, as PEFT before 0.19 wrote them.
 
     Args:
@@ -246,7 +246,7 @@ def _swaps(file: File, factors: Factors, path: str, shape: Shape | None, related
     return not in_out and (old or (in_out is False and sides[0] != sides[1]))
 
 
-def _check_matrices(factors: Factors) -> None:
+def _check_matrices(factors: PeftFactors) -> None:
     for field in ("A", "B"):
         if len(factors.tensors[field].shape) != 2:
             why = f"a factor of a parameter is a matrix, not {list(factors.tensors[field].shape)}"
@@ -260,7 +260,7 @@ def _names(file: File, path: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
+def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, ...]:
     if all(each.stem in file.parameters for each in group):
         return tuple(file.parameters[each.stem].rpartition(".")[2] for each in group)
     names = _names(file, path)
@@ -280,7 +280,7 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
     raise Unsupported(why, where=where, cure="Merge it with PEFT itself")
 
 
-def _fits(file: File, path: str, group: Sequence[Factors], names: Sequence[str]) -> bool:
+def _fits(file: File, path: str, group: Sequence[PeftFactors], names: Sequence[str]) -> bool:
     sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
     if None in sizes.values():
         return False
@@ -291,7 +291,7 @@ def _fits(file: File, path: str, group: Sequence[Factors], names: Sequence[str])
     return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
-def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | None:
+def _size(file: File, factors: PeftFactors, path: str) -> tuple[int, int, int] | None:
     """Return (experts, out, in) if the factors have the parameter's rank."""
     (rows, in_), (out, columns) = factors.A.shape, factors.B.shape
     experts, rest = divmod(rows, file.settings.rank(path))

@@ -33,7 +33,7 @@ FIELDS = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Factors:
+class PeftFactors:
     """The tensors of one adapted module or parameter, as the file stores them.
 
     Attributes:
@@ -62,7 +62,7 @@ class Factors:
         return self.tensors["B"]
 
 
-def find_factors(file: File) -> list[Factors]:
+def find_factors(file: File) -> list[PeftFactors]:
     """Find all of them, in file order.
 
     Raises:
@@ -88,7 +88,7 @@ def find_factors(file: File) -> list[Factors]:
     return [_factors(file, stem, keys, needs, strange.get(stem)) for stem, keys in groups.items()]
 
 
-def check_rank(factors: Factors, rank: int, experts: int = 1, groups: int = 1) -> None:
+def check_rank(factors: PeftFactors, rank: int, experts: int = 1, groups: int = 1) -> None:
     """Check the rank in the config against the tensors; with groups, B has its share of the rank.
 
     Raises:
@@ -170,7 +170,9 @@ def _numbers(tokens: tuple[int, ...]) -> Lazy:
     return from_numpy(np.array(tokens, dtype=np.int64))
 
 
-def _factors(file: File, stem: str, keys: Mapping[str, Key], needs: Mapping[str, bool], strange: Key | None) -> Factors:
+def _factors(
+    file: File, stem: str, keys: Mapping[str, Key], needs: Mapping[str, bool], strange: Key | None
+) -> PeftFactors:
     first = strange or next(iter(keys.values()))
     _check_partners(file.settings, keys, needs, first.text)
     tensors = {name: file.tensors[key] for name, key in keys.items()}
@@ -181,7 +183,7 @@ def _factors(file: File, stem: str, keys: Mapping[str, Key], needs: Mapping[str,
                 cure="It was saved from one shard of a model: gather the shards first",
             )  # fmt: skip
     embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
-    return Factors(stem, keys, tensors, embedding)
+    return PeftFactors(stem, keys, tensors, embedding)
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:

@@ -17,7 +17,7 @@ FORMAT = "peft"
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PeftHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The leftovers.
 
     Attributes:
@@ -39,13 +39,13 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shapes: dict[str, list[Size]] = {}
 
 
-def hints_of(adapter: Adapter) -> Hints:
+def hints_of(adapter: Adapter) -> PeftHints:
     """Return the leftovers of an adapter that was read from a PEFT file; empty ones for any other.
 
     Raises:
         Malformed: the leftovers are damaged.
     """
-    return leftovers(adapter, FORMAT, Hints)
+    return leftovers(adapter, FORMAT, PeftHints)
 
 
 def fingerprint(targets: Iterable[Target]) -> str:

@@ -14,7 +14,7 @@ from ...errors import Malformed, ShapeMismatch
 from .._format import Departure
 from . import experts, merged_linear
 from .convolutions import zero_padded
-from .factors import Factors, adapt, check_rank, find_factors
+from .factors import PeftFactors, adapt, check_rank, find_factors
 from .file import File, Findings, Found, Kept
 from .pairs import OUTPUT_TIMES
 
@@ -57,8 +57,8 @@ def decode(file: File) -> Findings:
         ShapeMismatch: shapes contradict each other or the config's ranks.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
-    modules: list[Factors] = []
-    parameters: list[Factors] = []
+    modules: list[PeftFactors] = []
+    parameters: list[PeftFactors] = []
     for each in find_factors(file):
         (parameters if experts.adapts_parameter(file, each.key.path) else modules).append(each)
     attentions = file.attentions()
@@ -70,7 +70,7 @@ def decode(file: File) -> Findings:
     yield from experts.decode(file, parameters)
 
 
-def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findings:
+def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Findings:
     name, path = factors.key.module, factors.key.path
     blocks = file.settings.use_bdlora
     if blocks is not None and blocks.factor(name) and not factors.embedding:
@@ -99,7 +99,7 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
     yield Found(path, update, keys, _layout(file, factors, attentions))
 
 
-def _blocked(file: File, factors: Factors, factor: str, n: int) -> Found:
+def _blocked(file: File, factors: PeftFactors, factor: str, n: int) -> Found:
     """Decode a BD-LoRA; `factor` holds the n blocks of its diagonal, stacked."""
     name, A, B = factors.key.path, factors.A, factors.B
     rank = file.settings.rank(name)
@@ -114,27 +114,27 @@ def _blocked(file: File, factors: Factors, factor: str, n: int) -> Found:
     return Found(name, adapt(file.settings, name, tensors), keys)
 
 
-def _check_plain(factors: Factors, rank: int) -> None:
+def _check_plain(factors: PeftFactors, rank: int) -> None:
     if factors.key.depth:
         why = "nested as for parameters, and target_parameters names none here"
         raise Malformed(why, where=factors.key.text, cure="The config is not of this file")
     check_rank(factors, rank, groups=_groups(factors))
 
 
-def _groups(factors: Factors) -> int:
+def _groups(factors: PeftFactors) -> int:
     """Return the number of groups of a pair's convolution: in PEFT, A reads all channels, B those of its group."""
     rank, share = factors.A.shape[0], factors.B.shape[1]
     return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
 
-def _layout(file: File, factors: Factors, attentions: Collection[str]) -> str:
+def _layout(file: File, factors: PeftFactors, attentions: Collection[str]) -> str:
     if factors.embedding:
         return "in out *k"
     turned = file.settings.fan_in_fan_out and len(factors.A.shape) == 2 and factors.key.module not in attentions
     return "in out *k" if turned else "out *in"
 
 
-def _flat_output(factors: Factors) -> Lazy:
+def _flat_output(factors: PeftFactors) -> Lazy:
     """Return B as [out, r]: a convolution's B mixes channels at one place, so all its other axes are 1."""
     A, B = factors.A, factors.B
     if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
@@ -143,7 +143,7 @@ def _flat_output(factors: Factors) -> Lazy:
     return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
 
 
-def _vector(factors: Factors, field: str) -> Lazy:
+def _vector(factors: PeftFactors, field: str) -> Lazy:
     tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
     if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
         why = f"{list(tensor.shape)} are not {out} values, as lora_B says"

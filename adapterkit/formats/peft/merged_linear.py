@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ...errors import ShapeMismatch
-from .factors import Factors
+from .factors import PeftFactors
 from .file import Found, make
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 
-def decode(settings: Settings, factors: Factors) -> Iterator[Found]:
+def decode(settings: Settings, factors: PeftFactors) -> Iterator[Found]:
     """Yield one LoRA for each run of rows that are neighbours in the weight and share a group.
 
     Raises:
@@ -38,7 +38,7 @@ def decode(settings: Settings, factors: Factors) -> Iterator[Found]:
         yield Found(factors.key.path, update, factors.keys, layout, (to, to + stop - start))
 
 
-def _groups(settings: Settings, factors: Factors, blocks: int) -> int:
+def _groups(settings: Settings, factors: PeftFactors, blocks: int) -> int:
     """Return how many groups share A and B."""
     (rows, _), (outputs, inner, last) = factors.A.shape, factors.B.shape
     groups = rows // inner if inner else 0

@@ -18,7 +18,7 @@ from .._one_number import one_alpha, whole_number
 from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
 from .experts import GROUPED, PEFT_0_18
-from .hints import FORMAT, Hints, fingerprint, hints_of
+from .hints import FORMAT, PeftHints, fingerprint, hints_of
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target
@@ -98,7 +98,7 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
 
 
-def _foreign(adapter: Adapter, hints: Hints) -> Foreign:
+def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
     """Return the leftovers with other hints; tensors that are only kept stay."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
@@ -114,7 +114,7 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
         "target_modules": sorted({target.path.rpartition(".")[2] for target in updates}),
     }  # fmt: skip
     return Foreign(
-        FORMAT, msgspec.to_builtins(Hints(config=config | {"inference_mode": True}, targets=fingerprint(updates)))
+        FORMAT, msgspec.to_builtins(PeftHints(config=config | {"inference_mode": True}, targets=fingerprint(updates)))
     )
 
 

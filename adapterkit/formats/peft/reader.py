@@ -17,7 +17,7 @@ from . import ia3, ln_tuning, lora, replacement, rows
 from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept, Key
-from .hints import FORMAT, Hints, fingerprint
+from .hints import FORMAT, PeftHints, fingerprint
 from .keys import parse_keys, prefix_of
 from .spelling import spell_updates, stored
 
@@ -62,7 +62,7 @@ def decode(
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
     if compat in ORDERS:
         compat = None  # The writer uses PEFT's own order and says so in the config.
-    hints = Hints(
+    hints = PeftHints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
     foreign = Foreign(FORMAT, msgspec.to_builtins(hints), {key: tensors[key] for key in kept})
@@ -86,7 +86,7 @@ def without_config(adapter: Adapter, config: Mapping[str, Any], *, assumed: bool
     foreign, (step,) = adapter.foreign, adapter.recipe
     compat = None if foreign is None else foreign.data.get("compat")
     told = {"alpha": "rank" if assumed else config["lora_alpha"], "config": None}
-    kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(Hints(compat=compat)))
+    kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(PeftHints(compat=compat)))
     return adapter.replace(recipe=(Step("read", {**step.args, **told}),), foreign=kept)
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...core.updates import Update
     from ...io.lazy import Leaf
-    from .hints import Hints
+    from .hints import PeftHints
 
 
-def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
+def number_fields(updates: Updates, hints: PeftHints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
     """Return the fields for ranks and scalings; a scaling that no alpha gives is folded into B, if allowed."""
     updates, lines = _family_folded(updates, on_loss)
     if lines:

@@ -27,7 +27,7 @@ class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gamma: float = 1e-3
 
 
-class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BlockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`use_bdlora`: words in the names of the modules whose A, or whose B, is block-diagonal."""
 
     target_modules_bd_a: list[str] | None = None
@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     fan_in_fan_out: bool | None = False
     init_lora_weights: bool | str | None = True
     kasa_config: Kasa | None = None
-    use_bdlora: Blocks | None = None
+    use_bdlora: BlockSettings | None = None
     alora_invocation_tokens: Tokens | None = None
     arrow_config: Router | None = None
     enable_lora: list[bool] | None = None

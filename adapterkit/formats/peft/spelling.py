@@ -50,7 +50,7 @@ class Spelled:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Names:
+class PeftNames:
     """PEFT's names for the modules and parameters of one set of updates.
 
     Attributes:
@@ -154,7 +154,7 @@ def _names_parameter(path: str, base: Checkpoint | None) -> bool:
     return path.endswith("weight") or (base is not None and path in base.tensors)
 
 
-def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: Checkpoint | None) -> Names:
+def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: Checkpoint | None) -> PeftNames:
     paths = lora_paths(updates)
     modules: dict[str, list[str]] = {}
     wrappers: dict[str, str] = {}
@@ -169,10 +169,10 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
     wrappers |= {module: ".base_layer" * len(names) for module, names in modules.items()}
     guessed = {f"{m}.{name}" for m, names in modules.items() for name in names if not told_apart(names)}
     depth = {f"{module}.{name}": d for module, names in modules.items() for name, d in depths(names)}
-    return Names(paths, wrappers, depth, guessed, base)
+    return PeftNames(paths, wrappers, depth, guessed, base)
 
 
-def _spell_update(target: Target, update: Update, names: Names, peft_type: str, parts: Parts) -> Iterator[Part]:
+def _spell_update(target: Target, update: Update, names: PeftNames, peft_type: str, parts: Parts) -> Iterator[Part]:
     if isinstance(update, PAIRS):
         embedding, stem = is_embedding(target), _stem(target, names)
         guessed = embedding is None or target.path in names.guessed
@@ -209,7 +209,7 @@ _OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
 """The two projections of `nn.MultiheadAttention`."""
 
 
-def _stem(target: Target, names: Names) -> str:
+def _stem(target: Target, names: PeftNames) -> str:
     """Return the path in the keys of a LoRA, including its own module's wrappers."""
     if target.path in names.depths:
         module = target.path.rpartition(".")[0]

@@ -23,7 +23,7 @@ from .compose import configs
 from .experts import factor_in, in_order_of
 from .families import FAMILIES, family_of, family_of_type
 from .file import File
-from .hints import FORMAT, Hints, fingerprint, hints_of
+from .hints import FORMAT, PeftHints, fingerprint, hints_of
 from .keys import parse_key, parse_keys, prefix_of
 from .losses import acting_method, find_losses, without_encoders
 from .modules import token_numbers
@@ -160,7 +160,7 @@ def _turned(update: Update, layout: str) -> Update:
     return update if weight is None else update.replace(weight=stored(as_lazy(weight), layout))
 
 
-def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterator[Loss]:
+def _guesses(updates: Updates, hints: PeftHints, base: Checkpoint | None) -> Iterator[Loss]:
     paths, pairs = lora_paths(updates), all(isinstance(u, PAIRS) for found in updates.values() for u in found)
     if pairs and all(target.layout == "out *in" and not is_parameter(target, paths, base) for target in updates):
         return
@@ -170,7 +170,7 @@ def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterato
         yield target, position, f"nothing tells the {why}, on which its keys depend"
 
 
-def _peft_type(updates: Updates, hints: Hints) -> str:
+def _peft_type(updates: Updates, hints: PeftHints) -> str:
     method = acting_method(updates)
     if method is not None:
         own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
@@ -186,7 +186,7 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
     return "TRAINABLE_TOKENS" if numbers and alone and all(n == numbers[0] for n in numbers) else "LORA"
 
 
-def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
+def _spell(updates: Updates, hints: PeftHints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
     """Return every tensor as PEFT stores it, under the key and in the shape that it was read with, if known."""
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
@@ -222,7 +222,7 @@ def _omitted(config: Mapping[str, Any], spelled: list[Spelled], updates: Updates
     return {each.key for each in spelled if each.place[2] in left_out}
 
 
-def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:
+def _kept(adapter: Adapter, updates: Updates, hints: PeftHints) -> dict[str, Lazy]:
     """Return tensors that are only kept, if the module that they belong to is still there."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}

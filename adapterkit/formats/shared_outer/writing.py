@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .._pairs import Pair
 
 
-class Hints(Leftovers, total=False):
+class SharedOuterHints(Leftovers, total=False):
     """The config."""
 
     config: dict[str, Any]
@@ -37,7 +37,7 @@ def write_folder(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | 
         Unrepresentable: experts have outer factors of their own and `on_loss` is not `promote`; or it is not LoRA.
         UsageError: experts are in a stack, and there is no base whose config names the family.
     """
-    hints = remembered(adapter, FORMAT, Hints)
+    hints = remembered(adapter, FORMAT, SharedOuterHints)
     before = hints.get("config", {})
     alpha, pairs, lines = of_one_alpha(
         _apart(adapter, base), lambda target, update: unfit(target, update), dialect="SGLang", on_loss=on_loss,

@@ -18,7 +18,7 @@ from ...io.lazy import Lazy, as_lazy
 from ..architectures import Place
 from ..gguf import row_order
 from ..heads import Heads, by_group, heads_of, undone
-from ..resolver import Move, Part
+from ..resolver import Move, PathPart
 
 if TYPE_CHECKING:
     from .fitting import Shapes
@@ -52,8 +52,8 @@ def moved(
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
         Unsupported: updates of single experts cannot be put into one stack.
     """
-    placed: list[Placed | tuple[str, Part | None]] = []
-    stacks: dict[tuple[str, Part | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
+    placed: list[Placed | tuple[str, PathPart | None]] = []
+    stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
         cut, own = _of_rows(target, moves.get(target.path, ()), config)
         for move in own:
@@ -153,7 +153,7 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
     return own[plain if theirs is None else theirs]
 
 
-def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
+def _rows(update: Update, part: PathPart, stack: bool, target: Target, config: Config) -> Update:
     """Return one of several parts of an update's outputs."""
     size = _outputs(update, stack, target)
     if part.groups:
@@ -202,7 +202,7 @@ def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | Non
     return int(axis + stack if axis >= 0 else len(leaf.shape) + axis)
 
 
-def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, int, int]:
+def _steps(size: int, part: PathPart, target: Target, config: Config) -> tuple[int, int, int]:
     """Return the rows of a part as (start, stop, step)."""
     if part.heads:
         shares = _shares(config, target)
@@ -275,7 +275,7 @@ def _spread(update: Update, size: int, start: int, step: int, target: Target) ->
 
 
 def _stacked(
-    key: tuple[str, Part | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
+    key: tuple[str, PathPart | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
 ) -> Placed:
     """Join updates of single experts into updates of the stack that they belong to."""
     path, into = key

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...io.computed import Array
 
 
-class Linear(Mixture):
+class LinearCombiner(Mixture):
     """D = sum_t w_t D_t, over sum_t w_t if normalised."""
 
     title = "Weighted sum"

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ....core.registry import Registry
-from ._family import Family
+from ._family import AdapterHubFamily
 
 if TYPE_CHECKING:
     from ....core.updates import Update
 
-FAMILIES: Registry[type[Family]] = Registry("AdapterHub family", __name__, "adapterkit.adapterhub_families", Family)
+FAMILIES: Registry[type[AdapterHubFamily]] = Registry(
+    "AdapterHub family", __name__, "adapterkit.adapterhub_families", AdapterHubFamily
+)
 
 
-def family_of(update: Update) -> type[Family] | None:
+def family_of(update: Update) -> type[AdapterHubFamily] | None:
     """Return the family that writes an update; None if there is none."""
     return next((family for family in FAMILIES.values() if update.method in family.methods), None)
 
 
-def family_of_architecture(architecture: object) -> type[Family] | None:
+def family_of_architecture(architecture: object) -> type[AdapterHubFamily] | None:
     """Return the family that an `architecture` names; None if there is none."""
     if architecture is None:
         architecture = "bottleneck"

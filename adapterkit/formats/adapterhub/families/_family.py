@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target, Updates
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
-    from ..file import Findings, Naming, Part
+    from ..file import AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
@@ -23,7 +23,7 @@ class Fields(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a config that a family reads, with the library's defaults."""
 
 
-class Family(ABC):
+class AdapterHubFamily(ABC):
     """One `architecture`. Subclass it in a module of its own; the module's name is the architecture's.
 
     Class attributes:
@@ -47,7 +47,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         """Return all its updates in a file.
 
         Raises:
@@ -58,7 +58,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         """Yield key and tensor of everything that a file stores of these updates, all of this family."""
 
     @classmethod
@@ -72,6 +72,6 @@ class Family(ABC):
         return iter(())
 
     @classmethod
-    def stale(cls, updates: Updates, naming: Naming, kept: Mapping[str, Lazy]) -> Iterator[str]:
+    def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
         """Yield keys of kept tensors that no longer belong to these updates."""
         return iter(())

@@ -17,14 +17,14 @@ from ....core.adapter import Target, Updates
 from ....errors import Malformed, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ....linalg.activations import ACTIVATIONS
-from ..file import Found, check_same, make, take
+from ..file import AdapterHubUpdate, check_same, make, take
 from ..layers import model_type_of
 from ..sublayers import EMBEDDINGS, MODELS, SublayerRule, hanging, standing
-from ._family import Family, Fields, Number
+from ._family import AdapterHubFamily, Fields, Number
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Key, Naming, Part
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
 
@@ -349,7 +349,7 @@ class BottleneckFields(Fields, frozen=True, kw_only=True):
     factorized_phm_W: bool | None = True
 
 
-class BottleneckFamily(Family):
+class BottleneckFamily(AdapterHubFamily):
     """The family of configs that name no `architecture`."""
 
     methods = frozenset({"bottleneck", "compacter", "invertible"})
@@ -400,7 +400,7 @@ class BottleneckFamily(Family):
         return msgspec.structs.replace(fields, non_linearity=renamed)
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         _check_words(part)
         words = msgspec.structs.asdict(part.own)
         shared, keys = _shared(part, words)
@@ -416,12 +416,12 @@ class BottleneckFamily(Family):
                 place = {"residual": rule.residual, "norm": rule.norm}
                 method = "compacter" if part.own.phm_layer else "bottleneck"
                 update = make(method, tensors | shared, **_attributes(part.own), **place)
-                yield Found(Target(target), update, (*own_keys, *keys))
+                yield AdapterHubUpdate(Target(target), update, (*own_keys, *keys))
         if part.own.inv_adapter:
             yield from _invertible(part)
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         for own in forms(updates):
             words = words_of([update for _, update in own])
             for target, update in own:
@@ -444,7 +444,7 @@ class BottleneckFamily(Family):
         return losses(updates, base)
 
 
-def _check_words(part: Part) -> None:
+def _check_words(part: AdapterHubPart) -> None:
     own = part.own
     known = {
         "non_linearity": (own.non_linearity, tuple(ACTIVATIONS)),
@@ -458,7 +458,9 @@ def _check_words(part: Part) -> None:
             raise Unsupported(why, where=f"{part.at}.{field}", cure=f"Known: {', '.join(words)}")
 
 
-def _own(part: Part, words: Mapping[str, Any], slots: Mapping[str, Key]) -> tuple[dict[str, Lazy], list[Key]]:
+def _own(
+    part: AdapterHubPart, words: Mapping[str, Any], slots: Mapping[str, AdapterHubKey]
+) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     """Return the tensors of one adapter by field, and their keys."""
     fields = own_slots(words)
     tensors = take(part, slots, fields)
@@ -470,7 +472,7 @@ def _own(part: Part, words: Mapping[str, Any], slots: Mapping[str, Key]) -> tupl
     return tensors, keys
 
 
-def _shared(part: Part, words: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[Key]]:
+def _shared(part: AdapterHubPart, words: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     """Return the tensors, by field, that all adapters of the model share, and their keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
@@ -495,7 +497,7 @@ def _attributes(own: BottleneckFields) -> dict[str, Any]:
     }
 
 
-def _invertible(part: Part) -> Iterator[Found]:
+def _invertible(part: AdapterHubPart) -> Iterator[AdapterHubUpdate]:
     """Yield the coupling block after the embeddings; its inverse before an output head is not part of the base."""
     for path, slots in part.groups(INVERTIBLE).items():
         name = EMBEDDINGS.get(part.settings.model_type or "")
@@ -505,4 +507,6 @@ def _invertible(part: Part) -> Iterator[Found]:
                 why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}"
             )
         update = make("invertible", take(part, slots, COUPLING), non_linearity=part.own.non_linearity)
-        yield Found(Target(f"{path}.{name}" if path else name), update, tuple(slots[slot] for slot in COUPLING))
+        yield AdapterHubUpdate(
+            Target(f"{path}.{name}" if path else name), update, tuple(slots[slot] for slot in COUPLING)
+        )

@@ -14,14 +14,14 @@ from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from .. import layers
-from ..file import AGAIN, Found, Kept, joined, make, sliced, take
+from ..file import AGAIN, AdapterHubUpdate, KeptKey, joined, make, sliced, take
 from ..layers import FUSED, QKV
-from ._family import Family, Fields, Number, Size
+from ._family import AdapterHubFamily, Fields, Number, Size
 
 if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Key, Naming, Part
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 KIND, SHARED = "loras", "shared_parameters"
 
@@ -39,7 +39,7 @@ class LoraFields(Fields, frozen=True, kw_only=True):
     attn_matrices: tuple[str, ...] = ("q", "v")
 
 
-class LoraFamily(Family):
+class LoraFamily(AdapterHubFamily):
     """The family `lora`: LoRA, DoRA, VeRA and IA3."""
 
     methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
@@ -73,7 +73,7 @@ class LoraFamily(Family):
     }
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         kind = _kind(part)
         for path, slots in part.groups(KIND).items():
             if kind == "ia3":
@@ -84,7 +84,7 @@ class LoraFamily(Family):
                 yield from _lora(part, path, slots, kind)
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         for path, group in _by_path(updates).items():
             slots = [_slots(update) for _, update in group]
             for slot in slots[0]:
@@ -102,7 +102,7 @@ class LoraFamily(Family):
         return layers.losses(updates, base)
 
 
-def _kind(part: Part) -> str:
+def _kind(part: AdapterHubPart) -> str:
     """Return the method that the fields select.
 
     Raises:
@@ -134,13 +134,15 @@ EXTRA = {
 """Method -> slot -> field, for slots beside A and B."""
 
 
-def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Iterator[Found | Kept]:
+def _lora(
+    part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey], method: str
+) -> Iterator[AdapterHubUpdate | KeptKey]:
     fields = {"lora_A": "A", "lora_B": "B", **EXTRA[method]}
     tensors = take(part, slots, fields)
     A, B, layout = tensors["A"], tensors["B"], part.layout(path)
     keys = tuple(slots[slot] for slot in fields)
     if 0 in (*A.shape, *B.shape):
-        yield from (Kept(key) for key in slots.values())
+        yield from (KeptKey(key) for key in slots.values())
         return
     blocks = _blocks(part, path, A.shape[0] // part.own.r if A.shape else 0)
     _check_factors(part, slots, A, B, 1 if blocks is None else len(blocks))
@@ -149,7 +151,7 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Itera
     if "magnitude" in tensors:
         tensors["magnitude"] = _column(tensors["magnitude"], B.shape[0], slots["m.weight"])
     if blocks is None:
-        yield Found(Target(path, layout), make(method, tensors, **scaling), keys)
+        yield AdapterHubUpdate(Target(path, layout), make(method, tensors, **scaling), keys)
         return
     for group, rows in enumerate(_rows(B.shape[0], blocks)):
         size = rows[1] - rows[0]
@@ -157,10 +159,12 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Itera
             "A": sliced(A, group * part.own.r, (group + 1) * part.own.r),
             "B": sliced(B, group * size, (group + 1) * size),
         }
-        yield Found(Target(path, layout, rows), make(method, factors, **scaling), keys)
+        yield AdapterHubUpdate(Target(path, layout, rows), make(method, factors, **scaling), keys)
 
 
-def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *, fused: bool) -> None:
+def _check_place(
+    part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey], method: str, *, fused: bool
+) -> None:
     where = slots["lora_A"].text
     if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
         why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
@@ -170,7 +174,7 @@ def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *
         raise Unsupported(why, where=where, cure="Run it with the adapters library")
 
 
-def _vera(part: Part, path: str, slots: Mapping[str, Key]) -> Found:
+def _vera(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -> AdapterHubUpdate:
     fields = {"vera_D": "D", "vera_B": "E"}
     tensors = take(part, slots, fields)
     groups = [*part.groups(SHARED).values()]
@@ -183,10 +187,10 @@ def _vera(part: Part, path: str, slots: Mapping[str, Key]) -> Found:
     tensors |= take(part, groups[0], shared)
     keys = (*(slots[slot] for slot in fields), *(groups[0][slot] for slot in shared))
     update = make("vera_matrices", tensors, scaling=_scaling(part))
-    return Found(Target(path, part.layout(path)), update, keys)
+    return AdapterHubUpdate(Target(path, part.layout(path)), update, keys)
 
 
-def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
+def _ia3(part: AdapterHubPart, path: str, slots: Mapping[str, AdapterHubKey]) -> Iterator[AdapterHubUpdate]:
     key = slots["lora_B"] if "lora_B" in slots else next(iter(slots.values()))
     B = take(part, slots, {"lora_B": "B"})["B"]
     if _scaling(part) * part.own.r != 1:
@@ -195,22 +199,22 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
     vector = _column(B, B.shape[0] if B.shape else 0, key)
     blocks = _blocks(part, path, 1)
     if blocks is None:
-        yield Found(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
+        yield AdapterHubUpdate(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
     if vector.shape[0] % len(blocks):
         raise ShapeMismatch(f"{list(B.shape)} are not {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER)
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
         update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
-        yield Found(Target(path, part.layout(path), rows), update, (key,))
+        yield AdapterHubUpdate(Target(path, part.layout(path), rows), update, (key,))
 
 
-def _scaling(part: Part) -> float:
+def _scaling(part: AdapterHubPart) -> float:
     """Return alpha / r, or 1 if it was trained without. The library forgets that when it loads a union."""
     return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 
-def _blocks(part: Part, path: str, groups: int) -> list[int] | None:
+def _blocks(part: AdapterHubPart, path: str, groups: int) -> list[int] | None:
     """Return which thirds of a fused weight the groups belong to; None for a plain layer."""
     enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
@@ -226,7 +230,7 @@ def _rows(outputs: int, blocks: list[int]) -> list[tuple[int, int]]:
     return [(block * size, (block + 1) * size) for block in blocks]
 
 
-def _check_factors(part: Part, slots: Mapping[str, Key], A: Lazy, B: Lazy, groups: int) -> None:
+def _check_factors(part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], A: Lazy, B: Lazy, groups: int) -> None:
     r = part.own.r
     if len(A.shape) != 2 or A.shape[0] != r * groups:
         why = f"{list(A.shape)}, where the config says rank {r}" + (f" and {groups} groups" if groups > 1 else "")
@@ -235,7 +239,7 @@ def _check_factors(part: Part, slots: Mapping[str, Key], A: Lazy, B: Lazy, group
         raise ShapeMismatch(f"{list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=_OTHER)
 
 
-def _column(tensor: Lazy, size: int, key: Key) -> Lazy:
+def _column(tensor: Lazy, size: int, key: AdapterHubKey) -> Lazy:
     if tensor.shape != (size, 1):
         why = f"{list(tensor.shape)} is not a column of {size} values"
         raise ShapeMismatch(why, where=key.text, cure=AGAIN)

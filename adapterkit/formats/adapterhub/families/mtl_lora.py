@@ -9,14 +9,14 @@ from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
-from ..file import Found, make, take
+from ..file import AdapterHubUpdate, make, take
 from ..layers import QKV, base_family, role
-from ._family import Family, Fields, Number, Size
+from ._family import AdapterHubFamily, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Naming, Part
+    from ..file import AdapterHubNaming, AdapterHubPart, Findings
 
 KIND = "loras"
 FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weights": "weights"}
@@ -36,7 +36,7 @@ class MtlFields(Fields, frozen=True, kw_only=True):
     weights_sharpness: Number = 0.05
 
 
-class MtlLoraFamily(Family):
+class MtlLoraFamily(AdapterHubFamily):
     """The family `mtl_lora`."""
 
     methods = frozenset({"mtl_lora"})
@@ -70,7 +70,7 @@ class MtlLoraFamily(Family):
     }
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         own = part.own
         words = {"composition_mode": "add", "use_gating": False, "use_dora": False}
         words["task_specific_matrix_type"] = "singular_values"
@@ -85,10 +85,10 @@ class MtlLoraFamily(Family):
                 why = f"{list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
                 raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config is not of this file")
             update = make("mtl_lora", tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
-            yield Found(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
+            yield AdapterHubUpdate(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         for target, found in updates.items():
             for update in found:
                 for slot, field in FIELDS.items():

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....io.lazy import Lazy, as_lazy
-from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
+from ..file import AGAIN, AdapterHubUpdate, KeptKey, check_same, joined, make, sliced, take
 from ..layers import model_type_of
-from ._family import Family, Fields, Size
+from ._family import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Key, Naming, Part
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 
 ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
@@ -147,7 +147,7 @@ class PrefixFields(Fields, frozen=True, kw_only=True):
     shared_gating: bool = True
 
 
-class PrefixTuningFamily(Family):
+class PrefixTuningFamily(AdapterHubFamily):
     """The family `prefix_tuning`."""
 
     methods = frozenset(METHODS.values())
@@ -175,7 +175,7 @@ class PrefixTuningFamily(Family):
     }
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         _check(part)
         groups = part.groups(KIND)
         found = {path.removesuffix(POOL): slots for path, slots in groups.items() if path.endswith(POOL)}
@@ -201,10 +201,10 @@ class PrefixTuningFamily(Family):
                     raise Malformed("not in the whole model's own prefix", where=key.text, cure=AGAIN)
                 check_same(part, key, whole[slot])
                 if path not in used:
-                    yield Kept(key)
+                    yield KeptKey(key)
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         groups: dict[str, list[tuple[Target, Any]]] = {}
         for target, found in updates.items():
             group = group_of(target.path, naming.model_type)
@@ -252,7 +252,7 @@ class PrefixTuningFamily(Family):
                     yield target, position, f"{update.method}: {why}"
 
 
-def _check(part: Part) -> None:
+def _check(part: AdapterHubPart) -> None:
     if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
         why = f"a network with {part.own.non_linearity[:60]!r} is not known to this version"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
@@ -261,7 +261,9 @@ def _check(part: Part) -> None:
         raise Unsupported(why, where=f"{part.at}.leave_out", cure="Known: []")
 
 
-def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[str, Key]) -> Iterator[Found]:
+def _group_updates(
+    part: AdapterHubPart, name: str, paths: Sequence[str], whole: Mapping[str, AdapterHubKey]
+) -> Iterator[AdapterHubUpdate]:
     """Yield the updates of the attentions of one kind that are not left out."""
     prefix = name if part.own.flat else f"{name}."
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
@@ -292,10 +294,10 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
             shape = (1, 2, heads, width // heads)
             share = {"W2": W2.reshape(*shape, W2.shape[1]), "b2": b2.reshape(*shape)}
             update = make(method, {**tensors, **share, **own_gate})
-        yield Found(Target(path), update, (*keys, *mine, *gate.values()))
+        yield AdapterHubUpdate(Target(path), update, (*keys, *mine, *gate.values()))
 
 
-def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
+def _gate(part: AdapterHubPart, path: str, where: AdapterHubKey) -> dict[str, AdapterHubKey]:
     """Return slot -> key of an attention's gate; empty if the config has no gate.
 
     Raises:
@@ -315,7 +317,7 @@ def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
     return slots
 
 
-def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tuple[int, int]:
+def _sizes(part: AdapterHubPart, tensors: Mapping[str, Lazy], layers: int, key: AdapterHubKey) -> tuple[int, int]:
     """Return the number of heads, and the total width of a layer's keys.
 
     Raises:
@@ -360,7 +362,7 @@ def _gates(update: Any) -> int:
     return int(update.gate.shape[0]) if "gate" in update.tensors else 0
 
 
-def _group(path: str, part: Part) -> str:
+def _group(path: str, part: AdapterHubPart) -> str:
     return group_of(path, part.settings.model_type)
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_lazy
-from ..file import Found, make, take
+from ..file import AdapterHubUpdate, make, take
 from ..sublayers import EMBEDDINGS
-from ._family import Family, Fields, Size
+from ._family import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Naming, Part
+    from ..file import AdapterHubNaming, AdapterHubPart, Findings
 
 KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
 
@@ -26,7 +26,7 @@ class PromptFields(Fields, frozen=True, kw_only=True):
     combine: str = "prefix"
 
 
-class PromptTuningFamily(Family):
+class PromptTuningFamily(AdapterHubFamily):
     """The family `prompt_tuning`."""
 
     methods = frozenset({"prompt"})
@@ -49,7 +49,7 @@ class PromptTuningFamily(Family):
     }
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         if part.own.combine != "prefix":
             why = f"a prompt that is combined as {part.own.combine[:60]!r} is not known to this version"
             raise Unsupported(why, where=f"{part.at}.combine", cure="Known: prefix")
@@ -62,10 +62,10 @@ class PromptTuningFamily(Family):
             if name is None:
                 why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
                 raise Unsupported(why, where=slots[SLOT].text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
-            yield Found(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
+            yield AdapterHubUpdate(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         for found in updates.values():
             for update in found:
                 yield naming.key(naming.at_root(LAYER), KIND, SLOT), as_lazy(update.tensors["P"])

@@ -9,15 +9,15 @@ from ....core.adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....io.lazy import Lazy, as_array, as_lazy
 from ....linalg.activations import ACTIVATIONS
-from ..file import AGAIN, Found, Kept, make, take
+from ..file import AGAIN, AdapterHubUpdate, KeptKey, make, take
 from ..readings import REFT
-from ._family import Family, Fields, Size
+from ._family import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ....io.checkpoint import Checkpoint
-    from ..file import Findings, Key, Naming, Part
+    from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 
 KIND, LAYER = "refts", ".reft_layer"
@@ -38,7 +38,7 @@ class ReftFields(Fields, frozen=True, kw_only=True):
     non_linearity: str | None = None
 
 
-class ReftFamily(Family):
+class ReftFamily(AdapterHubFamily):
     """The family `reft`."""
 
     methods = frozenset({"reft"})
@@ -68,21 +68,21 @@ class ReftFamily(Family):
     }
 
     @classmethod
-    def decode(cls, part: Part) -> Findings:
+    def decode(cls, part: AdapterHubPart) -> Findings:
         _check(part)
         for path, slots in part.groups(KIND).items():
             tensors: dict[str, Lazy] = {}
-            keys: list[Key] = []
+            keys: list[AdapterHubKey] = []
             for unit in range(1 if part.own.tied_weights else 2):
                 found, used = _unit(part, slots, unit)
                 tensors |= {f"suffix_{field}" if unit else field: leaf for field, leaf in found.items()}
                 keys += used
             update = make("reft", tensors, **_attributes(part))
-            yield Found(Target(path.removesuffix(LAYER)), update, tuple(keys))
-            yield from (Kept(key) for slot, key in slots.items() if slot.endswith((ORIGINAL, BASE)))
+            yield AdapterHubUpdate(Target(path.removesuffix(LAYER)), update, tuple(keys))
+            yield from (KeptKey(key) for slot, key in slots.items() if slot.endswith((ORIGINAL, BASE)))
 
     @classmethod
-    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: AdapterHubNaming) -> Iterator[tuple[str, Lazy]]:
         for target, found in updates.items():
             for update in found:
                 for unit, prefix in ((0, ""), (1, "suffix_")):
@@ -123,7 +123,7 @@ class ReftFamily(Family):
                     yield target, position, f"{update.method}: {why}"
 
     @classmethod
-    def stale(cls, updates: Updates, naming: Naming, kept: Mapping[str, Lazy]) -> Iterator[str]:
+    def stale(cls, updates: Updates, naming: AdapterHubNaming, kept: Mapping[str, Lazy]) -> Iterator[str]:
         for target, found in updates.items():
             for update, unit in ((update, unit) for update in found for unit in (0, 1)):
                 pair = [naming.key(target.path + LAYER, KIND, f"units.{unit}.{end}") for end in (ORIGINAL, BASE)]
@@ -134,7 +134,7 @@ class ReftFamily(Family):
                         yield from pair
 
 
-def _check(part: Part) -> None:
+def _check(part: AdapterHubPart) -> None:
     word = part.own.non_linearity
     if word is not None and word.lower() not in ACTIVATIONS:
         why = f"an unknown non_linearity {word[:60]!r}"
@@ -148,7 +148,7 @@ def _check(part: Part) -> None:
         raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
 
 
-def _attributes(part: Part) -> dict[str, Any]:
+def _attributes(part: AdapterHubPart) -> dict[str, Any]:
     own = part.own
     return {
         "prefix_positions": own.prefix_positions,
@@ -159,7 +159,9 @@ def _attributes(part: Part) -> dict[str, Any]:
     }
 
 
-def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, Lazy], list[Key]]:
+def _unit(
+    part: AdapterHubPart, slots: Mapping[str, AdapterHubKey], unit: int
+) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     own = {slot.removeprefix(f"units.{unit}."): key for slot, key in slots.items() if slot.startswith(f"units.{unit}.")}
     fields = {slot: field for slot, field in FIELDS.items() if field != "projection" or not part.own.orthogonality}
     tensors = take(part, own or slots, fields)
@@ -175,7 +177,7 @@ def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, La
     return tensors, keys
 
 
-def _check_halves(key: Key, original: Lazy, base: Lazy) -> None:
+def _check_halves(key: AdapterHubKey, original: Lazy, base: Lazy) -> None:
     n = original.shape[-1] if original.shape else 0
     if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
         why = f"{list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"

@@ -123,7 +123,7 @@ class LokrFamily(Family):
                 yield target, "lokr with a whole kernel beside others with cores: one switch for all"
 
 
-class Sizes:
+class LokrSizes:
     """The shapes that PEFT makes for one weight. If the places of its kernel are unknown, its inputs may be, too.
 
     Attributes:
@@ -174,7 +174,7 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     update.dims()
     if any(0 in leaf.shape for leaf in update.tensors.values()):
         raise ShapeMismatch("a factor without elements", where=key.text, cure="Save the adapter again with PEFT")
-    sizes = Sizes(update, kernel)
+    sizes = LokrSizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(own.decompose_factor, own.decompose_both, rank):
         why = f"factors that PEFT does not make with rank {rank}, decompose_factor {own.decompose_factor}"
         cure = "The config is not of this file, or its rank_pattern is damaged"
@@ -182,7 +182,7 @@ def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
 
 
 def _rank(update: LoKr, both: bool) -> int:
-    sizes = Sizes(update, 1)
+    sizes = LokrSizes(update, 1)
     return sizes.smallest(both) if sizes.rank is None else sizes.rank
 
 
@@ -191,12 +191,12 @@ def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tupl
 
     Without a base the weights are assumed to be linear layers, or, if that is impossible, to have unknown inputs.
     """
-    yield from _splits_of([Sizes(update, _kernel(base, path)) for path, update in found.items()])
+    yield from _splits_of([LokrSizes(update, _kernel(base, path)) for path, update in found.items()])
     if base is None:
-        yield from _splits_of([Sizes(update, None) for update in found.values()])
+        yield from _splits_of([LokrSizes(update, None) for update in found.values()])
 
 
-def _splits_of(made: list[Sizes]) -> Iterator[tuple[int, bool]]:
+def _splits_of(made: list[LokrSizes]) -> Iterator[tuple[int, bool]]:
     parts = sorted({part for sizes in made for _, part in sizes.sides})
     widest = max((math.isqrt(size) for sizes in made for size, _ in sizes.sides), default=1)
     for factor in dict.fromkeys((-1, *parts, *range(1, widest + 1))):
