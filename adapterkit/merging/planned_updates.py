@@ -13,7 +13,7 @@ from ..io.locations import is_repo
 from ..naming.binding import Site, bind
 from ..naming.renames import parse_renames
 from ..naming.resolver import Rule
-from ..naming.ties import find_tie
+from ..naming.ties import find_tie, is_head
 from ..quant import Dequantized
 from .planned_update import PlannedUpdate
 from .ties import MERGE, parse_tied, refuse_tied_part, settle_tie
@@ -123,7 +123,7 @@ def folds_by_tensor(
     """
     tied = parse_tied(tied)
     config = base.config
-    if isinstance(base, Dequantized) and base.scheme == "gguf" and "lm_head.weight" not in base.tensors:
+    if isinstance(base, Dequantized) and base.scheme == "gguf" and not any(map(is_head, base.tensors)):
         # llama.cpp uses token_embd.weight as the head if output.weight is missing, whatever the config says.
         config = {**(config or {}), "tie_word_embeddings": True}
     tie = find_tie(base.tensors, config)

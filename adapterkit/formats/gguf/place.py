@@ -101,11 +101,17 @@ class GgufPlace:
         if target.path not in moves:
             return f"no place for it is known in GGUF files of the architecture {self.name}"
         place = self.where(moves[target.path][0].path)
-        if place is not None and place.beside is not None:
+        if place is None:
+            # Nomic's: of a tensor that holds several weights, an adapter file does not say which one is meant.
+            return "the tensor holds several weights of the family: merge into the GGUF model"
+        if place.beside is not None:
             return "llama.cpp keeps the weight in two tensors and takes no adapter there: merge into the GGUF model"
-        if place is not None and place.rows == "rotary":
+        if place.rows == "rotary":
             # GLM-4 and GLM-4V have the same architecture in files, and nothing tells them apart.
             return "an adapter file does not say in which of two orders its rows are: merge into the GGUF model"
+        if any(move.take is not None and move.take.groups for move in moves[target.path]):
+            # InternLM2: the rows of its queries are no single run in the base's tensor, so no target can name them.
+            return "the base has queries, keys and values group by group in one tensor: merge into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA on an embedding, a Conv1D or an expert"
