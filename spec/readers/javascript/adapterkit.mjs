@@ -689,14 +689,14 @@ function sizeOf(axis, dims) {
 export const product = (shape) => shape.reduce((a, b) => a * b, 1);
 export const array = (shape, data = new Float64Array(product(shape))) => ({ shape, data });
 export const reshape = (a, shape) => array(shape, a.data);
-const map = (a, f) => array(a.shape, a.data.map(f));
+export const map = (a, f) => array(a.shape, a.data.map(f));
 const zip = (a, b, f) => array(a.shape, a.data.map((value, i) => f(value, b.data[i])));
-const scale = (a, s) => map(a, (value) => value * s);
-const add = (a, b) => zip(a, b, (x, y) => x + y);
-const subtract = (a, b) => zip(a, b, (x, y) => x - y);
-const multiply = (a, b) => zip(a, b, (x, y) => x * y);
-const flatten = (a) => reshape(a, [a.shape[0], product(a.shape.slice(1))]);
-const slice = (a, start, stop) => {
+export const scale = (a, s) => map(a, (value) => value * s);
+export const add = (a, b) => zip(a, b, (x, y) => x + y);
+export const subtract = (a, b) => zip(a, b, (x, y) => x - y);
+export const multiply = (a, b) => zip(a, b, (x, y) => x * y);
+export const flatten = (a) => reshape(a, [a.shape[0], product(a.shape.slice(1))]);
+export const slice = (a, start, stop) => {
   const step = product(a.shape.slice(1));
   return array([stop - start, ...a.shape.slice(1)], a.data.slice(start * step, stop * step));
 };
@@ -707,9 +707,9 @@ export const stack = (parts) => {
 };
 export const part = (a, i) => reshape(slice(a, i, i + 1), a.shape.slice(1));
 
-const identity = (n) => map(array([n, n]), (_, at) => Number(at % (n + 1) === 0));
+export const identity = (n) => map(array([n, n]), (_, at) => Number(at % (n + 1) === 0));
 
-function swapped(a, first) {
+export function swapped(a, first) {
   // Axes `first` and `first` + 1 in each other's place.
   const [before, m, n] = [product(a.shape.slice(0, first)), a.shape[first], a.shape[first + 1]];
   const inner = product(a.shape.slice(first + 2));
@@ -735,7 +735,7 @@ export function matmul(a, b) {
   return out;
 }
 
-function inverse(a) {
+export function inverse(a) {
   // Gauss and Jordan beside the identity, with the largest pivot of each column.
   const n = a.shape[0];
   const rows = Array.from({ length: n }, (_, i) => [a, identity(n)].flatMap(({ data }) => [...data.subarray(i * n, i * n + n)]));
@@ -751,9 +751,9 @@ function inverse(a) {
 
 // ---- Formulas (the entries of methods/): (W [out, in, *k], t: tensors, a: attributes) -> W'; of the bias under `bias`.
 
-const perOutput = (W, f) => map(W, (value, i) => f(value, Math.floor(i / (W.data.length / W.shape[0]))));
-const plus = (W, D, scaling = 1) => map(W, (value, i) => value + scaling * D.data[i]);
-const lowRank = (B, A) => matmul(B, flatten(A));
+export const perOutput = (W, f) => map(W, (value, i) => f(value, Math.floor(i / (W.data.length / W.shape[0]))));
+export const plus = (W, D, scaling = 1) => map(W, (value, i) => value + scaling * D.data[i]);
+export const lowRank = (B, A) => matmul(B, flatten(A));
 
 // tn[p, q, *k] between left [out, p] and right [q, in]: [out, in * k].
 function tucker(core, left, right) {
@@ -780,7 +780,7 @@ function lokr(W, t, a) {
   return plus(W, stack(Array.from({ length: w2.shape[0] }, (_, i) => kron(w1, reshape(part(w2, i), inner)))), a.scaling);
 }
 
-function kron(one, other) {
+export function kron(one, other) {
   const [[a, c], [m, n]] = [one.shape, other.shape];
   return map(array([a * m, c * n]), (_, at) => {
     const [row, column] = [Math.floor(at / (c * n)), at % (c * n)];
@@ -788,15 +788,15 @@ function kron(one, other) {
   });
 }
 
-function skew(pairs, b) {
+export function skew(pairs, b) {
   const above = (i, j) => pairs[(i * (2 * b - i - 1)) / 2 + j - i - 1];
   const entry = (i, j) => (i === j ? 0 : i < j ? above(i, j) : -above(j, i));
   return map(array([b, b]), (_, at) => entry(Math.floor(at / b), at % b));
 }
 
-const cayley = (Q) => matmul(subtract(identity(Q.shape[0]), Q), inverse(add(identity(Q.shape[0]), Q)));
+export const cayley = (Q) => matmul(subtract(identity(Q.shape[0]), Q), inverse(add(identity(Q.shape[0]), Q)));
 
-function series(Q, terms, doubled) {
+export function series(Q, terms, doubled) {
   const last = doubled ? terms - 1 : terms > 2 ? Math.max(terms, 4) - 1 : terms - 1;
   let [R, power] = [identity(Q.shape[0]), Q];
   for (let n = 1; n <= last; n++) {
@@ -807,7 +807,7 @@ function series(Q, terms, doubled) {
 }
 
 // blockdiag(rotations) times the rows of M; one block is repeated as often as fits.
-function turnRows(M, rotations) {
+export function turnRows(M, rotations) {
   const b = rotations[0].shape[0];
   const out = array(M.shape);
   const width = M.shape[1];
@@ -818,7 +818,7 @@ function turnRows(M, rotations) {
   return out;
 }
 
-const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
+export const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
 
 function oft(W, t, a) {
   const blocks = t.square ?? t.pairs;
@@ -993,7 +993,7 @@ function applied(updates, W, b, rows, expert) {
   for (const update of updates) {
     const formula = FORMULAS[update.method.name];
     const { t, a } = fieldsOf(update, expert);
-    if (ownBias && formula.bias) ownBias = formula.bias(ownBias, t, a);
+    if (ownBias && formula.bias) ownBias = formula.bias(ownBias, t, a, own);
     if (own) own = formula.weight(own, t, a);
   }
   const put = (whole, piece) => {
@@ -1080,7 +1080,7 @@ const ERF = (x) => {
 const gelu = (x) => (x * (1 + ERF(x / Math.SQRT2))) / 2;
 const geluTanh = (x) => (x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))) / 2;
 const leaky = (x) => (x < 0 ? x / 100 : x);
-const sigmoid = (x) => 1 / (1 + Math.exp(-x));
+export const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 const silu = (x) => x * sigmoid(x);
 const softplus = (x) => Math.max(x, 0) + Math.log1p(Math.exp(-Math.abs(x)));
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);

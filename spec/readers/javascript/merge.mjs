@@ -1,5 +1,6 @@
 // Merges with the reader beside it: computed in 64 bits, and each element rounded once to the stored type (README, R-10.4).
 
+import "./formulas.mjs";
 import { AdapterError, DTYPES, FORMULAS, SMALL, changesOf, checkFit, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
 
 // The bits of a number in a small type, to nearest, ties to even; undefined beyond the largest. Bits count units in the
