@@ -617,7 +617,7 @@ function invertible(x, layer, t, a) {
   return joined(one, other, h.shape);
 }
 
-// x by its patches, each turned, and put together again in the order of PEFT (the entry says why it is a mixture).
+// The patches of x are turned; a channel's numbers are then read in another order, as PEFT does, and added at their places.
 function oftPatches(x, layer, t, a, { kernel }) {
   const turn = (rows) => FORMULAS.oft.weight(rows, t, { ...a, side: "out" }); // M^T @ columns
   const turned = (patches) => transposed(turn(transposed(patches)));

@@ -2,6 +2,7 @@
 // `methods`: what spec/1.1/methods.json holds. Each function returns an object, or throws AdapterError.
 
 import * as ak from "./adapterkit.mjs";
+import "./formulas.mjs";
 import { canMerge, merge } from "./merge.mjs";
 
 const { AdapterError, DTYPES, FORMULAS, array, matmul, part, product, readAdapter, readSafetensors, reshape } = ak;
@@ -62,6 +63,69 @@ function besideOf(y, convolves, at) {
   return { ...(added && norm_weight && norm_bias ? beside : { added }), convolves };
 }
 
+// What an output update's formula reads of the model's call (README, section 16), as far as it suits: name -> array. The
+// second value says whether something is lacking (R-10.11), the experts of a router among it (R-10.12).
+function callOf({ method, tensors }, x, y, at) {
+  const { whole, real } = { whole: (t) => DTYPES.get(t.dtype).whole, real: (t) => DTYPES.get(t.dtype).real };
+  const given = (name, type, test) => {
+    const tensor = at(`call.${name}`);
+    return tensor && type(tensor) && test(tensor.shape) ? tensor : undefined;
+  };
+  const [rows, axes] = [x.shape[0], x.shape.length];
+  const hidden = (tensors.get("first") ?? tensors.get("last"))?.shape.at(-1);
+  const reads = {
+    alora: () => ["input_ids", whole, (shape) => axes === 3 && shape.length === 2 && shape[0] === rows],
+    poly: () => ["task_ids", whole, (shape) => axes > 0 && same(shape, [rows])],
+    shadow: () => ["shadow", real, (shape) => same(shape, x.shape)],
+    xlora: () => ["hidden_states", real, (shape) => axes === 3 && same(shape, [...x.shape.slice(0, 2), hidden])],
+    reft: () => ["mask", ({ dtype }) => dtype !== "C64", (shape) => y.shape.length === 3 && same(shape, y.shape.slice(0, 2))],
+  }[method.name]?.();
+  const call = reads ? { [reads[0]]: given(...reads) } : {};
+  const experts = ["arrow", "xlora"].includes(method.name) && !tensors.has("A");
+  return [call, experts || (reads && method.name !== "reft" && !call[reads[0]])];
+}
+
+// Whether no formula says what comes out of an update for x (R-13.4). `plain`: what the layer alone gives for x.
+function isUnanswered({ method: { name }, attributes, dims }, x, plain, W, layout, added) {
+  const whole = Boolean(DTYPES.get(x.dtype).whole);
+  const kernel = W.shape.length > 2;
+  const channels = x.shape[kernel ? 1 : x.shape.length - 1];
+  if (USES_X.has(name) || (name === "invertible" && attributes.get("reverse"))) if (whole) return true;
+  if (RESIDUAL.has(name)) return attributes.get("parallel") && !added && (whole || !same(x.shape, plain.shape));
+  if (name === "reft") return plain.shape.length > 3;
+  if (name.startsWith("grouped_")) return (kernel && layout === "in out *k") || BigInt(channels) !== dims.get("inputs");
+  if (name === "oft_patches") return kernel && (layout === "in out *k" || channels !== W.shape[1]);
+  return name === "shadow" && kernel;
+}
+
+const RESIDUAL = new Set(["bottleneck", "compacter"]);
+const USES_X = new Set(["alora", "arrow", "gated_lora", "grouped_dora", "grouped_lora", "lily", "oft_patches", "poly", "shadow", "xlora"]);
+
+// What comes out of an update of kind `context`: its own faults come first (README, section 16, steps 7 and 8).
+function contextOf(target, update, at) {
+  const { method, tensors, dims } = update;
+  const given = { update };
+  const suited = (name, axes, test) => {
+    const tensor = at(name);
+    if (!tensor || !DTYPES.get(tensor.dtype).real || tensor.shape.length !== axes || !test(tensor.shape)) {
+      throw new AdapterError("UsageError", target.name, `its formula needs ${name}`);
+    }
+    given[name] = tensor;
+  };
+  if (method.name.startsWith("gated_prefix")) suited("x", 3, ([, m, width]) => m > 0 && BigInt(width) === dims.get("width"));
+  if (method.name === "adaption_prompt") {
+    suited("q", 4, ([, heads]) => [1, heads].includes(tensors.get("gate").shape[0]));
+    const [, heads, , d] = given.q.shape;
+    for (const name of ["k", "v"]) suited(name, 3, (shape) => same(shape, [heads, tensors.get("P").shape[0], d]));
+  }
+  const { t, a } = fieldsOf(update);
+  const arrays = FORMULAS[method.name].context(t, a, given);
+  for (const [name, { data }] of Object.entries(arrays)) {
+    if (!data.every(Number.isFinite)) throw new AdapterError("Malformed", `${target.name}.${name}`, "what comes out is no number");
+  }
+  return arrays;
+}
+
 // Stride 1, no padding, any number of kernel axes; in groups where W reads fewer channels than x has.
 function convolved(x, W, b, kernel, transposedLayer) {
   const [batch, channels, ...size] = x.shape;
@@ -94,9 +158,19 @@ function convolved(x, W, b, kernel, transposedLayer) {
 
 // What must come out at one path of a vector (README, section 16): name -> array. `entries`: the targets of the path.
 function outputsAt(path, entries, base) {
-  const at = (name) => base.get(`${path || "(model)"}.${name}`) && numeric(base.get(`${path || "(model)"}.${name}`));
+  const at = (name) => {
+    const tensor = base.get(`${path || "(model)"}.${name}`);
+    if (!tensor) return undefined;
+    return { ...numeric(tensor), ...(DTYPES.get(tensor.dtype).whole && { whole: tensor.integers() }) };
+  };
   const unknown = entries.flatMap(({ target, updates }) => updates.map((update) => [target, update])).find(([, { method }]) => !FORMULAS[method.name]);
   if (unknown) throw new AdapterError("Unsupported", unknown[0].name, `no formula of ${unknown[1].method.name}`);
+  const context = entries.find(({ updates }) => updates.some(({ method }) => method.kind === "context"));
+  if (context) {
+    const [update, ...others] = entries.flatMap(({ updates }) => updates);
+    if (others.length) throw new AdapterError("Unsupported", context.target.name, "a context is not alone there (R-13.4)");
+    return contextOf(context.target, update, at);
+  }
   const of = (kind, { updates }) => updates.filter(({ method }) => (method.kind === "output") === kind);
   let [weight, bias] = ["weight", "bias"].map(at);
   const changing = entries.map((entry) => ({ ...entry, updates: of(false, entry) })).filter(({ updates }) => updates.length);
@@ -127,18 +201,33 @@ function outputsAt(path, entries, base) {
   if (outputs.some(({ attributes }) => attributes.get("norm") && !attributes.get("original_ln_after"))) {
     throw new AdapterError("Unsupported", entries[0].target.name, "leaves out a norm of the block around it (R-10.10)");
   }
-  const beside = suited ? besideOf(plain(x), W.shape.length > 2, at) : {};
+  const y0 = suited ? plain(x) : undefined;
+  const beside = suited ? besideOf(y0, W.shape.length > 2, at) : {};
+  const calls = new Map();
   for (const { target, updates } of placed) {
-    const lacks = ({ attributes }) => (attributes.get("residual") && !beside.added) || (attributes.get("norm") && !beside.norm_weight);
-    if (!suited || updates.some(lacks)) throw new AdapterError("UsageError", target.name, "its formula needs more than the base has");
+    for (const update of updates) {
+      const { attributes } = update;
+      const [call, lacking] = suited ? callOf(update, x, y0, at) : [{}, true];
+      if (lacking || (attributes.get("residual") && !beside.added) || (attributes.get("norm") && !beside.norm_weight)) {
+        throw new AdapterError("UsageError", target.name, "its formula needs more than the base, or the call, has");
+      }
+      calls.set(update, call);
+    }
   }
-  const reads = ({ attributes }) => attributes.get("parallel") && !beside.added && !(DTYPES.get(x.dtype).real && same(x.shape, plain(x).shape));
-  const blocks = (updates) => new Set(updates.map(({ attributes }) => JSON.stringify(["residual", "norm"].map((name) => attributes.get(name)))));
-  const strange = placed.find(({ target, updates }) => target.layout !== layout || plain(x).shape.length < 2 || updates.some(reads) || blocks(updates).size > 1);
-  if (strange) throw new AdapterError("Unsupported", strange.target.name, "no formula says what comes out (R-13.4)");
+  const residual = outputs.filter(({ method }) => RESIDUAL.has(method.name));
+  const blocks = new Set(residual.map(({ attributes }) => JSON.stringify(["residual", "norm"].map((name) => attributes.get(name)))));
+  const mixed = beside.added && residual.some((update) => outputs.slice(0, outputs.indexOf(update)).some((each) => !residual.includes(each)));
+  const unanswered = (update) => isUnanswered(update, x, y0, W, layout, beside.added);
+  const strange = placed.find(({ target, updates }) => target.layout !== layout || y0.shape.length < 2 || updates.some(unanswered));
+  if (strange || blocks.size > 1 || mixed) {
+    throw new AdapterError("Unsupported", (strange ?? placed[0]).target.name, "no formula says what comes out (R-13.4)");
+  }
+  const kernel = W.shape.slice(2);
+  const convolve = (x, A) => convolved(x, A, undefined, kernel, false);
   const layer = outputs.reduce((before, update) => {
     const { t, a } = fieldsOf(update);
-    const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, beside, inside);
+    const here = { ...beside, call: calls.get(update), W, bias, kernel, convolve };
+    const through = (inside) => (x) => FORMULAS[update.method.name].output(x, before, t, a, here, inside);
     return Object.assign(through(false), { inside: through(true) });
   }, plain);
   const y = layer(x);
