@@ -8,7 +8,7 @@
 //     adapter.digest()                                   // a promise of the sha256
 //     mergeTarget(adapter.targets[0], weight, bias)      // W' and b' in 64 bits
 //
-// merge.mjs beside it rounds to the stored types; run.mjs and cli.mjs run the vectors.
+// merge.mjs beside it rounds to the stored types, formulas.mjs adds the other formulas; run.mjs and cli.mjs run the vectors.
 
 export const SPEC = [1, 1];
 
@@ -818,7 +818,7 @@ export function turnRows(M, rotations) {
   return out;
 }
 
-export const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
+const blockOf = (pairs) => Math.round((1 + Math.sqrt(1 + 8 * pairs)) / 2);
 
 function oft(W, t, a) {
   const blocks = t.square ?? t.pairs;

@@ -10,13 +10,14 @@
 import * as ak from "./adapterkit.mjs";
 
 const { ACTIVATIONS, AdapterError, FORMULAS, add, array, flatten, identity, inverse, map, matmul, multiply, part, perOutput } = ak;
-const { blockOf, cayley, lowRank, plus, product, reshape, scale, series, sigmoid, skew, slice, stack, subtract, swapped } = ak;
+const { cayley, kron, lowRank, plus, product, reshape, scale, series, sigmoid, skew, slice, subtract, swapped } = ak;
 const { transposed, turnRows } = ak;
 
 const unsupported = (why) => new AdapterError("Unsupported", "", why);
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const norm = (values) => Math.sqrt(values.reduce((sum, value) => sum + value * value, 0));
 const rowOf = (a, i) => part(a, i).data;
+const stack = (all, shape) => (all.length ? ak.stack(all) : array([0, ...shape]));
 const parts = (a) => range(a.shape[0]).map((i) => part(a, i));
 const perColumn = (a, factors) => map(a, (value, i) => value * factors[i % factors.length]);
 const perRow = (a, factors) => perOutput(a, (value, row) => value * factors[row]);
@@ -32,7 +33,7 @@ function filled(shape, f) {
 }
 
 function softmax(values) {
-  const most = Math.max(...values);
+  const most = values.reduce((one, other) => Math.max(one, other), -Infinity);
   const powers = values.map((value) => Math.exp(value - most));
   const total = powers.reduce((one, other) => one + other, 0);
   return powers.map((power) => power / total);
@@ -48,9 +49,12 @@ function linear(x, M, b) {
   return reshape(y, [...x.shape.slice(0, -1), M.shape[0]]);
 }
 
+const rectified = (x, M, b) => map(linear(x, M, b), ACTIVATIONS.relu);
+
 // ---- Factorizations.
 
 // Singular values of M [m, n], largest first, with their vectors: [{value, left, right}], by one-sided Jacobi rotations.
+// One of the vectors is as long as the value: their products add up to M.
 function singular(M) {
   if (M.shape[0] < M.shape[1]) return singular(transposed(M)).map(({ value, left, right }) => ({ value, left: right, right: left }));
   const [m, n] = M.shape;
@@ -75,11 +79,10 @@ function singular(M) {
     }
   }
   const all = columns.map((left, i) => ({ value: norm(left), left, right: turned[i] }));
-  // `left` is still as long as its value.
   return all.sort((one, other) => other.value - one.value);
 }
 
-// The sum of value * left * right^T, each times `factor` of its value.
+// The sum of left * right^T, each times `factor` of its value.
 function composed(shape, triples, factor = () => 1) {
   const out = array(shape);
   for (const { value, left, right } of triples) {
@@ -125,7 +128,7 @@ function householder(P) {
   });
   const Q = range(r).map((j) => Float64Array.from(range(n), (i) => Number(i === j)));
   for (const v of reflections.toReversed()) if (v) reflect(v, Q);
-  return r ? transposed(stack(Q.map((own) => array([n], own)))) : array([n, 0]);
+  return transposed(stack(Q.map((own) => array([n], own)), [n]));
 }
 
 // ---- Formulas of the weight.
@@ -138,7 +141,7 @@ const limited = (blocks, limit) => {
 
 function adamss(t) {
   const rows = range(t.B.shape[0]).map((o) => matmul(reshape(part(t.B, o), [1, t.B.shape[1]]), part(t.A, t.group.data[o])));
-  return rows.length ? array([rows.length, t.A.shape[2]], stack(rows).data) : array([0, t.A.shape[2]]);
+  return reshape(stack(rows, [1, t.A.shape[2]]), [rows.length, t.A.shape[2]]);
 }
 
 function bdlora(W, t, a) {
@@ -158,7 +161,7 @@ function butterflies(M, t, a) {
   for (let i = 0; i < m; i++) {
     const run = b * 2 ** i;
     const from = range(width).map((at) => at - (at % run) + ((at % 2) * run) / 2 + Math.floor((at % run) / 2));
-    const turned = turnRows(stack(from.map((place) => part(X, place))), Q.slice(i * n, i * n + n).map(cayley));
+    const turned = turnRows(stack(from.map((place) => part(X, place)), [X.shape[1]]), Q.slice(i * n, i * n + n).map(cayley));
     const out = array(X.shape);
     from.forEach((place, at) => out.data.set(rowOf(turned, at), place * X.shape[1]));
     X = out;
@@ -228,9 +231,9 @@ function glora(W, t) {
 function gloraBias(b, t, a, W) {
   const C = t.C ?? (t.C_d && matmul(t.C_d, t.C_u));
   if (C && !W) throw unsupported("no weight to multiply by");
-  const product_ = C && matmul(W, column(C));
+  const moved = C && matmul(W, column(C));
   const [D, E] = [support(t, "D"), support(t, "E")];
-  return map(b, (value, o) => value + value * D(o) + E(o) + (product_?.data[o] ?? 0));
+  return map(b, (value, o) => value + value * D(o) + E(o) + (moved?.data[o] ?? 0));
 }
 
 function gloraProducts(W, t, a) {
@@ -294,7 +297,7 @@ function mtlLora(W, t, a) {
 function olora(W, t, a) {
   const r = t.B.shape[1];
   const basis = orthonormal(parts(slice(transposed(W), 0, r)).map(({ data }) => data));
-  const Q = r ? stack(basis.map((own) => array([own.length], own))) : array([0, W.shape[0]]);
+  const Q = stack(basis.map((own) => array([own.length], own)), [W.shape[0]]);
   return products(plus(W, matmul(transposed(Q), matmul(Q, W)), -a.scaling), t, a, t.B, t.A);
 }
 
@@ -416,11 +419,10 @@ function waveft(W, t, a) {
 }
 
 function weightNorm(W, t, a) {
-  if (!t.out) return swapped2(weightNorm(swapped2(W), { out: t.into }, a));
+  if (!t.out) return swapped(weightNorm(swapped(W, 0), { out: t.into }, a), 0);
   const lengths = range(W.shape[0]).map((o) => norm(rowOf(flatten(W), o)) + a.eps);
   return perOutput(W, (value, o) => (t.out.data[o] * value) / lengths[o]);
 }
-const swapped2 = (W) => (W.shape.length > 1 ? swapped(W, 0) : reshape(W, [1, W.shape[0]]));
 
 const perInput = (W, f) => {
   const kernel = product(W.shape.slice(2));
@@ -487,9 +489,8 @@ function arrow(x, layer, t, a) {
 // Shares from a network of the hidden states; `place` is the layer's number among those of the network's outputs.
 function xlora(x, layer, t, a, { call }) {
   let h = call.hidden_states;
-  const relu = (y) => map(y, ACTIVATIONS.relu);
-  if (t.first) h = relu(linear(h, t.first, t.first_bias));
-  if (t.inner) parts(t.inner).forEach((M, i) => (h = relu(linear(h, M, part(t.inner_bias, i)))));
+  if (t.first) h = rectified(h, t.first, t.first_bias);
+  if (t.inner) parts(t.inner).forEach((M, i) => (h = rectified(h, M, part(t.inner_bias, i))));
   const logits = linear(h, t.last, t.last_bias);
   const [count, all] = [t.A.shape[0], t.last.shape[0]];
   return mixed(x, layer, t, a, (n) => {
@@ -539,7 +540,7 @@ function groupedNorms(t, a, W) {
   const [[outs, ins, ...kernel], [r, channels], share] = [W.shape, t.A.shape, t.B.shape[1]];
   const [groups, size] = [r / share, product(kernel)];
   if (a.regrouped) {
-    const D = matmul(reshape(t.B, [outs / groups, r]), reshape(t.A, [r, ins * size]));
+    const D = matmul(reshape(t.B, [outs / groups, r]), flatten(t.A));
     const V = flatten(plus(W, D, a.scaling));
     return range(outs).map((o) => norm(rowOf(V, o)));
   }
@@ -583,8 +584,8 @@ function poly(x, layer, t, a, { call }) {
     const gates = map(reshape(array([size], t.logits.data.slice(task * size, (task + 1) * size)), [slices, skills]), sigmoid);
     const shares = perOutput(gates, (gate, s) => gate / (rowOf(gates, s).reduce((total, each) => total + each, 0) + 1e-12));
     const blend = (F, s) => sum(parts(part(F, s)).map((each, k) => scale(each, shares.data[s * skills + k])), F.shape.slice(2));
-    const A = reshape(stack(range(slices).map((s) => blend(t.A, s))), [slices * width, r]);
-    const B = reshape(swapped(stack(range(slices).map((s) => blend(t.B, s))), 0), [r, slices * height]);
+    const A = reshape(stack(range(slices).map((s) => blend(t.A, s)), [width, r]), [slices * width, r]);
+    const B = reshape(swapped(stack(range(slices).map((s) => blend(t.B, s)), [r, height]), 0), [r, slices * height]);
     return [lines(part(x, row)), A, B].reduce(matmul);
   });
   return changes.length ? plus(y, stack(changes), 1 / r) : y;
@@ -629,7 +630,7 @@ function oftPatches(x, layer, t, a, { kernel }) {
   const place = (n, c, l, k) => ((n * channels + c) * height + Math.floor(l / wide) + Math.floor(k / w)) * width + (l % wide) + (k % w);
   const out = array(x.shape);
   for (let n = 0; n < batch; n++) {
-    const p = turned(filled([count, channels, size], (l, c, k) => x.data[place(n, c, l, k)]));
+    const p = turned(flatten(filled([count, channels, size], (l, c, k) => x.data[place(n, c, l, k)])));
     for (let c = 0; c < channels; c++) {
       for (let at = 0; at < count * size; at++) {
         const value = p.data[Math.floor(at / size) * channels * size + c * size + (at % size)];
@@ -673,15 +674,12 @@ function reft(x, layer, t, a, { call }) {
 function compacter(x, layer, t, a, beside, inside) {
   const factor = (side) => {
     const [W, rule] = [t[`${side}_W`], t[`${side}_rule`]];
-    const multiplied = (left, right) => stack(parts(t[left]).map((each, i) => matmul(each, part(t[right], i))));
-    const ofRules = (left, right) => {
-      const n = t[left].shape[0];
-      return stack(range(n).map((i) => matmul(reshape(part(t[left], i), [n, 1]), reshape(part(t[right], i), [1, n]))));
-    };
-    const rules = rule ?? ofRules(`${side}_rule_left`, `${side}_rule_right`);
-    const weights = W ?? multiplied(`${side}_left`, `${side}_right`);
+    const multiplied = (left, right) => stack(parts(left).map((each, i) => matmul(each, part(right, i))), [left.shape[1], right.shape[2]]);
+    const weights = W ?? multiplied(t[`${side}_left`], t[`${side}_right`]);
+    const rank = (factor, shape) => reshape(factor, [factor.shape[0], ...shape(factor.shape[0])]);
+    const rules = rule ?? multiplied(rank(t[`${side}_rule_left`], (n) => [n, 1]), rank(t[`${side}_rule_right`], (n) => [1, n]));
     const [n, p, q] = weights.shape;
-    return transposed(sum(range(n).map((i) => ak.kron(part(rules, i), part(weights, i))), [n * p, n * q]));
+    return transposed(sum(range(n).map((i) => kron(part(rules, i), part(weights, i))), [n * p, n * q]));
   };
   return FORMULAS.bottleneck.output(x, layer, { ...t, down: factor("down"), up: factor("up") }, a, beside, inside);
 }
@@ -727,7 +725,7 @@ function pTuningLstm(t) {
   const width = t.W1.shape[1];
   const h = array([rows.length, width]);
   rows.forEach((row, i) => h.data.set(row, i * width));
-  return { embeddings: linear(map(linear(h, t.W1, t.b1), ACTIVATIONS.relu), t.W2, t.b2) };
+  return { embeddings: linear(rectified(h, t.W1, t.b1), t.W2, t.b2) };
 }
 
 // Pasts from a network of embeddings: [layers, 2, heads, n, d].
@@ -793,29 +791,19 @@ Object.assign(FORMULAS, {
   gated_prefix_mlp: { context: (t, a, { x }) => gatedPrefix(past(t), t, x) },
   multitask_prompt: { context: multitaskPrompt },
   // Three linear layers, relu between them.
-  p_tuning: {
-    context: (t) => {
-      const h = map(linear(t.E, t.W1, t.b1), ACTIVATIONS.relu);
-      return { embeddings: linear(map(linear(h, t.W2, t.b2), ACTIVATIONS.relu), t.W3, t.b3) };
-    },
-  },
+  p_tuning: { context: (t) => ({ embeddings: linear(rectified(rectified(t.E, t.W1, t.b1), t.W2, t.b2), t.W3, t.b3) }) },
   p_tuning_lstm: { context: pTuningLstm },
   // Layers in another order: the one at place i comes from i * step, modulo their number.
   prefix: {
     context: ({ P }, a, { update }) => {
       const count = BigInt(P.shape[0]);
       const layers = range(P.shape[0]).map((i) => part(P, Number((BigInt(i) * update.attributes.get("step")) % count)));
-      return { past: P.data.length ? stack(layers) : P };
+      return { past: stack(layers, P.shape.slice(1)) };
     },
   },
   prefix_mlp: { context: (t) => ({ past: past(t) }) },
   prompt: { context: ({ P }, { used }) => ({ embeddings: slice(P, 0, used || P.shape[0]) }) },
   textual_inversion: { context: ({ P }) => ({ vocabulary: P }) },
-});
-
-// ---- Formulas of weights, by their methods.
-
-Object.assign(FORMULAS, {
   // LoRA by singular values: B @ diag(E) @ A.
   adalora: { weight: (W, t, a) => products(W, t, a, t.B, perRow(flatten(t.A), t.E.data)) },
   // Each output has its own rows of a shared basis.

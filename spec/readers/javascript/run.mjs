@@ -158,8 +158,9 @@ function convolved(x, W, b, kernel, transposedLayer) {
 
 // What must come out at one path of a vector (README, section 16): name -> array. `entries`: the targets of the path.
 function outputsAt(path, entries, base) {
+  const place = path || "(model)";
   const at = (name) => {
-    const tensor = base.get(`${path || "(model)"}.${name}`);
+    const tensor = base.get(`${place}.${name}`);
     if (!tensor) return undefined;
     return { ...numeric(tensor), ...(DTYPES.get(tensor.dtype).whole && { whole: tensor.integers() }) };
   };
@@ -176,11 +177,11 @@ function outputsAt(path, entries, base) {
   const changing = entries.map((entry) => ({ ...entry, updates: of(false, entry) })).filter(({ updates }) => updates.length);
   for (const entry of changing) ({ weight, bias } = mergeTarget(entry, weight, bias));
   for (const leaf of ["weight", "bias"].filter((leaf) => at(leaf))) {
-    const { dtype } = base.get(`${path}.${leaf}`);
-    if (!canMerge(dtype)) throw new AdapterError("Unsupported", `${path}.${leaf}`, `no merges into ${dtype}`);
+    const { dtype } = base.get(`${place}.${leaf}`);
+    if (!canMerge(dtype)) throw new AdapterError("Unsupported", `${place}.${leaf}`, `no merges into ${dtype}`);
   }
   for (const [leaf, tensor] of Object.entries({ weight, bias })) {
-    if (!(tensor?.data ?? []).every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.${leaf}`, "merging gives what is no number");
+    if (!(tensor?.data ?? []).every(Number.isFinite)) throw new AdapterError("Malformed", `${place}.${leaf}`, "merging gives what is no number");
   }
   const { target: first, target: { layout, stacked } } = entries[0];
   const [W, x] = [weight && viewed(weight, layout), at("x")];
@@ -231,7 +232,7 @@ function outputsAt(path, entries, base) {
     return Object.assign(through(false), { inside: through(true) });
   }, plain);
   const y = layer(x);
-  if (!y.data.every(Number.isFinite)) throw new AdapterError("Malformed", `${path}.y`, "what comes out is no number");
+  if (!y.data.every(Number.isFinite)) throw new AdapterError("Malformed", `${place}.y`, "what comes out is no number");
   return { y };
 }
 
