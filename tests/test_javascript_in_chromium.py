@@ -73,4 +73,4 @@ def test_the_reader_conforms_in_a_browser(address, tmp_path):
 
         outcomes = conformance(ask)
     assert [(each.case, each.why) for each in outcomes if each.passed is False] == []
-    assert sum(each.passed is True for each in outcomes) > 350
+    assert sum(each.passed is True for each in outcomes) > 660
