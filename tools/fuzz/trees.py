@@ -113,7 +113,8 @@ def _other(value: Any, rng: Random, root: Any) -> Any:
                 (value + 1, value - 1, -value, value * 2, _as_float(value), str(value), 0, 1, rng.choice(NUMBERS))
             )
         if isinstance(value, float):
-            return rng.choice((int(value), -value, value * 1e300, 0.0, str(value), rng.choice(NUMBERS)))
+            whole = int(value) if math.isfinite(value) else 0  # A mutation before this one may have made it infinite.
+        return rng.choice((whole, -value, value * 1e300, 0.0, str(value), rng.choice(NUMBERS)))
         if isinstance(value, str):
             return text(value, rng, root)
     if how == 5:
