@@ -114,7 +114,7 @@ def _other(value: Any, rng: Random, root: Any) -> Any:
             )
         if isinstance(value, float):
             whole = int(value) if math.isfinite(value) else 0  # A mutation before this one may have made it infinite.
-        return rng.choice((whole, -value, value * 1e300, 0.0, str(value), rng.choice(NUMBERS)))
+            return rng.choice((whole, -value, value * 1e300, 0.0, str(value), rng.choice(NUMBERS)))
         if isinstance(value, str):
             return text(value, rng, root)
     if how == 5:
