@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -407,7 +407,7 @@ def load(path: Path) -> Architecture:
     Raises:
         Malformed: it does not have the form of the README, or a naming is not one to one.
     """
-    record = _decoded(path, ArchitectureRecord)
+    record = decoded(path, ArchitectureRecord)
     for naming in namings(path.parent / "namings"):
         for key, place in naming.weights.items() if set(naming.model_types) & set(record.model_types) else ():
             if key in record.weights:
@@ -429,7 +429,7 @@ def namings(where: Path | None = None) -> tuple[Naming, ...]:
         Malformed: a file does not have the form of the README.
     """
     files = sorted((where or folder() / "namings").glob("*.toml"))
-    return tuple(_decoded(file, Naming) for file in files)
+    return tuple(decoded(file, Naming) for file in files)
 
 
 def namings_of(name: str) -> tuple[Naming, ...]:
@@ -437,10 +437,24 @@ def namings_of(name: str) -> tuple[Naming, ...]:
     return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
 
 
-_T = TypeVar("_T", ArchitectureRecord, Naming)
+class Versioned(Protocol):
+    """A record of a file that says the version of its form."""
+
+    @property
+    def format(self) -> int:
+        """The version."""
+        ...
 
 
-def _decoded(path: Path, kind: type[_T]) -> _T:
+_T = TypeVar("_T", bound=Versioned)
+
+
+def decoded(path: Path, kind: type[_T]) -> _T:
+    """Read one of the files and check it.
+
+    Raises:
+        Malformed: the file is damaged, or of another version of its form.
+    """
     try:
         found = msgspec.toml.decode(path.read_bytes(), type=kind)
     except (ValueError, msgspec.MsgspecError) as error:

@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import Malformed
-from .architectures import FORMAT, folder, is_family, of_gguf
+from .architectures import decoded, folder, is_family, of_gguf
 from .gguf import ARCHITECTURE
 
 
@@ -40,14 +39,7 @@ def table() -> ModelTypeTable:
     Raises:
         Malformed: the file is damaged.
     """
-    path = folder() / "model_types" / "transformers.toml"
-    try:
-        found = msgspec.toml.decode(path.read_bytes(), type=ModelTypeTable)
-    except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not a table of model types ({error})", path=path, cure="Correct the file") from error
-    if found.format != FORMAT:
-        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
-    return found
+    return decoded(folder() / "model_types" / "transformers.toml", ModelTypeTable)
 
 
 def module_of(name: str) -> str | None:

@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from ..errors import Malformed
-from .architectures import FORMAT, architecture_of, folder
+from .architectures import architecture_of, decoded, folder
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -239,14 +238,7 @@ def table() -> TieTable:
     Raises:
         Malformed: the file is damaged.
     """
-    path = folder() / "ties" / "transformers.toml"
-    try:
-        found = msgspec.toml.decode(path.read_bytes(), type=TieTable)
-    except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not a table of ties ({error})", path=path, cure="Correct the file") from error
-    if found.format != FORMAT:
-        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
-    return found
+    return decoded(folder() / "ties" / "transformers.toml", TieTable)
 
 
 @cache

@@ -23,13 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import Unsupported
 from .layers import check_precision
 from .leaves import Leaf, reclaim
+from .parts import HOOK
 from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
 """(parent, name of the child, the child): a step on the way from the model to a module with an adapter."""
-
-CARRIED = "_adapterkit_hook"
-"""`forward_hook.HOOK`: that module imports more than this one may."""
 
 Forwards = list[tuple[nn.Module, Any]]
 """(module with an adapter, the forward of its class)."""
@@ -211,7 +209,7 @@ class _Step:
         present = {id(each) for each in module.modules()}
         for parent, name, child in self.places:
             lost = parent._modules.get(name) is not child and id(child) not in present
-            if not any(CARRIED in each.__dict__ for each in child.modules()):
+            if not any(HOOK in each.__dict__ for each in child.modules()):
                 continue  # The adapter was removed from the copy.
             if lost or (parent.__dict__.get("fused_projections") and _is_fused_away(name)):
                 why = f"an adapter does not act any more: {name} of a {type(parent).__name__} was replaced or fused"
