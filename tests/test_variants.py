@@ -8,7 +8,7 @@ from torch import nn
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, UsageError
+from adapterkit.errors import ShapeMismatch, UsageError
 from adapterkit.linalg import decompositions
 from adapterkit.methods import METHODS
 
@@ -75,10 +75,102 @@ def test_two_updates_of_one_target_see_what_the_first_left(tmp_path):
     both = Adapter({Target("0"): (lora, *glora.updates[Target("0")])})
     handle = ak.torch.inject(model, both)
     live = model(x)
-    with pytest.raises(NotMergeable, match="another update changes before it"):
-        ak.merge(tmp_path / "model.safetensors", both, tmp_path / "out")
+    ak.merge(tmp_path / "model.safetensors", both, tmp_path / "out")
     handle.merge_()
     torch.testing.assert_close(model(x), live, rtol=1e-10, atol=1e-10)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def _dora_outputs(rows, width):
+    leaves = {"A": torch.randn(2, width), "B": torch.randn(rows, 2), "magnitude": torch.rand(rows) + 0.5}
+    return METHODS["dora_outputs"](**{name: leaf.double() for name, leaf in leaves.items()}, scaling=0.5)
+
+
+def _lora(rows, width):
+    return METHODS["lora"](A=torch.randn(2, width).double(), B=torch.randn(rows, 2).double(), scaling=0.7)
+
+
+def _changed(W, b, updates):
+    """The layer after the updates of one target, by the formulas; W is `[out, in]`."""
+    for update in updates:
+        change = update.B.numpy() @ update.A.numpy()
+        if update.method == "lora":
+            W = W + update.scaling * change
+        else:
+            factors = update.magnitude.numpy() / np.linalg.norm(W + change, axis=1)
+            W, b = factors[:, None] * (W + update.scaling * change), factors * b
+    return W, b
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("case", ["one", "often", "rows", "turned", "two layouts"])
+def test_a_bias_sees_the_weight_as_the_updates_before_it_left_it(case, weight, tmp_path):
+    torch.manual_seed(3)
+    targets = {
+        "one": {Target("p"): (_lora(8, 8), _dora_outputs(8, 8))},
+        "often": {Target("p"): (_dora_outputs(8, 8), _lora(8, 8), _dora_outputs(8, 8), _lora(8, 8))},
+        "rows": {Target("p"): (_lora(8, 8),), Target("p", rows=(2, 7)): (_dora_outputs(5, 8), _dora_outputs(5, 8))},
+        "turned": {Target("p", "in out *k"): (_lora(8, 8), _dora_outputs(8, 8))},
+        "two layouts": {Target("p", "in out *k"): (_lora(8, 8),), Target("p"): (_dora_outputs(8, 8),)},
+    }[case]
+    adapter = Adapter(targets)
+    W, b = torch.randn(8, 8).double().numpy(), torch.randn(8).double().numpy()
+    save_file({"p.weight": torch.from_numpy(W), "p.bias": torch.from_numpy(b)}, tmp_path / "model.safetensors")
+    exact_W, exact_b = W.copy(), b.copy()
+    for target, updates in adapter.updates.items():
+        rows, turned = slice(*(target.rows or (0, 8))), target.layout.startswith("in")
+        view = (exact_W.T if turned else exact_W)[rows]
+        view[...], exact_b[rows] = _changed(view.copy(), exact_b[rows].copy(), updates)
+    ak.merge(tmp_path / "model.safetensors", adapter, tmp_path / "out", weights=[weight])
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_allclose(merged["p.weight"].numpy(), W + weight * (exact_W - W), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(merged["p.bias"].numpy(), b + weight * (exact_b - b), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(6, "keep"), (10, "grow")])
+def test_a_bias_of_another_vocabulary_sees_the_weight_of_its_own_rows(rows, vocab, tmp_path):
+    torch.manual_seed(5)
+    names = {"model.embed_tokens.weight": (8, 4), "lm_head.weight": (8, 4), "lm_head.bias": (8,)}
+    base = {name: torch.randn(shape).double() for name, shape in names.items()}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    config = '{"model_type": "llama", "tie_word_embeddings": false, "vocab_size": 8}'
+    (tmp_path / "base" / "config.json").write_text(config)
+    targets = {Target("lm_head"): (_lora(rows, 4), _dora_outputs(rows, 4))}
+    if vocab == "grow":
+        table = torch.cat([base["model.embed_tokens.weight"], torch.randn(2, 4).double()])
+        targets[Target("model.embed_tokens")] = (METHODS["replacement"](weight=table),)
+    ak.merge(tmp_path / "base", Adapter(targets), tmp_path / "out", vocab=vocab)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    known = min(rows, 8)
+    W, b = (base[name].numpy() for name in ("lm_head.weight", "lm_head.bias"))
+    padded = np.concatenate([W[:known], np.ones((rows - known, 4))]), np.concatenate([b[:known], np.ones(rows - known)])
+    exact = _changed(*padded, targets[Target("lm_head")])
+    for name, before, after in zip(("lm_head.weight", "lm_head.bias"), (W, b), exact, strict=True):
+        np.testing.assert_allclose(merged[name][:known].numpy(), after[:known], rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(merged[name][rows:].numpy(), before[rows:])
+
+
+def test_a_bias_of_experts_sees_the_weights_as_the_updates_before_it_left_them(tmp_path):
+    torch.manual_seed(4)
+    experts = [(_lora(8, 6), _dora_outputs(8, 6), _dora_outputs(8, 6)) for _ in range(3)]
+    stacks = [
+        type(first)(
+            **{name: torch.stack([one.tensors[name] for one in (first, *others)]) for name in first.tensors},
+            scaling=first.scaling,
+        )
+        for first, *others in zip(*experts, strict=True)
+    ]
+    W, b = torch.randn(3, 8, 6).double(), torch.randn(3, 8).double()
+    save_file({"p.weight": W, "p.bias": b}, tmp_path / "model.safetensors")
+    ak.merge(tmp_path / "model.safetensors", Adapter({Target("p", "e out *in"): tuple(stacks)}), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for expert, updates in enumerate(experts):
+        exact_W, exact_b = _changed(W[expert].numpy(), b[expert].numpy(), updates)
+        np.testing.assert_allclose(merged["p.weight"][expert].numpy(), exact_W, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(merged["p.bias"][expert].numpy(), exact_b, rtol=1e-12, atol=1e-12)
 
 
 def test_glora_asks_for_the_weight():

@@ -117,12 +117,37 @@ def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
     Raises:
         Malformed: a factor holds a NaN or an infinity.
     """
-    updates = [_load(update, fold, arrays) for update in fold.updates]
     if fold.seen is None:
-        return updates
+        return [_load(update, fold, arrays) for update in fold.updates]
     # Settled once, a change of the bias needs no weight any more; the weight is in memory only here.
-    W = _whole_view(arrays.load(fold.seen), fold)
-    return [update.settled(_tensor(W)) for update in updates]
+    W = arrays.load(fold.seen.tensor)
+    if fold.target.rows is None and not fold.target.stacked:
+        # An adapter that was trained on the first rows of a vocabulary knows nothing of the rows behind them.
+        W = W[: fold.shape[0]] if fold.axis == "out" else W[:, : fold.shape[0]]
+    W = W if not fold.seen.before else W * 1
+    for earlier in fold.seen.before:
+        view = _whole_view(W, earlier)
+        for update in load_all(earlier, arrays):
+            view[...] = _whole_change(update, view, earlier.target.stacked)
+    view, settled = _whole_view(W, fold), list[Update]()
+    needing = sum(update.changes_bias for update in fold.seen.updates)
+    for update in fold.seen.updates:
+        loaded = _load(update, fold, arrays)
+        if loaded.changes_bias:
+            settled.append(loaded.settled_at(_tensor(view), fold.target.stacked))
+        if len(settled) == needing:
+            break
+        if loaded.changes_weight:
+            view = _whole_change(loaded, view, fold.target.stacked)
+    return settled
+
+
+def _whole_change(update: Update, W: Numbers, stacked: bool) -> Numbers:
+    """Return a whole weight, with all experts of a stack, after one update."""
+    if not stacked:
+        return cast("Numbers", update.new_weight(_tensor(W)))
+    xp = namespace(W)
+    return cast("Numbers", xp.stack([update.expert(e).new_weight(_tensor(W[e])) for e in range(W.shape[0])]))
 
 
 def _whole_view(W: Numbers, fold: PlannedUpdate) -> Numbers:

@@ -13,6 +13,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SeenWeight:
+    """The weight that a change of its bias needs, as the updates before that change leave it.
+
+    Attributes:
+        name: the name of the base's weight.
+        tensor: the base's weight.
+        before: the changes that the adapter's targets before this one make to the weight.
+        updates: the target's updates in order, those of the weight and those of the bias.
+    """
+
+    name: str
+    tensor: Lazy
+    before: tuple[PlannedUpdate, ...]
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PlannedUpdate:
     """The change that one adapter makes to one stored tensor.
 
@@ -23,7 +40,7 @@ class PlannedUpdate:
         source: the adapter's position in the merge.
         bias: whether the stored tensor is the target's bias instead of its weight.
         shape: the stored tensor's shape, with fewer rows if the adapter was trained on its first rows only.
-        seen: the base's weight, if the change of its bias needs it.
+        seen: the weight, if the change of its bias needs it.
     """
 
     target: Target
@@ -32,7 +49,7 @@ class PlannedUpdate:
     source: int
     bias: bool
     shape: tuple[int, ...]
-    seen: Lazy | None = None
+    seen: SeenWeight | None = None
 
     @property
     def additive(self) -> bool:

@@ -15,7 +15,7 @@ from ..naming.renames import parse_renames
 from ..naming.resolver import Rule
 from ..naming.ties import find_tie, is_head
 from ..quant import Dequantized
-from .planned_update import PlannedUpdate
+from .planned_update import PlannedUpdate, SeenWeight
 from .ties import MERGE, parse_tied, refuse_tied_part, settle_tie
 from .vocabulary import Vocabulary, parse_vocab
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
-    from ..io.lazy import Lazy
     from ..io.strict_json import JsonValue
 
 
@@ -142,11 +141,14 @@ def folds_by_tensor(
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
             _refuse_other_kinds((site.target, update) for update in site.updates)
         sources.append(AdapterSource(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
+        earlier = dict[str | None, list[Site]]()
         for site in bound.sites:
-            for stored, fold in _folds(site, weight, position, base, aliases):
+            before = earlier.setdefault(site.weight, [])
+            for stored, fold in _folds(site, before, weight, position, base, aliases):
                 shape = vocabulary.rows(position, stored, fold.shape)
                 made_for = fold if shape == fold.shape else replace(fold, shape=shape)
                 folds.setdefault(stored, []).append(made_for)
+            before.append(site)
     base = vocabulary.grown()
     names = {name: name for name in base.tensors}
     bound_adapters = [source.adapter for source in sources]
@@ -158,8 +160,15 @@ def folds_by_tensor(
     elif tied != MERGE:
         refuse_tied_part(folds, base.tensors, config)
     changes |= vocabulary.config_changes(base.config, changes)
-    sorted_ = {name: tuple(found) for name, found in folds.items()}
+    # A vocabulary that grows has more rows than the weight that was seen when the updates were sorted.
+    sorted_ = {name: tuple([_seen_in(base, fold) for fold in found]) for name, found in folds.items()}
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
+
+
+def _seen_in(base: Checkpoint, fold: PlannedUpdate) -> PlannedUpdate:
+    if fold.seen is None:
+        return fold
+    return replace(fold, seen=replace(fold.seen, tensor=base.tensors[fold.seen.name]))
 
 
 def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
@@ -174,8 +183,9 @@ def _refuse_other_kinds(updates: Iterable[tuple[Target, Update]]) -> None:
 
 
 def _folds(
-    site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
+    site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, PlannedUpdate]]:
+    """Return what a target changes, by stored tensor; `before` are the adapter's earlier targets of the same weight."""
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
         if stored is None:
@@ -183,19 +193,22 @@ def _folds(
         updates = tuple([u for u in site.updates if (u.changes_bias if bias else u.changes_weight)])
         if updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
-            seen = _seen(site, base, aliases) if bias else None
-            found.append((stored, PlannedUpdate(site.target, updates, weight, position, bias, shape, seen)))
+            made = PlannedUpdate(site.target, updates, weight, position, bias, shape)
+            if bias and site.weight is not None and any(update.bias_sees_weight for update in updates):
+                made = replace(made, seen=_seen(site, before, weight, position, base, aliases))
+            found.append((stored, made))
     return found
 
 
-def _seen(site: Site, base: Checkpoint, aliases: Mapping[str, str]) -> Lazy | None:
-    """Return the weight that a change of its bias needs; no earlier update may change that weight."""
-    needy = [
-        position for position, update in enumerate(site.updates) if update.bias_sees_weight and update.changes_bias
+def _seen(
+    site: Site, before: Sequence[Site], weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
+) -> SeenWeight:
+    assert site.weight is not None
+    name = aliases.get(site.weight, site.weight)
+    tensor = base.tensors[name]
+    earlier = [
+        PlannedUpdate(one.target, changing, weight, position, False, tensor.shape)
+        for one in before
+        if (changing := tuple(u for u in one.updates if u.changes_weight))
     ]
-    if not needy or site.weight is None:
-        return None
-    if any(update.changes_weight for update in site.updates[: needy[-1]]):
-        why = f"{site.updates[needy[-1]].method} changes the bias by a weight that another update changes before it"
-        raise NotMergeable(why, where=str(site.target), cure="Merge one adapter after the other")
-    return base.tensors[aliases.get(site.weight, site.weight)]
+    return SeenWeight(name, tensor, tuple(earlier), site.updates)

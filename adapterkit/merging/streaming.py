@@ -57,7 +57,7 @@ def _sources(file: OutputFile) -> set[str]:
     """Return the paths of the base files that an output file is made from."""
     found = set()
     for output in file.outputs:
-        tensors = [output.source, *(fold.seen for fold in output.folds if fold.seen is not None)]
+        tensors = [output.source, *(fold.seen.tensor for fold in output.folds if fold.seen is not None)]
         for tensor in tensors:
             if tensor.span is None:
                 cure = "Leave --stream out: it is fetched whole first"

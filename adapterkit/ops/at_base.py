@@ -154,7 +154,7 @@ def _settled(updates: list[Update], site: Site, base: Checkpoint) -> list[Update
     W: Any = view_of(load(_tensor(base, site.weight)), site.target)
     done = []
     for update in updates:
-        done.append(update.settled(W))
+        done.append(update.settled_at(W, site.target.stacked))
         if not update.changes_weight:
             continue
         if site.target.stacked:

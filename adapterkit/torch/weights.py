@@ -41,7 +41,7 @@ def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Updat
     done, seen = [], view(W, target)
     for update in updates:
         loaded = update.map(lambda leaf: for_formulas(leaf, W.device, W.dtype))
-        done.append(loaded.settled(seen))
+        done.append(loaded.settled_at(seen, target.stacked))
         seen = fold((loaded,), seen, target.stacked)
     return tuple(done)
 

@@ -155,6 +155,7 @@ def _numbers() -> Iterator[Meeting]:
         done = stored(_values("norms", 2, 3) * _values("le", 2, 3), "F32")
         yield Meeting(name, each, {"q.weight": _real("norms", 2, 3)}, {"q.weight": done}, ("R-8.5",))
     yield from _biases()
+    yield from _biases_by_the_weight()
     minus = {"q.weight": stored(np.full((3, 4), -0.0), "F32")}
     idle = _file(_update(), A=stored(np.zeros((1, 4)), "F32"), B=_real("idle", 3, 1))
     yield Meeting("zero_of_either_sign", idle, minus, minus, ("R-10.4",))
@@ -218,6 +219,35 @@ def _biases() -> Iterator[Meeting]:
     yield Meeting(
         "bias_beside_whole_weight", alone, whole, {"q.bias": stored(b + _values("bias", 3), "F32")}, ("R-10.4",)
     )
+
+
+def _biases_by_the_weight() -> Iterator[Meeting]:
+    """A change of the bias that the weight decides, behind other changes of that weight."""
+    before = {"A": A, "B": B}
+    factors = {"A2": _values("sA", 1, 4), "B2": _values("sB", 3, 1), "m": _values("sm", 3)}
+    base = {"q.weight": stored(W, "F64"), "q.bias": stored(b, "F64")}
+
+    def update(rows: tuple[int, int] | None = None, **names: str) -> dict[str, Any]:
+        target = {"path": "q"} if rows is None else {"path": "q", "rows": list(rows)}
+        fields = {"A": "A2", "B": "B2", "magnitude": "m"} | names
+        return {"target": target, "method": "dora_outputs", "version": 1, "attributes": {}, "tensors": fields}
+
+    def after(weight: np.ndarray, bias: np.ndarray, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        moved = weight + factors["B2"][rows] @ factors["A2"]
+        scale = factors["m"][rows] / np.sqrt((moved * moved).sum(1))
+        return scale[:, None] * moved, scale * bias
+
+    first = LORA | {"tensors": {"A": "A", "B": "B"}}
+    held = {name: stored(value, "F32") for name, value in factors.items()}
+    rules = ("R-10.3", "R-10.4")
+    weight, bias = after(*after(W + DELTA, b))
+    done = {"q.weight": stored(weight, "F64"), "q.bias": stored(bias, "F64")}
+    yield Meeting("bias_by_a_changed_weight", _file(first, update(), update(), **before, **held), base, done, rules)
+    part = {"A2": held["A2"], "B2": stored(factors["B2"][1:], "F32"), "m": stored(factors["m"][1:], "F32")}
+    upper, lower = after((W + DELTA)[1:], b[1:], slice(1, None))
+    done = {"q.weight": stored(np.concatenate([(W + DELTA)[:1], upper]), "F64")}
+    done["q.bias"] = stored(np.concatenate([b[:1], lower]), "F64")
+    yield Meeting("bias_by_a_weight_of_two_targets", _file(first, update((1, 3)), **before, **part), base, done, rules)
 
 
 SMALL = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F8_E4M3FNUZ": (4, 3, 8), "F8_E5M2FNUZ": (5, 2, 16)}

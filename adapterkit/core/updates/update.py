@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from ...errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ...io.lazy import DTYPES, DType, as_lazy, check_finite, dtype_of
+from ...linalg.namespace import namespace
 from ..shapes import Axes, Dims, tensor
 from .rules import DAMAGED, Rule, apply_rules, attribute, check_attribute, check_fits, misplaced, plain, repeated
 
@@ -335,6 +336,16 @@ class Update:
     def settled(self, W: torch.Tensor) -> Self:
         """Return the same update with the parts of its bias change that depend on W `[out, in, *k]` computed."""
         return self
+
+    def settled_at(self, W: torch.Tensor, stacked: bool) -> Self:
+        """Return `settled` for a weight, or for a stack of experts' weights `[e, out, in, *k]` if `stacked`."""
+        if not stacked or not self.bias_sees_weight:
+            return self.settled(W)
+        experts = [self.expert(index).settled(W[index]) for index in range(len(W))]
+        stack = namespace(W).stack
+        return experts[0].replace(
+            **{name: stack([expert.tensors[name] for expert in experts]) for name in experts[0].tensors}
+        )
 
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
         """Return b' `[out]`."""
