@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "shared"))
 
 from killed_merges import Rerun, killed_and_rerun, points_of, spread
-from test_merge import big_base
+from merges import big_base
 
 import adapterkit as ak
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from format_vectors import EVERY, base, source
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_format_vectors import EVERY, base, source
 
 import adapterkit as ak
 from adapterkit import ops

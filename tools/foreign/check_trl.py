@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "shared")]
 
 import training_runs as runs  # noqa: E402 - shared with the tests
 

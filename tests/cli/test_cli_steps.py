@@ -1,0 +1,137 @@
+"""What commands say while they work: steps that take long, -v, -vv; and what people type wrong at first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import click
+import pytest
+from command_line import record, run, save_base, save_peft
+from terminals import at_terminal
+
+import adapterkit as ak
+from adapterkit.cli import _stages
+from adapterkit.cli._failures import as_flags
+from adapterkit.cli._options import CliSettings
+from adapterkit.errors import UsageError
+from adapterkit.io.stages import detail, stage
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_base(tmp_path / "base")
+    save_peft(tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_short_work_is_silent_and_v_tells_each_step() -> None:
+    assert run("merge", "base", "lora", "-o", "a").stderr == ""
+    told = run("merge", "base", "lora", "-o", "b", "-v").stderr
+    assert [line for line in told.splitlines() if "opened" not in line] == [
+        "merge: planning from headers", "merge: merging into b", told.splitlines()[-1],
+    ]  # fmt: skip
+    assert "opened" not in told
+    more = run("merge", "base", "lora", "-o", "c", "-vv").stderr
+    assert "merge: opened base: 1 tensors in 1 weight files" in more
+    assert "of memory" in more
+    assert run("merge", "base", "lora", "-o", "d", "-q").stderr == ""
+    assert logging.getLogger("adapterkit").handlers == []
+
+
+def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
+    monkeypatch.setattr(_stages, "AGAIN", 60.0)
+    with _stages.stage_lines(CliSettings()) as lines:
+        assert lines is not None
+        lines.command = "export"
+        stage("tracing the model")
+        detail("never shown")
+        time.sleep(0.3)
+        stage("checking")
+    assert capsys.readouterr().err.splitlines() == ["export: tracing the model", "export: checking"]
+
+
+def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKIT_PATIENCE", "0.05")
+    with _stages.stage_lines(CliSettings()):
+        _stages.busy.set()
+        stage("merging")
+        time.sleep(0.3)
+        _stages.busy.clear()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_arguments_in_the_other_order() -> None:
+    done = run("merge", "lora", "base", "-o", "out")
+    assert done.exit_code == 2
+    assert "lora is an adapter, and base is none" in done.stderr
+    assert "BASE comes first" in done.stderr
+    with pytest.raises(UsageError, match="is an adapter"):
+        ak.plan("lora", ["base"])
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_text_file_is_no_weight_file() -> None:
+    done = run("inspect", "base/config.json")
+    assert (done.exit_code, "a text file, not weights" in done.stderr) == (2, True)
+    Path("pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in run("inspect", "pointer.safetensors").stderr
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", ["fp16", "half", "float16", "torch.float16", "F16"])
+def test_one_list_of_names_of_types(name: str) -> None:
+    record("resize", "lora", "--rank", 1, "--dtype", name, "-o", "small")
+    assert record("inspect", "small")["totals"]["dtypes"] == {"F16": 2}  # type: ignore[index]
+    record("merge", "base", "lora", "--dtype", name, "-o", "cast")
+
+
+@pytest.mark.usefixtures("folder")
+def test_extract_writes_what_peft_loads_unless_it_is_one_file() -> None:
+    run("merge", "base", "lora", "-o", "tuned")
+    assert record("extract", "tuned", "--base", "base", "--rank", 2, "-o", "folder")["to"] == "peft"
+    assert Path("folder/adapter_config.json").is_file()
+    assert record("extract", "tuned", "--base", "base", "--rank", 2, "-o", "a.safetensors")["to"] == "adapterkit"
+
+
+@pytest.mark.parametrize(
+    ("both", "flag"),
+    [
+        ("Pass base=/--base", "Pass --base"),
+        ("Pass the base: --base BASE (base=)", "Pass the base: --base BASE"),
+        ("--strict-base (strict_base=True) refuses it", "--strict-base refuses it"),
+        ("on_loss='fold'/--on-loss fold", "--on-loss fold"),
+        ("alpha: --alpha A (alpha=A in Python)", "alpha: --alpha A"),
+        ("a path such as base=/models/x", "a path such as base=/models/x"),
+    ],
+)
+def test_cures_name_the_flag_alone(both: str, flag: str) -> None:
+    assert as_flags(both) == flag
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_errors_on_a_narrow_terminal_break_no_word(columns: int, folder: Path) -> None:
+    name = "a-folder-with-a-rather-long-name"
+    text = at_terminal(folder, "inspect", name, columns=columns)
+    assert name in text
+    assert all(len(line) <= columns or name in line for line in text.splitlines())
+    table = at_terminal(folder, "merge", "base", "lora", "-o", "out", columns=columns)
+    assert "layers.0.q.weight" in table
+
+
+def test_long_help_has_headings_and_no_option_is_lost() -> None:
+    from adapterkit.cli import adapterkit
+
+    text = run("merge", "--help").stdout
+    assert all(f"\n{heading}:\n" in text for heading in ("Output", "What is computed", "How it runs", "How it talks"))
+    for name in adapterkit.list_commands(click.Context(adapterkit)):
+        command = adapterkit.get_command(click.Context(adapterkit), name)
+        shown = run(name, "--help").stdout
+        for param in command.params:
+            if isinstance(param, click.Option) and not param.hidden:
+                assert all(word in shown for word in param.opts), (name, param.opts)

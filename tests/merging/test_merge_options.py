@@ -1,0 +1,96 @@
+"""Options of the merge: memory, links, stochastic rounding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from merges import big_base, f64, lora, lora_delta, rand, save_base, tree
+from safetensors.torch import load_file
+
+import adapterkit as ak
+from adapterkit.merging import plan
+
+WIDE = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn]
+
+
+def neighbours(exact: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of `dtype` next below and next above each exact one, by its bits."""
+    near = torch.from_numpy(exact).to(dtype)
+    bits = near.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[near.itemsize])
+    away, toward = (bits + 1).view(dtype), (bits - 1).view(dtype)
+    near, away, toward = (f64(t) for t in (near, away, toward))
+    low = np.where(near <= exact, near, np.where(exact > 0, toward, away))
+    high = np.where(near >= exact, near, np.where(exact > 0, away, toward))
+    return low, high
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["numpy", "torch"])
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(
+    tmp_path: Path, dtype: torch.dtype, device: str
+) -> None:
+    W, u = rand(700, 600).to(dtype), lora(700, 600)
+    base = save_base(tmp_path / "base", {"m.weight": W})
+    adapter = ak.Adapter({ak.Target("m"): (u,)})
+    report = ak.merge(base, adapter, tmp_path / "out", seed=7, device=device)
+    got = f64(load_file(tmp_path / "out" / "model.safetensors")["m.weight"])
+    exact = f64(W) + lora_delta(u)
+    low, high = neighbours(exact, dtype)
+    assert ((got == low) | (got == high)).all()
+    inexact = low < high
+    share = (exact - low)[inexact] / (high - low)[inexact]
+    up = (got == high)[inexact]
+    tolerance = 5 * math.sqrt(float((share * (1 - share)).sum()))
+    assert abs(up.sum() - share.sum()) < tolerance
+    assert report.record()["seed"] == 7
+    assert ak.verify(tmp_path / "out", base, adapter, seed=7).ok
+    assert not ak.verify(tmp_path / "out", base, adapter, seed=8).ok
+
+
+def test_stochastic_rounding_is_the_same_on_any_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", {"m.weight": rand(701, 333).bfloat16(), "n.weight": rand(701, 333)})
+    adapter = ak.Adapter({ak.Target("m"): (lora(701, 333),)})
+    ak.merge(base, adapter, tmp_path / "out", seed=3, dtype="F16")
+    monkeypatch.setattr("adapterkit.merging.blocks.BLOCK_ELEMENTS", 3 * 333)
+    ak.merge(base, adapter, tmp_path / "cut", seed=3, dtype="F16", device="cpu:0")
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "cut")]
+    assert weights[0] == weights[1]
+    ak.merge(base, adapter, tmp_path / "other", seed=4, dtype="F16")
+    assert tree(tmp_path / "out") != tree(tmp_path / "other")
+
+
+def test_linked_files_are_those_of_the_base(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base", 6)
+    only = adapter.replace(updates=dict(list(adapter.updates.items())[:1]))
+    ak.merge(base, only, tmp_path / "copied")
+    ak.merge(base, only, tmp_path / "linked", link=True)
+    assert tree(tmp_path / "copied") == tree(tmp_path / "linked")
+    same = [f.name for f in base.glob("*.safetensors") if f.samefile(tmp_path / "linked" / f.name)]
+    assert len(same) == 5
+    assert not any(f.samefile(tmp_path / "copied" / f.name) for f in base.glob("*.safetensors"))
+    touched = next(iter(only.updates)).path
+    assert ak.verify(tmp_path / "linked", base, only).ok
+    assert not [name for name in same if f"{touched}.weight" in load_file(base / name)]
+
+
+def test_memory_bounds_the_workers_and_a_plan_says_so(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    free = plan(base, adapter).record()
+    assert free["peak_memory"] <= free["memory"]
+    one = free["peak_memory"] // free["workers"]
+    tight = plan(base, adapter, memory=one)
+    assert (tight.workers, tight.peak_memory) == (1, one)
+    assert tight.digest == free["digest"]
+    ak.merge(base, adapter, tmp_path / "free")
+    ak.merge(base, adapter, tmp_path / "tight", memory=one)
+    assert tree(tmp_path / "free") == tree(tmp_path / "tight")
+    with pytest.raises(ak.AdapterkitError, match=r"layers.*bytes at a time") as caught:
+        ak.merge(base, adapter, tmp_path / "none", memory=one - 1)
+    assert caught.value.exit_code == 6
+    with pytest.raises(ak.AdapterkitError, match="a memory of 0"):
+        plan(base, adapter, memory=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "free", "tight"]

@@ -1,0 +1,192 @@
+"""Damaged graphs: each is refused by a typed error that names the file and the place, or is used."""
+
+import importlib
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphs as graphs
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+
+import adapterkit as ak
+from adapterkit.errors import AdapterkitError, Malformed
+
+TOOLS = Path(__file__).parents[2] / "tools" / "fuzz"
+
+
+def lora(out=8, into=16, *kernel):
+    return ak.METHODS["lora"](A=torch.randn(2, into, *kernel), B=torch.randn(out, 2))
+
+
+def linear():
+    return onnx.ModelProto.FromString(graphs.built("transposed")[2].SerializeToString())
+
+
+def short(proto):
+    proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]
+    return "0.weight"
+
+
+def untyped(proto):
+    proto.graph.initializer[0].data_type = 0
+    return "0.weight"
+
+
+def unknown_type(proto):
+    proto.graph.initializer[1].data_type = 99
+    return "0.bias"
+
+
+def negative(proto):
+    proto.graph.initializer[0].dims[0] = -8
+    return "0.weight"
+
+
+def few_numbers(proto):
+    tensor = proto.graph.initializer[1]
+    tensor.ClearField("raw_data")
+    tensor.float_data.extend([1.0] * 7)
+    return "0.bias"
+
+
+def in_a_node(proto):
+    tensor = numpy_helper.from_array(np.zeros(8, "f4"))
+    tensor.raw_data = tensor.raw_data[:-1]
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["c"], "constant", value=tensor))
+    return "constant: value"
+
+
+def nameless(proto):
+    proto.graph.initializer[0].name = ""
+    return "nothing gives its input|without a name"
+
+
+def in_circles(proto):
+    proto.graph.node[0].input[0] = "h"
+    return "depends on itself"
+
+
+def from_nowhere(proto):
+    proto.graph.node[1].input[1] = "nowhere"
+    return "/0/MatMul: nothing gives its input 'nowhere'"
+
+
+def twice(proto):
+    proto.graph.node[1].output[0] = "t"
+    return "'t' is defined twice"
+
+
+def without_inputs(proto):
+    del proto.graph.node[1].input[1]
+    return "/0/MatMul: a MatMul of 1 inputs"
+
+
+def wrong_attribute(proto):
+    proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", 1))
+    return "another type of the attribute perm"
+
+
+def wrong_order(proto):
+    proto.graph.node[0].attribute[0].CopyFrom(helper.make_attribute("perm", [0, 7]))
+    return r"order \[0, 7\] of 2 axes"
+
+
+DAMAGES = [
+    short, untyped, unknown_type, negative, few_numbers, in_a_node, nameless, in_circles, from_nowhere, twice,
+    without_inputs, wrong_attribute, wrong_order,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_named_with_its_file_and_place(damage, tmp_path):
+    proto = linear()
+    match, path = damage(proto), tmp_path / "bad.onnx"
+    path.write_bytes(proto.SerializeToString())
+    adapter = ak.Adapter({ak.Target("0"): (lora(),)})
+    for use in (
+        lambda: ak.onnx.inject(path, adapter, tmp_path / "out.onnx"),
+        lambda: ak.onnx.merge(path, adapter, tmp_path / "out.onnx"),
+        lambda: ak.onnx.plan(path, adapter),
+        lambda: ak.onnx.layers(path),
+    ):
+        with pytest.raises(Malformed, match=match) as told:
+            use()
+        assert told.value.path == str(path)
+        assert told.value.cure
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_a_group_of_none_does_not_reach_onnxruntime(tmp_path):
+    """It divides by it, and ends the process."""
+    proto = graphs.built("transpose-groups")[2]
+    (group,) = (each for each in proto.graph.node[0].attribute if each.name == "group")
+    group.i = 0
+    (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
+    for use in (ak.onnx.layers, ak.onnx.Session):
+        with pytest.raises(Malformed, match="attribute group below 1"):
+            use(tmp_path / "bad.onnx")
+
+
+def test_names_that_are_no_text(tmp_path):
+    data = graphs.built("gemm")[2].SerializeToString()
+    (tmp_path / "bad.onnx").write_bytes(data.replace(b"node", b"n\xffde"))
+    with pytest.raises(Malformed, match=r"not UTF-8|not an ONNX model"):
+        ak.onnx.layers(tmp_path / "bad.onnx")
+
+
+def seeds(folder):
+    """Graphs of every kind of layer, quantized ones, one with graphs inside: their bytes, and adapters for them."""
+    for kind in graphs.LAYERS:
+        model, _, proto = graphs.built(kind)
+        out, into, *kernel = model[0].weight.shape
+        swapped = kind == "embedding" or isinstance(model[0], torch.nn.modules.conv._ConvTransposeNd)
+        update = lora(into, out, *kernel) if swapped else lora(out, into, *kernel)
+        target = ak.Target("0", "in out *k" if kind == "embedding" else "out *in")
+        yield proto.SerializeToString(), ak.Adapter({target: (update,)})
+    path, plain = folder / "seed.onnx", ak.Adapter({ak.Target("0"): (lora(),)})
+    path.write_bytes(graphs.built("matmul")[2].SerializeToString())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization.quantize_dynamic(path, folder / "dynamic.onnx")
+    yield (folder / "dynamic.onnx").read_bytes(), plain
+    branch = []
+    for name, op in (("a", "Neg"), ("b", "Relu")):
+        inside = [helper.make_node("MatMul", ["x", "w"], [f"{name}h"], "/0/MatMul")]
+        inside.append(helper.make_node(op, [f"{name}h"], [name]))
+        end = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        branch.append(helper.make_graph(inside, name, [], [end]))
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch[0], else_branch=branch[1])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 16), ("y", 8)))
+    choice = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    held = [numpy_helper.from_array(np.ones((16, 8), "f4"), "w")]
+    made = helper.make_graph([node], "g", [x, choice], [y], held)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    yield model.SerializeToString(), plain
+
+
+def test_mutated_graphs_raise_typed_errors_alone(tmp_path, monkeypatch):
+    """Fields of protobuf messages changed, cleared, copied and moved."""
+    monkeypatch.syspath_prepend(TOOLS)
+    mutate, rng = importlib.import_module("graphs").onnx, random.Random(5)
+    known, path, out = list(seeds(tmp_path)), tmp_path / "m.onnx", tmp_path / "out.onnx"
+    used, pathless = 0, []
+    for number in range(150):
+        data, adapter = known[number % len(known)]
+        path.write_bytes(mutate(data, rng))
+        for use in (
+            lambda: ak.onnx.layers(path),
+            lambda: ak.onnx.inject(path, adapter, out, check=False, mode=rng.choice(("constant", "slots"))),  # noqa: B023
+            lambda: ak.onnx.merge(path, adapter, out, check=False, quantized="dequantize"),  # noqa: B023
+        ):
+            try:
+                use()
+                used += 1
+            except AdapterkitError as error:
+                pathless += [str(error)] if error.path is None else []
+    assert not pathless
+    assert used > 120

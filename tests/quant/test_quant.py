@@ -1,0 +1,298 @@
+"""Quantized bases against what their own libraries make of them, and the merge into them against float64 numpy."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
+
+import adapterkit as ak
+from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from adapterkit.io.checkpoint import open_checkpoint
+from adapterkit.io.lazy import DTYPES
+from adapterkit.merging import plan
+from adapterkit.methods.dora import DoRA
+from adapterkit.methods.lora import LoRA
+from adapterkit.quant import SCHEMES, dequantized, detect
+from adapterkit.quant._grouped import Grouped
+
+VECTORS = Path(__file__).parents[2] / "spec" / "vectors" / "quant"
+CASES = sorted(path.parent for path in VECTORS.rglob("expected.safetensors"))
+BNB, FP8 = VECTORS / "bnb_4bit" / "nf4_nested_bfloat16", VECTORS / "fp8" / "block"
+NVFP4 = VECTORS / "compressed_tensors" / "nvfp4"
+
+
+def name(case):
+    return case.relative_to(VECTORS).as_posix()
+
+
+def stored(case):
+    """What is opened: a folder, or a file of a scheme that is a kind of file."""
+    return case / "model.gguf" if (case / "model.gguf").exists() else case
+
+
+def bits(tensor):
+    """The bits of a tensor, zero without its sign: libraries do not agree about it among their own kernels."""
+    return (tensor + 0.0).contiguous().view(torch.uint8)
+
+
+def low_rank(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    out, ins = shape
+    A, B = rng.normal(size=(2, ins)).astype(np.float32), rng.normal(size=(out, 2)).astype(np.float32)
+    return LoRA(A=torch.tensor(A), B=torch.tensor(B), scaling=0.01), 0.01 * (B.astype(float) @ A.astype(float))
+
+
+def unpack(folder):
+    for weight in dequantized(open_checkpoint(folder)).packed.values():
+        weight.lazy().fetch()
+
+
+def grouped(case):
+    """The packed weights of a case that are whole numbers in runs of columns, of a width that MatMulNBits has."""
+    found = dequantized(open_checkpoint(stored(case))).packed.values() if (case / "config.json").exists() else ()
+    plain = [w for w in found if isinstance(w, Grouped) and w.index is None and w.bits in (4, 8)]
+    sizes = {16, 32, 64, 128, 256}
+    return [w for w in plain if w.shape[-1] % w.groups == 0 and w.shape[-1] // w.groups in sizes]
+
+
+def in_onnxruntime(weight):
+    """What MatMulNBits computes with: its product with an identity, of numbers packed as its documentation says."""
+    (N, K), bits = weight.shape, weight.bits
+    q, zeros = weight.whole(0, N), np.broadcast_to(weight.zeros(0, N), (N, weight.groups))
+    shift = -weight.span[0]
+    data = np.stack([_low_first(row + shift, bits) for row in q]).reshape(N, weight.groups, -1)
+    points = np.stack([_low_first(row + shift, bits) for row in zeros])
+    scales = weight.scales(0, N).astype("f4")
+    given = {"B": data, "scales": scales.reshape(-1), "zero_points": points.reshape(-1)}
+    held = [numpy_helper.from_array(np.ascontiguousarray(value), key) for key, value in given.items()]
+    node = helper.make_node(
+        "MatMulNBits", ["x", *given], ["y"], domain="com.microsoft", K=K, N=N, bits=bits,
+        block_size=K // weight.groups, accuracy_level=1,
+    )  # fmt: skip
+    ends = [helper.make_tensor_value_info(key, TensorProto.FLOAT, [K, size]) for key, size in (("x", K), ("y", N))]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], held)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.eye(K, dtype="f4")})[0].T
+
+
+def _low_first(values, bits):
+    whole = np.pad(values, (0, -len(values) * bits % 8 // bits)).astype(np.uint8)
+    return whole[0::2] | whole[1::2] << 4 if bits == 4 else whole
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if grouped(case)], ids=name)
+def test_grouped_weights_are_what_onnxruntimes_matmulnbits_computes_with(case):
+    for weight in grouped(case):
+        ours = dataclasses.replace(weight, dtype=DTYPES["F32"]).rows(0, weight.shape[0])
+        assert np.array_equal((ours + 0.0).view("u4"), (in_onnxruntime(weight) + 0.0).view("u4"))
+
+
+def test_every_scheme_has_vectors():
+    assert {case.parent.name for case in CASES} == set(SCHEMES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_weights_are_what_the_schemes_own_library_makes_of_them(case):
+    base = open_checkpoint(stored(case))
+    seen, expected = dequantized(base), load_file(case / "expected.safetensors")
+    assert detect(base) == seen.scheme == case.parent.name
+    assert set(seen.packed) == set(expected)
+    for key, wanted in expected.items():
+        got = seen.tensors[key].torch()
+        assert got.dtype == wanted.dtype
+        assert torch.equal(bits(got), bits(wanted))
+    if stored(case) != case:
+        assert set(seen.tensors) == set(expected)
+        return
+    with safe_open(case / "model.safetensors", "np") as file:
+        kept = {key for key in file.keys() if key.rpartition("_")[2] == "bias" or key.endswith(".bias")}  # noqa: SIM118
+    assert set(seen.tensors) == set(expected) | kept
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_run_of_elements_is_that_part_of_the_whole(case):
+    for tensor in (weight.lazy() for weight in dequantized(open_checkpoint(stored(case))).packed.values()):
+        whole, size = bytes(tensor.fetch()), tensor.dtype.itemsize
+        width, count = tensor.shape[-1], tensor.nbytes // tensor.dtype.itemsize
+        for first, some in ((0, width), (3 * width, 2 * width), (width + 5, 7), (count - 3, 3), (2, 0)):
+            assert bytes(tensor.read(first, some)) == whole[first * size : (first + some) * size]
+
+
+@pytest.mark.parametrize("case", [BNB, FP8, VECTORS / "gptq" / "four"], ids=name)
+def test_merging_folds_into_the_dequantized_weights(case, tmp_path):
+    W = load_file(case / "expected.safetensors")["m.weight"]
+    update, delta = low_rank(W.shape)
+    out = tmp_path / "out"
+    adapter = ak.Adapter({ak.Target("m"): (update,)})
+    report = ak.merge(case, adapter, out, quantized="dequantize")
+    merged = load_file(out / "model.safetensors")
+    exact = W.double().numpy() + delta
+    kind = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}[W.dtype]
+    assert merged["m.weight"].dtype == W.dtype
+    assert np.array_equal(merged["m.weight"].float().numpy(), exact.astype(kind).astype(np.float32))
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert not any("absmax" in key or "scale" in key or "qweight" in key for key in merged)
+    assert report.record()["quantized"]["scheme"] == case.parent.name
+    assert ak.verify(out, case, adapter).ok
+
+
+def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
+    base, packed = tmp_path / "base", load_file(BNB / "model.safetensors")
+    shutil.copytree(BNB, base)
+    (base / "quantize_config.json").write_text("{}")
+    other = {key.replace("m.", "n."): value.clone() for key, value in packed.items()}
+    save_torch(packed | other, base / "model.safetensors")
+    W = load_file(BNB / "expected.safetensors")["m.weight"]
+    report = ak.merge(
+        base, ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)}), tmp_path / "out", quantized="dequantize"
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(merged) == {"m.weight", "m.bias", "n.weight", "n.bias"}
+    assert torch.equal(merged["n.weight"], W)
+    assert torch.equal(merged["n.bias"], packed["m.bias"])
+    assert report.left_out == ("expected.safetensors", "quantize_config.json")
+
+
+def test_a_law_that_needs_the_weight_sees_the_dequantized_one(tmp_path):
+    W = load_file(BNB / "expected.safetensors")["m.weight"]
+    lora, delta = low_rank(W.shape)
+    magnitude = np.random.default_rng(5).uniform(0.5, 1.5, W.shape[0]).astype(np.float32)
+    update = DoRA(A=lora.A, B=lora.B, magnitude=torch.tensor(magnitude), scaling=0.01)
+    ak.merge(BNB, ak.Adapter({ak.Target("m"): (update,)}), tmp_path / "out", quantized="dequantize", dtype="F32")
+    moved = W.double().numpy() + delta
+    wanted = magnitude[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    got = load_file(tmp_path / "out" / "model.safetensors")["m.weight"].numpy()
+    assert np.abs(got - wanted).max() < 1e-6
+
+
+def test_weights_of_float32_are_written_in_bfloat16(tmp_path):
+    case = VECTORS / "bnb_4bit" / "nf4_float32"
+    W = load_file(case / "expected.safetensors")["m.weight"]
+    update, delta = low_rank(W.shape)
+    ak.merge(case, ak.Adapter({ak.Target("m"): (update,)}), tmp_path / "out", quantized="dequantize")
+    got = load_file(tmp_path / "out" / "model.safetensors")["m.weight"]
+    exact = (W.double().numpy() + delta).astype(ml_dtypes.bfloat16)
+    assert got.dtype == torch.bfloat16
+    assert np.array_equal(got.float().numpy(), exact.astype(np.float32))
+
+
+def test_blocks_of_a_weight_larger_than_one_block_join(tmp_path):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(900, 640)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.5, 2, size=(8, 5)).astype(np.float32)
+    save_torch(
+        {
+            "m.weight": torch.tensor(q.view(np.uint8)).view(torch.float8_e4m3fn),
+            "m.weight_scale_inv": torch.tensor(scale),
+        },
+        tmp_path / "base.safetensors",
+    )
+    update, delta = low_rank(q.shape)
+    out = tmp_path / "out.safetensors"
+    ak.merge(tmp_path / "base.safetensors", ak.Adapter({ak.Target("m"): (update,)}), out, quantized="dequantize")
+    grid = np.repeat(np.repeat(scale, 128, 0)[:900], 128, 1)
+    W = (q.astype(np.float32) * grid).astype(ml_dtypes.bfloat16)
+    wanted = (W.astype(float) + delta).astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert np.array_equal(load_file(out)["m.weight"].float().numpy(), wanted)
+
+
+@pytest.mark.parametrize("case", [BNB, FP8], ids=name)
+def test_without_a_choice_a_quantized_base_is_refused_with_the_choices(case, tmp_path):
+    adapter = ak.Adapter({ak.Target("m"): (low_rank((6, 128))[0],)})
+    with pytest.raises(Unsupported, match=f"quantized \\({case.parent.name}\\)") as caught:
+        ak.merge(case, adapter, tmp_path / "out")
+    assert all(word in caught.value.cure for word in ("--quantized dequantize", "requantize", "original"))
+    with pytest.raises(UsageError, match="unknown choice 'nothing'"):
+        ak.merge(case, adapter, tmp_path / "out", quantized="nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_an_unknown_scheme_is_refused_by_its_name(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"m.weight": np.ones((4, 4), np.uint8)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
+    adapter = ak.Adapter({ak.Target("m"): (low_rank((4, 4))[0],)})
+    for choice in (None, "dequantize"):
+        with pytest.raises(Unsupported, match="aqlm"):
+            ak.merge(base, adapter, tmp_path / "out", quantized=choice)
+
+
+def test_the_plan_says_what_is_done_and_why():
+    planned = plan(BNB, ak.Adapter({ak.Target("m"): (low_rank((6, 128))[0],)}), quantized="dequantize").record()
+    assert planned["quantized"]["choice"] == "dequantize"
+    assert planned["quantized"]["weights"] == 1
+    assert "trained" in planned["quantized"]["why"]
+
+
+STATE = "m.weight.quant_state.bitsandbytes__nf4"
+
+
+def text(**changes):
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [6, 128], "nested_blocksize": 256}
+    state = {**state, "nested_dtype": "float32", "nested_offset": 0.1, **changes}
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+DAMAGE = {
+    "a scale gone": (BNB, "m.weight.absmax", None, Malformed),
+    "scales too few": (BNB, "m.weight.absmax", lambda t: t[:-1], ShapeMismatch),
+    "scales of another dtype": (BNB, "m.weight.absmax", lambda t: t.float(), ShapeMismatch),
+    "second scales too many": (BNB, "m.weight.nested_absmax", lambda t: t.repeat(2), ShapeMismatch),
+    "second scales not numbers": (BNB, "m.weight.nested_absmax", lambda t: t * float("nan"), Malformed),
+    "levels too few": (BNB, "m.weight.quant_map", lambda t: t[:9], ShapeMismatch),
+    "packed too short": (BNB, "m.weight", lambda t: t[:-1], ShapeMismatch),
+    "state no text": (BNB, STATE, lambda t: t + 128, Malformed),
+    "state too long": (BNB, STATE, lambda _: torch.full((1 << 17,), 32, dtype=torch.uint8), Malformed),
+    "state of a huge shape": (BNB, STATE, lambda _: text(shape=[1 << 40, 1 << 40]), ShapeMismatch),
+    "state of no shape": (BNB, STATE, lambda _: text(shape=[-6, -128]), Malformed),
+    "state of no blocks": (BNB, STATE, lambda _: text(blocksize=0), Malformed),
+    "state of no dtype": (BNB, STATE, lambda _: text(dtype="int4"), Malformed),
+    "state of no offset": (BNB, STATE, lambda _: text(nested_offset=None), Malformed),
+    "grid of another size": (FP8, "m.weight_scale_inv", lambda t: t.repeat(2, 2), ShapeMismatch),
+    "grid not numbers": (FP8, "m.weight_scale_inv", lambda t: t / 0, Malformed),
+    "int8 scale short": (VECTORS / "bnb_int8" / "rows", "m.SCB", lambda t: t[:3], ShapeMismatch),
+    "mxfp4 scales short": (VECTORS / "mxfp4" / "experts", "m.experts.up_scales", lambda t: t[..., :1], ShapeMismatch),
+    "mxfp4 no number": (VECTORS / "mxfp4" / "experts", "m.experts.up_scales", lambda t: t * 0 + 255, Malformed),
+    "nvfp4 second scale 0": (
+        VECTORS / "compressed_tensors" / "nvfp4",
+        "m.weight_global_scale",
+        torch.zeros_like,
+        Malformed,
+    ),
+    "gptq zeros short": (VECTORS / "gptq" / "four", "m.qzeros", lambda t: t[:, :1], ShapeMismatch),
+    "gptq groups astray": (VECTORS / "gptq" / "four", "m.g_idx", lambda t: t + 1, ShapeMismatch),
+    "awq scales not numbers": (VECTORS / "awq" / "gemm", "m.scales", lambda t: t / 0, Malformed),
+    "hqq zeros short": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.zero", lambda t: t[:3], ShapeMismatch),
+    "hqq of no width": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.nbits", lambda t: t * 3, Malformed),
+    "hqq of a huge shape": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.shape", lambda t: t << 20, ShapeMismatch),
+    "packed shape wrong": (VECTORS / "compressed_tensors" / "packed", "m.weight_shape", lambda t: t * 2, ShapeMismatch),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_damaged_parts_are_refused_with_a_place(fault, tmp_path):
+    case, key, change, error = DAMAGE[fault]
+    tensors = load_file(case / "model.safetensors")
+    value = tensors.pop(key)
+    if change is not None:
+        tensors[key] = change(value).contiguous()
+    shutil.copy(case / "config.json", tmp_path)
+    save_torch(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(error) as caught:
+        unpack(tmp_path)
+    assert caught.value.where
+    assert caught.value.cure

@@ -1,0 +1,131 @@
+"""Licences: what the table says is SPDX's, where licences of parts contradict, and where people are told."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from itertools import product
+from pathlib import Path
+
+import cyclonedx
+import pytest
+from command_line import record, run, save_base, save_peft
+from hub_repository import hub  # noqa: F401 - a fixture
+
+import adapterkit as ak
+from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of
+
+TABLE = tomllib.loads((Path(__file__).parents[2] / "spec" / "licences.toml").read_text("utf-8"))
+SPDX = Path(cyclonedx.__file__).parent / "schema" / "_res" / "spdx.SNAPSHOT.schema.json"
+
+
+def test_the_table_names_licences_of_spdx_and_families_that_are_there() -> None:
+    known = set(json.loads(SPDX.read_text("utf-8"))["enum"])
+    for name, entry in TABLE["licences"].items():
+        assert entry["family"] in TABLE["families"], name
+        assert entry.get("spdx", "MIT") in known, name
+        assert set(entry.get("into", ())) <= set(TABLE["licences"]), name
+        assert name == name.lower()
+        if entry.get("spdx"):
+            assert entry["spdx"].lower().removesuffix("-only").startswith(name.removesuffix("-1.0")) or name == "odbl"
+    assert set(TABLE["names"].values()) <= set(TABLE["families"])
+
+
+def told(*names: str) -> list[tuple[str, dict[str, str]]]:
+    return [(f"part {n}", {"license": name}) for n, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (("apache-2.0", "mit"), None), (("mit",), None), (("llama3.1", "apache-2.0"), None), (("gemma", "gemma"), None),
+    (("cc-by-nc-4.0", "cc-by-nc-4.0"), None), (("gpl-3.0", "apache-2.0"), None), (("unknown", "gpl-3.0"), None),
+    (("cc-by-sa-4.0", "gpl-3.0"), None), (("cc-by-sa-3.0", "gpl-3.0"), None), (("gpl-3.0", "agpl-3.0"), None),
+    (("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"), None), (("llama2", "openrail"), None),
+    (("apache-2.0", "cc-by-nc-4.0"), "no commercial use, because of part 1"),
+    (("cc-by-nc-4.0", "llama2"), "no commercial use, because of part 0"),
+    (("gpl-3.0", "llama3"), "limits that it forbids"), (("openrail", "agpl-3.0"), "limits that it forbids"),
+    (("gpl-2.0", "gpl-3.0"), "each asks for the whole"),
+    (("cc-by-nc-sa-4.0", "cc-by-nc-4.0"), None), (("cc-by-sa-4.0", "cc-by-nc-sa-4.0"), "each asks for the whole"),
+    (("cc-by-nd-4.0", "mit"), "no changed copies"), (("mit", "cc-by-nc-nd-4.0"), "no changed copies"),
+])  # fmt: skip
+def test_conflicts(names: tuple[str, ...], words: str | None) -> None:
+    found = conflicts(told(*names))
+    assert bool(found) == (words is not None), found
+    assert words is None or words in found[0]
+
+
+def test_conflicts_do_not_depend_on_the_order() -> None:
+    for pair in product(TABLE["licences"], repeat=2):
+        assert bool(conflicts(told(*pair))) == bool(conflicts(told(*reversed(pair)))), pair
+
+
+@pytest.mark.parametrize(("stated", "parts", "words"), [
+    ("apache-2.0", ("mit", "apache-2.0"), None), ("llama3.1", ("llama3.1", "mit"), None), ("", ("llama3",), None),
+    ("gpl-3.0", ("cc-by-sa-4.0",), None), ("cc-by-nc-4.0", ("apache-2.0",), None),
+    ("apache-2.0", ("llama3.1",), "asks for its text"), ("mit", ("gpl-3.0",), "the whole to be under it"),
+    ("llama2", ("cc-by-nc-4.0",), "no commercial use"), ("mit", ("cc-by-nd-4.0",), "no changed copies"),
+])  # fmt: skip
+def test_a_card_that_says_less_than_the_parts_ask(stated: str, parts: tuple[str, ...], words: str | None) -> None:
+    found = passed_over({"license": stated}, told(*parts))
+    assert (bool(found), words is None or words in found[0]) == (words is not None, True), found
+
+
+def test_licences_that_have_only_a_name() -> None:
+    flux = {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}
+    assert (family_of(flux), spdx_of(flux)) == ("noncommercial", None)
+    assert conflicts([("the base", flux), ("lora", {"license": "mit"})])[0].startswith(
+        "the base is under flux-1-dev-non-commercial-license, and lora is under mit"
+    )
+    assert terms_of({"license": "other", "license_name": "mine"}) is None
+    assert (spdx_of({"license": "Apache-2.0"}), spdx_of({})) == ("Apache-2.0", None)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Path, Path]:
+    base, lora = save_base(tmp_path / "base"), save_peft(tmp_path / "lora")
+    (base / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    (lora / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    return base, lora
+
+
+def test_a_merge_warns_and_records(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    report = ak.merge(parts[0], [parts[1]], tmp_path / "out")
+    why = "licences: the base is under llama3.1, and lora is under cc-by-nc-4.0: the result allows no commercial use"
+    assert any(each.startswith(why) for each in report.record()["warnings"]), report.record()["warnings"]
+    kept = json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())
+    assert kept["licences"] == {"lora": {"license": "cc-by-nc-4.0"}, "the base": {"license": "llama3.1"}}
+    assert why in run("merge", *parts, "-o", tmp_path / "again").output
+    (parts[1] / "README.md").unlink()
+    quiet = ak.merge(parts[0], [parts[1]], tmp_path / "quiet")
+    assert not any("licences" in each for each in quiet.record()["warnings"])
+
+
+def test_a_file_of_an_image_model_names_its_licence_in_its_metadata(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    ak.convert(parts[1], tmp_path / "a" / "kohya.safetensors", to="adapterkit")
+    adapter = ak.read(tmp_path / "a" / "kohya.safetensors")
+    adapter = adapter.replace(recipe=(*adapter.recipe, ak.Step("read", {"metadata": {"modelspec.license": "gpl-3.0"}})))
+    report = ak.merge(parts[0], [adapter], tmp_path / "out")
+    assert any("is under gpl-3.0" in each for each in report.record()["warnings"]), report.record()["warnings"]
+
+
+def test_inspect_says_what_a_licence_asks(parts: tuple[Path, Path]) -> None:
+    lora, base = record("inspect", parts[1]), record("inspect", parts[0])
+    assert (lora["licence"], lora["licence_spdx"]) == ("cc-by-nc-4.0", "CC-BY-NC-4.0")
+    assert (base["licence"], base["licence_spdx"]) == ("llama3.1", None)
+    assert "cc-by-nc-4.0, which allows no commercial use" in run("inspect", parts[1]).stdout
+    assert "licence llama3.1, which asks for its text" in run("inspect", parts[0]).stdout
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_push_warns_of_a_card_that_says_less(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    ak.merge(parts[0], [parts[1]], tmp_path / "out")
+    pushed = ak.hub.push(tmp_path / "out", "hf://org/out", licence="mit", dry_run=True)
+    assert [each.partition(" is under ")[2].partition(",")[0] for each in pushed.warnings] == [
+        "llama3.1", "cc-by-nc-4.0", "llama3.1",
+    ], pushed.warnings  # fmt: skip
+    assert pushed.warnings[0].startswith("licences: the card says mit, but the base is under llama3.1, which asks for")
+    said = run("push", tmp_path / "out", "hf://org/out", "--licence", "mit")
+    assert (said.exit_code, said.stderr.count("warning: licences: ")) == (0, 3), said.output
+    (parts[1] / "README.md").unlink()
+    ak.merge(parts[0], [parts[1]], tmp_path / "plain")
+    assert ak.hub.push(tmp_path / "plain", "hf://org/plain", dry_run=True).warnings == ()
