@@ -23,7 +23,7 @@ TOKENS = torch.tensor([[5, 7, 11, 3], [9, 2, 8, 8], [4, 4, 6, 1]])
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the page names: bases, adapters and keys."""
     monkeypatch.chdir(tmp_path)
     for name in ("path/to/base", "MODEL"):
@@ -36,7 +36,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("key.pem").write_bytes(key.private_bytes(*form))
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     Path("key.pub.pem").write_bytes(public)
-    return tmp_path
 
 
 def given(code: str) -> dict[str, Any]:
@@ -57,7 +56,8 @@ def given(code: str) -> dict[str, Any]:
     return names | {"model": model}
 
 
-def test_the_page_of_python_runs(folder: Path) -> None:
+@pytest.mark.usefixtures("folder")
+def test_the_page_of_python_runs() -> None:
     names: dict[str, Any] = {}
     for language, code in BLOCK.findall(PAGE.read_text("utf-8")):
         if language == "python":
