@@ -165,6 +165,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     extends: dict[str, str] = {}
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
+    rare: bool = False
     pipeline: Pipeline | None = None
 
 
@@ -199,7 +200,8 @@ class Architecture:
     def namings(self) -> tuple[str, ...]:
         """List the namings that the file has, in order of first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
-        return tuple(dict.fromkeys([*self.record.keyed, *named, *((WEIGHT,) if self.apart else ())]))
+        own = [*self.record.keyed, *named, *self.record.extends]
+        return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
         """Find the place of a weight in a naming; None if the naming has no such weight."""
@@ -342,8 +344,9 @@ def with_names(names: Iterable[str]) -> Iterator[Architecture]:
 
 def with_naming(naming: str) -> Iterator[Architecture]:
     """Yield the families that have places in one tool's naming."""
-    words = f" {naming} = ".encode()
-    return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+    words = f"{naming} = ".encode()
+    found = (file for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+    return (each for each in map(_loaded, found) if naming in each.namings)
 
 
 class Head(msgspec.Struct, frozen=True):
