@@ -135,5 +135,14 @@ def test_queries_keys_and_values_become_one_layer_and_three_again(trained, tmp_p
         assert np.abs(np.asarray(again.delta(name)) - expected).max() < 1e-6
 
 
+def test_what_a_hub_stores_as_one_tensor_stays_one(tmp_path):
+    name = "model.layers.0.attention.wqkv"
+    base = _base(tmp_path / "base", "internlm2", [name], num_attention_heads=2, num_key_value_heads=1)
+    adapter = ak.Adapter({Target(name): _pair(8, 8)})
+    ak.write(adapter, tmp_path / "out", "mlx", base=base)
+    assert f"{name}.lora_a" in load_file(tmp_path / "out" / "adapters.safetensors")
+    assert [target.path for target in ak.read(tmp_path / "out", base=base).updates] == [name]
+
+
 def test_every_family_of_mlx_lm_says_where_its_other_weights_are():
     assert len(list(with_naming("mlx"))) > 125

@@ -41,9 +41,12 @@ def _translated(name: str, config: Mapping[str, Any] | None, experts: int, namin
     found: dict[tuple[Move, ...], str] = {}
     family = _family(config)
     for each in _candidates(name, naming) if family is None else [family]:
-        if naming == WEIGHT and not each.find(name, NAMING):
+        there = each.find(name, NAMING)
+        if naming == WEIGHT and not there:
             continue
-        moves = translate(name, each, naming, experts)
+        same = naming == WEIGHT and all(each.place(weight, "hub") == place for weight, place, _ in there)
+        # A hub may store the queries, keys and values of several weights in one tensor, as MLX-LM does.
+        moves = (Move(name),) if same else translate(name, each, naming, experts)
         if moves:
             found.setdefault(moves, each.family)
     if family is None and found and any(_keep(own) for own in variants(name)):
