@@ -190,6 +190,21 @@ class Handle:
                     if id(leaf) not in seen:
                         seen.add(id(leaf))
                         yield _name(self._plain(target), updates, position, field), leaf
+        yield from self._copied_leaves(seen)
+
+    def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
+        """The tensors of layers that were copied inside the model, by the names of these layers."""
+        copies = self._copies()
+        paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
+        for switch, hooks in copies.items():
+            for hook in hooks:
+                for part in (part for part in hook.parts if part.switch is switch):
+                    copied = replace(part.target, path=unwrapped(self._model, paths[id(hook.module)]))
+                    for position, fields in enumerate(part.bound.leaves):
+                        for field, leaf in fields.items():
+                            if id(leaf) not in seen:
+                                seen.add(id(leaf))
+                                yield _name(copied, part.updates, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.

@@ -28,7 +28,7 @@ from .experts import with_experts
 from .folding import change_alike
 from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle
-from .layers import check_precision, device_of, is_packed, layer_of, stored_layout, stored_shape
+from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
 from .outputs import OutputSite, Switch, find_output_site
 from .parts import Part
@@ -446,7 +446,6 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     if isinstance(holder, torch.jit.ScriptModule):
         cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
         raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
-    check_precision(holder)
     direct = _is_direct(site, holder, prefix)
     if is_packed(holder):
         if not direct:
