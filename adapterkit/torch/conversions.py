@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 
-_APPLY = "_apply"
+APPLY = "_apply"
+"""The method of a module that all conversions end in."""
 
 
 class Conversion:
@@ -34,7 +35,7 @@ class Conversion:
 
     def __init__(self, module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
         self.module, self.is_leaf = module, is_leaf
-        self.before = module.__dict__.get(_APPLY)
+        self.before = module.__dict__.get(APPLY)
 
     def __call__(self, function: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
         """Convert the module's tensors, as `nn.Module._apply`.
@@ -68,17 +69,17 @@ class Conversion:
 
 def guard(module: nn.Module, is_leaf: Callable[[str], bool]) -> None:
     """Keep the numbers of the adapters' tensors in a module from now on."""
-    if not isinstance(module.__dict__.get(_APPLY), Conversion):
-        module.__dict__[_APPLY] = Conversion(module, is_leaf)
+    if not isinstance(module.__dict__.get(APPLY), Conversion):
+        module.__dict__[APPLY] = Conversion(module, is_leaf)
 
 
 def unguard(module: nn.Module) -> None:
     """Give a module back the `_apply` that it had."""
-    standing = module.__dict__.get(_APPLY)
+    standing = module.__dict__.get(APPLY)
     if isinstance(standing, Conversion):
-        del module.__dict__[_APPLY]
+        del module.__dict__[APPLY]
         if standing.before is not None:
-            module.__dict__[_APPLY] = standing.before
+            module.__dict__[APPLY] = standing.before
 
 
 def casts_layerwise(module: nn.Module) -> bool:

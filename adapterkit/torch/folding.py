@@ -128,6 +128,11 @@ class Merged:
         self.stack = _MERGES.setdefault(self.parameter, self.stack)
         self.stack.append(self)
 
+    def forget(self) -> None:
+        """Take the merge off the list of those that can be undone, if it stands there."""
+        if self in self.stack:
+            self.stack.remove(self)
+
     def pop(self) -> None:
         """Note that the merge is undone; the merge before this one is then the parameter's last change."""
         self.stack.pop()

@@ -32,7 +32,7 @@ from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, layer
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
 from .outputs import Beside, InputRecorder, OutputChange, Switch, through
-from .parts import HOOK, Part
+from .parts import HOOK, SCRIPTING, Part
 from .probes import ForwardProbe
 from .routing import check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Route, Scope, current
@@ -611,9 +611,6 @@ WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
 
 ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
 """The hooks that there are, in all models."""
-
-SCRIPTING = "__prepare_scriptable__"
-"""The attribute of a module that torch.jit.script calls before it compiles the module."""
 
 
 def hooks_of(model: nn.Module) -> list[ForwardHook]:
