@@ -3,8 +3,8 @@
     python tools/foreign/check_comfyui.py CHECKOUT [--method METHOD...] [WORD...]     families whose names have a word
     python tools/foreign/check_comfyui.py CHECKOUT --memory 2                         at most 2 GB a case
 
-Each case, a family and a method, is a process of its own, whose memory is bounded. Changes that are whole matrices are
-written in several files, a few modules each.
+Each case, a family and a method, is a process of its own, whose memory is bounded. The widths of ComfyUI's models are
+divided by 16. Changes that are whole matrices are written in several files, a few modules each.
 
 CHECKOUT is a folder with ComfyUI's source; comfyui_keys.py beside this file says what it needs. For each family that
 ComfyUI has a model of, an adapter in diffusers' names with one update for each module of the first blocks is written in
@@ -38,6 +38,9 @@ DIALECTS = {"lora": ("comfyui", "kohya"), "oft": ("lycoris",), "boft": ("lycoris
 """The formats of a method's files, where they are not ComfyUI's alone."""
 SAMPLE = 3
 """Weights of a file that are computed; keys are compared for all."""
+
+BY = 16
+"""What the published widths are divided by."""
 
 VALUES = 1 << 25
 """Values of whole matrices in one file."""
@@ -105,7 +108,7 @@ def checked(name: str, method: str) -> str:
     from adapterkit.naming.image import families
 
     family = next(each for each in families() if each.name == name)
-    known, shapes = key_map(*MODELS[name][-1])
+    known, shapes = smaller(*key_map(*MODELS[name][-1]))
     # LyCORIS's files have the names of the model that was trained; ComfyUI reads those of the original model.
     original = "lycoris" in DIALECTS.get(method, ())
     modules = modules_of(family, shapes, norms=method == "norm", original=original)
@@ -179,6 +182,36 @@ def compare(
                     result.also = max(result.also or 0.0, error)
             result.weights += len(held)
             result.lost += len(lost)
+
+
+def smaller(known: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide the outputs and inputs of ComfyUI's weights, and the rows of its parts, by BY where all of them allow it.
+
+    No key and no order depends on the widths. With the published ones, a run over all families took hours.
+    """
+    edges: dict[str, set[int]] = {}
+    for place in known.values():
+        if not isinstance(place, str):
+            edges.setdefault(place[0], set()).update(place[1][1:] if place[1] is not None else ())
+    rows = {
+        weight: all(edge % BY == 0 for edge in (shape[:1] or (1,)) + tuple(edges.get(weight, ())))
+        for weight, shape in shapes.items()
+    }
+    sizes = {
+        weight: tuple(
+            size // BY if size % BY == 0 and size > BY and (axis == 1 or (axis == 0 and rows[weight])) else size
+            for axis, size in enumerate(shape)
+        )
+        for weight, shape in shapes.items()
+    }
+    places = {}
+    for key, place in known.items():
+        if isinstance(place, str) or place[1] is None or sizes.get(place[0], (0,))[0] == shapes.get(place[0], (0,))[0]:
+            places[key] = place
+        else:
+            axis, start, size = place[1]
+            places[key] = (place[0], (axis, start // BY, size // BY), *place[2:])
+    return places, sizes
 
 
 def parts(modules: Mapping[str, Module], method: str) -> list[dict[str, tuple[int, ...]]]:
