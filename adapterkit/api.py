@@ -322,6 +322,7 @@ def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
     ]  # fmt: skip
     plain = ("adapter_model.safetensors", "adapter.safetensors", "pytorch_lora_weights.safetensors")
     parts = [each[:-1] if len(each) > 1 and each[-1] in plain else each for each in parts]
+    names: list[str] = []
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         short = [name.removesuffix(".safetensors").removesuffix(".gguf") for name in names]

@@ -305,9 +305,9 @@ class _Repr(Repr):
         super().__init__()
         self.maxstring = self.maxother = 100
 
-    def repr_int(self, value: int, level: int) -> str:
-        bits = value.bit_length()
-        return repr(value) if bits <= 128 else f"an integer of {bits} bits"
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return repr(x) if bits <= 128 else f"an integer of {bits} bits"
 
 
 _SHOWN = _Repr()

@@ -46,11 +46,11 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return self._names
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self._names:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._names:
             return None
-        command: click.Command = import_module(f"{self.package}.{name}").command
-        command.epilog = epilog(name)
+        command: click.Command = import_module(f"{self.package}.{cmd_name}").command
+        command.epilog = epilog(cmd_name)
         if completing():
             from ._completion import with_completions
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -146,7 +147,7 @@ def _discard_output() -> None:
 def _escape_unprintable() -> None:
     """A name that the terminal's encoding cannot show is shown with escapes instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -207,14 +207,13 @@ class _Weight:
                     self._place(found, (part, expert), target, answer)
         return found
 
-    def _answers(self, target: Target, updates: list[Update]) -> Iterator[tuple[str, _Answer]]:
+    def _answers(self, target: Target, updates: list[Any]) -> Iterator[tuple[str, _Answer]]:
         shape = self._shape(target)
         changing = [update for update in updates if update.changes_weight]
         if changing:
             yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
         if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
-            b: Any = _random(shape[:1])
-            new = b
+            new = b = _random(shape[:1])
             for update in updates:
                 settled = update.settled(_random(shape)) if update.bias_sees_weight else update
                 new = settled.new_bias(new)

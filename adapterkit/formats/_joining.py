@@ -14,6 +14,7 @@ from ..core.adapter import Target
 from ..core.updates import Update
 from ..io import arrange
 from ..io.lazy import as_lazy
+from ..linalg.namespace import summed
 from ..methods.lora import LoRA
 from ..naming.binding.fitting import viewed
 
@@ -95,7 +96,7 @@ def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
     """Whether every row is zero in all of them but one, so that their sum is exact."""
     from ..io.lazy import as_array
 
-    held = sum((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
+    held = summed((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
     return bool((held <= 1).all())
 
 

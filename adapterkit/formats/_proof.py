@@ -223,6 +223,7 @@ class _Proof:
         asked = {target: self._as_reported(target, found, got.get(target, ())) for target, found in asked.items()}
         if asked.keys() == got.keys() and all(_same(found, got[target]) for target, found in asked.items()):
             return
+        why = "nothing is there"
         for choice in self._choices(asked):
             if choice and not got:
                 why = "nothing is there"

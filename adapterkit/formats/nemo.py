@@ -117,7 +117,8 @@ def _name(member: tarfile.TarInfo) -> str:
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     """Load the config and the tensors; tensors are kept in memory, because the extracted file is temporary."""
-    parts: dict[str, bytes] = {}
+    config: bytes | None = None
+    held: dict[str, Lazy] | None = None
     try:
         with _archive(path) as (archive, plain), tempfile.TemporaryDirectory() as folder:
             for count, member in enumerate(archive):
@@ -125,7 +126,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                 if count >= MEMBERS or not (member.isfile() or member.isdir()):
                     raise Malformed("more than an adapter, or no plain file", where=name, cure=DAMAGED)
                 if name == CONFIG and member.size <= LIMIT:
-                    parts[name] = _content(archive, member).read(LIMIT)
+                    config = _content(archive, member).read(LIMIT)
                 elif name == TENSORS and member.size <= min(LARGEST, EXPANDED * path.stat().st_size):
                     file = Path(folder, TENSORS)
                     with open(file, "wb") as copy:
@@ -138,9 +139,9 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
         raise Malformed(f"no archive, or a damaged one ({first_line(error)})", path=path, cure=DAMAGED) from None
     except OSError as error:
         raise storage_error(error, path) from error
-    if CONFIG not in parts or "held" not in locals():
+    if config is None or held is None:
         raise Malformed(f"not both {CONFIG} and {TENSORS} in the archive", path=path, cure=DAMAGED)
-    return parts[CONFIG], held
+    return config, held
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
@@ -258,8 +259,9 @@ def _config(
             "num_attention_heads": heads.query, "num_query_groups": heads.kv, "kv_channels": heads.dim,
             "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         }  # fmt: skip
-    peft = dict(read.get("peft") or {"peft_scheme": "lora"})
-    tuning = dict(peft.get("lora_tuning") or {"target_modules": _target_modules(keys), "adapter_dropout": 0.0})
+    peft: dict[str, Any] = dict(read.get("peft") or {"peft_scheme": "lora"})
+    fresh = {"target_modules": _target_modules(keys), "adapter_dropout": 0.0}
+    tuning: dict[str, Any] = dict(peft.get("lora_tuning") or fresh)
     tuning |= {"adapter_dim": rank, "alpha": whole_number(alpha)}
     if "variant" in tuning or not fused:
         tuning["variant"] = "nemo" if fused else "canonical"

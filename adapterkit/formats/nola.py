@@ -154,6 +154,7 @@ def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> 
 def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Any]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
+        assert start is not None  # `_why_not` refuses such an update.
         leaves = (start, seeds[f"{stem}.lora_{factor}.seed"], mix)
         tensors |= {f"{stem}.lora_{factor}.{end}": as_lazy(leaf) for end, leaf in zip(_ENDS, leaves, strict=True)}
     return tensors

@@ -54,8 +54,10 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
         # C's roundf rounds halves away from zero; numpy's rint rounds them to even.
         q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8).view(np.uint8)
         return [_half(scale), q]
+    minimum: list[Array] = []
     if offset:
         least = blocks.min(1, keepdims=True)
+        minimum = [_half(least)]
         scale = (blocks.max(1, keepdims=True) - least) / np.float32((1 << bits) - 1)
         q = (blocks - least) * _inverse(scale)
         q += np.float32(0.5)
@@ -67,7 +69,7 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
     whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
-    return [_half(scale), *([_half(least)] if offset else []), *fifth, low]
+    return [_half(scale), *minimum, *fifth, low]
 
 
 def _largest(blocks: Array) -> Array:

@@ -63,17 +63,17 @@ class Hub(Protocol):
         ...
 
 
-class _Installed:
-    load: Callable[[], Hub] | None = None
+_load: Callable[[], Hub] | None = None
 
 
 def install(load: Callable[[], Hub]) -> None:
     """Set the function that returns the hub; it is called at each name on a hub, so that it may import lazily."""
-    _Installed.load = load
+    global _load
+    _load = load
 
 
 def hub() -> Hub:
     """Return the installed hub."""
     # `adapterkit/__init__.py` installs it, and Python runs that file before any other of the package.
-    assert _Installed.load is not None
-    return _Installed.load()
+    assert _load is not None
+    return _load()

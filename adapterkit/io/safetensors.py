@@ -301,7 +301,7 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     entries = []
     forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
     for name, spec in fields.items():
-        form = None
+        form, first = None, 0
         if regular:
             try:
                 shape, (first, last) = spec["shape"], spec["data_offsets"]

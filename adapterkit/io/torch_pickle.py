@@ -19,7 +19,7 @@ from .lazy import BY_TORCH, DTYPES, DType
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .lazy import Shape
 
@@ -314,7 +314,7 @@ def _global_name(stream: io.BytesIO) -> str:
     return f"{module[:-1].decode()} {name[:-1].decode()}"
 
 
-_OPCODES: dict[bytes, tuple[str, Callable[[io.BytesIO], Any] | None]] = {
+_OPCODES: Mapping[bytes, tuple[str, Callable[[io.BytesIO], Any] | None]] = {
     opcode.code.encode("latin-1"): (opcode.name, opcode.arg.reader if opcode.arg else None) for opcode in opcodes
 } | {b"c": ("GLOBAL", _global_name)}
 

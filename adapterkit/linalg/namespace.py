@@ -6,7 +6,10 @@ named as in https://data-apis.org/array-api/latest/.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 
 def namespace(*arrays: Any) -> Any:
@@ -24,6 +27,11 @@ def namespace(*arrays: Any) -> Any:
     from array_api_compat import array_namespace
 
     return array_namespace(*present)
+
+
+def summed(arrays: Iterable[T]) -> T:
+    """Return the sum of at least one array; `sum` is typed as if it could return the 0 that it starts with."""
+    return cast(T, sum(cast("Iterable[Any]", arrays)))
 
 
 def lengths(squares: Any) -> Any:

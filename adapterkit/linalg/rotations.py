@@ -83,8 +83,10 @@ def _has_values(array: Any) -> bool:
 
     if not isinstance(array, torch.Tensor) or torch.compiler.is_compiling() or array.is_meta:
         return False
+    from torch._C._functorch import peek_interpreter_stack
+
     plain = type(array) in (torch.Tensor, torch.nn.Parameter)
-    return plain and torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
+    return plain and torch._C._get_tracing_state() is None and peek_interpreter_stack() is None
 
 
 def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:

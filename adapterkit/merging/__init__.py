@@ -65,7 +65,7 @@ def plan(
         AdapterkitError: as `merge`, before anything is written.
     """
     from .planning import make_plan
-    from .quantized import as_merged
+    from .quantized import as_merged  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
 
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
@@ -185,7 +185,7 @@ def merge(
     with _opened_base(base, target, stream) as (checkpoint, shards):
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
-        from .quantized import Original, as_merged
+        from .quantized import Original, as_merged  # pyright: ignore[reportAssignmentType] - as in `plan`
         from .report import local, run_plan
 
         read = as_merged(checkpoint, quantized, onto, chosen.dtype)

@@ -44,8 +44,7 @@ def blocks(output: Output) -> list[Block]:
     shape = output.shape or (1,)
     stacked = any(fold.target.stacked for fold in output.folds)
     experts = range(shape[0]) if stacked else (None,)
-    rows, *rest = shape[1:] if stacked else shape
-    width = math.prod(rest)
+    rows, width = shape[int(stacked)], math.prod(shape[int(stacked) + 1 :])
     # One update that needs all rows of the weight, such as a rotation of its outputs, makes the tensor one block.
     cut = all(fold.blockable for fold in output.folds)
     step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)

@@ -13,7 +13,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from ..core.adapter import Target, order_counts
@@ -28,7 +28,7 @@ from .planned import Output
 if TYPE_CHECKING:
     import torch
 
-    from ..io.lazy import DType, Leaf
+    from ..io.lazy import Array, DType, Leaf
     from .arrays import Arrays, Numbers, Workspace
     from .planned_update import PlannedUpdate
 
@@ -94,9 +94,8 @@ def _frexp(values: Numbers) -> Numbers:
     """Return the mantissas, with magnitudes in [0.5, 1); frexp is not in the array API, but numpy and torch have it."""
     import numpy as np
 
-    frexp = getattr(values, "frexp", partial(np.frexp, values))
-    mantissas: Numbers = frexp()[0]
-    return mantissas
+    frexp: Any = getattr(values, "frexp", None)
+    return cast("Numbers", (np.frexp(cast("Array", values)) if frexp is None else frexp())[0])
 
 
 # Loading and checking the tensors of planned updates, and joining low-rank factors of several adapters.

@@ -381,8 +381,10 @@ def _bits(leaf: Leaf) -> Array:
 
 def _starts_alike(fold: PlannedUpdate, first: PlannedUpdate) -> bool:
     """Whether both begin with the same replacement and `fold` has further updates."""
-    alike = len(fold.updates) > 1 and fold.updates[0].shared_as == first.updates[0].shared_as == "replacement"
-    return alike and _same_update(fold.updates[0], fold, first.updates[0], first)
+    if len(fold.updates) < 2:
+        return False
+    one, other = fold.updates[0], first.updates[0]
+    return one.shared_as == other.shared_as == "replacement" and _same_update(one, fold, other, first)
 
 
 def _without_start(fold: PlannedUpdate) -> PlannedUpdate:

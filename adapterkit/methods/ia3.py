@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import WeightUpdate, tensor
+from ..linalg.namespace import summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +33,16 @@ class IA3(WeightUpdate):
         return cls(l=W.new_ones(len(W)), **attributes)
 
     @classmethod
-    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+        cls, updates: Sequence[Self], weights: Sequence[float]
+    ) -> Self | None:
         """Mix by the difference of each l from 1."""
         names = {name for update in updates for name in update.tensors}
         if len(names) > 1:
             return None
         (name,) = names
         terms = (w * (getattr(update, name) - 1) for w, update in zip(weights, updates, strict=True))
-        return cls(**{name: 1 + sum(terms)})
+        return cls(**{name: 1 + summed(terms)})
 
     @property
     def changes_bias(self) -> bool:

@@ -52,7 +52,7 @@ class RandLoRA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        fields = cls.shared([tuple(W.shape)], rank, random) | attributes
+        fields: dict[str, Any] = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
         short = min(W.shape[:2])
         n = -(-short // len(fields["A"]))
         gamma = W.new_full((n, short), 1 / max(n, short))

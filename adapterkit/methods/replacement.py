@@ -7,11 +7,12 @@ https://arxiv.org/abs/2106.10199
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import UsageError
+from ..linalg.namespace import summed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +40,15 @@ class Replacement(WeightUpdate):
         return cls(**wanted, **attributes)
 
     @classmethod
-    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+        cls, updates: Sequence[Self], weights: Sequence[float]
+    ) -> Self | None:
         """Mix updates whose weights sum to 1: only then does W drop out of the result."""
-        held = [update.tensors for update in updates]
+        held: list[Mapping[str, Any]] = [update.tensors for update in updates]
         if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
             return None
-        sums = {name: sum(w * cast(Any, t)[name] for w, t in zip(weights, held, strict=True)) for name in held[0]}
-        return cls(**sums)
+        pairs = list(zip(weights, held, strict=True))
+        return cls(**{name: summed(w * leaves[name] for w, leaves in pairs) for name in held[0]})
 
     @property
     def changes_weight(self) -> bool:

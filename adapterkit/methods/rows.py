@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..core.updates import WeightUpdate, tensor
 from ..errors import ShapeMismatch, UsageError
-from ..linalg.namespace import namespace
+from ..linalg.namespace import namespace, summed
 from ..linalg.positions import outside
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class Rows(WeightUpdate):
         super().check_against(shape)
 
     @classmethod
-    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+    def mixed(  # pyright: ignore[reportIncompatibleMethodOverride] - the updates are of the class that is called
+        cls, updates: Sequence[Self], weights: Sequence[float]
+    ) -> Self | None:
         """Mix updates of the same tokens with weights that sum to 1, or of disjoint tokens with weight 1 each."""
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
@@ -57,8 +59,8 @@ class Rows(WeightUpdate):
         if not math.isclose(sum(weights), 1) or any(set(each) != set(tokens[0]) for each in tokens):
             return None
         orders = [[each.index(token) for token in tokens[0]] for each in tokens]
-        terms: Any = (w * u.values[order] for w, u, order in zip(weights, updates, orders, strict=True))
-        return cls(index=updates[0].index, values=sum(terms))
+        terms = (w * u.values[order] for w, u, order in zip(weights, updates, orders, strict=True))
+        return cls(index=updates[0].index, values=summed(terms))
 
     def new_weight(self, W: Tensor) -> Tensor:
         changed = W * 1

@@ -40,7 +40,7 @@ class VeRAMatrices(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        fields = cls._fixed(tuple(W.shape), rank, random) | attributes
+        fields: dict[str, Any] = {**cls._fixed(tuple(W.shape), rank, random), **attributes}
         D = 0.1 * (W.new_zeros(rank, rank) + 1).tril().triu()
         return cls(D=D, E=W.new_zeros(len(W), len(W)), **fields)
 

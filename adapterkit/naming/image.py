@@ -88,7 +88,7 @@ class ImageFamily:
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
         """Find the naming that has all of these names, the preferred one first; empty if none has."""
         preferred = self.wanted(preferred)
-        order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
+        order: list[str] = [*([preferred] if preferred in self.namings else []), *self.namings]
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
     def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:

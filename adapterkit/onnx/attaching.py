@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -355,12 +355,11 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
     for update in updates:
         chain = Composed(chain, update)
     if (layer.direct and (not added or not weights or not inner)) or not inner:
-        y: Value = chain(layer.x)
-        return y
+        return cast(Value, chain(layer.x))
     if outer:
         raise Unsayable("an output update behind one of weights")
     if not added:
-        y = layer.op(layer.x, chain.weight)
+        y: Value = layer.op(layer.x, chain.weight)
         return y if chain.bias is None else y + layer.per_channel(chain.bias)
     y = layer(layer.x) + layer.op(layer.x, chain.weight - layer.weight)
     return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)

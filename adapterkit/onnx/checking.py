@@ -463,8 +463,8 @@ def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
 def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None, known: Sizes | None) -> Feeds:
     """Return the inputs that only the written graph has, e.g. tasks of rows: the given ones, else made-up ones."""
     new = {entry.name for entry in session.get_inputs()} - feeds.keys()
-    return {name: (given or {}).get(name, np.zeros_like(array))
-            for name, array in made_up(session, sizes, known).items() if name in new}  # fmt: skip
+    zeros = {name: np.zeros_like(array) for name, array in made_up(session, sizes, known).items() if name in new}
+    return zeros | {name: array for name, array in (given or {}).items() if name in zeros}
 
 
 def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:

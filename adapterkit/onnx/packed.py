@@ -496,8 +496,10 @@ def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> P
     blocks, given = -(-K // size), [*node.inputs[1:4], None][:3]
     packed, scale = numbers(given[0]), numbers(given[1])  # type: ignore[arg-type]
     zero: Any = 1 << (bits - 1)
+    zeros_shape: tuple[int, ...] = ()
     if given[2] is not None:
         stored = numbers(given[2])
+        zeros_shape = stored.shape
         if stored.dtype != np.uint8:
             raise unknown(node)
         zero = split(stored.reshape(N, -1), bits)[:, :blocks]
@@ -507,7 +509,7 @@ def _in_bits(node: ir.Node, building: Building, fresh: dict[Any, ir.Value]) -> P
     def put(new: PackedNumbers) -> None:
         arrays = [joined_bits(new.q, bits).reshape(packed.shape), new.scale.reshape(scale.shape)]
         if not isinstance(new.zero, int):
-            arrays.append(joined_bits(new.zero, bits).reshape(stored.shape))
+            arrays.append(joined_bits(new.zero, bits).reshape(zeros_shape))
         for at, array in enumerate(arrays, 1):
             node.replace_input_with(at, _value(building, fresh, node.inputs[at], array))
 

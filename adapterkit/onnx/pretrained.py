@@ -247,7 +247,7 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     except Exception as error:  # The user's code may raise anything.
         why = f"{factory} cannot be called ({type(error).__name__}: {error})"
         raise UsageError(why, where="model", cure="Name a function that takes no arguments") from error
-    found = made if isinstance(made, tuple) else (made,)
+    found: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
         cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
         raise UsageError(f"{factory} returns something else", where="model", cure=cure)

@@ -10,6 +10,7 @@ from ..core.adapter import Adapter
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, UsageError
 from ..io.computed import computed, held, joined, total, wide
+from ..linalg.namespace import summed
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
@@ -94,12 +95,12 @@ def _dense(place: AlignedPlace, terms: Sequence[Term]) -> Update:
     kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
     target, fields = place.target, {}
     changes = [Change(target, place.shape, (update,), weight) for update, weight in terms]
+    experts = changes[0].experts
+    lead = () if experts is None else (experts,)
     if any(change.changes_weight for change in changes):
-        lead = (changes[0].experts,) if target.stacked else ()
         # Computed when it is read: dense differences of all targets together are as large as the model.
         fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
     if any(change.changes_bias for change in changes):
-        lead = (changes[0].experts,) if target.stacked else ()
         fields["d"] = computed((*lead, place.shape[0]), kind, lambda: _biases(changes))
     return Dense(**fields)  # type: ignore[arg-type]
 
@@ -118,9 +119,7 @@ def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
 
 
 def _biases(changes: Sequence[Change]) -> Array:
-    found = [change.bias() for change in changes]
-    summed: Array = sum(bias for bias in found if bias is not None)  # type: ignore[assignment]
-    return summed
+    return summed(bias for change in changes if (bias := change.bias()) is not None)
 
 
 def _rank(place: AlignedPlace, update: LoRA) -> int:

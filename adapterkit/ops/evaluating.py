@@ -407,11 +407,12 @@ class Evaluation:
         return WeightTrial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
 
     def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
-        if self.data is None or not method.sequential:
-            return self.data
+        data = self.data
+        if data is None or not method.sequential:
+            return data
         # A view that grows with what is done, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
-        return lambda position, path: self.data(position, path, so_far if done else None)
+        return lambda position, path: data(position, path, so_far if done else None)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, Malformed, ShapeMismatch
 from ..io.computed import load
+from ..linalg.namespace import summed
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -103,8 +104,8 @@ class Change:
     def bias(self) -> Array | None:
         """Return the change of the bias, `[out]` or `[e, out]`; None if it does not change."""
         changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
-        terms: list[Any] = [self.weight * self._bias_of(update) for update in changing]
-        return sum(terms) if terms else None
+        terms = [self.weight * self._bias_of(update) for update in changing]
+        return summed(terms) if terms else None
 
     def _bias_of(self, update: Additive) -> Array:
         """Return one update's change of the bias; for stacked experts one by one, as formulas are for one weight."""
@@ -170,4 +171,4 @@ def _sum(deltas: list[Delta]) -> Delta:
         return deltas[0]
     rests = [delta.rest for delta in deltas if delta.rest is not None]
     B, A = np.hstack([delta.B for delta in deltas]), np.vstack([delta.A for delta in deltas])
-    return Delta(B, A, sum(rests) if rests else None)  # type: ignore[arg-type]
+    return Delta(B, A, summed(rests) if rests else None)

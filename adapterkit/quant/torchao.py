@@ -115,17 +115,17 @@ def _float8(base: Checkpoint, name: str, members: tuple[str, ...], dtype: Any) -
 
 
 def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], data: dict[str, Any]) -> Packed:
-    scale = base.tensors[members[1]]
-    zero = base.tensors[members[2]] if len(members) > 2 else None
+    _, of_scale, *of_zero = members
+    scale, zero = base.tensors[of_scale], base.tensors[of_zero[0]] if of_zero else None
     block, target = data.get("block_size"), data.get("target_dtype") or {}
     if len(stored.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != stored.shape[0] or 0 in scale.shape:
         why = f"scales {list(scale.shape)} are not by rows and groups of a weight {list(stored.shape)}"
-        raise ShapeMismatch(why, path=base.root, where=members[1], cure=DAMAGED)
+        raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if block != [1, stored.shape[1] // scale.shape[1]] or stored.shape[1] % scale.shape[1]:
         why = f"blocks of {block!r} with scales {list(scale.shape)} for a weight {list(stored.shape)}"
-        raise ShapeMismatch(why, path=base.root, where=members[1], cure=DAMAGED)
+        raise ShapeMismatch(why, path=base.root, where=of_scale, cure=DAMAGED)
     if zero is not None and (zero.shape != scale.shape or zero.dtype.name != "I8"):
-        raise ShapeMismatch(f"of {zero.dtype} {list(zero.shape)}", path=base.root, where=members[2], cure=DAMAGED)
+        raise ShapeMismatch(f"of {zero.dtype} {list(zero.shape)}", path=base.root, where=of_zero[0], cure=DAMAGED)
     word = str(target.get("_data", "int8")) if isinstance(target, dict) else ""
     bits = int(word[3:]) if word in {f"int{n}" for n in range(1, 9)} else 0
     if not bits:

@@ -39,7 +39,8 @@ def page(report: AdapterReport) -> str:
     """Return the whole page."""
     stage("drawing")
     title = escape(f"adapterkit report: {', '.join(facts.name for facts in report.facts)}")
-    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    folder = files("adapterkit.reporting")
+    style, script = (folder.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     sources = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script,)
     )

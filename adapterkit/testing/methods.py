@@ -39,7 +39,7 @@ class MethodTests:
             cls.test_numpy_and_torch_compute_the_same = None  # type: ignore[assignment, method-assign]
             cls.test_a_merge_and_a_live_model_compute_the_same = None  # type: ignore[assignment, method-assign]
         of_weights = method is not None and method.kind in ("additive", "weight")
-        if not of_weights or not hasattr(method, "initial") or not method.starts_at_base:
+        if method is None or not of_weights or not hasattr(method, "initial") or not method.starts_at_base:
             cls.test_a_fresh_update_changes_nothing = None  # type: ignore[assignment, method-assign]
 
     def update(self) -> Update:

@@ -88,8 +88,7 @@ class CallRecorder:
             self.seen[cache] = self.recording.words[TOKENS]
 
     def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
-        earlier = None if cache is None else self.seen.get(cache)
-        if earlier is None:
+        if cache is None or (earlier := self.seen.get(cache)) is None:
             return ids
         earlier = earlier[:, : int(cache.get_seq_length())]
         if len(earlier) != len(ids):

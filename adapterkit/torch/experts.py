@@ -51,12 +51,14 @@ def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: 
     for target, found in adapter.updates.items():
         if not any(getattr(update, "lacks_experts", False) for update in found):
             updates[target] = found
-        elif len(found) > 1:
+            continue
+        router, *others = found
+        if others:
             raise Unsupported("a router beside other updates", where=str(target), cure="Give each its own adapter")
-        elif isinstance(found[0], XLoRA):
-            updates |= _of_classifier(names, found[0], pairs)
+        if isinstance(router, XLoRA):
+            updates |= _of_classifier(names, router, pairs)
         else:
-            updates[target] = (_of_prototypes(target, found[0], pairs),)
+            updates[target] = (_of_prototypes(target, router, pairs),)
     return adapter.replace(updates=updates)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import functional
 
@@ -92,7 +93,7 @@ def is_eager() -> bool:
     """
     if torch._C._len_torch_dispatch_stack():
         return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return False
     return torch._C._get_tracing_state() is None
 
@@ -221,7 +222,8 @@ class _LowRankLinear(torch.autograd.Function):
         return _added(functional.linear(x, W, b), x, A, B, weight, True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, W, A, B = ctx.saved_tensors
         into, _, _, to_A, to_B, _ = ctx.needs_input_grad
         of_x, of_A, of_B = _of_factors(grad, x, A, B, ctx.weight, to_A, to_B, W if into else None)
@@ -243,7 +245,8 @@ class _ScaledLinear(torch.autograd.Function):
         return out if b is None else out.add_(b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, W, s, A, B, plain = ctx.saved_tensors
         into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
         of_s = None
@@ -269,7 +272,8 @@ class _LowRankSum(torch.autograd.Function):
         return _added(y, x, A, B, weight, fresh)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, A, B = ctx.saved_tensors
         _, into, to_A, to_B, *_ = ctx.needs_input_grad
         of_x, of_A, of_B = _of_factors(grad, x, A, B, ctx.weight, to_A, to_B, None, into)

@@ -106,12 +106,14 @@ def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
             inside the route is no error.
     """
     for switch in route.switches:
-        if not switch.attached and switch.name in route.names:
-            why = f"{_rows(route.names, switch.name)}: the adapter was removed since the route was entered"
-            raise UsageError(why, where=switch.name, cure="Name attached adapters, or None for these rows")
+        name: str = switch.name
+        if not switch.attached and name in route.names:
+            why = f"{_rows(route.names, name)}: the adapter was removed since the route was entered"
+            raise UsageError(why, where=name, cure="Name attached adapters, or None for these rows")
     for switch in switches:
-        if not switch.active and switch not in active and switch.name in route.names:
-            raise _switched_off(route.names, switch.name)
+        name = switch.name
+        if not switch.active and switch not in active and name in route.names:
+            raise _switched_off(route.names, name)
 
 
 def check_unrouted(switch: Any) -> None:
@@ -120,10 +122,11 @@ def check_unrouted(switch: Any) -> None:
     Raises:
         UsageError: its rows would get the base alone.
     """
+    name: str = switch.name
     for route in current().routes.values():
-        if switch in route.switches and switch.name in route.names:
-            why = f"{_rows(route.names, switch.name)} of the route that is on go through it"
-            raise UsageError(why, where=switch.name, cure="Leave the `with route(...)` before remove() or merge_()")
+        if switch in route.switches and name in route.names:
+            why = f"{_rows(route.names, name)} of the route that is on go through it"
+            raise UsageError(why, where=name, cure="Leave the `with route(...)` before remove() or merge_()")
 
 
 def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:

@@ -172,13 +172,17 @@ def _loftq(init: str, place: StartPlace) -> Start:
     As PEFT's, for which the scaling is no part of it: with alpha other than the rank, the start is not the nearest.
     """
     rounded_to = _to_int8 if "int8" in init else _to_nf4
-    turns, rest = int(init.rpartition("iter_")[2]) if "iter" in init else 1, place.W
-    for _ in range(turns):
+    turns = int(init.rpartition("iter_")[2]) if "iter" in init else 1
+
+    def turn(rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Q = rounded_to(rest)
         U, S, V = torch.linalg.svd(place.W - Q, full_matrices=False)
         root = S[: place.rank].sqrt()
-        A, B = root[:, None] * V[: place.rank], U[:, : place.rank] * root
-        rest = place.W - B @ A
+        return Q, root[:, None] * V[: place.rank], U[:, : place.rank] * root
+
+    Q, A, B = turn(place.W)
+    for _ in range(turns - 1):
+        Q, A, B = turn(place.W - B @ A)
     return Start(A.contiguous(), B.contiguous(), Residual(A=None, B=None, D=place.W - Q, scaling=1.0))
 
 

@@ -103,7 +103,7 @@ class Peft(Format):
         from . import bare
         from .reader import decode, without_config
 
-        alone = bare.is_bare(path) and (path.is_dir() or bare.sniff(path))
+        alone, assumed = bare.is_bare(path) and (path.is_dir() or bare.sniff(path)), False
         if alone:
             config, tensors, header = bare.load(path, alpha, rank)
             assumed = bool(config.pop(bare.ASSUMED, False))

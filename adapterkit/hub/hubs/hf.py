@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin
@@ -73,7 +74,7 @@ class HuggingFace(Remote):
         return Uri(match["repo"], None if revision is None else re.sub("(?i)%2F", "/", revision), path)
 
     @cached_property
-    def commit(self) -> str:
+    def commit(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] - reads as the property does
         at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
         found = self.call(lambda: self._told(f"{self._model}{at}")[0]["sha"])
         if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
@@ -363,7 +364,7 @@ def _uploading(endpoint: str) -> Iterator[None]:
 
     xet, level, silent = constants.HF_HUB_DISABLE_XET, logging.get_verbosity(), are_progress_bars_disabled()
     constants.HF_HUB_DISABLE_XET = xet or not endpoint.endswith(("huggingface.co", "hf.co"))
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(ERROR)
     disable_progress_bars()
     try:
         yield

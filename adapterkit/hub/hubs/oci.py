@@ -228,6 +228,7 @@ class Distribution(Remote):
             Corrupt: the bytes do not have the digest that the registry or the uri promises.
             Malformed: the bytes are not a manifest.
         """
+        promised = ""
         for _ in range(TRIES):
             body, promised = self.call(self._manifest)
             digest = digests_of(body)[1]

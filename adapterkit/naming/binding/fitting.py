@@ -44,8 +44,10 @@ def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
     if not rest:
         return None
     # A weight with one axis has no inputs, whatever the layout.
-    turned = len(rest) > 1 and not target.layout.removeprefix("e ").startswith("out")
-    return (*lead, rest[1], rest[0], *rest[2:]) if turned else shape
+    if len(rest) < 2 or target.layout.removeprefix("e ").startswith("out"):
+        return shape
+    inputs, outputs, *kernel = rest
+    return (*lead, outputs, inputs, *kernel)
 
 
 def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:

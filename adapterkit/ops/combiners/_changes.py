@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
+from ...linalg.namespace import summed
 from ..lowering import Delta
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def mixed(deltas: Sequence[Delta], coefficients: Array) -> Delta:
     scaled = [delta.scaled(float(c)) for delta, c in zip(deltas, coefficients, strict=True)]
     rests = [delta.rest for delta in scaled if delta.rest is not None]
     B, A = np.hstack([delta.B for delta in scaled]), np.vstack([delta.A for delta in scaled])
-    return Delta(B, A, sum(rests) if rests else None)  # type: ignore[arg-type]
+    return Delta(B, A, summed(rests) if rests else None)
 
 
 def whole(D: Array) -> Delta:

@@ -98,6 +98,7 @@ def _descend(gram: Array, owner: Array, count: int) -> tuple[Array, float]:
     """Lloyd's steps until nothing moves; a cluster that loses its last point gets the one farthest from its centre."""
     import numpy as np
 
+    distances: Array = np.zeros((len(owner), count))
     for _ in range(300):
         shares = np.eye(count)[owner]
         for empty in np.flatnonzero(shares.sum(0) == 0):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...linalg.namespace import summed
 from ._changes import mixed
 from ._combiner import parameter
 from ._learned import Learned
@@ -63,6 +64,6 @@ class LoraHub(Learned):
         if not self.apart:
             return mixed(deltas, weights)
         checked_pairs(deltas, at)
-        B = sum(w * delta.B for delta, w in zip(deltas, weights, strict=True))
-        A = sum(w * delta.A for delta, w in zip(deltas, weights, strict=True))
+        B = summed(w * delta.B for delta, w in zip(deltas, weights, strict=True))
+        A = summed(w * delta.A for delta, w in zip(deltas, weights, strict=True))
         return Delta(B, A)

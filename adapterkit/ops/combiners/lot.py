@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ...linalg.namespace import summed
 from ._combiner import Combiner, parameter
 from .regmean import INPUTS, gram_of
 
@@ -35,8 +36,8 @@ class LOT(Combiner):
 
         grams = [w * gram_of(at, t, delta.shape[1]) for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))]
         # Directions in which no task has inputs get no change: the pseudo-inverse is zero there.
-        below = np.linalg.pinv(sum(grams), self.tolerance, hermitian=True)
+        below = np.linalg.pinv(summed(grams), self.tolerance, hermitian=True)
         maps = [G @ below for G in grams]
         A = np.vstack([delta.A @ through for delta, through in zip(deltas, maps, strict=True)])
         rests = [d.rest @ through for d, through in zip(deltas, maps, strict=True) if d.rest is not None]
-        return Delta(np.hstack([delta.B for delta in deltas]), A, sum(rests) if rests else None)
+        return Delta(np.hstack([delta.B for delta in deltas]), A, summed(rests) if rests else None)

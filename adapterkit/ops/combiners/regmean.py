@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
+from ...linalg.namespace import summed
 from ._combiner import Combiner, parameter
 
 if TYPE_CHECKING:
@@ -44,14 +45,14 @@ def regressed(deltas: Sequence[Delta], weights: Array, alpha: float, at: Formula
         w * _damped(gram_of(at, t, delta.shape[1]), alpha)
         for t, (delta, w) in enumerate(zip(deltas, weights, strict=True))
     ]
-    total = sum(grams)
+    whole = summed(grams)
     # Inputs that no task ever sees say nothing: there the mean is what is left.
-    unseen = np.diag(np.where(total.diagonal() == 0, 1.0, 0.0))
+    unseen = np.diag(np.where(whole.diagonal() == 0, 1.0, 0.0))
     grams = [G + unseen for G in grams]
-    below = np.linalg.pinv(sum(grams), 1e-12, hermitian=True)
+    below = np.linalg.pinv(summed(grams), 1e-12, hermitian=True)
     A = np.vstack([delta.A @ (G @ below) for delta, G in zip(deltas, grams, strict=True)])
     rests = [delta.rest @ (G @ below) for delta, G in zip(deltas, grams, strict=True) if delta.rest is not None]
-    return Delta(np.hstack([delta.B for delta in deltas]), A, sum(rests) if rests else None)
+    return Delta(np.hstack([delta.B for delta in deltas]), A, summed(rests) if rests else None)
 
 
 def _damped(G: Array, alpha: float) -> Array:

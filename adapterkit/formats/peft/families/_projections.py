@@ -170,10 +170,11 @@ def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[L
         import torch
 
         generator = torch.Generator(device="cpu").manual_seed(seed)
+        drawn: list[torch.Tensor] = []
         for shape in shapes[: position + 1]:
             bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
-            drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        return drawn.numpy().tobytes()
+            drawn = [torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)]
+        return drawn[0].numpy().tobytes()
 
     return Lazy(shapes[0], DTYPES["F32"], partial(fetch, 0)), Lazy(shapes[1], DTYPES["F32"], partial(fetch, 1))
 

@@ -77,7 +77,7 @@ class PsoftFamily(Family):
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
         check_parts(keys, own.parts)
-        fields = dict(zip((WEIGHT, VECTOR_A, VECTOR_B), ("pairs" if own.psoft_orth else "R", "a", "b"), strict=True))
+        fields: dict[str, str] = {WEIGHT: "pairs" if own.psoft_orth else "R", VECTOR_A: "a", VECTOR_B: "b"}
         _check(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
         found = {fields[part]: key for part, key in keys.items()}
         series = own.psoft_orth and own.use_cayley_neumann

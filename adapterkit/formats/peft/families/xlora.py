@@ -82,7 +82,7 @@ class XloraFamily(Family):
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own, pairs = file.settings.own, [[file.shared[f"{w}.{leaf}"] for leaf in ("weight", "bias")] for w in keys]
-        fields = dict(zip(("last", "last_bias"), pairs[-1], strict=True))
+        fields: dict[str, Key] = dict(zip(("last", "last_bias"), pairs[-1], strict=True))
         tensors: dict[str, Lazy] = {field: file.tensors[key] for field, key in fields.items()}
         if len(pairs) > 1:
             fields |= dict(zip(("first", "first_bias"), pairs[0], strict=True))
