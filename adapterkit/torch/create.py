@@ -82,8 +82,9 @@ def create(
             arguments, anything else as its one argument.
         rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
             variance; 1 leaves them equal.
-        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`; of LoHa and
-            LoKr that of a row of the change (`rank_dropout`), of OFT and BOFT the share of blocks that do not rotate.
+        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`. For LoHa and
+            LoKr, the probability that a row of the change is 0 (`rank_dropout`); for OFT and BOFT, the share of blocks
+            that do not rotate.
         seed: the seed of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
