@@ -59,11 +59,31 @@ def _between(deltas: Sequence[Delta], R_B: Array, R_A: Array) -> tuple[Array, ..
     """Return each change in the coordinates of R_B and R_A."""
     import numpy as np
 
-    ends = np.cumsum([delta.rank for delta in deltas])
-    spans = [slice(end - delta.rank, end) for end, delta in zip(ends, deltas, strict=True)]
     with np.errstate(over="ignore", invalid="ignore"):
-        found = tuple(R_B[:, span] @ R_A[:, span].T for span in spans)
+        found = tuple(R_B[:, span] @ R_A[:, span].T for span in spans(deltas))
     return _finite(found)
+
+
+def spans(deltas: Sequence[Delta]) -> list[slice]:
+    """Return the columns of each change in their factors side by side."""
+    import numpy as np
+
+    ends = np.cumsum([delta.rank for delta in deltas])
+    return [slice(end - delta.rank, end) for end, delta in zip(ends, deltas, strict=True)]
+
+
+def images(deltas: Sequence[Delta], R: Array) -> Array:
+    """Return the changes side by side, turned within the inputs of each; `[p, sum of ranks]`, R of their B side by side.
+
+    What lies to the left of them, such as left singular vectors, is that of the changes themselves.
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.hstack(
+            [R[:, span] @ triangle(delta.A.T).T for span, delta in zip(spans(deltas), deltas, strict=True)]
+        )
+    return _finite((found,))[0]
 
 
 def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
@@ -72,8 +92,8 @@ def cores(deltas: Sequence[Delta]) -> tuple[Array, ...]:
 
     if any(delta.rest is not None for delta in deltas):
         return whole_core(deltas).cores
-    R_B = _triangle(np.hstack([delta.B for delta in deltas]))
-    R_A = _triangle(np.vstack([delta.A for delta in deltas]).T)
+    R_B = triangle(np.hstack([delta.B for delta in deltas]))
+    R_A = triangle(np.vstack([delta.A for delta in deltas]).T)
     return _between(deltas, R_B, R_A)
 
 
@@ -98,7 +118,7 @@ def orthonormal(X: Array) -> tuple[Array, Array]:
     return Q @ np.linalg.inv(second).T, second.T @ L.T * sizes
 
 
-def _triangle(X: Array) -> Array:
+def triangle(X: Array) -> Array:
     """Return R of the decomposition, without Q."""
     import numpy as np
 

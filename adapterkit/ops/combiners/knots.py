@@ -30,14 +30,18 @@ class KnOTS(PlugIn):
         import numpy as np
 
         from ..lowering import Delta
-        from ..lowrank import whole_core
+        from ..lowrank import images, orthonormal, spans, triangle, whole_core
 
-        common = whole_core(deltas)
-        U = leading(np.hstack(common.cores))[0]
-        if all(delta.rest is None for delta in deltas):
-            # As products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
-            project = (common.left @ U).T
-            aligned = [Delta(project @ delta.B, delta.A) for delta in deltas]
-        else:
+        if any(delta.rest is not None for delta in deltas):
+            common = whole_core(deltas)
+            U = leading(np.hstack(common.cores))[0]
             aligned = [whole((U.T @ M) @ common.right) for M in common.cores]
-        return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
+            return Delta(common.left @ U, self.inner.matrix(aligned, weights, at).dense())
+        B = np.hstack([delta.B for delta in deltas])
+        # Passes that only count need no orthonormal columns, which are of the weight's height.
+        left, R = (None, triangle(B)) if at.census.counting else orthonormal(B)
+        U = leading(images(deltas, R))[0]
+        # As products of rank r, which are formed a few rows at a time: an eighth of the work for eight tasks.
+        aligned = [Delta(U.T @ R[:, span], delta.A) for span, delta in zip(spans(deltas), deltas, strict=True)]
+        merged = self.inner.matrix(aligned, weights, at)
+        return merged if left is None else Delta(left @ U, merged.dense())
