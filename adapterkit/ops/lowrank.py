@@ -73,9 +73,10 @@ def spans(deltas: Sequence[Delta]) -> list[slice]:
 
 
 def images(deltas: Sequence[Delta], R: Array) -> Array:
-    """Return the changes side by side, turned within the inputs of each; `[p, sum of ranks]`, R of their B side by side.
+    """Return the changes side by side, `[p, sum of ranks]`, each multiplied from the right by orthonormal columns.
 
-    What lies to the left of them, such as left singular vectors, is that of the changes themselves.
+    So they have the left singular vectors of the changes themselves, in the coordinates of R, which belongs to their B
+    side by side.
     """
     import numpy as np
 
