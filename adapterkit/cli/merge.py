@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     help="Where the base is quantized: fold into its dequantized weights and write 16 bits; quantize them again; or "
     "fold into the weights of --onto.",
 )  # fmt: skip
+@click.option(
+    "--remainder", type=click.IntRange(min=1), metavar="RANK",
+    help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
+)  # fmt: skip
 @click.option("--onto", metavar="DIR", help="The 16-bit weights that a quantized base was made from.")
 @click.option("--seed", type=int, help="Round stochastically, drawn from this seed, instead of to the nearest.")
 @click.option(
@@ -87,7 +91,7 @@ def command(
     stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
-    check: bool, compat: str | None, vocab: str | None,
+    check: bool, compat: str | None, vocab: str | None, remainder: int | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -133,6 +137,8 @@ def command(
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
+    if remainder is not None:
+        _check_remainder(out, quantized)
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
@@ -145,6 +151,10 @@ def command(
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if read_from is not None:
         record["warnings"] = [*record["warnings"], *read_from.notes]
+    if remainder is not None:
+        record["remainder"] = _remainder(
+            settings, out, base, adapters, remainder, weights=chosen, allow_partial=allow_partial, rename=rename
+        )
     if verified:
         record["verification"] = record_of(
             settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
@@ -152,6 +162,34 @@ def command(
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
+
+
+def _check_remainder(out: str, quantized: str | None) -> None:
+    from ..io.locations import is_address
+
+    if quantized != "requantize":
+        raise click.UsageError("--remainder is what --quantized requantize loses: name both")
+    if is_address(out):
+        raise click.UsageError("--remainder needs a folder as OUT: merge into a folder, and push it")
+
+
+def _remainder(
+    settings: _options.CliSettings, out: str, base: str, adapters: Sequence[Any], rank: int, **options: Any
+) -> dict[str, Any]:
+    """Write the remainder beside the merged weights; says how much of the loss it holds."""
+    import math
+    from pathlib import Path
+
+    from ..merging import remainder
+    from ..writing import write
+
+    cuts: list[Any] = []
+    with progress(settings, "remainder") as meter:
+        lost = remainder(out, base, adapters, rank, report=cuts.append, progress=meter, **options)
+    there = Path(out) / "remainder"
+    write(lost, there, format="peft", overwrite=True)
+    whole, left = (math.hypot(*(getattr(cut, field) for cut in cuts)) for field in ("norm", "error"))
+    return {"path": str(there), "rank": rank, "targets": len(cuts), "lost": whole, "left": left}
 
 
 def _combined(
@@ -205,6 +243,10 @@ def _report_view(record: Mapping[str, Any]) -> View:
     yield from _names(record)
     yield from _extremes(record["norms"])
     yield from _quantized(record)
+    if "remainder" in record:
+        held = record["remainder"]
+        share, of = 1 - held["left"] ** 2 / (held["lost"] ** 2 or 1.0), counted(held["targets"], "target")
+        yield f"{held['path']}: LoRA of rank {held['rank']}, {of}, {share:.0%} of what rounding lost (squared norm)"
     if record["resumed"] and not record.get("already_done"):
         yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
     yield from _warnings(record)

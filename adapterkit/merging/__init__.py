@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.licences import Licence
     from ..io.resolving import StreamedBase
+    from ..ops.resizing import Cut
     from .companions import Companions
     from .execute import Progress
     from .options import MergeOptions
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     Base = Checkpoint | str | PathLike[str]
     Source = Adapter | str | PathLike[str]
 
-__all__ = ["merge", "plan", "verify"]
+__all__ = ["merge", "plan", "remainder", "verify"]
 
 
 @places_errors
@@ -271,6 +272,64 @@ def verify(
     return replace(compared, warnings=warnings)
 
 
+@places_errors
+def remainder(
+    merged: Base,
+    base: Base,
+    adapters: Source | Sequence[Source],
+    rank: int,
+    *,
+    weights: Sequence[float] | None = None,
+    allow_partial: bool = False,
+    rename: str | Sequence[str] = (),
+    dtype: str | None = None,
+    report: Callable[[Cut], object] | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Return what quantizing a merge again lost, as a LoRA to run beside the quantized model.
+
+    For each weight that the adapters change it is the best LoRA of the rank, in the Frobenius norm, of the exact merge
+    minus the weight as it is stored. One weight per processor is in memory, in float32.
+
+    Args:
+        merged: the output of `merge` with `quantized="requantize"`.
+        base: the quantized base that was merged into.
+        adapters: the adapters.
+        rank: the rank of the result.
+        weights: one factor per adapter, as in the merge.
+        allow_partial: as in `merge`.
+        rename: as in `merge`.
+        dtype: the dtype of the factors; float32 if not given.
+        report: called with a `Cut` for each weight: its norm is that of the loss, its error what is left of it.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        a LoRA whose base is `merged`.
+
+    Raises:
+        UsageError: a model is not quantized, the rank is out of range, or nothing was lost.
+        AdapterkitError: the inputs cannot be read or do not fit together.
+
+    Example:
+        >>> adapterkit.merge("base-nf4", "lora", "merged", quantized="requantize")  # doctest: +SKIP
+        >>> lost = adapterkit.merging.remainder("merged", "base-nf4", "lora", rank=8)  # doctest: +SKIP
+        >>> adapterkit.write(lost, "remainder", format="peft")  # doctest: +SKIP
+    """
+    from ..quant import dequantized, is_quantized
+    from .rounding_loss import remainder_of
+
+    found, given = opened(merged), opened(base)
+    for each in (found, given):
+        if not is_quantized(each):
+            cure = "Pass the output of quantized='requantize'/--quantized requantize, and its base"
+            raise UsageError("its weights are not quantized, so that nothing was rounded", path=each.root, cure=cure)
+    read = dequantized(given)
+    return remainder_of(
+        found, read, _named(adapters, weights, read), rank, allow_partial=allow_partial, rename=rule_texts(rename),
+        dtype=dtype, report=report, progress=progress,
+    )  # fmt: skip
+
+
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:
     if engine not in ("local", "ray"):
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
@@ -421,7 +480,12 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     if not single and not isinstance(adapters, Iterable):
         cure = "Pass an adapter, its path, or a list of them"
         raise UsageError(f"{shown(adapters)} of type {type(adapters).__name__} where adapters belong", cure=cure)
-    return [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+    several: list[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+    for each in several:
+        if not isinstance(each, (str, PathLike, Adapter)):
+            cure = "Each must be an adapter or its path"
+            raise UsageError(f"{shown(each)} of type {type(each).__name__} among the adapters", cure=cure)
+    return several
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:

@@ -137,8 +137,8 @@ def compare(
 ) -> Verification:
     """Compare a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
     stage("comparing every element")
-    vocab = _vocab(merged, base)
-    options = MergeOptions(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
+    tied, vocab = recorded_choices(merged, base)
+    options = MergeOptions(tied=tied, allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [TensorDifference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
@@ -209,6 +209,11 @@ def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
 
 def _names(plan: Plan) -> set[str]:
     return {output.name for output in plan.outputs()}
+
+
+def recorded_choices(merged: Checkpoint, base: Checkpoint) -> tuple[str | None, str | None]:
+    """Return how a merge treated a tie, and an adapter's larger vocabulary: by its record, or else by its output."""
+    return _tied(merged, base), _vocab(merged, base)
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:

@@ -1,0 +1,138 @@
+"""The remainder of a quantized merge: what the coarse grid lost of it, as a LoRA to run beside the quantized model.
+
+Quantizing a merged weight again rounds it as coarsely as the base was rounded, which may lose most of a small change.
+Its error is no more random than the change: a LoRA of a small rank holds the largest part of it that a LoRA can.
+LQER (Zhang et al. 2024, https://arxiv.org/abs/2402.02446) does so for a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..core.adapter import Adapter, BaseRef, Step, Target
+from ..errors import UsageError
+from ..io.computed import load
+from ..io.stages import stage
+from ..naming.binding.bases import identity_of
+from ..ops.at_base import view_of
+from ..ops.building import balanced, low_rank, result_type
+from ..ops.differences import frobenius, left
+from ..ops.lowering import Change
+from ..ops.prefetch import ahead, most_workers, one_blas_thread
+from ..quant import Dequantized, dequantized
+from .arrays import NumpyArrays, Workspace
+from .blocks import blocks
+from .compute import BlockMerger
+from .options import MergeOptions
+from .planned import Output
+from .planning import make_plan
+from .verification import recorded_choices
+
+if TYPE_CHECKING:
+    from ..core.updates import Update
+    from ..io.checkpoint import Checkpoint
+    from ..io.lazy import Array, DType
+    from ..io.strict_json import JsonValue
+    from ..ops.criteria import Criterion
+    from ..ops.resizing import Cut, Report
+    from .execute import Progress
+
+
+def remainder_of(
+    merged: Checkpoint,
+    base: Dequantized,
+    adapters: Sequence[tuple[str, Adapter, float]],
+    rank: int,
+    *,
+    allow_partial: bool = False,
+    rename: tuple[str, ...] = (),
+    dtype: str | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Return what quantizing a merge again lost; see `adapterkit.merging.remainder`.
+
+    Args:
+        merged: the output of the merge, as it is stored.
+        base: the base, dequantized.
+        adapters: name, adapter and weight of each.
+        rank: the rank of the result.
+        allow_partial: as in the merge.
+        rename: the rules for names.
+        dtype: the dtype of the factors.
+        report: called with a `Cut` for each weight.
+        progress: called with (bytes done, bytes in all).
+    """
+    from ..ops.criteria import Criterion
+
+    stage("decomposing what rounding lost")
+    stored = dequantized(merged)
+    tied, vocab = recorded_choices(merged, base)
+    options = MergeOptions(dtype="f32", tied=tied, allow_partial=allow_partial, rename=rename, vocab=vocab)
+    outputs = make_plan(base, adapters, options).outputs()
+    changed = [output for output in outputs if output.folds and output.name in stored.packed]
+    if not changed:
+        cure = "An adapter of weights that are not packed loses nothing; leave the remainder out"
+        raise UsageError("no adapter changes a packed weight", path=merged.root, cure=cure)
+    criterion = Criterion(rank)
+    criterion.check()
+    criterion.check_possible(max(min(_sides(output)) for output in changed))
+    kind = result_type([], dtype)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    done, whole = 0, sum(output.nbytes for output in changed)
+    with (
+        one_blas_thread(),
+        ahead(lambda output: _lost(output, stored, criterion, kind), changed, most_workers()) as results,
+    ):
+        for output, (target, lora, cut) in zip(changed, results, strict=True):
+            updates[target] = (lora,)
+            if report is not None:
+                report(cut)
+            done += output.nbytes
+            if progress is not None:
+                progress(done, whole)
+    names: list[JsonValue] = [name for name, _, _ in adapters]
+    step = Step("remainder", {"rank": rank, "of": names, **identity_of(merged)})
+    return Adapter(updates, BaseRef(id=merged.root.name), (step,))
+
+
+def _sides(output: Output) -> tuple[int, int]:
+    """Return the outputs and the inputs, with the places of a kernel, of one weight."""
+    out, *rest = output.folds[0].logical if output.folds[0].target.rows is None else output.shape
+    return out, math.prod(rest)
+
+
+def _lost(output: Output, stored: Dequantized, criterion: Criterion, kind: DType) -> tuple[Target, Update, Cut]:
+    """Return the best LoRA of the exact merge minus the stored weight."""
+    from ..ops.resizing import Cut, seed_of
+    from ..ops.sketching import dominant
+
+    given = output.folds[0].target
+    # The remainder is that of the whole weight, where parts of a fused one have targets of their own.
+    target = Target(given.path, given.layout)
+    D = view_of(_exact(output) - load(stored.tensors[output.name]), target)
+    shape = D.shape[1:] if target.stacked else D.shape
+    weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
+    decomposed = [dominant(one, criterion, seed_of(f"{target}:{e}")) for e, one in enumerate(weights)]
+    lora = low_rank(target, shape, [balanced(*each) for each in decomposed], None, kind)
+    made = Change(target, shape, (lora,)).deltas()
+    error = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
+    norm = math.hypot(*(frobenius(one) for one in weights))
+    return target, lora, Cut(str(target), "lora", min(weights[0].shape), lora.A.shape[-len(shape)], norm, error)
+
+
+def _exact(output: Output) -> Array:
+    """Return the exact merge of one tensor, rounded to float32."""
+    import numpy as np
+
+    arrays, whole = NumpyArrays(), np.empty(output.shape, np.float32)
+    flat = whole.reshape(-1)
+    with arrays.quiet():
+        merger = BlockMerger(output, Workspace(arrays))
+        for block in blocks(output):
+            read = memoryview(output.source.read(block.first, block.elements))
+            raw = arrays.over(read, output.source.dtype)
+            flat[block.first : block.first + block.elements] = merger.exact(raw, block)
+    return whole
