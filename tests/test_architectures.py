@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,14 @@ def test_a_damaged_naming_is_refused(change, why, tmp_path):
     (tmp_path / "namings" / "megatron.toml").write_text(text.replace(old, new))
     with pytest.raises(Malformed, match=why):
         load(tmp_path / "llama.toml")
+
+
+def test_every_name_in_transformers_mapping_has_a_file_or_a_reason():
+    found = tomllib.loads((folder() / "model_types" / "conversion.toml").read_text())
+    files, same, left = set(found["files"]), set(found["same"]), found["left_out"]
+    assert len(files) + len(same) + len(left) == len(files | same | set(left)) > 250
+    assert len(left) <= 40
+    assert all(len(reason) > 20 for reason in left.values())
+    types = [name for name in files if name == name.lower()]
+    assert len(types) > 130
+    assert [name for name in types if architecture_of({"model_type": name}) is None] == []
