@@ -231,3 +231,12 @@ def test_every_name_in_transformers_mapping_has_a_file_or_a_reason():
     types = [name for name in files if name == name.lower()]
     assert len(types) > 130
     assert [name for name in types if architecture_of({"model_type": name}) is None] == []
+
+
+@pytest.mark.parametrize("family", ["whisper", "marian", "mbart", "pegasus", "blenderbot", "mvp", "plbart", "bart"])
+def test_an_encoder_decoder_has_both_halves(family):
+    """A tiny model of a class with the decoder alone gave half a file."""
+    weights = architectures.named(family).record.weights
+    for half in ("encoder", "decoder"):
+        assert f"model.{half}.layers.{{n}}.self_attn.q_proj" in weights
+        assert f"model.{half}.layers.{{n}}.fc1" in weights

@@ -285,6 +285,11 @@ FIRST = {
     "video_llava": "VideoLlavaForConditionalGeneration", "colqwen2": "ColQwen2ForRetrieval",
     "pp_doclayout_v2": "PPDocLayoutV2ForObjectDetection", "tipsv2_dpt": "Tipsv2DptForDepthEstimation",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "blenderbot": "BlenderbotForConditionalGeneration",
+    "blenderbot-small": "BlenderbotSmallForConditionalGeneration",
+    "mbart": "MBartForConditionalGeneration", "mvp": "MvpForConditionalGeneration",
+    "pegasus": "PegasusForConditionalGeneration", "plbart": "PLBartForConditionalGeneration",
+    "prophetnet": "ProphetNetForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
 }  # fmt: skip
 
 
