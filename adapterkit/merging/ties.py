@@ -86,7 +86,7 @@ def settle_tie(
             changed[layer] += found
     inputs, head = changed[tie.inputs[0]], changed[tie.head]
     bias = f"{tie.head.removesuffix('.weight')}.bias"
-    if _loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
+    if loses_bias(head, adapters) and (bias in names or bias in dict(tie.beside)):
         warnings.append(
             f"{bias} is kept, as PEFT's own merge keeps it; PEFT's forward pass leaves it out where token rows are "
             "trained at a tied head, so the merged model's logits differ from those of training by this bias"
@@ -138,7 +138,7 @@ def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str,
             raise UsageError(why, where=name, cure=f"Inject it into a live model; {_MERGE} changes both")
 
 
-def _loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
+def loses_bias(head: Sequence[PlannedUpdate], adapters: Sequence[Adapter]) -> bool:
     """Whether PEFT trained rows at a head: its layer of token rows calls the head without a bias (PEFT 0.21.2)."""
     return any(
         update.shared_as == "rows" and _tools(adapters[fold.source].recipe) == {"peft"}

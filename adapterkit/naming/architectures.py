@@ -344,7 +344,14 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
     tails = {shape_of(name).rpartition(".#.")[2] for name in names}
     for file in _files_with_stacks():
         architecture = _loaded(file)
-        stacks = {t.rpartition(".#.")[2] for naming in architecture.namings for t in architecture.templates(naming)}
+        # Stacks that MLX-LM alone has, under names that other families' stacks have elsewhere, prove nothing.
+        namings = [naming for naming in architecture.namings if not (architecture.record.rare and naming == "mlx")]
+        stacks = {
+            _shape_of_place(place).rpartition(".#.")[2]
+            for naming in namings
+            for weight in architecture.record.weights
+            if (place := architecture.place(weight, naming)) is not None and place.stacked
+        }
         if tails & stacks:
             yield architecture
 
@@ -553,6 +560,10 @@ def folder() -> Path:
     """Return the folder of the files: beside this module in an installed package, in `spec` in a checkout."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
+
+
+def _shape_of_place(place: Place) -> str:
+    return shape_of(HOLE.sub("0", place.name))
 
 
 def shape_of(name: str) -> str:

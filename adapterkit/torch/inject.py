@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..core.updates import Update
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
 from ..merging.planned_update import PlannedUpdate
-from ..merging.ties import UNTIE, acting, parse_tied, same
+from ..merging.ties import UNTIE, acting, loses_bias, parse_tied, same
 from ..naming.binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
@@ -298,6 +299,9 @@ def _tied(
         read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
         choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
         changed = acting(tie_of(stored, read, heads[0]), own, adapter, choice, [])
+        head = model.get_submodule(heads[0].rpartition(".")[0])
+        if getattr(head, "bias", None) is not None and loses_bias(changed.get(heads[0], ()), [adapter]):
+            _warn_of_bias(heads[0])
         for name, folds in changed.items():
             here = {fold.target for fold in own.get(name, ())}
             for fold in folds:
@@ -305,6 +309,16 @@ def _tied(
                     target = replace(fold.target, path=name.removesuffix(".weight"))
                     added.append(Site(target, fold.updates, name, None))
     return added
+
+
+def _warn_of_bias(head: str) -> None:
+    layer = head.removesuffix(".weight")
+    warnings.warn(
+        f"the bias of {layer} is kept, as PEFT's own merge keeps it; PEFT's forward pass leaves it out where rows of "
+        f"tokens are trained at a tied head. For the logits of training, set it to zero: "
+        f"model.get_submodule({layer!r}).bias.data.zero_()",
+        stacklevel=4,
+    )
 
 
 def _fold(site: Site, shape: tuple[int, ...]) -> PlannedUpdate | None:

@@ -237,6 +237,15 @@ def test_a_bias_that_peft_leaves_out_of_a_tied_head_is_kept_and_said(tmp_path: P
         found = transformers.BertForMaskedLM.from_pretrained(tmp_path / "merged").eval()(input_ids=TOKENS).logits
     assert error(whole, found) < 1e-5
     assert error(trained + model.cls.predictions.bias, found) < 1e-5 < error(trained, found)
+    live = transformers.BertForMaskedLM.from_pretrained(tmp_path / "base").eval()
+    with pytest.warns(UserWarning, match=r"the bias of cls.predictions.decoder is kept.*bias.data.zero_\(\)") as told:
+        ak.torch.inject(live, ak.read(tmp_path / "adapter"))
+    assert len(told) == 1
+    with torch.no_grad():
+        kept = live(input_ids=TOKENS).logits
+        live.get_submodule("cls.predictions.decoder").bias.data.zero_()
+        assert error(whole, kept) < 1e-5
+        assert error(trained, live(input_ids=TOKENS).logits) < 1e-5
 
 
 def test_both_halves_of_bart_have_their_embeddings_when_the_head_is_untied(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,23 @@ def test_a_damaged_naming_is_refused(change, why, tmp_path):
     (tmp_path / "namings" / "megatron.toml").write_text(text.replace(old, new))
     with pytest.raises(Malformed, match=why):
         load(tmp_path / "llama.toml")
+
+
+def test_every_name_in_transformers_mapping_has_a_file_or_a_reason():
+    found = tomllib.loads((folder() / "model_types" / "conversion.toml").read_text())
+    files, same, left = set(found["files"]), set(found["same"]), found["left_out"]
+    assert len(files) + len(same) + len(left) == len(files | same | set(left)) > 250
+    assert len(left) <= 40
+    assert all(len(reason) > 20 for reason in left.values())
+    types = [name for name in files if name == name.lower()]
+    assert len(types) > 130
+    assert [name for name in types if architecture_of({"model_type": name}) is None] == []
+
+
+@pytest.mark.parametrize("family", ["whisper", "marian", "mbart", "pegasus", "blenderbot", "mvp", "plbart", "bart"])
+def test_an_encoder_decoder_has_both_halves(family):
+    """A tiny model of a class with the decoder alone gave half a file."""
+    weights = architectures.named(family).record.weights
+    for half in ("encoder", "decoder"):
+        assert f"model.{half}.layers.{{n}}.self_attn.q_proj" in weights
+        assert f"model.{half}.layers.{{n}}.fc1" in weights

@@ -337,3 +337,26 @@ def test_stacks_are_written_as_vllm_reads_single_experts(tmp_path):
     for name, change in changes.items():
         A, B = (keys[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
         np.testing.assert_allclose(2.0 * B.astype("f8") @ A, change, atol=5e-6)
+
+
+def test_a_router_that_all_linear_lists_by_name_is_read_without_a_base(tmp_path):
+    """PEFT 0.21 writes `gate.weight` beside `gate_up_proj` and `down_proj`, which could be any module's."""
+    stem, rank, experts, inputs, width = "base_model.model.model.layers.1.mlp.", 2, 3, 8, 5
+    shapes = {
+        "experts.base_layer": (experts * rank, inputs, 2 * width), "experts": (experts * rank, width, inputs),
+        "gate": (rank, inputs, experts),
+    }  # fmt: skip
+    tensors = {}
+    for module, (rows, into, out) in shapes.items():
+        tensors[f"{stem}{module}.lora_A.weight"] = np.ones((rows, into), np.float32)
+        tensors[f"{stem}{module}.lora_B.weight"] = np.ones((out, rows), np.float32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": [], "peft_version": "0.21.2",
+        "target_parameters": ["gate_up_proj", "gate.weight", "down_proj"],
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert {target.path for target in ak.read(tmp_path).updates} == {
+        "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj",
+        "model.layers.1.mlp.gate.weight",
+    }  # fmt: skip

@@ -260,6 +260,12 @@ def _names(file: File, path: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _named(file: File, path: str) -> list[str]:
+    """List the parameters that `target_parameters` names together with this module: `gate.weight` at `mlp.gate`."""
+    known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
+    return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
+
+
 def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, ...]:
     if all(each.stem in file.parameters for each in group):
         return tuple(file.parameters[each.stem].rpartition(".")[2] for each in group)
@@ -268,6 +274,10 @@ def _assign(file: File, path: str, group: Sequence[PeftFactors]) -> tuple[str, .
         why = f"{len(group)} nested pairs for {len(names)} parameters of target_parameters"
         raise Malformed(why, where=group[0].key.text, cure="The config is not of this file")
     options = [option for option in permutations(names, len(group)) if _fits(file, path, group, option)]
+    # PEFT's "all-linear" lists `gate.weight` beside `down_proj`. A router has the first for certain, and one pair.
+    sure = [option for option in options if set(option) == set(_named(file, path))]
+    if file.base is None and len(sure) == 1:
+        options = sure
     if len(options) == 1:
         return options[0]
     if not options:

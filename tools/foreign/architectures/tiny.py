@@ -253,6 +253,11 @@ OWN: dict[str, dict[str, Any]] = {
         "heads_per_ngram": 2,
     },
     "qwen4_exp_vision": {"num_position_embeddings": 16},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "inkling2_loop": {"vision_config.text_hidden_size": 32},
+    "inkling2_loop_text": {"unpadded_vocab_size": 96},
     "llama4_vision_model": {
         "vision_output_dim": 32,
         "projector_input_dim": 32,
@@ -277,7 +282,14 @@ CLASSES = (
 ENCODERS = ("bert", "roberta", "electra", "vit", "clip", "siglip")
 FIRST = {
     "clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model", "bart": "BartForConditionalGeneration",
-    "video_llava": "VideoLlavaForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration", "colqwen2": "ColQwen2ForRetrieval",
+    "pp_doclayout_v2": "PPDocLayoutV2ForObjectDetection", "tipsv2_dpt": "Tipsv2DptForDepthEstimation",
+    "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "blenderbot": "BlenderbotForConditionalGeneration",
+    "blenderbot-small": "BlenderbotSmallForConditionalGeneration",
+    "mbart": "MBartForConditionalGeneration", "mvp": "MvpForConditionalGeneration",
+    "pegasus": "PegasusForConditionalGeneration", "plbart": "PLBartForConditionalGeneration",
+    "prophetnet": "ProphetNetForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
 }  # fmt: skip
 
 
