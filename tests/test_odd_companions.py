@@ -636,6 +636,20 @@ def _():
     inject(one()).weight = float("inf")
 
 
+@odd("a prompt for a task that there is not", raises=UsageError, match="task_ids: no such task among 2")
+def _():
+    model = llama()
+    ak.torch.inject(model, ak.torch.create(model, "multitask_prompt", rank=2, tasks=2))
+    model(IDS, task_ids=torch.tensor([-1]))
+
+
+@odd("a layer of skills for a task that there is not", raises=UsageError, match="task_ids: no such task among 2")
+def _():
+    model = one().float()
+    ak.torch.inject(model, ak.torch.create(model, "poly", targets="0", rank=2, tasks=2))
+    model(X.float(), task_ids=torch.tensor([0, 1, -1]))
+
+
 @odd("exported to ONNX with an adapter attached")
 def _():
     onnxruntime = pytest.importorskip("onnxruntime")
