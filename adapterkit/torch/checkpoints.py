@@ -24,7 +24,6 @@ from torch import nn
 
 from ..errors import nearest
 from .leaves import Leaf, is_leaf_name
-from .sharding import put
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -85,7 +84,8 @@ def _load(
     for handle in module.__dict__[HANDLES]:
         handle._watch.reclaim()
     paths = _paths(module)
-    held = {prefix + _key(paths, leaf): leaf.tensor for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
+    leaves = {prefix + _key(paths, leaf): leaf for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
+    held = {key: leaf.tensor for key, leaf in leaves.items()}
     loaded = {key: state_dict.pop(key) for key in mine}
     names = {_adapter(key) for key in mine}
     problems = [f"{key}: no attached adapter has it. {nearest(key, held)}" for key in mine if key not in held]
@@ -100,7 +100,7 @@ def _load(
         errors.append(f"{problems[0].strip()}{more}. Inject the adapter that the checkpoint was made with.")
         return
     for key, value in loaded.items():
-        put(held[key], value)
+        leaves[key].put(value)
     if not any(key.startswith(prefix) for key in state_dict):
         _keep_base(module, state_dict, prefix)
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Target
-from ..core.updates import ContextUpdate
-from ..errors import ShapeMismatch, Unsupported
+from ..core.updates import ContextUpdate, Update
+from ..errors import ShapeMismatch, Unsupported, UsageError
 from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
@@ -260,6 +260,22 @@ Words = dict[str, Any]
 """Arguments of a call, by name."""
 
 
+def check_tasks(updates: Sequence[Update], tasks: Any) -> None:
+    """Check the numbers of tasks that a call brought; indexing would take -1 for the last task.
+
+    Raises:
+        UsageError: an update has no such task.
+    """
+    known = isinstance(tasks, Tensor) and type(tasks) is Tensor and not tasks.is_meta and tasks.numel() > 0
+    if not known or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return
+    for update in updates:
+        count: Any = update.dims().get("tasks")
+        if count is not None and not (int(tasks.min()) >= 0 and int(tasks.max()) < count):
+            why = f"no such task among {count}: {tasks.tolist()}"
+            raise UsageError(why, where="task_ids", cure=f"Pass numbers from 0 to {count - 1}")
+
+
 @dataclass(eq=False)
 class ContextCall:
     """One call of a model with virtual tokens.
@@ -285,6 +301,7 @@ class ContextCall:
         task = self.words.pop("task_ids", None)
         if self.pair and task is not None:
             raise Unsupported("tasks of rows in a model with an encoder", cure="Set the update's own task")
+        check_tasks(self.updates, task)
         fronts = [u.decoder_embeddings(task) if self.pair else u.embeddings(task) for u in self.updates]
         self.fronts, self.pasts = present(fronts), present([update.past() for update in self.updates])
         self.front, self.past = (sum(t.shape[-2] for t in some) for some in (self.fronts, self.pasts))

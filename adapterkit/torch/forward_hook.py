@@ -26,7 +26,7 @@ from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
 from .call_recorder import CallRecorder, run_recorded
-from .context import ContextPart, surround
+from .context import ContextPart, check_tasks, surround
 from .dropout import dropped_change
 from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
@@ -322,6 +322,8 @@ class ForwardHook:
         changes = [OutputChange(p.switch.weight, p.updates, site, *beside[p.switch.name]) for p, site in outer]
         if not changes:
             return self._weighed(inner, args, kwargs)
+        for part, _ in outer:
+            check_tasks(part.updates, beside[part.switch.name][1].get("task_ids"))
         try:
             return through(
                 self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Update
-from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
+from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError, nearest
 from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .folding import (
     KEEP_INJECTED,
@@ -34,7 +35,7 @@ from .outputs import Switch
 from .parts import Part
 from .routing import check_unrouted
 from .scopes import switched
-from .sharding import is_partitioned, put, shape_of, whole
+from .sharding import is_partitioned, shape_of, whole
 from .transaction import all_or_nothing
 from .watch import Watch
 from .weights import tensor_at
@@ -111,6 +112,7 @@ class Handle:
     @weight.setter
     def weight(self, value: float) -> None:
         self._check()
+        check_weight(value)
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
         for switch in (self._switch, *self._copies()):
@@ -184,7 +186,7 @@ class Handle:
         self._check()
         seen: set[int] = set()
         for target, each in self._bound.items():
-            updates = tuple(update for bound in each for update in bound.updates)
+            updates = tuple(update for bound in each for update in bound.attached)
             leaves = [fields for bound in each for fields in bound.leaves]
             for position, fields in enumerate(leaves):
                 for field, leaf in fields.items():
@@ -205,7 +207,7 @@ class Handle:
                         for field, leaf in fields.items():
                             if id(leaf) not in seen:
                                 seen.add(id(leaf))
-                                yield _name(copied, part.updates, position, field), leaf
+                                yield _name(copied, part.bound.attached, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
@@ -225,7 +227,8 @@ class Handle:
             UsageError: names are missing or unknown; nothing is changed then.
             ShapeMismatch: a shape differs; nothing is changed then.
         """
-        held = dict(self.named_parameters())
+        leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
+        held = {name: leaf.tensor for name, leaf in leaves.items()}
         for names, what in ((held.keys() - state.keys(), "missing"), (state.keys() - held.keys(), "unknown")):
             if names:
                 first = min(names)
@@ -235,8 +238,8 @@ class Handle:
             if tuple(state[name].shape) != shape_of(parameter):
                 why = f"{list(state[name].shape)} where the adapter has {list(shape_of(parameter))}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
-        for name, parameter in held.items():
-            put(parameter, state[name])
+        for name, leaf in leaves.items():
+            leaf.put(state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable leaves, shared ones once."""
@@ -287,6 +290,10 @@ class Handle:
         """
         self._check()
         self._check_uncopied()
+        lost = next((name for name, leaf in self._named_leaves() if leaf.tensor.is_meta), None)
+        if lost is not None:
+            cure = "Call handle.adapter() before the model goes to meta"
+            raise Unsupported("a tensor of the adapter is on the meta device, without numbers", where=lost, cure=cure)
         now = self._adapter.map(_copy)
         return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
 
@@ -441,6 +448,16 @@ class Handle:
         if self._state != "attached":
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
         self._watch.reclaim()
+
+
+def check_weight(value: float) -> None:
+    """Check how much of an adapter's change is to be added.
+
+    Raises:
+        UsageError: it is no finite number.
+    """
+    if not math.isfinite(value):
+        raise UsageError(f"must be a finite number, got {value}", where="weight", cure="Pass 1.0 for the whole change")
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

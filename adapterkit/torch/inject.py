@@ -28,7 +28,7 @@ from .dropout import check_dropout, dropout_of
 from .experts import with_experts
 from .folding import change_alike
 from .forward_hook import ForwardHook, hook_at, names_of
-from .handle import Handle
+from .handle import Handle, check_weight
 from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
 from .outputs import OutputSite, Switch, find_output_site
@@ -77,8 +77,8 @@ def inject(
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken, a router lacks its experts, an unknown choice for `tied`, or dropout that is no
-            probability.
+        UsageError: the name is taken, a router lacks its experts, an unknown choice for `tied`, dropout that is no
+            probability, or a weight that is no finite number.
 
     After an error nothing is attached.
     """
@@ -87,6 +87,7 @@ def inject(
         cure = "Pass a torch.nn.Module; is the order of the arguments right?"
         raise UsageError(f"a {type(model).__name__} where a model belongs", cure=cure)
     adapter.validate()
+    check_weight(weight)
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
     check_gathered(model)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..core.updates import Update
 from ..errors import Unsupported
 from .conversions import guard, unguard
-from .sharding import spread
+from .sharding import put, spread
 
 PREFIX = "adapterkit:"
 """The start of the names of registered tensors. No attribute in Python source can be called so."""
@@ -103,6 +103,34 @@ class Leaf:
                     del hooks[key]
             unguard(self.module)
 
+    def put(self, value: Tensor) -> None:
+        """Copy a value into the tensor; one on the meta device, which has no numbers, gives way to a new one."""
+        held = self.tensor
+        if not held.is_meta or value.is_meta:
+            put(held, value)
+            return
+        made = value.detach().to(held.dtype, copy=True)
+        if isinstance(held, nn.Parameter):
+            self.first = nn.Parameter(made, requires_grad=held.requires_grad)
+            self.module._parameters[self.name] = self.first
+        else:
+            self.module._buffers[self.name] = made
+
+    def check_loaded(self) -> None:
+        """Check that the tensor is not left on the meta device beside a weight that was loaded again.
+
+        torch's CPU products of a meta tensor and real numbers return uninitialised memory.
+
+        Raises:
+            Unsupported: it is; `load_state_dict(assign=True)` of a base brings no tensor of an adapter.
+        """
+        if self.tensor.is_meta:
+            beside = [p for name, p in self.module._parameters.items() if p is not None and not is_leaf_name(name)]
+            if beside and not any(parameter.is_meta for parameter in beside):
+                why = "the adapter is on the meta device, its numbers lost; the weight beside it was loaded again"
+                cure = "Call handle.remove() before the model goes to meta, and inject the adapter after loading"
+                raise Unsupported(why, where=self.name, cure=cure)
+
     def settle(self) -> None:
         """Let go of the parameter that was registered where another one with numbers has taken its place."""
         now = self.module._parameters.get(self.name)
@@ -170,14 +198,25 @@ class LiveUpdates:
         return tuple((leaf, update.tensors[name]) for update, leaves in each for name, leaf in leaves.items())
 
     @property
+    def attached(self) -> tuple[Update, ...]:
+        """The updates over tensors of some earlier time: for their methods and names."""
+        return self._updates
+
+    @property
     def updates(self) -> tuple[Update, ...]:
-        """The updates over the tensors that the model holds now."""
+        """The updates over the tensors that the model holds now.
+
+        Raises:
+            Unsupported: a tensor was left on the meta device; see `Leaf.check_loaded`.
+        """
         for leaf, held in self._seen:  # Once a layer and forward, so not with all().
             if leaf.tensor is not held:
                 break
         else:
             return self._updates
         now = [{name: leaf.tensor for name, leaf in leaves.items()} for leaves in self.leaves]
+        for leaf in [leaf for leaves in self.leaves for leaf in leaves.values()]:
+            leaf.check_loaded()
         found = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
         # Under FSDP2 and functional_call the tensors live for one forward only: keeping them would keep their memory.
         if not torch.compiler.is_compiling() and all(type(t) in _KEPT for tensors in now for t in tensors.values()):

@@ -8,8 +8,9 @@ never holds the prefix, and positions are counted as without it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,18 +26,31 @@ NAME = "adapterkit_prefix"
 KNOWN = ("eager", "sdpa")
 """The functions that it can go on with."""
 
+_EXCHANGING = threading.Lock()
+"""Held while the config of an attention is exchanged."""
+
 HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
 WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Names in attentions of the number of heads of their keys, and of their width."""
 
 
+class Prefix(threading.local):
+    """The prefix `[batch, 2, heads, n, d]` that an attention runs with in this thread; `biased` has T5's table."""
+
+    def __init__(self) -> None:  # Once a thread: torch.compile guards attributes of the instance alone.
+        self.past: Any = None
+        self.biased: Any = None
+
+
 class Prefixed:
-    """An attention's config while it runs with a prefix `[batch, 2, heads, n, d]`; `biased` has T5's table."""
+    """An attention's config while threads run it with prefixes of their own; it looks as before to all others."""
 
-    _attn_implementation = NAME
+    def __init__(self, config: Any) -> None:
+        self.config, self.prefix, self.users = config, Prefix(), 0
 
-    def __init__(self, config: Any, past: Tensor, biased: Any) -> None:
-        self.config, self.past, self.biased = config, past, biased
+    @property
+    def _attn_implementation(self) -> Any:
+        return self.config._attn_implementation if self.prefix.past is None else NAME
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)
@@ -87,16 +101,24 @@ def with_prefixes(
 def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
-    config = module.config
-    if config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
-        why = f"a prefix in an attention computed as {config._attn_implementation!r}"
-        raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
-    AttentionInterface.register(NAME, _attend)
-    module.__dict__["config"] = Prefixed(config, past, biased)
+    with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+        held = module.config
+        own = held if isinstance(held, Prefixed) else Prefixed(held)
+        if own.config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
+            why = f"a prefix in an attention computed as {own.config._attn_implementation!r}"
+            raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
+        AttentionInterface.register(NAME, _attend)
+        module.__dict__["config"] = own
+        own.users += 1
+    own.prefix.past, own.prefix.biased = past, biased
     try:
         yield
     finally:
-        module.__dict__["config"] = config
+        own.prefix.past, own.prefix.biased = None, None
+        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING:
+            own.users -= 1
+            if not own.users:
+                module.__dict__["config"] = own.config
 
 
 def _attend(
@@ -104,15 +126,16 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """The function that the config named before, with more keys, values and places in the mask."""
     own: Prefixed = module.config
-    made, found = ((each.shape[-3], each.shape[-1]) for each in (own.past, key))
+    past = own.prefix.past
+    made, found = ((each.shape[-3], each.shape[-1]) for each in (past, key))
     if made != found:
         why = f"made for {made[0]} heads of {made[1]}; the keys have {found[0]} of {found[1]}"
         raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
     mask = _mask(module, query, key, attention_mask, words)
-    n = own.past.shape[3]
+    n = past.shape[3]
     if words.get("position_bias") is not None:
-        words["position_bias"] = _bias(own.biased, words["position_bias"], n)
-    keys, values = (torch.cat((own.past[:, i], each), 2) for i, each in enumerate((key, value)))
+        words["position_bias"] = _bias(own.prefix.biased, words["position_bias"], n)
+    keys, values = (torch.cat((past[:, i], each), 2) for i, each in enumerate((key, value)))
     before = _function(module, own.config._attn_implementation)
     out: tuple[Tensor, Any] = before(module, query, keys, values, _padded(mask, n), **words)
     return out

@@ -18,7 +18,15 @@ _ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
 """Classes whose `module` is the model."""
 
-_LIBRARIES = {"peft": ("base_model", "model", "base_layer"), "sentence_transformers": ("auto_model", "0")}
+_LIBRARIES = {
+    "composer": ("model",),
+    "ema_pytorch": ("ema_model", "online_model"),
+    "lightning": ("_forward_module", "_original_module"),  # Fabric's.
+    "lightning_fabric": ("_forward_module", "_original_module"),
+    "peft": ("base_model", "model", "base_layer"),
+    "sentence_transformers": ("auto_model", "model", "0"),  # `model` since its version 5.
+    "trl": ("pretrained_model",),  # Models with a value head.
+}
 """Library -> attributes of its own modules that hold what they wrap."""
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import threading
 from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -259,3 +260,41 @@ def test_a_config_that_is_not_of_the_file_is_refused(change, error, where, folde
     with pytest.raises(error) as raised:
         ak.torch.inject(fresh(), ak.read(tmp_path), experts=[ak.read(folder) for folder in folders[2:]])
     assert where in raised.value.where
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["arrow", "xlora"])
+def test_threads_with_a_router_of_their_own_inputs(kind, folders, tmp_path):
+    """Eight threads, each with other tokens, the router on or off."""
+    if kind == "arrow":
+        _, router = arrow("two of three", folders, tmp_path)
+        experts = [ak.read(folder) for folder in folders[:3]]
+    else:
+        xlora("two layers", folders, tmp_path)
+        router, experts = tmp_path, [ak.read(folder) for folder in folders[2:]]
+    model = fresh()
+    handle = ak.torch.inject(model, ak.read(router), experts=experts)
+    inputs = (torch.arange(8)[:, None, None] + IDS) % 16
+    on = [model(ids).logits for ids in inputs]
+    with handle.disable():
+        off = [model(ids).logits for ids in inputs]
+    assert not torch.allclose(on[0], off[0], rtol=1e-2)
+    faults, gate = [], threading.Barrier(8)
+
+    @torch.no_grad()
+    def work(number):
+        gate.wait()
+        try:
+            for _ in range(30):
+                close(model(inputs[number]).logits, on[number])
+                with handle.disable():
+                    close(model(inputs[number]).logits, off[number])
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults

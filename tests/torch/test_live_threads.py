@@ -205,3 +205,41 @@ def test_a_recomputed_block_runs_as_it_ran_first(reentrant):
         other = model(x).sum()
     with pytest.raises(Unsupported, match="recomputed"):
         (one + other).backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["gated_prefix", "adaption_prompt", "prefix", "prompt", "rows", "alora"])
+def test_threads_with_and_without_what_a_route_cannot_send_by_rows(method):
+    """Each thread has inputs of its own, and the adapter on or off."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(intermediate_size=24, use_cache=False, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    options = {
+        "rows": {"targets": ["embed_tokens"], "index": [1]},
+        "alora": {"targets": ["q_proj"], "invocation": [3], "rank": 2},
+    }
+    adapter = ak.torch.create(model, method, **options.get(method, {"rank": 2}))
+    updates = {
+        target: tuple(
+            u.replace(**{n: t + 0.3 * torch.randn(t.shape) for n, t in u.tensors.items() if torch.is_floating_point(t)})
+            for u in us
+        )
+        for target, us in adapter.updates.items()
+    }
+    handle = ak.torch.inject(model, adapter.replace(updates=updates))
+    inputs = torch.randint(1, 4, (THREADS, 1, 6))
+    on = [model(x).logits for x in inputs]
+    with handle.disable():
+        off = [model(x).logits for x in inputs]
+    assert on[0].shape != off[0].shape or not torch.allclose(on[0], off[0])
+
+    def work(number):
+        for _ in range(20):
+            if number % 2:
+                torch.testing.assert_close(model(inputs[number]).logits, on[number])
+            else:
+                with handle.disable():
+                    torch.testing.assert_close(model(inputs[number]).logits, off[number])
+
+    in_threads(work)

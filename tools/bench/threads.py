@@ -3,9 +3,13 @@
     python tools/bench threads [--threads 8] [--forwards 1000] [--only METHOD]... [--dtype float32]
 
 Three adapters of each method of weights that `create` makes are attached to one linear layer, and of each method of
-outputs beside it. Each forward must give what the same route gave in one thread before. It prints one line for each
-method, as it is done, with the seconds that passed and those of the processor: a forward with its route takes 0.5 to
-2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any forward differed.
+outputs beside it. Each forward must give what the same route gave in one thread before. Methods that a route cannot
+send by rows (contexts, invocations, rows of an embedding) or that ask the call for words run in a small Llama, or in a
+model that hands on `task_ids`: each thread turns the adapter on and off for itself, and has inputs of its own.
+
+It prints one line for each method, as it is done, with the seconds that passed and those of the processor: a forward
+with its route takes 0.5 to 2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any
+forward differed. Routers (Arrow, X-LoRA) need experts: tests/test_experts.py runs them in threads.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +49,15 @@ def main() -> int:
     torch.set_num_threads(1)
     started, done, wrong = time.monotonic(), [], 0
     for method in options.only or sorted(METHODS):
-        made = model_of(method, getattr(torch, options.dtype))
-        if made is None:
+        made = model_of(method, getattr(torch, options.dtype)) if method not in WHOLE else None
+        whole = whole_model(method) if made is None else None
+        if made is None and whole is None:
             continue
         done.append(method)
         before, processor = time.monotonic(), time.process_time()
         try:
-            fault = run(*made, options.threads, options.forwards)
+            calls = routed(*made) if made else switched(*whole)
+            fault = run(calls, options.threads, options.forwards)
             wrong += bool(fault)
         except AdapterkitError as error:
             fault = f"refused: {error}"
@@ -86,16 +94,106 @@ def model_of(method: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor] 
     return model, torch.randn(ROWS, 3, 16, dtype=dtype)
 
 
-@torch.no_grad()
-def run(model: nn.Module, x: torch.Tensor, threads: int, forwards: int) -> str:
-    """What went wrong first; empty where nothing did."""
+WHOLE: dict[str, dict[str, Any]] = {
+    name: {"rank": 2}
+    for name in (
+        "adaption_prompt", "cpt", "gated_prefix", "gated_prefix_mlp", "p_tuning", "p_tuning_lstm", "prefix",
+        "prefix_mlp", "prompt", "textual_inversion",
+    )
+} | {
+    "multitask_prompt": {"rank": 2, "tasks": 2},
+    "alora": {"rank": 2, "targets": ["q_proj"], "invocation": [3]},
+    "rows": {"targets": ["embed_tokens"], "index": [1, 3]},
+    "poly": {"rank": 2, "targets": "layer", "tasks": 2},
+}  # fmt: skip
+"""Methods that act on a whole model, and how `create` makes one."""
+
+
+class Tasks(nn.Module):
+    """A layer whose call names tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output; an adapter reads `task_ids`."""
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+Call = Callable[[], torch.Tensor]
+
+
+def whole_model(method: str) -> tuple[nn.Module, list[Call]] | None:
+    """A model with one adapter of a method attached, and calls of it; None where no options are known."""
+    if method not in WHOLE:
+        return None
+    torch.manual_seed(0)
+    model = Tasks() if method == "poly" else llama()
+    adapter = ak.torch.create(model, method, **WHOLE[method])
+    updates = {
+        target: tuple(u.replace(**{n: shifted(t) for n, t in u.tensors.items() if n not in u.frozen}) for u in us)
+        for target, us in adapter.updates.items()
+    }
+    ak.torch.inject(model, adapter.replace(updates=updates), name="a")
+    if method == "poly":
+        xs = torch.randn(4, 2, 3, 16)
+        return model, [lambda x=x, n=n: model(x, task_ids=torch.tensor([n % 2, 0])) for n, x in enumerate(xs)]
+    ids = torch.randint(0, 20, (4, 2, 5))
+    more: list[dict[str, Any]] = [{"task_ids": torch.tensor([n % 2, 0])} for n in range(4)]
+    words = more if method == "multitask_prompt" else [{}] * 4
+    return model, [lambda i=i, w=w: model(input_ids=i, **w).logits for i, w in zip(ids, words, strict=True)]
+
+
+def shifted(leaf: Any) -> Any:
+    """A leaf away from where it changes nothing."""
+    tensor = torch.as_tensor(leaf)
+    return tensor + 0.2 * torch.randn(tensor.shape).to(tensor.dtype) if tensor.is_floating_point() else tensor
+
+
+def llama() -> nn.Module:
+    """A Llama of one block."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, use_cache=False
+    )
+    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    return model
+
+
+def routed(model: nn.Module, x: torch.Tensor) -> list[Call]:
+    """Calls of a model, each with another route of its rows."""
+
+    def call(names: list[str | None]) -> torch.Tensor:
+        with ak.torch.route(model, names):
+            y: torch.Tensor = model(x)
+            return y
+
     names = [[NAMES[(turn // 4**row) % 4] for row in range(ROWS)] for turn in range(4**ROWS)]
-    wanted = []
-    for each in names:
-        with ak.torch.route(model, each):
-            wanted.append(model(x))
+    return [partial(call, each) for each in names]
+
+
+def switched(model: nn.Module, calls: list[Call]) -> list[Call]:
+    """Calls of a model, each with its adapter on and off."""
+    handle = ak.torch.handles(model)["a"]
+
+    def off(call: Call) -> torch.Tensor:
+        with handle.disable():
+            return call()
+
+    return [*calls, *(partial(off, call) for call in calls)]
+
+
+@torch.no_grad()
+def run(calls: list[Call], threads: int, forwards: int) -> str:
+    """What went wrong first; empty where nothing did."""
+    wanted = [call() for call in calls]
+    if all(torch.equal(each, wanted[0]) for each in wanted):
+        return "all calls give the same"
     # In 16 bits products of many rows and of few round apart by some units.
-    loose = {torch.float32: 1e-5, torch.float64: 1e-12}.get(x.dtype, 2e-2)
+    loose = {torch.float32: 1e-5, torch.float64: 1e-12}.get(wanted[0].dtype, 2e-2)
     faults: list[str] = []
     gate = threading.Barrier(threads)
 
@@ -103,16 +201,15 @@ def run(model: nn.Module, x: torch.Tensor, threads: int, forwards: int) -> str:
     def work(number: int) -> None:
         gate.wait()
         for turn in range(forwards):
-            at = (number * 37 + turn * 5) % len(names)
+            at = (number * 37 + turn * 5) % len(calls)
             try:
-                with ak.torch.route(model, names[at]):
-                    got = model(x)
+                got = calls[at]()
             except Exception as error:
-                faults.append(f"{names[at]}: {type(error).__name__}: {error}")
+                faults.append(f"call {at}: {type(error).__name__}: {error}")
                 return
             apart = float((got - wanted[at]).abs().max())
             if not apart <= loose * max(float(wanted[at].abs().max()), 1.0):
-                faults.append(f"{names[at]}: apart by {apart:.2e}")
+                faults.append(f"call {at}: apart by {apart:.2e}")
                 return
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
