@@ -331,3 +331,19 @@ def test_onetrainers_oft_of_a_convolution_is_refused_by_name(tmp_path):
     save_file({f"{stem}.oft_R.weight": np.zeros((6, 6), "f4")}, tmp_path / "given.safetensors")
     with pytest.raises(Unsupported, match="OneTrainer's OFT of a convolution"):
         ak.read(tmp_path / "given.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stem", "target"),
+    [("transformer.transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+     ("unet.unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+      "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+     ("diffusion_model.diffusion_model.double_blocks.0.img_attn.qkv", "transformer.double_blocks.0.img_attn.qkv"),
+     ("base_model.model.base_model.model.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+     ("transformer.transformer_blocks.0.attn.to_out", "transformer.transformer_blocks.0.attn.to_out.0"),
+     ("transformer.transformer.layers.0.attention.dense", "transformer.transformer.layers.0.attention.dense")],
+)  # fmt: skip
+def test_a_prefix_that_is_there_twice_and_mfluxs_word_for_an_output(stem, target, tmp_path):
+    """A model that was wrapped twice; the last one is SAT's own name of CogVideoX, and stays."""
+    (found,) = ak.read(saved(tmp_path, {stem: (8, 4)})).updates
+    assert str(found) == target

@@ -202,10 +202,12 @@ _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "co
 
 
 def _rest(stem: str) -> str:
-    """A module's name without what stands before it, and without torch's wrappers."""
+    """A module's name without what stands before it, once or twice, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
-    return stem.removeprefix(next((root for root in _ROOTS if stem.startswith(root)), ""))
+    while root := next((root for root in _ROOTS if stem.startswith(root)), ""):
+        stem = stem.removeprefix(root)
+    return stem
 
 
 def _families(names: Collection[str]) -> list[str]:

@@ -23,7 +23,7 @@ from ..methods.dora import DoRA
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
-from ..naming.image import PARTS, component_of, rooted
+from ..naming.image import PARTS, component_of, families, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets
@@ -213,9 +213,16 @@ class Diffusers(ImageFormat):
 
 
 def _path(stem: str) -> str:
-    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part."""
+    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part.
+
+    A model that was wrapped twice has its part twice; mflux calls the output of FLUX.2's attention `to_out`.
+    """
     root, rest = rooted(stem)
-    return f"{root or 'unet.'}{rest.removeprefix('base_model.model.')}"
+    rest = rest.removeprefix("base_model.model.")
+    others = [rest.removeprefix(root)] * rest.startswith(root or " ") + [f"{rest}.0"] * rest.endswith(".to_out")
+    if others and not any(rest in family for family in families()):
+        rest = next((other for other in others if any(other in family for family in families())), rest)
+    return f"{root or 'unet.'}{rest}"
 
 
 def _with_biases(updates: Updates) -> Updates:
