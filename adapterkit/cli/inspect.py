@@ -265,6 +265,7 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
     yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
     if record.get("licence"):
         yield f"  licence {_licence(record)}"
+    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
     if every or len(record["tensors"]) <= FEW:
         columns = ("tensor", "shape", "dtype", "parameters", "bytes")
         yield TextTable(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ENDINGS = re.compile(
     r"(.+?)\.((?:lora_(?:A|B|down|up|mid|magnitude_vector|a|b)(?:\.[\w-]+)?(?:\.weight|\.bias)?"
     r"|lora(?:_linear_layer)?\.(?:down|up)\.weight|(?:to_\w+|add_\w+)_lora\.(?:down|up)\.weight"
-    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|dora_scale|diff|diff_b|w_norm|b_norm"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|oft_R\.(?:weight|scaled_oft)|dora_scale|diff|diff_b|w_norm|b_norm"
     r"|(?:a1|a2|b1|b2|q_layer|p_layer)\.weight|lambda_layer|matrix_[AB]\.\d+))"
 )
 _ALPHA = re.compile(r"(.+)\.(alpha)")

@@ -59,7 +59,7 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up", "lora_magnitude_vector": "dora", "lora_magnitude_vector.weight": "dora",
-    "lora_magnitude_vector.default.weight": "dora",
+    "lora_magnitude_vector.default.weight": "dora", "oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
@@ -202,10 +202,12 @@ _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "co
 
 
 def _rest(stem: str) -> str:
-    """A module's name without what stands before it, and without torch's wrappers."""
+    """A module's name without what stands before it, once or twice, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
-    return stem.removeprefix(next((root for root in _ROOTS if stem.startswith(root)), ""))
+    while root := next((root for root in _ROOTS if stem.startswith(root)), ""):
+        stem = stem.removeprefix(root)
+    return stem
 
 
 def _families(names: Collection[str]) -> list[str]:

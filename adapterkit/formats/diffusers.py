@@ -23,7 +23,7 @@ from ..methods.dora import DoRA
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
-from ..naming.image import PARTS, component_of, rooted
+from ..naming.image import PARTS, component_of, families, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import candidates, denoiser_targets
@@ -46,7 +46,8 @@ FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _PART = f"(?:{'|'.join(PARTS)})"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
-    r"|lora_up\.weight|lora_magnitude_vector(?:(?:\.default)?\.weight)?|dora_scale)"
+    r"|lora_up\.weight|lora_magnitude_vector(?:(?:\.default)?\.weight)?|dora_scale"
+    r"|oft_R\.(?:weight|scaled_oft))"
 )
 _SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
 _ALPHA = re.compile(rf"({_PART}\..+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
@@ -69,9 +70,10 @@ _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.nor
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_magnitude_vector.weight": "dora", "lora_magnitude_vector.default.weight": "dora",
     "lora_A.default.weight": "down", "lora_B.default.weight": "up",
-    "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora",
+    "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora", "oft_R.weight": "oft_R",
+    "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
-"""Words of keys -> slots; `dora_scale` is OneTrainer's, under diffusers' names."""
+"""Words of keys -> slots; `dora_scale` and `oft_R` are OneTrainer's, under diffusers' names."""
 
 
 class Diffusers(ImageFormat):
@@ -211,9 +213,16 @@ class Diffusers(ImageFormat):
 
 
 def _path(stem: str) -> str:
-    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part."""
+    """The path of a module: a U-Net's without a part before it; SimpleTuner has PEFT's words behind the part.
+
+    A model that was wrapped twice has its part twice; mflux calls the output of FLUX.2's attention `to_out`.
+    """
     root, rest = rooted(stem)
-    return f"{root or 'unet.'}{rest.removeprefix('base_model.model.')}"
+    rest = rest.removeprefix("base_model.model.")
+    others = [rest.removeprefix(root)] * rest.startswith(root or " ") + [f"{rest}.0"] * rest.endswith(".to_out")
+    if others and not any(rest in family for family in families()):
+        rest = next((other for other in others if any(other in family for family in families())), rest)
+    return f"{root or 'unet.'}{rest}"
 
 
 def _with_biases(updates: Updates) -> Updates:

@@ -36,7 +36,9 @@ SLOTS = {
     "dora": "dora_scale", "oft_blocks": "oft_blocks",
 }  # fmt: skip
 
-_WORDS = {word: slot for slot, word in SLOTS.items()}
+_WORDS = {word: slot for slot, word in SLOTS.items()} | {"oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled"}
+"""Words of keys -> slots; `oft_R` is OneTrainer's, and read only."""
+
 _KEY = re.compile(
     r"((?:lora_unet|lora_transformer|lora_te[1234]?|lora_prior_(?:unet|te)|oft_unet|Hunyuan_video_I2V_lora)_[^.]+)\.(.+)"
 )

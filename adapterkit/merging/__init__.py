@@ -437,7 +437,11 @@ def _accompanied(
 
 def _coarse(planned: Plan) -> Iterator[str]:
     """Return a warning if merged weights are rounded to 8 bits without a scale: small changes are lost there."""
-    kinds = [output.dtype for output in planned.outputs() if output.folds and output.dtype.itemsize == 1]
+    kinds = [
+        output.dtype
+        for output in planned.outputs()
+        if output.folds and output.part is None and output.dtype.itemsize == 1
+    ]
     for kind in dict.fromkeys(kinds):
         bits = {"F8_E4M3": 3, "F8_E5M2": 2}.get(kind.name)
         if bits is not None:

@@ -350,6 +350,7 @@ def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, A
 def base_record(path: Path, src: str) -> dict[str, Any]:
     """A base's tensors and totals as plain data."""
     from ..errors import UnknownFormat, UsageError
+    from ..formats._others import other_file
     from ..io.checkpoint import open_checkpoint
 
     try:
@@ -358,9 +359,14 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
         cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
     dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
+    other = other_file(base.tensors)
+    said = []
+    if other is not None:
+        kind, key = other
+        said = [f"keys such as {key} are those of {kind.name}, which is not read: {kind.why}. {kind.cure}"]
     return {
         "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
-        "files": [file.name for file in base.files],
+        "files": [file.name for file in base.files], **({"warnings": said} if said else {}),
         "tensors": [_tensor_record(base, name) for name in base.tensors],
         "totals": {
             "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),

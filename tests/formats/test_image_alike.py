@@ -155,7 +155,7 @@ def test_a_base_of_no_known_family_has_no_names_there(to, tmp_path):
 
 
 def hunyuan_image():
-    """HunyuanImage 2.1 as sd-scripts trains it: its authors' split weights, in blocks of the published width."""
+    """HunyuanImage 2.1 under its authors' names of split weights, in blocks of the published width."""
     tensors = {}
     for letter in "qkv":
         tensors |= lora(f"lora_unet_double_blocks_0_img_attn_{letter}", 3584, 3584, 1, DOWN_UP)
@@ -167,7 +167,7 @@ def hunyuan_image():
 DOWN_UP = ("lora_down.weight", "lora_up.weight")
 
 
-def test_hunyuan_image_is_split_for_its_trainer_and_fused_for_comfyui(tmp_path):
+def test_hunyuan_image_is_fused_for_its_trainer_and_for_comfyui(tmp_path):
     adapter = ak.read(given(tmp_path, hunyuan_image()))
     steps = {to: tmp_path / f"{to}.safetensors" for to in ("diffusers", "comfyui", "kohya")}
     for to, path in steps.items():
@@ -175,13 +175,31 @@ def test_hunyuan_image_is_split_for_its_trainer_and_fused_for_comfyui(tmp_path):
         adapter = ak.read(path)
     there = {key.rpartition(".lora")[0] for key in load_file(steps["comfyui"]) if ".lora" in key}
     assert {"diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.single_blocks.0.linear1"} <= there
-    assert "lora_unet_single_blocks_0_linear1_mlp.lora_down.weight" in load_file(steps["kohya"])
+    trained = {key.partition(".")[0].removeprefix("lora_unet_") for key in load_file(steps["kohya"])}
+    assert {"double_blocks_0_img_attn_qkv", "single_blocks_0_linear1", "single_blocks_0_linear2"} == trained
     ak.write(adapter, tmp_path / "back.safetensors", "diffusers")
     first, last = ak.read(steps["diffusers"]), ak.read(tmp_path / "back.safetensors")
     assert {target.path for target in first.updates} == {target.path for target in last.updates}
     for name in ("transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.attn.to_v"):
         path = f"transformer.{name}"
         np.testing.assert_allclose(first.delta(path), last.delta(path), rtol=2e-6, atol=2e-6)
+
+
+def test_hunyuan_image_of_sd_scripts_is_cut_for_diffusers(tmp_path):
+    """sd-scripts' own model has HunyuanVideo's names of fused weights; the metadata tell which of the two it is."""
+    tensors = lora("lora_unet_double_blocks_0_img_attn_qkv", 10752, 3584, 1, DOWN_UP)
+    tensors |= lora("lora_unet_single_blocks_0_linear1", 25088, 3584, 1, DOWN_UP)
+    path = given(tmp_path, tensors, {"modelspec.architecture": "hunyuan-image-2.1"})
+    ak.write(ak.read(path), tmp_path / "out.safetensors", "diffusers")
+    found = load_file(tmp_path / "out.safetensors")
+    up = tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+    np.testing.assert_array_equal(
+        found["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"], up[3584:7168]
+    )
+    np.testing.assert_array_equal(found["transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight"], up[10752:])
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in found
+    ak.write(ak.read(tmp_path / "out.safetensors"), tmp_path / "back.safetensors", "kohya")
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in load_file(tmp_path / "back.safetensors")
 
 
 def flux(prefix=""):

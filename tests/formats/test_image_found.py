@@ -13,7 +13,7 @@ from command_line import run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.errors import TargetNotFound, UnknownFormat
+from adapterkit.errors import TargetNotFound, UnknownFormat, Unsupported
 from adapterkit.formats._others import other_file, other_files
 from adapterkit.loaders import loaders_of
 
@@ -265,6 +265,14 @@ def test_what_is_no_adapter_is_named_with_the_reason(name, tmp_path):
     failed = run("convert", path, tmp_path / "out.safetensors", "--to", "diffusers")
     assert failed.exit_code == 2
     assert kind.name in failed.stderr
+    assert kind.name in run("inspect", path).output
+
+
+def test_a_checkpoint_with_sats_loras_inside_is_named(tmp_path):
+    stem = "model.diffusion_model.transformer.layers.0.attention.query_key_value"
+    tensors = {f"{stem}.original.weight": np.zeros((12, 4), "f4"), f"{stem}.matrix_A.0": np.zeros((2, 4), "f4")}
+    save_file(tensors | {f"{stem}.matrix_B.0": np.zeros((4, 2), "f4")}, tmp_path / "given.safetensors")
+    assert "those of a LoRA of SwissArmyTransformer" in run("inspect", tmp_path / "given.safetensors").output
 
 
 def test_each_kind_has_a_case():
@@ -285,3 +293,57 @@ def test_a_family_that_only_metadata_tell_is_proven_with_swapped_halves(tmp_path
     np.testing.assert_array_equal(
         load_file(out)["diffusion_model.blocks.0.mlp.fc1.diff"], np.concatenate([D[16:], D[:16]])
     )
+
+
+def onetrainers_oft(pairs, size, scaled):
+    """OneTrainer's rotations by numpy: the first five terms of Cayley's series, of an upper triangle."""
+    Q = np.zeros((len(pairs), size, size))
+    Q[:, *np.triu_indices(size, 1)] = pairs / (2 * np.sqrt(size - 1) if scaled else 1)
+    Q -= Q.swapaxes(1, 2)
+    return np.eye(size) + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "stem",
+    ["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+     "lora_transformer_transformer_blocks_0_attn_to_q", "transformer.transformer_blocks.0.attn.to_q",
+     "diffusion_model.double_blocks.0.img_attn.proj"],
+)  # fmt: skip
+def test_onetrainers_oft(stem, shared, scaled, tmp_path):
+    pairs = RANDOM.normal(size=(1 if shared else 6, 6)) * 0.2
+    tensors = {f"{stem}.oft_R.weight": pairs.astype("f4")}
+    tensors |= {f"{stem}.oft_R.scaled_oft": np.array(True)} if scaled else {}
+    save_file(tensors, tmp_path / "given.safetensors")
+    adapter = ak.read(tmp_path / "given.safetensors").load("cpu")
+    ((_, (update,)),) = adapter.updates.items()
+    W, x = RANDOM.normal(size=(8, 24)), RANDOM.normal(size=(5, 24))
+    R = onetrainers_oft(pairs.astype("f4").astype("f8"), 4, scaled)
+    turned = np.einsum("brk,rkc->brc", x.reshape(5, 6, 4), np.broadcast_to(R, (6, 4, 4))).reshape(5, 24)
+    ours = update.map(lambda leaf: leaf.double()).new_weight(torch.from_numpy(W)).numpy()
+    np.testing.assert_allclose(x @ ours.T, turned @ W.T, atol=1e-6)
+
+
+def test_onetrainers_oft_of_a_convolution_is_refused_by_name(tmp_path):
+    """It turns the weight of a convolution the other way round."""
+    stem = "lora_unet_down_blocks_1_resnets_0_conv1"
+    save_file({f"{stem}.oft_R.weight": np.zeros((6, 6), "f4")}, tmp_path / "given.safetensors")
+    with pytest.raises(Unsupported, match="OneTrainer's OFT of a convolution"):
+        ak.read(tmp_path / "given.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stem", "target"),
+    [("transformer.transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+     ("unet.unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+      "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+     ("diffusion_model.diffusion_model.double_blocks.0.img_attn.qkv", "transformer.double_blocks.0.img_attn.qkv"),
+     ("base_model.model.base_model.model.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+     ("transformer.transformer_blocks.0.attn.to_out", "transformer.transformer_blocks.0.attn.to_out.0"),
+     ("transformer.transformer.layers.0.attention.dense", "transformer.transformer.layers.0.attention.dense")],
+)  # fmt: skip
+def test_a_prefix_that_is_there_twice_and_mfluxs_word_for_an_output(stem, target, tmp_path):
+    """A model that was wrapped twice; the last one is SAT's own name of CogVideoX, and stays."""
+    (found,) = ak.read(saved(tmp_path, {stem: (8, 4)})).updates
+    assert str(found) == target

@@ -265,9 +265,9 @@ def likely(
 
 
 def in_a_row(paths: Iterable[str]) -> bool:
-    """Whether the numbers of blocks have no gap from 0 on, and there are several."""
+    """Whether there are numbers of blocks, without a gap from 0 on."""
     numbers = _numbers(paths).values()
-    return any(len(found) > 1 for found in numbers) and all(len(found) == max(found) + 1 for found in numbers)
+    return bool(numbers) and all(len(found) == max(found) + 1 for found in numbers)
 
 
 def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:

@@ -123,6 +123,8 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[StoredTensor]:
     if isinstance(update, LoKr):
         return _lokr(update, leaves, rules)
     if isinstance(update, OFT | BOFTOutputs):
+        if "pairs" in leaves:
+            return [StoredTensor("oft_R", leaves["pairs"], "pairs")]  # OneTrainer's, which is read only.
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = (

@@ -6,13 +6,15 @@ Facts about the slots are in spec/formats/lycoris.toml. Shapes are taken from th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from ...core.updates import Update
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...io.arrange import times
 from ...io.lazy import DTYPES, Lazy, as_array, number_of
 from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
@@ -237,6 +239,32 @@ def _oft(module: ImageModule, rules: Rules) -> ImageUpdate:
     return ImageUpdate(OFT(**leaves, side="out"), fields)
 
 
+def _oft_inputs(module: ImageModule, _: Rules) -> ImageUpdate:
+    """Read OneTrainer's OFT, which is PEFT's: blocks of inputs turn by the first five terms of a series.
+
+    OneTrainer turns the weight of a convolution the other way round, and the file does not say what a layer is.
+    """
+    _no_dora(module)
+    (pairs,) = module.need("oft_R")
+    if _CONVOLUTION.search(module.stem):
+        why = "OneTrainer's OFT of a convolution, which it turns the other way round"
+        raise Unsupported(why, where=module.keys["oft_R"], cure="Merge it with OneTrainer, and extract a LoRA")
+    if len(pairs.shape) != 2:
+        raise ShapeMismatch(f"{list(pairs.shape)} are not rows of pairs", where=module.keys["oft_R"], cure=AGAIN)
+    five: dict[str, Any] = {"terms": 5}
+    if "oft_scaled" not in module.tensors:
+        return ImageUpdate(OFT(pairs=cast("Any", pairs), **five), {"pairs": "oft_R"})
+    size = (1 + math.isqrt(1 + 8 * pairs.shape[1])) // 2
+    scaled = times(pairs, 1 / (2 * math.sqrt(size - 1))) if size > 1 else pairs
+    return ImageUpdate(OFT(pairs=cast("Any", scaled), **five), {}, ("oft_scaled", "oft_R"), {"oft_R": "pairs"})
+
+
+_CONVOLUTION = re.compile(
+    r"conv|(?:down|up)samplers|proj_in$|proj_out$|patch|pos_embed|in_layers|out_layers|(?:^|_)op$"
+)
+"""Names of modules that are convolutions in some model."""
+
+
 def _constraint(module: ImageModule, rules: Rules) -> float:
     if "alpha" not in module.tensors:
         raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=AGAIN)
@@ -311,6 +339,7 @@ _LAWS: tuple[tuple[tuple[str, ...], Callable[[ImageModule, Rules], ImageUpdate]]
     (("hada_",), _loha),
     (("lokr_",), _lokr),
     (("oft_blocks",), _oft),
+    (("oft_R", "oft_scaled"), _oft_inputs),
     (("a1", "a2", "b1", "b2"), _glora),
     (("weight", "on_input"), _ia3),
     (("diff", "w_norm", "b_norm"), _dense),

@@ -134,15 +134,20 @@ def toml_of(name: str, family: Family) -> str:
             there = {**own, "name": renamed} if isinstance(own, dict) else renamed
         if there is not None:
             places["comfyui"] = there
+    for places in weights.values() if family.trained else ():
+        if (there := family.trained.get(_name(places.get("native", "")))) is not None:
+            places["sd_scripts"] = there
     # A weight whose key is no name in diffusers needs its place in both namings.
     for places in weights.values() if family.fused else ():
         if "diffusers" in places:
             places["diffusers_fused"] = places["diffusers"]
+    extended = [f'{naming} = "native"' for naming in ("comfyui", "trained") if getattr(family, naming)]
+    extended = [each.replace("trained", "sd_scripts") for each in extended]
     lines = [
         "# Made by tools/foreign/image_families and reviewed. spec/architectures/README.md says what each field means.",
         "format = 1", f'family = "{name}"', "model_types = []",
         f"sources = {_value([*family.sources, f'diffusers {diffusers.__version__}: its model and converter'])}",
-        f"keyed = {_value(keyed)}", *(['extends = { comfyui = "native" }'] if family.comfyui else []), "",
+        f"keyed = {_value(keyed)}", *([f"extends = {{ {', '.join(extended)} }}"] if extended else []), "",
         "[pipeline]", *(f"{key} = {_value(each)}" for key, each in facts.items()),
     ]  # fmt: skip
     if name in ENCODERS:

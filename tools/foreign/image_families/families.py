@@ -41,6 +41,7 @@ class Family:
         elsewhere: patterns of authors' modules of further models of the family, which diffusers does not have.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
+        trained: the authors' name -> that of sd-scripts' own model, where it is another: the naming `sd_scripts`.
         fused: module that fuse_qkv_projections makes -> the modules beside it that it is made of.
         sources: where the authors' names come from.
     """
@@ -69,6 +70,7 @@ class Family:
     elsewhere: str = ""
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
+    trained: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -306,6 +308,15 @@ _IN_FLUX = {
     "attn_proj": "attn.proj", "attn_q_norm": "attn.norm.query_norm", "attn_k_norm": "attn.norm.key_norm",
     "mod.linear": "mod.lin", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
 }  # fmt: skip
+_HUNYUAN_IMAGE_IN_SD_SCRIPTS = {
+    **{f"double_blocks.{{n}}.{x}_attn_{letter}": {"name": f"double_blocks.{{n}}.{x}_attn_qkv", "part": part, "of": 3}
+       for x in ("img", "txt") for part, letter in enumerate("qkv")},
+    **{f"single_blocks.{{n}}.linear1_{letter}": {"name": "single_blocks.{n}.linear1", "part": part, "of": 7}
+       for part, letter in enumerate("qkv")},
+    "single_blocks.{n}.linear1_mlp": {"name": "single_blocks.{n}.linear1", "part": 3, "parts": 4, "of": 7},
+    "single_blocks.{n}.linear2.fc": "single_blocks.{n}.linear2",
+}  # fmt: skip
+"""sd-scripts' model of HunyuanImage has the fused weights of HunyuanVideo."""
 _HUNYUAN_IMAGE_IN_COMFYUI = {
     **{f"double_blocks.{{n}}.{x}_attn_{letter}": {"name": f"double_blocks.{{n}}.{x}_attn.qkv", "part": part, "of": 3}
        for x in ("img", "txt") for part, letter in enumerate("qkv")},
@@ -551,7 +562,7 @@ FAMILIES: dict[str, Family] = {
         ratios=("*transformer_blocks.{n}.attn.to_?", "*.attn.add_*", "single_transformer_blocks.{n}.proj_mlp"),
         config={"text_embed_2_dim": 1472, "guidance_embeds": True, "use_meanflow": True},
         sources=("diffusers: scripts/convert_hunyuan_image_to_diffusers.py",),
-        comfyui=_IN_COMFYUI | _HUNYUAN_IMAGE_IN_COMFYUI,
+        comfyui=_IN_COMFYUI | _HUNYUAN_IMAGE_IN_COMFYUI, trained=_HUNYUAN_IMAGE_IN_SD_SCRIPTS, kohya="sd_scripts",
     ),
     "longcat_image": Family(
         ("LongCatImageTransformer2DModel",), _longcat_image,
@@ -605,6 +616,11 @@ FAMILIES: dict[str, Family] = {
         ("EasyAnimateTransformer3DModel",), title="EasyAnimate", counted=True, unlikely=True,
         config={"in_channels": 16, "out_channels": 16, "patch_size": 2},
     ),
+    "omnigen": Family(
+        ("OmniGenTransformer2DModel",), title="OmniGen", counted=True, unlikely=True,
+        config={"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "type": "su"}},
+    ),
+    "sana_wm": Family(("SanaWMTransformer3DModel",), title="SANA-WM", counted=True, unlikely=True),
     "stable_audio": Family(("StableAudioDiTModel",), title="Stable Audio", counted=True, unlikely=True),
     "wan_animate2": Family(("WanAnimate2Transformer3DModel",), title="Wan Animate 2", counted=True, unlikely=True),
     "cosmos3": Family(("Cosmos3OmniTransformer",), title="Cosmos 3", counted=True, unlikely=True),
@@ -756,6 +772,8 @@ WORDS: dict[str, list[str]] = {
     "hunyuan_dit": ["hunyuandit"],
     "lumina_next": ["luminanext"],
     "easyanimate": ["easyanimate"],
+    "omnigen": ["omnigen1"],
+    "sana_wm": [],
     "stable_audio": ["stableaudio"],
     "wan_animate2": ["wananimate2"],
     "cosmos3": ["cosmos3"],
