@@ -55,7 +55,7 @@ class Slice:
 
     def around(self, y: Value, part: Value) -> Value:
         """Return the whole output with these channels replaced."""
-        from .values import SYMBOLS
+        from .values import concatenated
 
         out = self.layer.shape[0]
         pieces = [part]
@@ -63,8 +63,7 @@ class Slice:
             pieces.insert(0, self.cut(y, slice(0, self.rows.start)))
         if self.rows.stop < out:
             pieces.append(self.cut(y, slice(self.rows.stop, out)))
-        joined: Value = SYMBOLS.concat(pieces, axis=self.channel)
-        return joined
+        return concatenated(pieces, self.channel)
 
 
 class Normed:

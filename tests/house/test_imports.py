@@ -71,7 +71,7 @@ BY_STRING = {
     "core/registry.py": ["import_module(self.package)", "import_module(f'{self.package}.{name}')"],
     "cli/_commands.py": [
         "import_module(self.package)",
-        "import_module(f'{self.package}.{name}')",
+        "import_module(f'{self.package}.{cmd_name}')",
         "import_module(module)",
     ],
     "cli/doctor.py": ["import_module(package)"],
