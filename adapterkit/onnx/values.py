@@ -17,7 +17,7 @@ Sizes = tuple[int | None, ...]
 """The sizes of a value's axes; None for an open size."""
 
 Operand = Union["Value", Array]
-"""What a function of the namespace takes and returns; without any graph value, numpy computes it."""
+"""An argument or result of the namespace's functions; without any graph value, numpy computes it."""
 
 Kind = np.dtype[np.generic] | type[np.generic] | type[bool]
 """An element type."""
