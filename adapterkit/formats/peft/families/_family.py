@@ -34,9 +34,10 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """One `peft_type`. Subclass it in a module of its own.
+    """One `peft_type`. Subclass it in a module of its own, or with a `name` in a module of families that are alike.
 
     Class attributes:
+        name: its name here; needed only where its module has several families.
         peft_type: its name in the config.
         method: the class of its updates, or of most of them.
         others: further classes of its updates, which a file may mix.
@@ -54,6 +55,7 @@ class Family(ABC):
         folds: tensor fields; the first that is present absorbs a scaling that the config cannot express.
     """
 
+    name: ClassVar[str]
     peft_type: ClassVar[str]
     method: ClassVar[type[Update]]
     others: ClassVar[tuple[type[Update], ...]] = ()
