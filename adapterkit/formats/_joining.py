@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 Updates = Mapping[Target, tuple[Update, ...]]
 
 
-def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
+def with_joined_rows(
+    updates: Updates, base: Checkpoint | None, sizes: Mapping[str, int] | None = None
+) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
     """Join plain LoRAs on rows of a weight, for formats that cannot address rows.
 
     Args:
         updates: target -> updates.
-        base: the base, for the number of rows of a weight; without it nothing is joined.
+        base: the base, for the number of rows of a weight.
+        sizes: path of a weight -> its number of rows, where that is known without the base; without either nothing is
+            joined.
 
     Returns:
         the updates, with targets that could not be joined unchanged, and one line for each LoRA whose rank had to grow.
@@ -40,7 +44,7 @@ def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Ta
     for target, given in updates.items():
         if target.rows is not None and len(given) == 1 and type(given[0]) is LoRA and given[0].bias is None:
             groups.setdefault(replace(target, rows=None), []).append(target)
-    outs = {whole: _rows_of(whole, base) for whole in groups}
+    outs = {whole: (sizes or {}).get(whole.path) or _rows_of(whole, base) for whole in groups}
     joined = {
         whole: _joined([(target, updates[target][0]) for target in parts], outs[whole])
         for whole, parts in groups.items()

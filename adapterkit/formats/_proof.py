@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +206,7 @@ class _Proof:
         except AdapterkitError as error:
             raise Miswritten(f"{self.name} wrote an invalid adapter: {error.why}", where=error.where) from error
         if _shared(ours, theirs) < 1:
-            way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
+            way = max(_ways(asked, got, self.base), key=lambda way: _shared(way(ours), way(theirs)))
             ours, theirs = way(ours), way(theirs)
         if self.left_out:
             self.left_out.update(*map(_in_parts, self.left_out))
@@ -279,16 +280,18 @@ def _difference(asked: Updates, got: Updates) -> str:
     return str(next(iter(asked or got)))
 
 
-def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
+def _ways(asked: Adapter, got: Adapter, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
     """Return functions that bring different names of the same modules to one; the first changes nothing."""
-    from ._image.deciding import families_of_all
+    from ._image.deciding import candidates, denoiser_targets, families_of_all, origin_of
     from ._image.naming import in_components, in_parts
 
-    names = families_of_all(target.path for target in (*asked, *got))
-    ways: list[Callable[[Updates], Updates]] = [
-        dict, in_components, lambda updates: in_parts(updates, names),
-        lambda updates: in_parts(updates, names, fuse=False),
-    ]  # fmt: skip
+    ways: list[Callable[[Updates], Updates]] = [dict, in_components]
+    names = families_of_all(target.path for target in (*asked.updates, *got.updates))
+    # A file of a few modules has names of several families; then the metadata, the base and the shapes tell which.
+    inside = denoiser_targets(asked.updates, ())
+    told = tuple(each.name for each in candidates(asked.updates, inside, origin_of(asked, base))) if inside else ()
+    for known in dict.fromkeys((names, told)):
+        ways += [partial(in_parts, families=known), partial(in_parts, families=known, fuse=False)]
     return ways if base is None else [*ways, lambda updates: _bound(updates, base)]
 
 

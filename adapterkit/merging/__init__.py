@@ -372,8 +372,21 @@ def _accompanied(
     told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
     bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
     against = (f"licences: {each}" for each in conflicts([*licences.items()]))
-    warnings = (*told, *bases, *planned.warnings, *beside.warnings, *against)
+    warnings = (*told, *bases, *_coarse(planned), *planned.warnings, *beside.warnings, *against)
     return replace(planned, companions=beside, fingerprint=fingerprint, licences=licences, warnings=warnings)
+
+
+def _coarse(planned: Plan) -> Iterator[str]:
+    """Return a warning if merged weights are rounded to 8 bits without a scale: small changes are lost there."""
+    kinds = [output.dtype for output in planned.outputs() if output.folds and output.dtype.itemsize == 1]
+    for kind in dict.fromkeys(kinds):
+        bits = {"F8_E4M3": 3, "F8_E5M2": 2}.get(kind.name)
+        if bits is not None:
+            yield (
+                f"{kinds.count(kind)} merged weights are rounded to {kind.name}, which has {bits} bits behind the "
+                f"first: a change below 1/{2 ** (bits + 2)} of a weight is lost there; write a wider type to keep it "
+                "all: --dtype bfloat16 (dtype='bfloat16')"
+            )
 
 
 def _licences(

@@ -34,7 +34,7 @@ class Residual(Additive):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         pair = self.pair(shape)
         D: Any = self.D
-        return -self.scaling * D if pair is None else (pair[0] @ pair[1]).reshape(shape)
+        return (-self.scaling * D if pair is None else pair[0] @ pair[1]).reshape(shape)
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         if self.A is None or self.B is None:

@@ -90,6 +90,24 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     ratio: float | None = None
 
 
+class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The bases of a family of which llama.cpp's converter makes files of one of its architectures.
+
+    Attributes:
+        classes: the first of `architectures` in the base's config is one of these.
+        field: the base's config has this field.
+    """
+
+    classes: list[str] = []
+    field: str = ""
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        """Whether a base's config meets the condition."""
+        named = config.get("architectures")
+        first = named[0] if isinstance(named, list) and named else None
+        return first in self.classes or config.get(self.field) is not None
+
+
 class TextEncoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One text encoder of a pipeline.
 
@@ -160,11 +178,13 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     weights: dict[str, dict[str, str | Place]]
     sources: list[str] = []
     gguf: list[str] = []
+    gguf_when: dict[str, GgufCondition] = {}
     gguf_key: str | None = None
     keyed: list[str] = []
     extends: dict[str, str] = {}
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
+    rare: bool = False
     pipeline: Pipeline | None = None
 
 
@@ -199,7 +219,8 @@ class Architecture:
     def namings(self) -> tuple[str, ...]:
         """List the namings that the file has, in order of first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
-        return tuple(dict.fromkeys([*self.record.keyed, *named, *((WEIGHT,) if self.apart else ())]))
+        own = [*self.record.keyed, *named, *self.record.extends]
+        return tuple(dict.fromkeys([*own, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
         """Find the place of a weight in a naming; None if the naming has no such weight."""
@@ -342,8 +363,9 @@ def with_names(names: Iterable[str]) -> Iterator[Architecture]:
 
 def with_naming(naming: str) -> Iterator[Architecture]:
     """Yield the families that have places in one tool's naming."""
-    words = f" {naming} = ".encode()
-    return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+    words = f"{naming} = ".encode()
+    found = (file for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+    return (each for each in map(_loaded, found) if naming in each.namings)
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -491,6 +513,7 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
     for naming, other in record.extends.items():
         if other not in architecture.namings or other in record.extends or naming in record.keyed:
             yield f"extends: {naming} cannot extend {other}"
+    yield from (f"gguf_when: {name} is not in gguf" for name in record.gguf_when if name not in record.gguf)
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
         if name not in record.weights:

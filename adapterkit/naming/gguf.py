@@ -228,10 +228,21 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
     for each in (config, config.get("text_config")):
         found = architecture_of(each) if isinstance(each, dict) else None
         if found is not None and found.record.gguf:
-            return found.record.gguf[0], found
+            return _chosen(found, config), found
     known = ", ".join(gguf_architectures())
     why = f"bases of model_type {config.get('model_type')!r}"
     raise Unsupported(why, where="config.json", cure=f"GGUF files of these architectures are known: {known}")
+
+
+def _chosen(family: Architecture, config: Mapping[str, Any]) -> str:
+    when = family.record.gguf_when
+    for name in family.record.gguf:
+        if name not in when or when[name].holds(config):
+            return name
+    classes = sorted({each for condition in when.values() for each in condition.classes})
+    why = f"architectures {shown(config.get('architectures'))} of a base of model_type {family.family}"
+    known = f"llama.cpp's converter writes files of other names for that class; known here: {', '.join(classes)}"
+    raise Unsupported(why, where="config.json", cure=f"{known}. Merge into the GGUF model")
 
 
 _MERGE = "Merge into the weights that it was converted from"

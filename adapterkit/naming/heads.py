@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, ShapeMismatch, UsageError, shown
+from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     query = _count(own, ("num_attention_heads", "n_head"), where)
     # Falcon's config says num_kv_heads = num_attention_heads even if its first generation shares one key among all.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
-    kv = 1 if one else _count(own, ("num_key_value_heads", "num_kv_heads"), where, query)
+    kv = 1 if one else _count(own, ("num_key_value_heads", "num_kv_heads"), where, _shared(own, query, where))
     width = _count(own, ("hidden_size", "n_embd"), where, 0)
     dim = _count(own, ("head_dim",), where, width // query)
     if not dim:
@@ -90,6 +90,22 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     vision = config.get("vision_config")
     tower = _count(vision, ("num_attention_heads", "num_heads"), where, 0) if isinstance(vision, dict) else 0
     return Heads(query, kv, dim, linear_of(own), rotary, tower)
+
+
+def _shared(config: Mapping[str, Any], query: int, where: str) -> int:
+    """Return the key heads where the config says block by block how many query heads share one: Nemotron NAS.
+
+    Raises:
+        Unsupported: the blocks differ.
+    """
+    blocks = config.get("block_configs")
+    attentions = [b.get("attention") for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
+    groups = {a.get("n_heads_in_group") for a in attentions if isinstance(a, dict)} - {None}
+    if len(groups) > 1:
+        why = f"its blocks share keys among {', '.join(map(str, sorted(groups, key=str)))} query heads"
+        raise Unsupported(why, where=where, cure="Merge into the GGUF model that was converted from it")
+    group = groups.pop() if groups else 1
+    return query // group if type(group) is int and 0 < group <= query else query
 
 
 def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:

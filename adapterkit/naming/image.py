@@ -139,6 +139,30 @@ def families() -> tuple[ImageFamily, ...]:
     return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
+def families_of_model(tensors: Iterable[str]) -> list[ImageFamily]:
+    """List the families that a whole U-Net or transformer can be of, by its tensors' names in whatever naming.
+
+    They have all of its modules, or more than every other family and more than half, and no other family has one of
+    the rest: published checkpoints hold learned tokens and small networks beside, which no file lists.
+    """
+    split = [rooted(name) for name in tensors]
+    prefixed = [rest for root, rest in split if ROOTS.get(root[:-1]) == "denoiser"]
+    # A checkpoint for ComfyUI holds text encoders and a VAE, too; its denoiser has a prefix of its own.
+    inside = prefixed or [rest for root, rest in split if ROOTS.get(root[:-1], "denoiser") in _DENOISERS]
+    modules = {name.rpartition(".")[0] for name in inside if name.endswith((".weight", ".bias", ".scale"))}
+    whole = [family for family in families() if modules and all(name in family for name in modules)]
+    if whole:
+        return whole
+    known = {name: [family for family in families() if name in family] for name in modules}
+    counts = {family: sum(family in found for found in known.values()) for family in families()}
+    most = max(counts.values(), default=0)
+    best = [family for family, count in counts.items() if count == most and 2 * count > len(modules)]
+    return [family for family in best if all(family in found or not found for found in known.values())]
+
+
+_DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
+
+
 def looks_of_pipeline(paths: Iterable[str]) -> bool:
     """Whether modules are named more like those of image, video and audio models than like those of other models.
 

@@ -326,7 +326,7 @@ class _Known:
         """Return every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         rooted = (f"{self.root}.{name}",) if self.root and not name.startswith(f"{self.root}.") else ()
-        for own in (*_variants(name), *rooted):
+        for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
                 continue
             for ours in self.architecture.namings_with(own):
@@ -481,7 +481,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
         TargetNotFound: two readings of the name lead to different places.
     """
     found: dict[tuple[Move, ...], None] = {}
-    for own in _variants(name):
+    for own in variants(name):
         for ours in architecture.namings_with(own):
             moves = moves_to(
                 architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
@@ -515,7 +515,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
     return tuple(moves)
 
 
-def _variants(name: str) -> Iterator[str]:
+def variants(name: str) -> Iterator[str]:
     """Yield a name, and its names under another head or none: without prefixes, then with `model.` added."""
     yield name
     words = name.split(".")

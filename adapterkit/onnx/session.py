@@ -303,8 +303,8 @@ class Session:
                 made[name] = np.zeros((batch, shape[1], 0, shape[3]), kind_of(entry))
             elif name == "attention_mask" and batch == 1:  # Several texts may be padded, which only a mask tells.
                 made[name] = np.ones((batch, past + length), kind_of(entry))
-            elif name == "position_ids" and "attention_mask" not in inputs:
-                # With a mask of one's own, positions may begin behind padding; then they must be given, too.
+            elif name == "position_ids" and np.all(np.asarray(inputs.get("attention_mask", 1)) == 1):
+                # Behind padding, which a mask tells, positions may begin anywhere; then they must be given, too.
                 made[name] = np.arange(past, past + length, dtype=kind_of(entry))[None].repeat(batch, 0)
         return made
 

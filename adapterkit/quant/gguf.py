@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import Unsupported, UsageError
+from ..errors import Malformed, Unsupported, UsageError
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
 from ..io.gguf_file import PLAIN, GgufFields, raw_size, read_model
 from ..io.lazy import DTYPES, Lazy
 from ..io.magic_bytes import is_gguf
-from ..naming.architectures import STORED_AS, WEIGHT, fill
+from ..naming.architectures import STORED_AS, WEIGHT, fill, of_gguf
 from ..naming.gguf import (
     ARCHITECTURE,
     column_order,
@@ -29,21 +29,29 @@ from ..naming.gguf import (
     row_order,
     rows_apart,
 )
-from ._scheme import Packed, Scheme, numbers, steps
+from ..naming.image import families_of_model
+from ._scheme import DAMAGED, Packed, Scheme, numbers, steps
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Buffer
-    from ..naming.architectures import Place
+    from ..naming.architectures import Architecture, Place
     from . import Dequantized
     from ._scheme import Array, Merged
 
+
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+"""Key-value of ComfyUI-GGUF's files, before a tensor's name: the shape of a tensor that is stored in rows of 256."""
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order."""
+    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order.
+
+    Image and video models of ComfyUI-GGUF and stable-diffusion.cpp have the names and rows of their safetensors files;
+    stable-diffusion.cpp does not write the architecture at all.
+    """
 
     url = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     description = f"GGUF models: {', '.join(BLOCKS)}; merged into a GGUF file of the same or another type"
@@ -65,6 +73,8 @@ class GgufModel(Scheme):
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
         """Return a config with the model type of the family, by which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
+        if contents.family is None:
+            return base.config
         said = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
         return {**(base.config or {}), **said}
 
@@ -80,8 +90,10 @@ class _Contents:
     """Maps a model's tensors to weights, by its key-values and the naming of its family.
 
     Raises:
-        Unsupported: the file is not a language model, or no family has its architecture.
+        Unsupported: the file is neither a language model nor a known denoiser, or no family has its architecture.
     """
+
+    family: Architecture | None
 
     def __init__(self, files: Sequence[GgufFields]) -> None:
         self.said = {key: value.value for key, value in files[0].values.items()}
@@ -91,7 +103,12 @@ class _Contents:
                 why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays as it is"
             )
         self.name = str(self.said.get(ARCHITECTURE))
-        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types}, self.said)
+        tensors = {name for file in files for name in file.types}
+        self.model_type = ""
+        if not of_gguf(self.name) and families_of_model(tensors):
+            self.family = None
+            return
+        self.family = family_of(self.name, {_module(name)[0] for name in tensors}, self.said)
         self.model_type = self.family.record.model_types[0]
 
     def split(self, files: Sequence[GgufFields], base: Checkpoint) -> tuple[list[GgufSplit], set[str]]:
@@ -99,7 +116,8 @@ class _Contents:
         kinds = {name: kind for file in files for name, kind in file.types.items()}
         shapes = {name: shape for file in files for name, shape in file.shapes.items()}
         found: list[GgufSplit] = []
-        for name, kind in kinds.items():
+        for name, kind in kinds.items() if self.family is not None else ():
+            assert self.family is not None
             module, leaf = _module(name)
             at = place_of(self.family, module) if leaf == ".weight" else None
             if at is None or at[1].beside is None:
@@ -130,6 +148,9 @@ class _Contents:
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
+        if self.family is None:
+            yield self._as_it_is(name, kind, file, stored)
+            return
         found = place_of(self.family, module) if leaf else None
         # The second tensor of a pair is missing, so the weight cannot be assembled.
         if found is None and leaf and (parts := fused_places(self.family, module)):
@@ -159,11 +180,25 @@ class _Contents:
             columns=columns,
         )  # fmt: skip
 
+    def _as_it_is(self, name: str, kind: str, file: GgufFields, stored: Lazy) -> Packed:
+        """Return a denoiser's tensor under its own name, in the shape that it had before it was converted."""
+        shape, dtype = file.shapes[name], DTYPES["F32"]
+        said = self.said.get(ORIGINAL_SHAPE + name)
+        own = tuple(said) if isinstance(said, list) and all(type(size) is int for size in said) else shape
+        tensor = _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
+        if own == shape:
+            return tensor
+        if math.prod(own) != math.prod(shape) or any(size < 1 for size in own):
+            why = f"said to be of shape {list(own)} before it was converted, and stored as {list(shape)}"
+            raise Malformed(why, where=name, cure=DAMAGED)
+        return _Reshaped(name, own, dtype, (name,), tensor)
+
     def _fused(
         self, name: str, kind: str, file: GgufFields, stored: Lazy, parts: Sequence[tuple[str, Place, dict[str, str]]]
     ) -> Iterator[Packed]:
         """Yield the weights that the converter joined to one tensor, in the order in which their rows lie there."""
         shape, (module, leaf) = file.shapes[name], _module(name)
+        assert self.family is not None
         stacked = parts[0][1].stacked
         experts, own = (shape[0], shape[1:]) if stacked else (1, shape)
         sizes, total, at = fused_rows(module, own[0], self.said, self.name), experts * own[0], 0
@@ -288,6 +323,48 @@ class _Tensor(Packed):
         return rows if self.columns is None else rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
 
 
+@dataclass(frozen=True, eq=False)
+class _Reshaped(Packed):
+    """A weight that is stored in rows of 256 numbers, because its own rows are no whole blocks: small convolutions."""
+
+    tensor: _Tensor
+
+    def with_parts(self, parts: Mapping[str, Lazy]) -> Packed:
+        return replace(self, tensor=cast("_Tensor", self.tensor.with_parts(parts)))
+
+    @property
+    def merged(self) -> str:
+        return self.tensor.merged
+
+    @property
+    def changes(self) -> bool:
+        return self.tensor.changes
+
+    @property
+    def written(self) -> Lazy:
+        return self.tensor.written
+
+    def rows(self, start: int, stop: int) -> Array:
+        import numpy as np
+
+        width, stored = self.shape[-1], self.tensor.shape[-1]
+        first, last = start * width // stored, -(-stop * width // stored)
+        flat = np.ascontiguousarray(self.tensor.rows(first, last)).reshape(-1)
+        return cast("Array", flat[start * width - first * stored :][: (stop - start) * width].reshape(-1, width))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        import numpy as np
+
+        width, stored = self.shape[-1], self.tensor.shape[-1]
+
+        def rows(start: int, stop: int) -> Array:
+            first, last = start * stored // width, -(-stop * stored // width)
+            flat = np.ascontiguousarray(merged(first, last)).reshape(-1)
+            return cast("Array", flat[start * stored - first * width :][: (stop - start) * stored].reshape(-1, stored))
+
+        return self.tensor.pack(rows)
+
+
 def retyped(base: Dequantized, kind: str) -> Dequantized:
     """Return the base with every matrix to be written in another type; vectors and routers stay unchanged.
 
@@ -304,6 +381,8 @@ def retyped(base: Dequantized, kind: str) -> Dequantized:
 
 
 def _retyped(weight: Packed, kind: str) -> Packed:
+    if isinstance(weight, _Reshaped):
+        return replace(weight, tensor=cast("_Tensor", _retyped(weight.tensor, kind)))
     if not isinstance(weight, _Tensor):
         return weight
     name = weight.members[0]
@@ -320,14 +399,17 @@ def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
     packed = dict(base.packed)
     for name, weight in base.packed.items():
-        if isinstance(weight, _Tensor):
-            packed[name] = replace(weight, new=kinds.get(weight.members[0], weight.kind))
+        tensor = weight.tensor if isinstance(weight, _Reshaped) else weight
+        if isinstance(tensor, _Tensor):
+            tensor = replace(tensor, new=kinds.get(tensor.members[0], tensor.kind))
+            packed[name] = replace(weight, tensor=tensor) if isinstance(weight, _Reshaped) else tensor
     return replace(base, packed=packed)
 
 
 def header(base: Dequantized, file: Any) -> bytes:
     """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
-    kinds = {weight.members[0]: weight.new for weight in base.packed.values() if isinstance(weight, _Tensor)}
+    tensors = (each.tensor if isinstance(each, _Reshaped) else each for each in base.packed.values())
+    kinds = {tensor.members[0]: tensor.new for tensor in tensors if isinstance(tensor, _Tensor)}
     return read_model(file).header(kinds)
 
 

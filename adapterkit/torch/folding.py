@@ -84,6 +84,7 @@ class Merged:
         places: flat positions where computing again gives other bits.
         values: the bits there.
         checksum: that of the bits from before.
+        after: checksum of the merged bits, where those from before are kept: torch does not count changes of `.data`.
         version: torch's count of the parameter's changes after the merge.
         dtype: the parameter's, where its bits are computed again.
         stack: the merges into the parameter that can be undone, in their order; all of them hold the same list.
@@ -94,6 +95,7 @@ class Merged:
     places: Tensor | None = None
     values: Tensor | None = None
     checksum: tuple[int, int] = (0, 0)
+    after: tuple[int, int] | None = None
     version: int = -1
     dtype: torch.dtype | None = None
     stack: list[Merged] = field(default_factory=list)
@@ -109,7 +111,9 @@ class Merged:
     @property
     def is_last(self) -> bool:
         """Whether nothing changed the parameter since."""
-        return self.stack[-1] is self and self.parameter._version == self.version
+        known = self.after is None or self.before is None or self.before.dtype is not self.parameter.dtype
+        same = self.stack[-1] is self and self.parameter._version == self.version
+        return same and (known or _checksum(_bits(self.parameter)) == self.after)
 
     @property
     def is_cast(self) -> bool:
@@ -119,8 +123,15 @@ class Merged:
     def push(self) -> None:
         """Note the merge as the last change of the parameter."""
         self.version = self.parameter._version
+        if self.before is not None and not is_sharded(self.parameter):
+            self.after = _checksum(_bits(self.parameter))
         self.stack = _MERGES.setdefault(self.parameter, self.stack)
         self.stack.append(self)
+
+    def forget(self) -> None:
+        """Take the merge off the list of those that can be undone, if it stands there."""
+        if self in self.stack:
+            self.stack.remove(self)
 
     def pop(self) -> None:
         """Note that the merge is undone; the merge before this one is then the parameter's last change."""
@@ -305,6 +316,9 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
         if parameter.is_meta:
             cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
             raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
+        if parameter.dtype.itemsize < 2:
+            cure = "Merge before the base is cast to 8 bits, or write handle.adapter() and merge the files of the base"
+            raise NotMergeable(f"a weight stored as {parameter.dtype}", where=where, cure=cure)
         if parameter.layout is not torch.strided:
             raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=KEEP_INJECTED)
         if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,10 @@ from .context import ContextPart, surround
 from .dropout import dropped_change
 from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
+from .leaves import Leaf
 from .outputs import Beside, InputRecorder, OutputChange, Switch, through
-from .parts import HOOK, Part
+from .parts import HOOK, SCRIPTING, Part
+from .probes import ForwardProbe
 from .routing import check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Route, Scope, current
 from .sharding import constants_on_every_process, is_sharded, whole
@@ -64,6 +67,10 @@ class ForwardHook:
         # The model that adapters were injected into; a copy of the module alone keeps the parameters that it came with.
         self.home: weakref.ref[nn.Module] | None = None
         self.copied: Mapping[str, Tensor | None] | None = None
+        self.trained: tuple[Part, Leaf] | None = None  # The first that was injected to be trained.
+        self.probe: ForwardProbe | None = None
+        self.known: Any = None  # Another tool's forward in place of this one that was seen to call it.
+        ALIVE.add(self)
 
     @property
     def switches(self) -> list[Switch]:
@@ -73,11 +80,15 @@ class ForwardHook:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "home": None}  # A weak reference cannot be pickled.
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        ALIVE.add(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
         """Copy the hook along with its module; remember the parameters of a module that is copied out of its model."""
         made = object.__new__(type(self))
         memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         home = None if self.home is None else self.home()
         if home is not None and id(home) in memo:
             made.home = weakref.ref(memo[id(home)])
@@ -115,6 +126,8 @@ class ForwardHook:
         self.switched = tuple(part.switch for part in self.parts)
         self.recalled = tuple(self.switches)
         self.drops = any(part.dropout for part in self.parts)
+        each = [(part, leaf) for part in self.parts for own in part.bound.leaves for leaf in own.values()]
+        self.trained = next((pair for pair in each if isinstance(pair[1].tensor, nn.Parameter)), None)
         self.kept = KeptStacks()
         SETTINGS.renew()
 
@@ -153,6 +166,8 @@ class ForwardHook:
             return
         self._look()
         del self.module.__dict__[HOOK], self.module.__dict__[SCRIPTING]
+        if self.probe is not None:
+            self.probe.stop()
         slot = self._standing()
         if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
             self.wrapper = self.module.__dict__.get(self.slot)
@@ -166,6 +181,10 @@ class ForwardHook:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training, self.recalled)
+        if self.trained is not None and self.module.training:
+            self._check_trains(*self.trained)
+        if self.probe is not None:
+            self.probe.meet()
         if self.copied is not None:
             self._check_copy(self.copied)
         plain = self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
@@ -200,6 +219,24 @@ class ForwardHook:
         cure = "Call handle.merge_() first, or use torch.jit.trace or torch.export, which record what the model runs"
         where = str(next((part.target for part in self.parts), type(self.module).__name__))
         raise Unsupported("torch.jit.script of a module with an adapter", where=where, cure=cure)
+
+    def _check_trains(self, part: Part, leaf: Leaf) -> None:
+        """Warn, once an adapter, that another tool has frozen what was injected to be trained.
+
+        PEFT's get_peft_model freezes all parameters whose names are not its own.
+        """
+        if leaf.tensor.requires_grad or torch.compiler.is_compiling() or part.switch in WARNED:
+            return
+        leaves = [leaf for part in self.parts for own in part.bound.leaves for leaf in own.values()]
+        if torch.is_grad_enabled() and not any(leaf.tensor.requires_grad for leaf in leaves):
+            WARNED.add(part.switch)
+            name = part.switch.name
+            warnings.warn(
+                f"{part.target}: the adapter {name!r} was injected with trainable=True, and another tool has frozen "
+                "all its parameters, as get_peft_model does: it is not trained. Call requires_grad_(True) on each of "
+                "handle.parameters() if it should be, or inject it with trainable=False",
+                stacklevel=2,
+            )
 
     def _check_copy(self, copied: Mapping[str, Tensor | None]) -> None:
         """Raise if weight and bias of a module that was copied by itself are others now.
@@ -569,8 +606,11 @@ _AGAIN = "Call handle.remove() before a layer changes its size, and inject an ad
 _EXCHANGING = threading.RLock()
 """Held while a module's own attributes are exchanged, and by forwards that would see them."""
 
-SCRIPTING = "__prepare_scriptable__"
-"""The attribute of a module that torch.jit.script calls before it compiles the module."""
+WARNED: weakref.WeakSet[Switch] = weakref.WeakSet()
+"""The adapters of which a warning has said that another tool froze them."""
+
+ALIVE: weakref.WeakSet[ForwardHook] = weakref.WeakSet()
+"""The hooks that there are, in all models."""
 
 
 def hooks_of(model: nn.Module) -> list[ForwardHook]:

@@ -35,6 +35,7 @@ from .parts import Part
 from .routing import check_unrouted
 from .scopes import switched
 from .sharding import is_partitioned, put, shape_of, whole
+from .transaction import all_or_nothing
 from .watch import Watch
 from .weights import tensor_at
 from .wrappers import unwrapped
@@ -190,6 +191,21 @@ class Handle:
                     if id(leaf) not in seen:
                         seen.add(id(leaf))
                         yield _name(self._plain(target), updates, position, field), leaf
+        yield from self._copied_leaves(seen)
+
+    def _copied_leaves(self, seen: set[int]) -> Iterator[tuple[str, Leaf]]:
+        """The tensors of layers that were copied inside the model, by the names of these layers."""
+        copies = self._copies()
+        paths = {id(module): name for name, module in self._model.named_modules()} if copies else {}
+        for switch, hooks in copies.items():
+            for hook in hooks:
+                for part in (part for part in hook.parts if part.switch is switch):
+                    copied = replace(part.target, path=unwrapped(self._model, paths[id(hook.module)]))
+                    for position, fields in enumerate(part.bound.leaves):
+                        for field, leaf in fields.items():
+                            if id(leaf) not in seen:
+                                seen.add(id(leaf))
+                                yield _name(copied, part.updates, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
@@ -286,6 +302,14 @@ class Handle:
         """
         self._check()
         check_unrouted(self._switch)
+        with all_or_nothing(self._model, self._objects()):
+            self._detach()
+
+    def _objects(self) -> list[Any]:
+        """What changes along with the model when the adapter comes or goes."""
+        return [self, self._switch, *self._leaves]
+
+    def _detach(self) -> None:
         for switch, hooks in self._copies().items():
             for hook in hooks:
                 bound = [part.bound for part in hook.parts if part.switch is switch]
@@ -329,26 +353,28 @@ class Handle:
                 why = "an update that cannot be subtracted again"
                 raise UsageError(why, where=str(part.target), cure='Pass keep="copy"')
         kept: list[Merged] = []
-        try:
+        held = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
+
+        def undo() -> None:
+            for each in kept:
+                each.forget()
+                if each.before is not None:
+                    each.parameter.copy_(each.before)
+            restore([(each, found) for each, found in subtracted(folded, kept) if found is not None])
+
+        with all_or_nothing(self._model, self._objects(), undo):
             for hook, parts in folded:
                 mine = [tensor_at(hook.module, path) for path in changed_by(parts)]
                 kept += [Merged(parameter, parameter.detach().clone()) for parameter in mine]
                 fold(hook, parts)
                 if again:
                     slim(hook, parts, kept[-len(mine) :] if mine else [])
-        except BaseException:
-            for each in kept:
-                if each.before is not None:
-                    each.parameter.copy_(each.before)
-            restore([(each, found) for each, found in subtracted(folded, kept) if found is not None])
-            raise
-        held = [(hook, [p for p in hook.parts if p.switch is self._switch]) for hook in self._hooks]
-        self.remove()
-        self._state = "merged"
-        if keep:
-            self._merged, self._parts, self._folded = kept, held, folded
-            for each in kept:
-                each.push()
+            self._detach()
+            self._state = "merged"
+            if keep:
+                self._merged, self._parts, self._folded = kept, held, folded
+                for each in kept:
+                    each.push()
 
     @torch.no_grad()
     def unmerge_(self) -> None:
@@ -381,22 +407,35 @@ class Handle:
                 cure = "Undo that, call unmerge_(), and do it again"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
-        found = subtracted(self._folded, self._merged)
+        try:
+            found = subtracted(self._folded, self._merged)
+        finally:
+            for each in self._merged:  # Computing the bits changes the weights, and puts them back.
+                each.version = each.parameter._version
         if any(value is None for _, value in found):
             why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
             raise UsageError(why, where=self.name, cure="Load their values from then, or load the base again")
-        restore(found)
-        for each in self._merged:
-            each.pop()
-        for leaf in self._leaves:
-            leaf.register()
-        self._hooks = hooks
-        for hook, (_, parts) in zip(hooks, self._parts, strict=True):
-            hook.home = hook.home or weakref.ref(self._model)
-            for part in parts:
-                hook.attach(part)
-        self._state, self._merged, self._folded = "attached", [], []
-        self._enter(frozen=bool(self.frozen))
+        merged: list[tuple[Merged, Tensor | None]] = [(m, m.parameter.detach().clone()) for m in self._merged]
+
+        def undo() -> None:
+            restore(merged)
+            for each, _ in merged:
+                each.forget()
+                each.push()
+
+        with all_or_nothing(self._model, self._objects(), undo):
+            restore(found)
+            for leaf in self._leaves:
+                leaf.register()
+            self._hooks = hooks
+            for hook, (_, parts) in zip(hooks, self._parts, strict=True):
+                hook.home = hook.home or weakref.ref(self._model)
+                for part in parts:
+                    hook.attach(part)
+            self._state, self._merged, self._folded = "attached", [], []
+            self._enter(frozen=bool(self.frozen))
+            for each, _ in merged:
+                each.pop()
 
     def _check(self) -> None:
         if self._state != "attached":

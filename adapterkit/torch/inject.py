@@ -28,12 +28,13 @@ from .experts import with_experts
 from .folding import change_alike
 from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle
-from .layers import check_precision, device_of, is_packed, layer_of, stored_layout, stored_shape
+from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
 from .outputs import OutputSite, Switch, find_output_site
 from .parts import Part
 from .sharding import check_gathered, check_unwrapped
 from .structure import embedding_of
+from .transaction import all_or_nothing
 from .weights import tensor_at
 from .wrappers import unwrapped, wrapped
 
@@ -134,27 +135,28 @@ def inject(
         attached.append((hook, part))
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     along = {site.target for site in shared}
-    leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
-    for hook, part in attached:
-        hook.attach(part)
-        if part.target in along:
-            continue
-        loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
-    for target, part in twice:
-        loaded[target] = (*loaded.get(target, ()), held[id(part)])
-    hooks = [*(hook for hook, _ in attached), *_readers(part.output_site for _, part in attached)]
-    if recorder.asks:
-        hooks.append(hook_at(model))
-        hooks[-1].record_call(recorder)
-    for module, surrounding in around:
-        hooks.append(hook_at(module))
-        hooks[-1].attach(surrounding)
-        loaded[surrounding.target] = (surrounding.bound,)
-    for hook in hooks:
-        hook.home = hook.home or weakref.ref(model)
-    handle = Handle(adapter, loaded, switch, list(dict.fromkeys(hooks)), model, leaves)
-    handle._enter(frozen=trainable and freeze)
-    return handle
+    with all_or_nothing(model):
+        leaves = registration.commit()  # From here on nothing can be refused any more.
+        for hook, part in attached:
+            hook.attach(part)
+            if part.target in along:
+                continue
+            loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
+        for target, part in twice:
+            loaded[target] = (*loaded.get(target, ()), held[id(part)])
+        hooks = [*(hook for hook, _ in attached), *_readers(part.output_site for _, part in attached)]
+        if recorder.asks:
+            hooks.append(hook_at(model))
+            hooks[-1].record_call(recorder)
+        for module, surrounding in around:
+            hooks.append(hook_at(module))
+            hooks[-1].attach(surrounding)
+            loaded[surrounding.target] = (surrounding.bound,)
+        for hook in hooks:
+            hook.home = hook.home or weakref.ref(model)
+        handle = Handle(adapter, loaded, switch, list(dict.fromkeys(hooks)), model, leaves)
+        handle._enter(frozen=trainable and freeze)
+        return handle
 
 
 def _place(holder: nn.Module, part: Part) -> tuple[Any, ...]:
@@ -446,7 +448,6 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     if isinstance(holder, torch.jit.ScriptModule):
         cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
         raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
-    check_precision(holder)
     direct = _is_direct(site, holder, prefix)
     if is_packed(holder):
         if not direct:

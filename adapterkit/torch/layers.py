@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.updates import Update
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import ShapeMismatch
+from .conversions import casts_layerwise
 
 Forward = Callable[..., Any]
 
@@ -235,6 +236,11 @@ class Quantized(Linear):
         return dequantized(self.module).to(self.dtype)
 
     @property
+    def bias(self) -> Tensor | None:
+        b = super().bias
+        return b.to(self.dtype) if _is_narrow(b) and b is not None else b
+
+    @property
     def sample(self) -> Tensor:
         return torch.empty(0, dtype=self.dtype, device=device_of(self.module))
 
@@ -291,21 +297,6 @@ def stored_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(W.shape)
 
 
-def check_precision(module: nn.Module) -> None:
-    """Check that diffusers' layerwise casting does not round a module's tensors between forwards.
-
-    It casts all of them, an adapter's too, and its forward stands around the one that would see the weight cast back.
-
-    Raises:
-        Unsupported: it does.
-    """
-    hooks = module.__dict__.get("_diffusers_hook")
-    if hooks is not None and hooks.get_hook("layerwise_casting") is not None:
-        why = "diffusers' layerwise casting rounds the adapter along with the weight"
-        cure = "Leave the layer out by skip_modules_pattern, or call handle.merge_() before enable_layerwise_casting()"
-        raise Unsupported(why, where=type(module).__name__, cure=cure)
-
-
 def _channels(w: Tensor, channels: int) -> ShapeMismatch:
     why = f"made for {w.shape[1]} channels; the layer reads {channels}"
     return ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
@@ -325,7 +316,9 @@ def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 # * it has a `qweight`: GPTQ and AWQ as a buffer, quanto as a property (unfrozen layers of quanto keep a float weight
 #   and quantize it in each forward, so that a changed weight would lose most of a small change);
 # * its class has a method `dequantize` (HQQ);
-# * it is a layer of bitsandbytes whose weight is not of floating point.
+# * it is a layer of bitsandbytes whose weight is not of floating point;
+# * its weight is stored in 8 bits of floating point, which torch does not compute with: a forward that another tool put
+#   there casts it, and may scale it (diffusers' layerwise casting, trainers with an fp8 base).
 #
 # Updates that need the weight ask the tensor or the module for it. GPTQ's and AWQ's modules have no common method for
 # that: the rows of an identity matrix, sent through the layer, give the weight that the layer computes with.
@@ -343,7 +336,7 @@ def is_packed(module: nn.Module) -> bool:
         return True
     # Modules of torch.jit have a mapping without `get`.
     own = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
-    return callable(getattr(kind, "dequantize", None)) or _unpacks(own)
+    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or _is_narrow(own)
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -356,7 +349,8 @@ def dequantized(module: nn.Module) -> Tensor:
             out: Tensor = W.dequantize()
             return out
     plain: Any = getattr(module, "weight", None)
-    if isinstance(plain, nn.Parameter) and plain.is_floating_point():
+    cast = casts_layerwise(module) or not _is_narrow(plain)
+    if isinstance(plain, nn.Parameter) and plain.is_floating_point() and cast:
         whole: Tensor = plain.detach()
         return whole
     return _by_identity(module)
@@ -374,6 +368,11 @@ def _unpacks(W: Any) -> bool:
     """Whether a tensor is of a class with a `dequantize` of its own."""
     kind: Any = type(W)
     return isinstance(W, Tensor) and kind.dequantize is not Tensor.dequantize
+
+
+def _is_narrow(W: Any) -> bool:
+    """Whether a weight is stored in 8 bits of floating point."""
+    return isinstance(W, Tensor) and W.is_floating_point() and W.dtype.itemsize < 2
 
 
 def _of_bitsandbytes(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..core.updates import Update
 from ..errors import Unsupported
+from .conversions import guard, unguard
 from .sharding import spread
 
 PREFIX = "adapterkit:"
@@ -84,6 +85,7 @@ class Leaf:
             module: Any = self.module
             module.register_state_dict_post_hook(_leave_out)
             module.register_load_state_dict_post_hook(_forgive)
+        guard(self.module, is_leaf_name)
         self.staged = None
 
     def release(self) -> None:
@@ -99,6 +101,7 @@ class Leaf:
             ):
                 for key in [key for key, value in hooks.items() if value is hook]:
                     del hooks[key]
+            unguard(self.module)
 
     def settle(self) -> None:
         """Let go of the parameter that was registered where another one with numbers has taken its place."""

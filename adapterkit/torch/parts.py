@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 HOOK = "_adapterkit_hook"
 """The attribute of a module that holds its hook, wherever other tools have moved its forward."""
 
+SCRIPTING = "__prepare_scriptable__"
+"""The attribute of a module that torch.jit.script calls before it compiles the module."""
+
 
 @dataclass(frozen=True, eq=False)
 class Part:

@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .layers import check_precision
+from .forward_hook import ForwardHook
 from .leaves import Leaf, reclaim
 from .parts import HOOK
+from .probes import probe_forward
+from .replacements import check_tuner, is_tuner, notice_replacements
 from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
@@ -50,6 +52,7 @@ class Watch:
         self.places = self._find()
         self._forwards: Forwards | None = None
         _hook_of(model).add(self)
+        notice_replacements()
         # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
         wanted = {id(module) for module in self.modules}
         for module in model.modules():
@@ -227,6 +230,7 @@ class _Hook:
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
         self.homes: list[nn.Module] = []
+        self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
 
@@ -237,6 +241,7 @@ class _Hook:
         self.__dict__.update(state)
         for step in self.steps:
             step.home = weakref.ref(self.model)
+        notice_replacements()
 
     def add(self, watch: Watch) -> None:
         self.watches.append(watch)
@@ -295,6 +300,7 @@ class _Hook:
     def _gather(self) -> None:
         each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
         self.places = list(each.values())
+        self.tuners = [place for place in self.places if is_tuner(place[0]) and HOOK in place[2].__dict__]
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
         self.settled = False
@@ -311,10 +317,12 @@ class _Hook:
         if self.forwards is None:
             self._gather()
         for module, forward in self.forwards or ():
-            check_precision(module)
             kind: Any = type(module)
-            if "forward" not in module.__dict__ or kind.forward is not forward:
+            standing = module.__dict__.get("forward")
+            if standing is None or kind.forward is not forward:
                 moved = True
+            elif type(getattr(standing, "__self__", None)) is not ForwardHook and HOOK in module.__dict__:
+                probe_forward(module)
         if not self.settled:  # FSDP2 has sharded the parameters by now, and frees those that nobody holds.
             for leaf in [leaf for watch in self.watches for leaf in watch.leaves]:
                 leaf.settle()
@@ -325,6 +333,8 @@ class _Hook:
             self._gather()
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self.look_again()
+        for parent, name, child in self.tuners:
+            check_tuner(parent, child, name)
         if DistributedDataParallel._active_ddp_module is not None:
             for watch in self.watches:
                 check_averaged((leaf.tensor for leaf in watch.leaves), watch.name)

@@ -24,11 +24,11 @@ def lora(stem, out, into, rank=1, words=("lora_A.weight", "lora_B.weight")):
     }
 
 
-def attention(width, blocks, first="transformer_blocks", name="attn", numbers=None):
+def attention(width, blocks, first="transformer_blocks", name="attn", numbers=None, words=ATTENTION):
     """A file of LoRAs in diffusers' names, as PEFT's default targets give it: attention alone."""
     tensors = {}
     for block in range(blocks) if numbers is None else numbers:
-        for word in ATTENTION:
+        for word in words:
             tensors |= lora(f"transformer.{first}.{block}.{name}.{word}", width, width)
     return tensors
 
@@ -63,6 +63,73 @@ def test_attention_alone_gets_no_other_models_names(family, width, blocks, name,
     ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
 
 
+@pytest.mark.parametrize(
+    ("family", "width", "blocks", "name"),
+    [("bria", 3072, {"transformer_blocks": 8, "single_transformer_blocks": 28}, "attn"),
+     ("bria_fibo", 3072, {"transformer_blocks": 8, "single_transformer_blocks": 38}, "attn"),
+     ("bria_fibo2", 3584, {"layers": 44}, "attention"), ("dit", 1152, {"transformer_blocks": 28}, "attn1"),
+     ("motif_video", 1536, {"transformer_blocks": 12, "single_transformer_blocks": 24}, "attn"),
+     ("ovis_image", 3072, {"transformer_blocks": 6, "single_transformer_blocks": 27}, "attn"),
+     ("hunyuan_dit", 1408, {"blocks": 40}, "attn1"), ("cosmos3", 4096, {"layers": 36}, "self_attn")],
+)  # fmt: skip
+@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+def test_no_other_models_names_for_the_default_targets_of_peft(family, width, blocks, name, to, tmp_path):
+    """Each block's queries, keys and values, as many blocks as the published model has."""
+    tensors = {}
+    for first, count in blocks.items():
+        tensors |= attention(width, count, first, name)
+    adapter = ak.read(given(tmp_path, {key: leaf for key, leaf in tensors.items() if "to_out" not in key}))
+    with pytest.raises(Unrepresentable, match=f"{FAMILIES[family]}: .* name of this module is not known"):
+        ak.write(adapter, tmp_path / "out.safetensors", to)
+    ak.write(adapter, tmp_path / "out.safetensors", "diffusers")
+
+
+def test_blocks_that_are_not_all_of_any_model_are_refused_with_the_families(tmp_path):
+    adapter = ak.read(given(tmp_path, attention(2048, 5)))
+    with pytest.raises(Unrepresentable, match=r"--family \(family=\)") as refusal:
+        ak.write(adapter, tmp_path / "out.safetensors", "comfyui")
+    assert "hunyuan_video_15" in str(refusal.value.items)
+    assert "Nucleus-Image" in str(refusal.value.items)
+    ak.write(ak.read(tmp_path / "given.safetensors", family="hunyuan_video_15"), tmp_path / "o.safetensors", "comfyui")
+
+
+def test_chosen_blocks_are_no_evidence_for_a_model_that_ends_there(tmp_path):
+    """Bria's last block is number 7, which FLUX's trainers choose, too."""
+    tensors = attention(3072, 0, numbers=(3, 7), words=("to_q", "to_k", "add_q_proj"))
+    path = given(tmp_path, tensors, {"ss_base_model_version": "flux1"})
+    ak.write(ak.read(path), tmp_path / "out.safetensors", "comfyui")
+    with pytest.raises(Unrepresentable) as refusal:
+        ak.write(ak.read(given(tmp_path, tensors)), tmp_path / "out.safetensors", "comfyui")
+    assert "flux" in str(refusal.value.items)
+
+
+def test_sana_video_has_sanas_names_for_attention(tmp_path):
+    tensors = attention(2240, 20, name="attn1") | attention(2240, 20, name="attn2")
+    ak.write(ak.read(given(tmp_path, tensors)), tmp_path / "out.safetensors", "comfyui")
+    assert "diffusion_model.blocks.0.cross_attn.kv_linear.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+def checkpoint(folder, more):
+    """FLUX in BFL's names with all that it holds beside its matrices, and one thing that no file lists."""
+    weights = flux("model.diffusion_model.")
+    weights |= {f"model.diffusion_model.{name}": np.zeros(shape, "f4") for name, shape in more.items()}
+    weights["model.diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale"] = np.ones(8, "f4")
+    save_file(weights, folder / "base.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize("more", [{}, {"learned_token": 3}, {"small_network.0.weight": (3, 3)}])
+def test_a_checkpoint_is_of_its_family_whatever_else_it_holds(more, tmp_path):
+    """Shift and scale stand the other way round in BFL's names: without the family, the target has no place."""
+    weights = checkpoint(tmp_path, more)
+    tensors = lora("transformer.norm_out.linear", 64, 32, 4)
+    ak.merge(tmp_path / "base.safetensors", [given(tmp_path, tensors)], tmp_path / "out.safetensors")
+    A, B = (tensors[f"transformer.norm_out.linear.lora_{x}.weight"].astype("f8") for x in "AB")
+    name = "model.diffusion_model.final_layer.adaLN_modulation.1.weight"
+    change = load_file(tmp_path / "out.safetensors")[name] - weights[name].astype("f8")
+    np.testing.assert_allclose(change, np.roll(B @ A, 32, axis=0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("metadata", [{}, {"ss_base_model_version": "flux1"}])
 def test_flux_is_still_flux(metadata, tmp_path):
     """All of its blocks, or metadata, tell it from HunyuanVideo, which has the same names and width."""
@@ -78,10 +145,10 @@ def test_a_base_of_no_known_family_has_no_names_there(to, tmp_path):
     tensors = attention(8, 2)
     names = (key.removeprefix("transformer.").removesuffix(".lora_B.weight") for key in tensors if "lora_B" in key)
     weights = {f"{name}.weight": np.zeros((8, 8), "f4") for name in names}
-    weights["caption_projection.0.linear.weight"] = np.zeros((4, 8), "f4")
+    weights["tomorrows_layer.weight"] = np.zeros((4, 8), "f4")
     adapter = ak.read(given(tmp_path, tensors))
-    ours = base(tmp_path, "BriaFiboTransformer2DModel", weights)
-    with pytest.raises(Unrepresentable, match="the base is a BriaFiboTransformer2DModel"):
+    ours = base(tmp_path, "TomorrowsTransformer2DModel", weights)
+    with pytest.raises(Unrepresentable, match="the base is a TomorrowsTransformer2DModel"):
         ak.write(adapter, tmp_path / "out.safetensors", to, base=ours)
     ak.write(adapter, tmp_path / "out.safetensors", "diffusers", base=ours)
     assert load_file(tmp_path / "out.safetensors").keys() == tensors.keys()

@@ -273,3 +273,15 @@ def test_each_kind_has_a_case():
 
 def test_keys_of_adapters_are_of_no_such_kind():
     assert other_file(["unet.conv_in.lora_A.weight", "lora_unet_down_blocks_0.alpha"]) is None
+
+
+def test_a_family_that_only_metadata_tell_is_proven_with_swapped_halves(tmp_path):
+    """ComfyUI's MiniMax-H3 has the gate behind the value in one weight; diffusers' name of it is many families'."""
+    D = RANDOM.normal(size=(32, 8)).astype("f4")
+    given, out = tmp_path / "given.safetensors", tmp_path / "out.safetensors"
+    stem = "diffusion_model.transformer_blocks.0.ff.net.0.proj"
+    save_file({f"{stem}.diff": D}, given, metadata={"adapterkit.family": "minimax_h3"})
+    ak.convert(given, out, to="comfyui")
+    np.testing.assert_array_equal(
+        load_file(out)["diffusion_model.blocks.0.mlp.fc1.diff"], np.concatenate([D[16:], D[:16]])
+    )

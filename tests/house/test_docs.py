@@ -25,7 +25,7 @@ RUN = (
     "README.md", "index.md", "tasks.md", "reports.md", "concepts.md", "recipes.md", "configuration.md", "faq.md",
 )  # fmt: skip
 """Pages whose code is run as it stands, from the top, in a folder with a base and two adapters. The code of others
-needs hubs, devices or models that are trained on the way; tests of those areas run the same calls."""
+needs hubs or devices; tests of those areas run the same calls. test_docs_python.py runs python.md."""
 
 
 @pytest.fixture(scope="module")

@@ -496,6 +496,21 @@ def test_fp8_weights(tmp_path: Path) -> None:
     assert torch.equal(merged.view(torch.uint8), torch.from_numpy(f64(W) + lora_delta(u)).to(W.dtype).view(torch.uint8))
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 2)])
+def test_what_8_bits_lose_is_said(dtype: torch.dtype, bits: int, tmp_path: Path) -> None:
+    """A change below 2**-(bits + 2) of each weight leaves the bytes as they were, and a plan says so before."""
+    W = rand(64, 32).abs().add(0.5).to(dtype)
+    same = (f64(W) * (2.0 ** -(bits + 2) - 2.0**-20)).astype("f4")
+    base = save_base(tmp_path / "base", {"m.weight": W})
+    adapter = ak.Adapter({Target("m"): (Dense(D=torch.from_numpy(same)),)})
+    (warning,) = ak.plan(base, adapter).warnings
+    assert f"below 1/{2 ** (bits + 2)} of a weight is lost" in warning
+    assert "--dtype bfloat16" in warning
+    ak.merge(base, adapter, tmp_path / "out")
+    assert torch.equal(load_all(tmp_path / "out")["m.weight"].view(torch.uint8), W.view(torch.uint8))
+    assert not ak.plan(base, adapter, dtype="bfloat16").warnings
+
+
 def ordered(r: np.random.Generator) -> tuple[ak.Adapter, ak.Adapter]:
     """A LoRA and an IA3 whose rows overlap, in this order, and another adapter of an IA3."""
     A, B, first, second = (torch.tensor(r.normal(size=shape)) for shape in ((2, 5), (4, 2), 4, 6))

@@ -2,8 +2,9 @@
 
 tests/data/gguf/KIND holds a tiny base that the converter wrote, the adapter that PEFT trained beside it, and the file
 that the converter wrote of the model that PEFT merged. tools/foreign/check_gguf.py made them, and checks 66 models.
-`grouped_rope` and `thirds_rope` are InternLM2 and Baichuan, which transformers does not have: their bases are random
-tensors under the hub's names, and W + alpha / r * B A is what the converter wrote the second file of.
+`grouped_rope`, `thirds_rope`, `qkv_apart` and `heads_by_block` are InternLM2, Baichuan, Ling and Nemotron NAS, which
+transformers does not have: their bases are random tensors under the hub's names, and W + alpha / r * B A is what the
+converter wrote the second file of.
 """
 
 import json
@@ -11,9 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
 import adapterkit as ak
+from adapterkit.core.adapter import Target
 from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported
+from adapterkit.methods.lora import LoRA
+from adapterkit.naming.gguf import name_for
+from adapterkit.naming.heads import heads_of
 
 gguf = pytest.importorskip("gguf")
 DATA = Path(__file__).parents[1] / "data" / "gguf"
@@ -95,8 +102,8 @@ def test_a_joined_tensor_of_other_heads_is_refused(tmp_path):
 
 def test_all_kinds_of_orders_are_among_the_cases():
     assert KINDS == [
-        "experts", "grouped_rope", "interleaved", "latent", "layers_twice", "linear", "linear_split", "qkv_by_group",
-        "qkv_by_head", "rope", "rotary", "stack_in_parts", "thirds_rope", "turned",
+        "experts", "grouped_rope", "heads_by_block", "interleaved", "latent", "layers_twice", "linear", "linear_split",
+        "qkv_apart", "qkv_by_group", "qkv_by_head", "rope", "rotary", "stack_in_parts", "thirds_rope", "turned",
     ]  # fmt: skip
 
 
@@ -198,3 +205,42 @@ def test_an_adapter_goes_to_llama_cpp_and_back(kind, tmp_path):
         change = alpha / A.shape[-2] * (B @ A)
         got = before[name] + change.reshape(before[name].shape)
         np.testing.assert_allclose(got, expected[name], atol=2e-6 * np.abs(expected[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, "t5encoder"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "t5"),
+        ({"model_type": "umt5", "architectures": ["UMT5EncoderModel"]}, "t5encoder"),
+        ({"model_type": "nemotron_h", "num_experts_per_tok": 2}, "nemotron_h_moe"),
+        ({"model_type": "nemotron_h"}, "nemotron_h"),
+        ({"model_type": "exaone", "architectures": ["ExaoneForCausalLM"]}, "exaone"),
+        ({"model_type": "gpt-sw3", "architectures": ["GPT2LMHeadModel"]}, "gpt2"),
+    ],
+)
+def test_the_base_says_which_of_a_familys_architectures_is_written(config, name):
+    assert name_for(config)[0] == name
+
+
+def test_a_class_that_llama_cpp_takes_for_another_family_is_refused():
+    with pytest.raises(Unsupported, match=r"architectures .*LlamaForCausalLM.* of a base of model_type exaone"):
+        name_for({"model_type": "exaone", "architectures": ["LlamaForCausalLM"]})
+
+
+def test_blocks_that_share_keys_differently_are_refused():
+    blocks = [{"attention": {"n_heads_in_group": group}} for group in (4, 8)]
+    config = {"num_attention_heads": 8, "hidden_size": 32, "block_configs": blocks}
+    with pytest.raises(Unsupported, match="share keys among 4, 8 query heads"):
+        heads_of(config, "blk.0.attn_k")
+
+
+def test_a_config_with_other_heads_than_the_rows_is_refused(tmp_path):
+    """Step 3.5 and others state their key heads under names of their own; half as many rows fit the queries' heads."""
+    config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.layers.0.self_attn.k_proj.weight": np.zeros((8, 16), np.float32)}, tmp_path / "model.safetensors")
+    pair = LoRA(A=torch.randn(2, 16), B=torch.randn(8, 2), scaling=1.0)
+    adapter = ak.Adapter({Target("model.layers.0.self_attn.k_proj"): (pair,)})
+    with pytest.raises(Unsupported, match="8 rows, and the base's config says 4 heads of 4"):
+        ak.write(adapter, tmp_path / "out.gguf", "gguf", base=tmp_path)

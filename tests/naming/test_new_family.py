@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - a fixture is imported and then named
 """A family that nothing in the tree names takes one TOML file: every command knows it then, and no code changes."""
 
 import json
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkouts import run
+from checkouts import checkout, run  # noqa: F401 - a fixture
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak

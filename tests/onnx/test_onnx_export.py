@@ -145,11 +145,11 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     # Without a mask, positions and a past it is the same; an end stops it; what is missing is named with its shape.
     whole = session.run({"input_ids": PROMPT.numpy()})["logits"]
     feeds = {"input_ids": PROMPT.numpy(), "attention_mask": np.ones_like(PROMPT.numpy())}
+    assert np.array_equal(session.run(feeds)["logits"], whole)
     if "position_ids" in session.inputs:
         with pytest.raises(UsageError, match=r"position_ids \["):
-            session.run(feeds)
-        feeds["position_ids"] = np.arange(4)[None]
-    assert np.array_equal(session.run(feeds)["logits"], whole)
+            session.run(feeds | {"attention_mask": np.array([[0, 1, 1, 1]])})
+        assert np.array_equal(session.run(feeds | {"position_ids": np.arange(4)[None]})["logits"], whole)
     stop = wanted[None][5]
     first_stop = wanted[None].index(stop, PROMPT.shape[1])
     assert session.generate(PROMPT[0].numpy(), end=stop).tolist() == [wanted[None][: first_stop + 1]]

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError
@@ -312,3 +312,88 @@ def test_what_has_no_place_is_refused(tmp_path):
     (tmp_path / "short.gguf").write_bytes(base.read_bytes()[:-4000])
     with pytest.raises(Malformed):
         ak.merge(tmp_path / "short.gguf", adapter()[0], tmp_path / "out.gguf")
+
+
+def image_tensors(prefix=""):
+    """Some of FLUX's weights in BFL's names, as ComfyUI-GGUF converts them: rows as they are, no prefix."""
+    shapes = {
+        "img_in.weight": (64, 64), "double_blocks.0.img_attn.qkv.weight": (192, 64),
+        "double_blocks.0.img_attn.qkv.bias": (192,), "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
+        "single_blocks.0.linear1.weight": (448, 64), "final_layer.adaLN_modulation.1.weight": (128, 64),
+    }  # fmt: skip
+    return {prefix + name: numbers(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
+
+
+def write_image(path, tensors, arch, kind, original=()):
+    writer = gguf.GGUFWriter(path, arch or "")
+    if not arch:
+        writer.kv_data[0].pop("general.architecture", None)
+    for name, values in tensors.items():
+        if name in original:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+            values = values.reshape(-1, 256)
+        own = Kind[kind] if values.ndim > 1 else Kind.F32
+        data = quantize(values, own) if own is not Kind.F32 else values
+        writer.add_tensor(name, data, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_image(path):
+    return {
+        tensor.name: dequantize(tensor.data, tensor.tensor_type).astype("f8")
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize(("arch", "prefix"), [("flux", ""), ("pig", ""), (None, "model.diffusion_model.")])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
+def test_a_denoiser_of_comfyui_gguf_or_stable_diffusion_cpp_is_a_base(kind, arch, prefix, tmp_path):
+    write_image(tmp_path / "base.gguf", image_tensors(prefix), arch, kind)
+    A, B = numbers(4, 64, seed=9) * 9, numbers(256, 4, seed=8) * 9
+    halves = numbers(4, 64, seed=7) * 9, numbers(128, 4, seed=6) * 9
+    adapter = {
+        "transformer.single_transformer_blocks.0.proj_mlp.lora_A.weight": A,
+        "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight": B,
+        "transformer.norm_out.linear.lora_A.weight": halves[0], "transformer.norm_out.linear.lora_B.weight": halves[1],
+    }  # fmt: skip
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    ak.merge(tmp_path / "base.gguf", [tmp_path / "adapter.safetensors"], tmp_path / "out.gguf")
+    before, after = read_image(tmp_path / "base.gguf"), read_image(tmp_path / "out.gguf")
+    wanted = {name: values.copy() for name, values in before.items()}
+    wanted[f"{prefix}single_blocks.0.linear1.weight"][192:] += B.astype("f8") @ A
+    swapped = np.roll(halves[1].astype("f8") @ halves[0], 64, axis=0)
+    wanted[f"{prefix}final_layer.adaLN_modulation.1.weight"] += swapped
+    assert before.keys() == after.keys()
+    for name, values in wanted.items():
+        if name.endswith(("linear1.weight", "adaLN_modulation.1.weight")):
+            rounded = dequantize(quantize(values.astype("f4"), Kind[kind]), Kind[kind])
+            np.testing.assert_allclose(after[name], rounded, atol=np.abs(values).max() * 2.0**-9)
+            assert not np.array_equal(after[name], before[name])
+        else:
+            np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_a_tensor_of_another_shape_before_it_was_converted(tmp_path):
+    """ComfyUI-GGUF stores small convolutions of U-Nets in rows of 256 numbers, and names their shape."""
+    name = "input_blocks.1.0.in_layers.2.weight"
+    tensors = {name: numbers(32, 16, 3, 3), "input_blocks.1.0.out_layers.3.weight": numbers(64, 256)}
+    write_image(tmp_path / "base.gguf", tensors, "sd1", "Q8_0", {name})
+    B, A = numbers(32, 4, 1, 1, seed=1) * 9, numbers(4, 16, 3, 3, seed=2) * 9
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    lora = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": np.float32(4)}
+    save_file({key: np.asarray(value) for key, value in lora.items()}, tmp_path / "adapter.safetensors")
+    ak.merge(tmp_path / "base.gguf", [tmp_path / "adapter.safetensors"], tmp_path / "out.gguf")
+    before, after = read_image(tmp_path / "base.gguf"), read_image(tmp_path / "out.gguf")
+    change = (B.reshape(32, 4).astype("f8") @ A.reshape(4, -1)).reshape(-1, 256)
+    rounded = dequantize(quantize((before[name] + change).astype("f4"), Kind.Q8_0), Kind.Q8_0)
+    np.testing.assert_allclose(after[name], rounded, atol=1e-2 * np.abs(change).max())
+    assert gguf.GGUFReader(tmp_path / "out.gguf").get_field(f"comfy.gguf.orig_shape.{name}") is not None
+
+
+def test_an_unknown_architecture_is_refused_with_what_it_is(tmp_path):
+    write_image(tmp_path / "base.gguf", {"some.layer.weight": numbers(64, 64)}, "pony", "Q8_0")
+    with pytest.raises(Unsupported, match="architecture 'pony'"):
+        ak.merge(tmp_path / "base.gguf", [adapter()], tmp_path / "out.gguf")

@@ -1,6 +1,10 @@
 """Hold what adapterkit writes for ComfyUI against ComfyUI's own loader: it holds every key, and makes the same weights.
 
     python tools/foreign/check_comfyui.py CHECKOUT [--method METHOD...] [WORD...]     families whose names have a word
+    python tools/foreign/check_comfyui.py CHECKOUT --memory 2                         at most 2 GB a case
+
+Each case, a family and a method, is a process of its own, whose memory is bounded. The widths of ComfyUI's models are
+divided by 16. Changes that are whole matrices are written in several files, a few modules each.
 
 CHECKOUT is a folder with ComfyUI's source; comfyui_keys.py beside this file says what it needs. For each family that
 ComfyUI has a model of, an adapter in diffusers' names with one update for each module of the first blocks is written in
@@ -14,12 +18,15 @@ something differs.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import sys
 import tempfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfyui_keys
 import numpy as np
@@ -30,7 +37,13 @@ METHODS = ("lora", "dora", "loha", "lokr", "oft", "boft", "glora", "diff", "diff
 DIALECTS = {"lora": ("comfyui", "kohya"), "oft": ("lycoris",), "boft": ("lycoris",), "glora": ("lycoris",)}
 """The formats of a method's files, where they are not ComfyUI's alone."""
 SAMPLE = 3
-"""Weights of a family that are computed; keys are compared for all."""
+"""Weights of a file that are computed; keys are compared for all."""
+
+BY = 16
+"""What the published widths are divided by."""
+
+VALUES = 1 << 25
+"""Values of whole matrices in one file."""
 
 RANDOM = np.random.default_rng(0)
 
@@ -45,23 +58,41 @@ def main() -> int:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--memory", type=float, default=4.0, metavar="GB", help="the most that one case may hold")
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(arguments.checkout)]
     sys.meta_path.insert(0, Absent())
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    import comfy.lora  # Imported once, before the processes part.
+    import torch  # noqa: F401
+
+    import adapterkit  # noqa: F401
+
+    chosen = [name for name in MODELS if not arguments.words or any(word in name for word in arguments.words)]
+    cases = [(name, method, arguments.memory) for name in chosen for method in arguments.method or METHODS]
     failed = 0
-    for name in MODELS:
-        if arguments.words and not any(word in name for word in arguments.words):
-            continue
-        for method in arguments.method or METHODS:
-            try:
-                print(f"ok      {name} {method}: {checked(name, method)}", flush=True)
-            except Exception as error:  # One family that fails must not stop the others.
-                failed += 1
-                print(f"WRONG   {name} {method}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    # What a case holds is given back when its process ends. Twelve gigabytes were held by the end of one run before.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for right, line in pool.imap(judged, cases, chunksize=1):
+            failed += not right
+            print(line, flush=True)
+    print(f"{len(cases) - failed} of {len(cases)} right")
     return int(bool(failed))
+
+
+def judged(case: tuple[str, str, float]) -> tuple[bool, str]:
+    """Check one case within its memory; return whether it is right, and its line."""
+    name, method, gigabytes = case
+    limit = int(gigabytes * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        right, said = True, checked(name, method)
+    except Exception as error:  # One family that fails must not stop the others.
+        right, said = False, f"{type(error).__name__}: {str(error)[:300]}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return right, f"{'ok   ' if right else 'WRONG'}   {name} {method}: {said} ({peak:.1f} GB)"
 
 
 def checked(name: str, method: str) -> str:
@@ -71,59 +102,143 @@ def checked(name: str, method: str) -> str:
         Different: a key is not held, or a weight differs.
         AdapterkitError: the file is refused.
     """
-    import adapterkit as ak
     from adapterkit.core.adapter import Adapter, Step, Target
     from adapterkit.core.metadata import read_with
-    from adapterkit.errors import Unrepresentable
     from adapterkit.formats._image.deciding import FAMILY
     from adapterkit.naming.image import families
 
     family = next(each for each in families() if each.name == name)
-    known, shapes = key_map(*MODELS[name][-1])
+    known, shapes = smaller(*key_map(*MODELS[name][-1]))
     # LyCORIS's files have the names of the model that was trained; ComfyUI reads those of the original model.
     original = "lycoris" in DIALECTS.get(method, ())
     modules = modules_of(family, shapes, norms=method == "norm", original=original)
-    if not modules:
-        return "no such modules"
-    updates = {Target(f"{family.component}.{path}"): (made(method, size),) for path, size in modules.items()}
     recipe = (Step("read", {"format": "lycoris" if original else "diffusers"}),)
-    adapter = read_with(Adapter(updates, recipe=recipe), {FAMILY: name})
-    found = []
+    found = dict[str, Held]()
+    for part in parts(modules, method):
+        updates = {Target(f"{family.component}.{path}"): (made(method, size),) for path, size in part.items()}
+        adapter = read_with(Adapter(updates, recipe=recipe), {FAMILY: name})
+        compare(adapter, name, method, known, shapes, found)
+    return "; ".join(f"{dialect} {held}" for dialect, held in found.items()) or "no such modules"
+
+
+@dataclass
+class Held:
+    """What ComfyUI held of the files of one dialect, and how far its changes were from the formula's."""
+
+    weights: int = 0
+    lost: int = 0
+    worst: float = 0.0
+    also: float | None = None
+    refused: str = ""
+
+    def __str__(self) -> str:
+        if self.refused and not self.weights:
+            return f"refused ({self.refused})"
+        said = f"{self.weights} weights, {self.worst:.0e}"
+        said += "" if self.also is None else f", {self.also:.0e} from diffusers' names"
+        said += f", {self.lost} keys not held" if self.lost else ""
+        return said + (f", some refused ({self.refused})" if self.refused else "")
+
+
+def compare(
+    adapter: Any,
+    name: str,
+    method: str,
+    known: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    found: dict[str, Held],
+) -> None:
+    """Write an adapter in each dialect, and add to `found` what ComfyUI makes of the files.
+
+    Raises:
+        Different: a key is not held, or a weight differs.
+        AdapterkitError: the file is refused.
+    """
+    import adapterkit as ak
+    from adapterkit.errors import Unrepresentable
+
     with tempfile.TemporaryDirectory() as folder:
         theirs: dict[str, Any] = {}
         if method == "lora":
             ak.write(adapter, Path(folder, "diffusers.safetensors"), "diffusers")
             theirs, _ = patches(Path(folder, "diffusers.safetensors"), known)
         for dialect in DIALECTS.get(method, ("comfyui",)):
-            path = Path(folder, f"{dialect}.safetensors")
+            path, result = Path(folder, f"{dialect}.safetensors"), found.setdefault(dialect, Held())
             try:
                 ak.write(adapter, path, dialect, on_loss="promote")
             except Unrepresentable as refusal:
-                found.append(f"{dialect} refused ({refusal.items[0] if refusal.items else refusal})")
+                result.refused = str(refusal.items[0] if refusal.items else refusal)
                 continue
             held, lost = patches(path, known)
             if lost and dialect == "comfyui":
                 raise Different(f"{dialect}: {len(lost)} keys are not held: {sorted(lost)[:3]}")
             read = ak.read(path, family=name).load("cpu")
-            worst, also = 0.0, 0.0
             for weight in sample(held, shapes):
                 own = calculated(held[weight], weight, shapes, method)
-                worst = max(worst, compared(own, formula(read, weight, shapes, known, method), weight))
+                error = compared(own, formula(read, weight, shapes, known, method), weight)
+                result.worst = max(result.worst, error)
                 if weight in theirs:
-                    also = max(also, compared(own, calculated(theirs[weight], weight, shapes, method), weight))
-            said = f"{len(held)} weights, {worst:.0e}"
-            said += f", {also:.0e} from diffusers' names" if theirs else ""
-            found.append(f"{dialect} {said}" + (f", {len(lost)} keys not held" if lost else ""))
-    return "; ".join(found)
+                    error = compared(own, calculated(theirs[weight], weight, shapes, method), weight)
+                    result.also = max(result.also or 0.0, error)
+            result.weights += len(held)
+            result.lost += len(lost)
 
 
-def modules_of(
-    family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: bool, original: bool
-) -> dict[str, tuple[int, ...]]:
-    """Modules of the first two blocks that ComfyUI's model has, in diffusers' or its own names -> shapes of weights."""
+def smaller(known: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide the outputs and inputs of ComfyUI's weights, and the rows of its parts, by BY where all of them allow it.
+
+    No key and no order depends on the widths. With the published ones, a run over all families took hours.
+    """
+    edges: dict[str, set[int]] = {}
+    for place in known.values():
+        if not isinstance(place, str):
+            edges.setdefault(place[0], set()).update(place[1][1:] if place[1] is not None else ())
+    rows = {
+        weight: all(edge % BY == 0 for edge in (shape[:1] or (1,)) + tuple(edges.get(weight, ())))
+        for weight, shape in shapes.items()
+    }
+    sizes = {
+        weight: tuple(
+            size // BY if size % BY == 0 and size > BY and (axis == 1 or (axis == 0 and rows[weight])) else size
+            for axis, size in enumerate(shape)
+        )
+        for weight, shape in shapes.items()
+    }
+    places = {}
+    for key, place in known.items():
+        if isinstance(place, str) or place[1] is None or sizes.get(place[0], (0,))[0] == shapes.get(place[0], (0,))[0]:
+            places[key] = place
+        else:
+            axis, start, size = place[1]
+            places[key] = (place[0], (axis, start // BY, size // BY), *place[2:])
+    return places, sizes
+
+
+def parts(modules: Mapping[str, Module], method: str) -> list[dict[str, tuple[int, ...]]]:
+    """Split the modules into files of bounded size, parts of one weight together; return their names and shapes."""
+    found: list[dict[str, tuple[int, ...]]] = []
+    left, last = 0, ""
+    for path, module in sorted(modules.items(), key=lambda pair: pair[1].weight):
+        size = int(np.prod(module.shape)) if method in ("diff", "norm") else 0
+        if not found or (module.weight != last and size > left):
+            found.append({})
+            left = VALUES
+        found[-1][path], left, last = module.shape, left - size, module.weight
+    return found
+
+
+class Module(NamedTuple):
+    """A module of a family: the shape of its weight, and ComfyUI's weight that has it."""
+
+    shape: tuple[int, ...]
+    weight: str
+
+
+def modules_of(family: Any, shapes: Mapping[str, tuple[int, ...]], *, norms: bool, original: bool) -> dict[str, Module]:
+    """Modules of the first two blocks that ComfyUI's model has, by diffusers' or its own names."""
     from adapterkit.naming.architectures import fill
 
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Module] = {}
     wanted = family.wanted("comfyui")
     for weight in family.architecture.record.weights:
         place = family.architecture.place(weight, "diffusers")
@@ -142,11 +257,12 @@ def modules_of(
             if (len(shapes[keys[0]]) > 1) == norms:
                 continue
             if original:
-                found[keys[0].removeprefix("diffusion_model.").removesuffix(".weight")] = shapes[keys[0]]
+                own = keys[0].removeprefix("diffusion_model.").removesuffix(".weight")
+                found[own] = Module(shapes[keys[0]], keys[0])
                 continue
             if family.name in comfyui_keys.UNEVEN and any(not piece.there.whole for piece in pieces):
                 continue
-            found[path] = (rows, *shapes[keys[0]][1:])
+            found[path] = Module((rows, *shapes[keys[0]][1:]), keys[0])
     return found
 
 

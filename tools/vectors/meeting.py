@@ -142,6 +142,11 @@ def _numbers() -> Iterator[Meeting]:
     wide = _values("W", 3, 4, 1, 1)
     changed = {"q.weight": stored(wide + DELTA[..., None, None], "F32")}
     yield Meeting("kernel_of_ones", PLAIN, {"q.weight": stored(wide, "F32")}, changed, ("R-8.5",))
+    start = {"D": stored(DELTA[..., None], "F32")}
+    taken = {"q.weight": stored(W - DELTA, "F32")}
+    yield Meeting(
+        "kernel_of_ones_left_out", _one("residual", **start), {"q.weight": stored(W, "F32")}, taken, ("R-8.5",)
+    )
     yield Meeting(
         "bias_dropped", _one("ia3", l=_real("l", 3)), {"q.weight": stored(W, "F32")},
         {"q.weight": stored(W * _values("l", 3)[:, None], "F32")}, ("R-10.6",),

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.metadata import metadata_of
 from ...errors import UsageError
-from ...naming.image import COMFYUI, ROOTS, ImageFamily, encoder_kind, families, families_of, rooted
+from ...naming.image import (
+    COMFYUI,
+    ROOTS,
+    ImageFamily,
+    encoder_kind,
+    families,
+    families_of,
+    families_of_model,
+    rooted,
+)
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target, Updates
@@ -83,15 +92,19 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """List the families of a base: those of its class in diffusers, or those that have all names of its denoiser."""
+    """List the families of a base: those of its class in diffusers, or those that have its denoiser's names."""
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
     named = tuple(family.name for family in families() if kind in family.facts.classes)
-    paths = modules_of(base)
-    # A checkpoint for ComfyUI holds text encoders and a VAE, too; its denoiser has a prefix of its own.
-    inside = [path for path in paths if ROOTS.get(rooted(path)[0][:-1], "") == "denoiser"]
-    return named or families_of_all(inside or paths)
+    if named:
+        return named
+    found = families_of_model(base.tensors)
+    if kind is not None:
+        # Another class of diffusers may share most of a family's names.
+        known = set(modules_of(base))
+        found = [family for family in found if all(rooted(path)[1] in family for path in known)]
+    return tuple(family.name for family in narrowed(found, lambda family: not family.facts.unlikely))
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
@@ -234,15 +247,38 @@ def likely(
         inputs: the sizes of the adapted weights' inputs.
         origin: the known facts about the naming; metadata and base families count.
     """
+    sizes = set(inputs)
 
     def spoken_for(family: ImageFamily) -> bool:
         if family.name in origin.families or said(family, origin.metadata):
             return True
-        width = set(family.facts.widths).intersection(inputs)
-        others = (other.facts.widths for other in fitting if not other.facts.unlikely)
-        return bool(width) and (complete(family, paths) or all(width.isdisjoint(widths) for widths in others))
+        if set(family.facts.widths).isdisjoint(sizes):
+            return False
+        rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
+        if not rivals:
+            return True
+        # All blocks from the first one on, but not as many as a rival has: the default of a trainer for another model.
+        # Chosen blocks are no evidence: FLUX's number 7 is the last one of Bria's.
+        return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
+
+
+def in_a_row(paths: Iterable[str]) -> bool:
+    """Whether the numbers of blocks have no gap from 0 on, and there are several."""
+    numbers = _numbers(paths).values()
+    return any(len(found) > 1 for found in numbers) and all(len(found) == max(found) + 1 for found in numbers)
+
+
+def _numbers(paths: Iterable[str]) -> dict[str, set[int]]:
+    """Return the first word of names -> the numbers of blocks behind it."""
+    found: dict[str, set[int]] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        if number.isdigit():
+            found.setdefault(first, set()).add(int(number))
+    return found
 
 
 def _naming(naming: str) -> str:
@@ -285,12 +321,7 @@ _TELLING = (
 
 def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
     """Whether the last of the blocks that all published models have is there, and none after it."""
-    last: dict[str, int] = {}
-    for path in paths:
-        first, _, rest = path.partition(".")
-        number = rest.partition(".")[0]
-        if number.isdigit():
-            last[first] = max(last.get(first, 0), int(number))
+    last = {first: max(numbers) for first, numbers in _numbers(paths).items()}
     counted = {first: number for first, number in last.items() if first in family.facts.blocks}
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 

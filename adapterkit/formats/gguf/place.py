@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.adapter import Target
-from ...errors import Unrepresentable
+from ...errors import Unrepresentable, Unsupported
 from ...io.arrange import reordered, turned
 from ...io.lazy import Lazy, as_lazy
 from ...methods.alora import ALoRA
 from ...naming.architectures import Architecture, expert_count
 from ...naming.binding.translating import moves_of, translated
 from ...naming.gguf import NAMING, column_order, name_for, place_of, row_order
-from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of
+from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of, sharing
 from .._pairs import Pairs, in_row_order, unfit
 
 if TYPE_CHECKING:
@@ -66,7 +66,17 @@ class GgufPlace:
         where = self.where(foreign)
         if where is None or where.rows is None:
             return None
-        return row_order(where, rows, self.heads(foreign), foreign)
+        heads = self.heads(foreign)
+        if where.rows == "rope" and self.config is not None:
+            self._check_width(rows, sharing(heads, where.heads, foreign), foreign)
+        return row_order(where, rows, heads, foreign)
+
+    def _check_width(self, rows: int, count: int, foreign: str) -> None:
+        """Refuse rows that are no heads of the config's width: any number of heads gives an order, and one is right."""
+        dim = heads_of(self.config, foreign).dim
+        if rows != count * dim:
+            why = f"{rows} rows, and the base's config says {count} heads of {dim}; the order of rows depends on it"
+            raise Unsupported(why, where=foreign, cure="Merge into the GGUF model")
 
     def columns(self, foreign: str, columns: int) -> Any:
         """Return the order of the file's inputs, if it is not the weight's own."""
@@ -124,7 +134,7 @@ class GgufPlace:
         Raises:
             Unrepresentable: two updates belong to one tensor of the file.
         """
-        found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts)
+        found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts, self.config)
         twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]
         if twice:
             why = "a GGUF adapter has one pair of factors a tensor"

@@ -14,6 +14,7 @@ from ...io.lazy import Lazy
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...naming.binding import bind
+from ...naming.binding.translating import translated
 from ...naming.mlx import from_mlx
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import EMBEDDINGS
@@ -23,6 +24,7 @@ from .container import CONFIG
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+    from ...naming.resolver import Move
     from .._pairs import Pair, Slots
 
 FORMAT = "mlx"
@@ -121,6 +123,11 @@ def _pairs(
             yield from _fused(name, part, count, slots, scale, tensors, modules, names)
         elif len(slots["A"].shape) == 3:
             yield from _stack(name, slots, scale, modules, names)
+        elif parts := _parts(name, modules):
+            # MLX-LM joins what a hub keeps apart, such as queries, keys and values: each part takes its rows of B.
+            for target, given in translated({_target(name): (_one(name, slots, scale),)}, {name: parts}).items():
+                names[target.path] = target.path
+                yield target, given[0]
         else:
             own = modules.named(name)
             names[own] = name
@@ -164,6 +171,18 @@ def _experts(name: str, count: int, modules: Modules) -> list[str]:
     if moves is None or [move.expert for move in moves] != list(range(count)):
         raise TargetNotFound("a stack of experts with an unknown name", where=name, cure="Report the model")
     return [move.path for move in moves]
+
+
+def _parts(name: str, modules: Modules) -> tuple[Move, ...]:
+    """Return the parts of a layer that MLX-LM made of several ones; nothing if it is one on a hub, too."""
+    moves = from_mlx(name, modules.config, 0) or ()
+    return moves if len(moves) > 1 and all(move.take is not None and move.expert is None for move in moves) else ()
+
+
+def _is_stack(name: str, modules: Modules) -> bool:
+    """Whether a name is that of stacked experts; convolutions have three axes, too."""
+    moves = from_mlx(name, modules.config, 1)
+    return moves is not None and moves[0].expert is not None
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
@@ -214,7 +233,7 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
             raise Malformed("neither a weight nor a bias", where=key, cure=DAMAGED)
         held.setdefault(module, {})[field] = tensor
     for name, fields in held.items():
-        if "weight" in fields and len(fields["weight"].shape) == 3 and from_mlx(name, modules.config, 1):
+        if "weight" in fields and len(fields["weight"].shape) == 3 and _is_stack(name, modules):
             for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
                 names[own] = own
                 part: Slots = {field: item(leaf, index) for field, leaf in fields.items()}

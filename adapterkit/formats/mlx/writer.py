@@ -18,7 +18,8 @@ from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...naming.architectures import expert_count
 from ...naming.binding.translating import translated
-from ...naming.mlx import to_mlx
+from ...naming.mlx import is_absent, to_mlx
+from .._joining import with_joined_rows
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import Pairs, expressible, rank_of, unfit
@@ -50,15 +51,34 @@ def written(
         Unrepresentable: MLX-LM cannot express it, and `on_loss` does not allow a rewriting.
     """
     hints = remembered(adapter, FORMAT, MlxHints)
-    adapter = _stacked(adapter, None if base is None else base.config)
+    config_of_base = None if base is None else base.config
+    adapter, absent = _without_absent(adapter, config_of_base, on_loss)
+    adapter, joined = _stacked(adapter, config_of_base)
     only = all(isinstance(update, Replacement) for _, update in adapter)
     config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
     text = json.dumps(dict(sorted(config.items())), indent=4)
-    return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), lines
+    return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), absent + joined + lines
 
 
-def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
-    """Return the adapter with experts in the stacks of MLX-LM's model, under its names for them.
+def _without_absent(adapter: Adapter, config: Mapping[str, Any] | None, on_loss: str) -> tuple[Adapter, list[str]]:
+    """Return the adapter without the targets that MLX-LM's model lacks, and a line for each.
+
+    Raises:
+        Unrepresentable: there are such targets and `on_loss` is not `drop`, or there are no others.
+    """
+    absent = [target for target in adapter.updates if is_absent(target.path, config)]
+    if not absent:
+        return adapter, []
+    items = [f"{target}: MLX-LM's model has no layer of this weight alone that takes an adapter" for target in absent]
+    if on_loss != "drop" or len(absent) == len(adapter.updates):
+        cure = "Leave these out with on_loss='drop'/--on-loss drop, or merge into the base and convert that"
+        raise Unrepresentable("MLX-LM cannot express these updates", items=items, cure=cure)
+    kept = {target: updates for target, updates in adapter.updates.items() if target not in absent}
+    return adapter.replace(updates=kept), [f"left out {item}" for item in items]
+
+
+def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> tuple[Adapter, list[str]]:
+    """Return the adapter with experts in the stacks of MLX-LM's model and parts in its fused weights, and their lines.
 
     Raises:
         UsageError: the possible families store experts in different places, and there is no base to decide.
@@ -71,11 +91,20 @@ def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
         if found is not None:
             moves[target.path] = found
     if not moves:
-        return adapter
+        return adapter, []
     experts = expert_count(config)
     _check_all(moves, experts)
     own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
-    return adapter.replace(updates={**own, **translated(adapter.updates, moves, experts)})
+    there = translated(adapter.updates, moves, experts)
+    # A part of a fused layer has rows of its own; only MLX-LM's FusedLinear has a LoRA for each of them.
+    fused = {move.path: move.into.of for given in moves.values() for move in given if move.into is not None}
+    sizes = {
+        target.path: fused[target.path] * (target.rows[1] - target.rows[0])
+        for target in there
+        if target.path in fused and target.rows is not None
+    }
+    joined, lines = with_joined_rows(there, None, sizes)
+    return adapter.replace(updates={**own, **joined}), lines
 
 
 def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:

@@ -30,7 +30,10 @@ def moves_of(
 
 
 def translated(
-    updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], experts: int = 0
+    updates: Mapping[Target, tuple[Update, ...]],
+    moves: Mapping[str, tuple[Move, ...]],
+    experts: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[Target, tuple[Update, ...]]:
     """Apply the moves of `moves_of` to updates: cut at fused weights, put into or taken out of stacks.
 
@@ -38,12 +41,13 @@ def translated(
         updates: target -> updates; those without moves are left out.
         moves: path of a target -> the places of its parts.
         experts: how many experts a stack has; 0 for as many as the updates need.
+        config: the base's config, for its heads: they divide a fused projection.
 
     Raises:
         NotMergeable, ShapeMismatch, Unsupported: an update cannot be cut or joined.
     """
     found: dict[Target, tuple[Update, ...]] = {}
-    for target, there, given in moved(updates, moves, _shapes(updates, moves, experts)):
+    for target, there, given in moved(updates, moves, _shapes(updates, moves, experts), config):
         # Some families store stacks as [in, out]; no other naming stores experts this way.
         layout = "e out *in" if there.stacked else "out *in"
         there = replace(there, layout=layout) if target.stacked else there

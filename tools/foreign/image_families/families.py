@@ -354,6 +354,36 @@ def _flux3(state: State) -> State:
     return single.convert_flux3_transformer_checkpoint_to_diffusers(state)
 
 
+_SANA_VIDEO = {
+    "x_embedder.proj": "patch_embedding", "y_embedder.y_proj.fc": "caption_projection.linear_",
+    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2", "t_block.1": "time_embed.linear",
+    "attention_y_norm": "caption_norm", "final_layer.linear": "proj_out", "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.proj": "attn2.to_out.0", "cross_attn.q_norm": "attn2.norm_q", "cross_attn.k_norm": "attn2.norm_k",
+    ".attn.proj": ".attn1.to_out.0", ".attn.q_norm": ".attn1.norm_q", ".attn.k_norm": ".attn1.norm_k",
+    "mlp.inverted_conv.conv": "ff.conv_inverted", "mlp.depth_conv.conv": "ff.conv_depth",
+    "mlp.point_conv.conv": "ff.conv_point", "mlp.t_conv": "ff.conv_temp", "blocks.": "transformer_blocks.",
+}  # fmt: skip
+
+
+def _sana_video(state: State) -> State:
+    """The names of diffusers' script, whose attention is cut as Sana's is."""
+    made: State = {}
+    for key, value in state.items():
+        name = key
+        for theirs, ours in _SANA_VIDEO.items():
+            name = name.replace(theirs, ours)
+        if ".qkv." in name or ".kv_linear." in name:
+            fused, letters, attn = (".attn.qkv", "qkv", ".attn1") if ".qkv." in name else (
+                ".cross_attn.kv_linear", "kv", ".attn2"
+            )  # fmt: skip
+            for letter, part in zip(letters, value.chunk(len(letters)), strict=True):
+                made[name.replace(fused, f"{attn}.to_{letter}")] = part
+        else:
+            made[name] = value
+    return made
+
+
 FAMILIES: dict[str, Family] = {
     "flux": Family(
         ("FluxTransformer2DModel",), single.convert_flux_transformer_checkpoint_to_diffusers, _BFL, title="flux",
@@ -542,6 +572,51 @@ FAMILIES: dict[str, Family] = {
         ("MiniMaxMusic3Transformer1DModel",), title="MiniMax Music 3", counted=True, unlikely=True,
     ),
     "allegro": Family(("AllegroTransformer3DModel",), title="Allegro", counted=True, unlikely=True),
+    # The following share the names of their attention with a family above. No tool but diffusers has names for them.
+    "dit": Family(("DiTTransformer2DModel",), title="DiT", counted=True, unlikely=True),
+    "bria": Family(
+        ("BriaTransformer2DModel",), title="Bria 3.2", counted=True, unlikely=True,
+        config={"num_layers": 8, "num_single_layers": 28},
+    ),
+    "bria_fibo": Family(
+        ("BriaFiboTransformer2DModel",), title="Bria FIBO", counted=True, unlikely=True,
+        config={"num_layers": 8, "num_single_layers": 38},
+    ),
+    "bria_fibo2": Family(("BriaFibo2Transformer2DModel",), title="Bria FIBO 2", counted=True, unlikely=True),
+    "glm_image_decoder": Family(
+        ("GlmImageTransformer2DModel",), title="GLM-Image", counted=True, unlikely=True, kohya="diffusers",
+        config={"attention_head_dim": 128, "num_attention_heads": 32},
+    ),
+    "motif_video": Family(
+        ("MotifVideoTransformer3DModel",), title="Motif-Video", counted=True, unlikely=True,
+        config={"num_attention_heads": 12, "num_layers": 12, "num_single_layers": 24},
+    ),
+    "ovis_image": Family(("OvisImageTransformer2DModel",), title="Ovis-Image", counted=True, unlikely=True),
+    "hunyuan_dit": Family(
+        ("HunyuanDiT2DModel",), title="Hunyuan-DiT", counted=True, unlikely=True,
+        config={"num_layers": 40, "in_channels": 4, "hidden_size": 1408, "patch_size": 2, "sample_size": 128,
+                "mlp_ratio": 4.3637},
+    ),
+    "lumina_next": Family(
+        ("LuminaNextDiT2DModel",), title="Lumina-Next", counted=True, unlikely=True,
+        config={"hidden_size": 2304, "num_layers": 24, "num_kv_heads": 8, "multiple_of": 256},
+    ),
+    "easyanimate": Family(
+        ("EasyAnimateTransformer3DModel",), title="EasyAnimate", counted=True, unlikely=True,
+        config={"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    ),
+    "stable_audio": Family(("StableAudioDiTModel",), title="Stable Audio", counted=True, unlikely=True),
+    "wan_animate2": Family(("WanAnimate2Transformer3DModel",), title="Wan Animate 2", counted=True, unlikely=True),
+    "cosmos3": Family(("Cosmos3OmniTransformer",), title="Cosmos 3", counted=True, unlikely=True),
+    "sana_video": Family(
+        ("SanaVideoTransformer3DModel",), _sana_video,
+        """x_embedder.proj t_embedder.mlp.{0,2} t_block.1 y_embedder.y_proj.fc{1,2} attention_y_norm final_layer.linear
+        blocks.#.attn.qkv*3 blocks.#.attn.{proj,q_norm,k_norm} blocks.#.cross_attn.q_linear
+        blocks.#.cross_attn.kv_linear*2 blocks.#.cross_attn.{proj,q_norm,k_norm}
+        blocks.#.mlp.{inverted_conv,depth_conv,point_conv}.conv blocks.#.mlp.t_conv""",
+        title="SANA-Video", unlikely=True, counted=True,
+        sources=("diffusers: scripts/convert_sana_video_to_diffusers.py",),
+    ),
     "ltx": Family(
         ("LTXVideoTransformer3DModel",), single.convert_ltx_transformer_checkpoint_to_diffusers, "<ltx>",
         widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
@@ -550,6 +625,7 @@ FAMILIES: dict[str, Family] = {
         ("LTX2VideoTransformer3DModel",), _ltx2, "<ltx>",
         config=dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True),
         beside={"connectors.text_proj_in": "text_embedding_projection.aggregate_embed"}, sources=("Lightricks/LTX-2",),
+        alike=("SanaWMLTX2RefinerTransformer3DModel",),
     ),
     "mochi": Family(
         ("MochiTransformer3DModel",), single.convert_mochi_transformer_checkpoint_to_diffusers,
@@ -670,6 +746,20 @@ WORDS: dict[str, list[str]] = {
     "nucleus_image": ["nucleus"],
     "minimax_music3": ["minimaxmusic3"],
     "allegro": ["allegro"],
+    "dit": [],
+    "bria": ["bria3"],
+    "bria_fibo": ["fibo"],
+    "bria_fibo2": ["fibo2"],
+    "glm_image_decoder": ["glmimage"],
+    "motif_video": ["motifvideo"],
+    "ovis_image": ["ovisimage"],
+    "hunyuan_dit": ["hunyuandit"],
+    "lumina_next": ["luminanext"],
+    "easyanimate": ["easyanimate"],
+    "stable_audio": ["stableaudio"],
+    "wan_animate2": ["wananimate2"],
+    "cosmos3": ["cosmos3"],
+    "sana_video": ["sanavideo"],
 }
 """What metadata of files call the families, in lower-case letters and digits alone."""
 

@@ -1,0 +1,102 @@
+"""Change a model whole or not at all, whatever interrupts: Ctrl-C, no memory left, a hook of another tool that raises.
+
+Attaching an adapter touches many modules one after the other. Everything that can be wrong with the arguments is found
+before the first; this is for what nobody can foresee. It copies the small dictionaries that change, never a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .checkpoints import HANDLES
+from .conversions import APPLY
+from .parts import HOOK, SCRIPTING
+from .scopes import SETTINGS
+
+_OWN = (HOOK, SCRIPTING, APPLY, HANDLES, "forward", "_old_forward")
+"""Attributes of a module that an adapter sets or exchanges."""
+
+_TABLES = (
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", HANDLES,
+)  # fmt: skip
+"""Attributes of a module that an adapter adds to or takes from."""
+
+
+@contextmanager
+def all_or_nothing(
+    model: nn.Module, objects: Iterable[Any] = (), undo: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Put a model back as it was if the `with` ends in an exception.
+
+    Args:
+        model: the model.
+        objects: whose attributes are put back too: a handle and its leaves.
+        undo: puts the numbers of the weights back, before all else.
+    """
+    states: list[Any] = [_State(module) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    held = [each for module in model.modules() for each in _ours(module)]
+    kept = [_Attributes(each) for each in (*objects, *held)]
+    try:
+        yield
+    except BaseException:
+        if undo is not None:
+            undo()
+        for each in (*states, *kept):
+            each.restore()
+        for parameter, flag in gradients:
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
+        SETTINGS.renew()
+        raise
+
+
+def _ours(module: nn.Module) -> Iterator[Any]:
+    """The objects of this package that a module holds: a hook for its forward, and those that look at the model."""
+    if HOOK in module.__dict__:
+        yield module.__dict__[HOOK]
+    package = __name__.rpartition(".")[0]
+    hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit have none.
+    yield from (hook for hook in hooks.values() if type(hook).__module__.startswith(package))
+
+
+class _State:
+    """What adapters change in a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.held = module.__dict__
+        self.own = {name: self.held[name] for name in _OWN if name in self.held}
+        tables: list[Any] = [self.held.get(name) for name in _TABLES]
+        self.tables = [(table, table.copy()) for table in tables if isinstance(table, dict | set | list)]
+
+    def restore(self) -> None:
+        for name in _OWN:
+            self.held.pop(name, None)
+        self.held.update(self.own)
+        for table, before in self.tables:
+            table.clear()
+            if isinstance(table, list):
+                table.extend(before)
+            else:
+                table.update(before)
+
+
+class _Attributes:
+    """The attributes of an object, and the elements of those that are lists."""
+
+    def __init__(self, each: Any) -> None:
+        self.held = each.__dict__
+        self.before = dict(self.held)
+        self.lists = [(value, value.copy()) for value in self.before.values() if isinstance(value, list)]
+
+    def restore(self) -> None:
+        self.held.clear()
+        self.held.update(self.before)
+        for value, before in self.lists:
+            value[:] = before
