@@ -119,7 +119,7 @@ class Step:
         object.__setattr__(self, "args", _public(self.args))
 
 
-def _public(value: Any) -> Any:
+def _public(value: object) -> Any:
     if isinstance(value, str):
         return public(value)
     if isinstance(value, Mapping):
@@ -336,7 +336,7 @@ def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return canonical([name, dtype, shape]).encode()
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """Return canonical JSON: sorted keys, no spaces, no escapes beyond JSON's own, no NaN or infinity.
 
     Raises:
@@ -370,7 +370,7 @@ TOO_LARGE = 10**4300
 """The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
 
 
-def check_json(value: Any, where: str) -> None:
+def check_json(value: object, where: str) -> None:
     """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
 
     Raises:
@@ -380,7 +380,7 @@ def check_json(value: Any, where: str) -> None:
     _check_json(value, where, 0, left)
 
 
-def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
+def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
     left[0] -= 1
     if depth > DEEPEST or left[0] < 0:
         why = f"nested more than {DEEPEST} levels deep" if depth > DEEPEST else f"more than {MOST_VALUES} values"
@@ -400,7 +400,7 @@ def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
         raise Malformed(f"{shown(value)} has no form in JSON", where=where, cure=_CORRECT)
 
 
-def _plain_number(value: Any) -> bool:
+def _plain_number(value: object) -> bool:
     """Whether a value is null, true, false or a number that JSON can express."""
     if isinstance(value, float):
         return math.isfinite(value)
@@ -457,7 +457,7 @@ def _check_update(target: Target, update: Update, together: dict[str, Any]) -> N
         raise _placed(error, target, update) from None
 
 
-def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(dims: Mapping[str, Any]) -> dict[str, object]:
     """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in` of others."""
     inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
     return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs

@@ -169,7 +169,7 @@ class Scan:
             "note": "Findings are evidence, not proof; a file without findings is not proven harmless.",
         }  # fmt: skip
 
-    def sarif(self) -> dict[str, Any]:
+    def sarif(self) -> dict[str, object]:
         """The result in SARIF 2.1.0, which code hosts and editors show."""
         from .. import __version__
 

@@ -85,7 +85,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     measuring = threading.Lock()
 
-    def sums(given: Any) -> dict[str, Any]:
+    def sums(given: Any) -> dict[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
             raise UsageError("a list of adapters was expected", cure="Fill the form in")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]

@@ -26,6 +26,7 @@ from .reader import FORMAT
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
     from ...naming.resolver import Move
     from .._pairs import Pair
 
@@ -57,7 +58,7 @@ def written(
     return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), lines
 
 
-def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
+def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> Adapter:
     """Return the adapter with experts in the stacks of MLX-LM's model, under its names for them.
 
     Raises:
@@ -202,7 +203,7 @@ def _name(target: Target, hints: Mapping[str, Any]) -> str:
     return str(known.get(target.path, target.path))
 
 
-def _as_read(config: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
     """Return the text of the config that was read if it means the same; only the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:
