@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
+    from ..io.strict_json import JsonValue
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
 """Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
@@ -152,7 +153,7 @@ class Adapter:
     base: BaseRef | None = None
     recipe: tuple[Step, ...] = ()
     foreign: Foreign | None = None
-    extensions: Mapping[str, Any] = field(default_factory=dict)
+    extensions: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
@@ -205,7 +206,7 @@ class Adapter:
         """Return the same adapter with other field values."""
         return dataclasses.replace(self, **changes)
 
-    def step(self, op: str, **args: Any) -> Adapter:
+    def step(self, op: str, **args: JsonValue) -> Adapter:
         """Return the same adapter with one more step in its lineage."""
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 

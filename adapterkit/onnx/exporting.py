@@ -256,18 +256,18 @@ RECORD = "adapterkit.export"
 
 def export(
     torch_model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[object],
     out: str | PathLike[str],
     *,
     adapter: Adapters = None,
     mode: str = "merged",
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
     opset: int | None = None,
     inside: str = "",
-    also: Sequence[Sequence[Any]] = (),
+    also: Sequence[Sequence[object]] = (),
     quantize: str | None = None,
     share: str | PathLike[str] | None = None,
     check: bool = True,
@@ -312,7 +312,7 @@ def export(
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)
     adapters = dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))
-    options = {
+    options: dict[str, Any] = {
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
         "opset_version": opset, "inside": inside,
     }  # fmt: skip

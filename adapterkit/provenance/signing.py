@@ -60,7 +60,7 @@ class Signed:
     statement: Mapping[str, Any]
     not_covered: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data, for `--json`."""
         return {
             "path": self.path, "out": self.out, "files": self.files, "statement": dict(self.statement),

@@ -35,7 +35,7 @@ class Inspection:
     path: str
     data: Mapping[str, Any]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The same as plain data."""
         return dict(self.data)
 
@@ -80,7 +80,7 @@ def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[
     from ..onnx import layers
 
     found = [place.record() for place in layers(src, base_weights=base_weights)]
-    methods = _counts(place["method"] or "nothing" for place in found)
+    methods = _counts(str(place["method"] or "nothing") for place in found)
     return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
 
 
@@ -98,7 +98,7 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
          "layers": sum(each["graph"] == part.name.as_posix() for each in found)}
         for part in parts
     ]  # fmt: skip
-    methods = _counts(place["method"] or "nothing" for place in found)
+    methods = _counts(str(place["method"] or "nothing") for place in found)
     return {
         "kind": "graph", "path": src, "graphs": graphs, "layers": found,
         "totals": {"layers": len(found), "methods": methods},

@@ -150,7 +150,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
     """
     from ..api import report
 
-    measured = report(list(adapters), base=base).record()
+    measured: dict[str, Any] = report(list(adapters), base=base).record()
     count = len(adapters)
     found: dict[str, list[list[float]]] = {}
     for effect in measured["effects"]:
