@@ -62,7 +62,8 @@ class Pulled:
             {"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()
         ]
         return {
-            "uri": self.uri, "out": str(self.out), "files": files, "bytes": sum(size for size, _ in self.files.values()),
+            "uri": self.uri, "out": str(self.out), "files": files,
+            "bytes": sum(size for size, _ in self.files.values()),
             "fetched": self.fetched, "dry_run": self.dry, "already_done": self.already,
         }  # fmt: skip
 
