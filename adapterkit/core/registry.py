@@ -89,7 +89,7 @@ class Registry(Mapping[str, T], Generic[T]):
         cure = nearest(name, self) or f"Known: {', '.join(self)}"
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
-    def _foreign(self, name: str, entry: Any) -> T:
+    def _foreign(self, name: str, entry: object) -> T:
         """Check a third party's entry: its name must be that of its module, because files store the module's name."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:

@@ -234,7 +234,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Any, bias: Any) -> None:
+def _check(place: Found, layer: Any, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):

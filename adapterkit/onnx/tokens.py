@@ -34,7 +34,7 @@ class Call(Protocol):
     def input(self, word: str) -> ir.Value | None:
         """Return the graph input for a word; None if there is none."""
 
-    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
+    def new(self, word: str, axes: Sequence[object]) -> ir.Value:
         """Add an integer input to the graph, once per word."""
         ...
 

@@ -22,6 +22,7 @@ from .signing import linked_folders, settled
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class SignatureCheck:
     statement: Mapping[str, Any] | None
     not_covered: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data, for `--json`."""
         return {
             "path": self.path, "file": self.signature, "kind": self.kind, "key": self.key, "files": self.files,

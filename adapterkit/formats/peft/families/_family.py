@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ..._format import Departure
     from ..file import File, Findings, Found, Key
     from ..settings import Settings
@@ -143,7 +144,7 @@ class Family(ABC):
         yield from ()
 
     @classmethod
-    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+    def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
         """Return fields whose tensors this config makes unnecessary, because it determines them."""
         return frozenset()
 
@@ -178,7 +179,7 @@ class Scaled(Own, frozen=True, kw_only=True):
         return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
 
 
-def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonValue]:
     """Return rank and alpha fields for the rank and scaling of each module."""
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
@@ -190,7 +191,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
     return number_fields(scales, (False,))[1]
 
 
-def minority(said: Mapping[Target, Any]) -> list[Target]:
+def minority(said: Mapping[Target, object]) -> list[Target]:
     """Return the targets whose value is not the most common one; of equally common ones, the first counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)

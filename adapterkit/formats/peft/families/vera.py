@@ -84,7 +84,7 @@ class Projections(Family):
         return {"r": int(some.B.shape[1]), "save_projection": True, "fan_in_fan_out": cls.turned(updates)}
 
     @classmethod
-    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+    def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
         """Leave projections out of a file that had none, if they are still those of its seed."""
         if config.get("save_projection", True):
             return frozenset()
