@@ -304,7 +304,7 @@ class Handle:
         with all_or_nothing(self._model, self._objects()):
             self._detach()
 
-    def _objects(self) -> list[Any]:
+    def _objects(self) -> list[object]:
         """What changes along with the model when the adapter comes or goes."""
         return [self, self._switch, *self._leaves]
 
