@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..errors import (
     AdapterkitError,
@@ -137,6 +137,16 @@ class Foreign:
     tensors: Mapping[str, Leaf] = field(default_factory=dict)
 
 
+class AdapterChanges(TypedDict, total=False):
+    """The fields that `Adapter.replace` takes."""
+
+    updates: Updates
+    base: BaseRef | None
+    recipe: tuple[Step, ...]
+    foreign: Foreign | None
+    extensions: Mapping[str, JsonValue]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """Typed updates by target.
@@ -202,7 +212,7 @@ class Adapter:
         """Return the adapter with all leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
-    def replace(self, **changes: Any) -> Adapter:
+    def replace(self, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Return the same adapter with other field values."""
         return dataclasses.replace(self, **changes)
 

@@ -23,6 +23,8 @@ from .rowwise import INDEX, ROWS, stacked
 from .slots import fit
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from ..io.strict_json import JsonValue
     from .reading import Base
 
@@ -202,7 +204,7 @@ class Session:
         self._stacks.clear()
 
     def run(
-        self, inputs: Mapping[str, Any], adapter: Choice = None, outputs: Sequence[str] | None = None
+        self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run the model.
 

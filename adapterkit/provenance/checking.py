@@ -107,7 +107,9 @@ def check_signature(
     )  # fmt: skip
 
 
-def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | PathLike[str]) -> dict[str, str] | None:
+def other_base(
+    statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
+) -> dict[str, str] | None:
     """Return the recorded and the given fingerprint, if a base is not the one that a signed statement names.
 
     `how` says how the base relates to the recorded one, where the statement tells the shapes.
@@ -115,7 +117,7 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
     Raises:
         UsageError: the statement names no fingerprint, so there is nothing to compare.
     """
-    told = statement or {}
+    told: Mapping[str, Any] = statement or {}
     kept = told.get("made_from") or {}
     recorded = [*((told.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]

@@ -40,16 +40,16 @@ class Inspection:
         return dict(self.data)
 
     @property
-    def totals(self) -> Mapping[str, Any]:
+    def totals(self) -> Mapping[str, JsonValue]:
         """Counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
-        found: Mapping[str, Any] = self.data.get("totals", {})
+        found: Mapping[str, JsonValue] = self.data.get("totals", {})
         return found
 
     def __repr__(self) -> str:
         name = public(self.path)
         if self.kind == "adapter" and self.data.get("format") is None:
             return f"Inspection({name!r}: adapter, {len(self.data['modules']):,} modules that are not resolved)"
-        totals = self.totals
+        totals: Mapping[str, Any] = self.data.get("totals", {})
         if self.kind == "adapter":
             methods = ", ".join(f"{count:,} {method}" for method, count in totals["methods"].items())
             return f"Inspection({name!r}: {self.data['format']} adapter, {totals['targets']:,} targets: {methods})"
