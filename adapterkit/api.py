@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from .core.adapter import Adapter
 from .core.tables import html_table
@@ -24,6 +24,7 @@ from .naming.binding.bases import check_base
 from .naming.binding.tables import name_map
 
 if TYPE_CHECKING:
+    from .formats import ReadOptions
     from .io.checkpoint import Checkpoint
     from .reporting.inspecting import Inspection
     from .reporting.report import AdapterReport
@@ -44,7 +45,7 @@ def convert(
     rename: str | Sequence[str] = (),
     overwrite: bool = False,
     made_from: str | None = None,
-    **reading: Any,
+    **reading: Unpack[ReadOptions],
 ) -> WriteResult:
     """Write an adapter in another format, here or on a hub.
 
@@ -152,7 +153,7 @@ def inspect(
     layers: bool = False,
     rename: str | Sequence[str] = (),
     base_weights: str | PathLike[str] | None = None,
-    **reading: Any,
+    **reading: Unpack[ReadOptions],
 ) -> Inspection:
     """Say what an adapter, a base or a graph holds; only headers are read, but with `layers`.
 

@@ -19,6 +19,7 @@ from .writing import write
 if TYPE_CHECKING:
     from .core.adapter import Adapter
     from .io.checkpoint import Checkpoint
+    from .io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class WriteResult:
         rows = [["loss", loss] for loss in self.losses] + [["warning", warning] for warning in self.warnings]
         return html_table(repr(self), ("kind", "what"), rows)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data, for `--json`."""
         return {
             "out": self.out, "to": self.format, "targets": self.targets, "updates": self.updates,

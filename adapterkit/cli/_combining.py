@@ -34,7 +34,7 @@ def method_and_settings(default: str | None) -> Callable[[F], F]:
 
 def combination(
     adapters: Sequence[str], method: str | None, weights: Sequence[float], parameters: Sequence[str],
-    given: Mapping[str, Any], recipe: Recipe | None = None,
+    given: Mapping[str, object], recipe: Recipe | None = None,
 ) -> tuple[list[str], dict[str, Any]]:  # fmt: skip
     """Adapters and the arguments of `ops.combine`; what stands on the command line goes before what a recipe says.
 

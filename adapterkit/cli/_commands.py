@@ -99,7 +99,7 @@ class Commands(click.Group):
         return (import_module(module).__doc__ or "").strip().partition("\n")[0]
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
     ) -> click.Context:
         with carried():
             return super().make_context(info_name, args, parent, **extra)

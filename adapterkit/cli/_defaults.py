@@ -17,11 +17,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import Malformed, StorageError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 
 PREFIX = "ADAPTERKIT_"
 OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE"))
@@ -58,7 +62,7 @@ class Default:
     parameter: str = ""
 
 
-def for_command(name: str, command: click.Command) -> dict[str, Any]:
+def for_command(name: str, command: click.Command) -> dict[str, JsonValue]:
     """Return parameter -> default of a command, as click's `default_map` takes it.
 
     Raises:
@@ -99,7 +103,7 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def _entries(
-    table: Mapping[str, Any], command: str | None, options: Mapping[str, click.Option], path: Path, *, every: bool
+    table: Mapping[str, JsonValue], command: str | None, options: Mapping[str, click.Option], path: Path, *, every: bool
 ) -> Iterator[Default]:
     for key, value in table.items():
         word = str(key).replace("_", "-")
@@ -153,7 +157,7 @@ def _project() -> tuple[Path, Mapping[str, Any]] | None:
     return None
 
 
-def _table(path: Path, *, needed: bool = False) -> Mapping[str, Any]:
+def _table(path: Path, *, needed: bool = False) -> Mapping[str, JsonValue]:
     import tomllib
 
     try:

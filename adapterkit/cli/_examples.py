@@ -7,7 +7,6 @@ such files. Lines that name a hub, a graph, a model of transformers or another p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "bom": ("adapterkit bom tuned", "adapterkit bom lora -o lora.cdx.json"),
@@ -99,7 +98,7 @@ def epilog(command: str) -> str | None:
     return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)]) if lines else None
 
 
-def next_step(command: str, given: Mapping[str, Any]) -> str | None:
+def next_step(command: str, given: Mapping[str, object]) -> str | None:
     """Return what one may do after a command.
 
     Args:

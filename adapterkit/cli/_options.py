@@ -107,7 +107,7 @@ STATED = "adapterkit.stated"
 """Key in the context's `meta`: arguments of `adapterkit.read` that say what a file does not."""
 
 
-def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+def _state(ctx: click.Context, param: click.Parameter, value: object) -> Any:
     if value not in (None, False):
         ctx.meta.setdefault(STATED, {})[param.name] = value
     return value

@@ -53,7 +53,7 @@ _LARGE = 1 << 20
 """Characters of JSON for which another formatter is worth its import."""
 
 
-def show(settings: CliSettings, record: Mapping[str, Any], view: Callable[[Mapping[str, Any]], View]) -> None:
+def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Mapping[str, Any]], View]) -> None:
     """Prints a result: `record` as JSON, or the lines and tables that `view` makes of it."""
     if settings.json:
         click.echo(as_json(record))
@@ -85,7 +85,7 @@ def _folded(line: str) -> str:
     )  # fmt: skip
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Valid JSON of a record: numbers that JSON does not know become null, paths become text."""
     import json
 
@@ -132,7 +132,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {public(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -153,7 +153,7 @@ def _aligned(table: TextTable) -> list[str]:
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
-def _cells(values: Sequence[Any]) -> list[str]:
+def _cells(values: Sequence[object]) -> list[str]:
     """Return the text of each cell of a column. Equal values are rendered once: long tables have few different ones."""
     known: dict[tuple[type, Any], str] = {}
     texts = []

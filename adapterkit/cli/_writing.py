@@ -64,7 +64,7 @@ def is_done(settings: CliSettings, out: str, digest: str | None, overwrite: bool
     return True
 
 
-def _view(record: Mapping[str, Any]) -> View:
+def _view(record: Mapping[str, object]) -> View:
     yield f"already done: {record['out']} was made from the same inputs and is unchanged"
 
 
@@ -155,7 +155,7 @@ def outcome(record: Mapping[str, Any]) -> Iterable[str]:
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
-def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> TextTable:
+def cuts_table(cuts: Sequence[Mapping[str, object]]) -> TextTable:
     """Show each target's rank, norm and error."""
     columns = ("target", "method", "rank before", "rank", "norm", "relative error")
     return TextTable(

@@ -36,7 +36,7 @@ def _view(record: Mapping[str, Any]) -> View:
     yield TextTable(columns, [_row(row) for row in record["rows"]])
 
 
-def _row(row: Mapping[str, Any]) -> list[Any]:
+def _row(row: Mapping[str, Any]) -> list[object]:
     return [
         row["task"], row["method"], f"{row['before']:.1%}", f"{row['after']:.1%}", row["verified"],
         round(row["seconds"], 2),

@@ -84,7 +84,7 @@ def command(
     chosen = list(weights) or None
     found = gate(base, held, merged=merged, onnx=onnx, data=data, weights=chosen, **options)
     record = found.record()
-    warn(record["warnings"])
+    warn(found.warnings)
     show(ctx.obj, record, _view)
     if found.outcome != "passed":
         ctx.exit(1 if found.outcome == "failed" else 3)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options
 from ._graphs import graph_in, is_graphs
 from ._render import TextTable, View, counted, show, size
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @click.command(help=__doc__)
@@ -47,7 +50,7 @@ def command(
     show(settings, found.record(), partial(_view, every=every))
 
 
-def _view(record: Mapping[str, Any], every: bool) -> View:
+def _view(record: Mapping[str, object], every: bool) -> View:
     """Yield the lines and tables of what was found, by its kind."""
     if record["kind"] == "graph":
         return _graph_view(record)
@@ -153,7 +156,7 @@ def _aligned_pairs(pairs: Iterable[tuple[str, str]]) -> Iterable[str]:
 class _Group:
     """Targets of one module that are alike but for their layer."""
 
-    def __init__(self, module: str, first: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, first: Mapping[str, object]) -> None:
         self.module, self.first, self.layers, self.parameters, self.count = module, first, dict[str, None](), 0, 0
 
     def add(self, update: Mapping[str, Any], layer: str) -> None:
@@ -201,7 +204,7 @@ def _ranges(layers: Sequence[str]) -> str:
     return ", ".join(texts) if len(texts) <= 4 else f"{len(layers):,}: {', '.join(texts[:3])}, ... {texts[-1]}"
 
 
-def _in_order(updates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _in_order(updates: Sequence[Mapping[str, object]]) -> list[Mapping[str, Any]]:
     """The updates by name, 2 before 10."""
     from ..reporting.grid import natural
 
@@ -224,7 +227,7 @@ def _short(value: str) -> str:
     return value if len(value) <= 200 else f"{value[:200]}... ({len(value):,} characters, --json shows all)"
 
 
-def _update_rows(updates: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def _update_rows(updates: Sequence[Mapping[str, object]]) -> list[list[Any]]:
     """The rows of a table; updates that share all but their name share the work."""
     known: dict[int, list[Any]] = {}
     found = []
@@ -241,7 +244,7 @@ def _named(update: Mapping[str, Any]) -> str:
     return (update["target"] or "(model)") + rows
 
 
-def _update_row(update: Mapping[str, Any]) -> list[Any]:
+def _update_row(update: Mapping[str, Any]) -> list[object]:
     layout = "" if update["layout"] == "out *in" else update["layout"]
     shapes = " ".join(f"{name}{_shape(tensor)}" for name, tensor in update["tensors"].items())
     other = " ".join(f"{k}={v}" for k, v in update["attributes"].items() if k != "scaling" and v is not None)
@@ -253,7 +256,7 @@ def _update_row(update: Mapping[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _licence(record: Mapping[str, Any]) -> str:
+def _licence(record: Mapping[str, JsonValue]) -> str:
     asks = record.get("licence_asks")
     return str(record["licence"]) + (f", which {asks}" if asks else "")
 
@@ -321,7 +324,7 @@ def _layer_counts(record: Mapping[str, Any]) -> str:
     return f"{counted(record['totals']['layers'], 'layer')} ({methods})"
 
 
-def _layer_row(place: Mapping[str, Any]) -> list[Any]:
+def _layer_row(place: Mapping[str, Any]) -> list[object]:
     nodes, found = place["nodes"], place["method"]
     shown = nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "") if nodes else place["note"]
     shape = "" if place["shape"] is None else _shape(place)

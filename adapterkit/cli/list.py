@@ -15,6 +15,7 @@ from . import _options
 from ._render import TextTable, View, show
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from ..loaders import Answer
 
 
@@ -49,7 +50,7 @@ def command(
         show(settings, {"methods": methods()}, _methods_view)
 
 
-def formats() -> list[dict[str, Any]]:
+def formats() -> list[dict[str, JsonValue]]:
     """One record a format, in the order of their names."""
     from ..formats import FORMATS
 
@@ -79,7 +80,7 @@ def methods() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def combiners() -> list[dict[str, Any]]:
+def combiners() -> list[dict[str, object]]:
     """One record a way to combine, in the order of their names: parameters with defaults and meanings."""
     from ..ops import COMBINERS
 
@@ -96,7 +97,7 @@ def combiners() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def schemes() -> list[dict[str, Any]]:
+def schemes() -> list[dict[str, JsonValue]]:
     """One record a quantization scheme, in the order of their names."""
     from ..quant import SCHEMES
 
@@ -165,7 +166,7 @@ def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
     return [entry["name"], title, " ".join(values)]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ checked by --key, --trust, or --identity and --issuer. The exit code is 4 where 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from . import _options
 from ._graphs import warn
 from ._progress import progress
 from ._render import TextTable, View, counted, show
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @click.command(help=__doc__)
@@ -73,7 +76,7 @@ def command(
 def _signed(
     path: str, signature: str, key: str | None, trust: Sequence[str], identity: str | None, issuer: str | None,
     base: str | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, JsonValue]:  # fmt: skip
     """Checks the signature; with a base, also that it is the one that the signed statement names."""
     from ..io.locations import local, located
     from ..provenance import check_signature, other_base
@@ -89,7 +92,7 @@ def record_of(
     settings: _options.CliSettings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
     strict_base: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 

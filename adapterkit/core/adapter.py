@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..errors import (
     AdapterkitError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
+    from ..io.strict_json import JsonValue
 
 LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
 """Axis orders of stored weights: linear and convolution; GPT-2's Conv1D and embeddings; both for stacked experts."""
@@ -119,7 +120,7 @@ class Step:
         object.__setattr__(self, "args", _public(self.args))
 
 
-def _public(value: Any) -> Any:
+def _public(value: object) -> Any:
     if isinstance(value, str):
         return public(value)
     if isinstance(value, Mapping):
@@ -134,6 +135,16 @@ class Foreign:
     format: str
     data: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Leaf] = field(default_factory=dict)
+
+
+class AdapterChanges(TypedDict, total=False):
+    """The fields that `Adapter.replace` takes."""
+
+    updates: Updates
+    base: BaseRef | None
+    recipe: tuple[Step, ...]
+    foreign: Foreign | None
+    extensions: Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +163,7 @@ class Adapter:
     base: BaseRef | None = None
     recipe: tuple[Step, ...] = ()
     foreign: Foreign | None = None
-    extensions: Mapping[str, Any] = field(default_factory=dict)
+    extensions: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
@@ -201,11 +212,11 @@ class Adapter:
         """Return the adapter with all leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
         return self.map(lambda leaf: as_torch(leaf, device, dtype))
 
-    def replace(self, **changes: Any) -> Adapter:
+    def replace(self, **changes: Unpack[AdapterChanges]) -> Adapter:
         """Return the same adapter with other field values."""
         return dataclasses.replace(self, **changes)
 
-    def step(self, op: str, **args: Any) -> Adapter:
+    def step(self, op: str, **args: JsonValue) -> Adapter:
         """Return the same adapter with one more step in its lineage."""
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
@@ -336,7 +347,7 @@ def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return canonical([name, dtype, shape]).encode()
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """Return canonical JSON: sorted keys, no spaces, no escapes beyond JSON's own, no NaN or infinity.
 
     Raises:
@@ -370,7 +381,7 @@ TOO_LARGE = 10**4300
 """The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
 
 
-def check_json(value: Any, where: str) -> None:
+def check_json(value: object, where: str) -> None:
     """Check that a value is plain JSON: YAML and pickles can hold dates, NaN, keys of any type and lone surrogates.
 
     Raises:
@@ -380,7 +391,7 @@ def check_json(value: Any, where: str) -> None:
     _check_json(value, where, 0, left)
 
 
-def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
+def _check_json(value: object, where: str, depth: int, left: list[int]) -> None:
     left[0] -= 1
     if depth > DEEPEST or left[0] < 0:
         why = f"nested more than {DEEPEST} levels deep" if depth > DEEPEST else f"more than {MOST_VALUES} values"
@@ -400,7 +411,7 @@ def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
         raise Malformed(f"{shown(value)} has no form in JSON", where=where, cure=_CORRECT)
 
 
-def _plain_number(value: Any) -> bool:
+def _plain_number(value: object) -> bool:
     """Whether a value is null, true, false or a number that JSON can express."""
     if isinstance(value, float):
         return math.isfinite(value)
@@ -457,7 +468,7 @@ def _check_update(target: Target, update: Update, together: dict[str, Any]) -> N
         raise _placed(error, target, update) from None
 
 
-def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(dims: Mapping[str, Any]) -> dict[str, object]:
     """Return the axes on which all updates of a target must agree; `rest` begins with the axis `in` of others."""
     inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
     return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs

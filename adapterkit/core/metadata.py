@@ -169,7 +169,7 @@ def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator
                 yield from _arguments(one.get("recipe") or (), name)
 
 
-def _strings(found: Any) -> dict[str, str]:
+def _strings(found: object) -> dict[str, str]:
     """Return the text entries of a mapping or a list of pairs, the two forms that formats keep; {} otherwise."""
     pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
     return {

@@ -1,5 +1,7 @@
 """The registry: an entry is a module and has its name. Listing imports nothing; getting imports that one module.
 
+A registry of many small entries may have several in a module; then listing imports all of them.
+
 Third parties add entries by entry points of the registry's group, named after the entry's module. They cannot replace a
 built-in entry.
 """
@@ -32,10 +34,11 @@ class Registry(Mapping[str, T], Generic[T]):
         package: the package whose modules are the built-in entries; names with a leading underscore are private.
         group: the entry point group for third parties.
         root: the class that entries derive from.
+        several: whether a module may have several entries, the classes in it that say their own `name`.
     """
 
-    def __init__(self, noun: str, package: str, group: str, root: type) -> None:
-        self.noun, self.package, self.group, self.root = noun, package, group, root
+    def __init__(self, noun: str, package: str, group: str, root: type, several: bool = False) -> None:
+        self.noun, self.package, self.group, self.root, self.several = noun, package, group, root, several
         self._loaded: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
@@ -62,7 +65,12 @@ class Registry(Mapping[str, T], Generic[T]):
     @cached_property
     def _builtin(self) -> frozenset[str]:
         path = import_module(self.package).__path__
-        return frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+        modules = frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+        if not self.several:
+            return modules
+        for name in sorted(modules):
+            self._add_all(name, import_module(f"{self.package}.{name}"))
+        return frozenset(self._loaded)
 
     @cached_property
     def _third_party(self) -> Mapping[str, EntryPoint]:
@@ -75,13 +83,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self, name: str) -> T:
         if name in self._builtin:
-            return self._entry(import_module(f"{self.package}.{name}"))
+            return self._loaded[name] if self.several else self._entry(import_module(f"{self.package}.{name}"))
         if name in self._third_party:
             return self._foreign(name, self._third_party[name].load())
         cure = nearest(name, self) or f"Known: {', '.join(self)}"
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
 
-    def _foreign(self, name: str, entry: Any) -> T:
+    def _foreign(self, name: str, entry: object) -> T:
         """Check a third party's entry: its name must be that of its module, because files store the module's name."""
         fits = inspect.isclass(entry) and issubclass(entry, self.root)
         if not fits or entry.__module__.rpartition(".")[2] != name:
@@ -89,13 +97,24 @@ class Registry(Mapping[str, T], Generic[T]):
         return cast(T, entry)
 
     def _entry(self, module: Any) -> T:
-        found = [
-            value for value in vars(module).values()
-            if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__
-        ]  # fmt: skip
+        found = self._classes(module)
         if len(found) != 1:
             raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, has {len(found)}")
         return cast(T, found[0])
+
+    def _add_all(self, name: str, module: Any) -> None:
+        """Add the entries of a module: its only class, or each class that says its own name."""
+        found = self._classes(module)
+        named = {name: found[0]} if len(found) == 1 else {vars(c)["name"]: c for c in found if "name" in vars(c)}
+        if not named or self._loaded.keys() & named.keys():
+            raise TypeError(f"{module.__name__} must define a {self.root.__name__} with a name of its own")
+        self._loaded.update(cast("dict[str, T]", named))
+
+    def _classes(self, module: Any) -> list[type]:
+        return [
+            value for value in vars(module).values()
+            if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__
+        ]  # fmt: skip
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from ..merging.execute import Progress
 
 
@@ -38,7 +39,7 @@ def run(progress: Progress | None = None) -> dict[str, Any]:
     return {"images": len(images), "plain": plain, "rows": rows}
 
 
-def _merge(base: Path, adapter: Path, out: Path, progress: Progress | None) -> dict[str, Any]:
+def _merge(base: Path, adapter: Path, out: Path, progress: Progress | None) -> dict[str, JsonValue]:
     from ..formats import read
     from ..merging import merge, verify
 

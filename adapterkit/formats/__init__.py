@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from ..core.registry import Registry
 from ..errors import (  # fmt: skip
@@ -53,6 +53,17 @@ def detect(path: str | PathLike[str]) -> str:
 
 
 @inputs_kept()
+class ReadOptions(TypedDict, total=False):
+    """Further arguments of `read`, which functions that read an adapter pass on."""
+
+    alpha: float | None
+    rank: int | None
+    strict: bool
+    experts_order: str | None
+    strict_base: bool
+    family: str | None
+
+
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word

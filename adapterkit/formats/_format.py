@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, cast
 
 from ..errors import Unrepresentable
 
@@ -73,7 +73,7 @@ class _Derived(Generic[T]):
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute = compute
 
-    def __get__(self, instance: Any, owner: type) -> T:
+    def __get__(self, instance: object, owner: type) -> T:
         return self._value
 
     @cached_property

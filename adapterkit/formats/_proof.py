@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
@@ -335,7 +335,7 @@ def differing(asked: Update, got: Update) -> str:
     return ""
 
 
-def _close(one: Any, other: Any) -> bool:
+def _close(one: object, other: object) -> bool:
     if one == other:
         return True
     return isinstance(one, float | int) and isinstance(other, float | int) and abs(one - other) <= SINGLE * abs(one)

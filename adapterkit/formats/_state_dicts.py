@@ -90,6 +90,6 @@ def read_settings(file: Path, known: tuple[str, ...], example: str) -> dict[str,
     return settings
 
 
-def write_settings(file: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(file: Path, settings: Mapping[str, object]) -> None:
     """Write a file of settings."""
     write_bytes(file, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False).encode())

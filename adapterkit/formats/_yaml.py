@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
 from ..io import strict_yaml
 
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
+
 LIMIT = strict_yaml.MAX_BYTES
 
 
-def load_yaml(data: bytes, where: str) -> dict[str, Any]:
+def load_yaml(data: bytes, where: str) -> dict[str, JsonValue]:
     """Parse a mapping with text for keys.
 
     Raises:

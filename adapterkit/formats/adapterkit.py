@@ -22,6 +22,7 @@ from ._format import Format
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Lazy, Leaf
+    from ..io.strict_json import JsonValue
 
 SPEC = "1.1"
 KEY = "adapterkit"
@@ -189,7 +190,7 @@ def _encode_foreign(foreign: Foreign, store: Callable[[str, Leaf], str]) -> Fore
     return ForeignRecord(foreign.format, dict(foreign.data), tensors)
 
 
-def _unused(name: str, taken: Mapping[str, Any]) -> str:
+def _unused(name: str, taken: Mapping[str, object]) -> str:
     count, free = 1, name
     while free in taken:
         count += 1
@@ -216,7 +217,7 @@ def _parse(text: str) -> Record:
     return record
 
 
-def _keep_unknown(fields: dict[str, Any]) -> dict[str, Any]:
+def _keep_unknown(fields: dict[str, Any]) -> dict[str, JsonValue]:
     known = {name: value for name, value in fields.items() if name in Record.__struct_fields__}
     unknown = {name: value for name, value in fields.items() if name not in known}
     kept = known.get("extensions", {})
@@ -225,7 +226,7 @@ def _keep_unknown(fields: dict[str, Any]) -> dict[str, Any]:
     return {**known, "extensions": kept | unknown}
 
 
-def _check_version(version: Any) -> bool:
+def _check_version(version: object) -> bool:
     """Whether a version is a newer MINOR than this one's."""
     if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
         why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
@@ -283,7 +284,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
     return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
 
 
-def _check_names(what: str, given: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
+def _check_names(what: str, given: Mapping[str, object], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
     """Check that an update has only names that its method knows, and all names without a default."""
     for name in given:
         if name not in fields:

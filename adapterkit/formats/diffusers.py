@@ -35,6 +35,7 @@ from ._image.hints import ImageHints
 if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
     from .peft.settings import Settings
@@ -277,7 +278,7 @@ def _settings(text: str) -> dict[str, Settings]:
     return {part: parse({**config, "peft_type": "LORA"}) for part, config in parts.items()}
 
 
-def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, Any]]) -> bool:
+def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, object]]) -> bool:
     """Whether the configs, or defaults if there are none, give these ranks and scalings."""
     if not settings:
         parts: dict[str, set[int]] = {}
@@ -294,7 +295,7 @@ def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float
     return True
 
 
-def _composed(scales: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
+def _composed(scales: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
     """Make the header's configs; the name of its part is before every field."""
     parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
     for stem, scale in scales.items():
@@ -307,7 +308,7 @@ def _composed(scales: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
     return config
 
 
-def _fields(part: str, found: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
+def _fields(part: str, found: Mapping[str, tuple[int, float, object]]) -> dict[str, JsonValue]:
     from .peft.alphas import number_fields
 
     fields, inexact = number_fields(

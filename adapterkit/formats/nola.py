@@ -120,7 +120,7 @@ def _place(target: Target) -> tuple[str, int | None]:
     return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
 
 
-def _stems(seeds: Mapping[str, Any]) -> dict[tuple[str, int | None], str]:
+def _stems(seeds: Mapping[str, object]) -> dict[tuple[str, int | None], str]:
     """Return place -> prefix of the keys of a pair."""
     found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
     parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}

@@ -111,7 +111,7 @@ def _tensors(value: Mapping[Any, Any]) -> dict[str, Lazy]:
     return dict(value)
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
     return value is None or isinstance(value, str | int | float | bool)
@@ -201,7 +201,7 @@ def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wra
     return tensors
 
 
-def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, Any]) -> None:
+def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, object]) -> None:
     import torch
 
     buffer = io.BytesIO()

@@ -91,7 +91,7 @@ class Tinker(Format):
         return lines
 
 
-def _numbers(config: Mapping[str, Any]) -> tuple[int, float]:
+def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
         cure = "Tinker writes no such field"

@@ -136,7 +136,7 @@ class Watched:
 
         return compare
 
-    def _add(self, name: str, base: Any, adapted: Any, args: Any, kwargs: Any) -> None:
+    def _add(self, name: str, base: Any, adapted: object, args: Any, kwargs: Any) -> None:
         sums = self.sums.setdefault(name, ModuleSums())
         try:
             other = self.other[name](*args, **kwargs)

@@ -68,7 +68,7 @@ def _weights(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[
     return [LoRA(A=_torch(A), B=_torch(B), bias=None)]
 
 
-def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[Any]:
+def _biases(changes: Sequence[Change | None], stacked: bool, rng: Any) -> list[object]:
     import numpy as np
 
     moved = [change.bias() for change in changes if change is not None]

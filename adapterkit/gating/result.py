@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.tables import html_table
 
 OUTCOMES = ("passed", "failed", "inconclusive")
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +233,7 @@ class Gate:
         rows = [[c.model, c.name, words[c.ok], c.value, c.limit, c.text] for c in self.checks]
         return html_table(repr(self), ("model", "check", "result", "value", "limit", "what it says"), rows)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The result as plain data."""
         return {
             "kind": "gate", "outcome": self.outcome, "ok": self.ok, "base": self.base, "adapters": list(self.adapters),

@@ -165,7 +165,7 @@ def gate(
 
 
 def _checked(
-    given: Sequence[Any], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
+    given: Sequence[object], weights: Sequence[float] | None, dtype: str, counts: Mapping[str, tuple[int, int]]
 ) -> list[float]:
     if not given:
         raise UsageError("no adapter was given", cure="Name at least one")
@@ -228,10 +228,10 @@ class _Run:
 
         return greedy(run, self.inputs.feeds, self.new) if self.new else []
 
-    def _base(self, feeds: Mapping[str, Any]) -> ModelOutput:
+    def _base(self, feeds: Mapping[str, object]) -> ModelOutput:
         return self.adapted.run(feeds, "base")
 
-    def _adapted(self, feeds: Mapping[str, Any]) -> ModelOutput:
+    def _adapted(self, feeds: Mapping[str, object]) -> ModelOutput:
         return self.adapted.run(feeds, "adapted")
 
     def effect(self, why_no_null: str | None) -> AdapterEffect:
@@ -317,7 +317,7 @@ class _Run:
         told = replace(told, lacking=tuple(lacking))
         states, watched = StateSums(), Watched(model, other, self.adapted.handles)
 
-        def looked_at(feeds: Mapping[str, Any]) -> ModelOutput:
+        def looked_at(feeds: Mapping[str, object]) -> ModelOutput:
             with watched.looking():
                 return self._adapted(feeds)
 

@@ -52,20 +52,20 @@ def model_at(path: Path) -> CardModel:
     return CardModel(base, revision, adapters, found.config or {})
 
 
-def record_at(folder: Path) -> Mapping[str, Any]:
+def record_at(folder: Path) -> Mapping[str, object]:
     """Return the report that a merge wrote into a folder; empty if there is none."""
     from ..io.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
 
 
-def _adapters(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def _adapters(record: Mapping[str, object]) -> tuple[Mapping[str, Any], ...]:
     told = record.get("adapters")
     return tuple(a for a in told if isinstance(a, dict)) if isinstance(told, list) else ()
 
 
 def _base_of(
-    record: Mapping[str, Any], folder: Path, adapters: tuple[Mapping[str, Any], ...]
+    record: Mapping[str, object], folder: Path, adapters: tuple[Mapping[str, Any], ...]
 ) -> tuple[str | None, str | None]:
     """Return the base's name and commit: its download source, else the base that all adapters name."""
     told = record.get("base_uri")

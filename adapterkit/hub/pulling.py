@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
 from ..io.atomic import write_bytes
@@ -31,6 +31,9 @@ SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
 """Bytes that must be free beyond the files themselves, for folders and the source note."""
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,14 @@ class Pulled:
     dry: bool = False
     already: bool = False
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the same as plain data."""
-        files = [{"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()]
+        files: list[JsonValue] = [
+            {"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()
+        ]
         return {
-            "uri": self.uri, "out": str(self.out), "files": files, "bytes": sum(file["bytes"] for file in files),
+            "uri": self.uri, "out": str(self.out), "files": files,
+            "bytes": sum(size for size, _ in self.files.values()),
             "fetched": self.fetched, "dry_run": self.dry, "already_done": self.already,
         }  # fmt: skip
 

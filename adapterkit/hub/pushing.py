@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.licence_terms import BASE, conflicts, parts_of, passed_over
 from ..core.licences import Licence, licence_at, licence_called, licence_of
@@ -23,6 +23,9 @@ from .payload import Payload, card_there, payload_of, prepared, record_at
 from .remote import Remote, RemoteFile
 from .transfer import check_listed
 from .uris import Uri
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Pushed:
     dry: bool = False
     warnings: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the same as plain data."""
         return {
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),

@@ -9,7 +9,7 @@ https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .lazy import Array
@@ -120,7 +120,7 @@ def _with_least(x: Array, most: int) -> tuple[Array, Array]:
     return scale, least
 
 
-def _line(size: Any, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
+def _line(size: object, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
     """Fit x = slope * q - begin with `begin` >= 0 by least squares; return slope, begin and the error without sum x^2.
 
     Args:
@@ -174,7 +174,7 @@ def _flat(values: Array) -> Array:
     return values.reshape(-1)
 
 
-def divided_by(values: Any, by: Array) -> Array:
+def divided_by(values: object, by: Array) -> Array:
     """Return values / by, and 0 where `by` is 0."""
     import numpy as np
 

@@ -279,7 +279,7 @@ def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
     return fields, regular
 
 
-def _metadata(value: Any, path: str) -> dict[str, str]:
+def _metadata(value: object, path: str) -> dict[str, str]:
     if value is None:
         # MLX writes null if it has no metadata.
         return {}
@@ -319,7 +319,7 @@ def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) ->
     return entries
 
 
-def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
+def _entry(name: str, spec: object, start: int, path: str) -> Entry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise Malformed("needs exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE)
     dtype, shape, offsets = DTYPES.get(str(spec["dtype"])), spec["shape"], spec["data_offsets"]
@@ -338,7 +338,7 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
     return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: object) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
     # Not isinstance: JSON's true and false are integers to Python.

@@ -27,7 +27,7 @@ import stat
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ..errors import AdapterkitError, StorageError, UsageError, first_line, storage_error
 from .atomic import lock, part_of, sync_folder, write_bytes
@@ -57,7 +57,7 @@ def fingerprint(file: Path) -> str:
         return f"{status.st_size} {status.st_mtime_ns} {hashlib.sha256(opened.read(HEAD)).hexdigest()}"
 
 
-def digest_of(decided: Any) -> str:
+def digest_of(decided: object) -> str:
     """Return one digest of plain data, for everything that decided an output."""
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 

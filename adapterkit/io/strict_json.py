@@ -106,7 +106,7 @@ def check_size(data: bytes) -> bytes:
     return bare
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, JsonValue]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()

@@ -105,7 +105,7 @@ def _loader() -> Any:
                 raise _fault(f"{node.value[:40]} is not a finite number", node)
             return float(value)
 
-        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        def resolve(self, kind: object, value: Any, implicit: object) -> Any:
             tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
             number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
             return "tag:yaml.org,2002:str" if number and ":" in value else tag

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .lazy import Shape
+    from .strict_json import JsonValue
 
 
 _DIMENSIONS = 32
@@ -116,7 +117,7 @@ def counts(value: object) -> bool:
 
 
 def _tensor(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: Any = None, metadata: Any = None
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: Any = None, metadata: object = None
 ) -> View:
     """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
     if hooks or metadata:
@@ -127,7 +128,14 @@ def _tensor(
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+    storage: object,
+    offset: object,
+    shape: object,
+    stride: object,
+    grad: object,
+    hooks: Any,
+    dtype: object,
+    metadata: object = None,
 ) -> View:
     if type(dtype) is not Global or dtype.name not in _DTYPES or type(storage) is not Storage:
         raise damaged("a tensor without storage or dtype")
@@ -147,17 +155,17 @@ def _inside(view: View) -> View:
     return view
 
 
-def _parameter(data: Any, _grad: Any, hooks: Any) -> View:
+def _parameter(data: object, _grad: Any, hooks: Any) -> View:
     if hooks or type(data) is not View:
         raise damaged("a parameter that is not a tensor, or has hooks")
     return data
 
 
-def _ordered() -> dict[str, Any]:
+def _ordered() -> dict[str, JsonValue]:
     return {}
 
 
-def _set(items: Any = ()) -> object:
+def _set(items: object = ()) -> object:
     """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names beside the weights."""
     if type(items) is not list and items != ():
         raise damaged("a set that is not made from a list")
@@ -237,11 +245,11 @@ class Machine:
         self.marks.append(self.stack)
         self.stack = []
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[object]:
         items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def pops(self, count: int) -> tuple[Any, ...]:
+    def pops(self, count: int) -> tuple[object, ...]:
         items = tuple(self.stack[-count:])
         if len(items) < count:
             raise IndexError("a value too few")
@@ -259,7 +267,7 @@ class Machine:
     def get(self, index: int) -> None:
         self.push(self.memo[index])
 
-    def extend(self, items: Sequence[Any]) -> None:
+    def extend(self, items: Sequence[object]) -> None:
         self.top(list).extend(items)
 
     def update(self, items: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
 from ..io.checkpoint import Checkpoint, opened
@@ -176,7 +176,7 @@ def _run(plan: Plan, stage: StagingDir, recipe: ClusterRecipe, progress: Progres
         raise
 
 
-def _results(ready: Sequence[Any]) -> list[str]:
+def _results(ready: Sequence[object]) -> list[str]:
     import ray
 
     try:
@@ -191,7 +191,7 @@ def _results(ready: Sequence[Any]) -> list[str]:
     return names
 
 
-def _end(waiting: Sequence[Any]) -> None:
+def _end(waiting: Sequence[object]) -> None:
     """Cancel tasks, so that none writes into the stage while it is removed."""
     import ray
 

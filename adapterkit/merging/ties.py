@@ -112,7 +112,7 @@ def settle_tie(
     return untied(config)
 
 
-def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, Any] | None) -> None:
+def refuse_tied_part(folds: Folds, stored: Collection[str], config: Mapping[str, JsonValue] | None) -> None:
     """Refuse a change of an embedding that the decoder of an encoder-decoder of two models ties to its head.
 
     TrOCR's published models are such models. The output would need a head whose name only the decoder's class tells.

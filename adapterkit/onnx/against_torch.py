@@ -58,7 +58,7 @@ def compared(
     return worst
 
 
-def compared_packed(packed: Path, plain: Path, examples: Sequence[Any]) -> float:
+def compared_packed(packed: Path, plain: Path, examples: Sequence[object]) -> float:
     """Return the largest difference between a graph with packed weights and one with their dequantized numbers.
 
     Raises:
@@ -83,7 +83,7 @@ def by_reference(out: Path, example: Any) -> float | None:
     return None if told is None else difference_of(told, told_by(session, example))
 
 
-def told_by(session: Any, example: Any, adapter: str | None = None) -> list[Any]:
+def told_by(session: Any, example: Any, adapter: str | None = None) -> list[object]:
     """Return a session's outputs for a torch model's arguments."""
     return list(session.run(dict(zip(session.inputs, _numbers(example), strict=True)), adapter).values())
 

@@ -55,7 +55,7 @@ class Slice:
 
     def around(self, y: Value, part: Value) -> Value:
         """Return the whole output with these channels replaced."""
-        from .values import SYMBOLS
+        from .values import concatenated
 
         out = self.layer.shape[0]
         pieces = [part]
@@ -63,8 +63,7 @@ class Slice:
             pieces.insert(0, self.cut(y, slice(0, self.rows.start)))
         if self.rows.stop < out:
             pieces.append(self.cut(y, slice(self.rows.stop, out)))
-        joined: Value = SYMBOLS.concat(pieces, axis=self.channel)
-        return joined
+        return concatenated(pieces, self.channel)
 
 
 class Normed:
@@ -235,7 +234,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Any, bias: Any) -> None:
+def _check(place: Found, layer: Any, bias: object) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):

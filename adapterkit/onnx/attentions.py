@@ -20,7 +20,7 @@ from ..io.lazy import as_array
 from .building import Branch, Building, before, element_type
 from .modules import Module, module_at
 from .operands import is_constant, shape_of
-from .values import SYMBOLS, Value
+from .values import SYMBOLS, Value, concatenated
 
 _SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
 _BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
@@ -104,7 +104,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     branch = Branch(building, f"adapterkit/{target}")
     kind = element_type(at.mixed.outputs[0])
     pasts = [_past(update, at, branch, kind, target) for update in updates]
-    past = pasts[0] if len(pasts) == 1 else SYMBOLS.concat([_of_rows(each, at, branch) for each in pasts], axis=3)
+    past = pasts[0] if len(pasts) == 1 else concatenated([_of_rows(each, at, branch) for each in pasts], 3)
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
@@ -156,7 +156,7 @@ def _of_rows(past: Value, at: AttentionNodes, branch: Branch) -> Value:
 def _ones(at: AttentionNodes, branch: Branch, kind: Any) -> Value:
     """Return ones `[rows, heads, 1, 1]`, by which a constant is expanded to the rows of the call."""
     queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
-    return SYMBOLS.ones_like(queries[:, :, :1, :1])  # type: ignore[no-any-return]
+    return SYMBOLS.ones_like(queries[:, :, :1, :1])
 
 
 def _scores(keys: Value, at: AttentionNodes, branch: Branch) -> Value:

@@ -8,7 +8,7 @@ Nodes that read all of them compute the same for the call's tokens as without a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,10 @@ from .tokens import (
 )
 from .values import SYMBOLS, Value, plain
 
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
+
 # Compute the last layer's output without the adapter, by a copy of the nodes before it.
 #
 # The copy reads the same stored tensors. A past was computed with the adapter, so the copy reads the past's tokens
@@ -46,7 +50,7 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of graph outputs that are the last layer's output."""
 
 
-def first_pass(words: CallWords, told: Any) -> ir.Value:
+def first_pass(words: CallWords, told: object) -> ir.Value:
     """Copy the nodes that compute the last layer's output; return the copy's output for the call's own tokens.
 
     Args:
@@ -99,7 +103,7 @@ def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(element_type(other)).value
 
 
-def _last(model: ir.Model, told: Any) -> ir.Value:
+def _last(model: ir.Model, told: object) -> ir.Value:
     values = {out.name: out for node in model.graph for out in node.outputs}
     if told is not None:
         if told not in values:
@@ -154,7 +158,7 @@ class CallWords:
     """
 
     def __init__(
-        self, building: Building, updates: Iterable[Any], told: Mapping[str, Any] | None = None,
+        self, building: Building, updates: Iterable[object], told: Mapping[str, JsonValue] | None = None,
         config: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})

@@ -180,7 +180,7 @@ class Changed(ir.LazyTensor):
 
 
 def fresh_value(
-    building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: StoredChange
+    building: Building, fresh: dict[Any, ir.Value], key: object, old: ir.Value, change: StoredChange
 ) -> ir.Value:
     """Return the changed tensor, stored beside `old`; nodes with the same changes share it."""
     if key not in fresh:
@@ -192,7 +192,9 @@ def fresh_value(
     return fresh[key]
 
 
-def settled_from(building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: Any) -> ir.Value:
+def settled_from(
+    building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: object
+) -> ir.Value:
     """Register a new tensor; `settle` later gives it the old one's name if nothing reads that any more."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old

@@ -85,7 +85,7 @@ NOISE, MOST_NOISE = 10.0, 1e-4
 optimizations, but never more than the second number."""
 
 
-def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+def difference_of(got: Sequence[object], wanted: Sequence[object]) -> float:
     """Return the largest difference, relative to the largest number of its output."""
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):

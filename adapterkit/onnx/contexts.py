@@ -196,7 +196,7 @@ def _added(
     return out
 
 
-def _keys_values(P: Any, layers: Mapping[str, Layer], target: Target) -> tuple[Any, Any]:
+def _keys_values(P: object, layers: Mapping[str, Layer], target: Target) -> tuple[Any, Any]:
     if "c_attn" in layers:
         _, k, v = np.split(_projected(P, layers["c_attn"], target), 3, -1)
         return k, v

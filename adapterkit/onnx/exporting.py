@@ -42,6 +42,8 @@ from .tying import Tying
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..io.strict_json import JsonValue
+
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 """Suffixes of weight files that an export does not write, apart from `model.onnx`."""
@@ -254,18 +256,18 @@ RECORD = "adapterkit.export"
 
 def export(
     torch_model: nn.Module,
-    args: Sequence[Any],
+    args: Sequence[object],
     out: str | PathLike[str],
     *,
     adapter: Adapters = None,
     mode: str = "merged",
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
     opset: int | None = None,
     inside: str = "",
-    also: Sequence[Sequence[Any]] = (),
+    also: Sequence[Sequence[object]] = (),
     quantize: str | None = None,
     share: str | PathLike[str] | None = None,
     check: bool = True,
@@ -310,7 +312,7 @@ def export(
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)
     adapters = dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))
-    options = {
+    options: dict[str, Any] = {
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
         "opset_version": opset, "inside": inside,
     }  # fmt: skip
@@ -357,7 +359,7 @@ def files_of_adapters(adapters: Adapters) -> list[Path]:
     return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
-def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _first_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Run the model once before tracing: some formulas create a network in the first call, which tracing cannot do.
 
     Raises:
@@ -371,7 +373,7 @@ def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def _checked(
-    model: nn.Module, examples: Sequence[Any], plain: Path, out: Path, runs: Mapping[str | None, Run],
+    model: nn.Module, examples: Sequence[object], plain: Path, out: Path, runs: Mapping[str | None, Run],
     quantize: str | None,
 ) -> CheckOutcome:  # fmt: skip
     """Check the graph; for a quantized one, check the float graph that it was made from, too."""
@@ -447,7 +449,7 @@ def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -
             raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
 
 
-def _check_weights(quantize: str | None, share: Any) -> None:
+def _check_weights(quantize: str | None, share: object) -> None:
     if quantize is not None and quantize not in SCHEMES:
         raise UsageError(f"unknown scheme {quantize!r}", where="quantize", cure=f"Known: {', '.join(SCHEMES)}")
     if quantize is not None and share is not None:
@@ -459,7 +461,7 @@ def _file(out: Path, name: str) -> Path:
     return out.with_name(f"{name}.onnx_adapter")
 
 
-def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, Any] | None) -> list[Found]:
+def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
     """Give the graph slots for all adapters: one set per target, whichever adapters have it."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():

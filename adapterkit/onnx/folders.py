@@ -234,7 +234,7 @@ def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_parti
     return Division(adapter, own, lost)
 
 
-def _of(context: Iterable[tuple[Target, Any]]) -> dict[Target, tuple[Any, ...]]:
+def _of(context: Iterable[tuple[Target, object]]) -> dict[Target, tuple[Any, ...]]:
     found: dict[Target, tuple[Any, ...]] = {}
     for target, update in context:
         found[target] = (*found.get(target, ()), update)
@@ -290,7 +290,7 @@ def _others(folder: Path, parts: Sequence[GraphPart]) -> Iterator[Path]:
 def inject_folder(
     inject: Callable[..., GraphReport], folder: Path, adapter: Any, out: str | PathLike[str], *,
     base_weights: Base | None, rename: str | Sequence[str],
-    allow_partial: bool, overwrite: bool, made_from: str | None, **options: Any,
+    allow_partial: bool, overwrite: bool, made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
     """Attach an adapter to the graphs of a folder by `injecting.inject`, which is called once for each graph.
 
@@ -313,7 +313,7 @@ def merge_folder(
     merge: Callable[..., GraphReport], folder: Path, adapters: Sequence[Any], out: str | PathLike[str], *,
     weights: Sequence[float] | None,
     base_weights: Base | None, rename: str | Sequence[str], allow_partial: bool, overwrite: bool,
-    made_from: str | None, **options: Any,
+    made_from: str | None, **options: object,
 ) -> GraphReport:  # fmt: skip
     """Fold adapters into the graphs of a folder by `merging.merge`, which is called once for each graph.
 
@@ -342,7 +342,7 @@ def merge_folder(
 def plan_folder(
     plan: Callable[..., tuple[Found, ...]], folder: Path, adapters: Any, *,
     weights: Sequence[float] | None, rename: str | Sequence[str], allow_partial: bool,
-    base_weights: Base | None, **options: Any,
+    base_weights: Base | None, **options: object,
 ) -> tuple[Found, ...]:  # fmt: skip
     """Return where `merge_folder` would fold adapters; writes nothing."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)

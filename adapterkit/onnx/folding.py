@@ -143,7 +143,7 @@ class Folding:
         make = kind.changed(self.spot.node, partial(_added, self.at))
         self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
 
-    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Any) -> ir.Value:
+    def _made(self, old: ir.Value, make: Callable[[], Array], *key: object) -> ir.Value:
         """Return a tensor that is computed as a whole, in place of an old one and in its dtype."""
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())

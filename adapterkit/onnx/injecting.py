@@ -35,7 +35,9 @@ from .slots import write_adapter
 from .tying import Tying
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .reading import Base, Model
+    from .trial_inputs import Feeds
 
 
 def with_experts(adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
@@ -75,13 +77,13 @@ def inject(
     *,
     mode: str = "constant",
     base_weights: Base | None = None,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, JsonValue] | None = None,
     experts: Sequence[Adapter | str | PathLike[str]] = (),
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
-    check: bool | Mapping[str, Any] = True,
+    check: bool | Feeds = True,
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> GraphReport:

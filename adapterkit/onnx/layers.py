@@ -187,7 +187,7 @@ class Layer:
     def per_channel(self, v: Any) -> Any:
         return v
 
-    def _of(self, x: Value, w: Any) -> Value:
+    def _of(self, x: Value, w: object) -> Value:
         return w if isinstance(w, Value) else x.like(w)
 
     def _value(self, value: ir.Value, like: Any = None) -> Value:

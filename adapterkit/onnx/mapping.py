@@ -17,6 +17,7 @@ from .resolving import NUMBERED, by_name, spots_of
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
     from .reading import Base, Model
 
 
@@ -39,7 +40,7 @@ class Place:
     confidence: float
     note: str | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the same as plain data."""
         first = self.spots[0] if self.spots else None
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from .tying import Tying
 
 if TYPE_CHECKING:
     from .reading import Base, Model
+    from .trial_inputs import Feeds
 
     Source = Adapter | str | PathLike[str]
 
@@ -48,7 +49,7 @@ def merge(
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
-    check: bool | Mapping[str, Any] = True,
+    check: bool | Feeds = True,
     overwrite: bool = True,
     made_from: str | None = None,
 ) -> GraphReport:

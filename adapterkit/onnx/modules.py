@@ -6,7 +6,6 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import onnx_ir as ir
 
@@ -151,5 +150,5 @@ def _is_activation(value: ir.Value) -> bool:
     return broad and element_type(value).kind in "fV" and not is_constant(value)
 
 
-def _sizes(value: ir.Value) -> list[Any]:
+def _sizes(value: ir.Value) -> list[object]:
     return [] if value.shape is None else [size if isinstance(size, int) else None for size in value.shape]

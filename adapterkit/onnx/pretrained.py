@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import (
     AdapterkitError,
@@ -202,7 +202,7 @@ OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "ops
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
-    **options: Any,
+    **options: object,
 ) -> GraphReport:  # fmt: skip
     """Write a folder with `model.onnx` and adapter files for its slots, from the module that a function returns.
 
@@ -226,7 +226,7 @@ def export_factory(
     if weights is not None:
         _load(module, weights)
     told = {name: value for name, value in options.items() if value is not None}
-    with published(target, files_of_adapters(options.get("adapter"))) as scratch:
+    with published(target, files_of_adapters(cast("Any", options.get("adapter")))) as scratch:
         report = export(module.eval(), args, scratch / "model.onnx", **{**more, **told})
     return moved(report, target)
 

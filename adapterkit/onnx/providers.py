@@ -42,7 +42,7 @@ def runs_on(provider: str) -> bool:
     return bool(session.get_providers()[0] == provider)
 
 
-def with_options(provider: str) -> list[Any]:
+def with_options(provider: str) -> list[object]:
     """Return a provider with its options, followed by the CPU for operators that it has no kernel for."""
     first = (provider, EXACT[provider]) if provider in EXACT else provider
     return [first] if provider == CPU else [first, CPU]

@@ -128,7 +128,7 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     return graph
 
 
-def _in_bits(model: Path, scheme: Mapping[str, Any], out: Path) -> None:
+def _in_bits(model: Path, scheme: Mapping[str, object], out: Path) -> None:
     import onnx
 
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -59,7 +59,7 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     return check_base(adapters, base, strict)
 
 
-def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
+def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, object]:
     """Return the config of the exported model: the base's, or the one beside the graph.
 
     Raises:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .found import Found
     from .saturation import Saturation
 
@@ -43,7 +44,7 @@ class GraphReport:
     warnings: tuple[str, ...] = ()
     parts: Mapping[str, GraphReport] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the same as plain data."""
         if self.parts:
             targets = [{"graph": name, **at.record()} for name, part in self.parts.items() for at in part.found]

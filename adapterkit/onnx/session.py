@@ -23,6 +23,9 @@ from .rowwise import INDEX, ROWS, stacked
 from .slots import fit
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ..io.strict_json import JsonValue
     from .reading import Base
 
 _KINDS = {
@@ -201,7 +204,7 @@ class Session:
         self._stacks.clear()
 
     def run(
-        self, inputs: Mapping[str, Any], adapter: Choice = None, outputs: Sequence[str] | None = None
+        self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run the model.
 
@@ -246,7 +249,7 @@ class Session:
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
 
     def generate(
-        self, input_ids: Any, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = ()
+        self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = ()
     ) -> Array:
         """Continue a text greedily: the most likely token, again and again. For sampling, call `run` in a loop.
 
@@ -333,7 +336,7 @@ class Session:
             binding.bind_ortvalue_input(key, value)
         return binding
 
-    def run_bound(self, binding: Any) -> None:
+    def run_bound(self, binding: object) -> None:
         """Run the model on a binding; the results are in the binding.
 
         Raises:
@@ -348,7 +351,7 @@ class Session:
             )
             raise UsageError(why, path=self._path, cure=cure) from None
 
-    def _checked(self, name: str, given: Any) -> Array:
+    def _checked(self, name: str, given: object) -> Array:
         entry = self._entries.get(name) or self._slots.get(name)
         if entry is None:
             cure = nearest(name, self.inputs) or f"The inputs are {', '.join(self.inputs)}"
@@ -364,7 +367,7 @@ class Session:
             raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
         return self._loaded[name]
 
-    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, Any]:
+    def _chosen(self, adapter: str | Mapping[str, float] | None) -> dict[str, JsonValue]:
         weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
         feeds: dict[str, Any] = {}
         for name, weight in weights.items():
@@ -377,7 +380,7 @@ class Session:
                 feeds |= self._weighed(name, held, weight)
         return feeds
 
-    def _of_rows(self, names: list[str | None], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _of_rows(self, names: list[str | None], inputs: Mapping[str, Any]) -> dict[str, JsonValue]:
         """Return the stacked slots for a batch with an adapter for each row.
 
         Raises:
@@ -401,7 +404,7 @@ class Session:
         index = np.array([order.index(name) for name in names], np.int64)
         return self._stacks[order] | {INDEX: self._placed(index)}
 
-    def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, Any]:
+    def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, JsonValue]:
         """Return the scalings of an adapter, multiplied by a weight."""
         stems = {key.rpartition(".")[0] for key in held}
         if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):

@@ -34,6 +34,7 @@ from .reading import loaded
 from .values import Value
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .reading import Base, Model
 
 
@@ -141,7 +142,7 @@ def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
     return records
 
 
-def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, Any]:
+def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonValue]:
     """Return the plain values of an update that no slot holds, in the form that JSON returns them."""
     fixed = {name: value for name, value in update.attributes.items() if name not in fields}
     values: dict[str, Any] = json.loads(json.dumps(fixed))
@@ -312,7 +313,7 @@ class _Stub:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.W: Any = np.random.default_rng(0).normal(size=(shape[0], math.prod(shape[1:])))
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: object) -> Any:
         return x @ self.W.mT
 
     hidden = __call__

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Branch, Building
-from .values import SYMBOLS, Value, plain
+from .values import SYMBOLS, Value, concatenated, plain
 
 TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """Inputs that models are called with."""
@@ -34,7 +34,7 @@ class Call(Protocol):
     def input(self, word: str) -> ir.Value | None:
         """Return the graph input for a word; None if there is none."""
 
-    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
+    def new(self, word: str, axes: Sequence[object]) -> ir.Value:
         """Add an integer input to the graph, once per word."""
         ...
 
@@ -96,8 +96,7 @@ def every_position(words: Call, branch: Branch, value: ir.Value, own: Value) -> 
         return given.value
     ones = SYMBOLS.ones_like(plain(earlier, branch))
     before = SYMBOLS.clip(given[:, :1] + ones.cumsum(1) - ones.sum(1, True) - 1, 0, None)
-    every: Value = SYMBOLS.concat([before, given], axis=1)
-    return every.value
+    return concatenated([before, given], 1).value
 
 
 def of_call(value: ir.Value, words: Call, branch: Branch, own: Value) -> ir.Value:

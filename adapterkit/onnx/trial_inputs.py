@@ -121,7 +121,7 @@ def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
     return mask
 
 
-def _size(axis: Any, position: int, named: dict[str, int], sizes: Sequence[int]) -> int:
+def _size(axis: object, position: int, named: dict[str, int], sizes: Sequence[int]) -> int:
     if isinstance(axis, int):
         return axis
     return named.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])

@@ -224,7 +224,7 @@ def _number(attribute: Any) -> list[int]:
     return [attribute.i] if attribute.HasField("i") else []
 
 
-def _check_text(text: Any, what: str, path: Path | None) -> None:
+def _check_text(text: object, what: str, path: Path | None) -> None:
     if not isinstance(text, str):  # protobuf returns bytes for text that is not UTF-8.
         raise Malformed(f"{what} that is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
 

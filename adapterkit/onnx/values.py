@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn, Union
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,15 @@ from .building import FREE, Array, Branch, element_type
 
 Sizes = tuple[int | None, ...]
 """The sizes of a value's axes; None for an open size."""
+
+Operand = Union["Value", Array]
+"""An argument or result of the namespace's functions; without any graph value, numpy computes it."""
+
+Kind = np.dtype[np.generic] | type[np.generic] | type[bool]
+"""An element type."""
+
+Axes = int | tuple[int, ...] | None
+"""The axes to reduce; None for all."""
 
 
 class Unsayable(AttributeError, TypeError):
@@ -115,7 +124,7 @@ def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -
 _END = np.iinfo(np.int64).max
 
 
-def taken(value: Value, key: Any) -> Value:
+def taken(value: Value, key: object) -> Value:
     """Return `value[key]`.
 
     Raises:
@@ -130,7 +139,7 @@ def taken(value: Value, key: Any) -> Value:
     return _shaped(wide, parts, lists)
 
 
-def written(value: Value, key: Any, values: Value) -> Value:
+def written(value: Value, key: object, values: Value) -> Value:
     """Return `value` after `value[:, positions] = values` or `value[positions] = values`.
 
     Raises:
@@ -145,7 +154,7 @@ def written(value: Value, key: Any, values: Value) -> Value:
     # ScatterND indexes the leading axis, so the axis of the positions is moved there.
     rows, new = (value.swapaxes(0, 1), values.swapaxes(0, 1)) if turn else (value, values)
 
-    def numbers(a: Any, b: Any) -> Any:
+    def numbers(a: Array, b: Array) -> Array:
         out = a.copy()
         out[index[:, 0]] = b
         return out
@@ -157,7 +166,7 @@ def written(value: Value, key: Any, values: Value) -> Value:
     return scattered.swapaxes(0, 1) if turn else scattered
 
 
-def _spread(value: Value, key: tuple[Any, ...]) -> list[tuple[int | None, Any]]:
+def _spread(value: Value, key: tuple[object, ...]) -> list[tuple[int | None, object]]:
     """Return (axis, part of the key) pairs with `...` expanded; axes after it are negative if the rank is unknown."""
     if not any(part is Ellipsis for part in key):
         return _numbered(key, 0)
@@ -172,15 +181,15 @@ def _spread(value: Value, key: tuple[Any, ...]) -> list[tuple[int | None, Any]]:
     return [*_numbered(before, 0), *middle, *_numbered(behind, value.ndim - count)]
 
 
-def _numbered(parts: tuple[Any, ...], axis: int) -> list[tuple[int | None, Any]]:
-    out: list[tuple[int | None, Any]] = []
+def _numbered(parts: tuple[object, ...], axis: int) -> list[tuple[int | None, object]]:
+    out: list[tuple[int | None, object]] = []
     for part in parts:
         out.append((None, None) if part is None else (axis, part))
         axis += part is not None
     return out
 
 
-def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
+def _sliced(value: Value, parts: list[tuple[int, slice | int]]) -> Value:
     """Apply slices, and integers as slices of length one."""
     cuts = [(axis, _cut(part)) for axis, part in parts if part != slice(None)]
     if not cuts:
@@ -195,7 +204,7 @@ def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
-    def numbers(a: Any) -> Any:
+    def numbers(a: Array) -> Array:
         whole = [slice(None)] * a.ndim
         for axis, cut in cuts:
             whole[axis] = cut
@@ -204,7 +213,7 @@ def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
     return value.apply("Slice", [value], numbers, _cut_sizes(value.sizes, cuts), more=more)
 
 
-def _cut(part: Any) -> slice:
+def _cut(part: slice | int) -> slice:
     if isinstance(part, int):
         # For -1, the end would be 0, which is before the start.
         return slice(part, part + 1 if part != -1 else _END, 1)
@@ -224,7 +233,7 @@ def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | No
     return tuple(out)
 
 
-def _gathered(value: Value, axis: int, positions: Any) -> Value:
+def _gathered(value: Value, axis: int, positions: object) -> Value:
     if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
         raise Unsayable("positions on an axis of an open size")
     if isinstance(positions, Value):
@@ -242,11 +251,12 @@ def _gathered(value: Value, axis: int, positions: Any) -> Value:
     return Value(value.branch, sizes, value.dtype, node, known)
 
 
-def _shaped(value: Value, parts: list[tuple[int | None, Any]], lists: list[tuple[int, Any]]) -> Value:
+def _shaped(value: Value, parts: list[tuple[int | None, object]], lists: list[tuple[int, object]]) -> Value:
     """Remove the axes of integers, and insert new axes."""
     wider = 0
     if lists:
-        wider = (lists[0][1].ndim if isinstance(lists[0][1], Value) else np.ndim(lists[0][1])) - 1
+        positions = lists[0][1]
+        wider = (positions.ndim if isinstance(positions, Value) else np.asarray(positions).ndim) - 1
         if wider and (any(part is None or isinstance(part, int) for _, part in parts)):
             raise Unsayable("a list of lists beside new axes")
     gone = [axis for axis, part in parts if axis is not None and isinstance(part, int)]
@@ -285,13 +295,14 @@ arrays: Any = import_module("array_api_compat.numpy")
 class _Linalg:
     """Decompositions and solvers, computed in float64."""
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> Callable[..., Operand | tuple[Operand, ...]]:
         f = getattr(np.linalg, name)
 
-        def worked_out(*operands: Any, **options: Any) -> Any:
+        def worked_out(*operands: Operand, **options: object) -> Operand | tuple[Operand, ...]:
             first = next((one for one in operands if isinstance(one, Value)), None)
             if first is None:
-                return f(*operands, **options)
+                plain: Array | tuple[Array, ...] = f(*operands, **options)
+                return plain
             known = [one.numbers() if isinstance(one, Value) else one for one in operands]
             results = f(*(np.asarray(array, dtype=np.float64) for array in known), **options)
             if isinstance(results, tuple):
@@ -308,28 +319,32 @@ class Symbols:
     float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
     linalg = _Linalg()
 
-    def arange(self, *limits: Any, **kind: Any) -> Any:
-        return arrays.arange(*_closed(limits), **kind)
+    def arange(self, *limits: int, **kind: object) -> Array:
+        made: Array = arrays.arange(*_closed(limits), **kind)
+        return made
 
-    def eye(self, *sizes: Any, **kind: Any) -> Any:
-        return arrays.eye(*_closed(sizes), **kind)
+    def eye(self, *sizes: int, **kind: object) -> Array:
+        made: Array = arrays.eye(*_closed(sizes), **kind)
+        return made
 
-    def zeros(self, shape: Any, **kind: Any) -> Any:
-        return arrays.zeros(_closed(shape), **kind)
+    def zeros(self, shape: Sequence[int], **kind: object) -> Array:
+        made: Array = arrays.zeros(_closed(shape), **kind)
+        return made
 
-    def ones(self, shape: Any, **kind: Any) -> Any:
-        return arrays.ones(_closed(shape), **kind)
+    def ones(self, shape: Sequence[int], **kind: object) -> Array:
+        made: Array = arrays.ones(_closed(shape), **kind)
+        return made
 
-    def finfo(self, dtype: Any) -> Any:
+    def finfo(self, dtype: Kind) -> Any:
         return import_module("ml_dtypes").finfo(dtype)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise Unsayable(f"no node says {name}")
 
-    def astype(self, x: Any, dtype: Any) -> Any:
+    def astype(self, x: Operand, dtype: Kind) -> Operand:
         return x.cast(dtype) if isinstance(x, Value) else np.asarray(x).astype(dtype)
 
-    def where(self, condition: Any, one: Any, two: Any) -> Any:
+    def where(self, condition: Operand, one: Operand, two: Operand) -> Operand:
         like = next((v for v in (one, two, condition) if isinstance(v, Value)), None)
         if like is None:
             return np.where(condition, one, two)
@@ -338,53 +353,53 @@ class Symbols:
         shape = broadcast(broadcast(choice.sizes, first.sizes), second.sizes)
         return first.apply("Where", [choice, first, second], np.where, shape)
 
-    def clip(self, x: Any, low: Any, high: Any) -> Any:
+    def clip(self, x: Value, low: object, high: object) -> Value:
         if low is not None:
             x = x.apply("Max", [x, low], np.maximum, x.sizes)
         return x if high is None else x.apply("Min", [x, high], np.minimum, x.sizes)
 
-    def exp(self, x: Any) -> Any:
+    def exp(self, x: Operand) -> Operand:
         return _each("Exp", np.exp, x)
 
-    def log1p(self, x: Any) -> Any:
+    def log1p(self, x: Operand) -> Operand:
         # ONNX has no Log1p.
         return _each("Log", np.log, 1 + x)
 
-    def expm1(self, x: Any) -> Any:
+    def expm1(self, x: Operand) -> Operand:
         # ONNX has no Expm1.
         return self.exp(x) - 1
 
-    def tanh(self, x: Any) -> Any:
+    def tanh(self, x: Operand) -> Operand:
         return _each("Tanh", np.tanh, x)
 
-    def cos(self, x: Any) -> Any:
+    def cos(self, x: Operand) -> Operand:
         return _each("Cos", np.cos, x)
 
-    def sin(self, x: Any) -> Any:
+    def sin(self, x: Operand) -> Operand:
         return _each("Sin", np.sin, x)
 
-    def abs(self, x: Any) -> Any:
+    def abs(self, x: Operand) -> Operand:
         return _each("Abs", np.abs, x)
 
-    def sqrt(self, x: Any) -> Any:
+    def sqrt(self, x: Operand) -> Operand:
         return _each("Sqrt", np.sqrt, x)
 
-    def erf(self, x: Any) -> Any:
+    def erf(self, x: Operand) -> Operand:
         return _each("Erf", np.vectorize(math.erf), x)
 
-    def sum(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-        return x.sum(axis, keepdims)
+    def sum(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
+        return x.sum(axis=axis, keepdims=keepdims)
 
-    def mean(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-        return x.mean(axis, keepdims)
+    def mean(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
+        return x.mean(axis=axis, keepdims=keepdims)
 
-    def max(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-        return x.max(axis, keepdims)
+    def max(self, x: Operand, axis: Axes = None, keepdims: bool = False) -> Operand:
+        return x.max(axis=axis, keepdims=keepdims)
 
-    def cumulative_sum(self, x: Any, axis: int) -> Any:
+    def cumulative_sum(self, x: Operand, axis: int) -> Operand:
         return x.cumsum(axis)
 
-    def argsort(self, x: Any, axis: int = -1) -> Any:
+    def argsort(self, x: Value, axis: int = -1) -> Value:
         """Return the positions in ascending order; equal entries keep their order."""
         if x.shape[axis] is None or x.shape[axis] >= FREE:
             raise Unsayable("an order of an open number of entries")
@@ -395,53 +410,44 @@ class Symbols:
         known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
         return Value(x.branch, x.sizes, np.int64, node, known)
 
-    def take_along_axis(self, x: Any, indices: Any, axis: int) -> Any:
+    def take_along_axis(self, x: Value, indices: Value, axis: int) -> Value:
         return x.apply(
             "GatherElements", [x, indices], lambda a, at: np.take_along_axis(a, at, axis), indices.sizes,
             attributes={"axis": axis},
         )  # fmt: skip
 
-    def reshape(self, x: Any, shape: Any) -> Any:
+    def reshape(self, x: Operand, shape: Sequence[int]) -> Operand:
         return x.reshape(shape)
 
-    def moveaxis(self, x: Any, source: int, destination: int) -> Any:
+    def moveaxis(self, x: Value, source: int, destination: int) -> Value:
         if source == destination:
             return x
         order = [axis for axis in range(x.ndim) if axis != source % x.ndim]
         order.insert(destination % x.ndim, source % x.ndim)
         return x.transposed(order)
 
-    def permute_dims(self, x: Any, order: Any) -> Any:
+    def permute_dims(self, x: Value, order: Sequence[int]) -> Value:
         return x.transposed(order)
 
-    def concat(self, parts: Any, axis: int = 0) -> Any:
+    def concat(self, parts: Sequence[Operand], axis: int = 0) -> Operand:
         like = next((one for one in parts if isinstance(one, Value)), None)
         if like is None:
             return np.concatenate(parts, axis)
-        values = [like.like(one) for one in parts]
-        shape = None
-        if all(value.sizes is not None for value in values):
-            lengths = [value.shape[axis] for value in values]
-            sizes = list(values[0].shape)
-            sizes[axis] = None if None in lengths else sum(lengths)
-            shape = tuple(sizes)
-        return like.apply(
-            "Concat", values, lambda *known: np.concatenate(known, axis), shape, attributes={"axis": axis}
-        )
+        return concatenated([like.like(one) for one in parts], axis)
 
-    def stack(self, parts: Any, axis: int = 0) -> Any:
+    def stack(self, parts: Sequence[Operand], axis: int = 0) -> Operand:
         if not any(isinstance(one, Value) for one in parts):
             return np.stack(parts, axis)
         place = axis if axis >= 0 else axis + 1 + parts[0].ndim
         return self.concat([one[(*[slice(None)] * place, None)] for one in parts], axis=place)
 
-    def zeros_like(self, x: Any) -> Any:
+    def zeros_like(self, x: Value) -> Value:
         return self.full_like(x, 0)
 
-    def ones_like(self, x: Any) -> Any:
+    def ones_like(self, x: Value) -> Value:
         return self.full_like(x, 1)
 
-    def full_like(self, x: Any, number: Any) -> Any:
+    def full_like(self, x: Value, number: float) -> Value:
         """Return an array filled with one number, which a product `x * 0` would not do for NaN and infinity."""
         size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
         value = ir.tensor(np.array([number], dtype=x.dtype))
@@ -450,18 +456,31 @@ class Symbols:
         )
 
 
-def _closed(sizes: Any) -> Any:
+def concatenated(values: Sequence[Value], axis: int) -> Value:
+    """Join values of one type along an axis."""
+    shape = None
+    if all(value.sizes is not None for value in values):
+        lengths = [value.shape[axis] for value in values]
+        sizes = list(values[0].shape)
+        sizes[axis] = None if None in lengths else sum(lengths)
+        shape = tuple(sizes)
+    return values[0].apply(
+        "Concat", values, lambda *known: np.concatenate(known, axis), shape, attributes={"axis": axis}
+    )
+
+
+def _closed(sizes: Sequence[int]) -> Sequence[int]:
     """Return the sizes after checking that none is open."""
     if any(size is None or size >= FREE for size in sizes):
         raise Unsayable("a constant of an open size")
     return sizes
 
 
-def _each(op: str, f: Callable[..., Any], x: Any) -> Any:
+def _each(op: str, f: Callable[..., Array], x: Operand) -> Operand:
     return x.apply(op, [x], f, x.sizes) if isinstance(x, Value) else f(x)
 
 
-def _constant(like: Value, array: Any) -> Value:
+def _constant(like: Value, array: Array) -> Value:
     return Value(like.branch, array.shape, like.dtype, None, lambda: array)
 
 
@@ -490,7 +509,7 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(
-        self, branch: Branch, shape: Sequence[int | None] | None, dtype: Any, value: ir.Value | None = None,
+        self, branch: Branch, shape: Sequence[int | None] | None, dtype: Kind, value: ir.Value | None = None,
         known: Callable[[], Array] | None = None,
     ) -> None:  # fmt: skip
         self.branch, self.dtype, self.known, self._value = branch, np.dtype(dtype), known, value
@@ -498,8 +517,7 @@ class Value:
         self.device = "cpu"
         self._numbers: Array | None = None
 
-    def __array_namespace__(self, api_version: str | None = None) -> Any:
-
+    def __array_namespace__(self, api_version: str | None = None) -> Symbols:
         return SYMBOLS
 
     @property
@@ -541,7 +559,7 @@ class Value:
     def __iter__(self) -> Iterator[Value]:
         return (self[position] for position in range(len(self)))
 
-    def __array__(self, *_: Any, **__: Any) -> Array:
+    def __array__(self, *_: object, **__: object) -> Array:
         raise Unsayable("an array of another library")
 
     def tolist(self) -> Any:
@@ -554,8 +572,8 @@ class Value:
         return bool(self.numbers())
 
     def apply(
-        self, op: str, inputs: Sequence[Any], f: Callable[..., Any], shape: Sizes | None, dtype: Any = None,
-        attributes: dict[str, Any] | None = None, more: Sequence[ir.Value | None] = (),
+        self, op: str, inputs: Sequence[object], f: Callable[..., Array], shape: Sizes | None,
+        dtype: Kind | None = None, attributes: Mapping[str, object] | None = None, more: Sequence[ir.Value | None] = (),
     ) -> Value:  # fmt: skip
         """Append a node and return its output. `f` computes it in numpy; `more` are inputs that `f` does not take."""
         values = [self.like(one) for one in inputs]
@@ -564,7 +582,7 @@ class Value:
         known = (lambda: f(*(v.numbers() for v in values))) if all(v.known for v in values) else None
         return Value(self.branch, shape, kind, out, known)
 
-    def like(self, other: Any) -> Value:
+    def like(self, other: object) -> Value:
         """Return another operand as a value; numbers become a constant of this value's dtype."""
         if isinstance(other, Value):
             return other
@@ -575,7 +593,7 @@ class Value:
         array = array if array.dtype == bool else array.astype(kind)
         return Value(self.branch, array.shape, array.dtype, self.branch.building.literal(array), lambda: array)
 
-    def _binary(self, op: str, one: Any, two: Any, f: Callable[..., Any], dtype: Any = None) -> Value:
+    def _binary(self, op: str, one: object, two: object, f: Callable[..., Array], dtype: Kind | None = None) -> Value:
         a, b = self.like(one), self.like(two)
         a, b = (b.cast(a.dtype) if v is b and b.dtype == bool else v for v in (a, b))
         if a.dtype == bool and b.dtype != bool:
@@ -583,31 +601,31 @@ class Value:
         _same_type(a, b)
         return a.apply(op, [a, b], f, broadcast(a.sizes, b.sizes), dtype)
 
-    def __add__(self, other: Any) -> Value:
+    def __add__(self, other: object) -> Value:
         return self._binary("Add", self, other, operator.add)
 
-    def __radd__(self, other: Any) -> Value:
+    def __radd__(self, other: object) -> Value:
         return self._binary("Add", other, self, operator.add)
 
-    def __sub__(self, other: Any) -> Value:
+    def __sub__(self, other: object) -> Value:
         return self._binary("Sub", self, other, operator.sub)
 
-    def __rsub__(self, other: Any) -> Value:
+    def __rsub__(self, other: object) -> Value:
         return self._binary("Sub", other, self, operator.sub)
 
-    def __mul__(self, other: Any) -> Value:
+    def __mul__(self, other: object) -> Value:
         return self._binary("Mul", self, other, operator.mul)
 
-    def __rmul__(self, other: Any) -> Value:
+    def __rmul__(self, other: object) -> Value:
         return self._binary("Mul", other, self, operator.mul)
 
-    def __truediv__(self, other: Any) -> Value:
+    def __truediv__(self, other: object) -> Value:
         return self._binary("Div", self, other, operator.truediv)
 
-    def __rtruediv__(self, other: Any) -> Value:
+    def __rtruediv__(self, other: object) -> Value:
         return self._binary("Div", other, self, operator.truediv)
 
-    def __pow__(self, exponent: Any) -> Value:
+    def __pow__(self, exponent: object) -> Value:
         if isinstance(exponent, float) and exponent == 0.5:
             return self.apply("Sqrt", [self], np.sqrt, self.sizes)
         return self._binary("Pow", self, exponent, operator.pow)
@@ -618,16 +636,16 @@ class Value:
     def __abs__(self) -> Value:
         return self.apply("Abs", [self], np.abs, self.sizes)
 
-    def __gt__(self, other: Any) -> Value:
+    def __gt__(self, other: object) -> Value:
         return self._binary("Greater", self, other, operator.gt, bool)
 
-    def __lt__(self, other: Any) -> Value:
+    def __lt__(self, other: object) -> Value:
         return self._binary("Less", self, other, operator.lt, bool)
 
-    def __ge__(self, other: Any) -> Value:
+    def __ge__(self, other: object) -> Value:
         return self._binary("GreaterOrEqual", self, other, operator.ge, bool)
 
-    def __le__(self, other: Any) -> Value:
+    def __le__(self, other: object) -> Value:
         return self._binary("LessOrEqual", self, other, operator.le, bool)
 
     def __eq__(self, other: object) -> Value:  # type: ignore[override]
@@ -636,21 +654,21 @@ class Value:
     def __ne__(self, other: object) -> Value:  # type: ignore[override]
         return ~(self == other)
 
-    def __and__(self, other: Any) -> Value:
+    def __and__(self, other: object) -> Value:
         return self._binary("And", self, other, operator.and_, bool)
 
     def __invert__(self) -> Value:
         return self.apply("Not", [self], np.logical_not, self.sizes)
 
-    def __matmul__(self, other: Any) -> Value:
+    def __matmul__(self, other: object) -> Value:
         a, b = self, self.like(other)
         _same_type(a, b)
         return a.apply("MatMul", [a, b], operator.matmul, multiplied(a.sizes, b.sizes))
 
-    def __rmatmul__(self, other: Any) -> Value:
+    def __rmatmul__(self, other: object) -> Value:
         return self.like(other) @ self
 
-    def cast(self, dtype: Any) -> Value:
+    def cast(self, dtype: Kind) -> Value:
         """Return the same numbers in another dtype."""
         kind = np.dtype(dtype)
         if kind == self.dtype:
@@ -682,13 +700,13 @@ class Value:
         literal = self.branch.building.literal(np.array(spelled(self.sizes, asked, wanted), dtype=np.int64))
         return self.apply("Reshape", [self], lambda a: a.reshape(wanted), wanted, more=[literal])
 
-    def sum(self, axis: Any = None, keepdims: bool = False) -> Value:
+    def sum(self, axis: Axes = None, keepdims: bool = False) -> Value:
         return self._reduced("ReduceSum", np.sum, axis, keepdims, in_input=True)
 
-    def mean(self, axis: Any = None, keepdims: bool = False) -> Value:
+    def mean(self, axis: Axes = None, keepdims: bool = False) -> Value:
         return self._reduced("ReduceMean", np.mean, axis, keepdims, in_input=self.branch.opset >= 18)
 
-    def max(self, axis: Any = None, keepdims: bool = False) -> Value:
+    def max(self, axis: Axes = None, keepdims: bool = False) -> Value:
         return self._reduced("ReduceMax", np.max, axis, keepdims, in_input=self.branch.opset >= 18)
 
     def cumsum(self, axis: int) -> Value:
@@ -699,9 +717,9 @@ class Value:
         shape, words = reduced(self.sizes, (axis,), False), {"axis": axis, "keepdims": 0}
         return self.apply("ArgMax", [self], lambda a: np.argmax(a, axis), shape, np.int64, words)
 
-    def _reduced(self, op: str, f: Callable[..., Any], axis: Any, keepdims: bool, in_input: bool) -> Value:
+    def _reduced(self, op: str, f: Callable[..., Array], axis: Axes, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
-        attributes: dict[str, Any] = {"keepdims": int(keepdims)}
+        attributes: dict[str, object] = {"keepdims": int(keepdims)}
         # ReduceSum takes its axes as an input since opset 13, the other reductions since opset 18.
         more: list[ir.Value | None] = []
         if axes is not None and in_input:
@@ -713,17 +731,15 @@ class Value:
             op, [self], lambda a: f(a, axis=axes, keepdims=keepdims), shape, attributes=attributes, more=more
         )
 
-    def __getitem__(self, key: Any) -> Value:
-
+    def __getitem__(self, key: object) -> Value:
         return taken(self, key)
 
-    def __setitem__(self, key: Any, values: Any) -> None:
-
+    def __setitem__(self, key: object, values: object) -> None:
         # Graph values cannot change. The assignment makes this object stand for the new value instead.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 
-    def _no_node(self, *_: Any) -> Any:
+    def _no_node(self, *_: object) -> NoReturn:
         raise Unsayable("no node says this")
 
     __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node

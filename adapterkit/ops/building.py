@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Step
 from ..core.metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
@@ -79,7 +79,7 @@ def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
 
 
 def of_several(
-    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: Any
+    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: object
 ) -> Adapter:
     """Return an adapter made of several: with their base if they agree, and their lineages inside its first step."""
     bases = [adapter.base for adapter in adapters]

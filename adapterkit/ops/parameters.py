@@ -18,6 +18,7 @@ from .combiners._combiner import Combiner, made
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter, Target
+    from ..io.strict_json import JsonValue
     from .alignment import AlignedPlace
 
 
@@ -294,7 +295,7 @@ class Asked:
         values = [(self._at(target), own) for target in targets for own in self.each_at(target) or [{}]]
         return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
 
-    def each_at(self, target: Target) -> list[dict[str, Any]]:
+    def each_at(self, target: Target) -> list[dict[str, JsonValue]]:
         """The parameters of single adapters, as they are at a target."""
         return [
             {

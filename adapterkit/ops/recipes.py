@@ -27,6 +27,7 @@ from ..errors import Malformed, StorageError, UsageError, nearest, places_errors
 
 if TYPE_CHECKING:
     from ..core.adapter import Target
+    from ..io.strict_json import JsonValue
 
 SPELLINGS = {
     "lambda": "scale",
@@ -187,7 +188,7 @@ class _Model:
     parameters: tuple[tuple[str, Any], ...]
 
 
-def _models(top: Mapping[str, Any], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
+def _models(top: Mapping[str, object], path: Path | None) -> tuple[list[_Model], list[tuple[int, int]]]:
     """The models, and the layers of each slice where the file has slices."""
     if "slices" in top:
         if "models" in top or "adapters" in top:
@@ -245,7 +246,7 @@ def _sliced(found: Any, path: Path | None) -> tuple[list[_Model], list[tuple[int
     return models, ranges
 
 
-def _span(source: Mapping[str, Any], where: str, path: Path | None) -> tuple[int, int]:
+def _span(source: Mapping[str, object], where: str, path: Path | None) -> tuple[int, int]:
     found = source.get("layer_range")
     whole = isinstance(found, list) and len(found) == 2 and all(type(each) is int for each in found)
     if not whole or not 0 <= found[0] < found[1]:  # type: ignore[index]
@@ -324,7 +325,7 @@ def _is_based(top: Mapping[str, Any]) -> bool:
 
 def _own(
     models: Sequence[_Model], switches: Mapping[str, bool], ranges: Sequence[tuple[int, int]], path: Path | None
-) -> list[dict[str, Any]]:
+) -> list[dict[str, JsonValue]]:
     """Each model's parameters; of slices a mapping of globs of layers, where they differ from slice to slice."""
     made = []
     for model in models:
@@ -348,7 +349,7 @@ def _own(
     return made
 
 
-def _tokenizer(top: Mapping[str, Any], path: Path | None) -> str | None:
+def _tokenizer(top: Mapping[str, object], path: Path | None) -> str | None:
     """Return the source of the tokenizer for a merge by this recipe: `base`, a folder, or None."""
     if "tokenizer" in top and "tokenizer_source" in top:
         cure = "Leave tokenizer_source out"
@@ -395,7 +396,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     return said[0]
 
 
-def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
+def _translated(found: object, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, JsonValue]:
     """Return parameters under our names."""
     if found is None:
         return {}
@@ -442,7 +443,7 @@ def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, A
     return SPELLINGS.get(key, key), value
 
 
-def _filtered(value: Any, where: str, path: Path | None) -> Any:
+def _filtered(value: object, where: str, path: Path | None) -> Any:
     """Turn mergekit's list of `{filter, value}` into a mapping of globs; a filter matches any part of a name."""
     if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
         return value

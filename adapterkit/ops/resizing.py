@@ -204,7 +204,7 @@ def _resized(
         raise UsageError("no change here has thin factors", cure="Promote the adapter instead")
     for cut in cuts if report is not None else ():
         report(cut)  # type: ignore[misc]
-    args = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}
+    args: dict[str, JsonValue] = {**criterion.record(), "scope": criterion.scope, "error_of_all": _relative(cuts)}
     return adapter.replace(updates=updates).step(op, **args)
 
 

@@ -129,7 +129,7 @@ def _time() -> dict[str, str]:
         raise UsageError(f"{EPOCH} is no number of seconds: {text!r}", cure=f"Correct it, or unset {EPOCH}") from None
 
 
-def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, Any]:
+def _main(root: Path, told: Mapping[str, Any], files: list[Path]) -> dict[str, object]:
     parts = _parts(told, root)
     facts = {f"adapterkit:{key}": told.get(key) for key in ("kind", "format", "digest", "unread", "original_sha256")}
     facts["adapterkit:methods"] = ", ".join(told.get("methods") or ())
@@ -231,7 +231,7 @@ def _licences(licences: list[Licence]) -> list[dict[str, Any]]:
     return found
 
 
-def _model_card(root: Path, card: Mapping[str, Any]) -> dict[str, Any]:
+def _model_card(root: Path, card: Mapping[str, object]) -> dict[str, object]:
     try:
         config: Mapping[str, Any] = read_json(root / "config.json") if root.is_dir() else {}
     except AdapterkitError:
@@ -247,7 +247,7 @@ def _model_card(root: Path, card: Mapping[str, Any]) -> dict[str, Any]:
     return _filled({"modelParameters": _filled(parameters)})
 
 
-def _card(root: Path) -> Mapping[str, Any]:
+def _card(root: Path) -> Mapping[str, object]:
     """Return the metadata of the model card; that of the base, if a merge copied it, says nothing of this model."""
     if (root / REPORT).is_file() or not root.is_dir():
         return {}
@@ -266,14 +266,14 @@ def _hash(file: Path) -> dict[str, str]:
         raise storage_error(error, file) from error
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return list(dict.fromkeys(each for each in listed if isinstance(each, str)))
 
 
-def _properties(facts: Mapping[str, Any]) -> list[dict[str, str]]:
+def _properties(facts: Mapping[str, object]) -> list[dict[str, str]]:
     return [{"name": name, "value": str(value)} for name, value in facts.items() if value not in (None, "", [])]
 
 
-def _filled(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(fields: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in fields.items() if value not in (None, [], {})}

@@ -13,11 +13,15 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Corrupt, storage_error
 from ..io.inputs import open_input
 from ..io.strict_json import load_json
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 LARGEST = 64 << 20
@@ -66,7 +70,7 @@ class SignatureBundle:
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def statement(self) -> Mapping[str, Any] | None:
+    def statement(self) -> Mapping[str, JsonValue] | None:
         """The statement that adapterkit recorded when it signed; None in signatures of other tools."""
         found = self.predicate.get(PREDICATE)
         return found if isinstance(found, Mapping) else None
@@ -100,7 +104,7 @@ def read_bundle(path: Path) -> SignatureBundle:
     return SignatureBundle(path, kind, material, _payload(path, told))
 
 
-def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:
+def _kind(path: Path, told: Mapping[str, JsonValue]) -> tuple[str, str | None]:
     material = told.get("verificationMaterial")
     if not isinstance(material, dict):
         raise _corrupt(path, "no verificationMaterial")
@@ -113,7 +117,7 @@ def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:
     raise _corrupt(path, "verificationMaterial names neither a key nor a certificate")
 
 
-def _check(path: Path, value: Any, place: str = "") -> None:
+def _check(path: Path, value: object, place: str = "") -> None:
     if isinstance(value, list):
         for each in value:
             _check(path, each, place)
@@ -145,7 +149,7 @@ def _decoded(path: Path, place: str, text: Any) -> bytes:
     return data
 
 
-def _payload(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
+def _payload(path: Path, told: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     envelope = told.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
         raise _corrupt(path, "not an envelope with one signature")

@@ -22,6 +22,7 @@ from .signing import linked_folders, settled
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class SignatureCheck:
     statement: Mapping[str, Any] | None
     not_covered: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data, for `--json`."""
         return {
             "path": self.path, "file": self.signature, "kind": self.kind, "key": self.key, "files": self.files,
@@ -106,7 +107,9 @@ def check_signature(
     )  # fmt: skip
 
 
-def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | PathLike[str]) -> dict[str, str] | None:
+def other_base(
+    statement: Mapping[str, JsonValue] | None, base: Checkpoint | str | PathLike[str]
+) -> dict[str, str] | None:
     """Return the recorded and the given fingerprint, if a base is not the one that a signed statement names.
 
     `how` says how the base relates to the recorded one, where the statement tells the shapes.
@@ -114,7 +117,7 @@ def other_base(statement: Mapping[str, Any] | None, base: Checkpoint | str | Pat
     Raises:
         UsageError: the statement names no fingerprint, so there is nothing to compare.
     """
-    told = statement or {}
+    told: Mapping[str, Any] = statement or {}
     kept = told.get("made_from") or {}
     recorded = [*((told.get("base") or {}).get("fingerprints") or ()), kept.get(FINGERPRINT)]
     known = [each for each in recorded if isinstance(each, str) and each.startswith(PREFIX)]

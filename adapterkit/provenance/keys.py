@@ -120,7 +120,7 @@ def _check_public(path: Path) -> None:
     _check_curve(path, found)
 
 
-def _check_curve(path: Path, key: Any) -> None:
+def _check_curve(path: Path, key: object) -> None:
     curve = getattr(getattr(key, "curve", None), "name", None)
     if curve not in CURVES:
         raise Unsupported(f"a key of another kind than {', '.join(CURVES)}", path=path, cure=_NEW_KEY)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     AdapterkitError,
@@ -28,6 +28,10 @@ from ..io.staging import check_free, check_inputs, staged
 from .bundles import PREDICATE
 from .keys import model_signing, signer
 from .statement import statement_of
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 
 GIT = (".git", ".gitattributes", ".github", ".gitignore")
 """Files that model signing leaves out by default; with them, its command would refuse our signatures."""
@@ -56,7 +60,7 @@ class Signed:
     statement: Mapping[str, Any]
     not_covered: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data, for `--json`."""
         return {
             "path": self.path, "out": self.out, "files": self.files, "statement": dict(self.statement),
@@ -155,7 +159,7 @@ def not_covered(root: Path) -> tuple[str, ...]:
     return tuple(name for name in (*GIT, *NOTES) if root.is_dir() and (root / name).exists())
 
 
-def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, Any]) -> Any:
+def _payload(root: Path, signature: Path, allow_symlinks: bool, told: Mapping[str, JsonValue]) -> Any:
     """Return model-signing's payload, which has the digests of all files, with the statement in its predicate."""
     hashing = model_signing("hashing").Config().set_allow_symlinks(allow_symlinks)
     inside = [signature.absolute().relative_to(root.absolute())] if _within(signature, root) else []

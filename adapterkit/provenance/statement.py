@@ -20,6 +20,7 @@ from ..naming.binding.bases import merge_record
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
+    from ..io.strict_json import JsonValue
 
 VERSION = 1
 """Version of the statement's fields."""
@@ -31,7 +32,7 @@ _OF_FILES = ("written", "norms")
 """Parts of a merge's record that describe bytes; the signature has the digests of all files already."""
 
 
-def statement_of(path: Path) -> dict[str, Any]:
+def statement_of(path: Path) -> dict[str, JsonValue]:
     """Return what the files at `path` say they were made from, as plain JSON.
 
     Args:
@@ -67,14 +68,14 @@ def _kind(path: Path) -> dict[str, Any]:
     return {"kind": "model"}
 
 
-def _merged(path: Path) -> dict[str, Any]:
+def _merged(path: Path) -> dict[str, JsonValue]:
     """Return the statement of a merge's output: its record, but for what only describes bytes."""
     record = merge_record(opened(path))
     made_from = {key: value for key, value in record.items() if key not in _OF_FILES}
     return {"kind": "merged", "made_from": made_from}
 
 
-def _adapter(adapter: Adapter, name: str) -> dict[str, Any]:
+def _adapter(adapter: Adapter, name: str) -> dict[str, object]:
     base = adapter.base
     return {
         "kind": "adapter", "format": name, "digest": adapter.digest(), "methods": list(adapter.methods),
@@ -87,7 +88,7 @@ def _adapter(adapter: Adapter, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _original(path: Path) -> dict[str, Any]:
+def _original(path: Path) -> dict[str, JsonValue]:
     """Return the sha256 of the graph that adapters were attached to, which `onnx.inject` records."""
     import onnx
 
@@ -101,14 +102,14 @@ def _original(path: Path) -> dict[str, Any]:
         return {"unread": first_line(error)}
 
 
-def _without_metadata(args: Any) -> Any:
+def _without_metadata(args: object) -> Any:
     """Leave out the strings of training tools, which can be megabytes; the files that hold them are signed."""
     if isinstance(args, Mapping):
         return {key: _without_metadata(value) for key, value in args.items() if key != METADATA}
     return [_without_metadata(each) for each in args] if isinstance(args, list | tuple) else args
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.registry import Registry
 from ..errors import Malformed, Unsupported
@@ -17,6 +17,7 @@ from ._scheme import QUANTIZATION, Packed, Scheme, said_quantization
 
 if TYPE_CHECKING:
     from ..io.lazy import Lazy
+    from ..io.strict_json import JsonValue
 
 __all__ = [
     "SCHEMES",
@@ -74,7 +75,7 @@ class Dequantized(Checkpoint):
         return next(other for other in found if other.name == weight.name)
 
 
-def config_file(base: Checkpoint) -> Mapping[str, Any] | None:
+def config_file(base: Checkpoint) -> Mapping[str, JsonValue] | None:
     """Return the config.json beside a base's weights; a GGUF file's config is made from its key-values, not a file."""
     return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
@@ -157,7 +158,7 @@ def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in kept.items() if key != COMFYUI}
 
 
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without(config: Mapping[str, object]) -> dict[str, object]:
     text = config.get("text_config")
     plain = {key: value for key, value in config.items() if key != QUANTIZATION}
     return {**plain, "text_config": _without(text)} if isinstance(text, dict) else plain

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..io.lazy import Buffer
 
     Merged = Callable[[int, int], Array]
+    from ..io.strict_json import JsonValue
 
 DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
 
@@ -147,7 +148,7 @@ def settings(base: Checkpoint) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def said_quantization(config: Mapping[str, Any] | None) -> Any:
+def said_quantization(config: Mapping[str, JsonValue] | None) -> Any:
     """Return what a config says of a quantization; None if it says nothing.
 
     A model of several parts may say it in the config of its language model, as Kimi K2.5 does.

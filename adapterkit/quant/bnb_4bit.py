@@ -180,7 +180,7 @@ def _state(stored: Lazy, key: str) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
-def _fault(state: Any) -> str | None:
+def _fault(state: object) -> str | None:
     if not isinstance(state, dict):
         return "not an object"
     shape = state.get("shape")

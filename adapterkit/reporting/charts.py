@@ -20,6 +20,7 @@ from .measuring import QUANTILES
 from .verdicts import SPIKE, percent
 
 if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
     from .measuring import Effect, Measurements
 
 PALETTE = ["#4c78a8", "#e4572e", "#2a9d6f", "#b279a2", "#d8a31a", "#17a2b8", "#9d755d", "#7a7f87"]
@@ -169,7 +170,7 @@ def _map(
     together: Callable[[Sequence[float]], float], label: Callable[[float], str], title: str,
     *, domain: tuple[float, float] | None = None, middle: float | None = None, scheme: str = "viridis",
     reverse: bool = False, root: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """A map of a number by layer and module."""
     found: dict[tuple[str, str], list[Any]] = defaultdict(list)
     order: dict[str, Any] = {}
@@ -312,7 +313,7 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
     yield Chart("ranks", "How it changes it", "Effective rank against rank", caption, spec)
 
 
-def _colour(measured: Measurements) -> dict[str, Any]:
+def _colour(measured: Measurements) -> dict[str, JsonValue]:
     names = list(measured.names)
     return {
         "field": "adapter", "type": "nominal", "title": None, "sort": names, "legend": {"orient": "top", "columns": 4},
@@ -339,7 +340,7 @@ def _values(measured: Measurements) -> Iterator[Chart]:
     offset = {"yOffset": {"field": "adapter", "type": "nominal", "sort": list(measured.names)}} if several else {}
     colour: dict[str, Any] = _colour(measured) if several else {"value": PALETTE[0]}
 
-    def bar(low: int, high: int, size: int, opacity: float) -> dict[str, Any]:
+    def bar(low: int, high: int, size: int, opacity: float) -> dict[str, JsonValue]:
         return {
             "mark": {"type": "rule", "strokeWidth": size, "strokeCap": "round", "opacity": opacity},
             "encoding": {

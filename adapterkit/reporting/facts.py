@@ -100,7 +100,7 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
     )  # fmt: skip
 
 
-def _loaders(adapter: Adapter, name: Any, path: Path) -> tuple[dict[str, str], ...]:
+def _loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str, str], ...]:
     from ..formats import FORMATS
     from ..formats._image.dialect import ImageFormat
 

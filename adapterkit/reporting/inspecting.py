@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.lazy import Leaf
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +35,21 @@ class Inspection:
     path: str
     data: Mapping[str, Any]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The same as plain data."""
         return dict(self.data)
 
     @property
-    def totals(self) -> Mapping[str, Any]:
+    def totals(self) -> Mapping[str, JsonValue]:
         """Counts; for an adapter `targets`, `updates`, `parameters`, `bytes`, `methods`, `dtypes`."""
-        found: Mapping[str, Any] = self.data.get("totals", {})
+        found: Mapping[str, JsonValue] = self.data.get("totals", {})
         return found
 
     def __repr__(self) -> str:
         name = public(self.path)
         if self.kind == "adapter" and self.data.get("format") is None:
             return f"Inspection({name!r}: adapter, {len(self.data['modules']):,} modules that are not resolved)"
-        totals = self.totals
+        totals: Mapping[str, Any] = self.data.get("totals", {})
         if self.kind == "adapter":
             methods = ", ".join(f"{count:,} {method}" for method, count in totals["methods"].items())
             return f"Inspection({name!r}: {self.data['format']} adapter, {totals['targets']:,} targets: {methods})"
@@ -74,16 +75,16 @@ class Inspection:
         return html_table(repr(self), ("module",), [[module] for module in self.data["modules"]])
 
 
-def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+def graph_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, JsonValue]:
     """The layers of an ONNX graph that an adapter can name."""
     from ..onnx import layers
 
     found = [place.record() for place in layers(src, base_weights=base_weights)]
-    methods = _counts(place["method"] or "nothing" for place in found)
+    methods = _counts(str(place["method"] or "nothing") for place in found)
     return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
 
 
-def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict[str, object]:
     """The layers of all graphs of a folder, each with the name of its graph."""
     from ..onnx import layers
     from ..onnx.folders import parts_of
@@ -97,7 +98,7 @@ def folder_record(src: str, base_weights: str | os.PathLike[str] | None) -> dict
          "layers": sum(each["graph"] == part.name.as_posix() for each in found)}
         for part in parts
     ]  # fmt: skip
-    methods = _counts(place["method"] or "nothing" for place in found)
+    methods = _counts(str(place["method"] or "nothing") for place in found)
     return {
         "kind": "graph", "path": src, "graphs": graphs, "layers": found,
         "totals": {"layers": len(found), "methods": methods},
@@ -192,14 +193,14 @@ def inspected(
         return record
 
 
-def _beside(adapter: Adapter, path: Path) -> dict[str, Any]:
+def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:
     """The licence in the model card beside an adapter, and its trigger words."""
     from ..core.metadata import metadata_of, trigger_words
 
     return {**_licence(path), "triggers": list(trigger_words(metadata_of(adapter)))}
 
 
-def _licence(path: Path) -> dict[str, Any]:
+def _licence(path: Path) -> dict[str, JsonValue]:
     """The licence that the model card names, and what it asks of derived works beyond notices."""
     from ..core.licence_terms import spdx_of, terms_of
     from ..core.licences import licence_at
@@ -212,7 +213,7 @@ def _licence(path: Path) -> dict[str, Any]:
 
 def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, JsonValue]]:
     """How much each layer is changed: one record a layer, in order."""
     import math
 
@@ -240,7 +241,7 @@ def _layers(
     return records
 
 
-def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, Any]:
+def _names(adapter: Adapter, base: Checkpoint | str | os.PathLike[str], rename: Sequence[str]) -> dict[str, JsonValue]:
     """The rules by which the adapter's names become the base's, or why they do not."""
     from ..errors import AdapterkitError
     from ..naming.binding.tables import name_map
@@ -319,7 +320,7 @@ def _without_alpha(adapter: Adapter) -> int:
     return len(listed) if isinstance(listed, (list, tuple)) else 0
 
 
-def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
+def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, JsonValue]:
     """Return the record of an adapter of which only the keys are known: no base, or an unknown format."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
@@ -329,7 +330,7 @@ def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error
     }  # fmt: skip
 
 
-def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, JsonValue]:
     """One update as plain data; all but its name is `shared` with the updates of the same form."""
     form = target.layout, target.rows, update.form
     if form not in shared:
@@ -375,7 +376,7 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
+def _tensor_record(base: Checkpoint, name: str) -> dict[str, object]:
     tensor = base.tensors[name]
     where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
     return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import StorageError, storage_error
 from .charts import Chart, charts, png, svg
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class AdapterReport:
         """The pictures, as Vega-Lite specifications; drawing them is left to `html` and `figures`."""
         return charts(self.measured)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The report as plain data."""
         return {
             "kind": "report", "base": self.base, "merged": self.merged, "seconds": round(self.seconds, 3),

@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import AdapterkitError, shown
 from ..io.inputs import read_input
@@ -209,7 +208,7 @@ def _texts(name: str, file: Path) -> Iterator[Finding]:
     yield from _config(name, "", document, 0)
 
 
-def _config(name: str, where: str, value: Any, depth: int) -> Iterator[Finding]:
+def _config(name: str, where: str, value: object, depth: int) -> Iterator[Finding]:
     if depth > 20:
         return
     if isinstance(value, Mapping):

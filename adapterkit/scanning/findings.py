@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.tables import html_table
 
 SEVERITIES = ("note", "low", "medium", "high")
 """From the least to the worst. `medium` and above fail a scan unless the caller says otherwise."""
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +164,7 @@ class Scan:
         """Whether a finding is of severity `at` or worse."""
         return self.worst != "none" and SEVERITIES.index(self.worst) >= SEVERITIES.index(at)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """The result as plain data."""
         return {
             "source": self.source, "worst": self.worst, "files": self.files, "unread": list(self.unread),
@@ -169,7 +172,7 @@ class Scan:
             "note": "Findings are evidence, not proof; a file without findings is not proven harmless.",
         }  # fmt: skip
 
-    def sarif(self) -> dict[str, Any]:
+    def sarif(self) -> dict[str, object]:
         """The result in SARIF 2.1.0, which code hosts and editors show."""
         from .. import __version__
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.tables import html_table
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Trial:
     loss: float | None = None
     refused: str | None = None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the trial as plain data."""
         return {
             "number": self.number, "method": self.method, "weights": list(self.weights),
@@ -79,7 +82,7 @@ class Search:
             found.append(same[0] if same else None)
         return tuple(found)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, JsonValue]:
         """Return the keyword arguments of `combine` that repeat the best trial."""
         best = self.best
         return {
@@ -104,7 +107,7 @@ class Search:
         text: str = yaml.safe_dump(said | {"seed": self.seed, "rank": self.rank}, sort_keys=False, allow_unicode=True)
         return text
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, JsonValue]:
         """Return the result as plain data."""
         return {
             "adapters": list(self.adapters), "base": self.base, "seed": self.seed, "best": self.best.record(),

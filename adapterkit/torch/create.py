@@ -35,6 +35,7 @@ from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from ..core.updates import Random
+    from ..io.strict_json import JsonValue
 
 
 Choice = str | re.Pattern[str] | type[nn.Module]
@@ -46,8 +47,8 @@ def create(
     exclude: Choice | Sequence[Choice] = (), layers: int | Sequence[int] | None = None, rank: int = 16,
     alpha: float | None = None, rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, use_rslora: bool = False, init: str = "default",
-    data: Iterable[Any] | None = None, rho: float = 2.0, dropout: float = 0.0, seed: int = 0,
-    layout: str | None = None, **attributes: Any,
+    data: Iterable[object] | None = None, rho: float = 2.0, dropout: float = 0.0, seed: int = 0,
+    layout: str | None = None, **attributes: object,
 ) -> Adapter:  # fmt: skip
     """Return a fresh adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
@@ -102,8 +103,8 @@ def create(
     check_dropout(dropout, cls, method)
     check_gathered(model)
     if issubclass(cls, ContextUpdate):
-        given = {"exclude": exclude, "layers": layers, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-        _refuse(method, {**given, "use_rslora": use_rslora, "init": init != "default", "data": data})
+        words = {"exclude": exclude, "layers": layers, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        _refuse(method, {**words, "use_rslora": use_rslora, "init": init != "default", "data": data})
         attributes |= {} if alpha is None else {"scaling": alpha / rank}
         return create_context(model, cls, targets, rank, seed, attributes)
     unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields(), *cls.sizes}]
@@ -135,9 +136,9 @@ def create(
                 updates[plain] = _started(cls, model, path, target, init, sizes[path].rank, given, seen.get(path))
             else:
                 updates[plain] = (_fresh(cls, model, path, target, sizes[path].rank, generator, given),)
-    chosen = {"init": init, "dropout": dropout, "seed": seed}
+    chosen: dict[str, JsonValue] = {"init": init, "dropout": dropout, "seed": seed}
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
-    told = {name: value for name, value in chosen.items() if value != unsaid[name]}
+    told: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
     adapter = Adapter(updates).map(_own).step("create", method=method, **told, **_stored_base(model))
     adapter.validate()
     return adapter
@@ -210,7 +211,7 @@ def _refuse(method: str, given: Mapping[str, Any]) -> None:
         raise UsageError(f"{method} does not look at it", where=name, cure="Leave it out")
 
 
-def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[Any] | None) -> dict[str, Moments]:
+def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[object] | None) -> dict[str, Moments]:
     if (data is not None) != (init in OF_DATA):
         why = f"init={init!r} {'needs data' if data is None else 'looks at no data'}"
         raise UsageError(why, where="data", cure=f"Pass data= with one of init={', '.join(sorted(OF_DATA))}")

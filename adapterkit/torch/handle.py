@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +246,7 @@ class Handle:
 
     def parameter_groups(
         self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, object]]:
         """Return the trained tensors as groups for an optimizer, as LoRA+ (https://arxiv.org/abs/2402.12354) has them.
 
         B, and all tensors of one axis, learn at `lr * ratio`; A at `lr`; both factors of embeddings at `embedding_lr`.
@@ -312,7 +311,7 @@ class Handle:
         with all_or_nothing(self._model, self._objects()):
             self._detach()
 
-    def _objects(self) -> list[Any]:
+    def _objects(self) -> list[object]:
         """The objects that change along with the model when the adapter comes or goes."""
         return [self, self._switch, *self._leaves]
 

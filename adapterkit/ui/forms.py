@@ -7,12 +7,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError, public
 from ..io.locations import is_address
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 
 COMMANDS = (
     "inspect", "report", "convert", "combine", "resize", "merge", "diff", "validate", "names", "extract", "verify",
@@ -163,7 +167,7 @@ class Forms:
                 options += [f"{long}={value}" for value in given]
         return [command, *options, *(["--", *arguments] if arguments else [])]
 
-    def _given(self, field: Field, value: Any) -> Iterator[str]:
+    def _given(self, field: Field, value: object) -> Iterator[str]:
         if value is None or (value in ("", [], False) and field.kind != "flag"):
             return
         if field.kind == "flag":
@@ -190,7 +194,7 @@ class Forms:
             return f"@{self.inside(text[1:])}"
         return text
 
-    def listing(self, folder: str | None) -> dict[str, Any]:
+    def listing(self, folder: str | None) -> dict[str, JsonValue]:
         """List a folder to choose a path from: its folders and files, each with its likely kind."""
         if not folder:
             entries = [{"name": str(root), "path": str(root), "kind": "folder"} for root in self.roots]

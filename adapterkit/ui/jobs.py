@@ -14,9 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, public
+
+if TYPE_CHECKING:
+    from ..io.strict_json import JsonValue
+
 
 RUNNING = 2
 """Jobs at a time: a merge uses the whole disk."""
@@ -194,7 +198,7 @@ class Jobs:
             raise UsageError(f"no job {number}", cure="Reload the page")
         return found
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, JsonValue]]:
         """All jobs, the last one first."""
         with self.lock:
             jobs = list(self.jobs.values())

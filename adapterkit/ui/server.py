@@ -85,7 +85,7 @@ def application(forms: Forms, jobs: Jobs, token: str, port: int) -> Application:
 
     measuring = threading.Lock()
 
-    def sums(given: Any) -> dict[str, Any]:
+    def sums(given: Any) -> dict[str, object]:
         if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
             raise UsageError("a list of adapters was expected", cure="Fill the form in")
         named = [str(forms.inside(str(each))) for each in given["adapters"]]
@@ -150,7 +150,7 @@ def products(adapters: Sequence[str], base: str | None) -> dict[str, Any]:
     """
     from ..api import report
 
-    measured = report(list(adapters), base=base).record()
+    measured: dict[str, Any] = report(list(adapters), base=base).record()
     count = len(adapters)
     found: dict[str, list[list[float]]] = {}
     for effect in measured["effects"]:

@@ -85,3 +85,27 @@ def test_an_unknown_name_names_the_nearest(zoo, name, cure):
 def test_a_module_without_exactly_one_entry_is_a_mistake_in_the_code(zoo, name, count):
     with pytest.raises(TypeError, match=f"exactly one Animal, has {count}"):
         zoo[name]
+
+
+def test_a_module_may_have_several_entries_that_say_their_names(tmp_path, monkeypatch):
+    (tmp_path / "farm").mkdir()
+    (tmp_path / "farm" / "__init__.py").write_text("")
+    (tmp_path / "farm" / "hen.py").write_text("from here import Animal\nclass Hen(Animal): pass\n")
+    text = "from here import Animal\nclass Bovine(Animal): pass\n"
+    text += "".join(f"class {name.title()}(Bovine): name = {name!r}\n" for name in ("yak", "cow"))
+    (tmp_path / "farm" / "cattle.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "here", sys.modules[__name__])
+    farm = Registry("animal", "farm", "farm.animals", Animal, several=True)
+    assert farm["cow"].__name__ == "Cow"
+    assert list(farm) == ["cow", "hen", "yak"]
+    with pytest.raises(Unsupported, match="unknown animal 'cattle'"):
+        farm["cattle"]
+    for module, first in (("more", "Cow(Animal): name = 'cow'"), ("other", "Nameless(Animal): pass")):
+        file = tmp_path / "farm" / f"{module}.py"
+        file.write_text(f"from here import Animal\nclass {first}\nclass Second(Animal): pass\n")
+        with pytest.raises(TypeError, match=f"farm.{module} must define a Animal with a name of its own"):
+            list(Registry("animal", "farm", "farm.animals", Animal, several=True))
+        file.unlink()
+    for name in [name for name in sys.modules if name.split(".")[0] == "farm"]:
+        del sys.modules[name]

@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..shapes import tensor
-from .context import ContextUpdate
-from .outputs import OutputUpdate
+from .kinds import Additive, ContextUpdate, OutputUpdate, WeightUpdate, of_pair
 from .rules import Rule, attribute
 from .update import Update
-from .weights import Additive, WeightUpdate, of_pair
 
 if TYPE_CHECKING:
     from .update import Random as Random

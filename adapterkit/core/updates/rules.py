@@ -49,7 +49,7 @@ def attribute(
     return dataclasses.field(default=default, metadata=rules)
 
 
-def check_attribute(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
+def check_attribute(name: str, value: object, field: dataclasses.Field[Any]) -> None:
     """Check a value against the type and the rules of its field.
 
     Raises:
@@ -85,14 +85,14 @@ def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         raise Malformed(f"{value} is above {rules['most']}", where=name, cure=DAMAGED)
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
 
 
 # Check integer fields that hold positions: each must be on its axis, and none may repeat.
 
 
-def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def misplaced(update: Update, sizes: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield the fields with a position that is not on its axis, and what is wrong.
 
     Args:
@@ -222,7 +222,7 @@ class _NoValue(Exception):
 class _Names:
     """The values of the names in an expression."""
 
-    def __init__(self, update: Update, dims: Mapping[str, Any], stack: bool) -> None:
+    def __init__(self, update: Update, dims: Mapping[str, object], stack: bool) -> None:
         self.update, self.dims, self.stack = update, dims, stack
 
     def value(self, name: str) -> int | str:
@@ -252,7 +252,7 @@ class _Names:
 class _Given(_Names):
     """Names whose values are given one by one."""
 
-    def __init__(self, values: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+    def __init__(self, values: Mapping[str, object], axes: Mapping[str, int]) -> None:
         self.values, self.given_axes = values, axes
 
     def value(self, name: str) -> int | str:
@@ -265,7 +265,7 @@ class _Given(_Names):
         return self.given_axes.get(tensor)
 
 
-def value_of(expression: str, values: Mapping[str, Any], axes: Mapping[str, int]) -> int | str | None:
+def value_of(expression: str, values: Mapping[str, object], axes: Mapping[str, int]) -> int | str | None:
     """Return the value of a rule's expression (spec/README.md, section 9), or None where it has none.
 
     Args:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ...io.lazy import Leaf
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
+    from ...io.strict_json import JsonValue
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
@@ -133,7 +134,7 @@ class Update:
         """The plain values by field; an integer in a float field becomes a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
-    def attributes_of(self, version: int) -> dict[str, Any]:
+    def attributes_of(self, version: int) -> dict[str, JsonValue]:
         """Return the plain values that a version of the method has, by field."""
         fields = self.attribute_fields()
         return {
@@ -293,7 +294,7 @@ class Update:
         return self.map(lambda leaf: cast(Any, leaf)[index])
 
     @classmethod
-    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: object) -> Self:
         """Return a fresh update of a weight, before any training; it changes nothing if `starts_at_base`.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,8 +13,11 @@ from .families import FAMILIES, family_of_architecture
 from .families._family import AdapterHubFamily
 from .settings import Settings
 
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
 
-def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None) -> Settings:
+
+def parse(config: Mapping[str, JsonValue], interface: Mapping[str, object] | None = None) -> Settings:
     """Parse the settings of a whole config.
 
     Raises:
@@ -53,7 +56,7 @@ def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, 
         yield _part(member, f"config.configs[{position}]", settings)
 
 
-def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, type[AdapterHubFamily], Any]:
+def _part(own: Mapping[str, object], at: str, settings: Settings) -> tuple[str, type[AdapterHubFamily], Any]:
     architecture = own.get("architecture")
     family = family_of_architecture(architecture)
     if family is None:

@@ -122,7 +122,7 @@ def save(folder: Path, content: Content) -> None:
             write_bytes(folder / name, json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode())
 
 
-def _is_config(config: Any) -> bool:
+def _is_config(config: object) -> bool:
     if not isinstance(config, dict) or any(key in config for key in OTHERS):
         return False
     return isinstance(config.get("config"), dict) or str(config.get("version", "")).startswith("adapters.")

@@ -210,7 +210,7 @@ def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
 
 
-def make(method: str, leaves: Mapping[str, Leaf], **attributes: Any) -> Update:
+def make(method: str, leaves: Mapping[str, Leaf], **attributes: object) -> Update:
     """Make an update of a method from tensors that are not read yet."""
     return METHODS[method](**leaves, **attributes)
 

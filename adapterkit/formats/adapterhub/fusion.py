@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -88,7 +88,7 @@ def _of(word: str) -> list[str]:
     return [field for slot, field in FIELDS.items() if slot.startswith(word)]
 
 
-def _by_target(tensors: Mapping[str, Lazy], model_type: Any) -> dict[str, dict[str, Lazy]]:
+def _by_target(tensors: Mapping[str, Lazy], model_type: object) -> dict[str, dict[str, Lazy]]:
     found: dict[str, dict[str, Lazy]] = {}
     for text, tensor in tensors.items():
         key = _KEY.fullmatch(text)

@@ -12,6 +12,7 @@ from .file import make
 if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
 
 
 Roles = Mapping[str, tuple[str, ...]]
@@ -108,7 +109,7 @@ def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
 QKV = ("q", "k", "v")
 
 
-def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the config fields that express these updates."""
     some = next(iter(updates.values()))[0]
     words = _words(updates, base)
@@ -143,7 +144,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     yield from _unplaced(updates, base)
 
 
-def _law(update: Any) -> tuple[Any, ...]:
+def _law(update: Any) -> tuple[object, ...]:
     if update.method == "ia3":
         return (update.method,)
     shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()

@@ -38,6 +38,6 @@ def _content(updates: Updates) -> dict[Any, Any]:
     return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
 
 
-def _outline(update: Update) -> tuple[Any, ...]:
+def _outline(update: Update) -> tuple[object, ...]:
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     return update.method, update.attributes, {name: (leaf.shape, leaf.dtype.name) for name, leaf in leaves.items()}

@@ -124,7 +124,7 @@ def write_setup(
     write_bytes(Path(folder) / CONFIG, json.dumps(written, indent=2).encode())
 
 
-def _block(said: Any, at: str, depth: int) -> Setup:
+def _block(said: object, at: str, depth: int) -> Setup:
     said = said if isinstance(said, dict) else {}
     kind, children = said.get("type"), said.get("children")
     if (
@@ -149,7 +149,7 @@ def _numbers(said: Any, word: str, count: int, at: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _child(said: Any, at: str, depth: int) -> Setup | str:
+def _child(said: object, at: str, depth: int) -> Setup | str:
     if not isinstance(said, dict) or said.get("type") != "single":
         return _block(said, at, depth + 1)
     names = said.get("children")
@@ -159,7 +159,7 @@ def _child(said: Any, at: str, depth: int) -> Setup | str:
     return name
 
 
-def _written(setup: Setup) -> dict[str, Any]:
+def _written(setup: Setup) -> dict[str, object]:
     single = [{"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children]
     word = WORDS.get(setup.kind, "")
     return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})

@@ -54,7 +54,7 @@ def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
 class Invocation:
     """The tokens of a file to be written: those of the first update."""
 
-    def __init__(self, updates: Iterable[Any]) -> None:
+    def __init__(self, updates: Iterable[object]) -> None:
         first = next(iter(updates), None)
         self.tokens = _tokens(first)
 

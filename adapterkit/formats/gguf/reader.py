@@ -69,7 +69,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data, kept))
 
 
-def _check_alone(updates: Mapping[Target, Any], base: Checkpoint) -> None:
+def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
     """Refuse a base that has the family's names more than once, under different prefixes.
 
     Raises:

@@ -24,6 +24,7 @@ from .container import CONFIG
 if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
     from ...naming.resolver import Move
     from .._pairs import Pair, Slots
 
@@ -111,7 +112,7 @@ Found = Iterator[tuple[Target, "Update"]]
 
 
 def _pairs(
-    config: Mapping[str, Any], kind: str, tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]
+    config: Mapping[str, JsonValue], kind: str, tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]
 ) -> Found:
     scale = _scale(config)
     for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
@@ -217,7 +218,7 @@ def _fused(
     yield Target(own, rows=(start, start + update.B.shape[0])), update
 
 
-def _scale(config: Mapping[str, Any]) -> float:
+def _scale(config: Mapping[str, JsonValue]) -> float:
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
         cure = "Add lora_parameters.scale, which MLX-LM itself needs"

@@ -27,6 +27,7 @@ from .reader import FORMAT
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
     from ...naming.resolver import Move
     from .._pairs import Pair
 
@@ -60,7 +61,9 @@ def written(
     return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), absent + joined + lines
 
 
-def _without_absent(adapter: Adapter, config: Mapping[str, Any] | None, on_loss: str) -> tuple[Adapter, list[str]]:
+def _without_absent(
+    adapter: Adapter, config: Mapping[str, JsonValue] | None, on_loss: str
+) -> tuple[Adapter, list[str]]:
     """Return the adapter without the targets that MLX-LM's model lacks, and a line for each.
 
     Raises:
@@ -77,7 +80,7 @@ def _without_absent(adapter: Adapter, config: Mapping[str, Any] | None, on_loss:
     return adapter.replace(updates=kept), [f"left out {item}" for item in items]
 
 
-def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> tuple[Adapter, list[str]]:
+def _stacked(adapter: Adapter, config: Mapping[str, JsonValue] | None) -> tuple[Adapter, list[str]]:
     """Return the adapter with experts in the stacks of MLX-LM's model and parts in its fused weights, and their lines.
 
     Raises:
@@ -231,7 +234,7 @@ def _name(target: Target, hints: Mapping[str, Any]) -> str:
     return str(known.get(target.path, target.path))
 
 
-def _as_read(config: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+def _as_read(config: Mapping[str, JsonValue], hints: Mapping[str, object]) -> str:
     """Return the text of the config that was read if it means the same; only the text keeps the order of keys."""
     text = str(hints.get("text", ""))
     try:

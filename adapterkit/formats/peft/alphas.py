@@ -49,6 +49,6 @@ def _candidates(guess: float) -> Iterator[int | float]:
     yield math.nextafter(guess, -math.inf)
 
 
-def _most_common(values: Sequence[Any], default: Any) -> Any:
+def _most_common(values: Sequence[object], default: object) -> Any:
     count = Counter(values)
     return min(count, key=lambda value: (-count[value], value), default=default)

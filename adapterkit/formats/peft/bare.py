@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
 from ...io import safetensors
@@ -25,6 +25,10 @@ from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
 from .file import Key
 from .keys import PREFIX, parse_key
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
 
 _LORA = re.compile(r".+\.lora_(?:[AB](?:\.[^.]+)?\.weight|embedding_[AB](?:\.[^.]+)?)", re.DOTALL)
 _ALPHA = ".alpha"
@@ -164,7 +168,7 @@ def _scaling(
     return told or {"lora_alpha": alpha}
 
 
-def _told(header: Mapping[str, str]) -> dict[str, Any]:
+def _told(header: Mapping[str, str]) -> dict[str, JsonValue]:
     """Return the fields about scaling in the header of a safetensors file; empty if it does not state alpha."""
     for name in _ALPHA_FIELDS:
         try:

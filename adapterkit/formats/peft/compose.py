@@ -16,6 +16,7 @@ from .spelling import is_embedding, lora_paths
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Updates
     from ...io.checkpoint import Checkpoint
+    from ...io.strict_json import JsonValue
 
 FRESH: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},
@@ -48,7 +49,7 @@ def configs(
     updates: Updates,
     hints: PeftHints,
     peft_type: str,
-    numbers: Mapping[str, Any],
+    numbers: Mapping[str, object],
     base: Checkpoint | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the config that was read, then with other ranks and alphas, then with other lists of modules as well."""
@@ -72,19 +73,19 @@ def configs(
     yield _over(start | named, {**_law_fields(updates, peft_type, start), **changed, **lists})
 
 
-def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
+def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, JsonValue]:
     if family := family_of_type(peft_type):
         return family_fields(updates, family, base)
     lists = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
     return lists[peft_type](updates, base)
 
 
-def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _over(config: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
     """Return a config with changes; fields that are off are not added, because older releases of PEFT may lack them."""
     return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
 
 
-def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, Any]:
+def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, JsonValue]:
     """Return the base's name, if it is not the one that was read."""
     ref, read = adapter.base, hints.config.get("base_model_name_or_path")
     if ref is None or ref.id in (None, read):
@@ -92,7 +93,7 @@ def _base_fields(adapter: Adapter, hints: PeftHints) -> dict[str, Any]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> dict[str, object]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
     pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}

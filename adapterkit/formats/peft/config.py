@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ...errors import Malformed, Unsupported
 from .families import FAMILIES, PEFT_TYPES, family_of_type
 from .settings import RESIDUAL, Settings
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
 
 OTHER_TYPES = {
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
@@ -140,7 +144,7 @@ def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
     return settings
 
 
-def _check_type(config: Mapping[str, Any]) -> None:
+def _check_type(config: Mapping[str, JsonValue]) -> None:
     found = config.get("peft_type")
     if not isinstance(found, str):
         raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
@@ -162,7 +166,7 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in config.items() if value and name not in known)
 
 
-def _check_field(name: str, value: Any, strict: bool) -> None:
+def _check_field(name: str, value: object, strict: bool) -> None:
     if name in READ or name in HARMLESS:
         return
     if name in REFUSED:
@@ -180,7 +184,7 @@ def _check_field(name: str, value: Any, strict: bool) -> None:
         )
 
 
-def _is_marker(name: str, value: Any) -> bool:
+def _is_marker(name: str, value: object) -> bool:
     """Whether an unknown field only records who wrote the file, when, or in which run.
 
     Text counts by the field's name or by its own form: a release, a date, a digest. Other text does not: Unsloth's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError, StorageError, UsageError
 from ...io import safetensors
@@ -16,6 +16,10 @@ from ...io.lazy import Lazy
 from ...naming.shared_outer import is_shared_outer
 from ...naming.tinker import is_tinker
 from .._folders import folder_of, make_folder, read_tensors
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -73,7 +77,7 @@ def header_of(path: Path) -> dict[str, str]:
     return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
 
 
-def check_stated(config: Mapping[str, Any], alpha: float | None, rank: int | None) -> None:
+def check_stated(config: Mapping[str, JsonValue], alpha: float | None, rank: int | None) -> None:
     """Check the caller's alpha and rank against the config, which has priority.
 
     Raises:
@@ -86,7 +90,7 @@ def check_stated(config: Mapping[str, Any], alpha: float | None, rank: int | Non
 
 
 def save(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
+    folder: Path, config: Mapping[str, JsonValue], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
 ) -> None:
     """Write the folder, its config last: an interrupted folder without one is not taken for an adapter.
 

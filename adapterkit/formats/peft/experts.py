@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ...core.adapter import Target
     from ...core.updates import Update
     from ...io.lazy import Buffer, Shape
+    from ...io.strict_json import JsonValue
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
@@ -162,7 +163,7 @@ def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
     return columns.map(lambda b: b.transpose(1, 0, 2).reshape(out, experts * r), (out, experts * r))
 
 
-def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, Any]) -> dict[str, Any]:
+def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, object]) -> dict[str, JsonValue]:
     """Return a config that states the order of its stacks: by Unsloth's field, or by a release of PEFT that uses it."""
     if order is None or not any(target.stacked for target in updates):
         return config
@@ -344,7 +345,7 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
 
 
-def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_written(config: Mapping[str, Any]) -> dict[str, object]:
     """Return a config for tensors in the order of `unstack`, the only order that PEFT reads since 0.19.
 
     PEFT does not know `lora_B_layout`: with another order it would silently use the wrong experts.

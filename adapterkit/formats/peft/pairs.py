@@ -23,6 +23,7 @@ from ...methods.rows import Rows
 if TYPE_CHECKING:
     from ...core.adapter import Target
     from ...core.updates import Update
+    from ...io.strict_json import JsonValue
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
 """Methods that store a pair of factors."""
@@ -77,7 +78,7 @@ def may_stand(update: Update, method: type[Update] | None) -> bool:
     return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
 
 
-def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def law_fields(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the fields that select the formula of the pairs at these paths; they replace those of `before`."""
     kinds = {type(update) for update in updates.values()}
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
@@ -93,7 +94,7 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _invocation(updates: dict[str, Any], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return the tokens that activate; PEFT looks for them only in causal models."""
     some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
     if some is None:
@@ -102,7 +103,7 @@ def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str,
     return {"alora_invocation_tokens": tokens, "task_type": before.get("task_type") or "CAUSAL_LM"}
 
 
-def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any] | None:
+def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, JsonValue] | None:
     """Return the settings by which Arrow chooses, with PEFT's names for as many experts as it has."""
     some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
     if some is None:
@@ -114,7 +115,7 @@ def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any
     return {**numbers, "use_gks": some.general > 0, **listed}
 
 
-def _blocks(updates: dict[str, Any]) -> dict[str, Any]:
+def _blocks(updates: dict[str, Any]) -> dict[str, JsonValue]:
     own = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
     A = sorted(path for path, update in own.items() if update.A_blocks is not None)
     some: Any = next(iter(own.values()))

@@ -177,7 +177,7 @@ class Automaton:
             self._remember(self.reached, key, frozenset(found), len(found))
         return self.reached[key]
 
-    def _remember(self, known: dict[Any, frozenset[int]], key: Any, value: frozenset[int], visits: int) -> None:
+    def _remember(self, known: dict[Any, frozenset[int]], key: object, value: frozenset[int], visits: int) -> None:
         self.visits += visits + 1
         if self.visits > MAX_VISITS:
             raise TooSlow
@@ -185,7 +185,7 @@ class Automaton:
             known.clear()
         known[key] = value
 
-    def _add(self, *state: Any) -> int:
+    def _add(self, *state: object) -> int:
         if len(self.states) >= MAX_STATES:
             raise TooSlow
         self.states.append(state)

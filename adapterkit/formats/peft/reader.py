@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from ...io.strict_json import JsonValue
 
 BUILT_IN = {
     "IA3": (replacement.decode, ia3.decode),
@@ -40,7 +41,7 @@ Places = dict[Target, list[Mapping[str, Key]]]
 
 
 def decode(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     tensors: Mapping[str, Lazy],
     *,
     compat: str | None = None,
@@ -73,7 +74,7 @@ def decode(
     return Adapter(updates, base_ref, (step,), foreign)
 
 
-def without_config(adapter: Adapter, config: Mapping[str, Any], *, assumed: bool) -> Adapter:
+def without_config(adapter: Adapter, config: Mapping[str, JsonValue], *, assumed: bool) -> Adapter:
     """Return the same adapter, read with a generated config: its lineage says so, and the config is not written back.
 
     Args:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from ...errors import Malformed
 from .patterns import first_match, matches
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
 
 RESIDUAL = ("olora", "pissa")
 """Initialisations that subtract from the base a value that can be computed from it exactly; methods of these names."""
@@ -117,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def written_by_unsloth(config: Mapping[str, Any]) -> bool:
+def written_by_unsloth(config: Mapping[str, JsonValue]) -> bool:
     """Whether a config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
     mapping = config.get("auto_mapping")
     marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from ...io.strict_json import JsonValue
 
 
 def says(
@@ -95,7 +96,7 @@ def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -
     }
 
 
-def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[Any, ...]:
+def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[object, ...]:
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, Replacement) and "weight" in leaves:
         leaves["weight"] = stored(leaves["weight"], layout)
@@ -215,7 +216,7 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
     return tensors
 
 
-def _omitted(config: Mapping[str, Any], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
+def _omitted(config: Mapping[str, JsonValue], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
     """Return the keys that a file with this config leaves out."""
     family = family_of_type(peft_type)
     left_out = family.omitted(config, updates) if family else ()

@@ -51,7 +51,7 @@ def read_folder(path: Path, base: Checkpoint | None) -> Adapter:
     return Adapter(updates, ref, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
 
 
-def _numbers(config: Mapping[str, Any]) -> tuple[int, float]:
+def _numbers(config: Mapping[str, object]) -> tuple[int, float]:
     wrong = next((name for name in _OFF if config.get(name)), None)
     if wrong is not None:
         why = f"{wrong} is {config[wrong]!r} beside stacks that share factors"

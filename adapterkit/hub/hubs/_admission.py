@@ -13,12 +13,16 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
 from ...errors import NetworkError
 from ...io.strict_json import load_json
 from ..web import Refused, answered, body_of
+
+if TYPE_CHECKING:
+    from ...io.strict_json import JsonValue
+
 
 MAX_ANSWER = 1 << 20
 """Largest reply to a token request, in bytes; tokens with many scopes take some 10 KB."""
@@ -121,7 +125,7 @@ def _files() -> Iterator[Path]:
         yield Path(os.environ["XDG_RUNTIME_DIR"]) / "containers" / "auth.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, JsonValue]:
     try:
         told = load_json(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -219,7 +219,7 @@ class HuggingFace(Remote):
             return AccessDenied("the hub does not know this token", path=place, cure=cure)
         return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
 
-    def _said(self, error: Any) -> str:
+    def _said(self, error: object) -> str:
         """Return the server's message with tokens and urls removed."""
         text = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
         return f": {redacted(text, self.token)}" if text else ""
@@ -261,7 +261,7 @@ class HuggingFace(Remote):
         return self.call(act)
 
 
-def _is_folder(entry: Any) -> bool:
+def _is_folder(entry: object) -> bool:
     return isinstance(entry, dict) and entry.get("type") == "directory"
 
 

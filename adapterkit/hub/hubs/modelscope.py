@@ -87,7 +87,7 @@ def _guard(client: Any, place: str) -> None:
     """
     home = urlsplit(client._endpoint)
 
-    def bounded(response: Any, **_: Any) -> None:
+    def bounded(response: Any, **_: object) -> None:
         is_file = response.status_code < 400 and urlsplit(response.url).path.endswith("/repo")
         if not is_file:
             raw, left = response.raw, [MAX_TOLD]

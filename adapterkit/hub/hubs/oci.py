@@ -57,6 +57,8 @@ from ._admission import DOCKER_HUB, Admission, is_near
 if TYPE_CHECKING:
     import httpx2
 
+    from ...io.strict_json import JsonValue
+
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -96,7 +98,7 @@ def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tup
     return config, _json(manifest)
 
 
-def parsed(body: bytes, place: str) -> Mapping[str, Any]:
+def parsed(body: bytes, place: str) -> Mapping[str, JsonValue]:
     """Return a manifest's content.
 
     Raises:
@@ -143,7 +145,7 @@ def _file(layer: Any, where: str, place: str) -> RemoteFile:
     return RemoteFile(name, size, digest)
 
 
-def _layer(name: str, digests: Digests) -> dict[str, Any]:
+def _layer(name: str, digests: Digests) -> dict[str, JsonValue]:
     size, digest, _ = digests
     # ModelPack tools read the first annotation, and oras the second.
     notes = {FILE_PATH: name, NAMES[-1]: name}
@@ -161,7 +163,7 @@ def _format(names: list[str]) -> str:
     return "safetensors" if "safetensors" in found or not found else found[0]
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import httpx2
     from obstore.store import S3Store
 
+    from ...io.strict_json import JsonValue
+
 
 SIGNED = timedelta(minutes=15)
 """How long a presigned url is valid. Each request gets its own."""
@@ -100,7 +102,7 @@ class Bucket:
         with self._answered("GET", url, {}) as response:
             return body_of(response, self.place)
 
-    def _signer(self, **more: Any) -> S3Store:
+    def _signer(self, **more: object) -> S3Store:
         from obstore.store import S3Store
 
         config: dict[str, Any] = {**self.keys, **more}
@@ -335,13 +337,13 @@ class S3(Listing):
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         obstore.put(self.bucket.store, name, content, use_multipart=size > MULTIPART, chunk_size=CHUNK)
 
-    def _claim(self, before: Mapping[str, Any]) -> str | None:
+    def _claim(self, before: Mapping[str, JsonValue]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
         # The random name distinguishes this push's claim from another one with the same files.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
-    def _write(self, told: Mapping[str, Any], tag: str | None) -> str | None:
+    def _write(self, told: Mapping[str, JsonValue], tag: str | None) -> str | None:
         """Write the list if it is still in the state that was seen (or still absent); return its new ETag."""
         import obstore
 
@@ -409,7 +411,7 @@ def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str
     return {path[start:]: {"size": file.size, "sha256": file.digest.partition(":")[2]} for path, file in files.items()}
 
 
-def _checked(body: bytes, place: str) -> Mapping[str, Any]:
+def _checked(body: bytes, place: str) -> Mapping[str, JsonValue]:
     """Return the parsed content of a list.
 
     Raises:

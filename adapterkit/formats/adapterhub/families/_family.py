@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target, Updates
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
@@ -63,7 +64,7 @@ class AdapterHubFamily(ABC):
 
     @classmethod
     @abstractmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         """Return the config fields that express these updates, except those that `fresh` has already."""
 
     @classmethod

@@ -24,6 +24,7 @@ from ._family import AdapterHubFamily, Fields, Number
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
     from ..settings import Settings
 
@@ -82,7 +83,7 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def words_of(updates: Sequence[Any]) -> dict[str, Any]:
+def words_of(updates: Sequence[Any]) -> dict[str, JsonValue]:
     """Return the config fields that say which tensors these updates have; all updates have the same."""
     tensors = updates[0].tensors
     phm = updates[0].method == "compacter"
@@ -165,7 +166,7 @@ def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
     return list(found.values())
 
 
-def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
     """Return the config fields that express these updates."""
     adapters = placed(updates)
     some, words = adapters[0][1], words_of([update for _, update in adapters])
@@ -229,7 +230,7 @@ def _patchy(rules: Mapping[Target, tuple[str, SublayerRule]], base: Checkpoint |
     return {layer for (layer, decoder), flags in kinds.items() if flags != wanted[decoder]}
 
 
-def _coupling(updates: Updates) -> dict[str, Any]:
+def _coupling(updates: Updates) -> dict[str, JsonValue]:
     """Return the fields that create an invertible adapter."""
     found = [update for each in updates.values() for update in each if update.method == "invertible"]
     if not found:
@@ -436,7 +437,7 @@ class BottleneckFamily(AdapterHubFamily):
                 yield naming.key(naming.root, INVERTIBLE, slot), as_lazy(update.tensors[field])
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         return compose(updates, base)
 
     @classmethod
@@ -459,7 +460,7 @@ def _check_words(part: AdapterHubPart) -> None:
 
 
 def _own(
-    part: AdapterHubPart, words: Mapping[str, Any], slots: Mapping[str, AdapterHubKey]
+    part: AdapterHubPart, words: Mapping[str, object], slots: Mapping[str, AdapterHubKey]
 ) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     """Return the tensors of one adapter by field, and their keys."""
     fields = own_slots(words)
@@ -472,7 +473,7 @@ def _own(
     return tensors, keys
 
 
-def _shared(part: AdapterHubPart, words: Mapping[str, Any]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
+def _shared(part: AdapterHubPart, words: Mapping[str, object]) -> tuple[dict[str, Lazy], list[AdapterHubKey]]:
     """Return the tensors, by field, that all adapters of the model share, and their keys."""
     fields = shared_slots(words)
     groups = [*part.groups(SHARED).values()]
@@ -485,7 +486,7 @@ def _shared(part: AdapterHubPart, words: Mapping[str, Any]) -> tuple[dict[str, L
     return tensors, keys
 
 
-def _attributes(own: BottleneckFields) -> dict[str, Any]:
+def _attributes(own: BottleneckFields) -> dict[str, JsonValue]:
     return {
         "non_linearity": own.non_linearity,
         "scaling": 1.0 if isinstance(own.scaling, str) else float(own.scaling),

@@ -21,6 +21,7 @@ from ._family import AdapterHubFamily, Fields, Number, Size
 if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 KIND, SHARED = "loras", "shared_parameters"
@@ -94,7 +95,7 @@ class LoraFamily(AdapterHubFamily):
             yield naming.key(naming.root, SHARED, f"lora_{field}"), as_lazy(first.tensors[field])
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         return layers.compose(updates, base)
 
     @classmethod

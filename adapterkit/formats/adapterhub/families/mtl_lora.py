@@ -16,6 +16,7 @@ from .lora import LoraFamily
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
 
 KIND = "loras"
@@ -95,7 +96,7 @@ class MtlLoraFamily(AdapterHubFamily):
                     yield naming.key(target.path, KIND, slot), as_lazy(update.tensors[field])
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         some: Any = next(iter(updates.values()))[0]
         roles = {role(target.path, base_family(updates, base) or "") or "" for target in updates}
         return {

@@ -17,6 +17,7 @@ from ._family import AdapterHubFamily, Fields, Size
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 
@@ -220,7 +221,7 @@ class PrefixTuningFamily(AdapterHubFamily):
                     yield naming.key(f"{target.path}.{LAYER}", GATES, slot), as_lazy(update.tensors[field])
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         some: Any = next(iter(updates.values()))[0]
         flat, gates = "P" in some.tensors, _gates(some)
         config, model_type = {} if base is None else base.config or {}, model_type_of(base)

@@ -14,6 +14,7 @@ from ._family import AdapterHubFamily, Fields, Size
 
 if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubNaming, AdapterHubPart, Findings
 
 KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
@@ -71,7 +72,7 @@ class PromptTuningFamily(AdapterHubFamily):
                 yield naming.key(naming.at_root(LAYER), KIND, SLOT), as_lazy(update.tensors["P"])
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         some: Any = next(iter(updates.values()))[0]
         return {"combine": "prefix", "prompt_length": int(some.P.shape[0])}
 

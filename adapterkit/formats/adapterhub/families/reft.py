@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
     from ..file import AdapterHubKey, AdapterHubNaming, AdapterHubPart, Findings
 
 
@@ -90,7 +91,7 @@ class ReftFamily(AdapterHubFamily):
                         yield naming.key(target.path + LAYER, KIND, f"units.{unit}.{slot}"), leaf
 
     @classmethod
-    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
         some: Any = next(iter(updates.values()))[0]
         return {
             "layers": sorted({_layer(target.path) or 0 for target in updates}),
@@ -148,7 +149,7 @@ def _check(part: AdapterHubPart) -> None:
         raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
 
 
-def _attributes(part: AdapterHubPart) -> dict[str, Any]:
+def _attributes(part: AdapterHubPart) -> dict[str, JsonValue]:
     own = part.own
     return {
         "prefix_positions": own.prefix_positions,

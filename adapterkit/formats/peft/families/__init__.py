@@ -1,4 +1,4 @@
-"""Find families of tensors, one module each: a `peft_type`, its parts of keys, its fields, reading and writing.
+"""Find families of tensors: each is a `peft_type`, its parts of keys, its fields, reading and writing.
 
 LoRA, DoRA, IA3, token rows and whole parameters share modules beside this package; they are not families.
 """
@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_
 PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """Values of `peft_type` that are not of a family; for these no family is imported."""
 
-FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family)
+FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family, several=True)
 
 
 def family_of(update: Update) -> type[Family] | None:

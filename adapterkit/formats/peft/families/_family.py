@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
     from ..._format import Departure
     from ..file import File, Findings, Found, Key
     from ..settings import Settings
@@ -34,9 +35,10 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """One `peft_type`. Subclass it in a module of its own.
+    """One `peft_type`. Subclass it in a module of its own, or with a `name` in a module of families that are alike.
 
     Class attributes:
+        name: its name here; needed only where its module has several families.
         peft_type: its name in the config.
         method: the class of its updates, or of most of them.
         others: further classes of its updates, which a file may mix.
@@ -54,6 +56,7 @@ class Family(ABC):
         folds: tensor fields; the first that is present absorbs a scaling that the config cannot express.
     """
 
+    name: ClassVar[str]
     peft_type: ClassVar[str]
     method: ClassVar[type[Update]]
     others: ClassVar[tuple[type[Update], ...]] = ()
@@ -141,7 +144,7 @@ class Family(ABC):
         yield from ()
 
     @classmethod
-    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+    def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
         """Return fields whose tensors this config makes unnecessary, because it determines them."""
         return frozenset()
 
@@ -176,7 +179,7 @@ class Scaled(Own, frozen=True, kw_only=True):
         return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
 
 
-def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, JsonValue]:
     """Return rank and alpha fields for the rank and scaling of each module."""
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
@@ -188,7 +191,7 @@ def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
     return number_fields(scales, (False,))[1]
 
 
-def minority(said: Mapping[Target, Any]) -> list[Target]:
+def minority(said: Mapping[Target, object]) -> list[Target]:
     """Return the targets whose value is not the most common one; of equally common ones, the first counts."""
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)

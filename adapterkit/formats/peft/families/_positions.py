@@ -13,6 +13,7 @@ from ....io.lazy import DTYPES, Lazy
 if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
     from ..file import Key
 
 
@@ -51,7 +52,7 @@ def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
     return Lazy((2, count), DTYPES["I64"], fetch)
 
 
-def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, Any]:
+def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, JsonValue]:
     """Return `scaling` and `fan_in_fan_out`, which a config states once."""
     own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
     scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
     from ....io.lazy import Lazy
+    from ....io.strict_json import JsonValue
 
 PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 
@@ -163,7 +164,7 @@ def nearest_divisor(width: int, wanted: int) -> int:
     return next(n for step in steps for n in (wanted - step, wanted + step) if width % n == 0)
 
 
-def _blocks(found: list[tuple[int, int]]) -> dict[str, Any]:
+def _blocks(found: list[tuple[int, int]]) -> dict[str, JsonValue]:
     """Return the config fields for these numbers and sizes of blocks."""
     if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}

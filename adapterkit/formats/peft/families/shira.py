@@ -51,7 +51,7 @@ class SHiRAFamily(Family):
         raise AssertionError("the base tells")
 
     @classmethod
-    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, object]:
         path, update = next(iter(cls.of_it(updates).items()))
         return {"r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r counts a weight's sides"))}
 

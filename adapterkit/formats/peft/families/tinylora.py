@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ....core.adapter import Target
     from ....core.updates import Update
     from ....io.checkpoint import Checkpoint
+    from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
 """Part -> field of the update."""
@@ -102,7 +103,7 @@ class TinyLoRAFamily(Family):
                     yield {**cls.encode(update), "v": (f"tinylora_v.{group}", as_lazy(update.v))}
 
     @classmethod
-    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+    def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
         return frozenset() if config.get("save_projection", True) else frozenset({"P"})
 
     @classmethod

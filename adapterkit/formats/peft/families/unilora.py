@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ....core.adapter import Target
     from ....core.updates import Update
+    from ....io.strict_json import JsonValue
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
@@ -82,7 +83,7 @@ class UniLoRAFamily(Family):
         return {"theta": (THETA, as_lazy(update.theta)), **own}
 
     @classmethod
-    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+    def omitted(cls, config: Mapping[str, JsonValue], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
         return frozenset() if config.get("save_indices") else frozenset(FIELDS.values())
 
     @classmethod

@@ -1,19 +1,198 @@
-"""VeRA: `vera_lambda_b` [out], `vera_lambda_d` [r]; for all modules `vera_A` [r, inputs], `vera_B` [outputs, r]."""
+"""VeRA and PVeRA: vectors for each module, and two projections that all modules share, in the file or drawn again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import msgspec
+
+from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....io.lazy import DTYPES, Lazy, as_lazy
+from ....methods.pvera import PVeRA
 from ....methods.vera import VeRA
-from ._projections import Projections
+from ..file import File, Findings, Found, Key, make
+from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.checkpoint import Checkpoint
+    from ..file import File, Findings
+    from ._family import Own
+
+
+Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
+class ProjectionFields(Own, frozen=True, kw_only=True):
+    """Rank, and the place of the projections."""
+
+    r: Rank = 256
+    projection_prng_key: Seed = 0
+    save_projection: bool = True
+
+
+class Projections(Family):
+    """VeRA's config and keys: `parts` are those of b and d, `shared` those of A and B; A has `halves` times r rows."""
+
+    halves: ClassVar[int] = 1
+    own: ClassVar[type[Own]] = ProjectionFields
+    read: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "the seed from which the projections are drawn, where they are not in the file",
+        "save_projection": "whether the projections are in the file",
+    }
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        modules = {}
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
+            check_parts(keys, cls.parts)
+            modules[next(iter(keys.values())).path] = keys
+        A, B = cls._given(file) if file.settings.own.save_projection else cls._drawn(file, modules)
+        places = {name: file.shared[word] for name, word in zip("AB", cls.shared, strict=True) if word in file.shared}
+        for path, keys in modules.items():
+            own = {"b": keys[cls.parts[0]], "d": keys[cls.parts[1]]}
+            _check(file, own, B, cls.halves)
+            leaves = {name: file.tensors[key] for name, key in own.items()}
+            update = make(cls.method.__module__.rpartition(".")[2], {**leaves, "A": A, "B": B})
+            layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
+            yield Found(path, update, own | places, layout)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        raise AssertionError("decode reads all modules together")
+
+    @classmethod
+    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+        words = dict(zip("bdAB", (*cls.parts, *cls.shared), strict=True))
+        return {field: (word, as_lazy(update.tensors[field])) for field, word in words.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return not_embedded(target, update.method)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"r": int(some.B.shape[1]), "save_projection": True, "fan_in_fan_out": cls.turned(updates)}
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, object], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Leave projections out of a file that had none, if they are still those of its seed."""
+        if config.get("save_projection", True):
+            return frozenset()
+        try:
+            seed = msgspec.convert(dict(config), ProjectionFields).projection_prng_key
+        except msgspec.ValidationError:
+            return frozenset()  # The reader of the config reports its faults.
+        some = next(iter(cls.of_it(updates).values()))
+        held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
+        drawn = _draw(seed, (held[0].shape, held[1].shape))
+        same = all(
+            one.dtype == other.dtype and one.fetch() == other.fetch() for one, other in zip(held, drawn, strict=True)
+        )
+        return frozenset("AB") if same else frozenset()
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """Yield misfits: PEFT makes projections exactly as large as the largest module, and loads no others."""
+        own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
+        odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
+        yield from ((target, "projections of other sizes than the others'") for target in odd)
+        kept = {target: update for target, update in own.items() if target not in odd}
+        for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
+            widths = [stored_inputs(base, target) for target in kept]
+            other = outs != max(update.b.shape[0] for update in kept.values())
+            if other or (None not in widths and ins != max(width for width in widths if width is not None)):
+                why = "projections of another size than PEFT makes for the largest of these weights"
+                yield from ((target, why) for target in kept)
+
+    @classmethod
+    def _given(cls, file: File) -> tuple[Lazy, Lazy]:
+        missing = next((word for word in cls.shared if word not in file.shared), None)
+        if missing is not None:
+            why = f"the config says that the file holds the projections, and it does not: {missing}"
+            raise Malformed(why, where="save_projection", cure="Save the adapter again with PEFT")
+        A, B = (file.tensors[file.shared[word]] for word in cls.shared)
+        return A, B
+
+    @classmethod
+    def _drawn(cls, file: File, modules: Mapping[str, Mapping[str, Key]]) -> tuple[Lazy, Lazy]:
+        if file.omitted:
+            A, B = (file.omitted[word] for word in cls.shared)
+            return A, B
+        if file.shared:
+            why = "the config says that the file does not hold the projections, and it does"
+            cure = "Set save_projection to true, to take those of the file"
+            raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
+        outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
+        ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
+        r = file.settings.own.r
+        shapes = ((cls.halves * r, ins), (max(outs.values(), default=1), r))
+        return _draw(file.settings.own.projection_prng_key, shapes)
+
+
+def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
+    d, r, out = file.tensors[keys["d"]], file.settings.own.r, _outputs(file, keys["b"])
+    if d.shape != (halves * r,):
+        why = f"{list(d.shape)}, where the config says rank {r}"
+        raise ShapeMismatch(why, where=keys["d"].text, cure="The config is not of this file")
+    if len(B.shape) != 2 or B.shape[0] < out:
+        why = f"{out} outputs, where the projection for all modules is {list(B.shape)}"
+        raise ShapeMismatch(why, where=keys["b"].text, cure="Save the adapter again with PEFT")
+
+
+def _outputs(file: File, key: Key) -> int:
+    shape = file.tensors[key].shape
+    if len(shape) != 1:
+        raise ShapeMismatch(f"{list(shape)} is not a vector", where=key.text, cure="Save the adapter again with PEFT")
+    return shape[0]
+
+
+def _inputs(file: File, path: str, out: int) -> int:
+    """Return the inputs of a module, which only the base tells."""
+    shape = file.base_shape(f"{path}.weight")
+    if shape is None:
+        why = "the projections are not in the file, and how large they are is known to the base only"
+        raise UsageError(why, where=path, cure="Pass base=/--base")
+    if len(shape) != 2 or out not in shape:
+        raise ShapeMismatch(f"made for {out} outputs; the base has {list(shape)}", where=path, cure=_WRONG_BASE)
+    turned = shape[1] == out and (file.settings.fan_in_fan_out or shape[0] != out)
+    return shape[0] if turned else shape[1]
+
+
+def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
+    """Draw A and B, one after the other, uniformly, with torch's generator on the CPU."""
+
+    def fetch(position: int) -> bytes:
+        import torch
+
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        drawn: list[torch.Tensor] = []
+        for shape in shapes[: position + 1]:
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            drawn = [torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)]
+        return drawn[0].numpy().tobytes()
+
+    return Lazy(shapes[0], DTYPES["F32"], partial(fetch, 0)), Lazy(shapes[1], DTYPES["F32"], partial(fetch, 1))
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
+
 
 class VeraFamily(Projections):
-    """The family of the peft_type VERA."""
+    """VeRA: `vera_lambda_b` [out], `vera_lambda_d` [r]; for all modules `vera_A` [r, inputs], `vera_B` [outputs, r]."""
 
+    name = "vera"
     peft_type = "VERA"
     method = VeRA
     parts = ("vera_lambda_b", "vera_lambda_d")
@@ -26,3 +205,44 @@ class VeraFamily(Projections):
         "projection_prng_key": 0,
         "vera_dropout": 0.0,
     }
+
+
+class Drawing(ProjectionFields, frozen=True, kw_only=True):
+    """Whether the model also draws random values outside of training."""
+
+    sample_at_inference: bool = False
+
+
+class PveraFamily(Projections):
+    """PVeRA: VeRA with `pvera_lambda_d` [2r] and `pvera_A` [2r, inputs]: the mean's half, then the variance's."""
+
+    name = "pvera"
+    peft_type = "PVERA"
+    method = PVeRA
+    parts = ("pvera_lambda_b", "pvera_lambda_d")
+    shared = ("pvera_A", "pvera_B")
+    halves = 2
+    own: ClassVar[type[Own]] = Drawing
+    read: ClassVar[Mapping[str, str]] = {
+        **Projections.read,
+        "sample_at_inference": "must be off: with it, each forward pass draws another change",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "d_initial": "initial values",
+        "generator_seed": "of what training draws",
+        "pvera_dropout": "training only",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none",
+        "d_initial": 0.1,
+        "init_weights": True,
+        "projection_prng_key": 0,
+        "pvera_dropout": 0.0,
+    }
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        if file.settings.own.sample_at_inference:
+            why = "PVeRA that draws at random in each forward pass has no fixed formula"
+            raise Unsupported(why, where="sample_at_inference", cure="Set it to false, to take the mean")
+        yield from super().decode(file)

@@ -1,4 +1,7 @@
-"""Shared code of families of virtual tokens: their tensors belong to no module, and their sizes are in the config."""
+"""Families of virtual tokens: prompt tuning, P-tuning, CPT, multitask prompts, prefix tuning and cartridges.
+
+Their tensors belong to no module, and their sizes are in the config.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
 from ....io.lazy import as_lazy
+from ....methods.multitask_prompt import MultitaskPrompt
+from ....methods.prefix import Prefix
+from ....methods.prompt import Prompt
 from ..file import File, Findings, Found, Key, make
 from ._family import Family, Own, check_parts
 
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
     from ....methods.prefix import Prefix
     from ....methods.prompt import Prompt
+
 
 EMBEDDINGS = "prompt_embeddings"
 
@@ -155,3 +162,145 @@ def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
         said = ", ".join("any" if size is None else str(size) for size in wanted)
         why = f"{list(shape)}, where the config says [{said}]"
         raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+
+
+class PromptFamily(PromptLike):
+    """Prompt tuning: `prompt_embeddings` [tokens, dim]."""
+
+    name = "prompt"
+    peft_type = "PROMPT_TUNING"
+    method = Prompt
+    harmless: ClassVar[Mapping[str, str]] = {
+        "prompt_tuning_init": "initial values",
+        "prompt_tuning_init_text": "initial values",
+        "tokenizer_kwargs": "initial values",
+        "tokenizer_name_or_path": "initial values",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"prompt_tuning_init": "RANDOM", "task_type": "CAUSAL_LM"}
+
+
+class PTuningFamily(PromptLike):
+    """P-tuning: `prompt_embeddings` [tokens, dim], the output of the encoder."""
+
+    name = "p_tuning"
+    peft_type = "P_TUNING"
+    method = Prompt
+    harmless: ClassVar[Mapping[str, str]] = {
+        "encoder_dropout": "training only",
+        "encoder_hidden_size": "of the encoder, which the file is without",
+        "encoder_num_layers": "of the encoder, which the file is without",
+        "encoder_reparameterization_type": "of the encoder, which the file is without",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+
+
+class CptFamily(PromptLike):
+    """CPT: `prompt_embeddings` [tokens, dim], the embeddings of examples plus the trained change."""
+
+    name = "cpt"
+    peft_type = "CPT"
+    method = Prompt
+    harmless: ClassVar[Mapping[str, str]] = {
+        "cpt_mask": "training only",
+        "cpt_token_ids": "initial values, and labels in training",
+        "cpt_tokens_type_mask": "training only",
+        "opt_loss_decay_factor": "training only",
+        "opt_projection_epsilon": "training only",
+        "opt_projection_format_epsilon": "training only",
+        "opt_weighted_loss_type": "training only",
+        "tokenizer_name_or_path": "initial values",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+
+
+FIELDS = {EMBEDDINGS: "P", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
+"""Key -> field of the update."""
+
+
+class Tasks(Sizes, frozen=True, kw_only=True):
+    """Sizes, and the number of tasks and their rank."""
+
+    num_ranks: int | None = 1
+    num_tasks: int | None = 1
+
+
+class MultitaskPromptFamily(ContextFamily):
+    """Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
+
+    If the model has a decoder beside its encoder, the second half of n is the decoder's.
+    """
+
+    name = "multitask_prompt"
+    peft_type = "MULTITASK_PROMPT_TUNING"
+    method = MultitaskPrompt
+    shared = tuple(FIELDS)
+    own: ClassVar[type[Own]] = Tasks
+    read: ClassVar[Mapping[str, str]] = {
+        **SIZES,
+        "num_ranks": "rank of a task's change",
+        "num_tasks": "number of tasks",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "prompt_tuning_init": "initial values",
+        "prompt_tuning_init_state_dict_path": "initial values",
+        "prompt_tuning_init_task": "initial values",
+        "prompt_tuning_init_text": "initial values",
+        "tokenizer_kwargs": "initial values",
+        "tokenizer_name_or_path": "initial values",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"prompt_tuning_init": "RANDOM", "task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own, n = file.settings.own, rows(file.settings.own)
+        shapes = {
+            EMBEDDINGS: (n, own.token_dim),
+            "prefix_task_cols": (own.num_tasks, n, own.num_ranks),
+            "prefix_task_rows": (own.num_tasks, own.num_ranks, own.token_dim),
+        }
+        for word, key in keys.items():
+            check_sizes(key, file.tensors[key], *shapes[word])
+        tensors = {FIELDS[word]: file.tensors[key] for word, key in keys.items()}
+        update = make("multitask_prompt", tensors, decoder=own.parts == 2)
+        return Found("", update, {FIELDS[word]: key for word, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: MultitaskPrompt) -> dict[str, tuple[str, Lazy]]:
+        return {field: (word, as_lazy(update.tensors[field])) for word, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        (update,) = cls.of_it(updates).values()
+        parts = 2 if update.decoder else 1
+        tasks, n, r = map(int, update.columns.shape)
+        tokens = {"num_virtual_tokens": n // parts, "token_dim": int(update.P.shape[1]), "num_tasks": tasks}
+        others = {"num_layers": None, "num_attention_heads": None}
+        return {**tokens, "num_ranks": r, **stacks(parts), **others}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return "a chosen task: PEFT's callers choose it" if update.task else super().why_not(target, update)
+
+
+class PrefixFamily(PrefixLike):
+    """Prefix tuning: `prompt_embeddings` [tokens, layers * 2 * heads * d]."""
+
+    name = "prefix"
+    peft_type = "PREFIX_TUNING"
+    method = Prefix
+    harmless: ClassVar[Mapping[str, str]] = {
+        "encoder_hidden_size": "of the encoder, which the file is without",
+        "init_weights": "initial values",
+        "prefix_projection": "an encoder computed the prefix, which the file holds",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"prefix_projection": False, "task_type": "CAUSAL_LM"}
+
+
+class CartridgeFamily(PrefixLike):
+    """Cartridges: `prompt_embeddings` [tokens, layers * 2 * heads * d]."""
+
+    name = "cartridge"
+    peft_type = "CARTRIDGE"
+    method = Prefix
+    harmless: ClassVar[Mapping[str, str]] = {"num_frozen_tokens": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}

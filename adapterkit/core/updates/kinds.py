@@ -1,0 +1,254 @@
+"""The four kinds of update: additive ones, those that read the weight, those of a layer's output, and context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
+
+from ...errors import NotMergeable, ShapeMismatch
+from .update import Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .layer import Layer
+
+
+_Function = TypeVar("_Function")
+
+
+def of_pair(forward: _Function) -> _Function:
+    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A and B of `pair` and d of `bias_delta`.
+
+    Backends may then compute the pair by a faster path. A method that overrides `forward` loses the mark, so a formula
+    that depends on the tokens is never mistaken for a plain pair.
+    """
+    forward.of_pair = True  # type: ignore[attr-defined]
+    return forward
+
+
+class Additive(Update):
+    """W' = W + D, b' = b + d, where D and d do not depend on W.
+
+    Class attributes:
+        thin: True if `forward` equals the low-rank path of `pair`; see `of_pair`.
+    """
+
+    kind = "additive"
+    thin: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.thin = getattr(cls.forward, "of_pair", False)
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return D for a weight of `shape` = `[out, in, *k]`."""
+        raise NotMergeable(f"{self.method} has no formula")
+
+    def bias_delta(self) -> torch.Tensor | None:
+        """Return d `[out]`, or None if the bias does not change."""
+        return None
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return B `[out, r]` and A `[r, in * k]` with D = B @ A if the formula is such a product; else None."""
+        return None
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return B, A and s with D = s * B @ A, like `pair`; a method overrides it to keep its scaling out of B."""
+        pair = self.pair(shape)
+        return None if pair is None else (*pair, 1.0)
+
+    def scaled(self, weight: float) -> Self | None:
+        """Return the same method with weight * D and weight * d, without reading leaves; None if it cannot."""
+        scaling = self.attributes.get("scaling")
+        return None if scaling is None else self.replace(scaling=weight * scaling)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        """Return the Frobenius norm of D; a method overrides it if it can do so without forming D."""
+        D = self.delta(shape)
+        return math.sqrt(float((D * D).sum()))
+
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Write weight * D into an array of the weight's shape; a method overrides it to avoid a copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.delta(tuple(W.shape))
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        d = self.bias_delta()
+        return b if d is None else b + d
+
+    @of_pair
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        d = self.bias_delta()
+        y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
+        return y if d is None else y + layer.per_channel(d)
+
+
+class WeightUpdate(Update):
+    """W' = f(W), b' = g(b)."""
+
+    kind = "weight"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """Return one update with the change sum_i weights[i] * (f_i(W) - W) for any weight, and likewise for the bias.
+
+        Args:
+            updates: updates of this method, with tensors loaded.
+            weights: one per update.
+
+        Returns:
+            None if the method cannot express it.
+        """
+        return None
+
+    def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b, or None.
+
+        Gradients flow through s, B and A as through `new_weight`; W is a constant.
+        """
+        return None
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        y = layer.op(x, self.new_weight(layer.weight))
+        settled = self.settled(layer.weight) if self.bias_sees_weight else self
+        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
+
+
+class OutputUpdate(Update):
+    """y' = f(x, layer): a method defines `forward`, or `inside` for a formula before the layer's residual and norm.
+
+    A layer is any module here, with or without a weight. It offers:
+
+    `layer(x)`: its complete output.
+    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
+    `layer.residual(x)`: the value that is added, or None.
+    `layer.norm(h)`: the normalisation of the sum; h itself if there is none.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, neither the residual nor the norm
+        is part of it.
+    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
+        to the output, and the axis of the channels.
+    `layer.weight`, `layer.bias`: the current weight `[out, in, *k]` and bias; a module without a weight has neither.
+    `layer.call`: the arguments of the model's own call, by name. The method lists those that it reads in `asks`; a
+        missing one is an error. Three hold more than the call does: `input_ids` starts with the tokens of the cache,
+        `hidden_states` is the last layer's output without the adapter, and `shadow` is the state of a network beside
+        the model, which each block reads by `state` and passes on by `keep`.
+
+    Class attributes:
+        placed: True if the formula is `inside`, so that several such updates apply before the layer closes.
+        asks: arguments of the model's call that the formula needs.
+        hears: arguments of the model's call that the formula uses if they are there.
+        moves_input: True if the formula calls the layer with another input than its own.
+        of_model: True if the update is at the whole model, `Target("")`, until it has its experts.
+
+    Attributes that place an update, if the method has them:
+        residual: path, from the target's parent, of the module whose input is added to the target's output.
+        norm: path, likewise, of the module that normalises the sum.
+    """
+
+    kind = "output"
+    acts_on = "the output of the layer"
+    placed: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
+    hears: ClassVar[tuple[str, ...]] = ()
+    moves_input: ClassVar[bool] = False
+    of_model: ClassVar[bool] = False
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether this is a router without its experts, which computes nothing yet."""
+        return False
+
+    @property
+    def channels(self) -> int | None:
+        """The number of channels that the layer's output must have; None for any."""
+        hidden: Any = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer's residual and norm are part of the result."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
+    def inside(self, x: Tensor, layer: Layer) -> Tensor:
+        """Return the new value of `layer.hidden(x)`."""
+        return self.forward(x, layer)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        return layer.close(self.inside(x, layer), x, self.whole)
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
+
+
+class ContextUpdate(Update):
+    """Extra context for the model: tokens before its input, keys and values before the computed ones, or prompts.
+
+    The target is the whole model, `Target("")`, or the module that the update changes: an attention or an embedding.
+    There is no weight, so the target has no layout, rows or experts. Several updates at one place are concatenated in
+    the order in which they are attached, the first one in front.
+
+    Class attributes:
+        place: which of the methods below has the formula; the others add nothing.
+    """
+
+    kind = "context"
+    acts_on = "the context of the model"
+    place: ClassVar[str] = ""
+
+    def embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """Return the vectors before the input's embeddings (the encoder's if there is one), `[n, dim]`.
+
+        Args:
+            task: for prompts of several tasks, one task number, or numbers `[batch]`; these give `[batch, n, dim]`.
+        """
+        return None
+
+    def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """Like `embeddings`, for the input of a decoder beside an encoder."""
+        return None
+
+    def past(self) -> torch.Tensor | None:
+        """Return a decoder's keys and values before those of the input, `[layers, 2, heads, n, d]`."""
+        return None
+
+    def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return keys and values before those of one attention, the target: `[batch or 1, 2, heads, n, d]`.
+
+        Args:
+            x: the attention's input, `[batch, m, width]`.
+        """
+        return self.past()
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return what to add to the outputs of an attention's heads, before they are mixed: `[batch, heads, m, d]`.
+
+        Methods of this place store the prompt as `P`, `[n, dim]`. Without their `projected`, it is added after mixing.
+
+        Args:
+            q: queries of the input, `[batch, heads, m, d]`, with positions applied.
+            k: keys of the prompt, `[heads, n, d]`, without positions.
+            v: values of the prompt, `[heads, n, d]`.
+        """
+        raise NotMergeable(f"{self.method} has no formula of attention")
+
+    def vocabulary(self) -> torch.Tensor | None:
+        """Return embeddings of new tokens, numbered after the base's last token, `[n, dim]`."""
+        return None

@@ -1,0 +1,218 @@
+"""Families of one or two kinds of tensors a module: BEFT, C3A, DeLoRA, HRA and RoAd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....errors import ShapeMismatch
+from ....io.lazy import as_lazy
+from ....methods.c3a import C3A
+from ....methods.delora import DeLoRA
+from ....methods.dense import Dense
+from ....methods.hra import HRA
+from ....methods.road import RoAd
+from ..file import File, Found, Key, make
+from ._family import Family, Own, Parts, check_parts, check_rank, scaled_numbers
+from ._weights import check_size, side, size_at, size_fields
+
+if TYPE_CHECKING:
+    from ....core.adapter import Target
+    from ....core.updates import Update
+    from ....io.lazy import Lazy
+
+
+class BeftFamily(Family):
+    """BEFT: `beft_bias` [1, out], added to the bias."""
+
+    name = "beft"
+    peft_type = "BEFT"
+    method = Dense
+    parts = ("beft_bias",)
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        (key,) = keys.values()
+        tensor = file.tensors[key]
+        if len(tensor.shape) != 2 or tensor.shape[0] != 1:
+            raise ShapeMismatch(f"{list(tensor.shape)} is not [1, out]", where=key.text, cure="Save it again with PEFT")
+        return Found(key.path, make("dense", {"d": tensor.reshape(tensor.shape[1])}), {"d": key})
+
+    @classmethod
+    def encode(cls, update: Dense) -> dict[str, tuple[str, Lazy]]:
+        return {} if update.d is None else {"d": ("beft_bias", as_lazy(update.d).reshape(1, -1))}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Dense) -> str:
+        if update.D is not None or update.scaling != 1:
+            return "dense, but for a change of the bias with a scaling of 1"
+        return super().why_not(target, update)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        return {}
+
+
+class Renamed(Family):
+    """A family whose tensors are the fields of its method under other names.
+
+    Class attributes:
+        fields: part -> field of the update.
+    """
+
+    fields: ClassVar[Mapping[str, str]]
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, cls.fields)
+        cls.check(file, keys)
+        fields = {cls.fields[part]: key for part, key in keys.items()}
+        tensors = {field: file.tensors[key] for field, key in fields.items()}
+        update = make(cls.name, tensors, **cls.attributes(file.settings.own))
+        return Found(next(iter(keys.values())).path, update, fields)
+
+    @classmethod
+    def check(cls, file: File, keys: Mapping[str, Key]) -> None:
+        """Check the shapes of a module's tensors against the config.
+
+        Raises:
+            ShapeMismatch: they differ.
+        """
+
+    @classmethod
+    def attributes(cls, own: Any) -> dict[str, Any]:
+        """Return the attributes of an update that the config states."""
+        return {}
+
+    @classmethod
+    def encode(cls, update: Update) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in cls.fields.items()}
+
+
+class C3AFields(Own, frozen=True, kw_only=True):
+    """Size of the blocks."""
+
+    block_size: int = 256
+    block_size_pattern: dict[str, int] | None = None
+
+
+class C3AFamily(Renamed):
+    """C3A: `c3a_kernel` [out / b, in / b, b]."""
+
+    name = "c3a"
+    peft_type = "C3A"
+    method = C3A
+    fields: ClassVar[Mapping[str, str]] = {"c3a_kernel": "kernel"}
+    parts = tuple(fields)
+    own: ClassVar[type[Own]] = C3AFields
+    read: ClassVar[Mapping[str, str]] = {
+        "block_size": "rows and columns of a block",
+        "block_size_pattern": "the same of the modules it matches behind a dot, or names whole",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": "xavier_uniform"}
+
+    @classmethod
+    def check(cls, file: File, keys: Mapping[str, Key]) -> None:
+        key, own = keys["c3a_kernel"], file.settings.own
+        size = size_at(own.block_size, own.block_size_pattern, key.path)
+        check_size(key, side(file.tensors[key], 2, 3), size, "block_size")
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        return size_fields({path: int(u.kernel.shape[2]) for path, u in cls.of_it(updates).items()}, "block_size")
+
+
+class DeLoRAFamily(Renamed):
+    """DeLoRA: `delora_A` [r, in], `delora_B` [out, r], `delora_lambda` [1], `delora_w_norm` [in]."""
+
+    name = "delora"
+    peft_type = "DELORA"
+    method = DeLoRA
+    fields: ClassVar[Mapping[str, str]] = {
+        "delora_A": "A", "delora_B": "B", "delora_lambda": "strength", "delora_w_norm": "w_norm",
+    }  # fmt: skip
+    parts = tuple(fields)
+    harmless: ClassVar[Mapping[str, str]] = {
+        "delora_lambda": "initial value of a tensor",
+        "lambda_pattern": "initial values of a tensor",
+        "module_dropout": "training only",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "module_dropout": 0.0}
+
+    @classmethod
+    def check(cls, file: File, keys: Mapping[str, Key]) -> None:
+        key = keys["delora_A"]
+        check_rank(key, file.tensors[key], file.settings.rank(key.path))
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        ranks = {path: (int(update.A.shape[0]), 1.0) for path, update in cls.of_it(updates).items()}
+        fields = scaled_numbers(ranks)
+        return {name: fields[name] for name in ("r", "rank_pattern")}
+
+
+class HRAFields(Own, frozen=True, kw_only=True):
+    """The form of the directions."""
+
+    r: int = 8
+    apply_GS: bool = False
+
+
+class HraFamily(Renamed):
+    """HRA: `hra_u` [in * k, r]."""
+
+    name = "hra"
+    peft_type = "HRA"
+    method = HRA
+    fields: ClassVar[Mapping[str, str]] = {"hra_u": "u"}
+    parts = tuple(fields)
+    own: ClassVar[type[Own]] = HRAFields
+    read: ClassVar[Mapping[str, str]] = {"apply_GS": "the directions are made orthogonal first"}
+    fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
+
+    @classmethod
+    def check(cls, file: File, keys: Mapping[str, Key]) -> None:
+        key = keys["hra_u"]
+        check_rank(key, file.tensors[key], file.settings.own.r, axis=1)
+
+    @classmethod
+    def attributes(cls, own: HRAFields) -> dict[str, Any]:
+        return {"gram_schmidt": own.apply_GS}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"r": int(some.u.shape[1]), "apply_GS": some.gram_schmidt}
+
+
+class RoAdFields(Own, frozen=True, kw_only=True):
+    """The variant, and the size of a group."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64
+
+
+class RoadFamily(Renamed):
+    """RoAd: `road_theta` and `road_alpha`, both [out / 2], [out] or [2 * out]."""
+
+    name = "road"
+    peft_type = "ROAD"
+    method = RoAd
+    fields: ClassVar[Mapping[str, str]] = {"road_theta": "theta", "road_alpha": "alpha"}
+    parts = tuple(fields)
+    own: ClassVar[type[Own]] = RoAdFields
+    read: ClassVar[Mapping[str, str]] = {
+        "group_size": "how many outputs make a group",
+        "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share angle and scale",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def attributes(cls, own: RoAdFields) -> dict[str, Any]:
+        return {"variant": int(own.variant[-1]), "group": own.group_size}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"variant": f"road_{some.variant}", "group_size": some.group}
