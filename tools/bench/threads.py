@@ -9,7 +9,7 @@ model that hands on `task_ids`: each thread turns the adapter on and off for its
 
 It prints one line for each method, as it is done, with the seconds that passed and those of the processor: a forward
 with its route takes 0.5 to 2.5 milliseconds, so all methods take ten minutes of processor time. It exits with 1 if any
-forward differed. Routers (Arrow, X-LoRA) need experts: tests/test_experts.py runs them in threads.
+forward differed. Routers (Arrow, X-LoRA) need experts: tests/formats/test_experts.py runs them in threads.
 """
 
 from __future__ import annotations
