@@ -336,7 +336,7 @@ def is_packed(module: nn.Module) -> bool:
         return True
     # Modules of torch.jit have a mapping without `get`.
     own = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
-    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or _is_narrow(own)
+    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or (_is_narrow(own) and _casts(module))
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -373,6 +373,11 @@ def _unpacks(W: Any) -> bool:
 def _is_narrow(W: Any) -> bool:
     """Whether a weight is stored in 8 bits of floating point."""
     return isinstance(W, Tensor) and W.is_floating_point() and W.dtype.itemsize < 2
+
+
+def _casts(module: nn.Module) -> bool:
+    """Whether another forward than that of nn.Linear, which cannot read 8 bits, computes the output."""
+    return "forward" in module.__dict__ or type(module).forward is not nn.Linear.forward
 
 
 def _of_bitsandbytes(module: nn.Module) -> bool:

@@ -67,7 +67,7 @@ def _ours(module: nn.Module) -> Iterator[Any]:
 
 
 class _State:
-    """The attributes of a module that adapters change."""
+    """The attributes of a module that adapters change, as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self.held = module.__dict__
