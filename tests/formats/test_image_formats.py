@@ -262,7 +262,7 @@ def test_names_of_two_models_are_not_guessed(tmp_path):
         ak.write(adapter, tmp_path / "x.safetensors", format="kohya")
     # A width is no proof: Qwen-Image is as wide as FLUX.
     wide = {next(iter(adapter.updates)): (made.replace(A=torch.randn(2, 3072), B=torch.randn(3072, 2)),)}
-    with pytest.raises(Unrepresentable, match="flux or flux2 or hunyuan_video or qwen_image"):
+    with pytest.raises(Unrepresentable, match=r"flux or flux2 or hunyuan_video or .*qwen_image"):
         ak.write(adapter.replace(updates=wide), tmp_path / "x.safetensors", format="kohya")
     for name in ("transformer_blocks.18.attn.to_q", "single_transformer_blocks.37.norm.linear"):
         wide[ak.Target(f"transformer.{name}")] = (made.replace(B=torch.randn(24, 2)),)
