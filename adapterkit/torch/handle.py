@@ -305,7 +305,7 @@ class Handle:
             self._detach()
 
     def _objects(self) -> list[object]:
-        """What changes along with the model when the adapter comes or goes."""
+        """Return the objects that change along with the model when the adapter comes or goes."""
         return [self, self._switch, *self._leaves]
 
     def _detach(self) -> None:

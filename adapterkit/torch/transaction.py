@@ -67,7 +67,7 @@ def _ours(module: nn.Module) -> Iterator[Any]:
 
 
 class _State:
-    """What adapters change in a module."""
+    """The parts of a module that adapters change."""
 
     def __init__(self, module: nn.Module) -> None:
         self.held = module.__dict__
