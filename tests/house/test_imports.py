@@ -68,7 +68,7 @@ UPWARD = {
 
 BY_STRING = {
     "__init__.py": ["import_module(f'.{name}', __name__)", "import_module(f'.{module}', __name__)"],
-    "core/registry.py": ["import_module(self.package)", "import_module(f'{self.package}.{name}')"],
+    "core/registry.py": ["import_module(self.package)", *["import_module(f'{self.package}.{name}')"] * 2],
     "cli/_commands.py": [
         "import_module(self.package)",
         "import_module(f'{self.package}.{cmd_name}')",
