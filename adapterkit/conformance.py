@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import Corrupt, UsageError
 
 if TYPE_CHECKING:
-    from .io.strict_json import JsonValue
+    pass
 
 
 BATCH = 100
@@ -173,7 +173,7 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> CaseOutcome:
     return _outcome(case, not why, why)
 
 
-def _rewritten(case: Mapping[str, Any], line: Mapping[str, JsonValue], path: Path) -> CaseOutcome:
+def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> CaseOutcome:
     """Compare canonical JSON, text by text."""
     answers, field = TEXTS[case["verb"]]
     wanted = [each[field] for each in json.loads(path.read_text("utf-8"))]
@@ -187,7 +187,7 @@ def _rewritten(case: Mapping[str, Any], line: Mapping[str, JsonValue], path: Pat
     return _outcome(case, not why, why)
 
 
-def _merged(case: Mapping[str, JsonValue], line: Mapping[str, JsonValue], expected: Path | None) -> CaseOutcome:
+def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path | None) -> CaseOutcome:
     """Compare all bytes of a merged base; without one the merge must be refused."""
     from .io import safetensors
 
@@ -224,7 +224,7 @@ def _without_negative_zeros(dtype: str, shape: Sequence[int], text: str) -> list
     return ["0" * width if dtype in SIGNED_ZEROS and each == negative else each for each in elements]
 
 
-def _computed(case: Mapping[str, Any], line: Mapping[str, JsonValue], expected: Path) -> CaseOutcome:
+def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> CaseOutcome:
     """Compare all numbers of a method's vector.
 
     A program may have no formula for a path, and says Unsupported there. The case is then counted apart if all other

@@ -165,7 +165,7 @@ def _ordered() -> dict[str, JsonValue]:
     return {}
 
 
-def _set(items: object = ()) -> object:
+def _set(items: Any = ()) -> object:
     """Return a set as a list, so that nothing is hashed. DeepSpeed saves a set of module names beside the weights."""
     if type(items) is not list and items != ():
         raise damaged("a set that is not made from a list")

@@ -50,7 +50,7 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of graph outputs that are the last layer's output."""
 
 
-def first_pass(words: CallWords, told: object) -> ir.Value:
+def first_pass(words: CallWords, told: Any) -> ir.Value:
     """Copy the nodes that compute the last layer's output; return the copy's output for the call's own tokens.
 
     Args:
@@ -103,7 +103,7 @@ def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
     return plain(value, branch).cast(element_type(other)).value
 
 
-def _last(model: ir.Model, told: object) -> ir.Value:
+def _last(model: ir.Model, told: Any) -> ir.Value:
     values = {out.name: out for node in model.graph for out in node.outputs}
     if told is not None:
         if told not in values:

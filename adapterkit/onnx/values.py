@@ -631,7 +631,7 @@ class Value:
         return self._binary("Pow", self, exponent, operator.pow)
 
     def __neg__(self) -> Value:
-        return self.apply("Neg", [self], operator.neg, self.sizes)
+        return self.apply("Neg", [self], lambda array: -array, self.sizes)
 
     def __abs__(self) -> Value:
         return self.apply("Abs", [self], np.abs, self.sizes)

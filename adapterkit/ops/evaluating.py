@@ -397,7 +397,7 @@ class Evaluation:
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
-        def products(target: Target, gradient: object) -> Array:
+        def products(target: Target, gradient: Any) -> Array:
             place = next(place for place in self.found if place.target == target)
             G = np.asarray(gradient.detach().cpu() if hasattr(gradient, "detach") else gradient, np.float64)
             weights = self.asked.weights_at(target)

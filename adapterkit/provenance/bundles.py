@@ -20,7 +20,7 @@ from ..io.inputs import open_input
 from ..io.strict_json import load_json
 
 if TYPE_CHECKING:
-    from ..io.strict_json import JsonValue
+    pass
 
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -70,7 +70,7 @@ class SignatureBundle:
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def statement(self) -> Mapping[str, JsonValue] | None:
+    def statement(self) -> Mapping[str, Any] | None:
         """The statement that adapterkit recorded when it signed; None in signatures of other tools."""
         found = self.predicate.get(PREDICATE)
         return found if isinstance(found, Mapping) else None
@@ -104,7 +104,7 @@ def read_bundle(path: Path) -> SignatureBundle:
     return SignatureBundle(path, kind, material, _payload(path, told))
 
 
-def _kind(path: Path, told: Mapping[str, JsonValue]) -> tuple[str, str | None]:
+def _kind(path: Path, told: Mapping[str, Any]) -> tuple[str, str | None]:
     material = told.get("verificationMaterial")
     if not isinstance(material, dict):
         raise _corrupt(path, "no verificationMaterial")
@@ -149,7 +149,7 @@ def _decoded(path: Path, place: str, text: Any) -> bytes:
     return data
 
 
-def _payload(path: Path, told: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+def _payload(path: Path, told: Mapping[str, Any]) -> Mapping[str, Any]:
     envelope = told.get("dsseEnvelope")
     if not isinstance(envelope, dict) or len(envelope.get("signatures") or ()) != 1:
         raise _corrupt(path, "not an envelope with one signature")

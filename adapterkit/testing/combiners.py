@@ -63,7 +63,7 @@ class CombinerTests:
             made.append(Adapter(updates))
         return made
 
-    def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: object) -> Adapter:
+    def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
         """Combine the adapters."""
         given = self.parameters | self.options() | more
         return combine(adapters, self.combiner, weights, **given)

@@ -159,7 +159,7 @@ def _child(said: object, at: str, depth: int) -> Setup | str:
     return name
 
 
-def _written(setup: Setup) -> dict[str, object]:
+def _written(setup: Setup) -> dict[str, Any]:
     single = [{"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children]
     word = WORDS.get(setup.kind, "")
     return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})

@@ -16,14 +16,13 @@ from .spelling import config_name, is_parameter, lora_paths
 if TYPE_CHECKING:
     from ...core.adapter import Target, Updates
     from ...io.checkpoint import Checkpoint
-    from ...io.strict_json import JsonValue
     from .families import Family
 
 NO_MODULE = "dummy-target-modules"
 """PEFT's word for a LoRA config that adapts no module."""
 
 
-def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """Return the fields for the modules, parameters, biases and tokens of a LORA file."""
     paths = lora_paths(updates)
     targets = [target for target in updates if target.path in paths]
@@ -41,7 +40,7 @@ def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
     }
 
 
-def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """Return the fields for the modules of an IA3 file, and for those that scale their inputs."""
     found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
     inputs = sorted(path for path, update in found.items() if update.l_in is not None)
@@ -54,7 +53,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue
     }
 
 
-def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, JsonValue]:
+def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
     """Return the fields for the modules of a file of one of the `families`."""
     paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
@@ -68,7 +67,7 @@ def family_fields(updates: Updates, family: type[Family], base: Checkpoint | Non
     }
 
 
-def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """Return the fields for the modules that an LN_TUNING file has copies of."""
     held = {
         f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
@@ -80,7 +79,7 @@ def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValu
     }
 
 
-def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, JsonValue]:
+def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """Return the fields for the tokens and modules of a TRAINABLE_TOKENS file."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
     return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
