@@ -75,7 +75,7 @@ def typed(error: BaseException) -> AdapterkitError:
     if isinstance(error, AdapterkitError):
         return error
     if isinstance(error, click.Abort | KeyboardInterrupt):
-        return Interrupted("Interrupted", cure="Run the same command again to resume.")
+        return Interrupted("Interrupted", cure="Run the same command again; merge and pull go on where they stopped.")
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "adapterkit"
         return UsageError(error.format_message().removesuffix("."), cure=f"Try '{command} --help'")

@@ -25,6 +25,10 @@ INTERVAL = 5.0
 """Seconds between two plain lines; ADAPTERKIT_PROGRESS sets another number."""
 
 
+TELLING = 0.02
+"""The share of the work from which on the time left is told."""
+
+
 class Meter(Protocol):
     """The function that the library reports progress to."""
 
@@ -113,7 +117,8 @@ def line(label: str, done: int, total: int, seconds: float) -> str:
     """One plain line: share, bytes, speed and time left."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
-    left = f", {_clock((total - done) / speed)} left" if speed > 0 else ""
+    # The first pieces say little of the speed: imports and slow starts are in it.
+    left = f", {_clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
     return f"{label}: {share}, {size(done)} of {size(total)}, {size(round(speed))}/s{left}"
 
 

@@ -461,7 +461,11 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             measured, found, lambda each: each.value, max, lambda value: f"{percent(value)} lost in a sum", "lost",
             domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
-        caption = "Share of the absolute changes that is lost when all are added. Two unrelated adapters lose 29 %."
+        caption = (
+            "Share of the absolute changes that cancel, entry by entry, when all are added. Two unrelated adapters cancel "
+            "29 %: the sum still has both changes, since it is one for inputs that only one of them looks at. More "
+            "means that they work against each other."
+        )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 
 

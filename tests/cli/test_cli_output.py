@@ -101,7 +101,8 @@ def test_short_work_and_quiet_work_show_nothing(clock: Clock, capsys: pytest.Cap
 
 def test_progress_of_nothing_does_not_divide_by_it() -> None:
     assert _progress.line("verify", 0, 0, 0.0) == "verify: 100%, 0 B of 0 B, 0 B/s"
-    assert _progress.line("verify", 1, 7201, 1.0).endswith("2:00:00 left")
+    assert _progress.line("verify", 200, 7400, 200.0).endswith("2:00:00 left")
+    assert _progress.line("verify", 1, 7201, 1.0) == "verify: 0%, 1 B of 7.2 kB, 1 B/s"
 
 
 BAR = """
