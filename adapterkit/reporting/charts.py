@@ -462,9 +462,9 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
             domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
         caption = (
-            "Share of the absolute changes that cancel, entry by entry, when all are added. Two unrelated adapters cancel "
-            "29 %: the sum still has both changes, since it is one for inputs that only one of them looks at. More "
-            "means that they work against each other."
+            "Share of the absolute changes that cancel, entry by entry, when all are added. Two unrelated adapters "
+            "cancel 29 % and still do their work, since their changes point in different directions. More than that: "
+            "they work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 

@@ -108,7 +108,11 @@ RAISED = {
     "no memory": (MemoryError(), 6, "not enough memory"),
     "no device memory": (OutOfMemoryError("tried 2 GiB"), 6, "tried 2 GiB"),
     "an end of file": (EOFError("ran out"), 70, "EOFError: ran out (this is a bug in adapterkit)"),
-    "Ctrl-C": (KeyboardInterrupt(), 130, "Interrupted. Run the same command again; merge and pull go on where they stopped."),
+    "Ctrl-C": (
+        KeyboardInterrupt(),
+        130,
+        "Interrupted. Run the same command again; merge and pull go on where they stopped.",
+    ),
     "a check": (errors.CheckFailed("differs", where="w"), 1, "w: differs"),
     "damage": (errors.Corrupt("digest", path="p"), 4, "p: digest"),
 }
