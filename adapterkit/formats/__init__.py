@@ -52,7 +52,6 @@ def detect(path: str | PathLike[str]) -> str:
     return _only(_searched(path, FORMATS)[1], path)
 
 
-@inputs_kept()
 class ReadOptions(TypedDict, total=False):
     """Further arguments of `read`, which functions that read an adapter pass on."""
 
@@ -64,6 +63,7 @@ class ReadOptions(TypedDict, total=False):
     family: str | None
 
 
+@inputs_kept()
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word

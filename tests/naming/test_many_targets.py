@@ -209,6 +209,13 @@ def test_no_more_files_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest
     assert all(file.closed for file in held)
 
 
+def test_reading_parses_the_header_of_an_adapter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen, before = write_adapter(tmp_path / "lora", 2), Counter[str](), safetensors._read_header
+    monkeypatch.setattr(safetensors, "_read_header", lambda path: seen.update([Path(path).name]) or before(path))
+    ak.read(folder)
+    assert seen["adapter_model.safetensors"] == 1
+
+
 def test_commands_parse_the_header_of_an_adapter_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = made(2)
     parsed: list[str] = []
