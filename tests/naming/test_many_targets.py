@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pathlib
 import random
@@ -207,6 +208,26 @@ def test_no_more_files_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest
             assert lazy.read_span(lazy.Span(str(tmp_path / str(number)), 0, 1)) == bytes([number])
             assert sum(not file.closed for file in held) <= lazy.MOST_OPEN
     assert all(file.closed for file in held)
+
+
+def test_binding_collects_no_garbage_and_leaves_collection_as_it_was(made: Any) -> None:
+    base, adapter = made(40)
+    checkpoint, read, rounds = open_checkpoint(base), ak.read(adapter), list[str]()
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(lambda phase, _: rounds.append(phase))
+    gc.set_threshold(10)
+    try:
+        binding.bind(read, checkpoint)
+        assert gc.isenabled()
+        during = len(rounds)
+        gc.disable()
+        binding.bind(read, checkpoint)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.set_threshold(*thresholds)
+        gc.callbacks.pop()
+    assert during < 40  # Before and after, not within: each target makes several objects.
 
 
 def test_reading_parses_the_header_of_an_adapter_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

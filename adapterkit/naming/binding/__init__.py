@@ -12,6 +12,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ...core.adapter import Adapter, Target
+from ...core.collection import collection_off
 from ...core.updates import Update
 from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
 from ...io.checkpoint import opened
@@ -71,6 +72,7 @@ class Binding:
     origins: tuple[Target, ...] = ()
 
 
+@collection_off()
 def bind(
     adapter: Adapter,
     base: Checkpoint | str | PathLike[str],
