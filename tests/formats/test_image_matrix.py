@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from tool_modules import tool_module
 
 import adapterkit as ak
 from adapterkit.core.adapter import Adapter
@@ -18,16 +16,7 @@ from adapterkit.naming.image import families
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _matrix() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("image_matrix", ROOT / "tools" / "image_matrix.py")
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-MATRIX = _matrix()
+MATRIX = tool_module("image_matrix.py")
 FAMILIES = [family for family in families() if not family.facts.generic]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from command_line import run
+from tool_modules import tool_module
 
 import adapterkit as ak
 from adapterkit import errors as ak_errors
@@ -30,14 +29,7 @@ needs hubs or devices; tests of those areas run the same calls. test_docs_python
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "tools" / "site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+    return tool_module("site.py")
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +95,7 @@ def test_every_method_format_and_combiner_has_a_page(pages: dict[str, str]) -> N
 
 
 def test_the_speed_chart_shows_the_numbers_of_the_table() -> None:
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "tools" / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
+    module = tool_module("pictures.py")
     rows = {row["tool"]: row for row in module.measured((DOCS / "benchmarks.md").read_text("utf-8"))}
     assert rows["adapterkit merge"]["seconds"] < rows["PEFT"]["seconds"]
     alternative = re.search(r"!\[Merging.*?\]", PAGES["README.md"].read_text("utf-8"))

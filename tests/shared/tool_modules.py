@@ -1,0 +1,22 @@
+"""Scripts of tools/ as modules, whose functions tests call."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def tool_module(name: str) -> ModuleType:
+    """Load a script, such as `tables.py`; the folders that it adds to the path are taken off again."""
+    path = TOOLS / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module, before = importlib.util.module_from_spec(spec), list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return module
