@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 PREFIX = "ADAPTERKIT_"
-OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in ("CONFIG", "DEBUG", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE"))
+_OWN = ("CACHE", "CONFIG", "DEBUG", "KERNEL", "PATIENCE", "PROGRESS", "QUIET", "VERBOSE")
+
+OWN_VARIABLES = frozenset(f"{PREFIX}{word}" for word in _OWN)
 """Variables that are no option's default."""
 
 TYPED = frozenset({

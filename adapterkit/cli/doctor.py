@@ -50,12 +50,25 @@ def all_checks() -> Iterator[Check]:
     yield imported("onnx", "warn")
     yield providers()
     yield devices()
+    yield kernel()
     for name, folder in (("space here", Path.cwd()), ("space for temporary files", Path(tempfile.gettempdir()))):
         yield space(name, folder)
     yield Check("cores", "ok", str(_cores()))
     yield memory()
     yield from copies(Path.cwd())
     yield from defaults()
+
+
+def kernel() -> Check:
+    """The compiled inner loop of a merge, which a platform without a wheel of its own may lack."""
+    from ..merging.kernel import OFF, library
+
+    if library() is not None:
+        return Check("compiled merge", "ok", "yes")
+    if os.environ.get(OFF):
+        return Check("compiled merge", "ok", f"no, by {OFF}: merges go by numpy")
+    cure = "Install a C compiler, then: pip install --force-reinstall --no-deps --no-binary adapterkit adapterkit"
+    return Check("compiled merge", "warn", "no: merges go by numpy, with the same bits, about three times slower", cure)
 
 
 def defaults() -> Iterator[Check]:

@@ -22,7 +22,9 @@ from ..errors import AdapterkitError, Malformed, Unsupported
 from ..io.lazy import Lazy, as_lazy
 from ..linalg.namespace import namespace
 from ..linalg.philox import WORD, philox
+from .arrays import NumpyArrays
 from .blocks import Block, cut_to, part_of, view_of
+from .compiled import THIN, LowRankBlocks, lowrank_blocks
 from .planned import Output
 
 if TYPE_CHECKING:
@@ -105,9 +107,6 @@ Term = tuple["PlannedUpdate", list[Update], float]
 
 LARGEST = 2.0**500
 """The largest magnitude that a factor may have; its square still fits into float64."""
-
-THIN = 256
-"""The largest rank at which factors of several adapters are joined into one product."""
 
 
 def load_all(fold: PlannedUpdate, arrays: Arrays) -> list[Update]:
@@ -293,6 +292,8 @@ class BlockMerger:
             work = self._image(raw, block)
             norms = self._fold(work, block)
             self.arrays.assign(out, stochastic(work.reshape((-1,)), block.first, self._key, self.output.dtype))
+        elif self._compiled is not None and self._compiled.add(raw, out, block):
+            norms = {}
         elif self._sums:
             norms = {}
             self.arrays.add(raw, self._sum(block), out)
@@ -329,6 +330,10 @@ class BlockMerger:
             fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
             for fold, _ in self.folds
         )
+
+    @cached_property
+    def _compiled(self) -> LowRankBlocks | None:
+        return lowrank_blocks(self.output, self.folds) if isinstance(self.arrays, NumpyArrays) else None
 
     def _sum(self, block: Block) -> Numbers:
         """Return the sum of all changes of a block, flat, in float64."""

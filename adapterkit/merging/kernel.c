@@ -1,0 +1,286 @@
+/* The inner loop of a merge: reads a block of a weight, adds a low-rank change, rounds once, writes.
+ *
+ * The sum is formed in float32 with a bound on its error. An element whose two bounds round to the same output is
+ * settled by that: rounding is monotonic, so the float64 sum between them rounds to the same. The others, about one in
+ * a thousand, are summed again in float64, also with a bound. What float64 leaves open is counted, and the caller
+ * computes that block with numpy. So the bits are those of numpy's float64 path, whatever the compiler does with sums.
+ *
+ * Plain C with the vector types of GCC and Clang, no headers of Python: one library serves all versions of Python.
+ */
+
+#include <fenv.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(_WIN32)
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(16)));
+typedef halves loose_halves __attribute__((aligned(2), may_alias));
+typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
+typedef floats loose_floats __attribute__((aligned(4), may_alias));
+
+enum { LANES = 8, WIDE = 16, TALL = 4, CHUNK = 16 };
+enum { BF16, F16, F32 };
+enum { VERSION = 1 };
+
+/* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
+enum { STRIP = 192 << 10 };
+
+/* One factor pair, as `kernel.py` prepares it. */
+typedef struct {
+  const float *left;         /* [rows, rank] */
+  const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, the last filled up with zeros */
+  const float *row_bound;    /* [rows]; row_bound[i] * column_bound[j] is at least the error of element i, j */
+  const float *column_bound; /* [width], filled up with zeros like the panels */
+  const double *left64;      /* [rows, rank] */
+  const double *right64;     /* [width, rank]: transposed, so that a column is one run of memory */
+  const double *row_norm;    /* [rows]; row_norm[i] * column_norm[j] bounds the float64 error likewise */
+  const double *column_norm; /* [width] */
+  int64_t rank;
+} Factors;
+
+/* Conversions between float32 and 16 bits, eight numbers at a time. */
+
+INLINE floats widened(int kind, const void *from) {
+  if (kind == F32) return *(const loose_floats *)from;
+#if defined(__x86_64__)
+  __m128i raw = _mm_loadu_si128((const __m128i *)from);
+  if (kind == F16) return (floats)_mm256_cvtph_ps(raw);
+  return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+#elif defined(__aarch64__)
+  if (kind == F16) {
+    float16x8_t raw = vreinterpretq_f16_u16(vld1q_u16((const uint16_t *)from));
+    float32x4_t low = vcvt_f32_f16(vget_low_f16(raw)), high = vcvt_f32_f16(vget_high_f16(raw));
+    floats both;
+    memcpy(&both, &low, 16);
+    memcpy((char *)&both + 16, &high, 16);
+    return both;
+  }
+  return (floats)(__builtin_convertvector(*(const loose_halves *)from, words) << 16);
+#endif
+}
+
+/* Rounds to nearest. Ties of bfloat16 go away from zero: `settled` never asks for a tie. */
+INLINE halves narrowed(int kind, floats values) {
+#if defined(__x86_64__)
+  if (kind == F16) return (halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+  __m256i bits = (__m256i)(((words)values + 0x8000u) >> 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xd8);
+  return (halves)_mm256_castsi256_si128(packed);
+#elif defined(__aarch64__)
+  if (kind == F16) {
+    float32x4_t low, high;
+    memcpy(&low, &values, 16);
+    memcpy(&high, (char *)&values + 16, 16);
+    return (halves)vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(low), vcvt_f16_f32(high)));
+  }
+  return __builtin_convertvector(((words)values + 0x8000u) >> 16, halves);
+#endif
+}
+
+INLINE int none(halves flags) {
+  uint64_t bits[2];
+  memcpy(bits, &flags, 16);
+  return (bits[0] | bits[1]) == 0;
+}
+
+/* float64 to 16 bits, as numpy casts: to bfloat16 by way of float32, to float16 at once. */
+static uint16_t rounded(int kind, double value) {
+  float near = (float)value;
+  uint32_t bits;
+  memcpy(&bits, &near, 4);
+  if (kind == BF16) return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  /* Rounding to odd makes the second rounding harmless: an inexact float32 is never a tie of float16, and it stays on
+   * the side of each tie where the float64 value is. Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819 */
+  if (isfinite(near) && (double)near != value) bits = (bits - (fabs((double)near) > fabs(value))) | 1u;
+  floats lanes = {0};
+  memcpy(&lanes, &bits, 4);
+  return narrowed(F16, lanes)[0];
+}
+
+INLINE double element(int kind, const void *from, int64_t at) {
+  if (kind == F32) return ((const float *)from)[at];
+  uint16_t lanes[LANES] = {((const uint16_t *)from)[at]};
+  return widened(kind, lanes)[0];
+}
+
+/* Sums one element in float64 and writes it; returns 1 if even that leaves the rounding open. */
+static int settle(int from, int to, const void *weight, uint16_t *out, int64_t at, const Factors *f, int64_t i,
+                  int64_t j) {
+  const double *left = f->left64 + i * f->rank, *right = f->right64 + j * f->rank;
+  doubles sums[2] = {{0}, {0}};
+  int64_t k = 0;
+  for (; k + 8 <= f->rank; k += 8) {
+    sums[0] += *(const loose_doubles *)(left + k) * *(const loose_doubles *)(right + k);
+    sums[1] += *(const loose_doubles *)(left + k + 4) * *(const loose_doubles *)(right + k + 4);
+  }
+  sums[0] += sums[1];
+  double change = (sums[0][0] + sums[0][1]) + (sums[0][2] + sums[0][3]);
+  for (; k < f->rank; k++) change += left[k] * right[k];
+  double value = element(from, weight, at) + change;
+  double error = f->row_norm[i] * f->column_norm[j] + fabs(value) * 0x1p-51;
+  uint16_t low = rounded(to, value - error), high = rounded(to, value + error);
+  /* Where the change is exactly zero, the sum is the weight, and its rounding is known. */
+  if (f->row_norm[i] * f->column_norm[j] == 0.0) low = high = rounded(to, value);
+  out[at] = low;
+  return low != high || value != value;
+}
+
+/* Settles the marked elements of a tile. Never inlined: the registers belong to the sums that need none of this. */
+static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall, halves (*differ)[2],
+                                                           const char *weight, uint16_t *out, int64_t stride,
+                                                           const Factors *f, int64_t i, int64_t j, int64_t columns) {
+  int64_t open = 0;
+  for (int a = 0; a < tall; a++)
+    for (int b = 0; b < 2; b++) {
+      if (none(differ[a][b])) continue;
+      for (int lane = 0; lane < LANES; lane++) {
+        int64_t column = LANES * b + lane;
+        if (differ[a][b][lane] && column < columns)
+          open += settle(from, to, weight, out, a * stride + column, f, i + a, j + column);
+      }
+    }
+  return open;
+}
+
+/* A tile of `tall` rows and 16 columns. `weight` and `out` begin at its first element, as do `left` and `panel`. */
+INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
+                    const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
+                    int64_t j, int64_t columns) {
+  const int size = from == F32 ? 4 : 2;
+  const int64_t rank = f->rank;
+  floats sum[TALL][2] = {{{0}}}, part[TALL][2];
+  /* Sums of at most CHUNK products are added up: the bound grows with CHUNK + rank / CHUNK, not with the rank. */
+  for (int64_t first = 0;; first += CHUNK) {
+    int64_t last = rank - first < CHUNK ? rank : first + CHUNK;
+#pragma GCC unroll 4
+    for (int a = 0; a < tall; a++) part[a][0] = part[a][1] = (floats){0};
+    for (int64_t k = first; k < last; k++) {
+      floats right0 = *(const loose_floats *)(panel + WIDE * k);
+      floats right1 = *(const loose_floats *)(panel + WIDE * k + LANES);
+#pragma GCC unroll 4
+      for (int a = 0; a < tall; a++) {
+        float scale = left[a * rank + k];
+        part[a][0] += scale * right0;
+        part[a][1] += scale * right1;
+      }
+    }
+    if (first)
+#pragma GCC unroll 4
+      for (int a = 0; a < tall; a++) part[a][0] += sum[a][0], part[a][1] += sum[a][1];
+    if (last == rank) break;
+    memcpy(sum, part, sizeof sum);
+  }
+  halves differ[TALL][2], any = {0};
+#pragma GCC unroll 4
+  for (int a = 0; a < tall; a++)
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; b++) {
+      int64_t at = a * stride + LANES * b;
+      floats value = widened(from, weight + at * size) + part[a][b];
+      floats size_of = (floats)((words)value & 0x7fffffffu);
+      floats error = row_bound[a] * *(const loose_floats *)(column_bound + LANES * b) + size_of * 0x1.8p-23f;
+      floats below = value - error, above = value + error;
+      halves low = narrowed(to, below), high = narrowed(to, above);
+      *(loose_halves *)(out + at) = high;
+      /* Both bounds may be NaN, with equal bits. Which bits a NaN gets is numpy's to choose. */
+      words nan = (words)(above != above);
+      differ[a][b] = (low ^ high) | __builtin_convertvector(nan, halves);
+      any |= differ[a][b];
+    }
+  if (__builtin_expect(none(any), 1)) return 0;
+  return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
+}
+
+/* A tile at the right edge, in memory of its own: the rows of the weight end before 16 columns are full. */
+INLINE int64_t edge(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
+                    const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
+                    int64_t j, int64_t columns) {
+  const int size = from == F32 ? 4 : 2;
+  char given[TALL * WIDE * 4] = {0};
+  uint16_t made[TALL * WIDE];
+  for (int a = 0; a < tall; a++) memcpy(given + a * WIDE * size, weight + a * stride * size, columns * size);
+  int64_t open = tile(from, to, tall, given, made, WIDE, left, panel, row_bound, column_bound, f, i, j, columns);
+  for (int a = 0; a < tall; a++) memcpy(out + a * stride, made + a * WIDE, columns * 2);
+  return open;
+}
+
+INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
+                     const Factors *f) {
+  const int size = from == F32 ? 4 : 2;
+  int64_t open = 0, strip = STRIP / (4 * f->rank) / WIDE * WIDE;
+  if (strip < WIDE) strip = WIDE;
+  for (int64_t start = 0; start < width; start += strip) {
+    int64_t stop = width - start < strip ? width : start + strip;
+    for (int64_t i = 0; i < rows;) {
+      int tall = rows - i < TALL ? 1 : TALL;
+      for (int64_t j = start; j < stop; j += WIDE) {
+        const char *here = weight + (i * width + j) * size;
+        uint16_t *there = out + i * width + j;
+        const float *left = f->left + i * f->rank, *panel = f->panels + j * f->rank;
+        int64_t columns = width - j;
+#define AT(shape, tall) \
+  shape(from, to, tall, here, there, width, left, panel, f->row_bound + i, f->column_bound + j, f, i, j, columns)
+        if (columns >= WIDE)
+          open += tall == TALL ? AT(tile, TALL) : AT(tile, 1);
+        else
+          open += tall == TALL ? AT(edge, TALL) : AT(edge, 1);
+#undef AT
+      }
+      i += tall;
+    }
+  }
+  return open;
+}
+
+/* The version of this interface, for `kernel.py`; 0 if the processor lacks what the library was compiled for. */
+API int32_t adapterkit_runs(void) {
+#if defined(__x86_64__)
+  /* __builtin_cpu_supports needs a runtime library that not every compiler brings. */
+  uint32_t eax, ebx, ecx, edx, low, high;
+  const uint32_t fma = 1u << 12, saved = 1u << 27, half = 1u << 29, avx2 = 1u << 5;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (~ecx & (fma | saved | half))) return 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  /* The system must save the wide registers when it switches threads. */
+  if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & avx2)) return 0;
+#endif
+  return VERSION;
+}
+
+/* Writes `weight + left @ right` to `out`, both `[rows, width]`; returns how many elements are not settled. */
+API int64_t adapterkit_add(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
+                           const Factors *f) {
+  /* Another library may have made this thread flush small numbers to zero, which the bounds do not know. */
+  fenv_t before;
+  fegetenv(&before);
+  fesetenv(FE_DFL_ENV);
+  int64_t open = -1;
+#define CASE(a, b) \
+  if (from == a && to == b) open = block(a, b, weight, out, rows, width, f)
+  CASE(BF16, BF16);
+  CASE(F16, F16);
+  CASE(F32, BF16);
+  CASE(F32, F16);
+  CASE(BF16, F16);
+  CASE(F16, BF16);
+#undef CASE
+  fesetenv(&before);
+  return open;
+}

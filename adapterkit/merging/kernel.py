@@ -1,0 +1,168 @@
+"""The compiled inner loop of a merge, `kernel.c`: base + B @ A in float32 with proven bounds, rounded once.
+
+It gives the bits of the float64 path of numpy, about three times as fast. Without it, on a processor that it was not
+compiled for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array, DType
+
+LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
+"""Name of the compiled library, beside this file."""
+
+OFF = "ADAPTERKIT_KERNEL"
+"""The variable that leaves the library out: `off`."""
+
+KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+"""Element types of weights that the library reads, by the numbers of `kernel.c`."""
+
+WRITTEN = ("BF16", "F16")
+"""Element types that it writes. A float32 output needs every sum in float64, which numpy does as fast."""
+
+WIDE, CHUNK = 16, 16
+
+VERSION = 1
+"""Version of the interface of `kernel.c`: a library that is older than this file is left alone."""
+
+LEAST = 1 << 14
+"""Numbers in a block from which on the library pays for its call."""
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = [
+        ("left", ctypes.c_void_p),
+        ("panels", ctypes.c_void_p),
+        ("row_bound", ctypes.c_void_p),
+        ("column_bound", ctypes.c_void_p),
+        ("left64", ctypes.c_void_p),
+        ("right64", ctypes.c_void_p),
+        ("row_norm", ctypes.c_void_p),
+        ("column_norm", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the compiled library; None if it is not there, does not run on this processor, or was switched off."""
+    if os.environ.get(OFF, "").lower() in ("off", "0"):
+        return None
+    try:
+        loaded = ctypes.CDLL(str(Path(__file__).with_name(LIBRARY)))
+    except OSError:
+        return None
+    loaded.adapterkit_runs.restype = ctypes.c_int32
+    loaded.adapterkit_add.restype = ctypes.c_int64
+    loaded.adapterkit_add.argtypes = (
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    )
+    return loaded if loaded.adapterkit_runs() == VERSION else None
+
+
+def takes(source: DType, target: DType) -> bool:
+    """Whether the library is at hand and converts between these element types."""
+    return source.name in KINDS and target.name in WRITTEN and library() is not None
+
+
+class LowRankSum:
+    """A change `left @ right`, prepared once for all blocks of a tensor.
+
+    Args:
+        left: float64 `[rows, rank]`, with scaling and weight.
+        right: float64 `[rank, width]`.
+    """
+
+    def __init__(self, left: Array, right: Array) -> None:
+        import numpy as np
+
+        rank, width = right.shape
+        padded = -(-width // WIDE) * WIDE
+        self.rows, self.width, self.rank = len(left), width, rank
+        panels = np.zeros((rank, padded), np.float32)
+        with np.errstate(over="ignore"):
+            panels[:, :width] = right
+            self._left = np.ascontiguousarray(left, np.float32)
+        self._panels = np.ascontiguousarray(panels.reshape(rank, -1, WIDE).swapaxes(0, 1))
+        self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
+        # By Cauchy and Schwarz, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
+        weights = np.sqrt(_roundings(rank))
+        rows, columns = _norms(left * weights), _norms(right.T * weights)
+        self._row_bound = _upwards(rows, 2.0**-24)
+        self._column_bound = np.zeros(padded, np.float32)
+        self._column_bound[:width] = _upwards(columns, 1.0)
+        self._row_norm = np.where(rows == 0, 0.0, rows + 2.0**-300) * ((rank + 4) * 2.0**-51)
+        self._column_norm = np.where(columns == 0, 0.0, columns + 2.0**-300)
+
+    def add(self, raw: Array, out: Array, kinds: tuple[DType, DType], start: int, stop: int) -> bool:
+        """Write raw + rows `start` to `stop` of the change into `out`, rounded once; both are flat.
+
+        Returns:
+            False if float64 could not settle every element, for numpy to compute the block; `out` is then undefined.
+        """
+        loaded = cast("ctypes.CDLL", library())
+        factors = _Factors(
+            left=self._left[start:].ctypes.data,
+            panels=self._panels.ctypes.data,
+            row_bound=self._row_bound[start:].ctypes.data,
+            column_bound=self._column_bound.ctypes.data,
+            left64=self._left64[start:].ctypes.data,
+            right64=self._right64.ctypes.data,
+            row_norm=self._row_norm[start:].ctypes.data,
+            column_norm=self._column_norm.ctypes.data,
+            rank=self.rank,
+        )
+        source, target = (KINDS[kind.name] for kind in kinds)
+        pointers = raw.ctypes.data, out.ctypes.data
+        open_: int = loaded.adapterkit_add(source, target, *pointers, stop - start, self.width, ctypes.byref(factors))
+        return open_ == 0
+
+
+def _roundings(rank: int) -> Array:
+    """Return how many roundings each product b_k a_k of an element goes through in float32, at most.
+
+    Both factors are rounded, and so is their product where it is not added in one step. Then come the sums: with the
+    products behind it in its chunk of 16, and with the chunks from its own on. One more stands for numpy's float64
+    sum, whose roundings are 2**-29 times as large, and for the squares of all these errors.
+    """
+    import numpy as np
+
+    k = np.arange(rank)
+    within = np.minimum(rank - k, CHUNK - k % CHUNK)
+    roundings: Array = 3.0 + within + (-(-rank // CHUNK) - k // CHUNK) + 1.0
+    return roundings
+
+
+def _norms(factor: Array) -> Array:
+    """Return upper bounds of the norms of the rows; exactly zero for zeros."""
+    import numpy as np
+
+    norms: Array = np.sqrt(np.einsum("ij,ij->i", factor, factor)) * (1 + 1e-9)
+    # Squares of tiny numbers vanish, and a bound of zero would say that there is no change.
+    tiny = np.abs(factor).max(axis=1, initial=0.0) if norms.min(initial=1.0) < 1e-100 else norms
+    return np.where(norms < 1e-100, tiny * math.sqrt(factor.shape[1]), norms)
+
+
+def _upwards(norms: Array, factor: float) -> Array:
+    """Return norms times a factor as float32, rounded up; zero stays zero, and nothing else comes near it."""
+    import numpy as np
+
+    # A product of two such bounds must not vanish in float32, or a sum near zero would look exact.
+    with np.errstate(over="ignore"):
+        bound: Array = np.where(norms == 0, 0.0, (norms + 2.0**-40) * (factor * (1 + 1e-6))).astype(np.float32)
+    return bound

@@ -1,0 +1,195 @@
+"""The compiled loop of a merge gives the bits of numpy's float64 path, or says that it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterkit.io.lazy import DTYPES
+from adapterkit.merging import kernel
+from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
+
+ROOT = Path(__file__).resolve().parents[2]
+
+compiled = pytest.mark.skipif(
+    kernel.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    """A checkout whose environment was made elsewhere may lack the library, or have an old one."""
+    if any(map(shutil.which, ("cc", "gcc", "clang"))):
+        script = [sys.executable, str(ROOT / "tools" / "build_kernel.py"), "--if-older"]
+        subprocess.run(script, check=True, capture_output=True)
+        kernel.library.cache_clear()
+
+
+def expected(weight: np.ndarray, change: np.ndarray, target: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return (weight.astype(np.float64) + change).astype(DTYPES[target].array)
+
+
+def made(weight: np.ndarray, left: np.ndarray, right: np.ndarray, source: str, target: str) -> np.ndarray | None:
+    out = np.empty(weight.shape, DTYPES[target].array)
+    added = LowRankSum(left, right)
+    kinds = DTYPES[source], DTYPES[target]
+    settled = added.add(weight.reshape(-1), out.reshape(-1), kinds, 0, len(weight))
+    return out if settled else None
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return values.view(f"u{values.itemsize}")
+
+
+@compiled
+@pytest.mark.parametrize("target", WRITTEN)
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("rank", [1, 7, 16, 33, 256])
+def test_bits_are_those_of_float64(source: str, target: str, rank: int) -> None:
+    rng = np.random.default_rng(rank)
+    # Neither rows nor columns fill whole tiles.
+    weight = (0.02 * rng.standard_normal((91, 773))).astype(DTYPES[source].array)
+    left, right = 0.1 * rng.standard_normal((91, rank)), 0.1 * rng.standard_normal((rank, 773))
+    ours = made(weight, left, right, source, target)
+    assert ours is not None
+    assert np.array_equal(bits(ours), bits(expected(weight, left @ right, target)))
+
+
+@compiled
+@pytest.mark.parametrize("target", WRITTEN)
+@pytest.mark.parametrize("below", [0.0, 2.0**-26, -(2.0**-26), 2.0**-44, -(2.0**-44)])
+def test_sums_at_and_beside_a_tie(target: str, below: float) -> None:
+    digits = {"BF16": 7, "F16": 10}[target]
+    # One row sums to ties exactly, or off by so little that float32 cannot tell.
+    weight = (1 + np.arange(64) * 2.0**-digits).astype(DTYPES["F32"].array)[None].repeat(5, 0)
+    left = np.ones((5, 2))
+    right = np.stack([np.full(64, 2.0 ** -(digits + 1)), np.full(64, below)])
+    ours = made(weight, left, right, "F32", target)
+    wanted = expected(weight, left @ right, target)
+    # numpy decides a tie of float16 itself: its own float64 sum could lie on either side. bfloat16 goes by float32, in
+    # which both sides are the same number.
+    if below == 0.0 and target == "F16":
+        assert ours is None
+    else:
+        assert ours is not None
+        assert np.array_equal(bits(ours), bits(wanted))
+
+
+@compiled
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(-30, 30),
+    st.floats(-30, 30),
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from(WRITTEN),
+)
+def test_any_scale(seed: int, base: float, factor: float, source: str, target: str) -> None:
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="ignore"):
+        weight = (10.0**base * rng.standard_normal((9, 40))).astype(DTYPES[source].array)
+    left, right = rng.standard_normal((9, 5)), 10.0**factor * rng.standard_normal((5, 40))
+    left[2], right[:, 3] = 0, 0
+    ours = made(weight, left, right, source, target)
+    wanted = expected(weight, left @ right, target)
+    assert ours is None or np.array_equal(bits(ours), bits(wanted))
+
+
+@compiled
+@pytest.mark.parametrize("target", WRITTEN)
+def test_zeros_keep_their_sign(target: str) -> None:
+    weight = np.array([[0.0, -0.0] * 20] * 6).astype(DTYPES[target].array)
+    left, right = np.zeros((6, 3)), np.ones((3, 40))
+    ours = made(weight, left, right, target, target)
+    assert ours is not None
+    assert np.array_equal(bits(ours), bits(expected(weight, left @ right, target)))
+
+
+@compiled
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_left_to_numpy(value: float) -> None:
+    weight = np.ones((8, 32), DTYPES["BF16"].array)
+    weight[3, 5] = value
+    assert made(weight, np.ones((8, 1)), np.ones((1, 32)), "BF16", "BF16") is None
+
+
+@compiled
+def test_factors_beyond_float32_are_left_to_numpy() -> None:
+    weight = np.ones((8, 32), DTYPES["F32"].array)
+    left, right = np.full((8, 1), 1e200), np.full((1, 32), 1e-200)
+    ours = made(weight, left, right, "F32", "BF16")
+    assert ours is None or np.array_equal(bits(ours), bits(expected(weight, left @ right, "BF16")))
+
+
+@compiled
+def test_small_numbers_count_in_a_thread_that_flushes_them() -> None:
+    rng = np.random.default_rng(0)
+    weight = (1e-39 * rng.standard_normal((12, 64))).astype(DTYPES["BF16"].array)
+    left, right = np.zeros((12, 2)), 1e-39 * rng.standard_normal((2, 64))
+    left[::2] = 1.0
+    wanted = expected(weight, left @ right, "BF16")
+    flushes = torch.set_flush_denormal(True)
+    try:
+        ours = made(weight, left, right, "BF16", "BF16")
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes, "this processor cannot flush; the test shows nothing"
+    assert ours is not None
+    assert np.array_equal(bits(ours), bits(wanted))
+
+
+@compiled
+def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "VERSION", kernel.VERSION + 1)
+    kernel.library.cache_clear()
+    try:
+        assert kernel.library() is None
+    finally:
+        kernel.library.cache_clear()
+
+
+@pytest.mark.parametrize("word", ["off", "0"])
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setenv(kernel.OFF, word)
+    kernel.library.cache_clear()
+    try:
+        assert kernel.library() is None
+    finally:
+        kernel.library.cache_clear()
+
+
+@compiled
+def test_the_bound_of_the_roundings_holds() -> None:
+    """Sums in float32, in the order of the compiled loop and with a product rounded by itself, stay in the bound."""
+    rng = np.random.default_rng(3)
+    for rank in (1, 5, 16, 17, 40, 250):
+        left, right = rng.standard_normal((64, rank)), rng.standard_normal((rank, 48))
+        total = np.zeros((64, 48), np.float32)
+        for first in range(0, rank, kernel.CHUNK):
+            part = np.zeros((64, 48), np.float32)
+            for k in range(first, min(first + kernel.CHUNK, rank)):
+                part += left[:, k, None].astype(np.float32) * right[None, k].astype(np.float32)
+            total += part
+        summed = LowRankSum(left, right)
+        bound = np.multiply.outer(summed._row_bound.astype(float), summed._column_bound[:48].astype(float))
+        off = np.abs(total - left @ right)
+        assert (off <= bound).all()
+        # A bound that is far too wide would send everything to float64.
+        assert off.max() > bound.min() / 200
+
+
+def test_ctypes_reads_the_fields_that_c_has() -> None:
+    source = (ROOT / "adapterkit" / "merging" / "kernel.c").read_text("utf-8")
+    body = source[source.index("typedef struct {") : source.index("} Factors;")]
+    names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
+    assert names == [field[0] for field in kernel._Factors._fields_]
+    assert ctypes.sizeof(kernel._Factors) == 72

@@ -1,0 +1,92 @@
+"""Holds the compiled loop of a merge against numpy: equal bits on many random numbers, and processor time.
+
+    python tools/bench/kernel.py [--numbers 1e9] [--rank 16]
+
+For each pair of element types it draws weights and factors at changing scales until so many numbers are compared. It
+ends with 1 if a bit differs. Blocks that the loop leaves to numpy are counted; times are of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from adapterkit.io.lazy import DTYPES
+from adapterkit.linalg.products import product
+from adapterkit.merging.arrays import NumpyArrays
+from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum, library
+
+ROWS, WIDTH = 192, 2048
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was compared of one pair of element types; seconds are of processor time."""
+
+    numbers: int = 0
+    differ: int = 0
+    left: int = 0
+    blocks: int = 0
+    ours: float = 0.0
+    theirs: float = 0.0
+
+
+def compare(source: str, target: str, numbers: float, rank: int, rng: np.random.Generator) -> Seen:
+    """Compare block by block until so many numbers were seen."""
+    seen, arrays = Seen(), NumpyArrays()
+    kinds = DTYPES[source], DTYPES[target]
+    made, wanted = (np.empty((ROWS, WIDTH), kinds[1].array) for _ in range(2))
+    change = np.empty((ROWS, WIDTH))
+    with threadpool_limits(1), arrays.quiet():
+        while seen.numbers < numbers:
+            weight = (10.0 ** rng.uniform(-3, 1) * rng.standard_normal((ROWS, WIDTH))).astype(kinds[0].array)
+            size = 10.0 ** rng.uniform(-3, 0)
+            left, right = size * rng.standard_normal((ROWS, rank)), rng.standard_normal((rank, WIDTH)) * 0.05
+            prepared = LowRankSum(left, right)
+            start = time.thread_time()
+            settled = prepared.add(weight.reshape(-1), made.reshape(-1), kinds, 0, ROWS)
+            middle = time.thread_time()
+            product(change, left, right)
+            arrays.add(weight.reshape(-1), change.reshape(-1), wanted.reshape(-1))  # type: ignore[arg-type]
+            end = time.thread_time()
+            seen.ours, seen.theirs = seen.ours + middle - start, seen.theirs + end - middle
+            seen.blocks, seen.left = seen.blocks + 1, seen.left + (not settled)
+            seen.numbers += made.size
+            if settled:
+                seen.differ += int((made.view("u2") != wanted.view("u2")).sum())
+    return seen
+
+
+def main() -> int:
+    """Print one line for each pair of types."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--numbers", type=float, default=1e7, help="numbers to compare for each pair of types")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if library() is None:
+        print("the compiled loop is not there: run tools/build_kernel.py", file=sys.stderr)
+        return 2
+    rng, wrong = np.random.default_rng(asked.seed), 0
+    print("from  to        numbers   differ  left to numpy  ns, compiled  ns, numpy   ratio")
+    for source in KINDS:
+        for target in WRITTEN:
+            seen = compare(source, target, asked.numbers, asked.rank, rng)
+            wrong += seen.differ
+            ours, theirs = (1e9 * seconds / seen.numbers for seconds in (seen.ours, seen.theirs))
+            left = f"{seen.left} of {seen.blocks}"
+            print(
+                f"{source:5} {target:5} {seen.numbers:11,} {seen.differ:8} {left:>14} {ours:13.2f} {theirs:10.2f}"
+                f" {theirs / ours:7.2f}",
+                flush=True,
+            )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

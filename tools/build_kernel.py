@@ -1,0 +1,125 @@
+"""Compiles the inner loop of a merge, adapterkit/merging/kernel.c, for this machine or for another.
+
+    python tools/build_kernel.py [--target x86_64-linux-gnu.2.17]
+
+The build of a wheel and `pip install -e .` call it, too, by hatchling. It needs a C compiler (`CC`, cc, gcc or clang);
+with a target it needs ziglang from PyPI, which compiles for all platforms. Without a compiler, and on processors that
+the loop was not written for, the package works by numpy: more slowly, with the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand
+    BuildHookInterface = object
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "adapterkit" / "merging" / "kernel.c"
+
+PROCESSORS = {
+    "x86_64": ("-mavx2", "-mfma", "-mf16c"),
+    "amd64": ("-mavx2", "-mfma", "-mf16c"),
+    "aarch64": (),
+    "arm64": (),
+}
+"""Compiler flags by processor; others have no conversions in `kernel.c`."""
+
+TARGETS = {
+    "x86_64-linux-gnu.2.17": "manylinux_2_17_x86_64.manylinux2014_x86_64",
+    "aarch64-linux-gnu.2.17": "manylinux_2_17_aarch64.manylinux2014_aarch64",
+    "x86_64-macos.11.0": "macosx_11_0_x86_64",
+    "aarch64-macos.11.0": "macosx_11_0_arm64",
+    "x86_64-windows-gnu": "win_amd64",
+    "aarch64-windows-gnu": "win_arm64",
+}
+"""Platform tags of wheels, by ziglang's names of the targets that a release has."""
+
+
+def library(target: str | None = None) -> Path:
+    """Return the path of the compiled library: beside its source for this machine, under build/ for a target."""
+    windows = sys.platform == "win32" if target is None else "windows" in target
+    folder = SOURCE.parent if target is None else ROOT / "build" / target
+    return folder / ("_kernel.dll" if windows else "_kernel.so")
+
+
+def compiler(target: str | None) -> list[str] | None:
+    """Return the command of a C compiler; None if there is none."""
+    if target is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", target]
+    if named := os.environ.get("CC"):
+        return shlex.split(named)
+    found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    return None if found is None else [found]
+
+
+def compile_kernel(target: str | None = None) -> Path | None:
+    """Compile the loop beside its source; None, with the reason on stderr, if that is not possible here."""
+    processor = (platform.machine() if target is None else target.split("-")[0]).lower()
+    command = compiler(target)
+    if command is None or processor not in PROCESSORS:
+        why = f"it is not written for {processor}" if command else "there is no C compiler (set CC to one)"
+        print(f"merges go by numpy, without the compiled loop: {why}", file=sys.stderr)
+        return None
+    path = library(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may have the old library open: a file that is replaced stays whole for it.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    flags = ["-O3", "-s", "-std=gnu11", "-shared", *PROCESSORS[processor]]
+    if path.suffix == ".so":
+        flags += ["-fPIC", "-fvisibility=hidden"]
+    done = subprocess.run([*command, *flags, "-o", fresh, SOURCE], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"merges go by numpy, without the compiled loop: {done.stderr.strip()[-2000:]}", file=sys.stderr)
+        fresh.unlink(missing_ok=True)
+        return None
+    fresh.replace(path)
+    return path
+
+
+class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
+    """Puts the library into the wheel. `KERNEL_TARGET` names another platform, `none` builds without it."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the files are gathered, and tag the wheel for its platform and any version of Python."""
+        target = os.environ.get("KERNEL_TARGET") or None
+        if target == "none":
+            return
+        path = compile_kernel(target)
+        if path is None and target is not None:
+            raise SystemExit(f"no library for {target}")
+        if path is None or version == "editable":
+            return
+        from packaging.tags import platform_tags
+
+        build_data["force_include"][str(path)] = f"adapterkit/merging/{path.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{TARGETS[target] if target else next(platform_tags())}"
+
+
+def main() -> int:
+    """Compile for one target; exit 1 if that is not possible."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", choices=sorted(TARGETS), help="a platform other than this one")
+    parser.add_argument("--if-older", action="store_true", help="only if the library is older than its source")
+    arguments = parser.parse_args()
+    path = library(arguments.target)
+    if arguments.if_older and path.exists() and path.stat().st_mtime >= SOURCE.stat().st_mtime:
+        return 0
+    return int(compile_kernel(arguments.target) is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
