@@ -1,4 +1,4 @@
-"""Compiles the inner loop of a merge, adapterkit/merging/kernel.c, for this machine or for another.
+"""Compiles adapterkit/native, the inner loops of merging and quantizing, for this machine or for another.
 
     python tools/build_kernel.py [--target x86_64-linux-gnu.2.17]
 
@@ -25,7 +25,8 @@ except ImportError:  # run by hand
     BuildHookInterface = object
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "adapterkit" / "merging" / "kernel.c"
+FOLDER = ROOT / "adapterkit" / "native"
+SOURCES = tuple(sorted(FOLDER.glob("*.c")))
 
 PROCESSORS = {
     "x86_64": ("-mavx2", "-mfma", "-mf16c"),
@@ -33,7 +34,7 @@ PROCESSORS = {
     "aarch64": (),
     "arm64": (),
 }
-"""Compiler flags by processor; others have no conversions in `kernel.c`."""
+"""Compiler flags by processor; others have no conversions in `merge.c`."""
 
 TARGETS = {
     "x86_64-linux-gnu.2.17": "manylinux_2_17_x86_64.manylinux2014_x86_64",
@@ -47,9 +48,9 @@ TARGETS = {
 
 
 def library(target: str | None = None) -> Path:
-    """Return the path of the compiled library: beside its source for this machine, under build/ for a target."""
+    """Return the path of the compiled library: beside its sources for this machine, under build/ for a target."""
     windows = sys.platform == "win32" if target is None else "windows" in target
-    folder = SOURCE.parent if target is None else ROOT / "build" / target
+    folder = FOLDER if target is None else ROOT / "build" / target
     return folder / ("_kernel.dll" if windows else "_kernel.so")
 
 
@@ -64,7 +65,7 @@ def compiler(target: str | None) -> list[str] | None:
 
 
 def compile_kernel(target: str | None = None) -> Path | None:
-    """Compile the loop beside its source; None, with the reason on stderr, if that is not possible here."""
+    """Compile the loops beside their sources; None, with the reason on stderr, if that is not possible here."""
     processor = (platform.machine() if target is None else target.split("-")[0]).lower()
     command = compiler(target)
     if command is None or processor not in PROCESSORS:
@@ -75,10 +76,10 @@ def compile_kernel(target: str | None = None) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Another process may have the old library open: a file that is replaced stays whole for it.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    flags = ["-O3", "-s", "-std=gnu11", "-shared", *PROCESSORS[processor]]
+    flags = ["-O3", "-s", "-fno-trapping-math", "-std=gnu11", "-shared", *PROCESSORS[processor]]
     if path.suffix == ".so":
         flags += ["-fPIC", "-fvisibility=hidden"]
-    done = subprocess.run([*command, *flags, "-o", fresh, SOURCE], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *flags, "-o", fresh, *SOURCES], capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"merges go by numpy, without the compiled loop: {done.stderr.strip()[-2000:]}", file=sys.stderr)
         fresh.unlink(missing_ok=True)
@@ -104,7 +105,7 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
             return
         from packaging.tags import platform_tags
 
-        build_data["force_include"][str(path)] = f"adapterkit/merging/{path.name}"
+        build_data["force_include"][str(path)] = f"adapterkit/native/{path.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{TARGETS[target] if target else next(platform_tags())}"
 
@@ -113,10 +114,14 @@ def main() -> int:
     """Compile for one target; exit 1 if that is not possible."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=sorted(TARGETS), help="a platform other than this one")
-    parser.add_argument("--if-older", action="store_true", help="only if the library is older than its source")
+    parser.add_argument("--if-older", action="store_true", help="only if the library is older than its sources")
     arguments = parser.parse_args()
     path = library(arguments.target)
-    if arguments.if_older and path.exists() and path.stat().st_mtime >= SOURCE.stat().st_mtime:
+    if (
+        arguments.if_older
+        and path.exists()
+        and path.stat().st_mtime >= max(source.stat().st_mtime for source in SOURCES)
+    ):
         return 0
     return int(compile_kernel(arguments.target) is None)
 

@@ -61,7 +61,7 @@ def all_checks() -> Iterator[Check]:
 
 def kernel() -> Check:
     """The compiled inner loop of a merge, which a platform without a wheel of its own may lack."""
-    from ..merging.kernel import OFF, library
+    from ..native import OFF, library
 
     if library() is not None:
         return Check("compiled merge", "ok", "yes")

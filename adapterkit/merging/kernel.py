@@ -1,38 +1,26 @@
-"""The compiled inner loop of a merge, `kernel.c`: base + B @ A in float32 with proven bounds, rounded once.
+"""The compiled inner loop of a merge, `native/merge.c`: base + B @ A in float32 with proven bounds, rounded once.
 
-It gives the bits of the float64 path of numpy, about three times as fast. Without it, on a processor that it was not
-compiled for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
+It gives the bits of the float64 path of numpy, two to four times as fast.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import os
-import sys
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from .. import native
 
 if TYPE_CHECKING:
     from ..io.lazy import Array, DType
 
-LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
-"""Name of the compiled library, beside this file."""
-
-OFF = "ADAPTERKIT_KERNEL"
-"""The variable that leaves the library out: `off`."""
-
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
-"""Element types of weights that the library reads, by the numbers of `kernel.c`."""
+"""Element types of weights that the library reads, by the numbers of `merge.c`."""
 
 WRITTEN = ("BF16", "F16")
 """Element types that it writes. A float32 output needs every sum in float64, which numpy does as fast."""
 
 WIDE, CHUNK = 16, 16
-
-VERSION = 1
-"""Version of the interface of `kernel.c`: a library that is older than this file is left alone."""
 
 LEAST = 1 << 14
 """Numbers in a block from which on the library pays for its call."""
@@ -52,32 +40,9 @@ class _Factors(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Load the compiled library; None if it is not there, does not run on this processor, or was switched off."""
-    if os.environ.get(OFF, "").lower() in ("off", "0"):
-        return None
-    try:
-        loaded = ctypes.CDLL(str(Path(__file__).with_name(LIBRARY)))
-    except OSError:
-        return None
-    loaded.adapterkit_runs.restype = ctypes.c_int32
-    loaded.adapterkit_add.restype = ctypes.c_int64
-    loaded.adapterkit_add.argtypes = (
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    )
-    return loaded if loaded.adapterkit_runs() == VERSION else None
-
-
 def takes(source: DType, target: DType) -> bool:
     """Whether the library is at hand and converts between these element types."""
-    return source.name in KINDS and target.name in WRITTEN and library() is not None
+    return source.name in KINDS and target.name in WRITTEN and native.library() is not None
 
 
 class LowRankSum:
@@ -115,7 +80,7 @@ class LowRankSum:
         Returns:
             False if float64 could not settle every element, for numpy to compute the block; `out` is then undefined.
         """
-        loaded = cast("ctypes.CDLL", library())
+        loaded = cast("ctypes.CDLL", native.library())
         factors = _Factors(
             left=self._left[start:].ctypes.data,
             panels=self._panels.ctypes.data,

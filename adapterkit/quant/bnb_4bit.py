@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import Malformed, ShapeMismatch
 from ..io.lazy import BY_TORCH, Lazy
 from ..io.strict_json import load_json
+from ..native import library
 from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
 
 if TYPE_CHECKING:
@@ -123,12 +124,32 @@ def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
     """Divide each block of `size` by its largest number; return the nearest levels' indices and these numbers."""
     import numpy as np
 
-    blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
-    largest = np.abs(blocks).max(1)
-    scaled = np.clip(blocks * divided(np.ones_like(largest), largest)[:, None], -1, 1).reshape(-1)[: len(values)]
     order = np.argsort(levels, kind="stable")
     middles = (levels[order][1:] + levels[order][:-1]) / 2
+    blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
+    compiled = _by_library(blocks, middles, order)
+    if compiled is not None:
+        return compiled[0][: len(values)], compiled[1]
+    largest = np.abs(blocks).max(1)
+    scaled = np.clip(blocks * divided(np.ones_like(largest), largest)[:, None], -1, 1).reshape(-1)[: len(values)]
     return order[np.searchsorted(middles, scaled)].astype(np.uint8), largest
+
+
+def _by_library(blocks: Array, middles: Array, order: Array) -> tuple[Array, Array] | None:
+    """Return the same by the compiled loop; None if it is not there, or does not know these numbers."""
+    import numpy as np
+
+    loaded = library()
+    known = blocks.dtype == middles.dtype == np.float32 and len(order) == 16 and np.isfinite(blocks).all()
+    if loaded is None or not known:
+        return None
+    given, middles = np.ascontiguousarray(blocks), np.ascontiguousarray(middles)
+    places = order.astype(np.uint8)
+    q, largest = np.empty(blocks.size, np.uint8), np.empty(len(blocks), np.float32)
+    arrays = (array.ctypes.data for array in (middles, places, q, largest))
+    loaded.adapterkit_levels(given.ctypes.data, *blocks.shape, *arrays)
+    # Of a smaller number float32 has no reciprocal.
+    return None if ((largest > 0) & (largest < 2.0**-126)).any() else (q, largest)
 
 
 def _weight(base: Checkpoint, name: str, kind: str) -> Packed:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FORMATS = sorted(path for path in (PACKAGE / "formats").iterdir() if not path.name.startswith(("_", ".")))
 FAMILIES = sorted((PACKAGE / "formats" / "peft" / "families").glob("[!_]*.py"))
 LAYERS = [
-    {"errors"},
+    {"errors", "native"},
     {"io"},
     {"linalg"},
     {"core"},

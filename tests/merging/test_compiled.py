@@ -12,13 +12,13 @@ import torch
 from merges import Target, load_all, lora, rand, save_base, worst_ulp
 
 import adapterkit as ak
+from adapterkit import native
 from adapterkit.merging import compiled as compiled_blocks
-from adapterkit.merging import kernel
 from adapterkit.methods.loha import LoHa
 from adapterkit.methods.lora import LoRA
 
 pytestmark = pytest.mark.skipif(
-    kernel.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
 )
 
 OUT, IN = 208, 160
@@ -92,7 +92,7 @@ def test_the_bytes_are_those_of_numpy(
 
     monkeypatch.setattr(compiled_blocks.LowRankBlocks, "add", counted)
     ak.merge(base, adapters, tmp_path / "compiled", weights=weights)
-    monkeypatch.setattr(kernel, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     blocks = len(settled)
     ak.merge(base, adapters, tmp_path / "numpy", weights=weights)
     assert blocks, "the compiled loop was not asked"

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterkit import native
 from adapterkit.io.lazy import DTYPES
 from adapterkit.merging import kernel
 from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
@@ -21,7 +22,7 @@ from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
 ROOT = Path(__file__).resolve().parents[2]
 
 compiled = pytest.mark.skipif(
-    kernel.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
+    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
 )
 
 
@@ -31,7 +32,7 @@ def _built() -> None:
     if any(map(shutil.which, ("cc", "gcc", "clang"))):
         script = [sys.executable, str(ROOT / "tools" / "build_kernel.py"), "--if-older"]
         subprocess.run(script, check=True, capture_output=True)
-        kernel.library.cache_clear()
+        native.library.cache_clear()
 
 
 def expected(weight: np.ndarray, change: np.ndarray, target: str) -> np.ndarray:
@@ -149,22 +150,22 @@ def test_small_numbers_count_in_a_thread_that_flushes_them() -> None:
 
 @compiled
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "VERSION", kernel.VERSION + 1)
-    kernel.library.cache_clear()
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    native.library.cache_clear()
     try:
-        assert kernel.library() is None
+        assert native.library() is None
     finally:
-        kernel.library.cache_clear()
+        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("word", ["off", "0"])
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
-    monkeypatch.setenv(kernel.OFF, word)
-    kernel.library.cache_clear()
+    monkeypatch.setenv(native.OFF, word)
+    native.library.cache_clear()
     try:
-        assert kernel.library() is None
+        assert native.library() is None
     finally:
-        kernel.library.cache_clear()
+        native.library.cache_clear()
 
 
 @compiled
@@ -188,7 +189,7 @@ def test_the_bound_of_the_roundings_holds() -> None:
 
 
 def test_ctypes_reads_the_fields_that_c_has() -> None:
-    source = (ROOT / "adapterkit" / "merging" / "kernel.c").read_text("utf-8")
+    source = (ROOT / "adapterkit" / "native" / "merge.c").read_text("utf-8")
     body = source[source.index("typedef struct {") : source.index("} Factors;")]
     names = [line.split(";")[0].split()[-1].lstrip("*") for line in body.splitlines()[1:] if ";" in line]
     assert names == [field[0] for field in kernel._Factors._fields_]

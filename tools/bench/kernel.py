@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 from adapterkit.io.lazy import DTYPES
 from adapterkit.linalg.products import product
 from adapterkit.merging.arrays import NumpyArrays
-from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum, library
+from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
+from adapterkit.native import library
 
 ROWS, WIDTH = 192, 2048
 
@@ -58,7 +59,7 @@ def compare(source: str, target: str, numbers: float, rank: int, rng: np.random.
             seen.blocks, seen.left = seen.blocks + 1, seen.left + (not settled)
             seen.numbers += made.size
             if settled:
-                seen.differ += int((made.view("u2") != wanted.view("u2")).sum())
+                seen.differ += int((made.view(f"u{made.itemsize}") != wanted.view(f"u{made.itemsize}")).sum())
     return seen
 
 

@@ -38,12 +38,12 @@ typedef floats loose_floats __attribute__((aligned(4), may_alias));
 
 enum { LANES = 8, WIDE = 16, TALL = 4, CHUNK = 16 };
 enum { BF16, F16, F32 };
-enum { VERSION = 1 };
+enum { VERSION = 3 };
 
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
 enum { STRIP = 192 << 10 };
 
-/* One factor pair, as `kernel.py` prepares it. */
+/* One factor pair, as `merging/kernel.py` prepares it. */
 typedef struct {
   const float *left;         /* [rows, rank] */
   const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, the last filled up with zeros */
@@ -250,7 +250,7 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
   return open;
 }
 
-/* The version of this interface, for `kernel.py`; 0 if the processor lacks what the library was compiled for. */
+/* The version of the library, for `native/__init__.py`; 0 if the processor lacks what the library was compiled for. */
 API int32_t adapterkit_runs(void) {
 #if defined(__x86_64__)
   /* __builtin_cpu_supports needs a runtime library that not every compiler brings. */

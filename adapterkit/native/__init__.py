@@ -1,0 +1,43 @@
+"""The compiled loops: `merge.c` and `quantize.c`, in one library that is loaded by ctypes.
+
+Each gives the bits of the numpy code that it stands for. Without the library, on a processor that it was not compiled
+for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
+"""Name of the compiled library, beside this file."""
+
+VERSION = 3
+"""Version of the functions in the library: one that is older than this file is left alone."""
+
+OFF = "ADAPTERKIT_KERNEL"
+"""The variable that leaves the library out: `off`."""
+
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Load the compiled library; None if it is not there, does not run on this processor, or was switched off."""
+    if os.environ.get(OFF, "").lower() in ("off", "0"):
+        return None
+    try:
+        loaded = ctypes.CDLL(str(Path(__file__).with_name(LIBRARY)))
+        loaded.adapterkit_runs.restype = _INT
+        if loaded.adapterkit_runs() != VERSION:
+            return None
+    except (OSError, AttributeError):
+        return None
+    loaded.adapterkit_add.restype = _LONG
+    loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    loaded.adapterkit_levels.restype = None
+    loaded.adapterkit_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
+    return loaded
