@@ -148,7 +148,7 @@ def _by_library(blocks: Array, middles: Array, order: Array) -> tuple[Array, Arr
     q, largest = np.empty(blocks.size, np.uint8), np.empty(len(blocks), np.float32)
     arrays = (array.ctypes.data for array in (middles, places, q, largest))
     loaded.adapterkit_levels(given.ctypes.data, *blocks.shape, *arrays)
-    # Of a smaller number float32 has no reciprocal.
+    # float32 has no reciprocal of a smaller number.
     return None if ((largest > 0) & (largest < 2.0**-126)).any() else (q, largest)
 
 
