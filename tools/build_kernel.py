@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ PROCESSORS = {
     "arm64": (),
 }
 """Compiler flags by processor; others have no conversions in `merge.c`."""
+
+EXACT = {"k_quants.c": ("-ffp-contract=off",)}
+"""Further flags of sources that must round as often as numpy does."""
 
 TARGETS = {
     "x86_64-linux-gnu.2.17": "manylinux_2_17_x86_64.manylinux2014_x86_64",
@@ -76,14 +80,22 @@ def compile_kernel(target: str | None = None) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Another process may have the old library open: a file that is replaced stays whole for it.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    flags = ["-O3", "-s", "-fno-trapping-math", "-std=gnu11", "-shared", *PROCESSORS[processor]]
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", *PROCESSORS[processor]]
     if path.suffix == ".so":
         flags += ["-fPIC", "-fvisibility=hidden"]
-    done = subprocess.run([*command, *flags, "-o", fresh, *SOURCES], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"merges go by numpy, without the compiled loop: {done.stderr.strip()[-2000:]}", file=sys.stderr)
-        fresh.unlink(missing_ok=True)
-        return None
+    with tempfile.TemporaryDirectory() as name:
+        objects = [Path(name, f"{source.stem}.o") for source in SOURCES]
+        steps = [
+            [*command, *flags, *EXACT.get(source.name, ()), "-c", source, "-o", each]
+            for source, each in zip(SOURCES, objects, strict=True)
+        ]
+        steps.append([*command, "-shared", "-s", "-o", fresh, *objects, *([] if path.suffix == ".dll" else ["-lm"])])
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"merges go by numpy, without the compiled loop: {done.stderr.strip()[-2000:]}", file=sys.stderr)
+                fresh.unlink(missing_ok=True)
+                return None
     fresh.replace(path)
     return path
 
