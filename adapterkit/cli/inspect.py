@@ -95,6 +95,8 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         yield TextTable((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
+    if "values" in record:
+        yield f"values are not readable without the base: {record['values']}; --base BASE"
     if record["without_alpha"]:
         yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
     yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
 
-__all__ = ["FORMATS", "Format", "detect", "read", "recognised", "save"]
+__all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save"]
 
 MEMBER = "adapter_config.json"
 """The file that marks a subfolder as an adapter of its own."""
@@ -136,6 +136,22 @@ def read(
             )
     except AdapterkitError as error:
         # A reader names the file if it knows a more exact one than the given path.
+        raise error.at(path=path) from None
+    return adapter
+
+
+@inputs_kept()
+def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - the public contract's word
+    """Read targets and shapes of an adapter whose values need a base; see `Format.outline`.
+
+    Raises:
+        AdapterkitError: see `Format.outline`.
+    """
+    source, _, _ = _searched(path, [format])
+    try:
+        adapter = FORMATS[format]().outline(source)
+        adapter.validate()
+    except AdapterkitError as error:
         raise error.at(path=path) from None
     return adapter
 
