@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.collection import collection_off
 from . import _options
 from ._graphs import graph_in, is_graphs
 from ._render import TextTable, View, counted, show, size
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @_options.rename
 @_options.flags
 @click.pass_obj
+@collection_off()
 def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,

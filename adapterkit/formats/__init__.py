@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from ..core.collection import collection_off
 from ..core.registry import Registry
 from ..errors import (  # fmt: skip
     AdapterkitError,
@@ -64,6 +65,7 @@ class ReadOptions(TypedDict, total=False):
 
 
 @inputs_kept()
+@collection_off()
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word
