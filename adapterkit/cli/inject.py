@@ -62,7 +62,10 @@ def command(
     rename: tuple[str, ...], allow_partial: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
+    from ..io.locations import check_named
+
     refuse_place(out)
+    check_named(model, adapter, *experts, base_weights, calibration)
     from ..onnx import inject
 
     settings: _options.CliSettings = ctx.obj

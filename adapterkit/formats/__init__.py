@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from os import PathLike
@@ -17,14 +17,13 @@ from ..errors import (  # fmt: skip
     StorageError,
     UnknownFormat,
     UsageError,
-    nearest,
     public,
     storage_error,
 )
 from ..io.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
-from ..io.locations import NOTE, exists, is_remote, local, located, path_text, source_of
+from ..io.locations import NOTE, check_exists, exists, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
 from ..io.written import sources_remembered
 from ._endings import adapter_modules
@@ -362,11 +361,8 @@ def _existing(path: str | PathLike[str]) -> Path:
     if "#" in os.fspath(path) and source.parent.is_dir() and (members := members_of(source.parent)):
         why, cure = f"no adapter {source.name!r} in {source.parent}", f"It holds: {', '.join(members)}"
         raise StorageError(why, path=path, cure=cure)
-    siblings: Mapping[str, None] = {}
-    if source.parent.is_dir():
-        siblings = dict.fromkeys(str(source.parent / entry.name) for entry in source.parent.iterdir())
-    cure = nearest(str(source), siblings) or "Check the spelling of the path"
-    raise StorageError("no such file or folder", path=path, cure=cure)
+    check_exists(source, path)
+    return source
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:

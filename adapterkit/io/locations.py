@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, UsageError, shown, storage_error
+from ..errors import AdapterkitError, StorageError, UsageError, nearest, shown, storage_error
 from .atomic import write_bytes
 from .inputs import read_input
 from .resolving import hub
@@ -71,6 +71,36 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None:
+    """Check that something is at a local path.
+
+    Args:
+        path: the path.
+        name: what the caller named, for the error; the path itself if absent.
+
+    Raises:
+        StorageError: nothing is there; it tells the nearest name in the same folder.
+    """
+    if exists(path):
+        return
+    siblings: Mapping[str, None] = {}
+    with suppress(OSError):
+        siblings = dict.fromkeys(str(path.parent / entry.name) for entry in path.parent.iterdir())
+    cure = nearest(str(path), siblings) or "Check the spelling of the path"
+    raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
+
+
+def check_named(*names: str | os.PathLike[str] | None) -> None:
+    """Check that each name is something on a hub or exists, before slow work such as an import begins.
+
+    Raises:
+        StorageError: nothing is there.
+    """
+    for name in names:
+        if name is not None and not is_remote(name):
+            check_exists(local(name), name)
 
 
 def path_text(name: str | os.PathLike[str]) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.metadata import FINGERPRINT, SHAPES
-from ..errors import Corrupt, NetworkError, StorageError, UsageError, first_line, public, storage_error
+from ..errors import Corrupt, NetworkError, UsageError, first_line, public, storage_error
 from ..io.checkpoint import PREFIX, fingerprint, opened
+from ..io.locations import check_exists
 from ..io.stages import stage
 from ..naming.binding.bases import relation
 from .bundles import DISTRUST, SignatureBundle, read_bundle
@@ -91,8 +92,7 @@ def check_signature(
     if (identity is None) != (issuer is None):
         raise UsageError("an identity needs its issuer", cure="Give --identity and --issuer (identity=, issuer=) both")
     root, file = settled(Path(path)), Path(signature)
-    if not root.exists():
-        raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
+    check_exists(root)
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
