@@ -158,7 +158,9 @@ def test_the_cure_stands_on_a_line_of_its_own(leaf: type[errors.AdapterkitError]
 def test_a_path_that_is_not_there_is_told_before_torch_is_imported(words: str, tmp_path: Path) -> None:
     """Importing torch and transformers takes seconds; the nearest name is told by every command."""
     (tmp_path / "base.onnx").write_bytes(b"")
-    code = "import sys; from adapterkit.cli import adapterkit as a\nprint(a(standalone_mode=False), 'torch' in sys.modules)"
+    code = (
+        "import sys; from adapterkit import cli; print(cli.adapterkit(standalone_mode=False), 'torch' in sys.modules)"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, *words.format(tmp=tmp_path).split()], capture_output=True, text=True, check=False
     )
