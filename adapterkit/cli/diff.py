@@ -6,14 +6,14 @@ and 3 where only a base could tell and none was given.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import click
 
-from . import _options
+from . import _modules, _options
+from ._modules import FEW, HINT, by_module, in_order, largest, short, together
 from ._render import TextTable, View, counted, show
 
 COLUMNS = {
@@ -30,9 +30,6 @@ SPARE = (
 
 MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
 
-FEW = 24
-"""Targets that are listed one by one without --all."""
-
 
 @click.command(help=__doc__)
 @click.argument("a")
@@ -45,7 +42,7 @@ FEW = 24
     help="Relative error up to which changes are the same.",
 )  # fmt: skip
 @click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
-@click.option("--all", "every", is_flag=True, help="List every target; one row a module if there are more than 24.")
+@_modules.every
 @_options.rename
 @_options.flags
 @click.pass_context
@@ -64,20 +61,13 @@ def command(
         ctx.exit(1 if found.equal is False else 3)
 
 
-def _short(value: Any) -> Any:
-    """A number with four digits that count: more of them only make the table wide."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def _view(record: Mapping[str, Any], every: bool) -> View:
-    from ..reporting.grid import natural
-
-    targets = sorted(record["targets"], key=lambda each: natural(each["target"]))
+    targets = in_order(record["targets"])
     if every or len(targets) <= FEW:
-        rows = [[_short(target[name]) for name in COLUMNS.values()] for target in targets]
+        rows = [[short(target[name]) for name in COLUMNS.values()] for target in targets]
         yield TextTable(tuple(COLUMNS), rows, SPARE)
     else:
-        yield TextTable(MODULES, _modules(targets), ("least cosine", "norm A", "norm B"))
+        yield TextTable(MODULES, _module_rows(targets), ("least cosine", "norm A", "norm B"))
     same = sum(target["equal"] is True for target in targets)
     bits = sum(target["bits"] for target in targets)
     verdict = {True: "the same function", False: "not the same function", None: "only a base could tell: pass --base"}
@@ -85,36 +75,23 @@ def _view(record: Mapping[str, Any], every: bool) -> View:
     if record["relative_error"] is not None:
         cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
         yield f"relative error of all together: {record['relative_error']:.4g}{cosine}"
-    most = max((each for each in targets if each["relative_error"]), key=lambda e: e["relative_error"], default=None)
+    most = largest(targets, "relative_error")
     if most is not None and len(targets) > 1:
         yield f"largest difference: {most['target']}, relative error {most['relative_error']:.4g}"
     yield from (f"warning: {warning}" for warning in record["warnings"])
     if len(targets) > FEW and not every:
-        yield "--all lists every target"
+        yield HINT
 
 
-def _modules(targets: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def _module_rows(targets: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """One row a module, over its layers: norms of all together, the largest error and where, the least cosine."""
-    from ..reporting.grid import cells, reading_order
-
-    where = cells(each["target"] for each in targets)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for each in targets:
-        groups.setdefault(where[each["target"]].module, []).append(each)
     rows = []
-    for module in sorted(groups, key=reading_order):
-        group = groups[module]
-        most = max((e for e in group if e["relative_error"]), key=lambda e: e["relative_error"], default=None)
-        cosines = [e["cosine"] for e in group if e["cosine"] is not None]
+    for module, group, layers in by_module(targets):
+        most = largest(group, "relative_error")
+        cosines = [each["cosine"] for each in group if each["cosine"] is not None]
         rows.append([
-            module or "(model)", len(group), sum(e["equal"] is True for e in group),
-            None if most is None else _short(most["relative_error"]), most and where[most["target"]].layer,
-            _short(min(cosines)) if cosines else None, *(_together(group, name) for name in ("norm_a", "norm_b")),
+            module, len(group), sum(each["equal"] is True for each in group),
+            None if most is None else short(most["relative_error"]), most and layers[most["target"]],
+            short(min(cosines)) if cosines else None, together(group, "norm_a"), together(group, "norm_b"),
         ])  # fmt: skip
     return rows
-
-
-def _together(group: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """The norm of several changes together; None if one of them is not known."""
-    values = [each[name] for each in group]
-    return None if None in values else _short(math.hypot(*values))

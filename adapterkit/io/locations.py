@@ -104,7 +104,9 @@ def check_named(*names: str | os.PathLike[str] | None) -> None:
 
 
 def path_text(name: str | os.PathLike[str]) -> str:
-    """Return the text of a path or uri; a leading `~` is the user's home, unless a file has that name.
+    """Return the text of a path or uri: a leading `~` is the user's home, `file:///a/b` is `/a/b`.
+
+    A file that has the very name is preferred.
 
     Raises:
         UsageError: it is neither text nor a path.
@@ -113,6 +115,10 @@ def path_text(name: str | os.PathLike[str]) -> str:
         cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
         raise UsageError(f"{shown(name)} of type {type(name).__name__} where a path belongs", cure=cure)
     text = os.fspath(name)
+    if text.startswith("file://") and not os.path.exists(text):
+        from urllib.request import url2pathname  # It imports an HTTP client, in 20 ms.
+
+        return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     return os.path.expanduser(text) if text.startswith("~") and not os.path.exists(text) else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -178,7 +179,9 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     return hashing.set_ignored_paths(paths=inside, ignore_git_paths=".git" in (args.get("ignore_paths") or ()))
 
 
-_DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'", re.DOTALL)
+_DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
+_DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
+"""Quotes are escaped where the bytes of a digest hold both kinds."""
 
 
 def _why(error: Exception) -> str:
@@ -186,7 +189,12 @@ def _why(error: Exception) -> str:
     told = first_line(error)
     if told == "InvalidSignature":  # cryptography's, which has no message.
         return "it is not by this key, or was changed"
-    return _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
+    told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
+    try:
+        listed = ast.literal_eval(told) if told.startswith("[") else [told]
+    except (ValueError, SyntaxError):
+        return told
+    return "; ".join(map(str, listed)) if isinstance(listed, list) else told
 
 
 def _left_out(root: Path, bundle: SignatureBundle) -> tuple[str, ...]:

@@ -177,3 +177,12 @@ def test_an_element_type_has_all_its_names_in_every_command(
     assert "--dtype" not in run(*words, "--dtype", dtype).stderr
     refused = run(*words, "--dtype", "F17")
     assert (refused.exit_code, "bfloat16" in refused.stderr) == (2, True)
+
+
+def test_an_address_of_this_machine_is_its_path(peft: Path, tmp_path: Path) -> None:
+    """`file://` is what a file manager copies; `push` to a path of this machine says what to do instead."""
+    spaced = peft.rename(tmp_path / "an adapter")
+    assert run("validate", f"file://{str(spaced).replace(' ', '%20')}").exit_code == 0
+    refused = run("push", spaced, tmp_path / "hub")
+    assert refused.exit_code == 2
+    assert "copy it" in refused.stderr
