@@ -189,6 +189,7 @@ OUTSIDE = {
     "an output through a link": ("convert", {"src": "lora", "dst": "link/x", "target_format": "peft"}),
     "the folder itself": ("merge", {"base": "base", "adapters": ["lora"], "out": "."}),
     "a hub": ("inspect", {"src": "hf://org/lora"}),
+    "by an address of this machine": ("inspect", {"src": "file:///etc/passwd"}),
     "rules of a file": ("names", {"base": "base", "adapter": "lora", "rename": ["@/etc/passwd"]}),
     "a tokenizer": ("merge", {"base": "base", "adapters": ["lora"], "out": "m", "tokenizer": "/etc"}),
     "pictures": ("report", {"adapters": ["lora"], "figures": "/tmp/pictures"}),
@@ -217,6 +218,18 @@ def test_what_is_outside_is_neither_read_nor_written(served: Served, case: str) 
 def test_forms_take_what_they_show_and_nothing_else(served: Served, command: str, values: Any) -> None:
     status, told, _ = served.ask("/api/jobs", {"command": command, "values": values})
     assert status == 400, told
+
+
+def test_hubs_are_read_but_not_written_if_asked_for(tmp_path: Path) -> None:
+    forms = Forms(adapterkit, PATHS, [tmp_path], hubs=True)
+    given = {"base": "hf://org/model@main", "adapters": ["oci://127.0.0.1:5000/lora:1"], "out": "merged"}
+    words = forms.words("merge", given)
+    assert words[-2:] == ["hf://org/model@main", "oci://127.0.0.1:5000/lora:1"]
+    for wrong in ({"out": "hf://org/merged"}, {"base": "/etc"}, {"base": "file:///etc"}, {"base": "nohub://x/y"}):
+        with pytest.raises(UsageError):
+            forms.words("merge", {**given, **wrong})
+    with pytest.raises(UsageError, match="not opened"):
+        Forms(adapterkit, PATHS, [tmp_path]).words("merge", {**given, "adapters": ["lora"]})
 
 
 def test_words_that_look_like_options_are_values(tmp_path: Path) -> None:
