@@ -115,6 +115,10 @@ def path_text(name: str | os.PathLike[str]) -> str:
         cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
         raise UsageError(f"{shown(name)} of type {type(name).__name__} where a path belongs", cure=cure)
     text = os.fspath(name)
+    if not text:
+        raise UsageError(
+            "an empty path", cure="Name a file, a folder or an address; is a variable of the shell not set?"
+        )
     if "\0" in text:
         raise UsageError(f"a null byte in the path {shown(text)}", cure="Write the path without it")
     if text.startswith("file://") and not os.path.exists(text):

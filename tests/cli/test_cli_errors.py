@@ -186,3 +186,13 @@ def test_an_address_of_this_machine_is_its_path(peft: Path, tmp_path: Path) -> N
     refused = run("push", spaced, tmp_path / "hub")
     assert refused.exit_code == 2
     assert "copy it" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect {}", "scan {}", "merge {base} {}", "convert {} x --to peft", "diff {} {base}"]
+)
+def test_an_empty_path_is_a_variable_that_is_not_set(words: str, base: Path, tmp_path: Path) -> None:
+    """`Path("")` is the current folder, which nobody meant."""
+    given = ["" if word == "{}" else word.format(base=base) for word in words.split()]
+    refused = run(*given, *(["-o", tmp_path / "out"] if "merge" in words else []))
+    assert (refused.exit_code, "an empty path" in refused.stderr) == (2, True), refused.stderr
