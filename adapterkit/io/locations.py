@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,10 +85,12 @@ def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None
     """
     if exists(path):
         return
-    siblings: Mapping[str, None] = {}
+    siblings: list[str] = []
     with suppress(OSError):
-        siblings = dict.fromkeys(str(path.parent / entry.name) for entry in path.parent.iterdir())
-    cure = nearest(str(path), siblings) or "Check the spelling of the path"
+        siblings = sorted(entry.name for entry in path.parent.iterdir())
+    # Names alone are compared: a long folder in front makes all of its files alike.
+    folder = "" if path.parent == Path() else os.path.join(path.parent, "")
+    cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
 
 

@@ -58,7 +58,7 @@ INTRUDER_BUDGET = 6e9
 size 576, and those whose change is largest come first. The verdict tells how many were looked at."""
 
 INTRUDER_UNIT = 2e7
-"""What counts as one step in the progress of decompositions: about the time that a target's other numbers take."""
+"""One step in the progress of decompositions: about the time that the other numbers of a target take."""
 
 
 @dataclass(frozen=True, slots=True)
