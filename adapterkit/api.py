@@ -6,7 +6,7 @@ of one name would replace each other, depending on what is imported first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -256,6 +256,7 @@ def report(
     out: str | PathLike[str] | None = None,
     rename: str | Sequence[str] = (),
     overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
     """Measure adapters and tell what stands out, in numbers, sentences and pictures; notebooks show the result.
 
@@ -266,6 +267,7 @@ def report(
         out: write the report to this HTML file, too.
         rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         overwrite: replace what is at `out`.
+        progress: called with what is done and all there is to do, in units of work.
 
     Returns:
         the report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
@@ -296,7 +298,7 @@ def report(
     paths = [None if isinstance(each, Adapter) else located(each) for each in given]
     found = made(
         held, _names_for(given), paths=paths, base=checkpoint, merged=None if merged is None else opened(merged),
-        rename=rename,
+        rename=rename, progress=progress,
     )  # fmt: skip
     if out is not None:
         found.save(out, overwrite=overwrite)

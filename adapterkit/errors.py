@@ -318,9 +318,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def nearest(name: str, among: Iterable[str], count: int = 3) -> str:
-    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if none is close."""
+def nearest(name: str, among: Iterable[str], count: int = 3, *, before: str = "") -> str:
+    """Return "Nearest: ..." with the closest names, for the cure of an error; empty if none is close.
+
+    Args:
+        name: the name that was not found.
+        among: names that exist.
+        count: how many are told at most.
+        before: text to put before each.
+    """
     import difflib
 
     close = difflib.get_close_matches(name, list(among), n=count, cutoff=0.6)
-    return f"Nearest: {', '.join(close)}" if close else ""
+    return f"Nearest: {', '.join(before + each for each in close)}" if close else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from . import _modules
 from ._options import CliSettings
 from ._render import TextTable, View, counted, show
 from ._writing import is_done, made_from, refuse_place
@@ -181,13 +182,25 @@ def warn(warnings: Sequence[str]) -> None:
         click.echo(f"warning: {line}", err=True)
 
 
-def targets_table(record: Mapping[str, Any]) -> TextTable:
-    """Show the nodes of each target in a graph."""
-    rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
-    if "graphs" in record:
-        rows = [[t["graph"], *row] for t, row in zip(record["targets"], rows, strict=True)]
-        return TextTable(("graph", "target", "node", "found by", "confidence"), rows)
-    return TextTable(("target", "node", "found by", "confidence"), rows)
+def targets_view(record: Mapping[str, Any], every: bool = False) -> View:
+    """Show the nodes of each target in a graph, or one row a module."""
+    targets = _modules.in_order(record["targets"])
+    if every or len(targets) <= _modules.FEW:
+        rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in targets]
+        columns: tuple[str, ...] = ("target", "node", "found by", "confidence")
+        if "graphs" in record:
+            columns, rows = ("graph", *columns), [[t["graph"], *row] for t, row in zip(targets, rows, strict=True)]
+        yield TextTable(columns, rows)
+        return
+    groups = _modules.by_module(targets)
+    rows = [
+        [
+            module, len(group), _modules.layers_of(group, layers), ", ".join(dict.fromkeys(t["method"] for t in group)),
+            _modules.span([f"{t['confidence']:.2f}" for t in group]),
+        ]
+        for module, group, layers in groups
+    ]  # fmt: skip
+    yield TextTable(("module", "targets", "layers", "found by", "confidence"), rows)
 
 
 def graphs_lines(record: Mapping[str, Any]) -> Iterator[str]:
@@ -204,12 +217,12 @@ def checked(record: Mapping[str, Any]) -> str:
 
 def _plan_view(record: Mapping[str, Any]) -> View:
     yield f"merge into {record['base']}"
-    yield targets_table(record)
+    yield from targets_view(record)
     yield f"{counted(len(record['targets']), 'target')}, {counted(_weights(record), 'weight')} to compute"
 
 
 def _merged_view(record: Mapping[str, Any]) -> View:
-    yield targets_table(record)
+    yield from targets_view(record)
     yield from graphs_lines(record)
     yield from damage_lines(record.get("damage", {}))
     yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"

@@ -65,6 +65,16 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     return round(float(number) * scale)
 
 
+class ComputeType(click.Choice[str]):
+    """One of torch's element types under any of its names: float16, fp16, half, F16, torch.float16."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..io.lazy import dtype_named
+
+        kind = dtype_named(value) if isinstance(value, str) else None
+        return super().convert(value if kind is None else kind.torch, param, ctx)
+
+
 def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     """Checks for `auto`, `cpu`, `cuda`, or CUDA devices by number."""
     if not re.fullmatch(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*", value):

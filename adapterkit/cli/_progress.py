@@ -40,8 +40,8 @@ class Meter(Protocol):
 class Lines:
     """A plain line now and then."""
 
-    def __init__(self, label: str) -> None:
-        self.label, self.start = label, time.monotonic()
+    def __init__(self, label: str, sizes: bool = True) -> None:
+        self.label, self.sizes, self.start = label, sizes, time.monotonic()
         self.interval = _interval()
         self.due = self.start + self.interval
 
@@ -49,7 +49,7 @@ class Lines:
         now = time.monotonic()
         if now >= self.due:
             self.due = now + self.interval
-            click.echo(line(self.label, done, total, now - self.start), err=True)
+            click.echo(line(self.label, done, total, now - self.start, sizes=self.sizes), err=True)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -58,13 +58,13 @@ class Lines:
 class Bar:
     """A bar with bytes, speed and time left."""
 
-    def __init__(self, label: str) -> None:
-        self.label, self.due = label, time.monotonic() + DELAY
+    def __init__(self, label: str, sizes: bool = True) -> None:
+        self.label, self.sizes, self.due = label, sizes, time.monotonic() + DELAY
         self.drawn: Progress | None = None
 
     def __call__(self, done: int, total: int) -> None:
         if self.drawn is None and time.monotonic() >= self.due:
-            self.drawn = _draw(self.label, total)
+            self.drawn = _draw(self.label, total, self.sizes)
         if self.drawn is not None:
             self.drawn.update(self.drawn.task_ids[0], completed=done, total=total)
 
@@ -92,13 +92,19 @@ class _Heard:
 
 
 @contextmanager
-def progress(settings: CliSettings, label: str) -> Iterator[Meter | None]:
-    """A meter for the length of some work; None when told to be quiet."""
+def progress(settings: CliSettings, label: str, *, sizes: bool = True) -> Iterator[Meter | None]:
+    """A meter for the length of some work; None when told to be quiet.
+
+    Args:
+        settings: how the command talks.
+        label: what is done.
+        sizes: progress is told in bytes; otherwise only its share is shown.
+    """
     if settings.quiet:
         yield None
         return
     label = printable(label)
-    meter: Meter = Bar(label) if sys.stderr.isatty() else Lines(label)
+    meter: Meter = Bar(label, sizes) if sys.stderr.isatty() else Lines(label, sizes)
     try:
         yield _Heard(meter)
     finally:
@@ -113,12 +119,14 @@ def _interval() -> float:
         return INTERVAL
 
 
-def line(label: str, done: int, total: int, seconds: float) -> str:
+def line(label: str, done: int, total: int, seconds: float, *, sizes: bool = True) -> str:
     """One plain line: share, bytes, speed and time left."""
     speed = done / seconds if seconds > 0 else 0.0
     share = f"{done / total:.0%}" if total else "100%"
     # The first pieces say little of the speed: imports and slow starts are in it.
     left = f", {_clock((total - done) / speed)} left" if speed > 0 and done >= total * TELLING else ""
+    if not sizes:
+        return f"{label}: {share}{left}"
     return f"{label}: {share}, {size(done)} of {size(total)}, {size(round(speed))}/s{left}"
 
 
@@ -128,12 +136,15 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _draw(label: str, total: int) -> Progress:
+def _draw(label: str, total: int, sizes: bool) -> Progress:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    drawn = Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
+    told: tuple[rich.ProgressColumn, ...] = (
+        (rich.DownloadColumn(), rich.TransferSpeedColumn()) if sizes else (rich.TaskProgressColumn(),)
+    )
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *told)
+    drawn = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(file=sys.stderr))
     drawn.add_task(label, total=total)
     drawn.start()
     return drawn

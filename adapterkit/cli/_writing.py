@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..formats._format import ON_LOSS
-from . import _options
+from . import _modules, _options
 from ._options import CliSettings, stated
 from ._render import TextTable, View, counted, show
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
 
 
-PLACES = {"out", "dst", "overwrite"}
+PLACES = {"out", "dst", "overwrite", "every"}
 """Parameters of commands that do not decide what is written."""
 
 
@@ -155,10 +155,26 @@ def outcome(record: Mapping[str, Any]) -> Iterable[str]:
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
-def cuts_table(cuts: Sequence[Mapping[str, object]]) -> TextTable:
-    """Show each target's rank, norm and error."""
-    columns = ("target", "method", "rank before", "rank", "norm", "relative error")
-    return TextTable(
-        columns,
-        [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts],
-    )
+def cuts_view(record: Mapping[str, Any], every: bool) -> View:
+    """Show rank, norm and error of each target, or of each module, and of all together."""
+    cuts = _modules.in_order(record["cuts"])
+    if every or len(cuts) <= _modules.FEW:
+        columns = ("target", "method", "rank before", "rank", "norm", "relative error")
+        rows = [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts]
+        yield TextTable(columns, rows)
+    else:
+        headings = ("module", "targets", "layers", "rank before", "rank", "norm", "largest error", "in layer")
+        yield TextTable(headings, [_cuts_row(*group) for group in _modules.by_module(cuts)], ("layers", "norm"))
+    yield from outcome(record)
+    yield f"relative error of all together: {record['relative_error']:.4g}"
+    if len(cuts) > _modules.FEW and not every:
+        yield _modules.HINT
+
+
+def _cuts_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[Any]:
+    most = _modules.largest(group, "relative_error")
+    return [
+        module, len(group), _modules.layers_of(group, layers), _modules.span([each["before"] for each in group]),
+        _modules.span([each["rank"] for each in group]), _modules.together(group, "norm"),
+        None if most is None else _modules.short(most["relative_error"]), most and layers[most["target"]],
+    ]  # fmt: skip

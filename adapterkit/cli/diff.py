@@ -6,12 +6,14 @@ and 3 where only a base could tell and none was given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
-from . import _options
+from . import _modules, _options
+from ._modules import FEW, HINT, by_module, in_order, largest, short, together
 from ._render import TextTable, View, counted, show
 
 COLUMNS = {
@@ -26,6 +28,9 @@ SPARE = (
 """Columns that a narrow terminal may leave out, the first one first."""
 
 
+MODULES = ("module", "targets", "equal", "largest error", "in layer", "least cosine", "norm A", "norm B")
+
+
 @click.command(help=__doc__)
 @click.argument("a")
 @click.argument("b")
@@ -37,12 +42,13 @@ SPARE = (
     help="Relative error up to which changes are the same.",
 )  # fmt: skip
 @click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
+@_modules.every
 @_options.rename
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None,
-    rename: tuple[str, ...],
+    every: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.compare`."""
     from .. import ops
@@ -50,19 +56,18 @@ def command(
     read = _options.in_reading((a, b), compat, base)
     found = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
     warnings = _options.base_warnings((a, b), read, base)
-    show(ctx.obj, {"a": a, "b": b, **found.record(), "warnings": warnings}, _view)
+    show(ctx.obj, {"a": a, "b": b, **found.record(), "warnings": warnings}, partial(_view, every=every))
     if found.equal is not True:
         ctx.exit(1 if found.equal is False else 3)
 
 
-def _short(value: Any) -> Any:
-    """A number with four digits that count: more of them only make the table wide."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _view(record: Mapping[str, Any]) -> View:
-    targets = record["targets"]
-    yield TextTable(tuple(COLUMNS), [[_short(target[name]) for name in COLUMNS.values()] for target in targets], SPARE)
+def _view(record: Mapping[str, Any], every: bool) -> View:
+    targets = in_order(record["targets"])
+    if every or len(targets) <= FEW:
+        rows = [[short(target[name]) for name in COLUMNS.values()] for target in targets]
+        yield TextTable(tuple(COLUMNS), rows, SPARE)
+    else:
+        yield TextTable(MODULES, _module_rows(targets), ("least cosine", "norm A", "norm B"))
     same = sum(target["equal"] is True for target in targets)
     bits = sum(target["bits"] for target in targets)
     verdict = {True: "the same function", False: "not the same function", None: "only a base could tell: pass --base"}
@@ -70,4 +75,23 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["relative_error"] is not None:
         cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
         yield f"relative error of all together: {record['relative_error']:.4g}{cosine}"
+    most = largest(targets, "relative_error")
+    if most is not None and len(targets) > 1:
+        yield f"largest difference: {most['target']}, relative error {most['relative_error']:.4g}"
     yield from (f"warning: {warning}" for warning in record["warnings"])
+    if len(targets) > FEW and not every:
+        yield HINT
+
+
+def _module_rows(targets: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """One row a module, over its layers: norms of all together, the largest error and where, the least cosine."""
+    rows = []
+    for module, group, layers in by_module(targets):
+        most = largest(group, "relative_error")
+        cosines = [each["cosine"] for each in group if each["cosine"] is not None]
+        rows.append([
+            module, len(group), sum(each["equal"] is True for each in group),
+            None if most is None else short(most["relative_error"]), most and layers[most["target"]],
+            short(min(cosines)) if cosines else None, together(group, "norm_a"), together(group, "norm_b"),
+        ])  # fmt: skip
+    return rows

@@ -36,7 +36,7 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
     help="Fold adapters into the weights, leave them nodes, or make them inputs that are exchanged at run time.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    "--dtype", type=_options.ComputeType(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
     help="What the graph computes in.",
 )  # fmt: skip
 @click.option(
@@ -61,7 +61,10 @@ def command(
     compat: str | None, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
+    from ..io.locations import check_named
+
     refuse_place(out)
+    check_named(model, *adapters)
     from ..onnx import export_factory, export_pretrained
 
     options: dict[str, Any] = {

@@ -7,14 +7,14 @@ method is asked for; norms, biases and changed or new rows of token embeddings a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import click
 
-from . import _options, _writing
+from . import _modules, _options, _writing
 from ._progress import progress
-from ._render import View, show
+from ._render import show
 
 
 @click.command(help=__doc__)
@@ -37,12 +37,14 @@ from ._render import View, show
 @_options.rename
 @_writing.dtype
 @_writing.writing
+@_modules.every
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.CliSettings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
     targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
     on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
+    every: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
@@ -66,15 +68,9 @@ def command(
     record["warnings"] = [
         f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)
     ]
-    show(settings, record, _view)
+    show(settings, record, partial(_writing.cuts_view, every=every))
 
 
 def _error(cuts: Any) -> float:
     whole = math.hypot(*(cut.norm for cut in cuts))
     return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
-
-
-def _view(record: Mapping[str, Any]) -> View:
-    yield _writing.cuts_table(record["cuts"])
-    yield from _writing.outcome(record)
-    yield f"relative error of all together: {record['relative_error']:.4g}"

@@ -42,7 +42,7 @@ RESULTS = {True: "holds", False: "fails", None: "cannot be told"}
     help="Where to run: auto, cpu or cuda:N.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+    "--dtype", type=_options.ComputeType(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
     help="What to compute in.",
 )  # fmt: skip
 @click.option(
@@ -78,6 +78,9 @@ def command(
     weights: tuple[float, ...], compat: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.gate`."""
+    from ..io.locations import check_named
+
+    check_named(base, *adapters, merged, onnx)
     from .. import gate
 
     held = _options.in_reading(adapters, compat, base)

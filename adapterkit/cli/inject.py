@@ -7,13 +7,14 @@ it, is one model: each graph takes the targets that it has, and OUT is a folder 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import _options
-from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_table, warn
+from . import _modules, _options
+from ._graphs import checked, decided_by, free, graph_or_folder, graphs_lines, targets_view, warn
 from ._render import View, show
 from ._writing import is_done, refuse_place
 
@@ -53,16 +54,20 @@ from ._writing import is_done, refuse_place
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
+@_modules.every
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
     compat: str | None, overwrite: bool, tied: str | None, strict_base: bool,
-    rename: tuple[str, ...], allow_partial: bool,
+    rename: tuple[str, ...], allow_partial: bool, every: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
+    from ..io.locations import check_named
+
     refuse_place(out)
+    check_named(model, adapter, *experts, base_weights, calibration)
     from ..onnx import inject
 
     settings: _options.CliSettings = ctx.obj
@@ -78,7 +83,7 @@ def command(
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
-    show(settings, report.record(), _view)
+    show(settings, report.record(), partial(_view, every=every))
 
 
 def _inputs(path: str, check: bool) -> dict[str, Any]:
@@ -102,9 +107,9 @@ def _call(words: tuple[str, ...]) -> dict[str, str | int]:
     return told
 
 
-def _view(record: Any) -> View:
-    return [
-        targets_table(record),
-        *graphs_lines(record),
-        f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}",
-    ]
+def _view(record: Any, every: bool) -> View:
+    yield from targets_view(record, every)
+    yield from graphs_lines(record)
+    yield f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}"
+    if len(record["targets"]) > _modules.FEW and not every:
+        yield _modules.HINT

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.collection import collection_off
 from . import _options
 from ._graphs import graph_in, is_graphs
+from ._modules import FEW, HINT, by_module, in_order, layers_of, ranges, span
 from ._render import TextTable, View, counted, show, size
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 @_options.rename
 @_options.flags
 @click.pass_obj
+@collection_off()
 def command(
     settings: _options.CliSettings, src: str, source_format: str | None, base: str | None, compat: str | None,
     base_weights: str | None, rename: tuple[str, ...], every: bool, layers: bool,
@@ -53,7 +57,7 @@ def command(
 def _view(record: Mapping[str, object], every: bool) -> View:
     """Yield the lines and tables of what was found, by its kind."""
     if record["kind"] == "graph":
-        return _graph_view(record)
+        return _graph_view(record, every)
     if record["kind"] == "base":
         return _base_view(record, every)
     return _adapter_view(record, every) if "updates" in record else _unresolved_view(record)
@@ -71,9 +75,6 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
 SPARE = ("dtype", "parameters", "other", "shapes", "layout", "scaling", "targets")
 """Columns that a narrow terminal may leave out, the first one first."""
 
-FEW = 24
-"""Targets or tensors that are listed one by one without --all."""
-
 
 def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
     totals, base = record["totals"], record["base"] or {}
@@ -89,12 +90,14 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         )  # fmt: skip
     elif every or totals["targets"] <= FEW:
         columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-        yield TextTable(columns, _update_rows(_in_order(record["updates"])), SPARE)
+        yield TextTable(columns, _update_rows(in_order(record["updates"])), SPARE)
     else:
         headings = ("module", "targets", "layers", "layout", "method", "shapes", "rank", "scaling", "other", "dtype")
         yield TextTable((*headings, "parameters"), [group.row() for group in groups], SPARE)
     if record["families"]:
         yield f"family: {' or '.join(record['families'])}"
+    if "values" in record:
+        yield f"values are not readable without the base: {record['values']}; --base BASE"
     if record["without_alpha"]:
         yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
     yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
@@ -105,7 +108,8 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
         yield f"loaded as it is by: {', '.join(named['yes']) or 'no tool that is known'}"
         if named["part"]:
             yield f"loaded in part by: {', '.join(named['part'])}"
-        yield f"'adapterkit list loaders {record['path']}' says what loads it after a conversion, and why others do not"
+        again = f"adapterkit list loaders {quote(record['path'])}"
+        yield f"'{again}' says what loads it after a conversion, and why others do not"
     if record["unknown_fields"]:
         yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
     for step in record["recipe"]:
@@ -166,7 +170,7 @@ class _Group:
 
     def row(self) -> list[Any]:
         _, layout, method, shapes, rank, scaling, other, dtypes, _ = _update_row(self.first)
-        where = _ranges([layer for layer in self.layers if layer])
+        where = ranges([layer for layer in self.layers if layer])
         return [
             self.module, self.count, where, layout, method, shapes, rank, scaling, other, dtypes, self.parameters
         ]  # fmt: skip
@@ -188,27 +192,6 @@ def _groups(updates: Sequence[Mapping[str, Any]]) -> list[_Group]:
             found[key] = _Group(name, update)
         found[key].add(update, cell.layer)
     return sorted(found.values(), key=lambda group: reading_order(group.module))
-
-
-def _ranges(layers: Sequence[str]) -> str:
-    """Layers as people write them: `0-21`, `0-3, 8`; those with different parents are counted."""
-    if not all(layer.isdecimal() for layer in layers):
-        return f"{len(layers):,}"
-    runs: list[list[int]] = []
-    for number in sorted(map(int, layers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
-    return ", ".join(texts) if len(texts) <= 4 else f"{len(layers):,}: {', '.join(texts[:3])}, ... {texts[-1]}"
-
-
-def _in_order(updates: Sequence[Mapping[str, object]]) -> list[Mapping[str, Any]]:
-    """The updates by name, 2 before 10."""
-    from ..reporting.grid import natural
-
-    return sorted(updates, key=lambda update: natural(update["target"]))
 
 
 _LONG = (
@@ -298,25 +281,37 @@ def _tensor_groups(tensors: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         row[5] += tensor["parameters"]
         layers.setdefault(key, {})[cell.layer] = None
     for key, row in found.items():
-        row[2] = _ranges([layer for layer in layers[key] if layer])
+        row[2] = ranges([layer for layer in layers[key] if layer])
     return [*found.values()]
 
 
-def _graph_view(record: Mapping[str, Any]) -> View:
-    if "graphs" in record:
+def _graph_view(record: Mapping[str, Any], every: bool) -> View:
+    places = record["layers"]
+    within = "graphs" in record
+    if within:
         yield f"{record['path']}: {counted(len(record['graphs']), 'graph')}"
         named = [[each["name"], each["part"] or "", each["layers"]] for each in record["graphs"]]
         yield TextTable(("graph", "part", "layers"), named)
-        rows = [[place["graph"], *_layer_row(place)] for place in record["layers"]]
-        yield TextTable(("graph", "target", "shape", "node", "value", "found by", "confidence"), rows)
-        yield _layer_counts(record)
-        return
-    yield f"{record['path']}: graph"
-    yield TextTable(
-        ("target", "shape", "node", "value", "found by", "confidence"),
-        [_layer_row(place) for place in record["layers"]],
-    )
+    else:
+        yield f"{record['path']}: graph"
+    if every or len(places) <= FEW:
+        columns = ("target", "shape", "node", "value", "found by", "confidence")
+        rows = [[*([place["graph"]] if within else []), *_layer_row(place)] for place in places]
+        yield TextTable((*(["graph"] if within else []), *columns), rows)
+    else:
+        headings = ("module", "targets", "layers", "shape", "node of the first", "found by", "confidence")
+        yield TextTable(headings, [_places_row(*group) for group in by_module(places)], ("node of the first", "shape"))
     yield _layer_counts(record)
+    if len(places) > FEW and not every:
+        yield HINT
+
+
+def _places_row(module: str, group: Sequence[Mapping[str, Any]], layers: Mapping[str, str]) -> list[object]:
+    """One row for the places of a module in a graph; what differs between its layers is listed or spanned."""
+    rows = [_layer_row(place) for place in group]
+    shapes, found = ([*dict.fromkeys(str(row[at]) for row in rows)] for at in (1, 4))
+    confidence = span([row[5] for row in rows if row[5]])
+    return [module, len(rows), layers_of(group, layers), " ".join(shapes[:2]), rows[0][2], ", ".join(found), confidence]
 
 
 def _layer_counts(record: Mapping[str, Any]) -> str:

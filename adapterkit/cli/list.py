@@ -121,18 +121,38 @@ def _loaders_of(
     settings: _options.CliSettings, file: str, source_format: str | None, base: str | None, compat: str | None
 ) -> None:
     from .. import detect, read
+    from ..errors import UsageError
     from ..io.inputs import inputs_kept
     from ..io.locations import located
     from ..loaders import loaders_of
+    from ..reporting.inspecting import outline_of
 
     path = located(file)
     with inputs_kept():
         name = source_format or detect(path)
-        adapter = read(path, name, base, compat=compat, **_options.stated())
+        outlined = None
+        try:
+            adapter = read(path, name, base, compat=compat, **_options.stated())
+        except UsageError as error:
+            outlined = None if base is not None or _options.stated() else outline_of(path, name, compat, error)
+            if outlined is None:
+                raise
+            adapter = outlined[1]
         answers = loaders_of(adapter, name, path)
+        if outlined is not None:
+            answers = [_with_base(answer) for answer in answers]
         warnings = _options.base_warnings([file], [adapter], base)
     record = {"path": file, "format": name, "loaders": answer_records(answers), "warnings": warnings}
     show(settings, record, _loaders_view)
+
+
+def _with_base(answer: Answer) -> Answer:
+    """Name the base in a conversion, where the file is not readable without it."""
+    from dataclasses import replace
+
+    if not answer.convert or "--base" in answer.convert:
+        return answer
+    return replace(answer, convert=f"{answer.convert} --base BASE")
 
 
 def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:

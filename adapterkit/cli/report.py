@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._progress import progress
 from ._render import View, counted, show, size
 from ._writing import is_done, made_from
 
@@ -55,7 +56,8 @@ def command(
         check_free(Path(out), overwrite)
         check_inputs([Path(out)], files)
     _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
-    found = report(list(adapters), base=base, merged=merged, rename=rename)
+    with progress(settings, "report", sizes=False) as meter:
+        found = report(list(adapters), base=base, merged=merged, rename=rename, progress=meter)
     record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}
     if out is not None:
         found.save(out, overwrite=overwrite, made_from=decided)

@@ -6,13 +6,13 @@ that keeps so much of it; the error that this makes at each target is shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import click
 
-from . import _options, _writing
-from ._render import View, show
+from . import _modules, _options, _writing
+from ._render import show
 
 
 @click.command(help=__doc__)
@@ -33,6 +33,7 @@ from ._render import View, show
 @_writing.dtype
 @_options.reading_to_cut
 @_writing.writing
+@_modules.every
 @_options.flags
 @click.pass_obj
 def command(
@@ -40,7 +41,7 @@ def command(
     frobenius: float | None, sv_ratio: float | None, sv_cumulative: float | None, sv_fro: float | None,
     scope: str, promoted: bool, dtype: str | None, source_format: str | None,
     base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
-    rename: tuple[str, ...],
+    rename: tuple[str, ...], every: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
     from .. import detect, ops, read
@@ -65,10 +66,4 @@ def command(
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     record["warnings"] = _options.base_warnings([src], [adapter], base)
-    show(settings, record, _view)
-
-
-def _view(record: Mapping[str, Any]) -> View:
-    yield _writing.cuts_table(record["cuts"])
-    yield from _writing.outcome(record)
-    yield f"relative error of all together: {record['relative_error']:.4g}"
+    show(settings, record, partial(_writing.cuts_view, every=every))

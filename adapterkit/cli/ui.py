@@ -18,9 +18,10 @@ from . import _options
 @click.argument("folders", metavar="[FOLDER...]", nargs=-1)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port to listen on.")
 @click.option("--browser/--no-browser", default=True, help="Open the page in the browser; on if absent.")
+@click.option("--hubs", is_flag=True, help="Let jobs read adapters and bases from hubs, by address.")
 @_options.flags
 @click.pass_obj
-def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int, browser: bool) -> None:
+def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int, browser: bool, hubs: bool) -> None:
     """Runs `adapterkit.ui.server.serve`."""
     from ..ui.server import serve
     from . import adapterkit
@@ -35,6 +36,7 @@ def command(settings: _options.CliSettings, folders: tuple[str, ...], port: int,
 
     busy.set()  # A page that waits for its reader is not work that takes long.
     try:
-        serve(adapterkit, PATHS, [Path(folder).expanduser() for folder in folders] or [Path.cwd()], port, started)
+        roots = [Path(folder).expanduser() for folder in folders] or [Path.cwd()]
+        serve(adapterkit, PATHS, roots, port, started, hubs=hubs)
     finally:
         busy.clear()

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from ..core.collection import collection_off
 from ..core.registry import Registry
 from ..errors import (  # fmt: skip
     AdapterkitError,
     StorageError,
     UnknownFormat,
     UsageError,
-    nearest,
     public,
     storage_error,
 )
 from ..io.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
-from ..io.locations import NOTE, exists, is_remote, local, located, path_text, source_of
+from ..io.locations import NOTE, check_exists, exists, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
 from ..io.written import sources_remembered
 from ._endings import adapter_modules
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..io.checkpoint import Checkpoint
 
-__all__ = ["FORMATS", "Format", "detect", "read", "recognised", "save"]
+__all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save"]
 
 MEMBER = "adapter_config.json"
 """The file that marks a subfolder as an adapter of its own."""
@@ -64,6 +64,7 @@ class ReadOptions(TypedDict, total=False):
 
 
 @inputs_kept()
+@collection_off()
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word
@@ -136,6 +137,22 @@ def read(
             )
     except AdapterkitError as error:
         # A reader names the file if it knows a more exact one than the given path.
+        raise error.at(path=path) from None
+    return adapter
+
+
+@inputs_kept()
+def outline(path: str | PathLike[str], format: str) -> Adapter:  # noqa: A002 - the public contract's word
+    """Read targets and shapes of an adapter whose values need a base; see `Format.outline`.
+
+    Raises:
+        AdapterkitError: see `Format.outline`.
+    """
+    source, _, _ = _searched(path, [format])
+    try:
+        adapter = FORMATS[format]().outline(source)
+        adapter.validate()
+    except AdapterkitError as error:
         raise error.at(path=path) from None
     return adapter
 
@@ -344,11 +361,8 @@ def _existing(path: str | PathLike[str]) -> Path:
     if "#" in os.fspath(path) and source.parent.is_dir() and (members := members_of(source.parent)):
         why, cure = f"no adapter {source.name!r} in {source.parent}", f"It holds: {', '.join(members)}"
         raise StorageError(why, path=path, cure=cure)
-    siblings: Mapping[str, None] = {}
-    if source.parent.is_dir():
-        siblings = dict.fromkeys(str(source.parent / entry.name) for entry in source.parent.iterdir())
-    cure = nearest(str(source), siblings) or "Check the spelling of the path"
-    raise StorageError("no such file or folder", path=path, cure=cure)
+    check_exists(source, path)
+    return source
 
 
 def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:

@@ -153,6 +153,16 @@ class Format:
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be read")
 
+    def outline(self, path: Path) -> Adapter:
+        """Read what a file tells without a base: targets, shapes, ranks. Values that need the base raise when loaded.
+
+        `inspect` and `list loaders` call it where `read` asks for a base; a format whose `read` never does has none.
+
+        Raises:
+            UsageError: nothing of the adapter is known without the base.
+        """
+        return self.read(path)
+
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:

@@ -289,7 +289,7 @@ class _Weight:
         known = {axis: n for each in dims for axis, n in each.items() if axis in ("out", "in") and isinstance(n, int)}
         if known and all(isinstance(each.get("out"), int) or isinstance(each.get("in"), int) for each in dims):
             return known.get("out", 3), known.get("in", 3)
-        raise UsageError("the shape of its weight is known to the base only", cure="Give the base by base= or --base")
+        raise UsageError("the shape of its weight is known to the base only", cure="Give the base with base=/--base")
 
 
 def _random(shape: tuple[int, ...]) -> Any:

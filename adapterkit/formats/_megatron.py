@@ -173,7 +173,7 @@ def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -
             return Heads(*hints["heads"])
         if base is None:
             why = "the order of rows here depends on the base's number of heads"
-            raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+            raise UsageError(why, where=where, cure="Give the base, with its config.json, with base=/--base")
         return heads_of(base.config, where)
 
     return heads

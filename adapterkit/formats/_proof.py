@@ -132,7 +132,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
             raise  # The base lacks a target of the adapter, which is not the writer's fault.
         if base is None and isinstance(error, UsageError):
             why = f"without the base {name} cannot read back what it writes, so nothing proves it: {error.why}"
-            raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
+            raise UsageError(why, where=error.where, cure="Give the base with base=/--base") from error
         if base is not None:
             # An adapter that does not fit this base is not the writer's fault either; the reader binds what it reads.
             from ..naming.binding import bind
@@ -169,7 +169,7 @@ def _stored(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 def _empty(shape: tuple[int, ...]) -> Lazy:
     def fetch() -> bytes:
-        raise UsageError("the base's numbers are needed", cure="Give the base by base= or --base")
+        raise UsageError("the base's numbers are needed", cure="Give the base with base=/--base")
 
     return Lazy(shape, DTYPES["F32"], fetch)
 

@@ -183,7 +183,7 @@ class _Writer:
         for name, update in zip(enabled, found, strict=True):
             if update is None and not sizes:
                 why = f"layer {layer} has no {name}, and how many rows of zeros stand for it follows from the heads"
-                raise UsageError(why, where=QKV, cure="Give the base, with its config.json, by base= or --base")
+                raise UsageError(why, where=QKV, cure="Give the base, with its config.json, with base=/--base")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
@@ -195,7 +195,7 @@ class _Writer:
         like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
         if like is None:
             why = "litgpt turns modules on in all layers, and how wide this one is follows from the base"
-            raise UsageError(why, where=foreign, cure="Give the base by base= or --base")
+            raise UsageError(why, where=foreign, cure="Give the base with base=/--base")
         return _named_pair(foreign, *self.zero(*like))
 
     def zero(self, out: int, in_: int) -> tuple[Lazy, Lazy]:

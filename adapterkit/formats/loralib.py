@@ -112,7 +112,7 @@ def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | N
         return False
     if weight is None:
         why = "one pair, and enable_lora has one block of outputs: a plain layer's looks the same"
-        raise UsageError(why, where=path, cure="Give the base by base= or --base")
+        raise UsageError(why, where=path, cure="Give the base with base=/--base")
     return slots["B"].shape[0] * len(enabled) in weight.shape
 
 
@@ -196,7 +196,7 @@ def _enabled(
         enabled = [any(rows[0] == start for rows, _ in found) for start in starts]
     if enabled is None:
         why = "how many blocks of outputs this weight has decides on its MergedLinear"
-        raise UsageError(why, where=path, cure="Give the base by base= or --base")
+        raise UsageError(why, where=path, cure="Give the base with base=/--base")
     if [rows for rows, _ in found] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
         items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in found)}"]
         raise Unrepresentable(

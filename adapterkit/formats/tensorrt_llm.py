@@ -72,7 +72,7 @@ class TensorRtLlm(Format):
             rows = _rows(weights, config)
             if base is None:
                 why = "the arrays do not say how wide a module is, so A and B cannot be told apart"
-                raise UsageError(why, where=CONFIG, cure="Give the base by base= or --base")
+                raise UsageError(why, where=CONFIG, cure="Give the base with base=/--base")
             updates = {t: (u,) for t, u in _decode(weights, rows, base)}
         except AdapterkitError as error:
             raise error.at(path=path) from None

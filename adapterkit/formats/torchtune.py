@@ -112,7 +112,7 @@ class _Order:
             config = (None if self.base is None else self.base.config) or {}
             if not config:
                 why = "the order of rows here depends on the base's family and heads"
-                raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+                raise UsageError(why, where=where, cure="Give the base, with its config.json, with base=/--base")
             model = config.get("model_type")
             if model not in meta_order():
                 known = f"Known: {', '.join(meta_order())}"

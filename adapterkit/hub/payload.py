@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.licences import MAX_CARD, Licence
-from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..errors import RemoteNotFound, UnknownFormat, UsageError
 from ..io.atomic import write_bytes
-from ..io.locations import located, source_of
+from ..io.locations import check_exists, located, source_of
 from ..merging.companions import CARD, REPORT
 from .card import CardModel, adapter_card, model_card
 from .folders import scratch
@@ -167,8 +167,7 @@ def _card_name(remote: Remote) -> str:
 
 def files_of(source: Path) -> dict[str, Path]:
     """Return the files to push from a file or a folder; hidden names and links to folders are left out."""
-    if not source.exists():
-        raise StorageError("no such file or folder", path=source, cure="Check the spelling of the path")
+    check_exists(source)
     if source.is_file():
         return {source.name: source}
     found = {}

@@ -17,7 +17,7 @@ from ..errors import Malformed, StorageError, UsageError, shown, storage_error
 from . import safetensors
 from .inputs import open_input, read_input
 from .lazy import DTYPES, Lazy, Span, files_kept_open
-from .locations import exists, located
+from .locations import check_exists, exists, located
 from .magic_bytes import is_gguf
 from .stages import detail
 from .strict_json import check_size, load_json
@@ -75,8 +75,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UsageError: the folder holds no weights, or more than one set of them.
     """
     root = located(path)
-    if not exists(root):
-        raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
+    check_exists(root, path)
     files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
     tensors, home, metadata = _read_files(files)
     if index is not None:

@@ -6,12 +6,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, UsageError, shown, storage_error
+from ..errors import AdapterkitError, StorageError, UsageError, nearest, shown, storage_error
 from .atomic import write_bytes
 from .inputs import read_input
 from .resolving import hub
@@ -73,8 +73,42 @@ def exists(path: Path) -> bool:
         raise storage_error(error, path) from error
 
 
+def check_exists(path: Path, name: str | os.PathLike[str] | None = None) -> None:
+    """Check that something is at a local path.
+
+    Args:
+        path: the path.
+        name: what the caller named, for the error; the path itself if absent.
+
+    Raises:
+        StorageError: nothing is there; it tells the nearest name in the same folder.
+    """
+    if exists(path):
+        return
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = sorted(entry.name for entry in path.parent.iterdir())
+    # Names alone are compared: a long folder in front makes all of its files alike.
+    folder = "" if path.parent == Path() else os.path.join(path.parent, "")
+    cure = nearest(path.name, siblings, before=folder) or "Check the spelling of the path"
+    raise StorageError("no such file or folder", path=path if name is None else name, cure=cure)
+
+
+def check_named(*names: str | os.PathLike[str] | None) -> None:
+    """Check that each name is something on a hub or exists, before slow work such as an import begins.
+
+    Raises:
+        StorageError: nothing is there.
+    """
+    for name in names:
+        if name is not None and not is_remote(name):
+            check_exists(local(name), name)
+
+
 def path_text(name: str | os.PathLike[str]) -> str:
-    """Return the text of a path or uri; a leading `~` is the user's home, unless a file has that name.
+    """Return the text of a path or uri: a leading `~` is the user's home, `file:///a/b` is `/a/b`.
+
+    A file that has the very name is preferred.
 
     Raises:
         UsageError: it is neither text nor a path.
@@ -83,6 +117,16 @@ def path_text(name: str | os.PathLike[str]) -> str:
         cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
         raise UsageError(f"{shown(name)} of type {type(name).__name__} where a path belongs", cure=cure)
     text = os.fspath(name)
+    if not text:
+        raise UsageError(
+            "an empty path", cure="Name a file, a folder or an address; is a variable of the shell not set?"
+        )
+    if "\0" in text:
+        raise UsageError(f"a null byte in the path {shown(text)}", cure="Write the path without it")
+    if text.startswith("file://") and not os.path.exists(text):
+        from urllib.request import url2pathname  # It imports an HTTP client, in 20 ms.
+
+        return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
     return os.path.expanduser(text) if text.startswith("~") and not os.path.exists(text) else text
 
 

@@ -19,7 +19,7 @@ from .direct import OpenFiles, Writer
 from .inputs import kept, open_input
 from .lazy import DTYPES, ELSEWHERE, Buffer, DType, Lazy, Shape, Span
 from .strict_json import load_table
-from .written import remember, source_of
+from .written import remember, sources_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -203,9 +203,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 def handles(header: Header) -> dict[str, Lazy]:
     """Return a lazy handle on each tensor of a file, in file order; see `read_span` for its reads."""
     path, found = header.path, {}
+    sources = sources_of(path)
     for name, entry in header.entries.items():
-        source = source_of(path, name, entry.dtype, entry.nbytes)
-        if source is not None:
+        source = sources.get(name) if sources else None
+        if source is not None and (source.dtype, source.nbytes) == (entry.dtype, entry.nbytes):
             found[name] = Lazy(entry.shape, entry.dtype, source.source, source.span, source.part)
         else:
             found[name] = Lazy(entry.shape, entry.dtype, None, Span(path, entry.offset, entry.nbytes))

@@ -66,8 +66,13 @@ def remember(
         files[os.fspath(path)] = Written(sources, read)
 
 
+def sources_of(path: str) -> Mapping[str, Lazy]:
+    """Return the tensors that a file was written from, by name; none if unknown."""
+    written = (_WRITTEN.get() or {}).get(path)
+    return {} if written is None else written.sources
+
+
 def source_of(path: str, name: str, dtype: DType, nbytes: int) -> Lazy | None:
     """Return the tensor that an entry was written from; None if unknown, or if the header differs from it."""
-    written = (_WRITTEN.get() or {}).get(path)
-    source = None if written is None else written.sources.get(name)
+    source = sources_of(path).get(name)
     return source if source is not None and (source.dtype, source.nbytes) == (dtype, nbytes) else None

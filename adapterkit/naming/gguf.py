@@ -178,7 +178,7 @@ def rows_apart(
 def _linear(heads: Heads, where: str) -> LinearHeads:
     if heads.linear is None:
         why = "the key and value heads of the linear attention are unknown, and the order of rows depends on it"
-        raise Unsupported(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+        raise Unsupported(why, where=where, cure="Give the base, with its config.json, with base=/--base")
     return heads.linear
 
 
@@ -224,7 +224,7 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
 
     if config is None:
         why = "the base's architecture decides on names and the order of rows in a GGUF file"
-        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json, by base= or --base")
+        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json, with base=/--base")
     for each in (config, config.get("text_config")):
         found = architecture_of(each) if isinstance(each, dict) else None
         if found is not None and found.record.gguf:

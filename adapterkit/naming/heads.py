@@ -251,4 +251,4 @@ def undone(order: Rows) -> Rows:
     return np.argsort(order, kind="stable")
 
 
-_GIVE = "Give the base, with its config.json, by base= or --base"
+_GIVE = "Give the base, with its config.json, with base=/--base"

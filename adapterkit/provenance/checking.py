@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.metadata import FINGERPRINT, SHAPES
-from ..errors import Corrupt, NetworkError, StorageError, UsageError, first_line, public, storage_error
+from ..errors import Corrupt, NetworkError, UsageError, first_line, public, storage_error
 from ..io.checkpoint import PREFIX, fingerprint, opened
+from ..io.locations import check_exists
 from ..io.stages import stage
 from ..naming.binding.bases import relation
 from .bundles import DISTRUST, SignatureBundle, read_bundle
@@ -91,8 +93,7 @@ def check_signature(
     if (identity is None) != (issuer is None):
         raise UsageError("an identity needs its issuer", cure="Give --identity and --issuer (identity=, issuer=) both")
     root, file = settled(Path(path)), Path(signature)
-    if not root.exists():
-        raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
+    check_exists(root)
     bundle = read_bundle(file)
     wanted = "key" if key is not None else "certificate" if trust else "sigstore"
     if bundle.kind != wanted:
@@ -178,7 +179,9 @@ def _hashing(root: Path, bundle: SignatureBundle) -> Any:
     return hashing.set_ignored_paths(paths=inside, ignore_git_paths=".git" in (args.get("ignore_paths") or ()))
 
 
-_DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'", re.DOTALL)
+_DIGEST = r"""\\?'Digest\(.*?\\?["']\)\\?'"""
+_DIGESTS = re.compile(rf": Expected {_DIGEST}, Actual {_DIGEST}", re.DOTALL)
+"""Quotes are escaped where the bytes of a digest hold both kinds."""
 
 
 def _why(error: Exception) -> str:
@@ -186,7 +189,12 @@ def _why(error: Exception) -> str:
     told = first_line(error)
     if told == "InvalidSignature":  # cryptography's, which has no message.
         return "it is not by this key, or was changed"
-    return _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
+    told = _DIGESTS.sub("", told).removeprefix("Signature mismatch: ")
+    try:
+        listed = ast.literal_eval(told) if told.startswith("[") else [told]
+    except (ValueError, SyntaxError):
+        return told
+    return "; ".join(map(str, listed)) if isinstance(listed, list) else told
 
 
 def _left_out(root: Path, bundle: SignatureBundle) -> tuple[str, ...]:

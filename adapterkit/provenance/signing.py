@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import (
     AdapterkitError,
     NetworkError,
-    StorageError,
     Unsupported,
     UsageError,
     first_line,
     public,
     storage_error,
 )
-from ..io.locations import NOTE
+from ..io.locations import NOTE, check_exists
 from ..io.stages import stage
 from ..io.staging import check_free, check_inputs, staged
 from .bundles import PREDICATE
@@ -141,8 +140,7 @@ def files_of(root: Path, signature: Path) -> list[Path]:
     Raises:
         StorageError: nothing is there.
     """
-    if not root.exists():
-        raise StorageError("no such file or folder", path=root, cure="Check the spelling of the path")
+    check_exists(root)
     if root.is_file():
         return [root]
     found = [each for each in root.rglob("*") if each.is_file() and each.absolute() != signature.absolute()]

@@ -100,7 +100,10 @@ def _counted(numbers: Mapping[tuple[str, ...], Sequence[set[str]]]) -> set[str]:
         (shape, at, values)
         for shape, columns in numbers.items()
         for at, values in enumerate(columns)
-        if shape[at] and _word_before(shape[at]) not in EXPERTS
+        if shape[at]
+        and _word_before(shape[at]) not in EXPERTS
+        # A number at the end is a place in a sequence: `blocks.3.mlp.0` and `blocks.3.mlp.2` are of one layer.
+        and not (at > 0 and shape[at + 1] == "")
     ]
     several = {_word_before(shape[at]) for shape, at, values in places if len(values) > 1}
     # An adapter of a single layer: its first number counts layers, whatever its value.

@@ -172,15 +172,21 @@ def inspected(
         modules = adapter_modules(path) if base is None else {}
         if format is None and not modules and not _is_adapter(path):
             return base_record(path, src)
+        values: str | None = None
         try:
             name = format or detect(path)
             adapter = read(path, name, base, compat=compat, **reading)
         except (TargetNotFound, UnknownFormat, UsageError) as error:
             # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
-            if not modules or (isinstance(error, UsageError) and reading):
+            if modules and not (isinstance(error, UsageError) and reading):
+                return _unresolved_record(modules, src, error)
+            outlined = None if base is not None or layers else outline_of(path, format, compat, error)
+            if outlined is None:
                 raise
-            return _unresolved_record(modules, src, error)
+            (name, adapter), values = outlined, error.why
         record = adapter_record(adapter, src, name)
+        if values is not None:
+            record["values"] = values
         if name in _IMAGE:
             record["loaders"] = _loaders(adapter, name, path)
         if base is not None:
@@ -191,6 +197,27 @@ def inspected(
         if layers:
             record["layers"] = _layers(adapter, base, rename)
         return record
+
+
+def outline_of(path: Path, name: str | None, compat: str | None, error: Exception) -> tuple[str, Adapter] | None:
+    """Return format and targets of an adapter that could not be read without a base; None if that was not the reason.
+
+    Args:
+        path: the file or folder.
+        name: its format; detected if absent.
+        compat: another reading of it; of those there are no outlines.
+        error: why it could not be read.
+    """
+    from ..errors import AdapterkitError
+    from ..formats import detect, outline
+
+    if not isinstance(error, UsageError) or compat is not None:
+        return None
+    try:
+        found = name or detect(path)
+        return found, outline(path, found)
+    except AdapterkitError:
+        return None
 
 
 def _beside(adapter: Adapter, path: Path) -> dict[str, JsonValue]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,12 @@ INTRUDING, INTRUDER_COSINE = 10, 0.6
 """How many singular vectors of a tuned weight are looked at, and the cosine with every singular vector of the base
 below which one is an intruder: Shuttleworth et al. 2024, arXiv:2410.21228."""
 
-INTRUDER_BUDGET = 2.5e10
-"""Sum of (smaller side squared x larger side) over the weights that are decomposed for intruders: about 10 s."""
+INTRUDER_BUDGET = 6e9
+"""Sum of (smaller side squared x larger side) over the weights that are decomposed for intruders: 3 s, or 15 of
+size 576, and those whose change is largest come first. The verdict tells how many were looked at."""
+
+INTRUDER_UNIT = 2e7
+"""One step in the progress of decompositions: about the time that the other numbers of a target take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +261,7 @@ class Measurements:
 def measure(
     adapters: Sequence[Adapter], names: Sequence[str], *, base: Checkpoint | None = None,
     merged: Checkpoint | None = None, weights: Sequence[float] | None = None, rename: str | Sequence[str] = (),
+    progress: Callable[[int, int], object] | None = None,
 ) -> Measurements:  # fmt: skip
     """Measure adapters, and how they lie to one another, to their base and to what was merged of them.
 
@@ -268,6 +273,7 @@ def measure(
         merged: what they were merged into; needs `base`.
         weights: with which they were merged; 1 each if None.
         rename: rules for names; see `adapterkit.ops.compare`.
+        progress: called with what is done and all there is to do, in units of work.
 
     Raises:
         AdapterkitError: the adapters are of different models; see `adapterkit.ops.compare`.
@@ -288,7 +294,7 @@ def measure(
         read, found = places(adapters, disjoint=True, rename=rename)
     # A second BLAS thread gains nothing on factors, and waits in a loop where another program has its core.
     with files_kept_open(), threadpool_limits(1, "blas"):
-        return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run()
+        return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(progress)
 
 
 class _Measuring:
@@ -306,10 +312,24 @@ class _Measuring:
         self.together: dict[str, float] = {}
         self.merged: list[MergedShare] = []
 
-    def run(self) -> Measurements:
-        for place in self.found:
+    def run(self, progress: Callable[[int, int], object] | None) -> Measurements:
+        places = len(self.found)
+        # Which weights are decomposed, and what that costs, is known once the changes are: guess it for the bar.
+        most = 0 if self.base is None else round(INTRUDER_BUDGET / INTRUDER_UNIT)
+        for at, place in enumerate(self.found):
             self._at(place)
-        counts = _intruders(self.effects, self.found, self.base) if self.base is not None else {}
+            if progress is not None:
+                progress(at + 1, places + most)
+        counts: dict[tuple[int, str], int] = {}
+        if self.base is not None:
+            stage("comparing singular vectors with the base's")
+            chosen = _to_decompose(self.effects, self.found)
+            total, done = places + sum(cost for _, cost in chosen), places
+            for (effect, cost), count in zip(chosen, _intruders(chosen, self.found, self.base), strict=True):
+                counts[effect.adapter, effect.target] = count
+                done += cost
+                if progress is not None:
+                    progress(done, total)
         effects = [_with(each, intruders=counts.get((each.adapter, each.target))) for each in self.effects]
         where = cells(place.target.path for place in self.found)
         named = {str(place.target): where[place.target.path] for place in self.found}
@@ -603,31 +623,49 @@ class _MergedSum:
         return MergedShare(target, self.along / self.change, math.sqrt(self.error / self.change))
 
 
-def _intruders(
-    effects: Sequence[Effect], found: Sequence[AlignedPlace], base: Weights
-) -> dict[tuple[int, str], int]:  # fmt: skip
-    """Intruder dimensions at the targets that change most, as many as `INTRUDER_BUDGET` allows."""
-    by_name = {str(place.target): place for place in found}
-    counts: dict[tuple[int, str], int] = {}
-    budget = INTRUDER_BUDGET
-    directions: dict[str, Array] = {}
+def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:
+    """The targets that change most, as many as `INTRUDER_BUDGET` allows, each with its cost in `INTRUDER_UNIT`."""
+    stacked = {str(place.target) for place in found if place.target.stacked}
+    chosen, budget = list[tuple[Effect, int]](), INTRUDER_BUDGET
     for effect in sorted(effects, key=lambda each: -(each.relative or 0.0)):
-        place = by_name[effect.target]
-        if not effect.relative or effect.shape is None or place.target.stacked:
+        if not effect.relative or effect.shape is None or effect.target in stacked:
             continue
         out, columns = effect.shape[0], math.prod(effect.shape[1:])
         cost = 2.0 * min(out, columns) ** 2 * max(out, columns)
-        if cost > budget:
-            continue
-        budget -= cost
+        if cost <= budget:
+            budget -= cost
+            chosen.append((effect, max(1, round(cost / INTRUDER_UNIT))))
+    return chosen
+
+
+def _intruders(
+    chosen: Sequence[tuple[Effect, int]], found: Sequence[AlignedPlace], base: Weights
+) -> Iterator[int]:  # fmt: skip
+    """Yield the number of intruder dimensions for each effect."""
+    by_name = {str(place.target): place for place in found}
+    directions: dict[str, Array] = {}
+    for effect, _ in chosen:
+        place = by_name[effect.target]
         W = base.at(place.target, None, bias=False)
         if effect.target not in directions:
-            directions[effect.target] = exact(W)[0]
+            directions[effect.target] = _left(W, min(W.shape[0], W.size // W.shape[0]))
         alone = lowered(AlignedPlace(place.target, (place.updates[effect.adapter],), place.base))
         tuned = W + next(_deltas(alone)).dense()
-        cosines = abs(directions[effect.target].T @ exact(tuned)[0][:, :INTRUDING])
-        counts[effect.adapter, effect.target] = int((cosines.max(0) < INTRUDER_COSINE).sum())
-    return counts
+        cosines = abs(directions[effect.target].T @ _left(tuned, INTRUDING))
+        yield int((cosines.max(0) < INTRUDER_COSINE).sum())
+
+
+def _left(W: Array, count: int) -> Array:
+    """The first left singular vectors of a matrix, by the smaller Gram matrix: a sixth of a whole decomposition."""
+    import numpy as np
+
+    D = W.reshape(len(W), -1).astype(np.float64, copy=False)
+    if D.shape[0] <= D.shape[1]:
+        found: Array = np.linalg.eigh(D @ D.T)[1][:, ::-1][:, :count]
+        return found
+    U = D @ np.linalg.eigh(D.T @ D)[1][:, ::-1][:, :count]
+    directions: Array = U / np.maximum(np.sqrt((U * U).sum(0)), np.finfo(float).tiny)
+    return directions
 
 
 def _deltas(place: AlignedPlace) -> Iterator[Delta]:

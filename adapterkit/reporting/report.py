@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,6 +124,7 @@ class AdapterReport:
 def made(
     adapters: Sequence[Adapter], names: Sequence[str], *, paths: Sequence[Path | None] = (),
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
+    progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:  # fmt: skip
     """Make a report.
 
@@ -134,6 +135,7 @@ def made(
         base: their base.
         merged: what they were merged into; needs `base`.
         rename: rules for names of targets.
+        progress: called with what is done and all there is to do.
 
     Raises:
         AdapterkitError: see `measuring.measure`.
@@ -145,7 +147,8 @@ def made(
     facts = [facts_of(adapter, name, path) for adapter, name, path in zip(adapters, names, where, strict=True)]
     weights = _weights(merged, len(adapters))
     measured = measure(
-        adapters, names, base=_plain(base), merged=_plain(merged), weights=weights, rename=rename
+        adapters, names, base=_plain(base), merged=_plain(merged), weights=weights, rename=rename,
+        progress=progress,
     )  # fmt: skip
     return AdapterReport(
         tuple(facts), measured, tuple(verdicts(measured, facts)), None if base is None else str(base.root),

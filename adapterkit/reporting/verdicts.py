@@ -410,12 +410,24 @@ def _intruders(findings: Findings) -> Found:
         found = [effect for effect in looked if effect.intruders]
         if found:
             most = max(found, key=lambda effect: effect.intruders or 0)
-            where = f"most in {findings.title(most.target)}: {most.intruders} of 10"
-            what = "singular vectors that the base does not have"
-            text = (
-                f"{name}{len(found):,} of {len(looked):,} targets looked at have intruder dimensions, {what}; {where}."
-            )
-            yield text, at, most.target
+            total = sum(effect.intruders or 0 for effect in found)
+            many = "intruder dimension" if total == 1 else "intruder dimensions"
+            where = f"most in {findings.title(most.target)}: {most.intruders} of its first 10"
+            told = f"{name}{total:,} {many} in {len(found):,} of {_looked(looked, effects)}"
+            yield f"{told}: singular vectors that the base does not have; {where}.", at, most.target
+
+
+def _no_intruders(findings: Findings) -> Found:
+    for at, name, effects in findings.each():
+        looked = [effect for effect in effects if effect.intruders is not None]
+        if looked and not any(effect.intruders for effect in looked):
+            yield f"{name}no intruder dimensions in {_looked(looked, effects)}.", at, None
+
+
+def _looked(looked: Sequence[Effect], effects: Sequence[Effect]) -> str:
+    """How many weights were decomposed: all of them, or those that change most."""
+    many = f"{len(looked):,} target" if len(looked) == 1 else f"{len(looked):,} targets"
+    return many if len(looked) == len(effects) else f"the {many} looked at, which change most of {len(effects):,}"
 
 
 def _same(findings: Findings) -> Found:
@@ -608,6 +620,7 @@ RULES = (
     VerdictRule("summary", "note", _summary),
     VerdictRule("first-or-last", "note", _in_layers),
     VerdictRule("by-module", "note", _in_modules),
+    VerdictRule("no-intruders", "note", _no_intruders),
     VerdictRule("unused-rank", "note", _unused_rank),
     VerdictRule("several-ranks", "note", _ranks),
     VerdictRule("alike", "note", _alike),

@@ -70,8 +70,10 @@ def in_folder(root: Path, files: list[Path], unread: list[str]) -> Iterator[Find
 
 def _inside(file: Path, folder: Path) -> bool:
     """Whether a link stays in the folder, or in the cache that a hub client keeps beside it."""
-    target = file.resolve()
-    top = folder.resolve()
+    try:
+        target, top = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # A link that leads back to itself.
+        return False
     # huggingface_hub's snapshots are folders of links into the `blobs` of the same repository.
     return target.is_relative_to(top) or (
         top.parent.name == "snapshots" and target.is_relative_to(top.parent.parent / "blobs")

@@ -7,10 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, public
+from ..errors import AdapterkitError, public
 from ..formats import read, recognised
 from ..io.checkpoint import opened
-from ..io.locations import exists, located, path_text
+from ..io.locations import check_exists, located, path_text
 from ..io.stages import stage
 from .files import in_folder
 from .findings import Finding, Scan, ordered
@@ -43,8 +43,7 @@ def scan(source: str | PathLike[str], *, base: Checkpoint | str | PathLike[str] 
     stage("looking at files and values")
     text = path_text(source)
     root = located(text)
-    if not exists(root):
-        raise StorageError("no such file or folder", path=text, cure="Check the spelling of the path")
+    check_exists(root, text)
     files = _files(root)
     unread: list[str] = []
     findings = list(in_folder(root, files, unread))

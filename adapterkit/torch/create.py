@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core.adapter import LAYOUTS, Adapter, Target
+from ..core.adapter import LAYOUTS, Adapter, BaseRef, Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..io.checkpoint import opened
@@ -139,7 +139,9 @@ def create(
     chosen: dict[str, JsonValue] = {"init": init, "dropout": dropout, "seed": seed}
     unsaid = {"init": "default", "dropout": 0.0, "seed": None}
     told: dict[str, JsonValue] = {name: value for name, value in chosen.items() if value != unsaid[name]}
-    adapter = Adapter(updates).map(_own).step("create", method=method, **told, **_stored_base(model))
+    name = _loaded_from(model)
+    base = None if name is None else BaseRef(name)  # PEFT's config names the base the same way.
+    adapter = Adapter(updates, base).map(_own).step("create", method=method, **told, **_stored_base(model))
     adapter.validate()
     return adapter
 
@@ -149,15 +151,21 @@ def _stored_base(model: nn.Module) -> dict[str, str]:
 
     The weights in memory would be of no use: they may be cast, quantized or on other devices, and under other names.
     """
-    config = getattr(model, "config", None)
-    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
-    if not isinstance(name, str) or not name:
+    name = _loaded_from(model)
+    if name is None:
         return {}
     try:
         folder = Path(name) if Path(name).is_dir() else _cached(name)
         return {} if folder is None else identity_of(opened(folder))
     except AdapterkitError:
         return {}
+
+
+def _loaded_from(model: nn.Module) -> str | None:
+    """Return the repository or folder that a model was loaded from, as its config names it."""
+    config = getattr(model, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _cached(repo: str) -> Path | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, public
-from ..io.locations import is_address
+from ..io.locations import is_address, path_text
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -94,9 +94,13 @@ class Forms:
         group: the commands.
         paths: names of parameters that are paths.
         roots: folders that may be read and written.
+        hubs: whether adapters and bases may be addresses, too; outputs may not.
     """
 
-    def __init__(self, group: click.Group, paths: Collection[str], roots: Sequence[Path]) -> None:
+    def __init__(
+        self, group: click.Group, paths: Collection[str], roots: Sequence[Path], *, hubs: bool = False
+    ) -> None:  # fmt: skip
+        self.hubs = hubs
         ctx = click.Context(group)
         found = {name: group.get_command(ctx, name) for name in COMMANDS}
         self.commands: dict[str, click.Command] = {name: each for name, each in found.items() if each is not None}
@@ -119,11 +123,12 @@ class Forms:
             UsageError: it lies elsewhere, or is an address.
         """
         if is_address(value):
-            cure = "Fetch it on the command line first: adapterkit pull"
-            raise UsageError("addresses are not opened from the page", where=public(value), cure=cure)
+            cure = "Start the page with --hubs, or fetch it first: adapterkit pull"
+            why = "nothing is written to a hub from the page" if self.hubs else "addresses are not opened from the page"
+            raise UsageError(why, where=public(value), cure="Name a folder" if self.hubs else cure)
         if "\0" in value or len(value) > LONGEST:
             raise UsageError("not a path", cure="Choose a file or a folder")
-        given = Path(os.path.expanduser(value))
+        given = Path(path_text(value))
         path = given if given.is_absolute() else self.roots[0] / given
         try:
             real = path.resolve()
@@ -188,6 +193,8 @@ class Forms:
             yield self._checked(field, text)
 
     def _checked(self, field: Field, text: str) -> str:
+        if self.hubs and field.kind == "path" and not field.output and is_address(text):
+            return text
         if field.kind == "path" or (field.name == "tokenizer" and text not in ("base", "adapter")):
             return str(self.inside(text, output=field.output))
         if field.name == "rename" and text.startswith("@"):

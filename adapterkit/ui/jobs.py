@@ -34,7 +34,7 @@ KEPT = 50
 SAID = 512 * 1024
 """Characters of a job's output that are kept: its beginning on standard output, its end on standard error."""
 
-_PART = re.compile(r": (\d+)%,")
+_PART = re.compile(r": (\d+)%(?:,|$)")
 
 
 @dataclass(eq=False)

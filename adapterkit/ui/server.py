@@ -170,7 +170,13 @@ def missing(error: ImportError) -> Unsupported:
 
 
 def serve(
-    group: click.Group, paths: Collection[str], roots: Sequence[Path], port: int, started: Callable[[str], None]
+    group: click.Group,
+    paths: Collection[str],
+    roots: Sequence[Path],
+    port: int,
+    started: Callable[[str], None],
+    *,
+    hubs: bool = False,
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -178,6 +184,7 @@ def serve(
         group: the commands.
         paths: names of their parameters that are paths.
         roots: folders that may be read and written.
+        hubs: whether adapters and bases may be addresses of hubs.
         port: the port on 127.0.0.1; 0 for a free one.
         started: called with the address, once it answers.
 
@@ -203,7 +210,7 @@ def serve(
     with closing(listener), tempfile.TemporaryDirectory(prefix="adapterkit-ui-") as temporary:
         number, token = listener.getsockname()[1], secrets.token_urlsafe(32)
         jobs = Jobs(Path.cwd(), Path(temporary))
-        page = application(Forms(group, paths, roots), jobs, token, number)
+        page = application(Forms(group, paths, roots, hubs=hubs), jobs, token, number)
         config = uvicorn.Config(
             page, log_level="critical", access_log=False, lifespan="off", server_header=False, ws="none",
             timeout_graceful_shutdown=2,

@@ -389,3 +389,23 @@ def test_demo_shows_its_rows(verified: bool, code: int, monkeypatch: pytest.Monk
 def test_no_command_asks_anything(monkeypatch: pytest.MonkeyPatch, peft: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question"))
     assert run("convert", peft, tmp_path / "out", "--to", "adapterkit").exit_code == 0
+
+
+def test_a_gguf_adapter_is_shown_without_its_base_but_not_its_values(tmp_path: Path) -> None:
+    """Only the base tells in which order llama.cpp's rows of q and k are; names, shapes and loaders need no order."""
+    gguf = pytest.importorskip("gguf")
+    file = ROOT / "spec/vectors/formats/gguf/f32/adapter.gguf"
+    alone = record("inspect", file)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    ranks = {int(tensor.shape[1]) for name, tensor in tensors.items() if name.endswith("lora_a")}
+    assert {update["rank"] for update in alone["updates"]} == ranks == {3}
+    assert len(alone["updates"]) == len(tensors) // 2
+    assert "number of heads" in alone["values"]
+    assert "--base BASE" in run("inspect", file).stdout
+    answers = {each["tool"]: each for each in record("list", "loaders", file)["loaders"]}
+    assert answers["llama_cpp"]["loads"] == "yes"
+    assert answers["peft"]["convert"] == "--to peft --base BASE"
+    for words in (("inspect", file, "--layers"), ("convert", file, tmp_path / "out", "--to", "peft")):
+        refused = run(*words)
+        assert refused.exit_code == 2
+        assert "with --base\n" in refused.stderr

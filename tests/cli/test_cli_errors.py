@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +147,52 @@ def test_debug_is_off_when_its_variable_says_so(peft: Path, monkeypatch: pytest.
 def test_the_cure_stands_on_a_line_of_its_own(leaf: type[errors.AdapterkitError]) -> None:
     assert _failures.text_of(leaf("bad", path="p", where="w", cure="Do this")) == "error: p: w: bad\n  Do this"
     assert _failures.text_of(leaf("bad")) == "error: bad"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["export {tmp}/bse -o {tmp}/x", "inject {tmp}/bse.onnx {tmp}/a -o {tmp}/x.onnx", "gate {tmp}/bse {tmp}/a"],
+    ids=["export", "inject", "gate"],
+)
+@pytest.mark.usefixtures("base")
+def test_a_path_that_is_not_there_is_told_before_torch_is_imported(words: str, tmp_path: Path) -> None:
+    """Importing torch and transformers takes seconds; the nearest name is told by every command."""
+    (tmp_path / "base.onnx").write_bytes(b"")
+    code = (
+        "import sys; from adapterkit import cli; print(cli.adapterkit(standalone_mode=False), 'torch' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words.format(tmp=tmp_path).split()], capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.split() == ["6", "False"]
+    assert f"Nearest: {tmp_path}/base" in ran.stderr
+
+
+@pytest.mark.parametrize("command", ["export {base} -o {tmp}/x", "gate {base} {tmp}/none"])
+@pytest.mark.parametrize("dtype", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
+def test_an_element_type_has_all_its_names_in_every_command(
+    command: str, dtype: str, base: Path, tmp_path: Path
+) -> None:
+    words = command.format(base=base, tmp=tmp_path).split()
+    assert "--dtype" not in run(*words, "--dtype", dtype).stderr
+    refused = run(*words, "--dtype", "F17")
+    assert (refused.exit_code, "bfloat16" in refused.stderr) == (2, True)
+
+
+def test_an_address_of_this_machine_is_its_path(peft: Path, tmp_path: Path) -> None:
+    """`file://` is what a file manager copies; `push` to a path of this machine says what to do instead."""
+    spaced = peft.rename(tmp_path / "an adapter")
+    assert run("validate", f"file://{str(spaced).replace(' ', '%20')}").exit_code == 0
+    refused = run("push", spaced, tmp_path / "hub")
+    assert refused.exit_code == 2
+    assert "copy it" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["inspect {}", "scan {}", "merge {base} {}", "convert {} x --to peft", "diff {} {base}"]
+)
+def test_an_empty_path_is_a_variable_that_is_not_set(words: str, base: Path, tmp_path: Path) -> None:
+    """`Path("")` is the current folder, which nobody meant."""
+    given = ["" if word == "{}" else word.format(base=base) for word in words.split()]
+    refused = run(*given, *(["-o", tmp_path / "out"] if "merge" in words else []))
+    assert (refused.exit_code, "an empty path" in refused.stderr) == (2, True), refused.stderr

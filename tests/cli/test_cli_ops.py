@@ -155,7 +155,10 @@ def test_diff_says_whether_two_files_are_the_same_function(adapter: Path, tmp_pa
     assert found["targets"][0]["sign_conflict"] is None
     result = run("diff", adapter, other)
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-2].startswith("not the same function: 0 of 2 targets equal, 0 bit by bit")
+    assert result.stdout.splitlines()[-3].startswith("not the same function: 0 of 2 targets equal, 0 bit by bit")
+    errors = {each["target"]: each["relative_error"] for each in found["targets"]}
+    most = max(errors, key=errors.__getitem__)
+    assert result.stdout.splitlines()[-1] == f"largest difference: {most}, relative error {errors[most]:.4g}"
     assert run("diff", adapter, other, "--tolerance", 10).exit_code == 0
 
 
@@ -167,3 +170,34 @@ def test_diff_says_when_only_a_base_could_tell(tmp_path: Path) -> None:
     assert record(*words, code=3)["equal"] is None
     base = save_model(tmp_path / "base", {"layers.0.q.weight": np.ones((8, 6), np.float32)})
     assert record(*words, "--base", base, code=1)["relative_error"] == pytest.approx(0.5)
+
+
+def test_diff_of_many_targets_has_a_row_a_module_in_natural_order(tmp_path: Path) -> None:
+    rng, layers = np.random.default_rng(5), 13
+    key = "base_model.model.layers.{}.{}_proj.lora_{}.weight"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shapes = {"A": (2, 6), "B": (8, 2)}
+        tensors = {
+            key.format(i, m, s): rng.normal(size=shapes[s]).astype("f4")
+            for i in range(layers) for m in "vq" for s in "AB"
+        }  # fmt: skip
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors", {"format": "pt"})
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    shown = run("diff", tmp_path / "one", tmp_path / "two").stdout.splitlines()
+    assert [line.split()[0] for line in shown[1:3]] == ["q_proj", "v_proj"]
+    for line in shown[1:3]:
+        module, targets, equal, largest, layer = line.split()[:5]
+        assert (targets, equal) == ("13", "0")
+        errors = []
+        for i in range(layers):
+            D, E = (
+                x[key.format(i, module[0], "B")].astype(float) @ x[key.format(i, module[0], "A")] for x in (one, two)
+            )
+            errors.append(np.linalg.norm(D - E) / max(np.linalg.norm(D), np.linalg.norm(E)))
+        assert float(largest) == pytest.approx(max(errors), rel=1e-3)
+        assert int(layer) == int(np.argmax(errors))
+    every = run("diff", tmp_path / "one", tmp_path / "two", "--all").stdout.splitlines()
+    assert [line.split()[0] for line in every[1:27]] == [f"layers.{i}.{m}_proj" for i in range(layers) for m in "qv"]

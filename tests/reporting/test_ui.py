@@ -20,7 +20,8 @@ import axe
 import chromium
 import numpy as np
 import pytest
-from command_line import run
+from command_line import run, save_peft
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.cli import adapterkit
@@ -86,6 +87,22 @@ class Served:
         raise AssertionError("the job does not end")
 
 
+SLOWLY = """
+import os, time
+
+copy = os.copy_file_range
+
+def slowly(source, target, count, *places):
+    if not os.path.exists("slowly"):
+        return copy(source, target, count, *places)
+    time.sleep(0.1)
+    return copy(source, target, min(count, 1 << 18), *places)
+
+os.copy_file_range = slowly
+"""
+"""Copy at 2.5 MB/s in jobs while a file `slowly` is in the open folder, so that a merge can be cancelled midway."""
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("open")
@@ -93,7 +110,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         shutil.copytree(DATA / there, folder / here)
     (folder.parent / "outside").mkdir(exist_ok=True)
     (folder / "link").symlink_to(folder.parent / "outside")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(SLOWLY)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}", "HOME": str(folder)}
     command = [sys.executable, "-m", "adapterkit", "ui", "--no-browser", "--json", str(folder)]
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -170,6 +189,7 @@ OUTSIDE = {
     "an output through a link": ("convert", {"src": "lora", "dst": "link/x", "target_format": "peft"}),
     "the folder itself": ("merge", {"base": "base", "adapters": ["lora"], "out": "."}),
     "a hub": ("inspect", {"src": "hf://org/lora"}),
+    "by an address of this machine": ("inspect", {"src": "file:///etc/passwd"}),
     "rules of a file": ("names", {"base": "base", "adapter": "lora", "rename": ["@/etc/passwd"]}),
     "a tokenizer": ("merge", {"base": "base", "adapters": ["lora"], "out": "m", "tokenizer": "/etc"}),
     "pictures": ("report", {"adapters": ["lora"], "figures": "/tmp/pictures"}),
@@ -198,6 +218,18 @@ def test_what_is_outside_is_neither_read_nor_written(served: Served, case: str) 
 def test_forms_take_what_they_show_and_nothing_else(served: Served, command: str, values: Any) -> None:
     status, told, _ = served.ask("/api/jobs", {"command": command, "values": values})
     assert status == 400, told
+
+
+def test_hubs_are_read_but_not_written_if_asked_for(tmp_path: Path) -> None:
+    forms = Forms(adapterkit, PATHS, [tmp_path], hubs=True)
+    given = {"base": "hf://org/model@main", "adapters": ["oci://127.0.0.1:5000/lora:1"], "out": "merged"}
+    words = forms.words("merge", given)
+    assert words[-2:] == ["hf://org/model@main", "oci://127.0.0.1:5000/lora:1"]
+    for wrong in ({"out": "hf://org/merged"}, {"base": "/etc"}, {"base": "file:///etc"}, {"base": "nohub://x/y"}):
+        with pytest.raises(UsageError):
+            forms.words("merge", {**given, **wrong})
+    with pytest.raises(UsageError, match="not opened"):
+        Forms(adapterkit, PATHS, [tmp_path]).words("merge", {**given, "adapters": ["lora"]})
 
 
 def test_words_that_look_like_options_are_values(tmp_path: Path) -> None:
@@ -407,6 +439,39 @@ def test_jobs_are_run_from_the_page(page: chromium.Page, served: Served) -> None
     fill(page, "inspect", src="../outside")
     press(page, "Run inspect")
     page.wait("document.getElementById('form-error').textContent.includes('outside')")
+
+
+def test_a_merge_is_cancelled_in_the_page_and_goes_on(page: chromium.Page, served: Served) -> None:
+    """What was done stays on disk; the same job again ends with the bytes of a merge that nobody disturbed."""
+    large = served.folder / "large"
+    large.mkdir()
+    rng = np.random.default_rng(0)
+    idle = {f"layers.{i}.idle": rng.normal(size=(256, 1024)).astype("f4") for i in range(16)}
+    weights = {f"layers.{i}.q.weight": np.zeros((8, 4), np.float32) for i in range(16)}
+    save_file({**idle, **weights}, large / "model.safetensors", {"format": "pt"})
+    save_peft(served.folder / "small")
+    (served.folder / "slowly").touch()
+    page.open(served.address)  # The form remembers what the test before filled in.
+    page.wait("document.querySelectorAll('#commands button').length > 5")
+    fill(page, "merge", base="large", adapters="small", out="disturbed")
+    press(page, "Run merge")
+    page.wait("document.getElementById('job-part').value > 0.1 && !document.getElementById('end').hidden")
+    assert not (served.folder / "disturbed").exists()
+    page.evaluate("document.getElementById('end').click()")
+    page.wait(f"{STATE}.startsWith('cancelled')")
+    assert (served.folder / ".disturbed.merging").is_dir()
+    assert "go on where they stopped" in page.evaluate("document.getElementById('job-said').textContent")
+    (served.folder / "slowly").unlink()
+    page.evaluate("document.getElementById('again').click()")
+    page.wait(f"{STATE}.startsWith('done')")
+    words = shlex.split(page.evaluate("document.getElementById('job-command').textContent"))
+    found = bytes_of(served.folder / "disturbed")
+    shutil.rmtree(served.folder / "disturbed")
+    assert run(*words[1:]).exit_code == 0
+    assert bytes_of(served.folder / "disturbed") == found
+    assert load_file(served.folder / "disturbed" / "model.safetensors")["layers.3.idle"].tobytes() == (
+        idle["layers.3.idle"].tobytes()
+    )  # fmt: skip
 
 
 def test_a_path_is_chosen_with_the_keyboard(page: chromium.Page, served: Served) -> None:

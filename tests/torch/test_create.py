@@ -1,6 +1,9 @@
 """Fresh adapters: which targets are chosen, that they change nothing, that training them works and can go on later."""
 
+import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,3 +330,17 @@ def test_the_first_factors_spread_as_pefts(method: str, layer: nn.Module) -> Non
     assert float(ours.std()) == pytest.approx(float(A.std()), rel=0.03)
     assert float(ours.abs().max()) == pytest.approx(float(A.abs().max()), rel=0.03)
     assert abs(float(ours.mean())) < 0.03 * float(A.abs().max())
+
+
+def test_a_fresh_adapter_names_the_base_that_it_is_for(tmp_path: Path) -> None:
+    """As in PEFT, `adapter_config.json` holds what the model was loaded from, so that tools find the base."""
+    model = nn.Sequential(nn.Linear(4, 8))
+    model.config = SimpleNamespace(_name_or_path="org/model")
+    adapter = ak.torch.create(model, "lora", targets="0", rank=2)
+    assert adapter.base is not None
+    assert adapter.base.id == "org/model"
+    ak.write(adapter, tmp_path / "peft", format="peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/model"
+    model.config = SimpleNamespace(_name_or_path="")
+    assert ak.torch.create(model, "lora", targets="0", rank=2).base is None

@@ -359,3 +359,9 @@ def test_a_pull_is_scanned_before_anything_is_written(hub, tmp_path):  # noqa: F
     assert refused.exit_code == 1
     assert "modeling.py" in refused.stderr
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_link_that_leads_back_to_itself_is_a_finding(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "text.txt").write_text("hello")
+    assert [(each.rule, each.file) for each in ak.scan(tmp_path).findings] == [("link", "loop")]

@@ -28,10 +28,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from model_signing import hashing, signing, verifying
 from model_signing._cli import main as model_signing
+from model_signing._hashing.hashing import Digest
 
 import adapterkit as ak
 from adapterkit.errors import Corrupt, Malformed, NetworkError, StorageError, Unsupported, UsageError
 from adapterkit.provenance import check_signature, sign
+from adapterkit.provenance.checking import _why
 
 CURVES = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
 PASSWORD = b"openSesame"
@@ -555,3 +557,12 @@ def test_sign_and_verify_on_the_command_line(tmp_path: Path, merged: Path, keys:
 def test_verify_refuses_keys_without_a_signature(merged: Path, keys: tuple[Path, Path]) -> None:
     assert "require --signature" in run("verify", merged, "--key", keys[1]).stderr
     assert "--base and --adapter both" in run("verify", merged, "--base", merged).stderr
+
+
+@pytest.mark.parametrize("quote", ["'", "\"'"])
+def test_a_changed_file_is_named_without_the_bytes_of_its_digests(quote: str) -> None:
+    """model-signing quotes digests as Python's bytes, and escapes the quotes around them where they hold both kinds."""
+    digest = repr(Digest("sha256", b"\xfe)" + quote.encode() + b")\x00"))
+    told = [f"Hash mismatch for 'README.md': Expected '{digest}', Actual '{digest}'", "Extra files found"]
+    assert _why(ValueError(f"Signature mismatch: {told}")) == "Hash mismatch for 'README.md'; Extra files found"
+    assert _why(ValueError("[no list")) == "[no list"

@@ -42,6 +42,12 @@ class GgufAdapter(Format):
         except AdapterkitError as error:
             raise error.at(path=path) from None
 
+    def outline(self, path: Path) -> Adapter:
+        from ...io.gguf_file import read_gguf
+        from .reader import decode
+
+        return self.read(path) if is_ggla(path) else decode(read_gguf(path), None, outline=True)
+
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:

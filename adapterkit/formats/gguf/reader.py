@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
-from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
+from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ...io.arrange import reordered, turned
 from ...io.gguf_file import Gguf, GgufValue
 from ...io.lazy import as_lazy
@@ -32,8 +32,13 @@ FORMAT = "gguf"
 ARCHITECTURE, TYPE, KIND, ALPHA = "general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"
 
 
-def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
+def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Adapter:
     """Return the adapter in a file.
+
+    Args:
+        file: the file.
+        base: the base; its config gives the heads, which decide the order of rows.
+        outline: let values whose order only the base tells raise when they are loaded, not here.
 
     Raises:
         Malformed, Unsupported: it is not a LoRA of llama.cpp, or its architecture is not known.
@@ -54,7 +59,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     place = GgufPlace(name, family_of(name, groups), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
     for foreign, slots in groups.items():
-        target, update = _update(place, foreign, slots, alpha.value)
+        target, update = _update(place, foreign, slots, alpha.value, outline)
         held[target] = (update,)
     updates = _own(held, place, invocation)
     if base is not None:
@@ -85,7 +90,7 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
 
 
-def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float) -> tuple[Target, Pair]:
+def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:
     """Make the update at one tensor, under the file's name for it, with rows in the weight's own order.
 
     Raises:
@@ -108,11 +113,25 @@ def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float) -> tuple
         slots = {**slots, "A": turned(slots["A"])}
     rank = check_factors(foreign, slots)
     update = pair(slots, alpha / rank if alpha else 1.0)
-    order = place.order(foreign, update.B.shape[0])
-    columns = place.columns(foreign, update.A.shape[-1])
+    try:
+        order = place.order(foreign, update.B.shape[0])
+        columns = place.columns(foreign, update.A.shape[-1])
+    except UsageError as error:
+        if not outline:
+            raise
+        return Target(foreign), _unordered(update, error)
     if columns is not None:
         update = update.replace(A=reordered(as_lazy(update.A), lambda: undone(columns), 1))
     return Target(foreign), update if order is None else in_row_order(update, lambda: undone(order))
+
+
+def _unordered(update: Pair, error: UsageError) -> Pair:
+    """Return an update whose values cannot be loaded, for what its shapes tell."""
+
+    def order() -> NoReturn:
+        raise error
+
+    return update.replace(A=reordered(as_lazy(update.A), order, 1), B=reordered(as_lazy(update.B), order))
 
 
 def _own(held: Mapping[Target, tuple[Pair, ...]], place: GgufPlace, invocation: Lazy | None) -> dict[Target, Any]:

@@ -54,7 +54,9 @@ IN_ORDER = ("gate_up_proj", "down_proj")
 
 def adapts_parameter(file: File, path: str) -> bool:
     """Whether the factors at a module belong to a parameter of it; `target_modules` has priority, as in PEFT."""
-    return bool(_names(file, path)) and not names_module(file.settings.target_modules, path)
+    return bool(file.settings.target_parameters and _names(file, path)) and not names_module(
+        file.settings.target_modules, path
+    )
 
 
 def decode(file: File, factors: Iterable[PeftFactors]) -> Findings:

@@ -71,7 +71,8 @@ def decode(file: File) -> Findings:
 
 
 def _module(file: File, factors: PeftFactors, attentions: Collection[str]) -> Findings:
-    name, path = factors.key.module, factors.key.path
+    key = factors.key
+    name, path = (key.module, key.path) if key.wrapped else (key.stem, key.stem)
     blocks = file.settings.use_bdlora
     if blocks is not None and blocks.factor(name) and not factors.embedding:
         yield _blocked(file, factors, blocks.factor(name), blocks.nblocks)

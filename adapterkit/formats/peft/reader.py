@@ -19,7 +19,7 @@ from .families import family_of_type
 from .file import File, Findings, Found, Kept, Key
 from .hints import FORMAT, PeftHints, fingerprint
 from .keys import parse_keys, prefix_of
-from .spelling import spell_updates, stored
+from .spelling import are_plain, spell_updates, stored
 
 if TYPE_CHECKING:
     from ...core.updates import Update
@@ -168,6 +168,13 @@ def _departures(
     """Return the file's keys and shapes that differ from the writer's own choice."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
+    if peft_type == "LORA" and are_plain(updates):
+        for target, (held,) in places.items():
+            for name, own in held.items():
+                spelled = f"{prefix}{target.path}.lora_{name}.weight"
+                if own.text != spelled:
+                    keys[spelled] = own.text
+        return keys, shapes
     for target, position, parts in spell_updates(updates, peft_type, prefix):
         held = places[target][position]
         for field, spelled, leaf, guessed in parts:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...io.lazy import Lazy, as_lazy
 from ...methods.ia3 import IA3
+from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...naming.layouts import IN_OUT
@@ -112,6 +113,28 @@ def spell_updates(
                 whole = (family.shared_prefix if family and shared else prefix) + key
                 spelled.append((name, whole, leaf, guessed))
             yield target, position, spelled
+
+
+def are_plain(updates: Mapping[Target, tuple[Update, ...]]) -> bool:
+    """Whether all updates are LoRA at linear modules, none of them inside another: no key holds a wrapper's word.
+
+    Then the key of a factor is `<prefix><path>.lora_A.weight`. An adapter of a mixture of experts has 10^5 keys;
+    spelling each by all rules took a fifth of the time in which such a file is read.
+    """
+    paths: set[str] = set()
+    for target, found in updates.items():
+        path, update = target.path, found[0]
+        if len(found) > 1 or type(update) is not LoRA or update.bias is not None or len(update.A.shape) != 2:
+            return False
+        if target.layout != "out *in" or target.rows is not None or path.endswith("weight"):
+            return False
+        paths.add(path)
+    modules = paths
+    while modules:
+        modules = {path.rpartition(".")[0] for path in modules} - {""}
+        if modules & paths:
+            return False
+    return True
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:

@@ -109,7 +109,7 @@ def _experts(
         count = expert_count(None if base is None else base.config)
         if not count:
             why = "one A and one B for all experts, and the number of experts is not known"
-            raise UsageError(why, where=name, cure="Give the base by base= or --base")
+            raise UsageError(why, where=name, cure="Give the base with base=/--base")
     # A factor of all experts is one leaf, so it is stored once, however many updates share it.
     only = {field: arrange.item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
     stacked = found["leaf"] == "gate_up_proj"

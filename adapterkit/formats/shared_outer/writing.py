@@ -70,7 +70,7 @@ def _apart(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     if family is None:
         why = "experts in a stack, and the family tells which of its rows are gate and up"
         raise UsageError(
-            why, where=str(next(iter(stacks))), cure="Give the base, with its config.json, by base= or --base"
+            why, where=str(next(iter(stacks))), cure="Give the base, with its config.json, with base=/--base"
         )
     apart = translated(stacks, moves_of(stacks, family, WEIGHT))
     updates: dict[Target, Any] = {}
@@ -115,7 +115,7 @@ def _check_all(stacks: Mapping[str, Mapping[int, Pair]], counts: Mapping[str, in
     gaps = [f"{name}: has experts {sorted(held)}" for name, held in stacks.items() if len(held) < counts[name]]
     if gaps and not experts:
         why = "all experts are in one stack, and their number is not known"
-        raise Unrepresentable(why, items=gaps, cure="Give the base by base= or --base")
+        raise Unrepresentable(why, items=gaps, cure="Give the base with base=/--base")
 
 
 def _writes(name: str) -> bool:

@@ -50,5 +50,7 @@ def parse(text: str) -> Uri:
         if uri is not None:
             uri = replace(uri, path=f"{uri.path}/{member}" if uri.path else member)
     if uri is None:
-        raise UsageError(f"{text!r} is not the name of something on a hub", cure=f"Write {hub_of(scheme or 'hf').form}")
+        local = "" if scheme else ". A local file needs no transfer: copy it, or use 'adapterkit convert'"
+        cure = f"Write {hub_of(scheme or 'hf').form}{local}"
+        raise UsageError(f"{text!r} is not the name of something on a hub", cure=cure)
     return uri
