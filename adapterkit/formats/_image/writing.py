@@ -16,7 +16,7 @@ from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
 from .biases import mixed_biases
 from .bundles import keyed
-from .deciding import FAMILY, candidates, denoiser_targets, origin_of
+from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
 from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
@@ -188,6 +188,8 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+                if component_of(target.path) == CONTROLNET:
+                    why = "a module of a ControlNet, for which a file of this format has no prefix"
                 if component_of(target.path) == "transformer_2":
                     why = "a second transformer, for which a file of this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):

@@ -71,6 +71,8 @@ def toml_of(name: str, family: Family) -> str:
     weights = weights_of(family, shapes)
     widths = {shape[1] for key, shape in shapes.items() if _projects(key, shape)} | {*family.widths}
     facts: dict[str, Any] = {}
+    if family.component != "transformer":
+        facts["component"] = family.component
     if family.title:
         facts["title"] = family.title
     facts["classes"] = [*family.classes, *family.alike]

@@ -1,0 +1,128 @@
+"""ControlNets copy the first blocks of a model under its names: which of the two a LoRA is of, or a refusal."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, FluxControlNetModel, QwenImageControlNetModel, SanaControlNetModel
+from diffusers.models.transformers.transformer_sana_wm import SanaWMTransformer3DModel
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.errors import Unrepresentable
+
+NETS = {
+    "flux": (FluxControlNetModel, {"num_layers": 5, "num_single_layers": 10}),
+    "qwen_image": (QwenImageControlNetModel, {"num_layers": 5}),
+    "sana": (SanaControlNetModel, {}),
+    "sd": (ControlNetModel, {}),
+}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FORWARD = (".ff.", ".ff_context.", ".img_mlp.", ".mlp.")
+
+
+def modules(net, chosen):
+    """Module -> its weight's shape, of a model that is made without memory for its weights."""
+    kind, config = NETS.get(net, (net, {}))
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, of a class that its ControlNets import.
+        model = kind(**config)
+    found = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: shape for name, shape in found.items() if chosen(name)}
+
+
+def attention(name):
+    return name.endswith(ATTENTION)
+
+
+def forward(name):
+    return any(word in f".{name}." for word in FORWARD)
+
+
+def lora(shapes, prefix):
+    held = {}
+    for name, shape in shapes.items():
+        ones = [1] * (len(shape) - 2)
+        held[f"{prefix}{name}.lora_A.weight"] = np.ones((1, shape[1], *shape[2:]), "f2")
+        held[f"{prefix}{name}.lora_B.weight"] = np.ones((shape[0], 1, *ones), "f2")
+    return held
+
+
+@pytest.mark.parametrize("chosen", [attention, forward], ids=["attention", "forward"])
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize("net", NETS)
+def test_a_lora_of_a_controlnet_gets_no_names_of_its_model(net, prefix, chosen, tmp_path):
+    shapes = modules(net, chosen)
+    save_file(lora(shapes, prefix), tmp_path / "a.safetensors")
+    adapter = ak.read(tmp_path / "a.safetensors")
+    for to in ("kohya", "diffusers"):
+        with pytest.raises(Unrepresentable, match=r"--family \(family=\)") as refusal:
+            ak.write(adapter, tmp_path / "b.safetensors", to)
+        assert "a ControlNet of" in str(refusal.value.items)
+    ak.write(adapter, tmp_path / "peft", "peft")
+    assert {str(target) for target in ak.read(tmp_path / "peft").updates} == set(shapes)
+    named = ak.read(tmp_path / "a.safetensors", family=f"controlnet_{net}")
+    ak.write(named, tmp_path / "c.safetensors", "diffusers")
+    assert load_file(tmp_path / "c.safetensors").keys() == lora(shapes, "controlnet.").keys()
+    with pytest.raises(Unrepresentable):
+        ak.write(named, tmp_path / "d.safetensors", "kohya")
+
+
+@pytest.mark.parametrize("net", ["flux", "sana"])
+def test_a_prefix_or_a_family_says_that_it_is_the_model(net, tmp_path):
+    shapes = {f"transformer.{name}": shape for name, shape in modules(net, attention).items()}
+    family = {"modelspec.architecture": {"flux": "flux-1-dev/lora", "sana": "sana/lora"}[net]}
+    save_file(lora(shapes, ""), tmp_path / "a.safetensors", metadata=family)
+    ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "comfyui")
+    bare = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
+    for way, metadata, given in (("metadata", family, None), ("argument", None, net)):
+        save_file(lora(bare, ""), tmp_path / f"{way}.safetensors", metadata=metadata)
+        adapter = ak.read(tmp_path / f"{way}.safetensors", family=given)
+        ak.write(adapter, tmp_path / f"{way}_out.safetensors", "diffusers")
+        assert load_file(tmp_path / f"{way}_out.safetensors").keys() == lora(shapes, "").keys()
+
+
+def test_the_part_before_the_names_is_kept(tmp_path):
+    shapes = modules("flux", attention)
+    save_file(lora(shapes, "controlnet."), tmp_path / "a.safetensors")
+    adapter = ak.read(tmp_path / "a.safetensors")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+    with pytest.raises(Unrepresentable, match="a module of a ControlNet"):
+        ak.write(adapter, tmp_path / "c.safetensors", "kohya")
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [("FluxControlNetModel", "controlnet."), ("FluxTransformer2DModel", "transformer."), ("New", "")],
+)
+def test_the_class_in_a_config_of_peft_tells_the_part(kind, outcome, tmp_path):
+    shapes = {
+        name: shape for name, shape in modules("flux", attention).items() if name.startswith("transformer_blocks")
+    }
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(ATTENTION)}
+    config["auto_mapping"] = {"base_model_class": kind, "parent_library": "diffusers.models.x"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(lora(shapes, "base_model.model."), tmp_path / "a" / "adapter_model.safetensors")
+    adapter = ak.read(tmp_path / "a")
+    if not outcome:
+        with pytest.raises(Unrepresentable, match="the base is a New"):
+            ak.write(adapter, tmp_path / "b.safetensors", "kohya")
+        return
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == lora(shapes, outcome).keys()
+
+
+def test_the_feed_forward_of_sana_wm_alone_gets_no_names_of_sana_video(tmp_path):
+    shapes = modules(SanaWMTransformer3DModel, lambda name: ".mlp." in name and "t_conv" not in name)
+    for prefix in ("", "transformer."):
+        save_file(lora(shapes, prefix), tmp_path / "a.safetensors")
+        adapter = ak.read(tmp_path / "a.safetensors")
+        with pytest.raises(Unrepresentable, match="SANA-WM"):
+            ak.write(adapter, tmp_path / "b.safetensors", "kohya")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
