@@ -216,7 +216,6 @@ def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
     """How much each layer is changed: one record a layer, in order."""
-
     from ..io.checkpoint import opened
     from .measuring import measure
 
@@ -437,7 +436,6 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Numbers and bytes of the tensors that `_counted` counts."""
-
     from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]

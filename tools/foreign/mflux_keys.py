@@ -42,7 +42,7 @@ PAIRS = {
 }  # fmt: skip
 SLOTS = [*(slot for pair in sorted(PAIRS) for slot in pair), "alpha"]
 
-HEAD = """# Made by tools/foreign/mflux_keys.py from the tool's own mappings. README.md beside this file explains the fields.
+HEAD = """# Made by tools/foreign/mflux_keys.py from the tool's own mappings. README.md explains the fields.
 format = 1
 title = "mflux"
 url = "https://github.com/filipstrand/mflux"
