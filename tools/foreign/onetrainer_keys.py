@@ -165,7 +165,8 @@ def spelled(name: str, naming: str, shapes: Mapping[str, tuple[int, ...]]) -> di
             if there is None or is_norm(weight) or place.ratio is not None or there.ratio is not None:
                 continue
             for piece in family.moves(path, "diffusers", family.wanted(naming)):
-                total = rows * piece.there.of // piece.here.of
+                inner, outer = (run.parts for run in (piece.here, piece.there))
+                total = rows * inner * piece.there.of // (piece.here.of * outer)
                 found.setdefault(there.name, {}).setdefault(piece.path, total)
     return {template: list(names.items()) for template, names in found.items() if not is_norm(template)}
 
