@@ -6,7 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, QwenImageControlNetModel, SanaControlNetModel
+from diffusers import (
+    ControlNetModel,
+    FluxControlNetModel,
+    QwenImageControlNetModel,
+    SanaControlNetModel,
+    UNetMotionModel,
+)
 from diffusers.models.transformers.transformer_sana_wm import SanaWMTransformer3DModel
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -126,3 +132,33 @@ def test_the_feed_forward_of_sana_wm_alone_gets_no_names_of_sana_video(tmp_path)
             ak.write(adapter, tmp_path / "b.safetensors", "kohya")
     ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
     assert load_file(tmp_path / "b.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+
+
+def test_a_motion_lora_gets_diffusers_names(tmp_path):
+    """AnimateDiff writes its own names of the motion modules; diffusers' script renames them as this does."""
+    random = np.random.default_rng(3)
+    blocks = {"down_blocks.0": 32, "up_blocks.1": 64, "mid_block": 64}
+    held = {}
+    for block, width in blocks.items():
+        start = f"{block}.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks"
+        for number in (0, 1):
+            for word in ("to_q", "to_k", "to_v", "to_out"):
+                stem = f"{start}.{number}.processor.{word}_lora"
+                held[f"{stem}.down.weight"] = random.normal(size=(2, width)).astype("f4")
+                held[f"{stem}.up.weight"] = random.normal(size=(width, 2)).astype("f4")
+    save_file(held, tmp_path / "a.safetensors")
+    ak.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+             "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "layers_per_block": 1, "norm_num_groups": 8,
+             "cross_attention_dim": 8, "num_attention_heads": 2, "motion_num_attention_heads": 2}  # fmt: skip
+    model = UNetMotionModel(**sizes)
+    state = {key: torch.from_numpy(value) for key, value in load_file(tmp_path / "b.safetensors").items()}
+    names = {key.removeprefix("unet.").rpartition(".lora_")[0] for key in state}
+    assert len(names) == len(held) // 2
+    state = {key: value for key, value in state.items() if "up_blocks" not in key}
+    model.load_lora_adapter(state, prefix="unet")
+    layer = dict(model.named_modules())["down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_out.0"]
+    stem = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.1.processor.to_out_lora"
+    wanted = held[f"{stem}.up.weight"].astype("f8") @ held[f"{stem}.down.weight"]
+    np.testing.assert_allclose(layer.get_delta_weight("default_0").detach().numpy(), wanted, atol=1e-5)

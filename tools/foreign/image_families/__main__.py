@@ -189,7 +189,7 @@ def template(name: str) -> str:
 def weights_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
     """The weights, in order of diffusers' modules; those that no converter makes have no native name."""
     if family.convert is None:
-        return {key: {} for key in shapes}
+        return {key: dict(family.others.get(key, {})) for key in shapes}
     pieces, lost = pieces_of(family, shapes)
     weights: dict[str, dict[str, Any]] = {}
     for key in dict.fromkeys((*shapes, *pieces)):

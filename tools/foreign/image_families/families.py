@@ -39,6 +39,7 @@ class Family:
             spec/architectures.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         parameters: parameters that are no module's weight: diffusers' name -> the authors'; both are templates.
+        others: weight -> further namings -> templates, of tools that have names of their own for some modules.
         elsewhere: patterns of authors' modules of further models of the family, which diffusers does not have.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -69,6 +70,7 @@ class Family:
     whole_norms: bool = False
     ratios: tuple[str, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
     elsewhere: str = ""
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +122,36 @@ def _lora_converter(convert: Callable[[State], State], prefix: str = "diffusion_
         return {f"{name.removeprefix('transformer.')}.weight": value for name, value in pairs}
 
     return converted
+
+
+def _motion() -> dict[str, dict[str, str]]:
+    """AnimateDiff's own names of its motion modules, which its motion LoRAs have: the naming `animatediff`."""
+    attention = {
+        f"attn{n + 1}.{x}": f"attention_blocks.{n}.{x}" for n in (0, 1) for x in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    norms = {"norm1": "norms.0", "norm2": "norms.1", "norm3": "ff_norm"}
+    inside = attention | norms | {name: name for name in ("ff.net.0.proj", "ff.net.2")}
+    blocks = {
+        f"transformer_blocks.{{m}}.{ours}": f"transformer_blocks.{{m}}.{theirs}" for ours, theirs in inside.items()
+    }
+    parts = blocks | {name: name for name in ("norm", "proj_in", "proj_out")}
+    places = [
+        f"{side}_blocks.{{n}}.motion_modules.{number}"
+        for side, most in (("down", 2), ("up", 3))
+        for number in range(most)
+    ]
+    found = {
+        f"{place}.{ours}": {"animatediff": f"{place}.temporal_transformer.{theirs}"}
+        for place in (*places, "mid_block.motion_modules.0")
+        for ours, theirs in parts.items()
+    }
+    # The first hole of a name is `n`.
+    return {
+        name.replace("{m}", "{n}") if "{n}" not in name else name: {
+            naming: there.replace("{m}", "{n}") if "{n}" not in there else there for naming, there in each.items()
+        }
+        for name, each in found.items()
+    }
 
 
 _PIXART = {
@@ -663,7 +695,8 @@ FAMILIES: dict[str, Family] = {
         counted=True, unlikely=True,
     ),
     "motion_unet": Family(
-        ("UNetMotionModel",), title="AnimateDiff", component="unet", kohya="diffusers", counted=True, unlikely=True
+        ("UNetMotionModel",), title="AnimateDiff", component="unet", kohya="diffusers", counted=True, unlikely=True,
+        others=_motion(), sources=("diffusers: scripts/convert_animatediff_motion_lora_to_diffusers.py",),
     ),
     "uvit2d": Family(("UVit2DModel",), title="aMUSEd", counted=True, unlikely=True),
     # ControlNets have copies of the first blocks of the models that they steer, under the same names.
