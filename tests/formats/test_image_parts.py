@@ -14,6 +14,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.models.transformers.transformer_sana_wm import SanaWMTransformer3DModel
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -159,6 +160,31 @@ def test_a_motion_lora_gets_diffusers_names(tmp_path):
     state = {key: value for key, value in state.items() if "up_blocks" not in key}
     model.load_lora_adapter(state, prefix="unet")
     layer = dict(model.named_modules())["down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_out.0"]
-    stem = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.1.processor.to_out_lora"
+    inside = "temporal_transformer.transformer_blocks.0.attention_blocks.1"
+    stem = f"down_blocks.0.motion_modules.0.{inside}.processor.to_out_lora"
     wanted = held[f"{stem}.up.weight"].astype("f8") @ held[f"{stem}.down.weight"]
     np.testing.assert_allclose(layer.get_delta_weight("default_0").detach().numpy(), wanted, atol=1e-5)
+
+
+def test_a_resized_network_says_its_own_rank(tmp_path):
+    """As sd-scripts' resize_lora does: `Dynamic` for several ranks; hashes of the old file are not kept."""
+    random, held = np.random.default_rng(4), {}
+    for stem, out in (("lora_unet_double_blocks_0_img_attn_qkv", 96), ("lora_unet_single_blocks_0_linear1", 224)):
+        held[f"{stem}.lora_down.weight"] = random.normal(size=(8, 32)).astype("f4")
+        held[f"{stem}.lora_up.weight"] = random.normal(size=(out, 8)).astype("f4")
+        held[f"{stem}.alpha"] = np.array(4, "f4")
+    told = {"ss_network_module": "networks.lora_flux", "ss_network_dim": "8", "ss_network_alpha": "4.0",
+            "ss_base_model_version": "flux1", "sshs_model_hash": "a" * 64, "ss_learning_rate": "1e-4"}  # fmt: skip
+    save_file(held, tmp_path / "a.safetensors", metadata=told)
+    adapter = ak.read(tmp_path / "a.safetensors")
+    ak.write(adapter, tmp_path / "same.safetensors", "kohya")
+    assert (tmp_path / "same.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    ak.write(ak.ops.resize(adapter, rank=4), tmp_path / "b.safetensors", "kohya")
+    with safe_open(tmp_path / "b.safetensors", "np") as file:
+        found = file.metadata()
+        ranks = {file.get_tensor(key).shape[0] for key in file.keys() if "down" in key}  # noqa: SIM118 - no mapping
+        alphas = {float(file.get_tensor(key)) for key in file.keys() if key.endswith("alpha")}  # noqa: SIM118
+    assert (ranks, found["ss_network_dim"]) == ({4}, "4")
+    assert float(found["ss_network_alpha"]) in (alphas or {4.0})
+    assert found["ss_learning_rate"] == "1e-4"
+    assert "sshs_model_hash" not in found
