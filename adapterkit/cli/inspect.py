@@ -249,6 +249,10 @@ def _base_view(record: Mapping[str, Any], every: bool) -> View:
     yield f"{record['path']}: base" + (f", model_type {record['model_type']}" if record["model_type"] else "")
     files = counted(len(record["files"]), "file")
     yield f"  {counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+    if record.get("architecture"):
+        yield f"  GGUF of {record['architecture']}" + (f": {record['name']}" if record.get("name") else "")
+    if record.get("families"):
+        yield f"  family: {' or '.join(record['families'])}"
     if record.get("licence"):
         yield f"  licence {_licence(record)}"
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))

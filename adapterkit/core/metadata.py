@@ -151,12 +151,13 @@ def model_types_of(adapter: Adapter) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def model_class_of(adapter: Adapter) -> str | None:
-    """The class of the base that an adapter of PEFT was trained on; None where its config does not name it."""
+def model_class_of(adapter: Adapter) -> tuple[str, str]:
+    """Return the class of the base that PEFT trained an adapter on, and its module; empty where no config names it."""
     config = None if adapter.foreign is None else adapter.foreign.data.get("config")
     mapping = config.get("auto_mapping") if isinstance(config, Mapping) else None
-    found = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    return found if isinstance(found, str) else None
+    found = mapping if isinstance(mapping, Mapping) else {}
+    name, library = found.get("base_model_class"), found.get("parent_library")
+    return name if isinstance(name, str) else "", library if isinstance(library, str) else ""
 
 
 def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator[str]:

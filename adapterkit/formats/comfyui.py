@@ -34,7 +34,16 @@ from ..naming.image import (
 from ..naming.resolver import WRAPPERS
 from ._image import container
 from ._image.container import Metadata
-from ._image.deciding import candidates, denoiser_targets, encoder_kinds, has_encoders, narrowed, said
+from ._image.deciding import (
+    CONTROLNET,
+    candidates,
+    denoiser_targets,
+    encoder_kinds,
+    has_encoders,
+    may_be_controlnet,
+    narrowed,
+    said,
+)
 from ._image.dialect import ImageFormat
 from ._image.file import AGAIN, ImageKey, ImageModule, Rules
 from ._image.hints import ImageHints
@@ -121,7 +130,10 @@ class Comfyui(ImageFormat):
         fitting = [each for each in families() if all(rest in each for rest in rests)] if rests else list(families())
         # Names that a U-Net has too, such as time_embedding.linear_1, do not prove a transformer.
         parts = {each.component for each in fitting if not each.facts.generic}
+        parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
+        if rests and not any(map(_says_part, modules)) and may_be_controlnet(rests, _inputs(modules), metadata):
+            part = ""  # Writers that need the part refuse, with both readings.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
         fitting = narrowed(fitting, lambda family: words <= {each.comfyui for each in family.facts.encoders.values()})
@@ -201,6 +213,17 @@ _ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "co
 """Prefixes that names of a U-Net or a transformer may have; or none."""
 
 
+def _says_part(stem: str) -> bool:
+    """Whether a key says that its module is in the U-Net or the transformer, or in a text encoder."""
+    return stem.startswith(("text_encoders.", *(root for root in _ROOTS if root != "base_model.model.")))
+
+
+def _inputs(modules: Mapping[str, ImageModule]) -> set[int]:
+    """Return the sizes of the inputs of the modules that have LoRA's A."""
+    downs = (module.tensors["down"].shape for module in modules.values() if "down" in module.tensors)
+    return {shape[1] for shape in downs if len(shape) > 1}
+
+
 def _rest(stem: str) -> str:
     """A module's name without what stands before it, once or twice, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
@@ -219,7 +242,7 @@ def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:
     """Return the target of a module, given the part that is the U-Net or transformer and the families that fit."""
     root, rest = rooted(stem)
     if not stem.startswith("text_encoders."):
-        return f"{part}.{_rest(stem)}"
+        return f"{part}.{_rest(stem)}" if part else _rest(stem)
     word = stem.split(".")[1]
     rest = rest if root.startswith("text_encoders.") else stem.split(".", 3)[3]
     known = {

@@ -172,10 +172,23 @@ def _set(items: Any = ()) -> object:
     return list(items)
 
 
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that nothing here needs, and that is not built: numpy's state of random numbers beside the weights."""
+
+
+def _opaque(*_: object) -> Opaque:
+    return Opaque()
+
+
 CALLS: dict[str, Callable[..., object]] = {
     "__builtin__ set": _set,
+    "_codecs encode": _opaque,
     "builtins set": _set,
     "collections OrderedDict": _ordered,
+    "numpy dtype": _opaque,
+    "numpy._core.multiarray _reconstruct": _opaque,
+    "numpy.core.multiarray _reconstruct": _opaque,
     "torch Size": lambda shape: shape,
     "torch._utils _rebuild_parameter": _parameter,
     "torch._utils _rebuild_tensor": _tensor,
@@ -183,7 +196,7 @@ CALLS: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v3": _tensor_v3,
 }
 """The functions that REDUCE may call. All are defined here, and none runs anything from its arguments."""
-KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES}
+KNOWN = {*CALLS, *STORAGE_TYPES, *_DTYPES, "numpy ndarray"}
 
 
 # A pickle interpreter for the few opcodes that `torch.save` writes for a state dict; it only builds inert values.
@@ -295,6 +308,8 @@ class Machine:
 
     def build(self, _: object) -> None:
         (state,) = self.pops(1)
+        if type(self.stack[-1]) is Opaque:
+            return
         self.top(dict)
         if type(state) is not dict or not state.keys() <= {"_metadata"}:
             raise refused("attributes on a dict, other than a module's `_metadata`")

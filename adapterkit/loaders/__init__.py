@@ -23,7 +23,7 @@ from ..formats._image.deciding import candidates, denoiser_targets, origin_of
 from ..formats._image.dialect import ImageFormat
 from ..methods.lora import LoRA
 from ..naming import architectures
-from ..naming.image import component_of, encoders, families
+from ..naming.image import component_of, encoders, families, rooted
 from ..writing import Promotion
 
 if TYPE_CHECKING:
@@ -169,7 +169,12 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         return adapter
     seen = _File.of(adapter, format, path)
     known = [family for family in seen.families if any(family.name in keys.families for keys in tool.keys)]
-    if not known or any(_holds(tool, family, key) for family in known for key in seen.keys):
+    names = [rooted(target.path)[1] for target in denoiser_targets(adapter.updates, ())]
+    # AnimateDiff's own names are read as diffusers' oldest keys, which hold no module of diffusers.
+    usual = writer.naming != "diffusers" or any(
+        all(name in family.names("diffusers") for name in names) for family in seen.families
+    )
+    if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
         return adapter
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})

@@ -126,7 +126,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The facts of a family that is a part of a diffusers pipeline: its names, and how to recognise it.
 
     Attributes:
-        component: the part: `unet` or `transformer`.
+        component: the part: `unet`, `transformer` or `controlnet`.
         title: the family's name in messages; empty to use the name of its file.
         classes: values of `_class_name` in the config of a diffusers model.
         words: names of the family in files' metadata, letters and digits only: `flux1`.

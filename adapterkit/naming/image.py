@@ -240,6 +240,7 @@ ROOTS = {
     "text_encoder_4": "text_encoder_4",
     "text_conditioner": "text_conditioner",
     "connectors": "connectors",
+    "controlnet": "controlnet",
     "cond_stage_model.transformer": "text_encoder",
     "conditioner.embedders.0.transformer": "text_encoder",
     "text_encoders.clip_l.transformer": "text_encoder",

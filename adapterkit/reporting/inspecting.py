@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,8 +243,6 @@ def _layers(
     adapter: Adapter, base: Checkpoint | str | os.PathLike[str] | None, rename: Sequence[str]
 ) -> list[dict[str, JsonValue]]:
     """How much each layer is changed: one record a layer, in order."""
-    import math
-
     from ..io.checkpoint import opened
     from .measuring import measure
 
@@ -386,7 +385,8 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
     except UsageError as error:
         cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
-    dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
+    tensors, told = _stored(base)
+    dtypes = sorted({str(tensor["dtype"]) for tensor in tensors})
     other = other_file(base.tensors)
     said = []
     if other is not None:
@@ -394,24 +394,62 @@ def base_record(path: Path, src: str) -> dict[str, Any]:
         said = [f"keys such as {key} are those of {kind.name}, which is not read: {kind.why}. {kind.cure}"]
     return {
         "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"), **_licence(path),
-        "files": [file.name for file in base.files], **({"warnings": said} if said else {}),
-        "tensors": [_tensor_record(base, name) for name in base.tensors],
+        "files": [file.name for file in base.files], **({"warnings": said} if said else {}), **told,
+        "tensors": tensors,
         "totals": {
-            "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),
-            "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
+            **_total(tensors),
+            "dtypes": {dtype: _total([t for t in tensors if t["dtype"] == dtype]) for dtype in dtypes},
         },
     }  # fmt: skip
 
 
-def _tensor_record(base: Checkpoint, name: str) -> dict[str, object]:
-    tensor = base.tensors[name]
-    where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}
+def _stored(base: Checkpoint) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The tensors of a base, and what is known of its model beyond its config.
+
+    The blocks of a GGUF file are bytes; its header has each weight's own shape and type.
+    """
+    from ..io.gguf_file import read_model
+    from ..io.magic_bytes import is_gguf
+
+    headers = {file.name: read_model(file) for file in base.files if is_gguf(file)}
+    records = []
+    for name, tensor in base.tensors.items():
+        header = headers.get(base.home[name].name)
+        shape, dtype = (
+            (tensor.shape, str(tensor.dtype)) if header is None else (header.shapes[name], header.types[name])
+        )
+        size = _sums(_counted([tensor])) | {"parameters": math.prod(shape)}
+        records.append({"name": name, "shape": list(shape), "dtype": dtype, **size, "file": base.home[name].name})
+    told: dict[str, Any] = {}
+    for header in headers.values():
+        said = {key: value.value for key, value in header.values.items()}
+        told |= {word: said[key] for word, key in _GGUF.items() if key in said}
+    found = _families_of_base(base, str(told.get("architecture", "")))
+    return records, {**told, **({"families": found} if found else {})}
 
 
-def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
-    tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
-    return {"tensors": len(tensors), **_sums(_counted(tensors))}
+def _families_of_base(base: Checkpoint, architecture: str) -> list[str]:
+    """The families of image and video models that a base can be of; none where it says that it is another model."""
+    from ..formats._image.deciding import families_in
+    from ..naming.architectures import of_gguf
+    from ..naming.image import families
+
+    kind = (base.config or {}).get("model_type")
+    if kind is not None or (architecture and of_gguf(architecture)) or len(base.tensors) > _DENOISER:
+        return []
+    named = {family.name: family.title for family in families()}
+    return [named[name] for name in families_in(base)]
+
+
+_DENOISER = 8_000
+"""More tensors than any published U-Net or transformer has with its text encoders and its VAE."""
+
+_GGUF = {"architecture": "general.architecture", "name": "general.name"}
+"""Field of the record -> key of a GGUF file."""
+
+
+def _total(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {"tensors": len(tensors), **{word: sum(t[word] for t in tensors) for word in ("parameters", "bytes")}}
 
 
 def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
@@ -425,8 +463,6 @@ def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
 
 def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
     """Numbers and bytes of the tensors that `_counted` counts."""
-    import math
-
     from ..io.lazy import DTYPES
 
     sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]

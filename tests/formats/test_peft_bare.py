@@ -5,7 +5,9 @@ import json
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -189,3 +191,61 @@ def test_what_is_split_over_ranks_is_refused_with_the_command_that_joins_it(tmp_
     for path in (step, step / "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         with pytest.raises(Unsupported, match=r"zero_to_fp32\.py"):
             ak.read(path, alpha=6)
+
+
+def sat_states(width: int = 8, rank: int = 2) -> dict[str, object]:
+    """What SwissArmyTransformer saves of CogVideoX: its base, and a LoRA for each part of a fused weight."""
+    import random
+
+    module: dict[str, torch.Tensor] = {"first_stage_model.encoder.conv_in.weight": torch.zeros(2, 2)}
+    for layer in range(2):
+        start = f"model.diffusion_model.transformer.layers.{layer}.attention."
+        for name, parts in (("query_key_value", 3), ("dense", 1)):
+            module[f"{start}{name}.original.weight"] = torch.zeros(parts * width, width)
+            for part in range(parts):
+                module[f"{start}{name}.matrix_A.{part}"] = torch.randn(rank, width)
+                module[f"{start}{name}.matrix_B.{part}"] = torch.randn(width, rank)
+    shapes = {name: leaf.shape for name, leaf in module.items() if "matrix" in name}
+    return {
+        "module": module, "param_shapes": [shapes], "iteration": 3, "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),  # noqa: NPY002 - what SAT saves
+        "torch_rng_state": torch.get_rng_state(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sats_model_states_are_read(whole: bool, tmp_path: Path) -> None:
+    """Also those of its inference mode, which hold the module alone. Each part's B @ A is scaled by alpha / rank."""
+    states = sat_states()
+    module: Any = states["module"]
+    (tmp_path / "1").mkdir()
+    torch.save(states if whole else {"module": module}, tmp_path / "1" / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("1")
+    with pytest.raises(UsageError, match=r"lora_alpha with --alpha A \(alpha=A\)"):
+        ak.read(tmp_path)
+    adapter = ak.read(tmp_path, alpha=4)
+    names = {
+        "to_q": "query_key_value.0",
+        "to_k": "query_key_value.1",
+        "to_v": "query_key_value.2",
+        "to_out.0": "dense.0",
+    }
+    assert len(adapter.updates) == 2 * len(names)
+    for layer in range(2):
+        for ours, theirs in names.items():
+            name, part = theirs.split(".")
+            start = f"model.diffusion_model.transformer.layers.{layer}.attention.{name}.matrix_"
+            A, B = (module[f"{start}{letter}.{part}"].double().numpy() for letter in "AB")
+            change = adapter.delta(f"transformer.transformer_blocks.{layer}.attn1.{ours}").numpy()
+            np.testing.assert_allclose(change, 2 * (B @ A), rtol=1e-5, atol=1e-6)
+    # Its names are also those of LTX and Sana: the file tells that it is CogVideoX.
+    ak.write(adapter, tmp_path / "out.safetensors", "comfyui")
+    assert "diffusion_model.blocks.0.attn_out.lora_down.weight" in load_file(tmp_path / "out.safetensors")
+
+
+def test_sats_lora_of_another_model_is_refused_by_its_module(tmp_path: Path) -> None:
+    held = {"transformer.layers.0.cross_attention.query.matrix_A.0": torch.zeros(2, 8)}
+    torch.save({"module": held}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(Unsupported, match="cogvideox does not have") as refusal:
+        ak.read(tmp_path, alpha=1)
+    assert "cross_attention.query.matrix_A.0" in str(refusal.value)

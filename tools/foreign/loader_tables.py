@@ -1,8 +1,25 @@
-"""Parts of the tables in spec/loaders that several tools here write."""
+"""Parts of the tables in spec/loaders that several tools here write, and a check of all files together.
+
+    python tools/foreign/loader_tables.py --check    exits 1 on a difference
+
+The check needs no tool: each file must have the form that its script writes, name only modules that its families have
+under its naming, and state the installed version of a tool that is installed. It prints the script that runs the tool.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "spec" / "loaders"
+SCRIPT = re.compile(r"# Made by (tools/foreign/\w+(?:\.py)?)")
+PACKAGES = {"diffusers": "diffusers", "peft": "peft", "lycoris": "lycoris-lora", "mlx_lm": "mlx-lm"}
+"""File -> the package that has the tool's version."""
 
 Families = Mapping[str, tuple[list[str], list[str]]]
 """Family -> all its modules, and those that a loader does not take."""
@@ -25,3 +42,53 @@ def exceptions(families: Families) -> Iterator[str]:
         if modules:
             yield from ("", f"[keys.{field}]", *(f"{name} = {quoted(each)}" for name, each in modules.items()))
     yield ""
+
+
+def faults(file: Path) -> Iterator[str]:
+    """What is wrong with a file."""
+    from adapterkit.loaders import load
+    from adapterkit.naming.architectures import HOLE
+    from adapterkit.naming.image import families
+
+    text = file.read_text()
+    tool = load(file)
+    known = {family.name: family for family in families()}
+    for keys in tool.keys:
+        names = {name: known[name].names(keys.naming).patterns for name in {*keys.families, *keys.without, *keys.only}}
+        for name, patterns in names.items():
+            if not patterns:
+                yield f"{name} has no naming {keys.naming}"
+            listed = (*keys.without.get(name, ()), *keys.only.get(name, ()))
+            # A module of a text encoder or of another part of the model has no pattern there.
+            yield from (f"{name} has no {path}" for path in listed if HOLE.sub("#", path) not in patterns)
+        both = sorted({*keys.without} & {*keys.only})
+        yield from (f"{name} is in `without` and in `only` of {keys.prefix}" for name in both)
+        yield from (f"{name} is not in `families` of {keys.prefix}" for name in names if name not in keys.families)
+    if (found := SCRIPT.match(text)) is not None and not (ROOT / found[1]).exists():
+        yield f"no script {found[1]}"
+    package = PACKAGES.get(file.stem)
+    try:
+        version = metadata.version(package) if package else ""
+    except metadata.PackageNotFoundError:
+        version = ""
+    if version and tool.version != version:
+        yield f"version {tool.version}, and {version} is installed"
+
+
+def main() -> int:
+    """Check all files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", required=True)
+    parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    failed = 0
+    for file in sorted(OUT.glob("*.toml")):
+        wrong = list(faults(file))
+        failed += bool(wrong)
+        made = SCRIPT.match(file.read_text())
+        print(f"{file.stem}: {'; '.join(wrong) or 'same'}" + (f" ({made[1]} runs the tool)" if made else ""))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...core.metadata import metadata_of
+from ...core.metadata import metadata_of, model_class_of
 from ...errors import UsageError
 from ...naming.image import (
     COMFYUI,
@@ -38,6 +38,9 @@ SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diff
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """Parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
+
+CONTROLNET = "controlnet"
+"""The part of a pipeline that has copies of the first blocks of its model, under the same names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,10 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
     formats = {str(step.args.get("format")) for step in adapter.recipe if step.op == "read"}
     if base is None:
         families = FAMILIES.get(next(iter(formats)), ()) if len(formats) == 1 else ()
-        return Origin(naming, families, metadata=metadata)
+        kind, library = model_class_of(adapter)
+        named = tuple(family.name for family in families_of_class(kind))
+        unknown = "" if named or not library.startswith("diffusers.") else kind
+        return Origin(naming, families or named, unknown=unknown, metadata=metadata)
     known = set(modules_of(base))
     families = families_in(base)
     if "_diffusers_version" in (base.config or {}):
@@ -96,8 +102,7 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
     from .underscores import modules_of
 
     kind = (base.config or {}).get("_class_name")
-    named = tuple(family.name for family in families() if kind in family.facts.classes)
-    if named:
+    if named := tuple(family.name for family in families_of_class(str(kind))):
         return named
     found = families_of_model(base.tensors)
     if kind is not None:
@@ -105,6 +110,11 @@ def families_in(base: Checkpoint) -> tuple[str, ...]:
         known = set(modules_of(base))
         found = [family for family in found if all(rooted(path)[1] in family for path in known)]
     return tuple(family.name for family in narrowed(found, lambda family: not family.facts.unlikely))
+
+
+def families_of_class(name: str) -> list[ImageFamily]:
+    """List the families whose models have this class in diffusers."""
+    return [family for family in families() if name in family.facts.classes]
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
@@ -151,6 +161,9 @@ def decide(
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.title for family in fitting)
         return None, f"its names are those of {names}, which are translated differently"
+    if len({family.component == CONTROLNET for family in fitting}) > 1:
+        names = " or ".join(family.title for family in fitting)
+        return None, f"its names are those of {names}, and nothing says which of them it is"
     return fitting[0], ""
 
 
@@ -164,14 +177,34 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
     fitting = [family for family in families() if all(path in family for path in paths)]
+    if any(rooted(target.path)[0] for target in targets):
+        # The file says which part of the pipeline these modules are in, and it is no ControlNet.
+        fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
     fitting = likely(fitting, paths, _inputs(updates, targets), origin)
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
         # The caller or the writer of the file named them: other evidence only chooses among the named families.
         fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
+    denoisers = [family for family in fitting if family.component != CONTROLNET]
+    told = any(said(family, origin.metadata) for family in denoisers)
+    # The rest of the evidence tells models apart, and a ControlNet is as its model.
+    nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
+    return [*_narrowed_on(denoisers or fitting, paths, updates, targets, origin), *nets]
+
+
+def _narrowed_on(
+    fitting: list[ImageFamily], paths: Collection[str], updates: Updates, targets: Collection[Target], origin: Origin
+) -> list[ImageFamily]:
+    """Narrow families by the file's naming, words of metadata, the text encoders, the shapes and the blocks."""
     if origin.naming:
-        fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
+        # Files with diffusers' names are read in ComfyUI's format, too; other names of some families are not known.
+        fitting = narrowed(
+            fitting,
+            lambda family: (
+                family.namings == ("diffusers",) or all(path in family.names(origin.naming) for path in paths)
+            ),
+        )
     fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
     parts = encoder_kinds(updates)
     fitting = narrowed(fitting, lambda family: bool(parts) and has_encoders(family, parts))
@@ -254,6 +287,11 @@ def likely(
             return True
         if set(family.facts.widths).isdisjoint(sizes):
             return False
+        if family.component == CONTROLNET:
+            return _begins(family, paths)
+        if family.component == "unet":
+            # Most adapters of U-Nets of Stable Diffusion have blocks on both sides, and fit other U-Nets as well.
+            return _begins(family, paths) and not all(first in _numbers(paths) for first in family.facts.blocks)
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
@@ -262,6 +300,30 @@ def likely(
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
 
     return narrowed(fitting, lambda family: not family.facts.unlikely or spoken_for(family))
+
+
+def may_be_controlnet(paths: Collection[str], inputs: Collection[int], metadata: Mapping[str, str]) -> bool:
+    """Whether modules without a part of a pipeline before their names can be those of a ControlNet.
+
+    Args:
+        paths: the names.
+        inputs: the sizes of the adapted weights' inputs.
+        metadata: the file's metadata, which may name a family.
+    """
+    fitting = [family for family in families() if all(path in family for path in paths)]
+    left = likely(fitting, paths, inputs, Origin(metadata=metadata))
+    told = [family for family in left if said(family, metadata)] or left
+    return any(family.component == CONTROLNET for family in told)
+
+
+def _begins(family: ImageFamily, paths: Iterable[str]) -> bool:
+    """Whether names have several blocks in a row, from the first ones on, and none that the family lacks."""
+    numbers = _numbers(paths)
+    if not numbers or sum(map(len, numbers.values())) < 2:
+        return False
+    # The first block of a U-Net of Stable Diffusion XL has no attention.
+    rows = all(min(found) < 2 and len(found) == max(found) - min(found) + 1 for found in numbers.values())
+    return rows and all(max(found) < family.facts.blocks.get(first, 0) for first, found in numbers.items())
 
 
 def in_a_row(paths: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from ...methods.lokr import LoKr
 from ...methods.oft import OFT
 from ...naming.image import FUSED, ImageFamily, families_of, rooted
 from ...naming.pieces import Piece, Run
-from .deciding import UNKNOWN, Origin, decide, denoiser_targets
+from .deciding import CONTROLNET, UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import FusedPart, joined, outputs_of, parted
 
 Changed = dict[Target, tuple[Update, ...]]
@@ -114,6 +114,8 @@ class _Into:
             source: the naming of all targets; empty if they have several.
         """
         root, rest = rooted(target.path)
+        if self.family.component == CONTROLNET and self.naming == "diffusers" and not root:
+            return self.keep(replace(target, path=f"{CONTROLNET}.{rest}"), found)
         if not source and rest in self.family.names(self.naming):
             source = self.naming
         source = source or self.family.naming_of([rest])

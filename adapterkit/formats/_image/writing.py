@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...core.metadata import with_metadata
 from ...errors import Unrepresentable
 from ...io.lazy import Lazy, as_lazy
+from ...methods.dora import DoRA
 from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
@@ -16,7 +17,7 @@ from ...methods.weight_norm import WeightNorm
 from ...naming.image import component_of
 from .biases import mixed_biases
 from .bundles import keyed
-from .deciding import FAMILY, candidates, denoiser_targets, origin_of
+from .deciding import CONTROLNET, FAMILY, candidates, denoiser_targets, origin_of
 from .encode import NO_SLOT_FOR_SCALING, encode, rewritten, why_not, without_effect
 from .file import rules_at, rules_for
 from .hints import ImageHints, fingerprint, hints_of, still
@@ -51,6 +52,9 @@ def encoded(
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
+    changed = not hints.stems or (bool(adapter.recipe) and adapter.recipe[-1].op != "read")
+    if changed and "ss_network_module" in dict(metadata):
+        metadata += _ranks(updates)
     if not hints.stems:
         metadata += _family(adapter.updates, origin)
     for target, found in updates.items():
@@ -74,6 +78,19 @@ def _family(updates: Updates, origin: Origin) -> Metadata:
     targets = denoiser_targets(updates, ())
     known = [family.name for family in candidates(updates, targets, origin)] if targets else []
     return [(FAMILY, " ".join(known))] if known else []
+
+
+def _ranks(updates: Updates) -> Metadata:
+    """Return what sd-scripts says of a network's rank and alpha: `Dynamic` where the modules have several."""
+    each = [update for found in updates.values() for update in found]
+    pairs = [(update.A.shape[0], update.scaling) for update in each if isinstance(update, (DoRA, LoRA))]
+    if not pairs or len(pairs) < len(each):
+        return []
+    ranks = {rank for rank, _ in pairs}
+    alphas = {rank * scaling for rank, scaling in pairs}
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    alpha = f"{alphas.pop():.9g}" if len(alphas) == 1 else "Dynamic"
+    return [("ss_network_dim", dim), ("ss_network_alpha", alpha)]
 
 
 def _stored(
@@ -188,6 +205,8 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: ImageHi
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+                if component_of(target.path) == CONTROLNET:
+                    why = "a module of a ControlNet, for which a file of this format has no prefix"
                 if component_of(target.path) == "transformer_2":
                     why = "a second transformer, for which a file of this format has no prefix"
             if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):

@@ -1,4 +1,4 @@
-"""Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed and FSDP.
+"""Read state dicts of PEFT models without adapter_config.json: bare files, and checkpoints of DeepSpeed, FSDP and SAT.
 
 Keys and shapes determine the method and the ranks, so a config is made from them. They do not determine alpha: it comes
 from the file's metadata, from tensors `<module>.alpha`, or from the caller. Trainers of image, video and audio models
@@ -25,6 +25,7 @@ from .container import CONFIG, SAFETENSORS, TORCH
 from .container import sniff as sniff_config
 from .file import Key
 from .keys import PREFIX, parse_key
+from .sat import FAMILY, OF_FAMILY, in_peft_names, is_sat
 
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
@@ -96,6 +97,11 @@ def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, A
         raise UsageError(f"neither {CONFIG} nor {SAFETENSORS} nor {TORCH}", path=path, cure=cure)
     header = dict(safetensors.read_header(file).metadata) if file.suffix == ".safetensors" else {}
     tensors = _without_wrapper(_tensors(file))
+    if is_sat(tensors):
+        try:
+            tensors, header = in_peft_names(tensors, alpha), {OF_FAMILY: FAMILY}
+        except AdapterkitError as error:
+            raise error.at(path=file) from None
     alphas = {
         key: tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA) and math.prod(tensors[key].shape) == 1
     }

@@ -37,7 +37,7 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
     if any(step.op == "rename" for step in adapter.recipe):
         return
     trained = {name: module for name in model_types_of(adapter) if (module := module_of(name)) is not None}
-    given, kind = models_of(config or {}), model_class_of(adapter)
+    given, kind = models_of(config or {}), model_class_of(adapter)[0] or None
     if not any(module_of(name) for name in given):
         return
     other = next((name for name, module in trained.items() if not has_model(given, module, kind)), None)

@@ -71,6 +71,8 @@ def toml_of(name: str, family: Family) -> str:
     weights = weights_of(family, shapes)
     widths = {shape[1] for key, shape in shapes.items() if _projects(key, shape)} | {*family.widths}
     facts: dict[str, Any] = {}
+    if family.component != "transformer":
+        facts["component"] = family.component
     if family.title:
         facts["title"] = family.title
     facts["classes"] = [*family.classes, *family.alike]
@@ -187,7 +189,7 @@ def template(name: str) -> str:
 def weights_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
     """The weights, in order of diffusers' modules; those that no converter makes have no native name."""
     if family.convert is None:
-        return {key: {} for key in shapes}
+        return {key: dict(family.others.get(key, {})) for key in shapes}
     pieces, lost = pieces_of(family, shapes)
     weights: dict[str, dict[str, Any]] = {}
     for key in dict.fromkeys((*shapes, *pieces)):

@@ -27,6 +27,7 @@ class Family:
         convert: from the authors' state dict to diffusers'; None where both have the same names.
         native: patterns of the authors' names.
         title: its name in messages.
+        component: the part of the pipeline.
         config: arguments of the class.
         rows: rows of a weight that is not fused.
         blocks: how many blocks go into the converter, where it wants all.
@@ -38,6 +39,7 @@ class Family:
             spec/architectures.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         parameters: parameters that are no module's weight: diffusers' name -> the authors'; both are templates.
+        others: weight -> further namings -> templates, of tools that have names of their own for some modules.
         elsewhere: patterns of authors' modules of further models of the family, which diffusers does not have.
         cases: weight -> places, for modules that are another weight in the last block, told by outputs by inputs.
         comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
@@ -50,6 +52,7 @@ class Family:
     convert: Callable[..., State] | None = None
     native: str = ""
     title: str = ""
+    component: str = "transformer"
     alike: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     rows: int = 12
@@ -67,6 +70,7 @@ class Family:
     whole_norms: bool = False
     ratios: tuple[str, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
     elsewhere: str = ""
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     comfyui: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +122,36 @@ def _lora_converter(convert: Callable[[State], State], prefix: str = "diffusion_
         return {f"{name.removeprefix('transformer.')}.weight": value for name, value in pairs}
 
     return converted
+
+
+def _motion() -> dict[str, dict[str, str]]:
+    """AnimateDiff's own names of its motion modules, which its motion LoRAs have: the naming `animatediff`."""
+    attention = {
+        f"attn{n + 1}.{x}": f"attention_blocks.{n}.{x}" for n in (0, 1) for x in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    norms = {"norm1": "norms.0", "norm2": "norms.1", "norm3": "ff_norm"}
+    inside = attention | norms | {name: name for name in ("ff.net.0.proj", "ff.net.2")}
+    blocks = {
+        f"transformer_blocks.{{m}}.{ours}": f"transformer_blocks.{{m}}.{theirs}" for ours, theirs in inside.items()
+    }
+    parts = blocks | {name: name for name in ("norm", "proj_in", "proj_out")}
+    places = [
+        f"{side}_blocks.{{n}}.motion_modules.{number}"
+        for side, most in (("down", 2), ("up", 3))
+        for number in range(most)
+    ]
+    found = {
+        f"{place}.{ours}": {"animatediff": f"{place}.temporal_transformer.{theirs}"}
+        for place in (*places, "mid_block.motion_modules.0")
+        for ours, theirs in parts.items()
+    }
+    # The first hole of a name is `n`.
+    return {
+        name.replace("{m}", "{n}") if "{n}" not in name else name: {
+            naming: there.replace("{m}", "{n}") if "{n}" not in there else there for naming, there in each.items()
+        }
+        for name, each in found.items()
+    }
 
 
 _PIXART = {
@@ -620,10 +654,94 @@ FAMILIES: dict[str, Family] = {
         ("OmniGenTransformer2DModel",), title="OmniGen", counted=True, unlikely=True,
         config={"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48, "type": "su"}},
     ),
-    "sana_wm": Family(("SanaWMTransformer3DModel",), title="SANA-WM", counted=True, unlikely=True),
+    "sana_wm": Family(
+        ("SanaWMTransformer3DModel",), title="SANA-WM", counted=True, unlikely=True, widths=(2240,)
+    ),
     "stable_audio": Family(("StableAudioDiTModel",), title="Stable Audio", counted=True, unlikely=True),
     "wan_animate2": Family(("WanAnimate2Transformer3DModel",), title="Wan Animate 2", counted=True, unlikely=True),
     "cosmos3": Family(("Cosmos3OmniTransformer",), title="Cosmos 3", counted=True, unlikely=True),
+    "kandinsky6": Family(("Kandinsky6Transformer3DModel",), title="Kandinsky 6", counted=True, unlikely=True),
+    "kandinsky6_sr": Family(("Kandinsky6SRTransformer3DModel",), title="Kandinsky 6 SR", counted=True, unlikely=True),
+    "prx": Family(("PRXTransformer2DModel",), title="PRX", counted=True, unlikely=True, widths=(1792,)),
+    "joyimage_edit": Family(
+        ("JoyImageEditTransformer3DModel",), title="JoyImage-Edit", counted=True, unlikely=True, widths=(3072, 4096),
+        alike=("JoyImageEditPlusTransformer3DModel",),
+    ),
+    "stable_audio3": Family(("StableAudio3DiTModel",), title="Stable Audio 3", counted=True, unlikely=True),
+    "longcat_audio": Family(("LongCatAudioDiTTransformer",), title="LongCat-Audio", counted=True, unlikely=True),
+    "latte": Family(
+        ("LatteTransformer3DModel",), title="Latte", counted=True, unlikely=True,
+        config={"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+                "num_layers": 28, "cross_attention_dim": 1152, "caption_channels": 4096, "patch_size": 2,
+                "sample_size": 64, "attention_bias": True, "norm_type": "ada_norm_single",
+                "norm_elementwise_affine": False},
+    ),
+    "rfd4_proteina": Family(("RFD4ProteinaTransformer",), title="RFD4 Proteina", counted=True, unlikely=True),
+    "kandinsky_prior": Family(("PriorTransformer",), title="a prior of unCLIP", counted=True, unlikely=True),
+    # U-Nets whose blocks are named as those of Stable Diffusion.
+    "dreamlite": Family(
+        ("DreamLiteUNetModel",), title="DreamLite", component="unet", kohya="diffusers", counted=True, unlikely=True,
+        widths=(320, 640, 1280),
+    ),
+    "kandinsky3": Family(
+        ("Kandinsky3UNet",), title="Kandinsky 3", component="unet", kohya="diffusers", counted=True, unlikely=True
+    ),
+    "i2vgen_xl": Family(
+        ("I2VGenXLUNet",), title="I2VGen-XL", component="unet", kohya="diffusers", counted=True, unlikely=True,
+        alike=("UNet3DConditionModel",),
+    ),
+    "stable_video": Family(
+        ("UNetSpatioTemporalConditionModel",), title="Stable Video Diffusion", component="unet", kohya="diffusers",
+        counted=True, unlikely=True,
+    ),
+    "motion_unet": Family(
+        ("UNetMotionModel",), title="AnimateDiff", component="unet", kohya="diffusers", counted=True, unlikely=True,
+        others=_motion(), sources=("diffusers: scripts/convert_animatediff_motion_lora_to_diffusers.py",),
+    ),
+    "uvit2d": Family(("UVit2DModel",), title="aMUSEd", counted=True, unlikely=True),
+    # ControlNets have copies of the first blocks of the models that they steer, under the same names.
+    "controlnet_sd": Family(
+        ("ControlNetModel",), title="a ControlNet of Stable Diffusion", component="controlnet", counted=True,
+        unlikely=True, widths=(320, 640, 1280),
+        alike=("ControlNetUnionModel", "MultiControlNetModel", "MultiControlNetUnionModel"),
+    ),
+    "controlnet_sparse": Family(
+        ("SparseControlNetModel",), title="a SparseCtrl ControlNet", component="controlnet", counted=True,
+        unlikely=True, widths=(320, 640, 1280),
+    ),
+    "controlnet_xs": Family(
+        ("ControlNetXSAdapter",), title="a ControlNet-XS", component="controlnet", counted=True, unlikely=True
+    ),
+    "controlnet_flux": Family(
+        ("FluxControlNetModel",), title="a ControlNet of FLUX", component="controlnet", counted=True, unlikely=True,
+        config={"num_layers": 6, "num_single_layers": 10}, alike=("FluxMultiControlNetModel",),
+    ),
+    "controlnet_sd3": Family(
+        ("SD3ControlNetModel",), title="a ControlNet of SD 3", component="controlnet", counted=True, unlikely=True,
+        config={"num_layers": 19}, widths=(1536, 2432), alike=("SD3MultiControlNetModel",),
+    ),
+    "controlnet_sana": Family(
+        ("SanaControlNetModel",), title="a ControlNet of Sana", component="controlnet", counted=True, unlikely=True,
+        widths=(1152, 2240),
+    ),
+    "controlnet_qwen_image": Family(
+        ("QwenImageControlNetModel",), title="a ControlNet of Qwen-Image", component="controlnet", counted=True,
+        unlikely=True, config={"num_layers": 5}, alike=("QwenImageMultiControlNetModel",),
+    ),
+    "controlnet_z_image": Family(
+        ("ZImageControlNetModel",), title="a ControlNet of Z-Image", component="controlnet", counted=True,
+        unlikely=True, config={"control_layers_places": [0, 5, 10, 15, 20, 25], "control_refiner_layers_places": [0, 1],
+                               "control_in_dim": 16},
+    ),
+    "controlnet_cosmos": Family(
+        ("CosmosControlNetModel",), title="a ControlNet of Cosmos", component="controlnet", counted=True, unlikely=True
+    ),
+    "controlnet_hunyuan_dit": Family(
+        ("HunyuanDiT2DControlNetModel",), title="a ControlNet of Hunyuan-DiT", component="controlnet", counted=True,
+        unlikely=True, alike=("HunyuanDiT2DMultiControlNetModel",),
+        config={"in_channels": 4, "hidden_size": 1408, "patch_size": 2, "sample_size": 128, "mlp_ratio": 4.3637,
+                "conditioning_channels": 3, "transformer_num_layers": 40},
+    ),
     "sana_video": Family(
         ("SanaVideoTransformer3DModel",), _sana_video,
         """x_embedder.proj t_embedder.mlp.{0,2} t_block.1 y_embedder.y_proj.fc{1,2} attention_y_norm final_layer.linear
@@ -778,6 +896,31 @@ WORDS: dict[str, list[str]] = {
     "wan_animate2": ["wananimate2"],
     "cosmos3": ["cosmos3"],
     "sana_video": ["sanavideo"],
+    "kandinsky6": ["kandinsky6"],
+    "kandinsky6_sr": [],
+    "prx": ["prx"],
+    "joyimage_edit": ["joyimage"],
+    "stable_audio3": ["stableaudio3"],
+    "longcat_audio": ["longcataudio"],
+    "latte": [],
+    "rfd4_proteina": [],
+    "kandinsky_prior": [],
+    "dreamlite": ["dreamlite"],
+    "kandinsky3": ["kandinsky3"],
+    "i2vgen_xl": ["i2vgen"],
+    "stable_video": ["stablevideo"],
+    "motion_unet": ["animatediff"],
+    "uvit2d": ["amused"],
+    "controlnet_sd": [],
+    "controlnet_sparse": [],
+    "controlnet_xs": [],
+    "controlnet_flux": [],
+    "controlnet_sd3": [],
+    "controlnet_sana": [],
+    "controlnet_qwen_image": [],
+    "controlnet_z_image": [],
+    "controlnet_cosmos": [],
+    "controlnet_hunyuan_dit": [],
 }
 """What metadata of files call the families, in lower-case letters and digits alone."""
 
