@@ -287,6 +287,46 @@ def restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
             each.parameter.copy_(value)
 
 
+class Unmerging:
+    """Takes a merge out of one module after the other, and puts it back where that fails halfway.
+
+    All bits from before at once would be the model a second time, and all merged bits a third time. So the merged bits
+    are kept instead of the copy from before, which the parameter holds again. Bits that were computed again give the
+    merged ones by the same sums.
+    """
+
+    def __init__(self) -> None:
+        self._summed: Folded = []
+        self._swapped: list[tuple[Merged, Tensor, bool]] = []
+        self._current: list[tuple[Merged, Tensor | None]] = []
+
+    def take_out(self, hook: ForwardHook, parts: list[Part], merged: list[Merged]) -> bool:
+        """Give a module's parameters the bits from before; False, and nothing done, where they cannot be computed."""
+        found = subtracted([(hook, parts)], merged)
+        if any(value is None for _, value in found):
+            return False
+        kept = [(each, each.parameter.detach().clone(), each.before is not None) for each, _ in found]
+        self._current = [(each, value) for each, value, _ in kept]
+        restore(found)
+        # Nothing can interrupt between the two halves of such a statement.
+        if any(copied for _, _, copied in kept):
+            self._swapped, self._current = [*self._swapped, *kept], []
+            for each, _, _ in kept:
+                each.before = None
+        else:
+            self._summed, self._current = [*self._summed, (hook, parts)], []
+        return True
+
+    def undo(self) -> None:
+        """Give all parameters the merged bits back."""
+        restore(self._current)
+        for hook, parts in self._summed:
+            fold(hook, parts)
+        for each, value, copied in self._swapped:
+            each.before = each.parameter.detach().clone() if copied else None
+            restore([(each, value)])
+
+
 def checked_folds(model: nn.Module, found: Folded) -> Folded:
     """Hooks of a model with parts of them, of layers that share a parameter only one.
 

@@ -25,6 +25,7 @@ from ..core.composed_layer import Composed
 from ..core.updates import Additive, Update
 from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from .batched import KeptStacks, add_by_row, add_to_rows, factors_of, places_of, rank_of
+from .bypass import unwatch_reads, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
 from .dropout import dropped_change
@@ -70,6 +71,7 @@ class ForwardHook:
         self.trained: tuple[Part, Leaf] | None = None  # The first that was injected to be trained.
         self.probe: ForwardProbe | None = None
         self.known: Any = None  # Another tool's forward in place of this one that was seen to call it.
+        self.calls = 0  # See bypass.py.
         ALIVE.add(self)
 
     @property
@@ -113,6 +115,7 @@ class ForwardHook:
         held, slot = self.module.__dict__, self._standing()
         wrapped = slot is None and self.slot in held and (held.get(HOOK) is self or self.wrapper is not None)
         held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
+        watch_reads(self)
         if not wrapped:  # Otherwise another tool's forward stands there, and calls this one.
             held[slot or self.slot] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
@@ -166,6 +169,7 @@ class ForwardHook:
             return
         self._look()
         del self.module.__dict__[HOOK], self.module.__dict__[SCRIPTING]
+        unwatch_reads(self)
         if self.probe is not None:
             self.probe.stop()
         slot = self._standing()
@@ -187,7 +191,10 @@ class ForwardHook:
             self.probe.meet()
         if self.copied is not None:
             self._check_copy(self.copied)
-        plain = self.plain and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # Compiled code would be compiled anew for each number.
+            self.calls += 1
+        plain = self.plain and len(args) == 1 and not kwargs and not compiling
         # Making a plan reads the tensors in another order than using it: torch.jit.trace compares two runs.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])

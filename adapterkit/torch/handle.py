@@ -20,6 +20,7 @@ from .folding import (
     KEEPS,
     Folded,
     Merged,
+    Unmerging,
     changed_by,
     checked_folds,
     fold,
@@ -413,24 +414,19 @@ class Handle:
                 cure = "Undo that, call unmerge_(), and do it again"
                 raise UsageError(why, where=f"{self.name}: a {type(hook.module).__name__}", cure=cure)
             hooks.append(again)
-        try:
-            found = subtracted(self._folded, self._merged)
-        finally:
-            for each in self._merged:  # Computing the bits changes the weights, and puts them back.
-                each.version = each.parameter._version
-        if any(value is None for _, value in found):
-            why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
-            raise UsageError(why, where=self.name, cure="Load their values from then, or load the base again")
-        merged: list[tuple[Merged, Tensor | None]] = [(m, m.parameter.detach().clone()) for m in self._merged]
+        merged, undone = self._merged, Unmerging()
 
         def undo() -> None:
-            restore(merged)
-            for each, _ in merged:
+            undone.undo()
+            for each in merged:
                 each.forget()
                 each.push()
 
         with all_or_nothing(self._model, self._objects(), undo):
-            restore(found)
+            for hook, parts in self._folded:
+                if not undone.take_out(hook, parts, merged):
+                    why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
+                    raise UsageError(why, where=self.name, cure="Load their values from then, or load the base again")
             for leaf in self._leaves:
                 leaf.register()
             self._hooks = hooks
@@ -440,7 +436,7 @@ class Handle:
                     hook.attach(part)
             self._state, self._merged, self._folded = "attached", [], []
             self._enter(frozen=bool(self.frozen))
-            for each, _ in merged:
+            for each in merged:
                 each.pop()
 
     def _check(self) -> None:

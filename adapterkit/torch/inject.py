@@ -24,6 +24,7 @@ from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
 from .call_recorder import CallRecorder, words_of
 from .context import ContextPart, parts_of
+from .conversions import casts_layerwise
 from .dropout import check_dropout, dropout_of
 from .experts import with_experts
 from .folding import change_alike
@@ -471,7 +472,8 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     else:
         parameter = tensor_at(model, site.weight or site.bias or "")
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
+            cure = "Inject the adapter before enable_layerwise_casting()" if casts_layerwise(holder) else _UNPACKED
+            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=cure)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)

@@ -114,4 +114,4 @@ def _kind(tuner: nn.Module) -> str:
     return next((parts[2] for parts in names if len(parts) > 3), "adapter")
 
 
-_QUANTIZED = "Call handle.merge_() before it is prepared, or export it with torch.export and quantize the program"
+_QUANTIZED = "Call handle.merge_() before it is prepared"

@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
+from .bypass import PARAMETERS
 from .checkpoints import HANDLES
 from .conversions import APPLY
 from .parts import HOOK, SCRIPTING
 from .scopes import SETTINGS
 
-_OWN = (HOOK, SCRIPTING, APPLY, HANDLES, "forward", "_old_forward")
+_OWN = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
 """Attributes of a module that an adapter sets or exchanges."""
 
 _TABLES = (
-    "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    PARAMETERS, "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_state_dict_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", HANDLES,
 )  # fmt: skip

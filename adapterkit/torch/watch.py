@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
+from .bypass import Block, begin_calls, end_calls
 from .forward_hook import ForwardHook
 from .leaves import Leaf, reclaim
 from .parts import HOOK
@@ -116,6 +117,8 @@ class Watch:
             layer = isinstance(module, nn.TransformerEncoderLayer)
             hooks = module._forward_pre_hooks
             ours = [] if module is not self.model or hook.watches else [k for k, h in hooks.items() if h is hook]
+            if ours:
+                hook.end.remove()
             # Each of several adapters has put one there.
             ours += [key for key, each in hooks.items() if each is _no_fused_path][:1] if layer else []
             for key in ours:
@@ -233,9 +236,12 @@ class _Hook:
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
+        self.hooks: dict[ForwardHook, int] = {}
+        self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
+        self.end = model.register_forward_hook(self.finish, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "forwards": None}
+        return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -294,8 +300,18 @@ class _Hook:
         called = [each for each in parents.values() if type(each).forward is not nn.Module.forward]
         self.steps_of_model = below(self.model)
         self.steps = [_Step(module, below(module), self.model) for module in called]
+        self.below = {id(module): self._block(module, below(module)) for module in called}
         for step in self.steps:
             step.module.register_forward_pre_hook(step)
+
+    def _block(self, module: nn.Module, places: list[Place]) -> Block:
+        """A block with the hooks at modules that it calls; one that is known keeps the forward that it was met with."""
+        hooks = [child.__dict__[HOOK] for _, _, child in places if HOOK in child.__dict__]
+        known = self.below.get(id(module))
+        made = Block(module, hooks)
+        if known is not None and known.module is module:
+            made.met = known.met
+        return made
 
     def _gather(self) -> None:
         each = {(id(parent), name): (parent, name, m) for w in self.watches for parent, name, m in w.places}
@@ -303,6 +319,9 @@ class _Hook:
         self.tuners = [place for place in self.places if is_tuner(place[0]) and HOOK in place[2].__dict__]
         self.blocks = list({id(parent): parent for parent, name, _ in self.places if _is_fused_away(name)}.values())
         self.forwards = list({id(module): (module, f) for w in self.watches for module, f in w.forwards}.values())
+        held = {id(module): module for watch in self.watches for module in watch.modules}
+        found = [module.__dict__[HOOK] for module in held.values() if HOOK in module.__dict__]
+        self.hooks = {hook: place for place, hook in enumerate(found)}
         self.settled = False
         self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
 
@@ -338,6 +357,18 @@ class _Hook:
         if DistributedDataParallel._active_ddp_module is not None:
             for watch in self.watches:
                 check_averaged((leaf.tensor for leaf in watch.leaves), watch.name)
+        for block in self.below.values():
+            block.look()
+        begin_calls(self.hooks)
+
+    def finish(self, _model: nn.Module, _args: Any, result: Any) -> None:
+        """Look what the forward read and called; torch calls this after a forward that raised too, without a result.
+
+        Raises:
+            Unsupported: the weight of a module with an adapter was read, and the module was not called.
+        """
+        if not torch.compiler.is_compiling():
+            end_calls(self.hooks, failed=result is None)
 
 
 def _hook_of(model: nn.Module) -> _Hook:

@@ -11,7 +11,9 @@ import adapterkit as ak
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import NotMergeable, Unsupported, UsageError
 from adapterkit.methods import METHODS
+from adapterkit.torch import folding
 from adapterkit.torch import handle as handles
+from adapterkit.torch.forward_hook import ForwardHook
 
 
 def lora(seed, inputs=16, outputs=8):
@@ -81,6 +83,36 @@ def test_unmerging_recomputes_every_bit(dtype, size):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     ak.torch.handles(model)["other"].remove()
     assert torch.equal(model(x).nan_to_num(), attached.nan_to_num())
+
+
+@pytest.mark.parametrize("keep", ["copy", "recompute"])
+def test_unmerging_holds_one_module_at_a_time(monkeypatch, keep):
+    """Not all bits from before together: they are as large as the model."""
+    model = two_layers()
+    handle = ak.torch.inject(model, adapter(1), weight=1e-3)
+    before, held, real = bits(model), [], folding.subtracted
+    handle.merge_(keep=keep)
+    monkeypatch.setattr(folding, "subtracted", lambda hooks, merged: (held.append(len(hooks)), real(hooks, merged))[1])
+    handle.unmerge_()
+    assert held == [1] * len(model)
+    assert same(bits(model), before)
+
+
+def test_a_failed_unmerge_after_the_adapter_changed_leaves_the_merged_bits(monkeypatch):
+    model = two_layers()
+    handle = ak.torch.inject(model, adapter(1), trainable=True)
+    before, parameters = bits(model), list(handle.parameters())
+    handle.merge_(keep="copy")
+    merged = bits(model)
+    with torch.no_grad():
+        parameters[0].add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ForwardHook, "attach", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            handle.unmerge_()
+    assert same(bits(model), merged)
+    handle.unmerge_()
+    assert same(bits(model), before)
 
 
 def test_recomputing_after_the_adapter_changed_is_refused():

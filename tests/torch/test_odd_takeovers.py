@@ -631,6 +631,15 @@ def _():
     return base(X), linear(one()[0])
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Embedding(4, 3)])
+def test_layers_that_are_cast_already_are_told_the_order(layer):
+    given = nn.Sequential(copy.deepcopy(layer))
+    shape = tuple(layer.weight.shape)
+    apply_layerwise_casting(given, storage_dtype=EIGHT, compute_dtype=torch.float32, skip_modules_classes=())
+    with pytest.raises(Unsupported, match="before enable_layerwise_casting"):
+        ak.torch.inject(given, adapter("0", *shape))
+
+
 def test_there_are_forty():
     assert len(SITUATIONS) >= 40
 

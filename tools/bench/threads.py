@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -30,6 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import adapterkit as ak
+from adapterkit.core.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
 
@@ -72,6 +74,13 @@ def main() -> int:
 def model_of(method: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor] | None:
     """A model with three adapters of a method attached, and an input; None where the method is not of one layer."""
     torch.manual_seed(0)
+    if method in BUILT:
+        layer, x, leaves = BUILT[method]
+        built = nn.Sequential(layer()).to(dtype)
+        for name in NAMES[1:]:
+            update = METHODS[method](**{field: 0.3 * torch.randn(shape) for field, shape in leaves.items()})
+            ak.torch.inject(built, Adapter({Target("0"): (update,)}), name=name)
+        return built, torch.randn(x, dtype=dtype)
     model = nn.Sequential(nn.Linear(16, 16)).to(dtype)
     for seed, name in enumerate(NAMES[1:]):
         try:
@@ -94,6 +103,12 @@ def model_of(method: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor] 
     return model, torch.randn(ROWS, 3, 16, dtype=dtype)
 
 
+BUILT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, tuple[int, ...]]]] = {
+    "residual": (lambda: nn.Linear(16, 16), (ROWS, 3, 16), {"A": (2, 16), "B": (16, 2)}),
+    "oft_patches": (lambda: nn.Conv2d(4, 6, 2), (ROWS, 4, 5, 5), {"pairs": (4, 6)}),
+}
+"""Methods without an initial value: the layer, the shape of its input, and those of the update's tensors."""
+
 WHOLE: dict[str, dict[str, Any]] = {
     name: {"rank": 2}
     for name in (
@@ -105,8 +120,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     "alora": {"rank": 2, "targets": ["q_proj"], "invocation": [3]},
     "rows": {"targets": ["embed_tokens"], "index": [1, 3]},
     "poly": {"rank": 2, "targets": "layer", "tasks": 2},
+    "shadow": {},
 }  # fmt: skip
-"""Methods that act on a whole model, and how `create` makes one."""
+"""Methods that act on a whole model, and how `create` makes one; PEFT makes a Shadow, which has no initial value."""
 
 
 class Tasks(nn.Module):
@@ -131,7 +147,7 @@ def whole_model(method: str) -> tuple[nn.Module, list[Call]] | None:
         return None
     torch.manual_seed(0)
     model = Tasks() if method == "poly" else llama()
-    adapter = ak.torch.create(model, method, **WHOLE[method])
+    adapter = shadow() if method == "shadow" else ak.torch.create(model, method, **WHOLE[method])
     updates = {
         target: tuple(u.replace(**{n: shifted(t) for n, t in u.tensors.items() if n not in u.frozen}) for u in us)
         for target, us in adapter.updates.items()
@@ -144,6 +160,17 @@ def whole_model(method: str) -> tuple[nn.Module, list[Call]] | None:
     more: list[dict[str, Any]] = [{"task_ids": torch.tensor([n % 2, 0])} for n in range(4)]
     words = more if method == "multitask_prompt" else [{}] * 4
     return model, [lambda i=i, w=w: model(input_ids=i, **w).logits for i, w in zip(ids, words, strict=True)]
+
+
+def shadow() -> Adapter:
+    """A Shadow for `llama()`, as PEFT saves it."""
+    import peft
+
+    config = peft.ShadowConfig(task_type="CAUSAL_LM", init_weights=False, r=3, shadow_alpha=0.7)
+    model: Any = llama()
+    with tempfile.TemporaryDirectory() as folder:
+        peft.get_peft_model(model, config).save_pretrained(folder)
+        return ak.read(folder).load()
 
 
 def shifted(leaf: Any) -> Any:
