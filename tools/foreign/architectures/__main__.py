@@ -16,7 +16,7 @@ from pathlib import Path
 
 import transformers
 from entries import Entries, entries_of
-from families import FAMILIES
+from families import CLASSES, FAMILIES
 from foreign_names import gguf_names, mlx_names
 from writing import toml_of
 
@@ -40,7 +40,7 @@ def main() -> int:
         if wanted.isdisjoint(types):
             continue
         made: dict[str, Entries] = {}
-        for model_type in types:
+        for model_type in (*types, *CLASSES.get(family, ())):
             try:
                 made[model_type] = entries_of(model_type)
             except Exception as error:  # One model type that fails must not stop the others.
@@ -52,7 +52,7 @@ def main() -> int:
         used = list(sources)
         used += [f"gguf {version('gguf')}: TensorNameMap"] if gguf_names(joined, types) else []
         used += ["mlx-lm: sanitize of its models"] if mlx_names(joined) else []
-        text = toml_of(family, list(made), joined, used)
+        text = toml_of(family, [each for each in made if each in types], joined, used)
         path = OUT / f"{family}.toml"
         if arguments.check:
             same = path.exists() and path.read_text() == text
