@@ -6,7 +6,9 @@ import adapterkit
 from adapterkit.errors import NotMergeable
 
 
-@pytest.mark.filterwarnings("ignore:.lora_bias", "ignore:.is_gradient_checkpointing:FutureWarning", "ignore:.*invalid shape")
+@pytest.mark.filterwarnings(
+    "ignore:.lora_bias", "ignore:.is_gradient_checkpointing:FutureWarning", "ignore:.*invalid shape"
+)
 def test_the_cure_that_the_refusal_names_gives_pefts_logits(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")

@@ -61,8 +61,12 @@ SMALL = {
 WIDER: dict[str, dict[str, Any]] = {
     "linear": {"layer_types": ["linear_attention"]},
     "linear_split": {"layer_types": ["linear_attention"]},
-    "hybrid": {"num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"], "mamba_n_heads": 4},
-    "dense_hybrid": {"mamba_n_heads": 4, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8},
+    "hybrid": {
+        "num_hidden_layers": 2, "mamba_n_heads": 4, "layer_types": ["full_attention", "linear_attention"],
+    },
+    "dense_hybrid": {
+        "mamba_n_heads": 4, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8,
+    },
     "rotary": {
         "text_config.hidden_size": 32,
         "text_config.rope_parameters": {
@@ -75,7 +79,8 @@ WIDER: dict[str, dict[str, Any]] = {
 VECTORS = {
     "rope": "llama", "qkv_by_head": "bloom", "qkv_by_group": "falcon", "turned": "gpt2", "experts": "qwen3_moe",
     "interleaved": "gpt_oss", "stack_in_parts": "granitemoe", "latent": "deepseek_v3", "linear": "qwen3_5_text",
-    "linear_split": "qwen3_next", "rotary": "glm4v", "layers_twice": "t5", "hybrid": "granitemoehybrid", "dense_hybrid": "granitemoehybrid",
+    "linear_split": "qwen3_next", "rotary": "glm4v", "layers_twice": "t5",
+    "hybrid": "granitemoehybrid", "dense_hybrid": "granitemoehybrid",
 }  # fmt: skip
 """Name of a kind of order -> a model type that has it."""
 

@@ -195,6 +195,6 @@ _NO_BIAS = (
     "Inject it instead of merging (adapterkit.torch.inject), or merge into a copy of the base that has biases: "
     "from_pretrained(base, attention_bias=True) and save_pretrained, where its config has attention_bias, or mlp_bias"
 )
-"""PEFT's merge refuses this too. Transformers fills the fresh biases with zeros, which leave the copy's outputs alone."""
+"""PEFT's merge refuses this too. Transformers fills fresh biases with zeros, which leave the outputs alone."""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

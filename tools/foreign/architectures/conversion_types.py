@@ -37,7 +37,8 @@ LEFT_OUT = {
     "timm_wrapper": "names are those of any model of timm",
     "dots3_note_audio_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
     "dots3_note_vision_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
-    "qwen3_omni_moe_text": "the type of a part, of which no Auto class makes a model: qwen3_omni_moe_thinker has its names",
+    "qwen3_omni_moe_text": "the type of a part, of which no Auto class makes a model: "
+    "qwen3_omni_moe_thinker has its names",
     "step3p5_vision": "the type of a part, of which no Auto class makes a model: step3p7 has its names",
 }
 """Name in the mapping -> why it has no file."""
@@ -46,8 +47,8 @@ LEFT_OUT = {
 def reason(name: str) -> str | None:
     """Why a name of the mapping has no file; None for one that needs a file.
 
-    A name that is neither a public class nor a model type is never loaded by itself: it is a class inside a module, whose
-    model has the file, or a name that the mapping alone has (`xCLIPTextModel`, for a class `XCLIPTextModel`).
+    A name that is neither a public class nor a model type is never loaded by itself: it is a class inside a module,
+    whose model has the file, or a name that the mapping alone has (`xCLIPTextModel`, for a class `XCLIPTextModel`).
     """
     is_type = name in vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
     if is_type or hasattr(transformers, name):

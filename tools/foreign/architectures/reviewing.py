@@ -24,8 +24,8 @@ MORE = {
 def differences(made: Entries, committed: Mapping[str, Any]) -> list[str]:
     """What of the tool's finding the committed file does not say alike; empty where it says all of it.
 
-    Only the places in `transformers5` and `hub` are compared: those in other namings are the other tools'. A weight that
-    the file has in parts, because another naming stores them apart, is compared by its parts.
+    Only the places in `transformers5` and `hub` are compared: those in other namings are the other tools'. A weight
+    that the file has in parts, because another naming stores them apart, is compared by its parts.
     """
     there: Weights = {_unnamed(weight): places for weight, places in committed["weights"].items()}
     found = [
@@ -34,7 +34,8 @@ def differences(made: Entries, committed: Mapping[str, Any]) -> list[str]:
         if ((weight := _unnamed(name)) not in there or _places(weight, there[weight]) != _places(weight, places))
         and not _in_parts(weight, places, there)
     ]
-    found += [f"{name} is not in vocabulary" for name in made.vocabulary if name not in committed.get("vocabulary", [])]
+    listed = committed.get("vocabulary", [])
+    found += [f"{name} is not in vocabulary" for name in made.vocabulary if name not in listed]
     found += [f"{one} is not tied to {other}" for one, other in made.tied.items() if not committed.get("tied")]
     return found
 
@@ -51,7 +52,7 @@ def additions(made: Entries, committed: Mapping[str, Any]) -> list[str]:
 
 
 def _unnamed(template: str) -> str:
-    """A template with one sign for all holes: GGUF stacks a few lists of layers, which the file then counts by `{e}`."""
+    """A template with one sign for all holes: GGUF stacks a few lists of layers, which a file counts by `{e}`."""
     return HOLE.sub("#", template)
 
 
