@@ -96,13 +96,22 @@ class GgufCondition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         classes: the first of `architectures` in the base's config is one of these.
         field: the base's config has this field.
+        only: field of the config -> the words that it lists, and no other; all fields must hold, and `zero` too.
+        zero: with `only`: the base's config lacks this field, or it is 0.
     """
 
     classes: list[str] = []
     field: str = ""
+    only: dict[str, list[str]] = {}
+    zero: str = ""
 
     def holds(self, config: Mapping[str, Any]) -> bool:
         """Whether a base's config meets the condition."""
+        if self.only:
+            listed = [(config.get(field), set(words)) for field, words in self.only.items()]
+            return not config.get(self.zero) and all(
+                isinstance(each, list) and each and {*map(str, each)} <= words for each, words in listed
+            )
         named = config.get("architectures")
         first = named[0] if isinstance(named, list) and named else None
         return first in self.classes or config.get(self.field) is not None
@@ -179,6 +188,7 @@ class ArchitectureRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     sources: list[str] = []
     gguf: list[str] = []
     gguf_when: dict[str, GgufCondition] = {}
+    gguf_as: dict[str, str] = {}
     gguf_key: str | None = None
     keyed: list[str] = []
     extends: dict[str, str] = {}
@@ -521,6 +531,7 @@ def faults(record: ArchitectureRecord) -> Iterator[str]:
         if other not in architecture.namings or other in record.extends or naming in record.keyed:
             yield f"extends: {naming} cannot extend {other}"
     yield from (f"gguf_when: {name} is not in gguf" for name in record.gguf_when if name not in record.gguf)
+    yield from (f"gguf_as: {name} is not in gguf" for name in record.gguf_as if name not in record.gguf)
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
         if name not in record.weights:

@@ -220,7 +220,7 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
         UsageError: there is no config.
         Unsupported: llama.cpp's converter is not known to support the family.
     """
-    from .architectures import architecture_of
+    from .architectures import architecture_of, named
 
     if config is None:
         why = "the base's architecture decides on names and the order of rows in a GGUF file"
@@ -228,7 +228,9 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
     for each in (config, config.get("text_config")):
         found = architecture_of(each) if isinstance(each, dict) else None
         if found is not None and found.record.gguf:
-            return _chosen(found, config), found
+            name = _chosen(found, config)
+            other = found.record.gguf_as.get(name)
+            return name, found if other is None else named(other)
     known = ", ".join(gguf_architectures())
     why = f"bases of model_type {config.get('model_type')!r}"
     raise Unsupported(why, where="config.json", cure=f"GGUF files of these architectures are known: {known}")

@@ -230,7 +230,8 @@ def test_every_name_in_transformers_mapping_has_a_file_or_a_reason():
     assert all(len(reason) > 20 for reason in left.values())
     types = [name for name in files if name == name.lower()]
     assert len(types) > 130
-    assert [name for name in types if architecture_of({"model_type": name}) is None] == []
+    # The encoder of T5Gemma 2 has the names of the whole.
+    assert [name for name in types if architecture_of({"model_type": name}) is None] == ["t5gemma2_encoder"]
 
 
 @pytest.mark.parametrize("family", ["whisper", "marian", "mbart", "pegasus", "blenderbot", "mvp", "plbart", "bart"])

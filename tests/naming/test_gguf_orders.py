@@ -102,7 +102,8 @@ def test_a_joined_tensor_of_other_heads_is_refused(tmp_path):
 
 def test_all_kinds_of_orders_are_among_the_cases():
     assert KINDS == [
-        "experts", "grouped_rope", "heads_by_block", "interleaved", "latent", "layers_twice", "linear", "linear_split",
+        "dense_hybrid", "experts", "grouped_rope", "heads_by_block", "hybrid",
+        "interleaved", "latent", "layers_twice", "linear", "linear_split",
         "qkv_apart", "qkv_by_group", "qkv_by_head", "rope", "rotary", "stack_in_parts", "thirds_rope", "turned",
     ]  # fmt: skip
 

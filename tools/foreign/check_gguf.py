@@ -46,7 +46,8 @@ LIMIT = 2e-6
 FAULTY = dict.fromkeys(
     ("gpt2", "gpt-sw3"), "swaps the factors of Conv1D layers, so that they have the shape of the weight turned"
 )
-"""Model types of which llama.cpp's own converter of adapters makes files that llama.cpp refuses to load."""
+FAULTY["granitemoehybrid"] = "asks transformers 5 for the kinds of layers, does not know its words, and leaves all rows"
+"""Model types of which llama.cpp's own converter of adapters makes files that llama.cpp refuses, or reads wrongly."""
 
 
 SMALL = {
@@ -60,6 +61,12 @@ SMALL = {
 WIDER: dict[str, dict[str, Any]] = {
     "linear": {"layer_types": ["linear_attention"]},
     "linear_split": {"layer_types": ["linear_attention"]},
+    "hybrid": {
+        "num_hidden_layers": 2, "mamba_n_heads": 4, "layer_types": ["full_attention", "linear_attention"],
+    },
+    "dense_hybrid": {
+        "mamba_n_heads": 4, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 8,
+    },
     "rotary": {
         "text_config.hidden_size": 32,
         "text_config.rope_parameters": {
@@ -73,6 +80,7 @@ VECTORS = {
     "rope": "llama", "qkv_by_head": "bloom", "qkv_by_group": "falcon", "turned": "gpt2", "experts": "qwen3_moe",
     "interleaved": "gpt_oss", "stack_in_parts": "granitemoe", "latent": "deepseek_v3", "linear": "qwen3_5_text",
     "linear_split": "qwen3_next", "rotary": "glm4v", "layers_twice": "t5",
+    "hybrid": "granitemoehybrid", "dense_hybrid": "granitemoehybrid",
 }  # fmt: skip
 """Name of a kind of order -> a model type that has it."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ...core.adapter import Adapter, Foreign, Step, Target
@@ -14,7 +15,7 @@ from ...methods.lora import LoRA
 from ...naming.architectures import WEIGHT
 from ...naming.binding import bind
 from ...naming.binding.translating import moves_of, translated
-from ...naming.gguf import family_of
+from ...naming.gguf import family_of, name_for
 from ...naming.heads import undone
 from ...naming.layouts import stored_in_out
 from ...naming.tables import modules_of, without_prefix
@@ -26,6 +27,7 @@ from .place import EMBEDDING, SLOTS, GgufPlace
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.lazy import Lazy
+    from ...naming.architectures import Architecture
     from .._pairs import Pair, Slots
 
 FORMAT = "gguf"
@@ -56,7 +58,7 @@ def decode(file: Gguf, base: Checkpoint | None, *, outline: bool = False) -> Ada
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     groups = grouped(pairs, SLOTS, "a GGUF adapter")
-    place = GgufPlace(name, family_of(name, groups), None if base is None else base.config)
+    place = GgufPlace(name, _family(name, groups, base), None if base is None else base.config)
     held: dict[Target, tuple[Pair, ...]] = {}
     for foreign, slots in groups.items():
         target, update = _update(place, foreign, slots, alpha.value, outline)
@@ -88,6 +90,15 @@ def _check_alone(updates: Mapping[Target, object], base: Checkpoint) -> None:
         if len(found := places.get(target.path, ())) > 1:
             why = f"{len(found)} places in the base have this name: {', '.join(found)}"
             raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
+
+
+def _family(name: str, modules: Collection[str], base: Checkpoint | None) -> Architecture:
+    """Find the family of an adapter file; a base tells one that only a model's key-values tell, as Granite 4's."""
+    with suppress(Unsupported, UsageError):
+        own, family = name_for(None if base is None else base.config)
+        if own == name and family.record.gguf_key is not None:
+            return family
+    return family_of(name, modules)
 
 
 def _update(place: GgufPlace, foreign: str, slots: Slots, alpha: float, outline: bool) -> tuple[Target, Pair]:

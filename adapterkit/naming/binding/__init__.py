@@ -172,7 +172,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         shape = (out if rows is None else rows[1] - rows[0], *rest)
         update.check_axes(shape)
     if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
-        raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+        raise NotMergeable("changes a bias that the base does not have", cure=_NO_BIAS)
     held = None if site.bias is None else shapes[site.bias]
     if held is not None and update.changes_bias and not _bias_fits(update, site.target, held, shape):
         outs = update.dims(site.target.stacked).get("out", "the weight's")
@@ -190,5 +190,11 @@ def _bias_fits(update: Update, target: Target, shape: tuple[int, ...], weight: t
     outs = {dims.get("out", shape[-1]), shape[-1] if weight is None else weight[0]} if shape else set()
     return shape[:-1] == lead and outs == set(shape[-1:])
 
+
+_NO_BIAS = (
+    "Inject it instead of merging (adapterkit.torch.inject), or merge into a copy of the base that has biases: "
+    "from_pretrained(base, attention_bias=True) and save_pretrained, where its config has attention_bias, or mlp_bias"
+)
+"""PEFT's merge refuses this too. Transformers fills fresh biases with zeros, which leave the outputs alone."""
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

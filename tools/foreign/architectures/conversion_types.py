@@ -26,31 +26,34 @@ import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tiny import tiny  # noqa: E402
 from transformers import conversion_mapping  # noqa: E402
+from transformers.models.auto import configuration_auto  # noqa: E402
 
 from adapterkit.naming.architectures import architecture_of  # noqa: E402
 
 OUT = ROOT / "spec" / "architectures" / "model_types" / "conversion.toml"
 
-PARTS = "a part of other models, saved under their names and covered by their files"
-UNBUILT = "its tiny model cannot be built or made small"
 LEFT_OUT = {
-    **dict.fromkeys(("MimiModel", "MimiEncoderModel", "MimiDecoderModel"), "an audio codec, whose parts tie its norms"),
-    **dict.fromkeys(("UnlimitedOcrSamVisionEncoder", "UnlimitedOcrVisionEncoder", "MaskFormerDetrDecoder"), PARTS),
-    **dict.fromkeys(("xCLIPTextModel", "xCLIPVisionModel", "qwen3_omni_moe_text", "t5gemma2_encoder"), PARTS),
-    **dict.fromkeys(("dots3_note_audio_encoder", "dots3_note_vision_encoder"), PARTS),
-    **dict.fromkeys(("step3p5_vision", "mlcd_vision"), PARTS),
-    **dict.fromkeys(("d_fine", "dory", "gradium_phonon_tts", "maskformer", "pp_doclayout_v2", "tipsv2_dpt"), UNBUILT),
-    **dict.fromkeys(("vibevoice_asr", "VibeVoiceAsrModel"), UNBUILT),
     "legacy": "no model type: renames of old checkpoints' norms, which adapters do not name",
-    "MtpModel": "no model type: heads for speculative decoding, left out of the models that are trained",
     "timm_wrapper": "names are those of any model of timm",
-    "jev": "the class is not in transformers 5.24",
-    "shieldgemma2": "its tiny model cannot be built: gemma3 inside another class",
-    "pp_chart2table": "its tiny model cannot be built: got_ocr2 with another tower",
-    "PPChart2TableModel": "its tiny model cannot be built, as pp_chart2table",
-    "qwen3_omni_moe": "its thinker has a file: qwen3_omni_moe_thinker",
+    "dots3_note_audio_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
+    "dots3_note_vision_encoder": "the type of a part, of which no Auto class makes a model: dots3_note has its names",
+    "qwen3_omni_moe_text": "the type of a part, of which no Auto class makes a model: "
+    "qwen3_omni_moe_thinker has its names",
+    "step3p5_vision": "the type of a part, of which no Auto class makes a model: step3p7 has its names",
 }
 """Name in the mapping -> why it has no file."""
+
+
+def reason(name: str) -> str | None:
+    """Why a name of the mapping has no file; None for one that needs a file.
+
+    A name that is neither a public class nor a model type is never loaded by itself: it is a class inside a module,
+    whose model has the file, or a name that the mapping alone has (`xCLIPTextModel`, for a class `XCLIPTextModel`).
+    """
+    is_type = name in vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+    if is_type or hasattr(transformers, name):
+        return LEFT_OUT.get(name)
+    return LEFT_OUT.get(name, "neither a model type nor a public class: never loaded by itself")
 
 
 def names() -> list[str]:
@@ -84,7 +87,7 @@ def text() -> str:
     """The file's text."""
     files, same, lost = [], [], []
     for name in names():
-        if name in LEFT_OUT:
+        if reason(name):
             continue
         kind = type_of(name)
         # A part's names are in the file of its whole: `siglip_text_model` in `siglip`.
@@ -102,7 +105,7 @@ def text() -> str:
         "format = 1",
         f"sources = {json.dumps([source])}",
         f"files = {json.dumps(files)}", f"same = {json.dumps(same)}", "", "[left_out]",
-        *(f"{name} = {json.dumps(LEFT_OUT[name])}" for name in names() if name in LEFT_OUT),
+        *(f"{name} = {json.dumps(why)}" for name in names() if (why := reason(name))),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -77,7 +77,8 @@ def entries_of(model_type: str) -> Entries:
             stacks = a.expert is not None, b.expert is not None
             key = (_shape(own), _shape(other), _of(a), _of(b), *stacks, a.transposed, b.transposed, order)
             groups.setdefault(key, []).append((_numbers(own), _numbers(other), a))
-    for key, cases in groups.items():
+    for shape, every in groups.items():
+        key, cases = _spelled(shape, every)
         if _one_by_one(key, groups):  # `conv2d1` and `conv2d2` are no number of a hole, as `convs.0` and `convs.1` are.
             for own, other, _ in cases:
                 entries.weights[_fill(key[0], own)] = {HUB: {"name": _fill(key[1], other)}}
@@ -95,6 +96,16 @@ def entries_of(model_type: str) -> Entries:
             if template in entries.weights and template not in entries.vocabulary:
                 entries.vocabulary.append(template)
     return entries
+
+
+def _spelled(key: tuple[Any, ...], cases: list[tuple[list[str], list[str], Piece]]) -> tuple[tuple[Any, ...], Any]:
+    """A group whose last number of the live name is part of the name: `mlp.layers.0` is stored as `fc1`."""
+    words = key[0].split(".")
+    fixed = {own[-1] for own, _, _ in cases if own}
+    if words[-1] != "#" or len(fixed) > 1 or words.count("#") != key[1].split(".").count("#") + 1:
+        return key, cases
+    literal = ".".join([*words[:-1], fixed.pop()])
+    return (literal, *key[1:]), [(own[:-1], other, piece) for own, other, piece in cases]
 
 
 def _one_by_one(key: tuple[Any, ...], groups: Mapping[tuple[Any, ...], Any]) -> bool:

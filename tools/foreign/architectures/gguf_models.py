@@ -36,6 +36,9 @@ MORE: dict[str, dict[str, Any]] = {
 """model_type -> fields that the converter reads from config.json and transformers 5 does not write there."""
 
 
+LAYER_TYPES = {"granitemoehybrid": {"full_attention": "attention", "linear_attention": "mamba"}}
+"""model_type -> word of transformers 5 -> the word that files on hubs have, by which the converter tells layers."""
+
 TURNED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
 """model_type -> tensors that files on hubs, and so the converter, have with inputs before outputs.
 
@@ -75,6 +78,9 @@ def convert(conversion: Any, base: Path, out: Path, model_type: str = "", **opti
         if not (base / name).exists():
             (base / name).write_text(json.dumps(NO_TOKENIZER))
     hparams = conversion.ModelBase.load_hparams(base, False) | more
+    words = LAYER_TYPES.get(model_type, {})
+    if words:
+        hparams["layer_types"] = [words.get(each, each) for each in hparams["layer_types"]]
     kind = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
 
     class Plain(kind):  # type: ignore[misc, valid-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,9 @@ def linears_of(model: torch.nn.Module) -> list[str]:
     ]
     found += [(n, m) for n, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)]
     tied = {id(model.get_input_embeddings().weight)} if _embeds(model) else set()
+    # Two layers of a detector may read one tensor; PEFT adapts each alone, and its own merge changes both.
+    counts = Counter(id(m.weight) for _, m in found)
+    tied |= {each for each, count in counts.items() if count > 1}
     return [n for n, m in found if id(m.weight) not in tied and not n.endswith(off)]
 
 
@@ -48,6 +52,10 @@ def adapted(model: Any) -> Any:
     """PEFT's model with random factors at every linear layer and every stack of experts."""
     torch.manual_seed(1)
     linears = linears_of(model)
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:  # PEFT asks for them where a config ties, as those of detectors without any do.
+        model.get_input_embeddings = torch.nn.Module
     # PEFT takes a name in a list for the end of any module's: GIT's head is called `output`, and so are other modules.
     ends = {f".{name}" for name in linears}
     clash = any(any(f".{n}".endswith(end) for end in ends) for n, _ in model.named_modules() if n not in set(linears))

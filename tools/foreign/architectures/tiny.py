@@ -255,9 +255,66 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_vision": {"num_position_embeddings": 16},
     "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
     "nemotron3_diarization_audio": {"num_key_value_heads": 4},
-    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4, "blank_token_id": 95},
     "inkling2_loop": {"vision_config.text_hidden_size": 32},
     "inkling2_loop_text": {"unpadded_vocab_size": 96},
+    "vibevoice_acoustic_tokenizer_encoder": {
+        "num_filters": 4,
+        "depths": [1, 1, 1],
+        "downsampling_ratios": [2, 2],
+        "hidden_size": 16,
+    },
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 64},
+    "mimi": {
+        "num_filters": 4,
+        "upsample_groups": 32,
+        "codebook_size": 16,
+        "codebook_dim": 8,
+        "num_quantizers": 3,
+        "vector_quantization_hidden_dimension": 8,
+        "upsampling_ratios": [2, 2],
+    },
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
+    "gradium_phonon_tts": {"flow_head_config.condition_dim": 32, "num_key_value_heads": 4},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 40},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "jev": {"num_verbalizers": 24, "offsets": {"noul": 0, "score": 2, "choice": 8}},
+    "maskformer": {
+        "backbone_config.depths": [1, 1, 1, 1],
+        "backbone_config.num_heads": [1, 1, 2, 2],
+        "backbone_config.num_layers": 4,
+        "backbone_config.stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"],
+        "backbone_config._out_features": ["stage1", "stage2", "stage3", "stage4"],
+        "backbone_config._out_indices": [1, 2, 3, 4],
+        "fpn_feature_size": 32,
+        "decoder_config.num_queries": 4,
+    },
+    "d_fine": {
+        "backbone_config._out_features": ["stage2", "stage3", "stage4"],
+        "backbone_config._out_indices": [2, 3, 4],
+        "encoder_in_channels": [24, 32, 40],
+        "encoder_hidden_dim": 32,
+        "decoder_in_channels": [32, 32, 32],
+        "num_queries": 5,
+        "max_num_bins": 4,
+        "lqe_hidden_dim": 8,
+        "encoder_layers": 1,
+        "depth_mult": 0.34,
+    },
+    "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2},
+    "hgnet_v2": {
+        "stem_channels": [3, 4, 8],
+        "stage_in_channels": [8, 16, 24, 32],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [16, 24, 32, 40],
+        "hidden_sizes": [16, 24, 32, 40],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+    },
+    "radio": {"max_img_size": 16, "patch_dim": 48},
+    "tipsv2_dpt": {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "num_depth_bins": 8},
+    "nemotron3_diarization": {"head_config.audio_hidden_size": 32},
+    "autoformer": {"prediction_length": 4, "context_length": 8, "label_length": 2, "feature_size": 9},
     "llama4_vision_model": {
         "vision_output_dim": 32,
         "projector_input_dim": 32,
@@ -285,6 +342,12 @@ FIRST = {
     "video_llava": "VideoLlavaForConditionalGeneration", "colqwen2": "ColQwen2ForRetrieval",
     "pp_doclayout_v2": "PPDocLayoutV2ForObjectDetection", "tipsv2_dpt": "Tipsv2DptForDepthEstimation",
     "qwen3_omni_moe": "Qwen3OmniMoeForConditionalGeneration",
+    "shieldgemma2": "ShieldGemma2ForImageClassification", "jev": "JevForDecision",
+    "maskformer": "MaskFormerForInstanceSegmentation", "d_fine": "DFineForObjectDetection",
+    "vibevoice_asr": "VibeVoiceAsrForConditionalGeneration",
+    "gradium_phonon_tts": "GradiumPhononTTSForConditionalGeneration", "autoformer": "AutoformerForPrediction",
+    "pp_doclayout_v3": "PPDocLayoutV3ForObjectDetection", "pp_doclayout_v4": "PPDocLayoutV4ForObjectDetection",
+    "nemo_speechlm": "Nemotron3_5TranscribeForConditionalGeneration",
     "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "blenderbot": "BlenderbotForConditionalGeneration",
     "blenderbot-small": "BlenderbotSmallForConditionalGeneration",
     "mbart": "MBartForConditionalGeneration", "mvp": "MvpForConditionalGeneration",
@@ -294,8 +357,10 @@ FIRST = {
 
 
 def small_config(model_type: str) -> PretrainedConfig:
-    """The default config of a model type, made small."""
-    config = AutoConfig.for_model(model_type)
+    """The default config of a model type, or of a class of transformers, made small."""
+    kind: Any = getattr(transformers, model_type, None)
+    is_class = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    config = kind.config_class() if is_class else AutoConfig.for_model(model_type)
     _shrink(config)
     return config
 
@@ -351,9 +416,9 @@ def _set(config: PretrainedConfig, name: str, value: Any) -> None:
 
 
 def class_of(model_type: str) -> type[PreTrainedModel]:
-    """The class with a head that its models are mostly loaded as."""
-    import transformers
-
+    """The class with a head that its models are mostly loaded as; a class's own name gives the class."""
+    if isinstance(getattr(transformers, model_type, None), type):
+        return getattr(transformers, model_type)  # type: ignore[no-any-return]
     if model_type in FIRST:
         return getattr(transformers, FIRST[model_type])  # type: ignore[no-any-return]
     for mapping in CLASSES:
@@ -371,8 +436,8 @@ def tiny(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     for name, value in fields.items():
         _set(config, name, value)
     wanted = kind.config_class
-    if wanted is not None and not isinstance(config, wanted):
-        config = getattr(config, "text_config", config)
+    if wanted is not None and isinstance(getattr(config, "text_config", None), wanted):
+        config = config.text_config
     config._attn_implementation = "eager"
     model = kind(config).float().eval()
     with torch.no_grad():
