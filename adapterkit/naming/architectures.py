@@ -145,6 +145,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         generic: the names allow any number of blocks; the family is chosen only if no other has all names.
         unlikely: the family shares names with one that far more adapters are of; it is chosen only if no other has all
             names, or if metadata, a base, or the width and the number of the blocks identify it.
+        no_inputs: sizes of inputs that no weight of the family has: those of other models' text encoders.
         widths: inputs of its blocks in the published models.
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs divided by its inputs.
@@ -166,6 +167,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distinctive: bool = False
     generic: bool = False
     unlikely: bool = False
+    no_inputs: list[int] = []
     widths: list[int] = []
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}

@@ -285,7 +285,7 @@ def likely(
     def spoken_for(family: ImageFamily) -> bool:
         if family.name in origin.families or said(family, origin.metadata):
             return True
-        if set(family.facts.widths).isdisjoint(sizes):
+        if set(family.facts.widths).isdisjoint(sizes) or not sizes.isdisjoint(family.facts.no_inputs):
             return False
         if family.component == CONTROLNET:
             return _begins(family, paths)

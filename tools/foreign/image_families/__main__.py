@@ -85,6 +85,8 @@ def toml_of(name: str, family: Family) -> str:
         facts["distinctive"] = True
     if family.unlikely:
         facts["unlikely"] = True
+    if family.no_inputs:
+        facts["no_inputs"] = list(family.no_inputs)
     facts["widths"] = sorted(widths)
     if family.beside:
         facts["beside"] = family.beside

@@ -35,7 +35,7 @@ class Family:
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
         modules: part in `beside` -> diffusers' class of it.
-        unlikely, distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see README.md of
+        unlikely, no_inputs, distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see README.md of
             spec/architectures.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
         parameters: parameters that are no module's weight: diffusers' name -> the authors'; both are templates.
@@ -61,6 +61,7 @@ class Family:
     kohya: str = "native"
     distinctive: bool = False
     unlikely: bool = False
+    no_inputs: tuple[int, ...] = ()
     counted: bool = False
     widths: tuple[int, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
@@ -681,21 +682,21 @@ FAMILIES: dict[str, Family] = {
     # U-Nets whose blocks are named as those of Stable Diffusion.
     "dreamlite": Family(
         ("DreamLiteUNetModel",), title="DreamLite", component="unet", kohya="diffusers", counted=True, unlikely=True,
-        widths=(320, 640, 1280),
+        widths=(320, 640, 1280), no_inputs=(768, 1024),
     ),
     "kandinsky3": Family(
         ("Kandinsky3UNet",), title="Kandinsky 3", component="unet", kohya="diffusers", counted=True, unlikely=True
     ),
     "i2vgen_xl": Family(
         ("I2VGenXLUNet",), title="I2VGen-XL", component="unet", kohya="diffusers", counted=True, unlikely=True,
-        alike=("UNet3DConditionModel",),
+        alike=("UNet3DConditionModel",), no_inputs=(768, 2048),
     ),
     "stable_video": Family(
         ("UNetSpatioTemporalConditionModel",), title="Stable Video Diffusion", component="unet", kohya="diffusers",
-        counted=True, unlikely=True,
+        counted=True, unlikely=True, no_inputs=(768, 2048),
     ),
     "motion_unet": Family(
-        ("UNetMotionModel",), title="AnimateDiff", component="unet", kohya="diffusers", counted=True, unlikely=True,
+        ("UNetMotionModel",), title="AnimateDiff", component="unet", kohya="diffusers", unlikely=True,
         others=_motion(), sources=("diffusers: scripts/convert_animatediff_motion_lora_to_diffusers.py",),
     ),
     "uvit2d": Family(("UVit2DModel",), title="aMUSEd", counted=True, unlikely=True),
