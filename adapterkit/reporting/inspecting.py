@@ -181,7 +181,8 @@ def inspected(
             # A file that lacks its alpha is shown as far as it goes; an option that does not fit is an error.
             if modules and not (isinstance(error, UsageError) and reading):
                 return _unresolved_record(modules, src, error)
-            outlined = None if base is not None or layers else outline_of(path, format, compat, error)
+            told = base is not None or layers or reading
+            outlined = None if told else outline_of(path, format, compat, error)
             if outlined is None:
                 raise
             (name, adapter), values = outlined, error.why

@@ -203,7 +203,9 @@ def test_a_file_that_is_read_with_its_base_is_answered_for_with_it(tmp_path):
     leaves = {"A": rng.normal(size=(2, 32)).astype("f4"), "B": rng.normal(size=(32, 2)).astype("f4")}
     adapter = ak.Adapter({target: (METHODS["lora"](**{name: from_numpy(leaf) for name, leaf in leaves.items()}),)})
     ak.write(adapter, tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
-    assert "--base" in run("list", "loaders", tmp_path / "a.gguf").stderr
+    without = record("list", "loaders", tmp_path / "a.gguf")["loaders"]
+    assert {each["tool"]: each["loads"] for each in without}["llama_cpp"] == "yes"
+    assert all("--base BASE" in each["convert"] for each in without if each.get("convert"))
     found = record("list", "loaders", tmp_path / "a.gguf", "--base", tmp_path / "base")["loaders"]
     assert {each["tool"]: each["loads"] for each in found}["llama_cpp"] == "yes"
     assert "goes with 'list loaders FILE'" in run("list", "methods", "--base", tmp_path / "base").stderr
