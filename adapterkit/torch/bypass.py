@@ -22,7 +22,7 @@ import dis
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -116,16 +116,31 @@ class Calls:
         if reader is not None:
             self.reads.append((hook, name, reader))
 
-    def check(self) -> None:
+    def check(self, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
         """Check that all modules whose weights were read were called too.
 
+        Some models do this themselves: Mamba's mixer multiplies by `dt_proj.weight`, WavLM's attention hands weights of
+        its projections to a function of torch. PEFT trains such models with an adapter that does not act, so the live
+        model goes on, with a warning.
+
+        Args:
+            is_own: whether a function is a method that the class around a hook's module was defined with.
+            told: ids of the hooks that were warned of; one that is warned of here is added.
+
         Raises:
-            Unsupported: one was not.
+            Unsupported: one was not, and another tool's function read its weight.
         """
         for hook, name, reader in self.reads:
-            if hook.calls == self.counts[self.hooks[hook]] and hook.parts:
-                why = f"{reader} computed with its {name} and did not call it, so that its adapter did not act"
-                raise Unsupported(why, where=str(hook.parts[0].target), cure=_UNFUSE)
+            if hook.calls != self.counts[self.hooks[hook]] or not hook.parts:
+                continue
+            why = f"{reader} computed with its {name} and did not call it, so that its adapter did not act"
+            where = str(hook.parts[0].target)
+            if not is_own(hook, reader):
+                raise Unsupported(why, where=where, cure=_UNFUSE)
+            if id(hook) not in told:
+                told.add(id(hook))
+                again = "It does not in PEFT's models either; a merge changes the weight, and then it acts"
+                warnings.warn(f"{where}: {why}. {again}", stacklevel=2)
 
 
 class _Local(threading.local):
@@ -143,12 +158,14 @@ def begin_calls(hooks: Mapping[Any, int]) -> Calls:
     return made
 
 
-def end_calls(hooks: Mapping[Any, int], failed: bool) -> None:
+def end_calls(hooks: Mapping[Any, int], failed: bool, is_own: Callable[[Any, str], bool], told: set[int]) -> None:
     """End what `begin_calls` began with the same hooks.
 
     Args:
         hooks: the hooks of the model.
         failed: whether the forward raised an exception.
+        is_own: see `Calls.check`.
+        told: see `Calls.check`.
 
     Raises:
         Unsupported: a module's weight was read, and the module was not called.
@@ -160,7 +177,7 @@ def end_calls(hooks: Mapping[Any, int], failed: bool) -> None:
         return
     _LOCAL.calls = found.outer
     if not failed:
-        found.check()
+        found.check(is_own, told)
 
 
 def _reader(frame: FrameType | None) -> str | None:

@@ -238,10 +238,11 @@ class _Hook:
         self.forwards: Forwards | None = None
         self.hooks: dict[ForwardHook, int] = {}
         self.below: dict[int, Block] = {}  # By the ids of the blocks' modules.
+        self.told: set[int] = set()
         self.end = model.register_forward_hook(self.finish, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}}
+        return {**self.__dict__, "forwards": None, "hooks": {}, "below": {}, "told": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -368,7 +369,13 @@ class _Hook:
             Unsupported: the weight of a module with an adapter was read, and the module was not called.
         """
         if not torch.compiler.is_compiling():
-            end_calls(self.hooks, failed=result is None)
+            end_calls(self.hooks, result is None, self._is_own, self.told)
+
+    def _is_own(self, hook: ForwardHook, reader: str) -> bool:
+        """Whether a function, by its full name, is a method that a class around a hook's module was defined with."""
+        around = [type(parent) for parent, _, child in self.places if child is hook.module]
+        kinds = [kind for each in around for kind in each.__mro__]
+        return any(reader.startswith(f"{kind.__module__}.{kind.__qualname__}.") for kind in kinds)
 
 
 def _hook_of(model: nn.Module) -> _Hook:

@@ -377,3 +377,30 @@ def test_there_are_twenty():
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_odd(name):
     SITUATIONS.check(name)
+
+
+class Mixer(nn.Module):
+    """As Mamba's: the step's projection is a product with its weight, and the module is never called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.step = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x) @ self.step.weight.T
+
+
+def test_a_model_whose_own_class_reads_the_weight_goes_on_as_in_peft():
+    model = nn.Sequential(Mixer()).double()
+    base = model(X)
+    layers = {Target("0.step"): lora(8, 8), Target("0.inner"): lora(8, 8)}
+    ak.torch.inject(model, Adapter({target: (update,) for target, update in layers.items()}))
+    with pytest.warns(UserWarning, match=READ):
+        first = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(X), first), "told once"
+    inner = layers[Target("0.inner")]
+    change = functional.linear(X, inner.scaling * inner.B @ inner.A)
+    assert torch.allclose(first, base + change @ model[0].step.weight.T, atol=1e-9)
