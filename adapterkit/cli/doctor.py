@@ -61,9 +61,9 @@ def all_checks() -> Iterator[Check]:
 
 def kernel() -> Check:
     """The compiled inner loop of a merge, which a platform without a wheel of its own may lack."""
-    from ..native import OFF, library
+    from ..native import OFF, loops
 
-    if library() is not None:
+    if loops() is not None:
         return Check("compiled merge", "ok", "yes")
     if os.environ.get(OFF):
         return Check("compiled merge", "ok", f"no, by {OFF}: merges go by numpy")

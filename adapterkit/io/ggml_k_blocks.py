@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..native import library
+from ..native import loops
 
 if TYPE_CHECKING:
     from ctypes import CDLL
@@ -195,7 +195,7 @@ def _library(x: Array) -> CDLL | None:
 
     # Squares of larger numbers overflow, and then numpy's order of comparisons decides.
     known = x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0 and np.abs(x).max() < 1e15
-    return library() if known else None
+    return loops() if known else None
 
 
 def _floats(x: Array, count: int) -> list[Array]:

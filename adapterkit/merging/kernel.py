@@ -42,7 +42,7 @@ class _Factors(ctypes.Structure):
 
 def takes(source: DType, target: DType) -> bool:
     """Whether the library is at hand and converts between these element types."""
-    return source.name in KINDS and target.name in WRITTEN and native.library() is not None
+    return source.name in KINDS and target.name in WRITTEN and native.loops() is not None
 
 
 class LowRankSum:
@@ -80,7 +80,7 @@ class LowRankSum:
         Returns:
             False if float64 could not settle every element, for numpy to compute the block; `out` is then undefined.
         """
-        loaded = cast("ctypes.CDLL", native.library())
+        loaded = cast("ctypes.CDLL", native.loops())
         factors = _Factors(
             left=self._left[start:].ctypes.data,
             panels=self._panels.ctypes.data,

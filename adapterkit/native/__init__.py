@@ -25,7 +25,7 @@ _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, 
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loops() -> ctypes.CDLL | None:
     """Load the compiled library; None if it is not there, does not run on this processor, or was switched off."""
     if os.environ.get(OFF, "").lower() in ("off", "0"):
         return None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import Malformed, ShapeMismatch
 from ..io.lazy import BY_TORCH, Lazy
 from ..io.strict_json import load_json
-from ..native import library
+from ..native import loops
 from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _by_library(blocks: Array, middles: Array, order: Array) -> tuple[Array, Arr
     """Return the same by the compiled loop; None if it is not there, or does not know these numbers."""
     import numpy as np
 
-    loaded = library()
+    loaded = loops()
     known = blocks.dtype == middles.dtype == np.float32 and len(order) == 16 and np.isfinite(blocks).all()
     if loaded is None or not known:
         return None

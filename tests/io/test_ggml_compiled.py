@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
+from compiled_loops import needs_loops
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterkit import native
 from adapterkit.io import ggml_k_blocks
 
-pytestmark = pytest.mark.skipif(
-    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
-)
+pytestmark = needs_loops
 
 KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -48,7 +44,7 @@ def test_the_bytes_are_those_of_numpy(kind: str, seed: int, count: int, scale: f
 
     ours = packed(kind, blocks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ggml_k_blocks, "library", none)
+        patch.setattr(ggml_k_blocks, "loops", none)
         assert packed(kind, blocks) == ours
     assert bool(asked) or scale > 1e13
 
@@ -57,5 +53,5 @@ def test_large_runs_are_compared_whole() -> None:
     blocks = np.random.default_rng(0).standard_normal((4099, 256)).astype(np.float32)
     ours = [packed(kind, blocks) for kind in KINDS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ggml_k_blocks, "library", lambda: None)
+        patch.setattr(ggml_k_blocks, "loops", lambda: None)
         assert [packed(kind, blocks) for kind in KINDS] == ours

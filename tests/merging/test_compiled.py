@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled_loops import needs_loops
 from merges import Target, load_all, lora, rand, save_base, worst_ulp
 
 import adapterkit as ak
@@ -17,9 +17,7 @@ from adapterkit.merging import compiled as compiled_blocks
 from adapterkit.methods.loha import LoHa
 from adapterkit.methods.lora import LoRA
 
-pytestmark = pytest.mark.skipif(
-    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
-)
+pytestmark = needs_loops
 
 OUT, IN = 208, 160
 
@@ -92,7 +90,7 @@ def test_the_bytes_are_those_of_numpy(
 
     monkeypatch.setattr(compiled_blocks.LowRankBlocks, "add", counted)
     ak.merge(base, adapters, tmp_path / "compiled", weights=weights)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "loops", lambda: None)
     blocks = len(settled)
     ak.merge(base, adapters, tmp_path / "numpy", weights=weights)
     assert blocks, "the compiled loop was not asked"

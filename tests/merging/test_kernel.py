@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled_loops import needs_loops
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,18 +19,7 @@ from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
 
 ROOT = Path(__file__).resolve().parents[2]
 
-compiled = pytest.mark.skipif(
-    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    """A checkout whose environment was made elsewhere may lack the library, or have an old one."""
-    if any(map(shutil.which, ("cc", "gcc", "clang"))):
-        script = [sys.executable, str(ROOT / "tools" / "build_kernel.py"), "--if-older"]
-        subprocess.run(script, check=True, capture_output=True)
-        native.library.cache_clear()
+compiled = needs_loops
 
 
 def expected(weight: np.ndarray, change: np.ndarray, target: str) -> np.ndarray:
@@ -151,21 +138,21 @@ def test_small_numbers_count_in_a_thread_that_flushes_them() -> None:
 @compiled
 def test_a_library_of_another_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
-    native.library.cache_clear()
+    native.loops.cache_clear()
     try:
-        assert native.library() is None
+        assert native.loops() is None
     finally:
-        native.library.cache_clear()
+        native.loops.cache_clear()
 
 
 @pytest.mark.parametrize("word", ["off", "0"])
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     monkeypatch.setenv(native.OFF, word)
-    native.library.cache_clear()
+    native.loops.cache_clear()
     try:
-        assert native.library() is None
+        assert native.loops() is None
     finally:
-        native.library.cache_clear()
+        native.loops.cache_clear()
 
 
 @compiled

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
+from compiled_loops import needs_loops
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterkit import native
 from adapterkit.quant.bnb_4bit import quantized
 
 NF4 = np.array(
@@ -21,9 +19,7 @@ FP4 = np.array(
     np.float32,
 )
 
-pytestmark = pytest.mark.skipif(
-    native.library() is None and not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="there is no C compiler"
-)
+pytestmark = needs_loops
 
 
 @given(
@@ -46,7 +42,7 @@ def test_the_bytes_are_those_of_numpy(seed: int, size: int, count: int, scale: f
 
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         ours = quantized(values, levels, size)
-        patch.setattr("adapterkit.quant.bnb_4bit.library", none)
+        patch.setattr("adapterkit.quant.bnb_4bit.loops", none)
         wanted = quantized(values, levels, size)
     assert asked
     assert all(np.array_equal(one, other) and one.dtype == other.dtype for one, other in zip(ours, wanted, strict=True))
@@ -58,6 +54,6 @@ def test_numbers_that_are_none_are_left_to_numpy(monkeypatch: pytest.MonkeyPatch
     values[3] = value
     with np.errstate(all="ignore"):
         ours = quantized(values, NF4, 64)
-        monkeypatch.setattr("adapterkit.quant.bnb_4bit.library", lambda: None)
+        monkeypatch.setattr("adapterkit.quant.bnb_4bit.loops", lambda: None)
         wanted = quantized(values, NF4, 64)
     assert all(np.array_equal(one, other, equal_nan=True) for one, other in zip(ours, wanted, strict=True))

@@ -126,26 +126,24 @@ def _():
     return found
 
 
-@odd("conversions that make new parameters")
-def _():
+def converted(switch):
     model, _ = trained()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    switch(True)
     try:
         model.float().double()
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        switch(False)
     return model(X).float(), wanted().float()
+
+
+@odd("conversions that make new parameters")
+def _():
+    return converted(torch.__future__.set_overwrite_module_params_on_conversion)
 
 
 @odd("conversions that swap parameters")
 def _():
-    model, _ = trained()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        model.float().double()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    return model(X).float(), wanted().float()
+    return converted(torch.__future__.set_swap_module_params_on_conversion)
 
 
 @odd("a weight that is pruned after the injection")

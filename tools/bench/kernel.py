@@ -20,7 +20,7 @@ from adapterkit.io.lazy import DTYPES
 from adapterkit.linalg.products import product
 from adapterkit.merging.arrays import NumpyArrays
 from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
-from adapterkit.native import library
+from adapterkit.native import loops
 
 ROWS, WIDTH = 192, 2048
 
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    if library() is None:
+    if loops() is None:
         print("the compiled loop is not there: run tools/build_kernel.py", file=sys.stderr)
         return 2
     rng, wrong = np.random.default_rng(asked.seed), 0
