@@ -9,6 +9,7 @@ under its naming, and state the installed version of a tool that is installed. I
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,18 @@ def exceptions(families: Families) -> Iterator[str]:
         if modules:
             yield from ("", f"[keys.{field}]", *(f"{name} = {quoted(each)}" for name, each in modules.items()))
     yield ""
+
+
+def write_or_compare(out: Path, text: str, *, check: bool) -> int:
+    """Write a file as it is made now, or print how the committed one differs; return the exit code."""
+    if not check:
+        out.write_text(text)
+        return 0
+    committed = out.read_text()
+    print("same" if committed == text else "DIFFERENT")
+    lines = (each.splitlines(True) for each in (committed, text))
+    sys.stdout.writelines(difflib.unified_diff(*lines, "the file", "made now"))
+    return int(committed != text)
 
 
 def faults(file: Path) -> Iterator[str]:

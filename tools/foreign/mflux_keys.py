@@ -11,7 +11,6 @@ weight, the rows that it takes must be those that the family's file has.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 import types
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_keys import is_norm
-from loader_tables import exceptions, quoted
+from loader_tables import exceptions, quoted, write_or_compare
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "spec" / "loaders" / "mflux.toml"
@@ -149,13 +148,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(arguments.checkout / "src")]
     text = toml(arguments.checkout)
-    if arguments.check:
-        print("same" if OUT.read_text() == text else "DIFFERENT")
-        lines = (each.splitlines(True) for each in (OUT.read_text(), text))
-        sys.stdout.writelines(difflib.unified_diff(*lines, "the file", "made now"))
-        return int(OUT.read_text() != text)
-    OUT.write_text(text)
-    return 0
+    return write_or_compare(OUT, text, check=arguments.check)
 
 
 if __name__ == "__main__":

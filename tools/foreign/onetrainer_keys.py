@@ -12,17 +12,16 @@ modules of diffusers where spec/architectures has them, so that the file's names
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from comfyui_keys import is_norm
-from loader_tables import exceptions, quoted
+from loader_tables import exceptions, quoted, write_or_compare
 from trainer_keys import ABSENT, Absent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,13 +251,7 @@ def main() -> int:
     ABSENT.update({"mgds", "scenedetect", "dadaptation", "adv_optm", "muon", "omegaconf"})
     sys.meta_path.insert(0, Absent())
     text = toml()
-    if arguments.check:
-        print("same" if OUT.read_text() == text else "DIFFERENT")
-        lines: Iterable[list[str]] = (each.splitlines(True) for each in (OUT.read_text(), text))
-        sys.stdout.writelines(difflib.unified_diff(*lines, "the file", "made now"))
-        return int(OUT.read_text() != text)
-    OUT.write_text(text)
-    return 0
+    return write_or_compare(OUT, text, check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ what the trainers import and no network needs.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -25,7 +24,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 from comfyui_keys import modules
-from loader_tables import exceptions, quoted
+from loader_tables import exceptions, quoted, write_or_compare
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "spec" / "loaders"
@@ -263,13 +262,7 @@ def main() -> int:
     torch.cuda.current_device = lambda: 0  # Wan's text encoder asks for it while it is imported.
     text = toml(arguments.trainer)
     out = OUT / f"{arguments.trainer}.toml"
-    if arguments.check:
-        print("same" if out.read_text() == text else "DIFFERENT")
-        lines = (each.splitlines(True) for each in (out.read_text(), text))
-        sys.stdout.writelines(difflib.unified_diff(*lines, "the file", "made now"))
-        return int(out.read_text() != text)
-    out.write_text(text)
-    return 0
+    return write_or_compare(out, text, check=arguments.check)
 
 
 if __name__ == "__main__":
