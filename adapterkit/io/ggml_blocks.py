@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..native import loops
 from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ def decoded(kind: str, data: Any) -> Array:
     """Decode whole blocks to a flat array of float32 numbers."""
     import numpy as np
 
-    blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCKS[kind][2])
+    number, count, size = BLOCKS[kind]
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, size)
+    if (loaded := loops()) is not None:
+        made = np.empty(len(blocks) * count, np.float32)
+        if not loaded.adapterkit_ggml_decode(number, blocks.ctypes.data, len(blocks), made.ctypes.data, size):
+            return made
     with np.errstate(all="ignore"):
         values = _K[kind](blocks) if kind.endswith("K") else _plain(kind, blocks)
     return np.ascontiguousarray(values, "<f4").reshape(-1)
@@ -37,7 +43,19 @@ def encoded(kind: str, values: Array) -> bytes:
     """Encode numbers as whole blocks."""
     import numpy as np
 
-    blocks = np.ascontiguousarray(values, "<f4").reshape(-1, BLOCKS[kind][1])
+    number, count, size = BLOCKS[kind]
+    blocks = np.ascontiguousarray(values, "<f4").reshape(-1, count)
+    if (loaded := loops()) is not None:
+        made = np.empty((len(blocks), size), np.uint8)
+        if not loaded.adapterkit_ggml_encode(number, blocks.ctypes.data, len(blocks), made.ctypes.data, size):
+            return bytes(made.data)
+    return encoded_by_numpy(kind, blocks)
+
+
+def encoded_by_numpy(kind: str, blocks: Array) -> bytes:
+    """Encode float32 blocks, `[n, numbers of a block]`, by numpy, whose bytes those of the compiled loops are."""
+    import numpy as np
+
     with np.errstate(all="ignore"):
         pieces = k_pieces(kind, blocks) if kind.endswith("K") else _pieces(kind, blocks)
         return bytes(np.concatenate(pieces, axis=1).tobytes())

@@ -11,11 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..native import loops
-
 if TYPE_CHECKING:
-    from ctypes import CDLL
-
     from .lazy import Array
 
 STRETCHES = (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9)
@@ -92,11 +88,6 @@ def _around_zero(x: Array, most: int) -> Array:
     """Return each run's scale with the least squared error, for numbers from -most to most - 1."""
     import numpy as np
 
-    loaded = _library(x)
-    if loaded is not None:
-        (scale,) = _floats(x, 1)
-        loaded.adapterkit_around_zero(x.ctypes.data, *x.shape, most, scale.ctypes.data)
-        return scale
     top, bottom = x.max(0), x.min(0)
     largest = np.where(top > -bottom, top, bottom)
     best, scale = np.full(len(largest), -1, "f4"), np.zeros(len(largest), "f4")
@@ -116,11 +107,6 @@ def _with_least(x: Array, most: int) -> tuple[Array, Array]:
     """Return each run's scale, and how far below zero it begins, with the least squared error for 0 to most."""
     import numpy as np
 
-    loaded = _library(x)
-    if loaded is not None:
-        scale, least = _floats(x, 2)
-        loaded.adapterkit_with_least(x.ctypes.data, *x.shape, most, scale.ctypes.data, least.ctypes.data)
-        return scale, least
     size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
     above, q, product = x - low, np.empty_like(x), np.empty_like(x)
     best, scale, least = np.full_like(low, np.inf), np.zeros_like(low), -low
@@ -178,30 +164,10 @@ def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
     """Quantize columns by their scales; return the numbers, shifted to start at 0, as blocks of bytes."""
     import numpy as np
 
-    loaded = _library(x)
-    if loaded is not None and scales.dtype == np.float32 and np.isfinite(scales).all():
-        given, packed = np.ascontiguousarray(scales), np.empty((x.size // 256, 256), np.uint8)
-        loaded.adapterkit_rounded(x.ctypes.data, *x.shape, given.ctypes.data, low, high, packed.ctypes.data)
-        return packed
     q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
     q *= scales != 0
     np.clip(np.rint(q, out=q), low, high, out=q)
     return np.ascontiguousarray(_bytes(q - np.float32(low)).T).reshape(-1, 256)
-
-
-def _library(x: Array) -> CDLL | None:
-    """Return the compiled loops, which stand for the numpy code here, if they know these numbers."""
-    import numpy as np
-
-    # Squares of larger numbers overflow, and then numpy's order of comparisons decides.
-    known = x.dtype == np.float32 and x.flags.c_contiguous and x.size > 0 and np.abs(x).max() < 1e15
-    return loops() if known else None
-
-
-def _floats(x: Array, count: int) -> list[Array]:
-    import numpy as np
-
-    return [np.empty(x.shape[1], np.float32) for _ in range(count)]
 
 
 def _flat(values: Array) -> Array:

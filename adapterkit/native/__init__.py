@@ -1,4 +1,4 @@
-"""The compiled loops: `merge.c`, `quantize.c` and `k_quants.c`, in one library that is loaded by ctypes.
+"""The compiled loops: `merge.c`, `quantize.c` and `ggml.c`, in one library that is loaded by ctypes.
 
 Each gives the bits of the numpy code that it stands for. Without the library, on a processor that it was not compiled
 for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
@@ -15,13 +15,13 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 4
+VERSION = 5
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
 """The variable that leaves the library out: `off`."""
 
-_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
 @cache
@@ -40,12 +40,9 @@ def loops() -> ctypes.CDLL | None:
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     loaded.adapterkit_levels.restype = None
     loaded.adapterkit_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
-    columns = (_POINTER, _LONG, _LONG)
-    for name, others in (
-        ("around_zero", (_FLOAT, _POINTER)),
-        ("with_least", (_FLOAT, _POINTER, _POINTER)),
-        ("rounded", (_POINTER, _FLOAT, _FLOAT, _POINTER)),
-    ):
-        function = getattr(loaded, f"adapterkit_{name}")
-        function.restype, function.argtypes = None, (*columns, *others)
+    for name in ("encode", "decode"):
+        function = getattr(loaded, f"adapterkit_ggml_{name}")
+        function.restype, function.argtypes = _INT, (_INT, _POINTER, _LONG, _POINTER, _LONG)
+    loaded.adapterkit_damage.restype = None
+    loaded.adapterkit_damage.argtypes = (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)
     return loaded

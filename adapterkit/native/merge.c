@@ -38,7 +38,7 @@ typedef floats loose_floats __attribute__((aligned(4), may_alias));
 
 enum { LANES = 8, WIDE = 16, TALL = 4, CHUNK = 16 };
 enum { BF16, F16, F32 };
-enum { VERSION = 4 };
+enum { VERSION = 5 };
 
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
 enum { STRIP = 192 << 10 };
