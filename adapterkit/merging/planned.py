@@ -18,7 +18,7 @@ from ..io.direct import HELD
 from ..io.lazy import DType, Lazy, Shape
 from .companions import Companions
 from .options import workers_within
-from .planned_update import PlannedUpdate
+from .planned_update import PlannedUpdate, factor_bytes
 from .planned_updates import AdapterSource
 from .quantized import quantized_record
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ..quant import Packed
     from .arrays import Workspace
+    from .requantize import PackedRun
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements of a block: few enough that its float64 image, 3 MB, stays in a core's cache."""
@@ -51,6 +52,10 @@ class PackedPart(Protocol):
     @property
     def held(self) -> int:
         """The memory that computing it takes, in bytes."""
+        ...
+
+    def runs(self) -> tuple[PackedRun, ...] | None:
+        """Return the runs of its one stored tensor that are computed apart; None if all is computed together."""
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
@@ -263,8 +268,5 @@ def _block_bytes(output: Output) -> int:
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
-    leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
-    # Factors of several adapters are held a second time, joined by `compute.side_by_side`.
-    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(output.folds), 2)
     images = 1 if all(fold.additive for fold in output.folds) else 1 + STEPS
-    return elements * (8 * images + output.dtype.itemsize + output.source.dtype.itemsize) + factors
+    return elements * (8 * images + output.dtype.itemsize + output.source.dtype.itemsize) + factor_bytes(output.folds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,3 +74,10 @@ class PlannedUpdate:
     def blockable(self) -> bool:
         """Whether a block of stored rows can be computed without the others."""
         return not self.bias and all(update.cuts(self.axis) for update in self.updates)
+
+
+def factor_bytes(folds: Sequence[PlannedUpdate]) -> int:
+    """Return the memory that the factors of one weight's updates take while it is merged."""
+    leaves = (leaf for fold in folds for update in fold.updates for leaf in update.tensors.values())
+    # Factors of several adapters are held a second time, joined by `compute.side_by_side`.
+    return sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(folds), 2)

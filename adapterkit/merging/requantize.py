@@ -1,24 +1,27 @@
 """Quantize merged weights again by the scheme's formula, and measure how much of the change survives.
 
-A packed weight consists of several stored tensors, which one worker computes together. Packed weights that no adapter
-changes are copied as they are.
+A scheme that packs each row of a weight apart has it merged, packed and written in runs of rows, by several workers.
+Otherwise a packed weight consists of several stored tensors, which one worker computes together. Packed weights that no
+adapter changes are copied as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import DTYPES, Lazy
+from ..native import loops
 from ..quant import Dequantized, Packed
-from ..quant._scheme import NO_PACKING, STEP, steps
+from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
-from .planned import Output
+from .planned import BLOCK_ELEMENTS, STEPS, Output
+from .planned_update import factor_bytes
 
 if TYPE_CHECKING:
     from ..io.lazy import Array
@@ -28,8 +31,86 @@ if TYPE_CHECKING:
 HELD = 1 << 24
 """The largest number of elements of a merged weight to keep in memory; larger ones are merged again block by block."""
 
+RUN = 1 << 22
+"""Numbers of a weight that a worker takes at a time, if rows are packed apart."""
+
 NORMS = 4
 """The norms that measure quantizing: of its error, the merged weight, the change, and the change that remains."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRun:
+    """A run of bytes of a stored tensor: rows of a packed weight that are merged and packed again, or bytes to copy.
+
+    Attributes:
+        offset: the first byte, counted from the tensor's.
+        nbytes: how many bytes, with those that fill up the tensor behind its last row.
+        weight: the weight.
+        groups: the blocks of these rows, in groups whose rows lie together in the tensor; none if the bytes are copied.
+        at: the position of the weight's first planned update among those of the tensor.
+        count: how many planned updates the tensor has.
+    """
+
+    offset: int
+    nbytes: int
+    weight: Repacked
+    groups: tuple[tuple[Block, ...], ...] = ()
+    at: int = 0
+    count: int = 0
+
+    @property
+    def copied(self) -> Lazy | None:
+        """The bytes to copy, if the run is copied."""
+        return None if self.groups else self.weight.packed.share
+
+    def compute(self, workspace: Workspace, write: Callable[[bytes], None]) -> dict[int, float]:
+        """Merge and pack the rows, and hand their bytes over in order; return the squared norms by position.
+
+        Raises:
+            Malformed: a factor or a merged number is not finite.
+        """
+        import numpy as np
+
+        packed, output = self.weight.rowwise, self.weight.output
+        merger, left = BlockMerger(output, workspace), self.nbytes
+        # Norms that do not depend on the base are those of the whole weight: the first of its runs counts them.
+        counted = merger.norms() if self.groups[0][0].start == 0 else {}
+        squares = np.zeros(NORMS)
+        for group in self.groups:
+            start, stop = group[0].start, group[-1].stop
+            W = np.ascontiguousarray(packed.rows(start, stop), packed.dtype.array)
+            M = np.empty(W.shape, output.dtype.array)
+            for block in group:
+                rows = slice(block.start - start, block.stop - start)
+                raw, out = (
+                    workspace.arrays.over(whole[rows].view("u1").reshape(-1).data, kind)
+                    for whole, kind in ((W, packed.dtype), (M, output.dtype))
+                )
+                for fold, square in merger.compute(raw, out, block).items():
+                    counted[fold] = counted.get(fold, 0.0) + square
+            data = packed.pack_rows(start, M)
+            squares += damage(M, W, packed.unpack_rows(start, data))
+            write(data)
+            left -= len(data)
+        if left:
+            write(bytes(left))
+        norms = {self.at + fold: square for fold, square in counted.items()}
+        return norms | {self.count + number: float(square) for number, square in enumerate(squares)}
+
+
+def damage(merged: Array, old: Array, new: Array) -> Array:
+    """Return the squares of `NORMS` for some rows: of new - merged, merged, merged - old and new - old."""
+    import numpy as np
+
+    M, W, R = (np.ascontiguousarray(_wide(rows)) for rows in (merged, old, new))
+    squares = np.zeros(NORMS)
+    loaded = loops() if {M.dtype, W.dtype, R.dtype} == {np.dtype(np.float32)} else None
+    if loaded is not None:
+        loaded.adapterkit_damage(M.ctypes.data, W.ctypes.data, R.ctypes.data, M.size, squares.ctypes.data)
+        return squares
+    for at, difference in enumerate((R - M, M, M - W, R - W)):
+        squares[at] = np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64)
+    return squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +127,64 @@ class Repacked:
     packed: Packed
     folds: tuple[PlannedUpdate, ...]
 
+    @cached_property
+    def output(self) -> Output:
+        """The weight as an output of its own, of the dtype that is packed."""
+        packed = self.packed
+        return Output(packed.name, DTYPES[packed.merged], packed.shape, 0, packed.lazy(), self.folds)
+
+    @property
+    def rowwise(self) -> Rowwise:
+        """The packed weight, if its rows are packed apart."""
+        assert isinstance(self.packed, Rowwise)
+        return self.packed
+
+    @property
+    def apart(self) -> bool:
+        """Whether runs of its rows are computed apart."""
+        return isinstance(self.packed, Rowwise) and self.packed.row_bytes > 0
+
     @property
     def held(self) -> int:
-        """The memory that computing it takes, in bytes: its parts twice, merged numbers, and temporaries of a step."""
+        """The memory that computing it takes, in bytes."""
+        return self._held_by_rows if self.apart else self._held_whole
+
+    @property
+    def _held_by_rows(self) -> int:
+        """Rows before, after and between, with the float64 images of a block."""
+        width, count = self.packed.shape[-1], math.prod(self.packed.shape)
+        block = max(BLOCK_ELEMENTS, width) if all(fold.blockable for fold in self.folds) else count
+        group = max((sum(block.elements for block in group) for group in self._groups()), default=0)
+        images = 1 if all(fold.additive for fold in self.folds) else 1 + STEPS
+        return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
+
+    def runs(self) -> tuple[PackedRun, ...] | None:
+        """Return the runs of its one stored tensor; None if all of its tensors are computed together."""
+        return tuple(self.runs_at(0, self.packed.written.nbytes, 0, len(self.folds))) if self.apart else None
+
+    def runs_at(self, offset: int, nbytes: int, at: int, count: int) -> Iterator[PackedRun]:
+        """Yield its runs if it begins at byte `offset` of the stored tensor and takes `nbytes`; see `PackedRun`."""
+        size, end, run = self.rowwise.row_bytes, offset + nbytes, list[tuple[Block, ...]]()
+        for group in self._groups():
+            run.append(group)
+            last = group[-1].stop == group[-1].rows
+            if last or (group[-1].stop - run[0][0].start) * group[-1].width >= RUN:
+                own = end - offset if last else (group[-1].stop - run[0][0].start) * size
+                yield PackedRun(offset, own, self, tuple(run), at, count)
+                offset, run = offset + own, []
+
+    def _groups(self) -> Iterator[tuple[Block, ...]]:
+        """Yield its blocks in the smallest groups whose rows lie together in the stored tensor."""
+        group: list[Block] = []
+        for block in blocks(self.output):
+            group.append(block)
+            if self.rowwise.closed(block.stop):
+                yield tuple(group)
+                group = []
+
+    @property
+    def _held_whole(self) -> int:
+        """Its parts twice, merged numbers, and temporaries of a step."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
         return 2 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
 
@@ -59,7 +195,7 @@ class Repacked:
             Malformed: a factor or a merged number is not finite.
             Unsupported: the scheme has no formula for it.
         """
-        merged = _Merged(self.packed, self.folds, workspace)
+        merged = _Merged(self.output, workspace)
         made = self.packed.pack(merged.rows)
         parts = {name: self._bytes(name, array) for name, array in made.items()}
         again = self.base.unpacked_again(self.packed, {name: self._lazy(name, data) for name, data in parts.items()})
@@ -89,12 +225,10 @@ class Repacked:
     def _damage(self, merged: _Merged, again: Packed) -> list[float]:
         import numpy as np
 
-        squares = [0.0] * NORMS
+        squares = np.zeros(NORMS)
         for start, stop in steps(self.packed.shape):
-            M, W, R = (_wide(rows(start, stop)) for rows in (merged.rows, self.packed.rows, again.rows))
-            for at, difference in enumerate((R - M, M, M - W, R - W)):
-                squares[at] += float(np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64))
-        return squares
+            squares += damage(*(rows(start, stop) for rows in (merged.rows, self.packed.rows, again.rows)))
+        return [float(square) for square in squares]
 
 
 def _wide(rows: Array) -> Array:
@@ -120,7 +254,27 @@ class Stack:
 
     @property
     def held(self) -> int:
-        return 2 * self.packed.written.nbytes + self.weights[0].held
+        changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
+        largest = max((weight.held for weight in changed), default=0)
+        return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
+
+    def runs(self) -> tuple[PackedRun, ...] | None:
+        """Like `Repacked.runs`; weights that nothing changes are runs to copy."""
+        changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
+        return tuple(self._runs()) if all(weight.apart for weight in changed) else None
+
+    def _runs(self) -> Iterator[PackedRun]:
+        offset = at = 0
+        for number, weight in enumerate(self.weights, 1):
+            assert weight.packed.share is not None
+            nbytes = weight.packed.share.nbytes
+            # The stored tensor may be padded behind its last weight.
+            filled = self.packed.written.nbytes - offset if number == len(self.weights) else nbytes
+            if weight.folds or weight.packed.changes:
+                yield from weight.runs_at(offset, filled, at, len(self.folds))
+            else:
+                yield PackedRun(offset, nbytes, weight)
+            offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Like `Repacked.compute`; the last `NORMS` sum over all weights that are quantized again."""
@@ -144,15 +298,14 @@ class Stack:
 class _Merged:
     """A merged weight in float32, of which any rows can be requested."""
 
-    def __init__(self, packed: Packed, folds: tuple[PlannedUpdate, ...], workspace: Workspace) -> None:
-        source = packed.lazy()
-        self.output = Output(packed.name, DTYPES[packed.merged], packed.shape, 0, source, folds)
+    def __init__(self, output: Output, workspace: Workspace) -> None:
+        self.output = output
         self.workspace, self.arrays = workspace, workspace.arrays
         self.folder = BlockMerger(self.output, workspace)
         self.norms = self.folder.norms()
         self._seen: set[int] = set()
         self._last: tuple[Block, Array] | None = None
-        self._width = packed.shape[-1]
+        self._width = output.shape[-1]
 
     def rows(self, start: int, stop: int) -> Array:
         """Return rows `start` to `stop` of the weight seen as `[rows, width]`."""

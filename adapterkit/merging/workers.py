@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
-from ..io.direct import OpenFiles, Writer, read_all
-from ..io.lazy import DType
+from ..io.direct import BUFFER, OpenFiles, Writer, read_all
+from ..io.lazy import DType, Lazy
 from .arrays import Arrays, Numbers, TorchArrays, Workspace
 from .blocks import Block, blocks, runs
 from .checksums import Run, digest_of
 from .compute import BlockMerger
 from .planned import Output, OutputFile
-from .requantize import NORMS
+from .requantize import NORMS, PackedRun
 from .staging_dir import Norms
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ RUN = 32 << 20
 class Job:
     """A run of bytes of one output file: blocks of `output` to compute, or `nbytes` to copy from `source`.
 
-    With `parts`, the job is one packed weight, whose parts may lie anywhere in the file.
+    With `parts`, the job is one packed weight, whose parts may lie anywhere in the file; with `run`, some of its rows.
     """
 
     file: OpenFile
@@ -47,6 +47,7 @@ class Job:
     blocks: tuple[Block, ...] = ()
     order: int = 0
     parts: tuple[Output, ...] = ()
+    run: PackedRun | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -88,34 +89,46 @@ def jobs_of(file: OpenFile) -> list[Job]:
             together.setdefault(output.part.packed.name, []).append(output)
             continue
         if output.copied and output.source.span is not None:
-            _extend(jobs, file, output)
+            _extend(jobs, file, output.offset, output.nbytes, output.source)
             continue
         where = "" if output.source.span is None else output.source.span.path
         size = output.dtype.itemsize
         for order, run in enumerate(runs(blocks(output), RUN, size)):
             start, nbytes = output.offset + run[0].first * size, sum(block.elements for block in run) * size
             jobs.append(Job(file, start, nbytes, (where, 0), output, tuple(run), order))
-    jobs += [_of_parts(file, parts) for parts in together.values()]
+    for parts in together.values():
+        jobs += _of_parts(file, parts)
     return [piece for job in jobs for piece in _pieces(job)]
 
 
-def _of_parts(file: OpenFile, parts: list[Output]) -> Job:
-    """Return the job of one packed weight; its norms are stored under the part that has the planned updates."""
+def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
+    """Return the jobs of one packed weight; its norms are stored under the part that has the planned updates."""
     named = next((part for part in parts if part.folds), parts[0])
-    return Job(file, parts[0].offset, sum(part.nbytes for part in parts), ("", 0), named, parts=tuple(parts))
+    assert named.part is not None
+    runs = named.part.runs()
+    if runs is None:
+        return [Job(file, parts[0].offset, sum(part.nbytes for part in parts), ("", 0), named, parts=tuple(parts))]
+    jobs: list[Job] = []
+    for order, run in enumerate(runs):
+        kept = run.copied
+        if kept is None:
+            jobs.append(Job(file, named.offset + run.offset, run.nbytes, ("", 0), named, order=order, run=run))
+        else:
+            _extend(jobs, file, named.offset + run.offset, run.nbytes, kept)
+    return jobs
 
 
-def _extend(jobs: list[Job], file: OpenFile, output: Output) -> None:
+def _extend(jobs: list[Job], file: OpenFile, offset: int, nbytes: int, source: Lazy) -> None:
     """Add the copy of a tensor; it extends the copy before it if the bytes are adjacent in both files."""
-    span = output.source.span
+    span = source.span
     assert span is not None
     last = jobs[-1] if jobs and jobs[-1].output is None else None
-    if last is not None and last.offset + last.nbytes == output.offset:
+    if last is not None and last.offset + last.nbytes == offset:
         path, start = last.source
         if path == span.path and start + last.nbytes == span.offset:
-            last.nbytes += output.nbytes
+            last.nbytes += nbytes
             return
-    jobs.append(Job(file, output.offset, output.nbytes, (span.path, span.offset)))
+    jobs.append(Job(file, offset, nbytes, (span.path, span.offset)))
 
 
 def _pieces(job: Job) -> list[Job]:
@@ -381,6 +394,8 @@ class Worker:
     def _made(self, job: Job) -> tuple[dict[int, float], list[Run]]:
         if job.output is None:
             return {}, self._copy(job)
+        if job.run is not None:
+            return self._pack_rows(job.run, job.output, job)
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
@@ -418,6 +433,18 @@ class Worker:
             self.moved(part.nbytes)
             runs += [(part.offset, part.nbytes, sha256(data).hexdigest())] if job.file.summed else []
         return norms if output.folds else {}, runs
+
+    def _pack_rows(self, run: PackedRun, output: Output, job: Job) -> tuple[dict[int, float], list[Run]]:
+        written = _Summed(self.writer, self.moved, job.file.summed)
+
+        def write(data: bytes) -> None:
+            for start in range(0, len(data), BUFFER):
+                piece = data[start : start + BUFFER]
+                written.room(len(piece))[:] = piece
+                written.filled(len(piece))
+
+        norms = run.compute(self.workspace, write)
+        return norms if output.folds else {}, written.runs(job.offset, job.nbytes)
 
     def _read(self, output: Output, block: Block, data: memoryview) -> None:
         span = output.source.span

@@ -110,6 +110,32 @@ class Packed(ABC):
         return flat.view("u1").tobytes()
 
 
+class Rowwise(Packed):
+    """A weight whose rows may be packed apart, so that a run of them can be merged, packed and written alone."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """The bytes of a row as it will be written in the one member; 0 if this weight has to be packed whole."""
+
+    @abstractmethod
+    def closed(self, row: int) -> bool:
+        """Whether the rows before this one are also the first rows in the member."""
+
+    @abstractmethod
+    def pack_rows(self, start: int, rows: Array) -> bytes:
+        """Quantize rows from `start` on, closed at both ends, as they lie in the member.
+
+        Args:
+            start: the number of the first row.
+            rows: `[rows, width]`, of the dtype `merged`.
+        """
+
+    @abstractmethod
+    def unpack_rows(self, start: int, data: bytes) -> Array:
+        """Return the numbers of rows that `pack_rows` packed, as float32 `[rows, width]`."""
+
+
 class Scheme:
     """A way to pack weights as integers or 8-bit floats. A base with neither, and no such config, is not quantized.
 

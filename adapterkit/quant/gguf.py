@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import Malformed, Unsupported, UsageError
 from ..io.ggml_blocks import BLOCKS, decoded, encoded
 from ..io.gguf_file import PLAIN, GgufFields, raw_size, read_model
-from ..io.lazy import DTYPES, Lazy
+from ..io.lazy import DTYPES, Lazy, Span
 from ..io.magic_bytes import is_gguf
 from ..naming.architectures import STORED_AS, WEIGHT, fill, of_gguf
 from ..naming.gguf import (
@@ -30,7 +30,7 @@ from ..naming.gguf import (
     rows_apart,
 )
 from ..naming.image import families_of_model
-from ._scheme import DAMAGED, Packed, Scheme, numbers, steps
+from ._scheme import DAMAGED, Packed, Rowwise, Scheme, numbers, steps
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -83,7 +83,8 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
     def part(first: int, count: int) -> Buffer:
         return stored.read(offset + first, count)
 
-    return Lazy((size,), stored.dtype, lambda: part(0, size), part=part)
+    span = None if stored.span is None else Span(stored.span.path, stored.span.offset + offset, size)
+    return Lazy((size,), stored.dtype, lambda: part(0, size), span, part)
 
 
 class _Contents:
@@ -230,7 +231,7 @@ def _module(name: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Tensor(Packed):
+class _Tensor(Rowwise):
     """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
 
     Likewise column i is column `columns[i]` of the weight. If `shared` is not 0, the member has that many rows of
@@ -310,6 +311,34 @@ class _Tensor(Packed):
             new = np.frombuffer(self._encoded(merged(start, stop)), np.uint8).reshape(-1, size)
             rows[slice(start, stop) if places is None else places[start:stop]] = new
         return {self.members[0]: data}
+
+    @property
+    def row_bytes(self) -> int:
+        return raw_size(self.new, self.shape[-1:]) if len(self.shape) == 2 else 0
+
+    def closed(self, row: int) -> bool:
+        return self.order is None or not row or int(self.order[:row].max()) < row
+
+    def pack_rows(self, start: int, rows: Array) -> bytes:
+        return self._encoded(rows if self.order is None else rows[self._within(start, len(rows))])
+
+    def unpack_rows(self, start: int, data: bytes) -> Array:
+        import numpy as np
+
+        rows = decoded_rows(self.new, self.shape[-1], np.frombuffer(data, np.uint8))
+        if self.columns is not None:
+            rows = rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
+        if self.order is None:
+            return rows
+        found = np.empty_like(rows)
+        found[self._within(start, len(rows))] = rows
+        return found
+
+    def _within(self, start: int, count: int) -> Array:
+        """The order of a run of rows that is closed at both ends, counted from its first row."""
+        import numpy as np
+
+        return np.asarray(self.order)[start : start + count] - start
 
     def _encoded(self, values: Array) -> bytes:
         rows = values[:, self.order] if self.order is not None and len(self.shape) < 2 else values
@@ -421,7 +450,11 @@ def header(base: Dequantized, file: Any) -> bytes:
 def read_rows(stored: Lazy, kind: str, width: int, start: int, stop: int) -> Array:
     """Return rows `start` to `stop` of a tensor of ggml's type `kind` as float32 [rows, width]."""
     row = raw_size(kind, (width,))
-    data = numbers(stored, start * row, (stop - start) * row)
+    return decoded_rows(kind, width, numbers(stored, start * row, (stop - start) * row))
+
+
+def decoded_rows(kind: str, width: int, data: Array) -> Array:
+    """Return the rows of `width` numbers that these bytes hold, in ggml's type `kind`, as float32."""
     if kind in BLOCKS:
         return decoded(kind, data).reshape(-1, width)
     return cast("Array", data.view(DTYPES[kind].array).astype("f4").reshape(-1, width))
