@@ -232,7 +232,8 @@ def write_experts(path, kind):
     return path
 
 
-def test_runs_of_rows_begin_where_the_heads_of_llama_cpp_do(many_runs, tmp_path):
+@pytest.mark.usefixtures("many_runs")
+def test_runs_of_rows_begin_where_the_heads_of_llama_cpp_do(tmp_path):
     plan = ak.plan(write(tmp_path / "base.gguf", "Q4_0"), adapter()[0])
     by_name = {output.name: output.part.runs() for output in plan.outputs() if output.part is not None}
     assert [len(by_name[f"blk.0.{name}.weight"]) for name in ("attn_q", "attn_k", "ffn_gate")] == [HEADS, KV, 512 // 16]
