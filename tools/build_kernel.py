@@ -28,6 +28,7 @@ except ImportError:  # run by hand
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "adapterkit" / "native"
 SOURCES = tuple(sorted(FOLDER.glob("*.c")))
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 
 PROCESSORS = {
     "x86_64": ("-mavx2", "-mfma", "-mf16c"),
@@ -35,7 +36,7 @@ PROCESSORS = {
     "aarch64": (),
     "arm64": (),
 }
-"""Compiler flags by processor; others have no conversions in `merge.c`."""
+"""Compiler flags by processor; others have no conversions in `lanes.h`."""
 
 EXACT = {"ggml.c": ("-ffp-contract=off",)}
 """Further flags of sources that must round as often as numpy does."""
@@ -132,7 +133,7 @@ def main() -> int:
     if (
         arguments.if_older
         and path.exists()
-        and path.stat().st_mtime >= max(source.stat().st_mtime for source in SOURCES)
+        and path.stat().st_mtime >= max(source.stat().st_mtime for source in (*SOURCES, *HEADERS))
     ):
         return 0
     return int(compile_kernel(arguments.target) is None)

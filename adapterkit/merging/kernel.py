@@ -14,9 +14,6 @@ from .. import native
 if TYPE_CHECKING:
     from ..io.lazy import Array, DType
 
-KINDS = {"BF16": 0, "F16": 1, "F32": 2}
-"""Element types of weights that the library reads, by the numbers of `merge.c`."""
-
 WRITTEN = ("BF16", "F16")
 """Element types that it writes. A float32 output needs every sum in float64, which numpy does as fast."""
 
@@ -42,7 +39,7 @@ class _Factors(ctypes.Structure):
 
 def takes(source: DType, target: DType) -> bool:
     """Whether the library is at hand and converts between these element types."""
-    return source.name in KINDS and target.name in WRITTEN and native.loops() is not None
+    return source.name in native.KINDS and target.name in WRITTEN and native.loops() is not None
 
 
 class LowRankSum:
@@ -92,7 +89,7 @@ class LowRankSum:
             column_norm=self._column_norm.ctypes.data,
             rank=self.rank,
         )
-        source, target = (KINDS[kind.name] for kind in kinds)
+        source, target = (native.KINDS[kind.name] for kind in kinds)
         pointers = raw.ctypes.data, out.ctypes.data
         open_: int = loaded.adapterkit_add(source, target, *pointers, stop - start, self.width, ctypes.byref(factors))
         return open_ == 0

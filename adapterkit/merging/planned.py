@@ -55,7 +55,7 @@ class PackedPart(Protocol):
         ...
 
     def runs(self) -> tuple[PackedRun, ...] | None:
-        """Return the runs of its one stored tensor that are computed apart; None if all is computed together."""
+        """Return the runs of its stored tensors that are computed apart; None if all is computed together."""
         ...
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:

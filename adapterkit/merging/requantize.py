@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import DTYPES, Lazy
-from ..native import loops
+from ..native import KINDS, loops
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
@@ -40,31 +40,30 @@ NORMS = 4
 
 @dataclass(frozen=True, eq=False)
 class PackedRun:
-    """A run of bytes of a stored tensor: rows of a packed weight that are merged and packed again, or bytes to copy.
+    """Rows of a packed weight that are merged and packed again, or bytes of it to copy.
 
     Attributes:
-        offset: the first byte, counted from the tensor's.
-        nbytes: how many bytes, with those that fill up the tensor behind its last row.
+        places: stored tensor -> the first byte of the run in it, and how many; with what fills up the tensor behind its
+            last row.
         weight: the weight.
-        groups: the blocks of these rows, in groups whose rows lie together in the tensor; none if the bytes are copied.
+        groups: the blocks of these rows, in groups whose rows lie together; none if the bytes are copied.
         at: the position of the weight's first planned update among those of the tensor.
         count: how many planned updates the tensor has.
+        source: the bytes to copy, if there are no groups.
     """
 
-    offset: int
-    nbytes: int
+    places: Mapping[str, tuple[int, int]]
     weight: Repacked
     groups: tuple[tuple[Block, ...], ...] = ()
     at: int = 0
     count: int = 0
+    source: Lazy | None = None
 
-    @property
-    def copied(self) -> Lazy | None:
-        """The bytes to copy, if the run is copied."""
-        return None if self.groups else self.weight.packed.share
+    def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
+        """Merge and pack the rows, and hand over the bytes of each stored tensor in order.
 
-    def compute(self, workspace: Workspace, write: Callable[[bytes], None]) -> dict[int, float]:
-        """Merge and pack the rows, and hand their bytes over in order; return the squared norms by position.
+        Returns:
+            the squared norms by position.
 
         Raises:
             Malformed: a factor or a merged number is not finite.
@@ -72,7 +71,7 @@ class PackedRun:
         import numpy as np
 
         packed, output = self.weight.rowwise, self.weight.output
-        merger, left = BlockMerger(output, workspace), self.nbytes
+        merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
         # Norms that do not depend on the base are those of the whole weight: the first of its runs counts them.
         counted = merger.norms() if self.groups[0][0].start == 0 else {}
         squares = np.zeros(NORMS)
@@ -88,29 +87,44 @@ class PackedRun:
                 )
                 for fold, square in merger.compute(raw, out, block).items():
                     counted[fold] = counted.get(fold, 0.0) + square
-            data = packed.pack_rows(start, M)
-            squares += damage(M, W, packed.unpack_rows(start, data))
-            write(data)
-            left -= len(data)
-        if left:
-            write(bytes(left))
+            parts = packed.pack_rows(start, M)
+            squares += damage(M, W, packed.unpack_rows(start, parts))
+            for name, data in parts.items():
+                write(name, data)
+                left[name] -= len(data)
+        for name, count in left.items():
+            if count < 0:
+                raise ShapeMismatch(f"{-count} bytes too many, quantized again", where=name, cure=NO_PACKING)
+            if count:
+                write(name, bytes(count))
         norms = {self.at + fold: square for fold, square in counted.items()}
         return norms | {self.count + number: float(square) for number, square in enumerate(squares)}
 
 
 def damage(merged: Array, old: Array, new: Array) -> Array:
-    """Return the squares of `NORMS` for some rows: of new - merged, merged, merged - old and new - old."""
+    """Return the squares of `NORMS` for some rows: of new - merged, merged, merged - old and new - old.
+
+    Args:
+        merged: the merged rows.
+        old: the rows as they were stored.
+        new: the rows as they are stored now, of the dtype of `old`.
+    """
     import numpy as np
 
-    M, W, R = (np.ascontiguousarray(_wide(rows)) for rows in (merged, old, new))
-    squares = np.zeros(NORMS)
-    loaded = loops() if {M.dtype, W.dtype, R.dtype} == {np.dtype(np.float32)} else None
-    if loaded is not None:
-        loaded.adapterkit_damage(M.ctypes.data, W.ctypes.data, R.ctypes.data, M.size, squares.ctypes.data)
+    squares, loaded = np.zeros(NORMS), loops()
+    kinds = [_KINDS.get(rows.dtype.name) for rows in (merged, old)]
+    if loaded is not None and None not in kinds and new.dtype == old.dtype:
+        given = [np.ascontiguousarray(rows) for rows in (merged, old, new)]
+        loaded.adapterkit_damage(*kinds, *(rows.ctypes.data for rows in given), merged.size, squares.ctypes.data)
         return squares
+    M, W, R = (_wide(rows) for rows in (merged, old, new))
     for at, difference in enumerate((R - M, M, M - W, R - W)):
         squares[at] = np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64)
     return squares
+
+
+_KINDS = {DTYPES[name].array.name: number for name, number in KINDS.items()}
+"""The library's numbers of element types, by the names of numpy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +156,7 @@ class Repacked:
     @property
     def apart(self) -> bool:
         """Whether runs of its rows are computed apart."""
-        return isinstance(self.packed, Rowwise) and self.packed.row_bytes > 0
+        return isinstance(self.packed, Rowwise) and self.packed.apart
 
     @property
     def held(self) -> int:
@@ -159,19 +173,31 @@ class Repacked:
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
     def runs(self) -> tuple[PackedRun, ...] | None:
-        """Return the runs of its one stored tensor; None if all of its tensors are computed together."""
-        return tuple(self.runs_at(0, self.packed.written.nbytes, 0, len(self.folds))) if self.apart else None
+        """Return the runs of its stored tensors; None if all of them are computed together."""
+        if not self.apart:
+            return None
+        stored = self.base.stored.tensors
+        ends = {name: self._written(name).nbytes for name in self.rowwise.places(0)}
+        kept = (PackedRun({name: (0, stored[name].nbytes)}, self, source=stored[name])
+                for name in self.packed.members if name not in ends)  # fmt: skip
+        return (*self.runs_between(dict.fromkeys(ends, 0), ends, 0, len(self.folds)), *kept)
 
-    def runs_at(self, offset: int, nbytes: int, at: int, count: int) -> Iterator[PackedRun]:
-        """Yield its runs if it begins at byte `offset` of the stored tensor and takes `nbytes`; see `PackedRun`."""
-        size, end, run = self.rowwise.row_bytes, offset + nbytes, list[tuple[Block, ...]]()
+    def runs_between(
+        self, starts: Mapping[str, int], ends: Mapping[str, int], at: int, count: int
+    ) -> Iterator[PackedRun]:
+        """Yield the runs of its rows, if its bytes in each stored tensor are these; see `PackedRun`."""
+        run: list[tuple[Block, ...]] = []
         for group in self._groups():
             run.append(group)
-            last = group[-1].stop == group[-1].rows
-            if last or (group[-1].stop - run[0][0].start) * group[-1].width >= RUN:
-                own = end - offset if last else (group[-1].stop - run[0][0].start) * size
-                yield PackedRun(offset, own, self, tuple(run), at, count)
-                offset, run = offset + own, []
+            first, stop = run[0][0].start, group[-1].stop
+            if stop == group[-1].rows or (stop - first) * group[-1].width >= RUN:
+                begins, stops = self.rowwise.places(first), self.rowwise.places(stop)
+                places = {}
+                for name, start in starts.items():
+                    end = ends[name] if stop == group[-1].rows else start + stops[name]
+                    places[name] = (start + begins[name], end - start - begins[name])
+                yield PackedRun(places, self, tuple(run), at, count)
+                run = []
 
     def _groups(self) -> Iterator[tuple[Block, ...]]:
         """Yield its blocks in the smallest groups whose rows lie together in the stored tensor."""
@@ -267,13 +293,13 @@ class Stack:
         offset = at = 0
         for number, weight in enumerate(self.weights, 1):
             assert weight.packed.share is not None
-            nbytes = weight.packed.share.nbytes
+            member, nbytes = self.packed.name, weight.packed.share.nbytes
             # The stored tensor may be padded behind its last weight.
-            filled = self.packed.written.nbytes - offset if number == len(self.weights) else nbytes
+            end = self.packed.written.nbytes if number == len(self.weights) else offset + nbytes
             if weight.folds or weight.packed.changes:
-                yield from weight.runs_at(offset, filled, at, len(self.folds))
+                yield from weight.runs_between({member: offset}, {member: end}, at, len(self.folds))
             else:
-                yield PackedRun(offset, nbytes, weight)
+                yield PackedRun({member: (offset, nbytes)}, weight, source=weight.packed.share)
             offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:

@@ -109,12 +109,14 @@ def _of_parts(file: OpenFile, parts: list[Output]) -> list[Job]:
     if runs is None:
         return [Job(file, parts[0].offset, sum(part.nbytes for part in parts), ("", 0), named, parts=tuple(parts))]
     jobs: list[Job] = []
+    offsets = {part.name: part.offset for part in parts}
     for order, run in enumerate(runs):
-        kept = run.copied
-        if kept is None:
-            jobs.append(Job(file, named.offset + run.offset, run.nbytes, ("", 0), named, order=order, run=run))
+        name, (start, nbytes) = next(iter(run.places.items()))
+        if run.source is not None and run.source.span is not None:
+            _extend(jobs, file, offsets[name] + start, nbytes, run.source)
         else:
-            _extend(jobs, file, named.offset + run.offset, run.nbytes, kept)
+            all_ = sum(nbytes for _, nbytes in run.places.values())
+            jobs.append(Job(file, offsets[name] + start, all_, ("", 0), named, (), order, tuple(parts), run))
     return jobs
 
 
@@ -395,7 +397,7 @@ class Worker:
         if job.output is None:
             return {}, self._copy(job)
         if job.run is not None:
-            return self._pack_rows(job.run, job.output, job)
+            return self._pack_rows(job.run, job)
         return self._pack(job.output, job) if job.parts else self._compute(job.output, job)
 
     def _copy(self, job: Job) -> list[Run]:
@@ -434,17 +436,34 @@ class Worker:
             runs += [(part.offset, part.nbytes, sha256(data).hexdigest())] if job.file.summed else []
         return norms if output.folds else {}, runs
 
-    def _pack_rows(self, run: PackedRun, output: Output, job: Job) -> tuple[dict[int, float], list[Run]]:
-        written = _Summed(self.writer, self.moved, job.file.summed)
+    def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
+        """Write the run's bytes of its first stored tensor as they come, and the few of the others last."""
+        assert job.output is not None
+        offsets = {part.name: part.offset for part in job.parts}
+        first, *others = run.places
+        written, later = _Summed(self.writer, self.moved, job.file.summed), {name: bytearray() for name in others}
 
-        def write(data: bytes) -> None:
-            for start in range(0, len(data), BUFFER):
-                piece = data[start : start + BUFFER]
-                written.room(len(piece))[:] = piece
-                written.filled(len(piece))
+        def write(name: str, data: bytes) -> None:
+            if name == first:
+                written.write(data)
+            else:
+                later[name] += data
 
-        norms = run.compute(self.workspace, write)
-        return norms if output.folds else {}, written.runs(job.offset, job.nbytes)
+        if run.source is not None:
+            write(first, bytes(run.source.fetch()))
+            norms = {}
+        else:
+            norms = run.compute(self.workspace, write)
+        runs = written.runs(job.offset, run.places[first][1])
+        for name, data in later.items():
+            # Parts lie apart in the file, so each is a run of its own.
+            self.writer.finish()
+            offset = offsets[name] + run.places[name][0]
+            self.writer.begin(str(job.file.path), offset)
+            part = _Summed(self.writer, self.moved, job.file.summed)
+            part.write(data)
+            runs += part.runs(offset, len(data))
+        return norms if job.output.folds else {}, runs
 
     def _read(self, output: Output, block: Block, data: memoryview) -> None:
         span = output.source.span
@@ -473,6 +492,13 @@ class _Summed:
             self.digest.update(self._room[:nbytes])
         self.writer.filled(nbytes)
         self.moved(nbytes)
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Copy the next bytes from other memory."""
+        for start in range(0, len(data), BUFFER):
+            piece = data[start : start + BUFFER]
+            self.room(len(piece))[:] = piece
+            self.filled(len(piece))
 
     def runs(self, offset: int, nbytes: int) -> list[Run]:
         """Return the checksum of all bytes that went through, as one run of `nbytes` bytes at `offset`."""

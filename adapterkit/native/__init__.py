@@ -15,11 +15,14 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 5
+VERSION = 6
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
 """The variable that leaves the library out: `off`."""
+
+KINDS = {"BF16": 0, "F16": 1, "F32": 2}
+"""The library's numbers of element types."""
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -38,11 +41,13 @@ def loops() -> ctypes.CDLL | None:
         return None
     loaded.adapterkit_add.restype = _LONG
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
-    loaded.adapterkit_levels.restype = None
+    loaded.adapterkit_levels.restype = _INT
     loaded.adapterkit_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
+    loaded.adapterkit_from_levels.restype = None
+    loaded.adapterkit_from_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER)
     for name in ("encode", "decode"):
         function = getattr(loaded, f"adapterkit_ggml_{name}")
         function.restype, function.argtypes = _INT, (_INT, _POINTER, _LONG, _POINTER, _LONG)
     loaded.adapterkit_damage.restype = None
-    loaded.adapterkit_damage.argtypes = (_POINTER, _POINTER, _POINTER, _LONG, _POINTER)
+    loaded.adapterkit_damage.argtypes = (_INT, _INT, _POINTER, _POINTER, _POINTER, _LONG, _POINTER)
     return loaded

@@ -11,17 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(_WIN32)
-#define API __declspec(dllexport)
-#else
-#define API __attribute__((visibility("default")))
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "lanes.h"
 
 enum { TOGETHER = 16, LONGEST = 32, STRETCHES = 6, PLAIN = 32, BLOCK = 256 };
 
@@ -151,41 +141,10 @@ INLINE void decode_plain(int bits, int offset, const uint8_t *from, float *x) {
 
 /* k-quants: blocks of 256 numbers in runs of `size`, 16 or 32. Sixteen runs are worked on at a time, as columns. */
 
-typedef float floats __attribute__((vector_size(32)));
-typedef int32_t flags __attribute__((vector_size(32)));
-
-enum { LANES = 8 };
-
 /* Sixteen columns are two vectors. As arrays of single numbers, the sums below would not stay in registers. */
 typedef floats Columns[LONGEST][2];
 
 #define BOTH _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
-
-INLINE floats all(float value) { return (floats){value, value, value, value, value, value, value, value}; }
-
-INLINE floats chosen(flags where, floats one, floats other) {
-  return (floats)((where & (flags)one) | (~where & (flags)other));
-}
-
-/* a < b ? a : b, and a > b ? a : b, also for NaN. */
-#if defined(__x86_64__)
-INLINE floats lower_of(floats a, floats b) { return (floats)_mm256_min_ps((__m256)a, (__m256)b); }
-INLINE floats higher_of(floats a, floats b) { return (floats)_mm256_max_ps((__m256)a, (__m256)b); }
-INLINE floats nearest(floats a) {
-  return (floats)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-#else
-INLINE floats lower_of(floats a, floats b) { return chosen(a < b, a, b); }
-INLINE floats higher_of(floats a, floats b) { return chosen(a > b, a, b); }
-INLINE floats nearest(floats a) {
-  for (int lane = 0; lane < LANES; lane++) a[lane] = rintf(a[lane]);
-  return a;
-}
-#endif
-
-INLINE floats within(floats value, floats low, floats high) { return lower_of(high, higher_of(low, value)); }
-
-INLINE floats over(floats value, floats by) { return chosen(by == all(0), all(0), value / by); }
 
 /* For each column the scale with the least squared error for whole numbers from -most to most - 1. */
 INLINE void around_zero(const Columns own, int size, float most, floats *scale) {
@@ -499,27 +458,4 @@ API int32_t adapterkit_ggml_decode(int32_t kind, const uint8_t *from, int64_t bl
 #undef CASE
   }
   return 1;
-}
-
-/* Adds to `squares` the sums of (new - merged)^2, merged^2, (merged - old)^2 and (new - old)^2. */
-API void adapterkit_damage(const float *merged, const float *old, const float *new, int64_t count, double *squares) {
-  double sums[4][LANES] = {{0}};
-  int64_t k = 0;
-  for (; k + LANES <= count; k += LANES)
-    for (int lane = 0; lane < LANES; lane++) {
-      double M = merged[k + lane], W = old[k + lane], R = new[k + lane];
-      sums[0][lane] += (R - M) * (R - M);
-      sums[1][lane] += M * M;
-      sums[2][lane] += (M - W) * (M - W);
-      sums[3][lane] += (R - W) * (R - W);
-    }
-  for (int lane = 0; k < count; k++, lane++) {
-    double M = merged[k], W = old[k], R = new[k];
-    sums[0][lane] += (R - M) * (R - M);
-    sums[1][lane] += M * M;
-    sums[2][lane] += (M - W) * (M - W);
-    sums[3][lane] += (R - W) * (R - W);
-  }
-  for (int at = 0; at < 4; at++)
-    for (int lane = 0; lane < LANES; lane++) squares[at] += sums[at][lane];
 }

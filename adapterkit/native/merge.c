@@ -15,30 +15,15 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
 
-#if defined(_WIN32)
-#define API __declspec(dllexport)
-#else
-#define API __attribute__((visibility("default")))
-#endif
+#include "lanes.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(16)));
-typedef halves loose_halves __attribute__((aligned(2), may_alias));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
-typedef floats loose_floats __attribute__((aligned(4), may_alias));
 
-enum { LANES = 8, WIDE = 16, TALL = 4, CHUNK = 16 };
-enum { BF16, F16, F32 };
-enum { VERSION = 5 };
+enum { WIDE = 16, TALL = 4, CHUNK = 16 };
+enum { VERSION = 6 };
 
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
 enum { STRIP = 192 << 10 };
@@ -55,45 +40,6 @@ typedef struct {
   const double *column_norm; /* [width] */
   int64_t rank;
 } Factors;
-
-/* Conversions between float32 and 16 bits, eight numbers at a time. */
-
-INLINE floats widened(int kind, const void *from) {
-  if (kind == F32) return *(const loose_floats *)from;
-#if defined(__x86_64__)
-  __m128i raw = _mm_loadu_si128((const __m128i *)from);
-  if (kind == F16) return (floats)_mm256_cvtph_ps(raw);
-  return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
-#elif defined(__aarch64__)
-  if (kind == F16) {
-    float16x8_t raw = vreinterpretq_f16_u16(vld1q_u16((const uint16_t *)from));
-    float32x4_t low = vcvt_f32_f16(vget_low_f16(raw)), high = vcvt_f32_f16(vget_high_f16(raw));
-    floats both;
-    memcpy(&both, &low, 16);
-    memcpy((char *)&both + 16, &high, 16);
-    return both;
-  }
-  return (floats)(__builtin_convertvector(*(const loose_halves *)from, words) << 16);
-#endif
-}
-
-/* Rounds to nearest. Ties of bfloat16 go away from zero: `settled` never asks for a tie. */
-INLINE halves narrowed(int kind, floats values) {
-#if defined(__x86_64__)
-  if (kind == F16) return (halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
-  __m256i bits = (__m256i)(((words)values + 0x8000u) >> 16);
-  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xd8);
-  return (halves)_mm256_castsi256_si128(packed);
-#elif defined(__aarch64__)
-  if (kind == F16) {
-    float32x4_t low, high;
-    memcpy(&low, &values, 16);
-    memcpy(&high, (char *)&values + 16, 16);
-    return (halves)vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(low), vcvt_f16_f32(high)));
-  }
-  return __builtin_convertvector(((words)values + 0x8000u) >> 16, halves);
-#endif
-}
 
 INLINE int none(halves flags) {
   uint64_t bits[2];

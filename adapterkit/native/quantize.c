@@ -1,37 +1,121 @@
-/* The nearest of sixteen levels, as `quant/bnb_4bit.py` finds it by numpy: the same comparisons of the same float32
- * numbers, and so the same bits. */
+/* The nearest of sixteen levels, as `quant/bnb_4bit.py` finds it by numpy, and back: the same operations on the same
+ * float32 numbers, and so the same bits. And how much of a change is left after quantizing.
+ */
 
-#include <math.h>
-#include <stdint.h>
+#include "lanes.h"
 
-#if defined(_WIN32)
-#define API __declspec(dllexport)
+enum { LEVELS = 16 };
+
+/* Sixteen indices of four bits each, put through the table `order` and packed to eight bytes, the first in a high half. */
+INLINE void pack_indices(const flags *above, const uint8_t *order, uint8_t *packed) {
+#if defined(__x86_64__)
+  __m128i four[2];
+  for (int h = 0; h < 2; h++)
+    four[h] = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)above[h]), _mm256_extracti128_si256((__m256i)above[h], 1));
+  __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)order), _mm_packus_epi16(four[0], four[1]));
+  __m128i pairs = _mm_maddubs_epi16(found, _mm_set1_epi16(0x0110));
+  _mm_storel_epi64((__m128i *)packed, _mm_packus_epi16(pairs, pairs));
 #else
-#define API __attribute__((visibility("default")))
+  for (int h = 0; h < 2; h++)
+    for (int lane = 0; lane < LANES; lane += 2)
+      *packed++ = (uint8_t)(order[above[h][lane]] << 4 | order[above[h][lane + 1]]);
 #endif
+}
 
-enum { TOGETHER = 16, LEVELS = 16 };
-
-/* Divides each block of `size` finite numbers by its largest, and writes the index of the nearest level. `middles` are
- * the 15 numbers between ascending levels; `order` tells where each of the levels is stored. */
-API void adapterkit_levels(const float *values, int64_t blocks, int64_t size, const float *middles,
-                           const uint8_t *order, uint8_t *q, float *largest) {
-  for (int64_t b = 0; b < blocks; b++, values += size, q += size) {
-    float most = 0.0f;
-    for (int64_t k = 0; k < size; k++) most = fabsf(values[k]) > most ? fabsf(values[k]) : most;
-    float factor = most == 0.0f ? 0.0f : 1.0f / most;
-    for (int64_t first = 0; first < size; first += TOGETHER) {
-      int64_t count = size - first < TOGETHER ? size - first : TOGETHER;
-      float scaled[TOGETHER] = {0};
-      int32_t above[TOGETHER] = {0};
-      for (int64_t k = 0; k < count; k++) {
-        float value = values[first + k] * factor;
-        scaled[k] = value < -1.0f ? -1.0f : value > 1.0f ? 1.0f : value;
-      }
+/* Divides each block of `size` finite numbers by its largest, and writes the index of the nearest level, two to a byte,
+ * the first in the high half. `middles` are the 15 numbers between ascending levels; `order` tells where each of the
+ * levels is stored. `size` is a multiple of 16. Returns 1 if float32 has no reciprocal of a block's largest number.
+ */
+API int32_t adapterkit_levels(const float *values, int64_t blocks, int64_t size, const float *middles,
+                              const uint8_t *order, uint8_t *packed, float *largest) {
+  for (int64_t b = 0; b < blocks; b++, values += size) {
+    floats tops = all(0);
+    for (int64_t k = 0; k < size; k += LANES)
+      tops = higher_of((floats)((words)*(const loose_floats *)(values + k) & 0x7fffffffu), tops);
+    float most = tops[0];
+    for (int lane = 1; lane < LANES; lane++) most = tops[lane] > most ? tops[lane] : most;
+    if (most > 0.0f && most < 0x1p-126f) return 1;
+    const floats factor = all(most == 0.0f ? 0.0f : 1.0f / most);
+    for (int64_t k = 0; k < size; k += 2 * LANES, packed += LANES) {
+      flags above[2] = {{0}};
+      floats scaled[2];
+      for (int h = 0; h < 2; h++)
+        scaled[h] = within(*(const loose_floats *)(values + k + LANES * h) * factor, all(-1), all(1));
       for (int m = 0; m < LEVELS - 1; m++)
-        for (int k = 0; k < TOGETHER; k++) above[k] += scaled[k] > middles[m];
-      for (int64_t k = 0; k < count; k++) q[first + k] = order[above[k]];
+        for (int h = 0; h < 2; h++) above[h] -= (flags)(scaled[h] > all(middles[m]));
+      pack_indices(above, order, packed);
     }
     largest[b] = most;
   }
+  return 0;
+}
+
+/* The numbers of whole blocks, each level times its block's scale, rounded to the type `to`. */
+API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t size, const float *levels,
+                                const float *scales, int32_t to, void *out) {
+  typedef double pairs __attribute__((vector_size(32)));
+  /* The two levels of each byte, as one number of eight bytes. */
+  double table[256];
+  for (int byte = 0; byte < 256; byte++) {
+    const float both[2] = {levels[byte >> 4], levels[byte & 15]};
+    memcpy(&table[byte], both, 8);
+  }
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t k = 0; k < size; k += LANES, packed += LANES / 2) {
+      floats values = (floats)(pairs){table[packed[0]], table[packed[1]], table[packed[2]], table[packed[3]]};
+      values *= all(scales[b]);
+      const int64_t at = b * size + k;
+      if (to == F32) {
+        *(loose_floats *)((float *)out + at) = values;
+        continue;
+      }
+      if (to == BF16) {
+        /* `narrowed` rounds ties away from zero; they go to the even number, as numpy rounds. */
+        words bits = (words)values;
+        values = (floats)(bits + ((bits >> 16) & 1u) - 1u);
+      }
+      *(loose_halves *)((uint16_t *)out + at) = narrowed(to, values);
+    }
+}
+
+INLINE floats part(int kind, const void *from, int64_t at, int64_t count) {
+  const int size = kind == F32 ? 4 : 2;
+  if (count >= LANES) return widened(kind, (const char *)from + at * size);
+  char few[LANES * 4] = {0};
+  memcpy(few, (const char *)from + at * size, count * size);
+  return widened(kind, few);
+}
+
+INLINE void added(double *sums, floats values) {
+  for (int lane = 0; lane < LANES; lane++) sums[lane] += (double)values[lane] * (double)values[lane];
+}
+
+INLINE void damage(int kind, int stored, const void *merged, const void *old, const void *new, int64_t count,
+                   double *squares) {
+  double sums[4][LANES] = {{0}};
+  for (int64_t k = 0; k < count; k += LANES) {
+    floats M = part(kind, merged, k, count - k), W = part(stored, old, k, count - k), R = part(stored, new, k, count - k);
+    added(sums[0], R - M);
+    added(sums[1], M);
+    added(sums[2], M - W);
+    added(sums[3], R - W);
+  }
+  for (int at = 0; at < 4; at++)
+    for (int lane = 0; lane < LANES; lane++) squares[at] += sums[at][lane];
+}
+
+/* Adds to `squares` the sums of (new - merged)^2, merged^2, (merged - old)^2 and (new - old)^2, with differences in
+ * float32. `kind` is the type of `merged`, `stored` that of `old` and `new`. */
+API void adapterkit_damage(int32_t kind, int32_t stored, const void *merged, const void *old, const void *new,
+                           int64_t count, double *squares) {
+#define CASE(a, b) \
+  if (kind == a && stored == b) damage(a, b, merged, old, new, count, squares)
+  CASE(BF16, BF16);
+  CASE(BF16, F32);
+  CASE(F16, F16);
+  CASE(F16, F32);
+  CASE(F32, BF16);
+  CASE(F32, F16);
+  CASE(F32, F32);
+#undef CASE
 }

@@ -115,16 +115,24 @@ class Rowwise(Packed):
 
     @property
     @abstractmethod
-    def row_bytes(self) -> int:
-        """The bytes of a row as it will be written in the one member; 0 if this weight has to be packed whole."""
+    def apart(self) -> bool:
+        """Whether this weight's rows may be packed apart."""
 
     @abstractmethod
     def closed(self, row: int) -> bool:
-        """Whether the rows before this one are also the first rows in the member."""
+        """Whether the rows before this one, and no others, are the first in each member that changes."""
 
     @abstractmethod
-    def pack_rows(self, start: int, rows: Array) -> bytes:
-        """Quantize rows from `start` on, closed at both ends, as they lie in the member.
+    def places(self, row: int) -> dict[str, int]:
+        """Return the first byte of a row in each member that changes, as it will be written.
+
+        Args:
+            row: the number of a row; the rows before it are closed.
+        """
+
+    @abstractmethod
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        """Quantize rows from `start` on, closed at both ends, and return their bytes in each member that changes.
 
         Args:
             start: the number of the first row.
@@ -132,8 +140,8 @@ class Rowwise(Packed):
         """
 
     @abstractmethod
-    def unpack_rows(self, start: int, data: bytes) -> Array:
-        """Return the numbers of rows that `pack_rows` packed, as float32 `[rows, width]`."""
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        """Return the numbers of rows that `pack_rows` packed, `[rows, width]`, of the same dtype as `rows`."""
 
 
 class Scheme:

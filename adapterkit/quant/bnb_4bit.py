@@ -11,16 +11,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Malformed, ShapeMismatch
-from ..io.lazy import BY_TORCH, Lazy
+from ..io.lazy import BY_TORCH, Lazy, from_numpy
 from ..io.strict_json import load_json
-from ..native import loops
-from ._scheme import DAMAGED, Packed, Scheme, divided, expect, finite, halves, joined, nibbles, numbers, part_of, steps
+from ..native import KINDS, loops
+from ._scheme import (
+    DAMAGED,
+    Packed,
+    Rowwise,
+    Scheme,
+    divided,
+    expect,
+    finite,
+    halves,
+    joined,
+    nibbles,
+    numbers,
+    part_of,
+    steps,
+)
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -85,9 +99,22 @@ class _Blocks:
         )
         return {self.name: q, self.above.name: largest}
 
+    def places(self, block: int) -> dict[str, int]:
+        """Return the first byte of a block's scale in each stored part."""
+        if self.above is None:
+            return {self.name: 4 * block}
+        return {self.name: block, **self.above.places(-(-block // self.above.size))}
+
+    def over(self, parts: Mapping[str, Lazy]) -> _Blocks:
+        """Return the same with other bytes in the stored parts."""
+        above = None if self.above is None else self.above.over(parts)
+        part = parts[self.name]
+        stored = Lazy((part.nbytes // self.stored.dtype.itemsize,), self.stored.dtype, part.source)
+        return replace(self, stored=stored, above=above)
+
 
 @dataclass(frozen=True, eq=False)
-class _Levels(Packed):
+class _Levels(Rowwise):
     stored: Lazy
     code: Lazy
     absmax: _Blocks
@@ -97,59 +124,114 @@ class _Levels(Packed):
         return finite(numbers(self.code), self.name)
 
     def rows(self, start: int, stop: int) -> Array:
+        import numpy as np
+
         width = self.shape[-1]
-        first, end = start * width, stop * width
+        first, end, size = start * width, stop * width, self.absmax.size
         pairs = numbers(self.stored, first // 2, -(-end // 2) - first // 2)
+        if not (first % size or end % size or size % 16) and (loaded := loops()) is not None:
+            scales = np.ascontiguousarray(self.absmax.of(first // size, end // size), np.float32)
+            levels, out = np.ascontiguousarray(self.levels, np.float32), np.empty(end - first, self.dtype.array)
+            given = (array.ctypes.data for array in (levels, scales))
+            loaded.adapterkit_from_levels(
+                pairs.ctypes.data, len(scales), size, *given, KINDS[self.dtype.name], out.ctypes.data
+            )
+            return out.reshape(stop - start, width)
         q = nibbles(pairs, high_first=True)[first % 2 :][: end - first]
         values = self.levels[q] * self.absmax.each(first, end)
         return cast("Array", values.astype(self.dtype.array).reshape(stop - start, width))
 
+    @property
+    def apart(self) -> bool:
+        return True
+
+    @cached_property
+    def _granule(self) -> int:
+        """Numbers after which a byte, a block and a block of scales are full."""
+        return math.lcm(2, self.absmax.size * (1 if self.absmax.above is None else self.absmax.above.size))
+
+    def closed(self, row: int) -> bool:
+        count = row * self.shape[-1]
+        return count % self._granule == 0 or count == math.prod(self.shape)
+
+    def places(self, row: int) -> dict[str, int]:
+        count = row * self.shape[-1]
+        return {self.members[0]: -(-count // 2), **self.absmax.places(-(-count // self.absmax.size))}
+
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        pairs, scales = packed_levels(rows.reshape(-1), self.levels, self.absmax.size)
+        return {name: part.tobytes() for name, part in self._named(pairs, scales).items()}
+
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        import numpy as np
+
+        held = {name: from_numpy(np.frombuffer(data, np.uint8)) for name, data in parts.items()}
+        stored, width = held[self.members[0]], self.shape[-1]
+        count = min(2 * stored.nbytes // width, self.shape[0])
+        shape = (count, width)
+        return replace(self, shape=shape, stored=stored, absmax=self.absmax.over(held)).rows(0, count)
+
     def pack(self, merged: Merged) -> dict[str, Array]:
-        import numpy as np
+        granule = self._granule // math.gcd(self._granule, self.shape[-1])
+        pieces = [
+            packed_levels(merged(start, stop).reshape(-1), self.levels, self.absmax.size)
+            for start, stop in steps(self.shape, granule)
+        ]
+        return self._named(*joined(pieces, (0, 0)))
 
-        size = math.lcm(self.absmax.size, 2)
-        granule = size // math.gcd(size, self.shape[-1])
-        pieces = [self._packed(merged(start, stop)) for start, stop in steps(self.shape, granule)]
-        stored, scales = joined(pieces, (0, 0))
-        return {self.members[0]: np.asarray(stored), **self.absmax.pack(scales)}
+    def _named(self, pairs: Array, scales: Array) -> dict[str, Array]:
+        return {self.members[0]: pairs, **self.absmax.pack(scales)}
 
-    def _packed(self, values: Array) -> tuple[Array, Array]:
-        import numpy as np
 
-        q, scales = quantized(values.reshape(-1), self.levels, self.absmax.size)
-        return halves(np.append(q, q[:0] if len(q) % 2 == 0 else q[:1] * 0), high_first=True), scales
+def packed_levels(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
+    """Like `quantized`, with two indices to a byte, the first in its high half."""
+    import numpy as np
+
+    found = _by_library(values, levels, size)
+    if found is not None:
+        return found
+    q, largest = quantized(values, levels, size)
+    return halves(np.append(q, q[:0] if len(q) % 2 == 0 else q[:1] * 0), high_first=True), largest
 
 
 def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
     """Divide each block of `size` by its largest number; return the nearest levels' indices and these numbers."""
     import numpy as np
 
-    order = np.argsort(levels, kind="stable")
-    middles = (levels[order][1:] + levels[order][:-1]) / 2
+    found = _by_library(values, levels, size)
+    if found is not None:
+        return nibbles(found[0], high_first=True), found[1]
+    order, middles = _ascending(levels)
     blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
-    compiled = _by_library(blocks, middles, order)
-    if compiled is not None:
-        return compiled[0][: len(values)], compiled[1]
     largest = np.abs(blocks).max(1)
     scaled = np.clip(blocks * divided(np.ones_like(largest), largest)[:, None], -1, 1).reshape(-1)[: len(values)]
     return order[np.searchsorted(middles, scaled)].astype(np.uint8), largest
 
 
-def _by_library(blocks: Array, middles: Array, order: Array) -> tuple[Array, Array] | None:
-    """Return the same by the compiled loop; None if it is not there, or does not know these numbers."""
+def _ascending(levels: Array) -> tuple[Array, Array]:
+    """Return the levels' places in ascending order, and the numbers in the middle between them."""
     import numpy as np
 
-    loaded = loops()
-    known = blocks.dtype == middles.dtype == np.float32 and len(order) == 16 and np.isfinite(blocks).all()
-    if loaded is None or not known:
+    order = np.argsort(levels, kind="stable")
+    return order, (levels[order][1:] + levels[order][:-1]) / 2
+
+
+def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
+    """Return the result of `packed_levels` by the compiled loop; None if it does not know these numbers."""
+    import numpy as np
+
+    whole = not (len(values) % size or size % 16)
+    known = whole and values.dtype == levels.dtype == np.float32 and len(levels) == 16 and np.isfinite(values).all()
+    loaded = loops() if known else None
+    if loaded is None:
         return None
-    given, middles = np.ascontiguousarray(blocks), np.ascontiguousarray(middles)
-    places = order.astype(np.uint8)
-    q, largest = np.empty(blocks.size, np.uint8), np.empty(len(blocks), np.float32)
-    arrays = (array.ctypes.data for array in (middles, places, q, largest))
-    loaded.adapterkit_levels(given.ctypes.data, *blocks.shape, *arrays)
-    # float32 has no reciprocal of a smaller number.
-    return None if ((largest > 0) & (largest < 2.0**-126)).any() else (q, largest)
+    order, middles = _ascending(levels)
+    given, places = np.ascontiguousarray(values), order.astype(np.uint8)
+    packed, largest = np.empty(len(values) // 2, np.uint8), np.empty(len(values) // size, np.float32)
+    arrays = (array.ctypes.data for array in (middles, places, packed, largest))
+    # float32 may have no reciprocal of a block's largest number.
+    left = loaded.adapterkit_levels(given.ctypes.data, len(largest), size, *arrays)
+    return None if left else (packed, largest)
 
 
 def _weight(base: Checkpoint, name: str, kind: str) -> Packed:

@@ -313,19 +313,23 @@ class _Tensor(Rowwise):
         return {self.members[0]: data}
 
     @property
-    def row_bytes(self) -> int:
-        return raw_size(self.new, self.shape[-1:]) if len(self.shape) == 2 else 0
+    def apart(self) -> bool:
+        return len(self.shape) == 2
 
     def closed(self, row: int) -> bool:
         return self.order is None or not row or int(self.order[:row].max()) < row
 
-    def pack_rows(self, start: int, rows: Array) -> bytes:
-        return self._encoded(rows if self.order is None else rows[self._within(start, len(rows))])
+    def places(self, row: int) -> dict[str, int]:
+        return {self.members[0]: row * raw_size(self.new, self.shape[-1:])}
 
-    def unpack_rows(self, start: int, data: bytes) -> Array:
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        own = rows if self.order is None else rows[self._within(start, len(rows))]
+        return {self.members[0]: self._encoded(own)}
+
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
         import numpy as np
 
-        rows = decoded_rows(self.new, self.shape[-1], np.frombuffer(data, np.uint8))
+        rows = decoded_rows(self.new, self.shape[-1], np.frombuffer(parts[self.members[0]], np.uint8))
         if self.columns is not None:
             rows = rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
         if self.order is None:

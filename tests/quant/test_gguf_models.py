@@ -238,7 +238,8 @@ def test_runs_of_rows_begin_where_the_heads_of_llama_cpp_do(tmp_path):
     by_name = {output.name: output.part.runs() for output in plan.outputs() if output.part is not None}
     assert [len(by_name[f"blk.0.{name}.weight"]) for name in ("attn_q", "attn_k", "ffn_gate")] == [HEADS, KV, 512 // 16]
     row = WIDTH // 32 * 18
-    assert [run.offset for run in by_name["blk.0.attn_q.weight"]] == [head * 64 * row for head in range(HEADS)]
+    name = "blk.0.attn_q.weight"
+    assert [run.places[name] for run in by_name[name]] == [(head * 64 * row, 64 * row) for head in range(HEADS)]
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path):

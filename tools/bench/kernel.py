@@ -19,8 +19,8 @@ from threadpoolctl import threadpool_limits
 from adapterkit.io.lazy import DTYPES
 from adapterkit.linalg.products import product
 from adapterkit.merging.arrays import NumpyArrays
-from adapterkit.merging.kernel import KINDS, WRITTEN, LowRankSum
-from adapterkit.native import loops
+from adapterkit.merging.kernel import WRITTEN, LowRankSum
+from adapterkit.native import KINDS, loops
 
 ROWS, WIDTH = 192, 2048
 
