@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from rig.figures import Figures, arguments  # noqa: E402
 from rig.process import Run, measure  # noqa: E402
 
 WIDTH, RANK = 6400, 16
@@ -79,10 +80,10 @@ def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
         "kohya to PEFT": (kohya, str(copy), [str(kohya), str(again), "--to", "peft"]),
     }
     done = {}
-    for name, (source, copied, arguments) in ways.items():
+    for name, (source, copied, words) in ways.items():
         copying = measure(["sh", "-c", f"cp -r {source} {copy} && sync {copied}"], work / "log", {})
         remove(copy)
-        done[name] = Pair(copying, measure([*convert, *arguments], work / "log", {}))
+        done[name] = Pair(copying, measure([*convert, *words], work / "log", {}))
     file = "adapter_model.safetensors"
     if sorted(values(again / file)) != sorted(values(adapter / file)):
         raise SystemExit("what came back is not what went")
@@ -133,10 +134,11 @@ def report(name: str, pairs: list[Pair]) -> None:
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    arguments(parser, 3)
     parser.add_argument("--modules", type=int, default=2500)
     parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
     chosen = parser.parse_args()
+    figures = Figures("convert")
     if chosen.work is not None:
         chosen.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
@@ -148,7 +150,15 @@ def main() -> int:
             size = (adapter / "adapter_model.safetensors").stat().st_size
             print(f"{2 * count} tensors, {size / 1e9:.2f} GB, {chosen.rounds} rounds")
             for name in rounds[0]:
-                report(name, [each[name] for each in rounds])
+                pairs = [each[name] for each in rounds]
+                report(name, pairs)
+                figures.ratio(
+                    f"{name}, {2 * count} tensors / cp and sync",
+                    [pair.conversion.seconds for pair in pairs],
+                    [pair.copy.seconds for pair in pairs],
+                )
+                figures.add(f"{name}, {2 * count} tensors", [pair.conversion.peak / 1e6 for pair in pairs], "MB")
+    figures.write(chosen.json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Holds the compiled loop of a merge against numpy: equal bits on many random numbers, and processor time.
 
-    python tools/bench/kernel.py [--numbers 1e9] [--rank 16]
+    python tools/bench/kernel.py [--numbers 1e9] [--rank 16] [--rounds 3] [--json FILE]
 
 For each pair of element types it draws weights and factors at changing scales until so many numbers are compared. It
 ends with 1 if a bit differs. Blocks that the loop leaves to numpy are counted; times are of one core.
@@ -9,11 +9,13 @@ ends with 1 if a bit differs. Blocks that the loop leaves to numpy are counted; 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
+from rig.figures import Figures, arguments
 from threadpoolctl import threadpool_limits
 
 from adapterkit.io.lazy import DTYPES
@@ -67,25 +69,34 @@ def main() -> int:
     """Print one line for each pair of types."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--numbers", type=float, default=1e7, help="numbers to compare for each pair of types")
+    arguments(parser, 3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     if loops() is None:
         print("the compiled loop is not there: run tools/build_kernel.py", file=sys.stderr)
         return 2
-    rng, wrong = np.random.default_rng(asked.seed), 0
+    rng, wrong, figures = np.random.default_rng(asked.seed), 0, Figures("kernel")
     print("from  to        numbers   differ  left to numpy  ns, compiled  ns, numpy   ratio")
     for source in KINDS:
         for target in WRITTEN:
-            seen = compare(source, target, asked.numbers, asked.rank, rng)
-            wrong += seen.differ
-            ours, theirs = (1e9 * seconds / seen.numbers for seconds in (seen.ours, seen.theirs))
-            left = f"{seen.left} of {seen.blocks}"
+            each = asked.numbers / asked.rounds
+            rounds = [compare(source, target, each, asked.rank, rng) for _ in range(asked.rounds)]
+            wrong += sum(seen.differ for seen in rounds)
+            numbers, differ, left, blocks = (
+                sum(getattr(seen, name) for seen in rounds) for name in ("numbers", "differ", "left", "blocks")
+            )
+            ours, theirs = ([1e9 * getattr(seen, who) / seen.numbers for seen in rounds] for who in ("ours", "theirs"))
+            figures.add(f"{source} to {target}, compiled", ours, "ns")
+            figures.ratio(f"{source} to {target}, numpy / compiled", theirs, ours, more=True)
+            ours, theirs = statistics.median(ours), statistics.median(theirs)
             print(
-                f"{source:5} {target:5} {seen.numbers:11,} {seen.differ:8} {left:>14} {ours:13.2f} {theirs:10.2f}"
+                f"{source:5} {target:5} {numbers:11,} {differ:8} {f'{left} of {blocks}':>14} "
+                f"{ours:13.2f} {theirs:10.2f}"
                 f" {theirs / ours:7.2f}",
                 flush=True,
             )
+    figures.write(asked.json)
     return int(wrong > 0)
 
 

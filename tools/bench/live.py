@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rig.figures import Figures, arguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,11 +31,14 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MIXED = ((50, 64), (8, 16))
 """Adapters, and rows of one token."""
 
+FIGURES = Figures("live")
+
 
 def main() -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, value in (("hidden", 256), ("layers", 2), ("tokens", 128), ("rounds", 15), ("threads", 1), ("rows", 4)):
+    arguments(parser, 15)
+    for name, value in (("hidden", 256), ("layers", 2), ("tokens", 128), ("threads", 1), ("rows", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--only", choices=["mixed", "single"])
     options = parser.parse_args()
@@ -45,6 +49,7 @@ def main() -> int:
     for method in ("lora", "dora") if options.only != "mixed" else ():
         for dtype in (torch.float32, torch.bfloat16):
             single(method, dtype, options)
+    FIGURES.write(options.json)
     return 0
 
 
@@ -110,6 +115,7 @@ def single(method: str, dtype: torch.dtype, options: Any) -> None:
     report(f"step of {label}", turns(steps, options.rounds))
     peaks = {name: peak(step) for name, step in steps.items()}
     ratio = peaks["adapterkit"] / peaks["PEFT"]
+    FIGURES.add(f"{label}: peak memory of a step, ours / PEFT", [ratio], "x")
     print(f"  peak memory of a step  {'  '.join(f'{k} {v / 1e6:.1f} MB' for k, v in peaks.items())}  ratio {ratio:.3f}")
 
 
@@ -155,6 +161,7 @@ def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
 
 def report(label: str, times: dict[str, list[float]]) -> None:
     """Prints medians and minima, and the ratios of both; what the base alone takes bounds what can be gained."""
+    FIGURES.ratio(f"{label.partition(' (apart')[0]}: ours / PEFT", times["adapterkit"], times["PEFT"])
     medians = {name: statistics.median(each) for name, each in times.items()}
     least = {name: min(each) for name, each in times.items()}
     figures = "  ".join(f"{name} {1e3 * medians[name]:.1f} ({1e3 * least[name]:.1f}) ms" for name in times)

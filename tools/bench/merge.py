@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rig.figures import Figures, arguments
 from rig.process import ProcessFailed, Run, measure, warm
 
 RIG = Path(__file__).resolve().parent / "rig"
@@ -217,6 +218,24 @@ def ratios(seen: list[Contender]) -> None:
         print(f"merging made durable, adapterkit / cp + sync: {paired(ours.merging, copy.seconds)}")
 
 
+def figures(seen: list[Contender]) -> Figures:
+    """The same as data: each contender's time and memory, and the ratios."""
+    found, by_name = Figures("merge"), {contender.name: contender for contender in seen}
+    for contender in seen:
+        found.add(f"{contender.name}, whole process", contender.seconds, "s")
+        found.add(f"{contender.name}, processor time", [run.cpu for run in contender.runs], "s")
+        if contender.merges:
+            found.add(f"{contender.name}, largest memory", [run.peak / 1e6 for run in contender.runs], "MB")
+    ours, copy = by_name.get("adapterkit"), by_name.get("cp + sync")
+    for name in ("peft", "mergekit", "axolotl"):
+        if ours and name in by_name:
+            found.ratio(f"{name} / adapterkit", by_name[name].seconds, ours.seconds, more=True)
+    if ours and copy:
+        found.ratio("adapterkit / cp + sync", ours.seconds, copy.seconds)
+        found.ratio("adapterkit, merging made durable / cp + sync", ours.merging, copy.seconds)
+    return found
+
+
 def paired(above: list[float], below: list[float]) -> str:
     """Median and range of the ratios within a round: what slows the machine down for a while slows both."""
     found = [a / b for a, b in zip(above, below, strict=True)]
@@ -229,7 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the base's full size, for a quick try")
-    parser.add_argument("--rounds", type=int, default=3)
+    arguments(parser, 3)
     names = [c.name for c in contenders("auto", "", "")]
     parser.add_argument("--only", action="append", choices=names, help="may be repeated")
     parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit and PEFT")
@@ -251,6 +270,7 @@ def main() -> int:
         return 1
     show(seen)
     ratios(seen)
+    figures(seen).write(options.json)
     return 0
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rig.figures import Figures, arguments
 from rig.process import ProcessFailed, Run, measure
 
 RIG = Path(__file__).resolve().parent / "rig"
@@ -73,7 +74,7 @@ def main() -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3)
+    arguments(parser, 3)
     options = parser.parse_args()
     work = options.work.absolute()
     folder = work / "graph"
@@ -90,6 +91,7 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     show(seen)
+    figures(seen).write(options.json)
     return 0
 
 
@@ -105,6 +107,18 @@ def show(seen: dict[str, list[tuple[Run, float]]]) -> None:
     pairs = [(merge, copy) for (merge, _), (copy, _) in zip(seen["merge"], seen["cp + sync"], strict=True)]
     told("merge, imports aside / (cp + sync)", [float(merge.stdout) / copy.seconds for merge, copy in pairs])
     told("merge, as a process / (cp + sync)", [merge.seconds / copy.seconds for merge, copy in pairs])
+
+
+def figures(seen: dict[str, list[tuple[Run, float]]]) -> Figures:
+    """The same as data."""
+    found = Figures("onnx")
+    for name, runs in seen.items():
+        found.add(f"{name}, whole process", [run.seconds for run, _ in runs], "s")
+        found.add(f"{name}, largest memory", [run.peak / 1e6 for run, _ in runs], "MB")
+    copies = [copy.seconds for copy, _ in seen["cp + sync"]]
+    found.ratio("merge, imports aside / cp + sync", [float(run.stdout) for run, _ in seen["merge"]], copies)
+    found.ratio("merge, whole process / cp + sync", [run.seconds for run, _ in seen["merge"]], copies)
+    return found
 
 
 def told(name: str, ratios: list[float]) -> None:

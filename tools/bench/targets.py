@@ -11,8 +11,6 @@ to compare; wall time is told because waiting is not in it. `--root` measures an
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
 import statistics
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rig.experts import MODELS, write_adapter, write_base
+from rig.figures import Figures, arguments
 from rig.process import ProcessFailed, Run, measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,10 +94,9 @@ def write_inputs(inputs: Path) -> None:
 def main() -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    arguments(parser, 3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--row", action="append", help="rows whose name holds this; may be repeated")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to measure")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="targets.", dir=options.work))
@@ -121,10 +119,12 @@ def main() -> int:
         else:
             figures = record["fault"]
         print(f"{record['name']:>34}  {figures}")
-    if options.json is not None:
-        machine = {"python": platform.python_version(), "machine": platform.machine(), "root": str(options.root)}
-        options.json.write_text(json.dumps({**machine, "rounds": options.rounds, "rows": records}, indent=2) + "\n")
-    return 0
+    figures = Figures("targets")
+    for row in chosen:
+        figures.add(row.name, [run.cpu for run in row.runs], "s")
+        figures.add(f"{row.name}, largest memory", [run.high_water / 1e6 for run in row.runs], "MB")
+    figures.write(options.json)
+    return int(any(row.fault for row in chosen))
 
 
 if __name__ == "__main__":
