@@ -15,7 +15,7 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 6
+VERSION = 7
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
@@ -41,8 +41,10 @@ def loops() -> ctypes.CDLL | None:
         return None
     loaded.adapterkit_add.restype = _LONG
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
-    loaded.adapterkit_levels.restype = _INT
-    loaded.adapterkit_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
+    for name in ("levels", "indices"):
+        function = getattr(loaded, f"adapterkit_{name}")
+        function.restype = _INT
+        function.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
     loaded.adapterkit_from_levels.restype = None
     loaded.adapterkit_from_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER)
     for name in ("encode", "decode"):

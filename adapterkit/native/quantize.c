@@ -50,6 +50,26 @@ API int32_t adapterkit_levels(const float *values, int64_t blocks, int64_t size,
   return 0;
 }
 
+/* The same for a table of 256 levels, with an index to a byte; the last block may be shorter. `middles` are 255 numbers. */
+API int32_t adapterkit_indices(const float *values, int64_t count, int64_t size, const float *middles,
+                               const uint8_t *order, uint8_t *q, float *largest) {
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t stop = count - first < size ? count : first + size;
+    float most = 0.0f;
+    for (int64_t k = first; k < stop; k++) most = fabsf(values[k]) > most ? fabsf(values[k]) : most;
+    if (most > 0.0f && most < 0x1p-126f) return 1;
+    const float factor = most == 0.0f ? 0.0f : 1.0f / most;
+    for (int64_t k = first; k < stop; k++) {
+      const float value = values[k] * factor, scaled = value < -1.0f ? -1.0f : value > 1.0f ? 1.0f : value;
+      int at = 0;
+      for (int step = 128; step; step >>= 1) at += scaled > middles[at + step - 1] ? step : 0;
+      q[k] = order[at];
+    }
+    *largest++ = most;
+  }
+  return 0;
+}
+
 /* The numbers of whole blocks, each level times its block's scale, rounded to the type `to`. */
 API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t size, const float *levels,
                                 const float *scales, int32_t to, void *out) {

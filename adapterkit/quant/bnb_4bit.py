@@ -200,7 +200,7 @@ def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
 
     found = _by_library(values, levels, size)
     if found is not None:
-        return nibbles(found[0], high_first=True), found[1]
+        return (nibbles(found[0], high_first=True) if len(levels) == 16 else found[0]), found[1]
     order, middles = _ascending(levels)
     blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
     largest = np.abs(blocks).max(1)
@@ -217,21 +217,25 @@ def _ascending(levels: Array) -> tuple[Array, Array]:
 
 
 def _by_library(values: Array, levels: Array, size: int) -> tuple[Array, Array] | None:
-    """Return the result of `packed_levels` by the compiled loop; None if it does not know these numbers."""
+    """Return the result of `packed_levels`, or of `quantized` for 256 levels; None if no loop knows these numbers."""
     import numpy as np
 
-    whole = not (len(values) % size or size % 16)
-    known = whole and values.dtype == levels.dtype == np.float32 and len(levels) == 16 and np.isfinite(values).all()
+    whole = len(levels) == 256 or (len(levels) == 16 and not (len(values) % size or size % 16))
+    known = whole and values.dtype == levels.dtype == np.float32 and np.isfinite(values).all()
     loaded = loops() if known else None
     if loaded is None:
         return None
     order, middles = _ascending(levels)
     given, places = np.ascontiguousarray(values), order.astype(np.uint8)
-    packed, largest = np.empty(len(values) // 2, np.uint8), np.empty(len(values) // size, np.float32)
-    arrays = (array.ctypes.data for array in (middles, places, packed, largest))
+    blocks = -(-len(values) // size)
+    largest = np.empty(blocks, np.float32)
+    if len(levels) == 16:
+        found, function, count = np.empty(len(values) // 2, np.uint8), loaded.adapterkit_levels, blocks
+    else:
+        found, function, count = np.empty(len(values), np.uint8), loaded.adapterkit_indices, len(values)
+    arrays = (array.ctypes.data for array in (middles, places, found, largest))
     # float32 may have no reciprocal of a block's largest number.
-    left = loaded.adapterkit_levels(given.ctypes.data, len(largest), size, *arrays)
-    return None if left else (packed, largest)
+    return None if function(given.ctypes.data, count, size, *arrays) else (found, largest)
 
 
 def _weight(base: Checkpoint, name: str, kind: str) -> Packed:

@@ -64,6 +64,22 @@ def test_the_bytes_are_those_of_numpy(
     assert all(np.array_equal(one, other) and one.dtype == other.dtype for one, other in zip(ours, wanted, strict=True))
 
 
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 255), st.sampled_from([1e-40, 1e-20, 1.0, 1e30]),
+    st.booleans(),
+)  # fmt: skip
+def test_scales_become_the_bytes_of_numpy(seed: int, blocks: int, rest: int, scale: float, sorted_: bool) -> None:
+    rng = np.random.default_rng(seed)
+    table = np.sort(np.append(rng.uniform(-1, 1, 254), [-1, 1])).astype(np.float32)
+    values = values_of(seed, 256, blocks, rest, scale, table[::17])
+    table = table if sorted_ else rng.permutation(table)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        ours = quantized(values, table, 256)
+        patch.setattr("adapterkit.quant.bnb_4bit.loops", lambda: None)
+        wanted = quantized(values, table, 256)
+    assert all(np.array_equal(one, other) and one.dtype == other.dtype for one, other in zip(ours, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("levels", [NF4, FP4], ids=["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
