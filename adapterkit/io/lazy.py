@@ -132,16 +132,22 @@ def files_kept_open() -> Iterator[None]:
         yield
         return
     files: dict[str, io.FileIO] = {}
-    token = _OPEN.set(files)
+    token, kept = _OPEN.set(files), _KEPT.set({})
     try:
         yield
     finally:
         _OPEN.reset(token)
+        _KEPT.reset(kept)
         for file in files.values():
             file.close()
 
 
 _OPEN: ContextVar[dict[str, io.FileIO] | None] = ContextVar("_OPEN", default=None)
+
+_KEPT: ContextVar[dict[Lazy, Buffer] | None] = ContextVar("_KEPT", default=None)
+
+MOST_KEPT = 3
+"""Most tensors that `fetch_once` keeps: the parts of a packed weight that every run of its rows needs whole."""
 
 MOST_OPEN = 16
 """Most files kept open. A base can have hundreds, and a deleted file keeps its disk space while it is open."""
@@ -169,6 +175,20 @@ def read_span(span: Span) -> bytearray:
     if done < span.nbytes:
         why = f"{done} bytes where {span.nbytes} were when the file was opened"
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it anew")
+    return data
+
+
+def fetch_once(tensor: Lazy) -> Buffer:
+    """Return the bytes of a tensor; inside `files_kept_open` the last few tensors are not read again."""
+    kept = _KEPT.get()
+    if kept is None or tensor.span is None:
+        return tensor.fetch()
+    data = kept.pop(tensor, None)
+    if data is None:
+        while len(kept) >= MOST_KEPT:
+            del kept[next(iter(kept))]
+        data = tensor.fetch()
+    kept[tensor] = data
     return data
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, Unsupported
-from ..io.lazy import DTYPES, Lazy
+from ..io.lazy import BY_TORCH, DTYPES, Lazy
 from ..native import KINDS, loops
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
@@ -112,7 +112,7 @@ def damage(merged: Array, old: Array, new: Array) -> Array:
     import numpy as np
 
     squares, loaded = np.zeros(NORMS), loops()
-    kinds = [_KINDS.get(rows.dtype.name) for rows in (merged, old)]
+    kinds = [KINDS.get(BY_TORCH[rows.dtype.name].name) for rows in (merged, old)]
     if loaded is not None and None not in kinds and new.dtype == old.dtype:
         given = [np.ascontiguousarray(rows) for rows in (merged, old, new)]
         loaded.adapterkit_damage(*kinds, *(rows.ctypes.data for rows in given), merged.size, squares.ctypes.data)
@@ -121,10 +121,6 @@ def damage(merged: Array, old: Array, new: Array) -> Array:
     for at, difference in enumerate((R - M, M, M - W, R - W)):
         squares[at] = np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64)
     return squares
-
-
-_KINDS = {DTYPES[name].array.name: number for name, number in KINDS.items()}
-"""The library's numbers of element types, by the names of numpy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +206,9 @@ class Repacked:
 
     @property
     def _held_whole(self) -> int:
-        """Its parts twice, merged numbers, and temporaries of a step."""
+        """Its parts as they were read, twice as they are made, merged numbers, and temporaries of a step."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
-        return 2 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
+        return 3 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Return the bytes of every member, and the squared norms: one per planned update, then `NORMS` more.

@@ -15,7 +15,7 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 7
+VERSION = 8
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
@@ -24,7 +24,7 @@ OFF = "ADAPTERKIT_KERNEL"
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """The library's numbers of element types."""
 
-_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 @cache
@@ -47,6 +47,9 @@ def loops() -> ctypes.CDLL | None:
         function.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
     loaded.adapterkit_from_levels.restype = None
     loaded.adapterkit_from_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT, _POINTER)
+    loaded.adapterkit_grids.restype = _INT
+    loaded.adapterkit_grids.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER, _POINTER)
+    loaded.adapterkit_e2m1.restype, loaded.adapterkit_e2m1.argtypes = None, (_POINTER, _LONG, _POINTER)
     for name in ("encode", "decode"):
         function = getattr(loaded, f"adapterkit_ggml_{name}")
         function.restype, function.argtypes = _INT, (_INT, _POINTER, _LONG, _POINTER, _LONG)

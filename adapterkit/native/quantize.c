@@ -4,7 +4,7 @@
 
 #include "lanes.h"
 
-enum { LEVELS = 16 };
+enum { LEVELS = 16, LONGEST = 4096 };
 
 /* Sixteen indices of four bits each, put through the table `order` and packed to eight bytes, the first in a high half. */
 INLINE void pack_indices(const flags *above, const uint8_t *order, uint8_t *packed) {
@@ -96,6 +96,49 @@ API void adapterkit_from_levels(const uint8_t *packed, int64_t blocks, int64_t s
       }
       *(loose_halves *)((uint16_t *)out + at) = narrowed(to, values);
     }
+}
+
+/* Quantizes one group by a scale and a zero point; returns the sum of squared errors, in the order of the numbers. */
+INLINE double on_grid(const float *values, int64_t size, float scale, int32_t zero, float low, float high, int32_t *q) {
+  double squares[LONGEST], sum = 0.0;
+  for (int64_t k = 0; k < size; k++) {
+    float value = scale == 0.0f ? 0.0f : values[k] / scale;
+    double at = (double)rintf(value) + zero;
+    at = at < low ? low : at > high ? high : at;
+    q[k] = (int32_t)at;
+    double error = (double)(q[k] - zero) * (double)scale - (double)values[k];
+    squares[k] = error * error;
+  }
+  for (int64_t k = 0; k < size; k++) sum += squares[k];
+  return sum;
+}
+
+/* Whole numbers from `low` to `high` for groups of `size` finite numbers, by the one of two scales and zero points that
+ * has the smaller error: the first if both are alike. `second` tells which was taken. Returns 1 if `size` is too large.
+ */
+API int32_t adapterkit_grids(const float *values, int64_t groups, int64_t size, const float *const scales[2],
+                             const int32_t *const zeros[2], float low, float high, int32_t *q, uint8_t *second) {
+  int32_t other[LONGEST];
+  if (size > LONGEST) return 1;
+  for (int64_t g = 0; g < groups; g++, values += size, q += size) {
+    double one = on_grid(values, size, scales[0][g], zeros[0][g], low, high, q);
+    double two = on_grid(values, size, scales[1][g], zeros[1][g], low, high, other);
+    second[g] = two < one;
+    if (second[g]) memcpy(q, other, size * sizeof *q);
+  }
+  return 0;
+}
+
+/* The codes of the nearest 4-bit floats, with a sign, two bits of exponent and one of mantissa; ties go to even codes. */
+API void adapterkit_e2m1(const float *values, int64_t count, uint8_t *q) {
+  static const float middles[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
+  for (int64_t k = 0; k < count; k++) {
+    const float size = fabsf(values[k]);
+    uint8_t code = 0;
+    /* At a tie the code below it stays if it is even. A NaN is above all, as numpy sorts it. */
+    for (int m = 0; m < 7; m++) code += m % 2 ? !(size < middles[m]) : !(size <= middles[m]);
+    q[k] = (uint8_t)(code | (signbit(values[k]) ? 8 : 0));
+  }
 }
 
 INLINE floats part(int kind, const void *from, int64_t at, int64_t count) {

@@ -6,13 +6,14 @@ or a fresh one from its smallest and largest number; the one with the smaller sq
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
+from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..errors import ShapeMismatch
-from ..io.lazy import Lazy
+from ..io.lazy import Lazy, fetch_once
+from ..native import loops
 from ._scheme import DAMAGED, Packed, divided, numbers, steps
 
 if TYPE_CHECKING:
@@ -77,15 +78,37 @@ class Grouped(Packed):
         """Return the stored tensors, joined from the parts of all runs of rows."""
 
     def pack(self, merged: Merged) -> dict[str, Array]:
-        at = self._group_of()
-        fixed = self._fixed_zero()
+        import numpy as np
+
+        at, fixed = self._group_of(), self._fixed_zero()
+        runs = _runs_of(at, self.groups)
         pieces = []
         for start, stop in steps(self.shape, self.granule):
             values, zeros, scales = merged(start, stop), self.zeros(start, stop), self.scales(start, stop)
-            own = self._on(values, scales, scales.astype(int) * 0 + zeros, at)
-            fresh = self._on(values, *self._fresh(values, at, fixed), at)
-            pieces.append(self.parts(*_better(own, fresh, at)))
+            own = scales, scales.astype(int) * 0 + zeros
+            if runs is None:
+                again = self._fresh(*_spans(values, at, self.groups), fixed)
+                pieces.append(self.parts(*_better(self._on(values, *own, at), self._on(values, *again, at), at)))
+                continue
+            ordered = values[:, runs].reshape(len(values), self.groups, -1)
+            fresh = self._fresh(np.minimum(ordered.min(2), 0), np.maximum(ordered.max(2), 0), fixed)
+            pieces.append(self.parts(*self._of_runs(ordered, own, fresh, runs)))
         return self.named(pieces)
+
+    def _of_runs(
+        self, ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], runs: Array | slice
+    ) -> tuple[Array, Array, Array]:
+        """Like `_better`, for rows whose groups are runs of columns, `[rows, groups, columns of a group]`."""
+        import numpy as np
+
+        found = _by_library(ordered, own, fresh, self.span)
+        if found is None:
+            at = np.repeat(np.arange(self.groups), ordered.shape[2])
+            values = ordered.reshape(len(ordered), -1)
+            found = _better(self._on(values, *own, at), self._on(values, *fresh, at), at)
+        q = np.empty_like(found[0])
+        q[:, runs] = found[0]
+        return q, *found[1:]
 
     def _fixed_zero(self) -> int | None:
         """Return the common zero point if the weight is quantized symmetrically, else None."""
@@ -94,15 +117,11 @@ class Grouped(Packed):
             return zeros
         return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
 
-    def _fresh(self, values: Array, at: Array, fixed: int | None) -> tuple[Array, Array]:
-        """Return scales and zero points from the smallest and the largest number of each group."""
+    def _fresh(self, least: Array, most: Array, fixed: int | None) -> tuple[Array, Array]:
+        """Return scales and zero points from the smallest number of each group, at most 0, and the largest."""
         import numpy as np
 
         low, high = self.span
-        least, most = (np.zeros((self.groups, len(values)), np.float32) for _ in range(2))
-        np.minimum.at(least, at, values.T)
-        np.maximum.at(most, at, values.T)
-        least, most = least.T, most.T
         if fixed is not None:
             scale = self.kept(np.maximum(-least, most) * np.float32(2 / (high - low)))
             return scale, np.full(scale.shape, fixed)
@@ -154,6 +173,49 @@ def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
     return np.asarray(np.where(other_wins[:, at], other.q, one.q)), zeros, scales
 
 
+def _spans(values: Array, at: Array, groups: int) -> tuple[Array, Array]:
+    """Return the smallest number of each row and group, at most 0, and the largest, at least 0."""
+    import numpy as np
+
+    least, most = (np.zeros((groups, len(values)), np.float32) for _ in range(2))
+    np.minimum.at(least, at, values.T)
+    np.maximum.at(most, at, values.T)
+    return least.T, most.T
+
+
+def _runs_of(at: Array, groups: int) -> Array | slice | None:
+    """Return the columns in the order of their groups, if all groups have as many; else None."""
+    import numpy as np
+
+    counts = np.bincount(at, minlength=groups)
+    if (counts != counts[0]).any():
+        return None
+    return slice(None) if (np.diff(at) >= 0).all() else np.argsort(at, kind="stable")
+
+
+def _by_library(
+    ordered: Array, own: tuple[Array, Array], fresh: tuple[Array, Array], span: tuple[int, int]
+) -> tuple[Array, Array, Array] | None:
+    """Return q, zero points and scales by the compiled loop; None if it does not know these numbers."""
+    import numpy as np
+
+    loaded = loops()
+    kinds = {ordered.dtype, own[0].dtype, fresh[0].dtype}
+    if loaded is None or kinds != {np.dtype(np.float32)} or not np.isfinite(ordered).all():
+        return None
+    rows, groups, size = ordered.shape
+    scales = [np.ascontiguousarray(grid[0]) for grid in (own, fresh)]
+    zeros = [np.ascontiguousarray(grid[1], np.int32) for grid in (own, fresh)]
+    given, q = np.ascontiguousarray(ordered), np.empty((rows, groups * size), np.int32)
+    second = np.empty((rows, groups), np.uint8)
+    pointers = [(c_void_p * 2)(*(array.ctypes.data for array in pair)) for pair in (scales, zeros)]
+    if loaded.adapterkit_grids(
+        given.ctypes.data, rows * groups, size, *pointers, *span, q.ctypes.data, second.ctypes.data
+    ):
+        return None
+    return q, np.where(second, fresh[1], own[1]), np.where(second, fresh[0], own[0])
+
+
 def words(q: Array, bits: int) -> Array:
     """Pack numbers of `bits` bits into 32-bit words along the last axis, lowest bits first, zero-padded; int32."""
     import numpy as np
@@ -175,5 +237,7 @@ def unpacked(words: Array, bits: int, count: int | None = None) -> Array:
 
 
 def whole(tensor: Lazy) -> Array:
-    """Read all of a stored tensor."""
-    return numbers(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)
+    """Read all of a stored tensor: the rows of a weight are columns of it."""
+    import numpy as np
+
+    return np.frombuffer(fetch_once(tensor), dtype=tensor.dtype.array).reshape(tensor.shape)
