@@ -22,7 +22,8 @@
 typedef double doubles __attribute__((vector_size(32)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 
-enum { WIDE = 16, TALL = 4, CHUNK = 16 };
+/* A tile's rows: six, whose twelve sums fill the registers; the last rows of a block go by three and one. */
+enum { WIDE = 16, TALL = 6, SHORT = 3, CHUNK = 16 };
 enum { VERSION = 8 };
 
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
@@ -116,12 +117,12 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   /* Sums of at most CHUNK products are added up: the bound grows with CHUNK + rank / CHUNK, not with the rank. */
   for (int64_t first = 0;; first += CHUNK) {
     int64_t last = rank - first < CHUNK ? rank : first + CHUNK;
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int a = 0; a < tall; a++) part[a][0] = part[a][1] = (floats){0};
     for (int64_t k = first; k < last; k++) {
       floats right0 = *(const loose_floats *)(panel + WIDE * k);
       floats right1 = *(const loose_floats *)(panel + WIDE * k + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int a = 0; a < tall; a++) {
         float scale = left[a * rank + k];
         part[a][0] += scale * right0;
@@ -129,13 +130,13 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
       }
     }
     if (first)
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int a = 0; a < tall; a++) part[a][0] += sum[a][0], part[a][1] += sum[a][1];
     if (last == rank) break;
     memcpy(sum, part, sizeof sum);
   }
   halves differ[TALL][2], any = {0};
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int a = 0; a < tall; a++)
 #pragma GCC unroll 2
     for (int b = 0; b < 2; b++) {
@@ -176,7 +177,7 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
   for (int64_t start = 0; start < width; start += strip) {
     int64_t stop = width - start < strip ? width : start + strip;
     for (int64_t i = 0; i < rows;) {
-      int tall = rows - i < TALL ? 1 : TALL;
+      int tall = rows - i < SHORT ? 1 : rows - i < TALL ? SHORT : TALL;
       for (int64_t j = start; j < stop; j += WIDE) {
         const char *here = weight + (i * width + j) * size;
         uint16_t *there = out + i * width + j;
@@ -185,9 +186,9 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
 #define AT(shape, tall) \
   shape(from, to, tall, here, there, width, left, panel, f->row_bound + i, f->column_bound + j, f, i, j, columns)
         if (columns >= WIDE)
-          open += tall == TALL ? AT(tile, TALL) : AT(tile, 1);
+          open += tall == TALL ? AT(tile, TALL) : tall == SHORT ? AT(tile, SHORT) : AT(tile, 1);
         else
-          open += tall == TALL ? AT(edge, TALL) : AT(edge, 1);
+          open += tall == TALL ? AT(edge, TALL) : tall == SHORT ? AT(edge, SHORT) : AT(edge, 1);
 #undef AT
       }
       i += tall;
