@@ -42,10 +42,21 @@ typedef struct {
   int64_t rank;
 } Factors;
 
-INLINE int none(halves flags) {
-  uint64_t bits[2];
-  memcpy(bits, &flags, 16);
-  return (bits[0] | bits[1]) == 0;
+INLINE int none(words flags) {
+  uint64_t bits[4];
+  memcpy(bits, &flags, 32);
+  return (bits[0] | bits[1] | bits[2] | bits[3]) == 0;
+}
+
+/* Stores the upper halves of sixteen words. */
+INLINE void store_upper(uint16_t *out, words one, words two) {
+#if defined(__x86_64__)
+  __m256i packed = _mm256_packus_epi32((__m256i)(one >> 16), (__m256i)(two >> 16));
+  _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  *(loose_halves *)out = __builtin_convertvector(one >> 16, halves);
+  *(loose_halves *)(out + LANES) = __builtin_convertvector(two >> 16, halves);
+#endif
 }
 
 /* float64 to 16 bits, as numpy casts: to bfloat16 by way of float32, to float16 at once. */
@@ -91,7 +102,7 @@ static int settle(int from, int to, const void *weight, uint16_t *out, int64_t a
 }
 
 /* Settles the marked elements of a tile. Never inlined: the registers belong to the sums that need none of this. */
-static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall, halves (*differ)[2],
+static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall, words (*differ)[2],
                                                            const char *weight, uint16_t *out, int64_t stride,
                                                            const Factors *f, int64_t i, int64_t j, int64_t columns) {
   int64_t open = 0;
@@ -135,23 +146,31 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
     if (last == rank) break;
     memcpy(sum, part, sizeof sum);
   }
-  halves differ[TALL][2], any = {0};
+  words differ[TALL][2], any = {0};
 #pragma GCC unroll 6
-  for (int a = 0; a < tall; a++)
+  for (int a = 0; a < tall; a++) {
+    words upper[2];
 #pragma GCC unroll 2
     for (int b = 0; b < 2; b++) {
-      int64_t at = a * stride + LANES * b;
-      floats value = widened(from, weight + at * size) + part[a][b];
-      floats size_of = (floats)((words)value & 0x7fffffffu);
-      floats error = row_bound[a] * *(const loose_floats *)(column_bound + LANES * b) + size_of * 0x1.8p-23f;
+      floats value = widened(from, weight + (a * stride + LANES * b) * size) + part[a][b];
+      words size_of = (words)value & 0x7fffffffu;
+      floats error = row_bound[a] * *(const loose_floats *)(column_bound + LANES * b) + (floats)size_of * 0x1.8p-23f;
       floats below = value - error, above = value + error;
-      halves low = narrowed(to, below), high = narrowed(to, above);
-      *(loose_halves *)(out + at) = high;
-      /* Both bounds may be NaN, with equal bits. Which bits a NaN gets is numpy's to choose. */
-      words nan = (words)(above != above);
-      differ[a][b] = (low ^ high) | __builtin_convertvector(nan, halves);
+      /* NaN and infinity: which bits a NaN gets is numpy's to choose. */
+      differ[a][b] = (words)((flags)size_of > 0x7f7fffff);
+      if (to == BF16) {
+        /* Both bounds round to the same bfloat16 if nothing above the sixteenth bit differs. */
+        upper[b] = (words)above + 0x8000u;
+        differ[a][b] |= (upper[b] ^ ((words)below + 0x8000u)) & 0xffff0000u;
+      } else {
+        halves low = narrowed(to, below), high = narrowed(to, above);
+        *(loose_halves *)(out + a * stride + LANES * b) = high;
+        differ[a][b] |= __builtin_convertvector(low ^ high, words);
+      }
       any |= differ[a][b];
     }
+    if (to == BF16) store_upper(out + a * stride, upper[0], upper[1]);
+  }
   if (__builtin_expect(none(any), 1)) return 0;
   return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
 }
