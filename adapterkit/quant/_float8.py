@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ..errors import ShapeMismatch
 from ..io.lazy import Lazy, Shape
-from ._scheme import DAMAGED, STEP, Packed, divided, finite, joined, numbers, rows_of, sixteen_bits
+from ._scheme import DAMAGED, STEP, Rowwise, divided, finite, held, joined, numbers, rows_of, sixteen_bits
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledFloat8(Packed):
+class ScaledFloat8(Rowwise):
     """w = q * scale. Blocks of `block` rows and columns share a scale; `grid` is the shape of one expert's scales.
 
     If all experts share a single scale, `experts` is 1.
@@ -35,7 +35,9 @@ class ScaledFloat8(Packed):
     def rows(self, start: int, stop: int) -> Array:
         import numpy as np
 
-        q = rows_of(self.stored, start, stop).astype(np.float32)
+        raw = rows_of(self.stored, start, stop)
+        # A look into a table of all 256 numbers takes a third of the time of a cast.
+        q = np.arange(256, dtype=np.uint8).view(raw.dtype).astype(np.float32)[raw.view(np.uint8)]
         height, width = self.shape[-2:]
         positions = np.arange(start, stop)
         expert = positions // height if self.experts > 1 else 0 * positions
@@ -47,6 +49,27 @@ class ScaledFloat8(Packed):
     def pack(self, merged: Merged) -> dict[str, Array]:
         stored, scale = joined([self._band(merged, start, stop) for start, stop in self._bands()], (0, 0))
         return dict(zip(self.members[:2], (stored, scale), strict=True))
+
+    @property
+    def apart(self) -> bool:
+        return len(self.shape) == 2 and self.grid[0] > 1
+
+    def closed(self, row: int) -> bool:
+        return row % self.block[0] == 0 or row == self.shape[0]
+
+    def places(self, row: int) -> dict[str, int]:
+        scales = -(-row // self.block[0]) * self.grid[1] * self.scale.dtype.itemsize
+        return dict(zip(self.members, (row * self.shape[1], scales), strict=False))
+
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        parts = self._band(lambda first, stop: rows[first - start : stop - start], start, start + len(rows))
+        return {name: part.tobytes() for name, part in zip(self.members, parts, strict=False)}
+
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        stored = held(parts[self.members[0]], self.stored.dtype, self.shape[1])
+        scale = held(parts[self.members[1]], self.scale.dtype, self.grid[1])
+        grid = (scale.shape[0], self.grid[1])
+        return replace(self, shape=stored.shape, stored=stored, scale=scale, grid=grid).rows(0, stored.shape[0])
 
     def _bands(self) -> Iterator[tuple[int, int]]:
         """Yield runs of rows with scales of their own, none of which spans two experts."""

@@ -240,6 +240,12 @@ def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> Array:
     return np.frombuffer(tensor.read(first, size), dtype=tensor.dtype.array)
 
 
+def held(data: bytes, dtype: DType, *rows: int) -> Lazy:
+    """Return bytes as a tensor; of the sizes behind the first axis, if it has any."""
+    count = len(data) // dtype.itemsize // math.prod(rows)
+    return Lazy((count, *rows), dtype, lambda: data)
+
+
 def rows_of(tensor: Lazy, start: int, stop: int) -> Array:
     """Read rows `start` to `stop` of a stored tensor as `[rows, width]`."""
     width = tensor.shape[-1]

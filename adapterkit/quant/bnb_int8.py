@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ..errors import Unsupported
@@ -11,10 +11,12 @@ from ..io.lazy import Lazy
 from ._scheme import (
     DAMAGED,
     Packed,
+    Rowwise,
     Scheme,
     divided,
     expect,
     finite,
+    held,
     joined,
     numbers,
     part_of,
@@ -47,7 +49,7 @@ class BnbInt8(Scheme):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows(Packed):
+class _Rows(Rowwise):
     stored: Lazy
     scale: Lazy
 
@@ -57,6 +59,24 @@ class _Rows(Packed):
         scale = finite(numbers(self.scale, start, stop - start), self.members[1])
         q = rows_of(self.stored, start, stop).astype(np.float32)
         return cast("Array", (q * scale[:, None] * np.float32(ONE_127TH)).astype(self.dtype.array))
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    def closed(self, row: int) -> bool:
+        return True
+
+    def places(self, row: int) -> dict[str, int]:
+        return {self.members[0]: row * self.shape[-1], self.members[1]: row * self.scale.dtype.itemsize}
+
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        return {name: part.tobytes() for name, part in zip(self.members, _quantized(rows), strict=False)}
+
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        stored = held(parts[self.members[0]], self.stored.dtype, self.shape[-1])
+        scale = held(parts[self.members[1]], self.scale.dtype)
+        return replace(self, shape=stored.shape, stored=stored, scale=scale).rows(0, stored.shape[0])
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         pieces = [_quantized(merged(start, stop)) for start, stop in steps(self.shape)]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit as ak
 from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.io.checkpoint import open_checkpoint
-from adapterkit.merging import plan
+from adapterkit.merging import blocks, plan, requantize
 from adapterkit.quant import dequantized
 
 COARSE = {
@@ -59,6 +59,24 @@ def test_the_output_is_of_the_same_scheme_and_near_the_exact_merge(case, tmp_pat
     left = unpacked(out).double().numpy() - W.double().numpy()
     assert measured["kept"] == pytest.approx((left * delta).sum() / (delta * delta).sum(), abs=0.02)
     assert ak.verify(out, case, adapter).ok
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_runs_of_rows_give_the_bytes_of_the_whole(case, tmp_path, monkeypatch):
+    adapter, _, _ = adapter_for(case)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(requantize, "RUN", 1)
+    (part,) = {id(o.part): o.part for o in ak.plan(case, adapter, quantized="requantize").outputs() if o.part}.values()
+    by_rows = ak.merge(case, adapter, tmp_path / "rows", quantized="requantize")
+    monkeypatch.setattr(requantize.Repacked, "apart", False)
+    whole = ak.merge(case, adapter, tmp_path / "whole", quantized="requantize")
+    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("rows", "whole"))
+    assert one == other
+    (ours,), (wanted,) = by_rows.damage.values(), whole.damage.values()
+    assert ours == pytest.approx(wanted, rel=1e-6)
+    if part.apart:
+        packed = [run for run in part.runs() if run.source is None]
+        assert len(packed) > 1 or not any(part.packed.closed(row) for row in range(1, part.packed.shape[0]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
