@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -27,13 +27,30 @@ if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
     from ..quant import Packed
     from .arrays import Workspace
-    from .requantize import PackedRun
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements of a block: few enough that its float64 image, 3 MB, stays in a core's cache."""
 
 STEPS = 4
 """Temporary arrays of a block's size that a formula of the weight needs beside the block."""
+
+
+class PackedRun(Protocol):
+    """A run of bytes of packed tensors that one worker computes or copies."""
+
+    @property
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """Stored tensor -> the first byte of the run in it, and how many."""
+        ...
+
+    @property
+    def source(self) -> Lazy | None:
+        """The bytes to copy; None if they are computed."""
+        ...
+
+    def compute(self, workspace: Workspace, write: Callable[[str, bytes], None]) -> dict[int, float]:
+        """Hand over the bytes of each stored tensor in order; return squared norms by their position."""
+        ...
 
 
 class PackedPart(Protocol):
@@ -54,7 +71,7 @@ class PackedPart(Protocol):
         """The memory that computing it takes, in bytes."""
         ...
 
-    def runs(self) -> tuple[PackedRun, ...] | None:
+    def runs(self) -> Sequence[PackedRun] | None:
         """Return the runs of its stored tensors that are computed apart; None if all is computed together."""
         ...
 

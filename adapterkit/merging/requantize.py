@@ -39,7 +39,7 @@ NORMS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRun:
+class RepackedRun:
     """Rows of a packed weight that are merged and packed again, or bytes of it to copy.
 
     Attributes:
@@ -168,20 +168,20 @@ class Repacked:
         images = 1 if all(fold.additive for fold in self.folds) else 1 + STEPS
         return 16 * group + 8 * images * min(block, count) + factor_bytes(self.folds)
 
-    def runs(self) -> tuple[PackedRun, ...] | None:
+    def runs(self) -> tuple[RepackedRun, ...] | None:
         """Return the runs of its stored tensors; None if all of them are computed together."""
         if not self.apart:
             return None
         stored = self.base.stored.tensors
         ends = {name: self._written(name).nbytes for name in self.rowwise.places(0)}
-        kept = (PackedRun({name: (0, stored[name].nbytes)}, self, source=stored[name])
+        kept = (RepackedRun({name: (0, stored[name].nbytes)}, self, source=stored[name])
                 for name in self.packed.members if name not in ends)  # fmt: skip
         return (*self.runs_between(dict.fromkeys(ends, 0), ends, 0, len(self.folds)), *kept)
 
     def runs_between(
         self, starts: Mapping[str, int], ends: Mapping[str, int], at: int, count: int
-    ) -> Iterator[PackedRun]:
-        """Yield the runs of its rows, if its bytes in each stored tensor are these; see `PackedRun`."""
+    ) -> Iterator[RepackedRun]:
+        """Yield the runs of its rows, if its bytes in each stored tensor are these; see `RepackedRun`."""
         run: list[tuple[Block, ...]] = []
         for group in self._groups():
             run.append(group)
@@ -192,7 +192,7 @@ class Repacked:
                 for name, start in starts.items():
                     end = ends[name] if stop == group[-1].rows else start + stops[name]
                     places[name] = (start + begins[name], end - start - begins[name])
-                yield PackedRun(places, self, tuple(run), at, count)
+                yield RepackedRun(places, self, tuple(run), at, count)
                 run = []
 
     def _groups(self) -> Iterator[tuple[Block, ...]]:
@@ -280,12 +280,12 @@ class Stack:
         largest = max((weight.held for weight in changed), default=0)
         return largest if all(weight.apart for weight in changed) else 2 * self.packed.written.nbytes + largest
 
-    def runs(self) -> tuple[PackedRun, ...] | None:
+    def runs(self) -> tuple[RepackedRun, ...] | None:
         """Like `Repacked.runs`; weights that nothing changes are runs to copy."""
         changed = [weight for weight in self.weights if weight.folds or weight.packed.changes]
         return tuple(self._runs()) if all(weight.apart for weight in changed) else None
 
-    def _runs(self) -> Iterator[PackedRun]:
+    def _runs(self) -> Iterator[RepackedRun]:
         offset = at = 0
         for number, weight in enumerate(self.weights, 1):
             assert weight.packed.share is not None
@@ -295,7 +295,7 @@ class Stack:
             if weight.folds or weight.packed.changes:
                 yield from weight.runs_between({member: offset}, {member: end}, at, len(self.folds))
             else:
-                yield PackedRun({member: (offset, nbytes)}, weight, source=weight.packed.share)
+                yield RepackedRun({member: (offset, nbytes)}, weight, source=weight.packed.share)
             offset, at = offset + nbytes, at + len(weight.folds)
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:

@@ -21,8 +21,8 @@ from .arrays import Arrays, Numbers, TorchArrays, Workspace
 from .blocks import Block, blocks, runs
 from .checksums import Run, digest_of
 from .compute import BlockMerger
-from .planned import Output, OutputFile
-from .requantize import NORMS, PackedRun
+from .planned import Output, OutputFile, PackedRun
+from .requantize import NORMS
 from .staging_dir import Norms
 
 if TYPE_CHECKING:
