@@ -36,6 +36,7 @@ from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import (
     CONTROLNET,
+    PREFIXES,
     candidates,
     denoiser_targets,
     encoder_kinds,
@@ -209,13 +210,9 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
     return leaf.map(ordered, leaf.shape)
 
 
-_ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Prefixes that names of a U-Net or a transformer may have; or none."""
-
-
 def _says_part(stem: str) -> bool:
     """Whether a key says that its module is in the U-Net or the transformer, or in a text encoder."""
-    return stem.startswith(("text_encoders.", *(root for root in _ROOTS if root != "base_model.model.")))
+    return stem.startswith(("text_encoders.", *(root for root in PREFIXES if root != "base_model.model.")))
 
 
 def _inputs(modules: Mapping[str, ImageModule]) -> set[int]:
@@ -228,7 +225,7 @@ def _rest(stem: str) -> str:
     """A module's name without what stands before it, once or twice, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
-    while root := next((root for root in _ROOTS if stem.startswith(root)), ""):
+    while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
         stem = stem.removeprefix(root)
     return stem
 

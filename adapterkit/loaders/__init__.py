@@ -19,7 +19,7 @@ from ..errors import AdapterkitError, Malformed, Unrepresentable
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image import container
-from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+from ..formats._image.deciding import FAMILY, candidates, denoiser_targets, origin_of
 from ..formats._image.dialect import ImageFormat
 from ..methods.lora import LoRA
 from ..naming import architectures
@@ -177,7 +177,10 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
         return adapter
     pairs: Any = adapter.foreign.data.get("metadata") or ()
-    return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})
+    metadata = {str(key): str(value) for key, value in pairs}
+    # The keys that are forgotten here said which families fit.
+    told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
+    return read_with(adapter.replace(foreign=None), told | metadata)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,13 +112,15 @@ class ImageFamily:
         complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
         return found if complete else ()
 
-    def ratio(self, path: str) -> float | None:
-        """Return a module's outputs divided by its inputs, if the file says it."""
+    def ratios(self, path: str) -> list[float]:
+        """List a module's possible outputs divided by its inputs; empty if the file does not say it."""
         for naming in self.namings:
             for weight, place, _ in self.architecture.find(path, naming):
                 if weight in self.facts.ratios:
-                    return self.facts.ratios[weight] / _run(place).parts * _run(place).of
-        return None
+                    known = self.facts.ratios[weight]
+                    each = known if isinstance(known, list) else [known]
+                    return [ratio / _run(place).parts * _run(place).of for ratio in each]
+        return []
 
 
 def _pattern(template: str) -> str:
