@@ -69,7 +69,8 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up", "lora_magnitude_vector": "dora", "lora_magnitude_vector.weight": "dora",
-    "lora_magnitude_vector.default.weight": "dora", "oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled",
+    "lora_magnitude_vector.default.weight": "dora", "magnitude": "dora", "oft_R.weight": "oft_R",
+    "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))

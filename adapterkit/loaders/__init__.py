@@ -154,10 +154,11 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
-    """Return an adapter that is written with a format's usual keys, where the tool of that format holds none it has.
+    """Return an adapter that is written with a format's usual keys, where the tool of that format needs these.
 
     ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
-    conversion to the format in which a file was read would keep the keys.
+    conversion to the format in which a file was read would keep the keys. Of other files it holds some keys, and would
+    hold the rest under their usual names.
 
     Args:
         adapter: what was read.
@@ -175,12 +176,21 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
     if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
-        return adapter
+        # ComfyUI takes the factors of a DoRA under any name, but the magnitude only as dora_scale.
+        others = {key: spelled for key in seen.keys if (spelled := _spelled(writer, key)) != key}
+        if not any(_holds(tool, f, other) and not _holds(tool, f, k) for f in known for k, other in others.items()):
+            return adapter
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
     # The keys that are forgotten here said which families fit.
     told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
     return read_with(adapter.replace(foreign=None), told | metadata)
+
+
+def _spelled(writer: ImageFormat, key: str) -> str:
+    """Return a key as a writer spells it."""
+    found = writer.parse(key)
+    return key if found is None else writer.spell(found.stem, found.slot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -466,3 +466,41 @@ def test_one_layer_of_a_u_net_is_told_by_its_shape(out, context, family, tmp_pat
         assert family in file.metadata()["adapterkit.family"].split()
         number = {320: 1, 640: 4}[out]
         assert any(f"input_blocks.{number}.1." in key for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_ai_toolkits_dora(prefix, tmp_path):
+    """Its magnitude is a norm of each output; ComfyUI would skip it under its own name."""
+    random = np.random.default_rng(25)
+    name = "transformer_blocks.0.attn.to_q"
+    A, B, W = (random.normal(size=size).astype("f4") for size in ((2, 6), (8, 2), (8, 6)))
+    magnitude = random.random(8).astype("f4") + 1
+    held = {
+        f"{prefix}{name}.lora_A.weight": A,
+        f"{prefix}{name}.lora_B.weight": B,
+        f"{prefix}{name}.magnitude": magnitude,
+    }
+    path = given(tmp_path, held, {"ss_base_model_version": "qwen_image"})
+    save_file({f"{name}.weight": W}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", [path], tmp_path / "merged.safetensors")
+    moved = W.astype("f8") + B.astype("f8") @ A
+    wanted = magnitude[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        load_file(tmp_path / "merged.safetensors")[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-6
+    )
+    ak.convert(path, tmp_path / "out.safetensors", to="comfyui")
+    assert f"diffusion_model.{name}.dora_scale" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["f2", "bf16"])
+def test_ai_toolkits_lokr_has_an_alpha_that_means_nothing(kind, tmp_path):
+    """It saves a rank of 9,999,999,999 in 16 bits beside factors that are whole: infinite, or rounded."""
+    random = np.random.default_rng(25)
+    kind = ml_dtypes.bfloat16 if kind == "bf16" else kind
+    stem = "diffusion_model.transformer_blocks.0.attn.to_q"
+    w1, w2 = (random.normal(size=size).astype(kind) for size in ((2, 3), (4, 2)))
+    with np.errstate(over="ignore"):
+        alpha = np.array(9_999_999_999, "f8").astype(kind)
+    path = given(tmp_path, {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": alpha})
+    delta = ak.read(path, family="qwen_image").delta("transformer.transformer_blocks.0.attn.to_q")
+    np.testing.assert_allclose(delta, np.kron(w1.astype("f8"), w2.astype("f8")), rtol=1e-6)
