@@ -27,6 +27,7 @@ from ..naming.image import (
     denoiser_of,
     encoder_kind,
     families,
+    families_of_names,
     families_with,
     in_other_words,
     rooted,
@@ -233,7 +234,7 @@ def _rest(stem: str) -> str:
 
 def _families(names: Collection[str]) -> list[str]:
     """List the families that have all of these names, except generic ones."""
-    return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
+    return [family.name for family in families_of_names(frozenset(names)) if not family.facts.generic]
 
 
 def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:

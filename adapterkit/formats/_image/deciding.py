@@ -20,6 +20,7 @@ from ...naming.image import (
     families,
     families_of,
     families_of_model,
+    families_of_names,
     rooted,
 )
 
@@ -196,7 +197,7 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         origin: the known facts about the naming.
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
-    fitting = [family for family in families() if all(path in family for path in paths)]
+    fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
         # The file says which part of the pipeline these modules are in, and it is no ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
