@@ -158,8 +158,8 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     """Return an adapter that is written with a format's usual keys, where the tool of that format needs these.
 
     ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
-    conversion to the format in which a file was read would keep the keys. Of other files it holds some keys, and would
-    hold the rest under their usual names.
+    conversion to the format in which a file was read would keep the keys. It holds some keys of other files, and the
+    rest only as this format usually spells them.
 
     Args:
         adapter: what was read.
@@ -177,10 +177,7 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
     if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
-        # ComfyUI takes the factors of a DoRA under any name, but the magnitude only as dora_scale.
-        others = {key: spelled for key in seen.keys if (spelled := _spelled(writer, key)) != key}
-        if not any(_holds(tool, f, other) and not _holds(tool, f, k) for f in known for k, other in others.items()):
-            return adapter
+        return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
     metadata = {str(key): str(value) for key, value in pairs}
     # The keys that are forgotten here said which families fit.
@@ -188,10 +185,22 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
     return read_with(adapter.replace(foreign=None), told | metadata)
 
 
-def _spelled(writer: ImageFormat, key: str) -> str:
-    """Return a key as a writer spells it."""
-    found = writer.parse(key)
-    return key if found is None else writer.spell(found.stem, found.slot)
+def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
+    """Return an adapter without the keys of its file that a tool skips, where it holds the usual ones.
+
+    ComfyUI takes the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
+    """
+    assert adapter.foreign is not None
+    keys: Any = adapter.foreign.data.get("keys") or {}
+    lost = [
+        usual
+        for usual, key in keys.items()
+        if any(_holds(tool, family, usual) and not _holds(tool, family, key) for family in families)
+    ]
+    if not lost:
+        return adapter
+    kept = {usual: key for usual, key in keys.items() if usual not in lost}
+    return adapter.replace(foreign=replace(adapter.foreign, data={**adapter.foreign.data, "keys": kept}))
 
 
 @dataclass(frozen=True, slots=True)

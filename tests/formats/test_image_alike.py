@@ -492,6 +492,18 @@ def test_ai_toolkits_dora(prefix, tmp_path):
     assert f"diffusion_model.{name}.dora_scale" in load_file(tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize("word", ["magnitude", "lora_magnitude_vector.weight"])
+def test_a_conversion_to_the_files_own_format_respells_what_its_tool_would_skip(word, tmp_path):
+    """ComfyUI takes a DoRA without `dora_scale` for a LoRA; which model it is of does not matter for that."""
+    stem = "diffusion_model.transformer_blocks.0.attn.to_q"
+    magnitude = np.arange(1, 9, dtype="f4")
+    tensors = lora(stem, 8, 6, 2) | {f"{stem}.{word}": magnitude}
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="comfyui")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {*lora(stem, 8, 6), f"{stem}.dora_scale"}
+    np.testing.assert_array_equal(found[f"{stem}.dora_scale"], magnitude[:, None])
+
+
 @pytest.mark.parametrize("kind", ["f2", "bf16"])
 def test_ai_toolkits_lokr_has_an_alpha_that_means_nothing(kind, tmp_path):
     """It saves a rank of 9,999,999,999 in 16 bits beside factors that are whole: infinite, or rounded."""
