@@ -47,7 +47,7 @@ from ._image.deciding import (
     said,
 )
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.file import AGAIN, ImageKey, ImageModule, Rules, inputs_of
 from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
@@ -135,7 +135,11 @@ class Comfyui(ImageFormat):
         parts = {each.component for each in fitting if not each.facts.generic}
         parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
-        if rests and not any(map(_says_part, modules)) and may_be_controlnet(rests, _inputs(modules), metadata):
+        if (
+            rests
+            and not any(map(_says_part, modules))
+            and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
+        ):
             part = ""  # Writers that need the part refuse, with both readings.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
@@ -215,12 +219,6 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
 def _says_part(stem: str) -> bool:
     """Whether a key says that its module is in the U-Net or the transformer, or in a text encoder."""
     return stem.startswith(("text_encoders.", *(root for root in PREFIXES if root != "base_model.model.")))
-
-
-def _inputs(modules: Mapping[str, ImageModule]) -> set[int]:
-    """Return the sizes of the inputs of the modules that have LoRA's A."""
-    downs = (module.tensors["down"].shape for module in modules.values() if "down" in module.tensors)
-    return {shape[1] for shape in downs if len(shape) > 1}
 
 
 def _rest(stem: str) -> str:

@@ -516,3 +516,18 @@ def test_ai_toolkits_lokr_has_an_alpha_that_means_nothing(kind, tmp_path):
     path = given(tmp_path, {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": alpha})
     delta = ak.read(path, family="qwen_image").delta("transformer.transformer_blocks.0.attn.to_q")
     np.testing.assert_allclose(delta, np.kron(w1.astype("f8"), w2.astype("f8")), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "path"),
+    [(6144, "transformer.double_blocks.0.img_attn.proj"), (4096, "transformer.double_blocks.0.img_attn.proj"),
+     (2048, "transformer.double_blocks.0.img_attn_proj"), (3072, "")],
+)  # fmt: skip
+def test_the_width_tells_whose_underscores_these_are(width, path, tmp_path):
+    """FLUX's and HunyuanVideo's attention is flattened alike, and as wide; FLUX.2 and HunyuanVideo 1.5 are not."""
+    held = given(tmp_path, lora("lora_unet_double_blocks_0_img_attn_proj", width, width, 1, DOWN_UP))
+    if not path:
+        with pytest.raises(TargetNotFound, match=r"of chroma, or .* of hunyuan_video.*--family"):
+            ak.read(held)
+        return
+    assert [target.path for target in ak.read(held).updates] == [path]
