@@ -12,7 +12,7 @@ from functools import cache, cached_property, lru_cache
 
 from . import architectures
 from .architectures import Architecture, Head, Place, fill
-from .patterns import PatternNames, names_of, shape
+from .patterns import PatternNames, alike, names_of, shape
 from .pieces import Piece, Run, merged
 
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
@@ -44,6 +44,7 @@ class ImageFamily:
         self.text = text
         self._names: dict[str, PatternNames] = {}
         self._words: dict[str, bool] = {}
+        self._ratios: dict[str, list[float]] = {}
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -83,9 +84,13 @@ class ImageFamily:
 
     def wanted(self, naming: str) -> str:
         """Return the naming itself, or the one that `kohya` or `comfyui` stands for."""
-        if naming == COMFYUI and (f"{COMFYUI} = " not in self.text or COMFYUI not in self.namings):
+        if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
+
+    @cached_property
+    def _has_comfyui(self) -> bool:
+        return f"{COMFYUI} = " in self.text and COMFYUI in self.namings
 
     def names(self, naming: str) -> PatternNames:
         """Return all names of one naming; none if the family does not have it."""
@@ -124,6 +129,13 @@ class ImageFamily:
 
     def ratios(self, path: str) -> list[float]:
         """List a module's possible outputs divided by its inputs; empty if the file does not say it."""
+        # Blocks are alike, and a file asks for each of them.
+        kind = alike(path, self.literal)
+        if kind not in self._ratios:
+            self._ratios[kind] = self._ratios_of(path)
+        return self._ratios[kind]
+
+    def _ratios_of(self, path: str) -> list[float]:
         for naming in self.namings:
             for weight, place, _ in self.architecture.find(path, naming):
                 if weight in self.facts.ratios:
