@@ -140,7 +140,7 @@ def _modules(family: ImageFamily, norm: bool) -> Iterator[tuple[str, int]]:
         words = name.split(".")[-2:]
         is_norm = any("norm" in word for word in words) and "linear" not in words[-1] and words[-1] not in ("1", "2")
         if is_norm == norm and ("{" in place.name or family.component == "unet"):
-            yield name, round(SIZE * (family.ratio(name) or 1))
+            yield name, round(SIZE * next(iter(family.ratios(name)), 1))
 
 
 def adapter_of(family: ImageFamily, method: str, targets: dict[str, int]) -> Adapter:

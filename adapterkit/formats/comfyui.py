@@ -27,6 +27,7 @@ from ..naming.image import (
     denoiser_of,
     encoder_kind,
     families,
+    families_of_names,
     families_with,
     in_other_words,
     rooted,
@@ -36,6 +37,7 @@ from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import (
     CONTROLNET,
+    PREFIXES,
     candidates,
     denoiser_targets,
     encoder_kinds,
@@ -45,7 +47,7 @@ from ._image.deciding import (
     said,
 )
 from ._image.dialect import ImageFormat
-from ._image.file import AGAIN, ImageKey, ImageModule, Rules
+from ._image.file import AGAIN, ImageKey, ImageModule, Rules, inputs_of
 from ._image.hints import ImageHints
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up", "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up", "lora_magnitude_vector": "dora", "lora_magnitude_vector.weight": "dora",
-    "lora_magnitude_vector.default.weight": "dora", "oft_R.weight": "oft_R", "oft_R.scaled_oft": "oft_scaled",
+    "lora_magnitude_vector.default.weight": "dora", "magnitude": "dora", "oft_R.weight": "oft_R",
+    "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
@@ -132,7 +135,11 @@ class Comfyui(ImageFormat):
         parts = {each.component for each in fitting if not each.facts.generic}
         parts = parts - {CONTROLNET} or parts
         part = next(iter(parts)) if rests and len(parts) == 1 else denoiser_of(rests)
-        if rests and not any(map(_says_part, modules)) and may_be_controlnet(rests, _inputs(modules), metadata):
+        if (
+            rests
+            and not any(map(_says_part, modules))
+            and may_be_controlnet(rests, inputs_of(modules.values()), metadata)
+        ):
             part = ""  # Writers that need the part refuse, with both readings.
         fitting = narrowed(fitting, lambda family: said(family, metadata))
         words = {stem.split(".")[1] for stem in modules if stem.startswith("text_encoders.")}
@@ -209,33 +216,23 @@ def _by_part(leaf: Lazy, size: int) -> Lazy:
     return leaf.map(ordered, leaf.shape)
 
 
-_ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
-"""Prefixes that names of a U-Net or a transformer may have; or none."""
-
-
 def _says_part(stem: str) -> bool:
     """Whether a key says that its module is in the U-Net or the transformer, or in a text encoder."""
-    return stem.startswith(("text_encoders.", *(root for root in _ROOTS if root != "base_model.model.")))
-
-
-def _inputs(modules: Mapping[str, ImageModule]) -> set[int]:
-    """Return the sizes of the inputs of the modules that have LoRA's A."""
-    downs = (module.tensors["down"].shape for module in modules.values() if "down" in module.tensors)
-    return {shape[1] for shape in downs if len(shape) > 1}
+    return stem.startswith(("text_encoders.", *(root for root in PREFIXES if root != "base_model.model.")))
 
 
 def _rest(stem: str) -> str:
     """A module's name without what stands before it, once or twice, and without torch's wrappers."""
     if not WRAPPERS.isdisjoint(words := stem.split(".")):
         stem = ".".join(word for word in words if word not in WRAPPERS)
-    while root := next((root for root in _ROOTS if stem.startswith(root)), ""):
+    while root := next((root for root in PREFIXES if stem.startswith(root)), ""):
         stem = stem.removeprefix(root)
     return stem
 
 
 def _families(names: Collection[str]) -> list[str]:
     """List the families that have all of these names, except generic ones."""
-    return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
+    return [family.name for family in families_of_names(frozenset(names)) if not family.facts.generic]
 
 
 def _path(stem: str, part: str, fitting: Sequence[ImageFamily]) -> str:

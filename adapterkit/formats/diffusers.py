@@ -47,7 +47,7 @@ FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 _PART = f"(?:{'|'.join(PARTS)})"
 _THIRD = re.compile(
     rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
-    r"|lora_up\.weight|lora_magnitude_vector(?:(?:\.default)?\.weight)?|dora_scale"
+    r"|lora_up\.weight|lora_magnitude_vector(?:(?:\.default)?\.weight)?|magnitude|dora_scale"
     r"|oft_R\.(?:weight|scaled_oft))"
 )
 _SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
@@ -69,12 +69,12 @@ _LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
 _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]")
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {
-    "lora_magnitude_vector.weight": "dora", "lora_magnitude_vector.default.weight": "dora",
+    "lora_magnitude_vector.weight": "dora", "lora_magnitude_vector.default.weight": "dora", "magnitude": "dora",
     "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "dora", "oft_R.weight": "oft_R",
     "oft_R.scaled_oft": "oft_scaled",
 }  # fmt: skip
-"""Words of keys -> slots; `dora_scale` and `oft_R` are OneTrainer's, under diffusers' names."""
+"""Words of keys -> slots; `dora_scale` and `oft_R` are OneTrainer's, `magnitude` is ai-toolkit's."""
 
 
 class Diffusers(ImageFormat):

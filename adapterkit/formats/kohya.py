@@ -79,7 +79,9 @@ class Kohya(ImageFormat):
     def targets(
         self, modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        paths = resolve(dict.fromkeys(stem.partition(".")[0] for stem in modules), metadata, base)
+        # Several parts of one module may be trained apart.
+        whole = {stem.partition(".")[0]: module for stem, module in modules.items()}
+        paths = resolve(whole, metadata, base)
         rows = turned.rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 

@@ -19,11 +19,12 @@ from ..errors import AdapterkitError, Malformed, Unrepresentable
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image import container
-from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+from ..formats._image.deciding import FAMILY, candidates, denoiser_targets, origin_of
 from ..formats._image.dialect import ImageFormat
 from ..methods.lora import LoRA
 from ..naming import architectures
 from ..naming.image import component_of, encoders, families, rooted
+from ..naming.patterns import alike
 from ..writing import Promotion
 
 if TYPE_CHECKING:
@@ -154,10 +155,11 @@ def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = Tru
 
 
 def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa: A002 - the public contract's word
-    """Return an adapter that is written with a format's usual keys, where the tool of that format holds none it has.
+    """Return an adapter that is written with a format's usual keys, where the tool of that format needs these.
 
     ComfyUI's format reads fal's and ACE-Step's files too, of which ComfyUI itself holds no key for some families. A
-    conversion to the format in which a file was read would keep the keys.
+    conversion to the format in which a file was read would keep the keys. It holds some keys of other files, and the
+    rest only as this format usually spells them.
 
     Args:
         adapter: what was read.
@@ -175,9 +177,30 @@ def spelled_anew(adapter: Adapter, format: str, path: Path) -> Adapter:  # noqa:
         all(name in family.names("diffusers") for name in names) for family in seen.families
     )
     if (usual or not seen.families) if not known else any(_holds(tool, f, key) for f in known for key in seen.keys):
-        return adapter
+        return _with_usual_keys(adapter, tool, known)
     pairs: Any = adapter.foreign.data.get("metadata") or ()
-    return read_with(adapter.replace(foreign=None), {str(key): str(value) for key, value in pairs})
+    metadata = {str(key): str(value) for key, value in pairs}
+    # The keys that are forgotten here said which families fit.
+    told = {FAMILY: " ".join(family.name for family in seen.families)} if seen.families else {}
+    return read_with(adapter.replace(foreign=None), told | metadata)
+
+
+def _with_usual_keys(adapter: Adapter, tool: Loader, families: Iterable[ImageFamily]) -> Adapter:
+    """Return an adapter without the keys of its file that a tool skips, where it holds the usual ones.
+
+    ComfyUI takes the factors of a DoRA under any name, but the magnitude only as `dora_scale`.
+    """
+    assert adapter.foreign is not None
+    keys: Any = adapter.foreign.data.get("keys") or {}
+    lost = [
+        usual
+        for usual, key in keys.items()
+        if any(_holds(tool, family, usual) and not _holds(tool, family, key) for family in families)
+    ]
+    if not lost:
+        return adapter
+    kept = {usual: key for usual, key in keys.items() if usual not in lost}
+    return adapter.replace(foreign=replace(adapter.foreign, data={**adapter.foreign.data, "keys": kept}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +291,7 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     for family in seen.families or (None,):
         if family is not None and not any(family.name in keys.families for keys in tool.keys):
             continue
-        tried.append([key for key in seen.keys if not _holds(tool, family, key)])
+        tried.append(_lost(tool, family, seen.keys))
     if not tried:
         return "no", f"it has no {' or '.join(family.title for family in seen.families)}"
     lost = min(tried, key=len)
@@ -278,6 +301,24 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     why = f"it holds {some}, such as {lost[0]}; it {tool.unread}"
     refuses = tool.unread.startswith("refuses") or len(lost) == len(seen.keys)
     return ("no" if refuses else "part"), why
+
+
+def _lost(tool: Loader, family: ImageFamily | None, keys: Iterable[str]) -> list[str]:
+    """List the keys that a tool does not hold; one block answers for all that are named alike."""
+    if family is None:
+        return [key for key in keys if not _holds(tool, family, key)]
+    # The part of a pipeline may have a number, too: `transformer_2`.
+    literal = family.literal | {"1", "2", "3", "4"}
+    others = tuple(each.prefix for each in tool.encoders)
+    held: dict[str, bool] = {}
+    found = []
+    for key in keys:
+        kind = key if key.startswith(others) else alike(key, literal)
+        if kind not in held:
+            held[kind] = _holds(tool, family, key)
+        if not held[kind]:
+            found.append(key)
+    return found
 
 
 def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
@@ -300,10 +341,29 @@ def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
 
 def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
     """Yield the part of a key before each slot that it may end with."""
-    for slot in slots:
-        end = slot if slot.startswith("_") else f".{slot}"
+    words, ends = rest.split("."), _ends(tuple(slots))
+    for count in range(1, min(len(words), ends.words + 1)):
+        if ".".join(words[-count:]) in ends.dotted:
+            yield ".".join(words[:-count])
+    for end in ends.others:
         if rest.endswith(end) and len(rest) > len(end):
             yield rest[: -len(end)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Slots of a tool: those after a dot, the most words that one has, and those that follow without a dot."""
+
+    dotted: frozenset[str]
+    words: int
+    others: tuple[str, ...]
+
+
+@cache
+def _ends(slots: tuple[str, ...]) -> _Ends:
+    dotted = frozenset(slot for slot in slots if not slot.startswith("_"))
+    words = max((slot.count(".") + 1 for slot in dotted), default=0)
+    return _Ends(dotted, words, tuple(slot for slot in slots if slot.startswith("_")))
 
 
 def _held(keys: Keys, family: ImageFamily, name: str) -> bool:
@@ -315,11 +375,13 @@ def _held(keys: Keys, family: ImageFamily, name: str) -> bool:
         name = f"{name}.0" if name.endswith(".to_out") else name
     paths = names.unflattened(name) if keys.prefix.endswith("_") else [name]
     patterns = {pattern for path in paths for pattern in names.patterns_of(path)}
-    lacking, only = (
-        {architectures.HOLE.sub("#", each) for each in field.get(family.name, ())}
-        for field in (keys.without, keys.only)
-    )
+    lacking, only = (_holes(tuple(field.get(family.name, ()))) for field in (keys.without, keys.only))
     return bool(patterns - lacking if not only else patterns & only)
+
+
+@cache
+def _holes(templates: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(architectures.HOLE.sub("#", each) for each in templates)
 
 
 def _conversion(tool: Loader, seen: _File) -> str:

@@ -146,9 +146,10 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         unlikely: the family shares names with one that far more adapters are of; it is chosen only if no other has all
             names, or if metadata, a base, or the width and the number of the blocks identify it.
         no_inputs: sizes of inputs that no weight of the family has: those of other models' text encoders.
+        outputs: size of an input -> sizes of the outputs that weights with such inputs have in the published models.
         widths: inputs of its blocks in the published models.
         blocks: first word of a name -> how many blocks the largest published model has.
-        ratios: weight -> its outputs divided by its inputs.
+        ratios: weight -> its outputs divided by its inputs; several, if published models of the `widths` differ.
         encoders: diffusers' name of a text encoder -> what it is.
         prefixes: part of the pipeline -> what kohya's keys of it begin with, if not `lora_unet` or `lora_te`.
         beside: module, or what names begin with, in another part of the pipeline -> what ComfyUI calls it.
@@ -168,9 +169,10 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     generic: bool = False
     unlikely: bool = False
     no_inputs: list[int] = []
+    outputs: dict[str, list[int]] = {}
     widths: list[int] = []
     blocks: dict[str, int] = {}
-    ratios: dict[str, float] = {}
+    ratios: dict[str, float | list[float]] = {}
     encoders: dict[str, TextEncoder] = {}
     prefixes: dict[str, str] = {}
     beside: dict[str, str] = {}

@@ -12,7 +12,7 @@ from functools import cache, cached_property, lru_cache
 
 from . import architectures
 from .architectures import Architecture, Head, Place, fill
-from .patterns import PatternNames, names_of
+from .patterns import PatternNames, alike, names_of, shape
 from .pieces import Piece, Run, merged
 
 _WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
@@ -43,6 +43,8 @@ class ImageFamily:
         self.title = self.facts.title or self.name
         self.text = text
         self._names: dict[str, PatternNames] = {}
+        self._words: dict[str, bool] = {}
+        self._ratios: dict[str, list[float]] = {}
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -52,6 +54,11 @@ class ImageFamily:
         """Whether a module has this name in one of the namings."""
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
+
+    @cached_property
+    def literal(self) -> frozenset[str]:
+        """The numbers in its names that are no block's."""
+        return frozenset(number for naming in self.namings for number in self.names(naming).literal)
 
     def modules(self, part: str) -> PatternNames:
         """All names of a part of the pipeline that lies inside the authors' model."""
@@ -65,7 +72,11 @@ class ImageFamily:
 
     def may_have(self, name: str) -> bool:
         """Whether the file contains the words of a name, dotted or flattened; this spares parsing most files."""
-        return all(word in self.text for word in _WORD.findall(name))
+        # Numbers are no words, so that all blocks of a model share one answer.
+        wanted = shape(name)
+        if wanted not in self._words:
+            self._words[wanted] = all(word in self.text for word in _WORD.findall(wanted))
+        return self._words[wanted]
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -73,9 +84,13 @@ class ImageFamily:
 
     def wanted(self, naming: str) -> str:
         """Return the naming itself, or the one that `kohya` or `comfyui` stands for."""
-        if naming == COMFYUI and (f"{COMFYUI} = " not in self.text or COMFYUI not in self.namings):
+        if naming == COMFYUI and not self._has_comfyui:
             return "native"
         return self.facts.kohya if naming == KOHYA else naming
+
+    @cached_property
+    def _has_comfyui(self) -> bool:
+        return f"{COMFYUI} = " in self.text and COMFYUI in self.namings
 
     def names(self, naming: str) -> PatternNames:
         """Return all names of one naming; none if the family does not have it."""
@@ -112,13 +127,22 @@ class ImageFamily:
         complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
         return found if complete else ()
 
-    def ratio(self, path: str) -> float | None:
-        """Return a module's outputs divided by its inputs, if the file says it."""
+    def ratios(self, path: str) -> list[float]:
+        """List a module's possible outputs divided by its inputs; empty if the file does not say it."""
+        # Blocks are alike, and a file asks for each of them.
+        kind = alike(path, self.literal)
+        if kind not in self._ratios:
+            self._ratios[kind] = self._ratios_of(path)
+        return self._ratios[kind]
+
+    def _ratios_of(self, path: str) -> list[float]:
         for naming in self.namings:
             for weight, place, _ in self.architecture.find(path, naming):
                 if weight in self.facts.ratios:
-                    return self.facts.ratios[weight] / _run(place).parts * _run(place).of
-        return None
+                    known = self.facts.ratios[weight]
+                    each = known if isinstance(known, list) else [known]
+                    return [ratio / _run(place).parts * _run(place).of for ratio in each]
+        return []
 
 
 def _pattern(template: str) -> str:
@@ -218,9 +242,18 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 """Further names of tensors that the architecture files list under one name."""
 
 
+@lru_cache(maxsize=8)
+def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
+    """List the families that have all of these modules, in any naming; cached: several readers ask for one file."""
+    # Words first: a file that lacks one is not parsed.
+    shapes = {shape(name) for name in names}
+    likely = [family for family in families() if all(map(family.may_have, shapes))]
+    return tuple(family for family in likely if all(name in family for name in names))
+
+
 def families_with(names: Collection[str]) -> list[ImageFamily]:
     """List the published families that have all of these modules, in any naming; empty if `names` is empty."""
-    return [f for f in families() if names and not f.facts.generic and all(name in f for name in names)]
+    return [family for family in families_of_names(frozenset(names)) if names and not family.facts.generic]
 
 
 def families_of(path: str, naming: str) -> list[ImageFamily]:

@@ -6,7 +6,7 @@ kohya and LyCORIS write every dot as an underscore; only a list of the existing 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -27,13 +27,20 @@ class PatternNames:
 
     def patterns_of(self, name: str) -> list[str]:
         """List the patterns that a dotted name fits."""
-        candidates = self.by_dots.get(_shape(name), ())
-        return [pattern for pattern in candidates if fill(pattern, numbers(pattern, name)) == name]
+        wanted = shape(name)
+        candidates = self.by_dots.get(wanted, ())
+        # A pattern without numbers of its own has every name of its shape.
+        return [each for each in candidates if each == wanted or fill(each, numbers(each, name)) == name]
+
+    @property
+    def literal(self) -> set[str]:
+        """The numbers that are in the patterns themselves, such as the 0 of `to_out.0`."""
+        return {number for pattern in self.patterns for number in _NUMBER.findall(pattern)}
 
     def unflattened(self, flat: str) -> list[str]:
         """List the dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
         found: dict[str, None] = {}
-        for pattern in self.by_underscores.get(_shape(flat), ()):
+        for pattern in self.by_underscores.get(shape(flat), ()):
             name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
             if flatten(name) == flat:
                 found[name] = None
@@ -54,9 +61,19 @@ def names_of(patterns: Iterable[str]) -> PatternNames:
 
 
 @lru_cache(maxsize=1 << 16)
-def _shape(name: str) -> str:
+def shape(name: str) -> str:
     """Replace numbers in a name by `#`; cached, because every family and naming is asked for the same names."""
     return _NUMBER.sub("#", name)
+
+
+def alike(name: str, literal: Collection[str]) -> str:
+    """Replace the numbers in a name by `#`, except these: names that come out the same fit the same patterns.
+
+    Args:
+        name: the name, dotted or flattened.
+        literal: the numbers that patterns have themselves.
+    """
+    return _NUMBER.sub(lambda found: found[0] if found[0] in literal else "#", name)
 
 
 def flatten(name: str) -> str:

@@ -361,3 +361,173 @@ def test_a_third_text_encoder_alone_asks_for_the_family(tmp_path):
     assert [target.path for target in ak.read(path, family="flux").updates] == [
         "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
     ]
+
+
+# Parts of a model: some blocks, one kind of block, one layer.
+
+
+def bare(tensors):
+    return {key.removeprefix("transformer."): leaf for key, leaf in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "family", "name"),
+    [(attention(3072, 19, words=("to_q", "to_k", "to_v")), "chroma flux", "double_blocks.18.img_attn.qkv"),
+     (attention(1536, 0, numbers=(7, 9), words=("to_q", "to_k", "to_v")), "sd3", "joint_blocks.9.x_block.attn.qkv"),
+     (attention(2240, 0, name="attn1", numbers=(7, 9)), "sana", "blocks.9.attn.qkv")],
+)  # fmt: skip
+def test_names_without_a_prefix_are_no_evidence_for_comfyuis_naming(tensors, family, name, tmp_path):
+    """Qwen-Image's and LTX's names in ComfyUI are these; PEFT and the Lightning files write diffusers' names bare."""
+    path = given(tmp_path, bare(tensors))
+    assert ak.detect(path) == "comfyui"
+    ak.convert(path, tmp_path / "out.safetensors", to="comfyui")
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        keys, metadata = list(file.keys()), file.metadata() or {}
+    assert any(key.startswith(f"diffusion_model.{name}.lora") for key in keys) or keys == list(load_file(path))
+    ak.convert(path, tmp_path / "kohya.safetensors", to="kohya")
+    keys = load_file(tmp_path / "kohya.safetensors")
+    assert f"lora_unet_{name.replace('.', '_')}.lora_up.weight" in keys
+    with safe_open(tmp_path / "kohya.safetensors", "np") as file:
+        assert file.metadata()["adapterkit.family"] == family
+    assert not metadata.get("adapterkit.family", "").startswith("qwen")
+
+
+def test_single_blocks_alone_are_flux(tmp_path):
+    """Bria FIBO has as many single blocks, and an adapter of all its attention has double blocks, too."""
+    tensors = attention(3072, 38, "single_transformer_blocks", words=("to_q", "to_k", "to_v"))
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="comfyui")
+    assert "diffusion_model.single_blocks.37.linear1.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+def test_bare_double_blocks_of_flux_2_are_not_flux(tmp_path):
+    """Both have these names in BFL's naming; the feed-forward has other shapes, and another name in diffusers."""
+    tensors = {}
+    for word, out in (("img_attn.qkv", 18432), ("img_attn.proj", 6144), ("img_mlp.0", 36864)):
+        tensors |= lora(f"double_blocks.0.{word}", out, 6144)
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="diffusers")
+    found = load_file(tmp_path / "out.safetensors")
+    assert "transformer.transformer_blocks.0.ff.linear_in.lora_B.weight" in found
+    up = tensors["double_blocks.0.img_attn.qkv.lora_B.weight"]
+    np.testing.assert_array_equal(found["transformer.transformer_blocks.0.attn.to_k.lora_B.weight"], up[6144:12288])
+
+
+@pytest.mark.parametrize(
+    ("context", "name"), [(2048, "transformer_blocks.0.attn2.to_k"), (1024, "blocks.0.cross_attn.k_proj")]
+)
+def test_the_width_of_the_text_tells_ltx_from_cosmos(context, name, tmp_path):
+    tensors = attention(2048, 2, name="attn1") | lora("transformer.transformer_blocks.0.attn2.to_k", 2048, context)
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="comfyui")
+    assert f"diffusion_model.{name}.lora_up.weight" in load_file(tmp_path / "out.safetensors")
+
+
+def unet(blocks, context, first):
+    """Cross attention of blocks of a U-Net: {block: (number of attentions, depth, width)}."""
+    tensors = {}
+    for block, (count, depth, width) in blocks.items():
+        for number in range(count):
+            for layer in range(depth):
+                stem = f"{first}{block}.attentions.{number}.transformer_blocks.{layer}.attn2"
+                for word in ATTENTION:
+                    tensors |= lora(f"{stem}.{word}", width, context if word in ("to_k", "to_v") else width)
+    return tensors
+
+
+DOWN = {"down_blocks.1": (2, 2, 640), "down_blocks.2": (2, 10, 1280), "mid_block": (1, 10, 1280)}
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "lora_unet_"])
+def test_one_side_of_stable_diffusion_xl(prefix, tmp_path):
+    """DreamLite has these blocks, too, but keys and values of one head."""
+    tensors = unet(DOWN, 2048, "unet.")
+    if prefix == "lora_unet_":
+        tensors = {
+            "lora_unet_" + key.removeprefix("unet.").partition(".lora_")[0].replace(".", "_") + ".lora_"
+            + {"A": "down", "B": "up"}[key.partition(".lora_")[2][0]] + ".weight": leaf
+            for key, leaf in tensors.items()
+        }  # fmt: skip
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="comfyui")
+    name = "diffusion_model.middle_block.1.transformer_blocks.9.attn2.to_k.lora_up.weight"
+    assert name in load_file(tmp_path / "out.safetensors")
+    ak.convert(given(tmp_path, unet(DOWN, 2048, "unet.")), tmp_path / "kohya.safetensors", to="kohya")
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight"
+    assert name in load_file(tmp_path / "kohya.safetensors")
+
+
+@pytest.mark.parametrize(("out", "context", "family"), [(320, 768, "sd"), (640, 2048, "sdxl"), (5, 2048, "")])
+def test_one_layer_of_a_u_net_is_told_by_its_shape(out, context, family, tmp_path):
+    block = {320: "down_blocks.0", 640: "down_blocks.1", 5: "down_blocks.0"}[out]
+    path = given(tmp_path, lora(f"unet.{block}.attentions.0.transformer_blocks.0.attn2.to_k", out, context))
+    if not family:
+        with pytest.raises(Unrepresentable, match="DreamLite"):
+            ak.convert(path, tmp_path / "out.safetensors", to="comfyui")
+        return
+    ak.convert(path, tmp_path / "out.safetensors", to="comfyui")
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        assert family in file.metadata()["adapterkit.family"].split()
+        number = {320: 1, 640: 4}[out]
+        assert any(f"input_blocks.{number}.1." in key for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_ai_toolkits_dora(prefix, tmp_path):
+    """Its magnitude is a norm of each output; ComfyUI would skip it under its own name."""
+    random = np.random.default_rng(25)
+    name = "transformer_blocks.0.attn.to_q"
+    A, B, W = (random.normal(size=size).astype("f4") for size in ((2, 6), (8, 2), (8, 6)))
+    magnitude = random.random(8).astype("f4") + 1
+    held = {
+        f"{prefix}{name}.lora_A.weight": A,
+        f"{prefix}{name}.lora_B.weight": B,
+        f"{prefix}{name}.magnitude": magnitude,
+    }
+    path = given(tmp_path, held, {"ss_base_model_version": "qwen_image"})
+    save_file({f"{name}.weight": W}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", [path], tmp_path / "merged.safetensors")
+    moved = W.astype("f8") + B.astype("f8") @ A
+    wanted = magnitude[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        load_file(tmp_path / "merged.safetensors")[f"{name}.weight"], wanted, rtol=1e-5, atol=1e-6
+    )
+    ak.convert(path, tmp_path / "out.safetensors", to="comfyui")
+    assert f"diffusion_model.{name}.dora_scale" in load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("word", ["magnitude", "lora_magnitude_vector.weight"])
+def test_a_conversion_to_the_files_own_format_respells_what_its_tool_would_skip(word, tmp_path):
+    """ComfyUI takes a DoRA without `dora_scale` for a LoRA; which model it is of does not matter for that."""
+    stem = "diffusion_model.transformer_blocks.0.attn.to_q"
+    magnitude = np.arange(1, 9, dtype="f4")
+    tensors = lora(stem, 8, 6, 2) | {f"{stem}.{word}": magnitude}
+    ak.convert(given(tmp_path, tensors), tmp_path / "out.safetensors", to="comfyui")
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == {*lora(stem, 8, 6), f"{stem}.dora_scale"}
+    np.testing.assert_array_equal(found[f"{stem}.dora_scale"], magnitude[:, None])
+
+
+@pytest.mark.parametrize("kind", ["f2", "bf16"])
+def test_ai_toolkits_lokr_has_an_alpha_that_means_nothing(kind, tmp_path):
+    """It saves a rank of 9,999,999,999 in 16 bits beside factors that are whole: infinite, or rounded."""
+    random = np.random.default_rng(25)
+    kind = ml_dtypes.bfloat16 if kind == "bf16" else kind
+    stem = "diffusion_model.transformer_blocks.0.attn.to_q"
+    w1, w2 = (random.normal(size=size).astype(kind) for size in ((2, 3), (4, 2)))
+    with np.errstate(over="ignore"):
+        alpha = np.array(9_999_999_999, "f8").astype(kind)
+    path = given(tmp_path, {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2, f"{stem}.alpha": alpha})
+    delta = ak.read(path, family="qwen_image").delta("transformer.transformer_blocks.0.attn.to_q")
+    np.testing.assert_allclose(delta, np.kron(w1.astype("f8"), w2.astype("f8")), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "path"),
+    [(6144, "transformer.double_blocks.0.img_attn.proj"), (4096, "transformer.double_blocks.0.img_attn.proj"),
+     (2048, "transformer.double_blocks.0.img_attn_proj"), (3072, "")],
+)  # fmt: skip
+def test_the_width_tells_whose_underscores_these_are(width, path, tmp_path):
+    """FLUX's and HunyuanVideo's attention is flattened alike, and as wide; FLUX.2 and HunyuanVideo 1.5 are not."""
+    held = given(tmp_path, lora("lora_unet_double_blocks_0_img_attn_proj", width, width, 1, DOWN_UP))
+    if not path:
+        with pytest.raises(TargetNotFound, match=r"of chroma, or .* of hunyuan_video.*--family"):
+            ak.read(held)
+        return
+    assert [target.path for target in ak.read(held).updates] == [path]

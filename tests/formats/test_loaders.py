@@ -131,8 +131,8 @@ def test_the_command_lists_tools_and_answers_for_a_file(tmp_path):
     assert {each["name"] for each in record("list", "loaders")["loaders"]} == set(loaders())
     shown = record("inspect", tmp_path / "wan.safetensors")["loaders"]
     loading = {each["tool"] for each in shown if each["loads"] == "yes"}
-    assert loading == {"comfyui", "diffusers", "stable_diffusion_cpp"}
-    assert "loaded as it is by: ComfyUI" in run("inspect", tmp_path / "wan.safetensors").stdout
+    assert loading == {"ai_toolkit", "comfyui", "diffusers", "stable_diffusion_cpp"}
+    assert "loaded as it is by: ai-toolkit" in run("inspect", tmp_path / "wan.safetensors").stdout
     assert run("list", "formats", "x").exit_code == 2
     assert run("list", "loaders", "--family", "wan").exit_code == 2
 

@@ -184,6 +184,6 @@ def whole(family, naming):
         at = None if native is None else native.ratio
         if at is not None and (native.name, at) != told.setdefault(native.name, (native.name, at)):
             continue
-        ratio = at or family.ratio(name)
+        ratio = at or next(iter(family.ratios(name)), None)
         sizes[name] = (round(24 * ratio) if ratio else 24 * (place.of or 1), 24)
     return sizes

@@ -1,4 +1,4 @@
-"""Which modules OneTrainer loads under which names, by its own code: `keys` of spec/loaders/onetrainer.toml.
+"""Which keys OneTrainer loads, by its own code: `slots`, `encoders` and `keys` of spec/loaders/onetrainer.toml.
 
     python tools/foreign/onetrainer_keys.py CHECKOUT            write the file
     python tools/foreign/onetrainer_keys.py CHECKOUT --check    compare; exits 1 on a difference
@@ -7,6 +7,8 @@ CHECKOUT is a folder with OneTrainer's source; it needs the package `parse`. dif
 usual number of blocks and without memory for weights (torch's meta device). Every spelling of every module goes through
 the trainer's own `LoRALoaderMixin`, with rows of their own numbers: a spelling counts if the rows come out at the
 modules of diffusers where spec/architectures has them, so that the file's names, splits and orders are checked, too.
+A slot counts if the loader turns it into a parameter of one of the trainer's own modules, a text encoder's prefix if a
+module behind it comes out at that encoder.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import argparse
 import importlib
 import logging
 import sys
+import textwrap
+import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -74,8 +78,12 @@ SPELLINGS = [
     ("diffusion_model.", "native"), ("diffusion_model.", "diffusers"), ("diffusion_model.", "comfyui"),
     ("lora_unet_", "native"), ("lora_unet_", "diffusers"), ("lora_transformer_", "diffusers"),
     ("lora_prior_unet_", "diffusers"), ("lycoris_", "diffusers"), ("base_model.model.", "diffusers"),
+    ("", "native"), ("", "diffusers"),
 ]  # fmt: skip
 """What keys begin with, and the naming that follows."""
+
+EACH = 1_000_000
+"""Numbers of rows that each name has of its own."""
 
 
 def loading(family: str) -> tuple[Callable[[Mapping[str, Any]], dict[str, Any]], dict[str, tuple[int, ...]], str]:
@@ -121,11 +129,14 @@ def held(family: str, prefix: str, naming: str) -> tuple[list[str], list[str]]:
     # One name that it does not know makes it refuse a file; a few tell whether it knows any.
     known = any(_arrived(_loaded(load, [pair]), part).keys() & shapes.keys() for pair in pairs[:: len(pairs) // 6 + 1])
     made = _loaded(load, pairs) if known else {}
-    arrived = _arrived(made, part)
+    arrived = _by_name(_arrived(made, part))
     lost = [
         template
         for template, found in spellings.items()
-        if not all(_right(family, naming, name, rows, numbers[name], arrived, shapes) for name, rows in found)
+        if not all(
+            _right(family, naming, name, rows, numbers[name], arrived.get(numbers[name], {}), shapes)
+            for name, rows in found
+        )
     ]
     return list(spellings), lost
 
@@ -174,7 +185,7 @@ def _pair(prefix: str, name: str, at: int, rows: int) -> dict[str, Any]:
     import torch
 
     stem = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
-    up = torch.arange(rows, dtype=torch.float64)[:, None] + at * 1_000_000
+    up = torch.arange(rows, dtype=torch.float64)[:, None] + at * EACH
     return {f"{stem}.lora_down.weight": torch.ones(1, 1), f"{stem}.lora_up.weight": up}
 
 
@@ -189,8 +200,17 @@ def _arrived(made: Mapping[str, Any], part: str) -> dict[str, list[float]]:
     }
 
 
+def _by_name(arrived: Mapping[str, list[float]]) -> dict[int, dict[str, list[float]]]:
+    """The number of a name -> the modules that rows of it came to."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for module, values in arrived.items():
+        for at in {int(value // EACH) for value in values}:
+            found.setdefault(at, {})[module] = values
+    return found
+
+
 def _right(
-    name: str, naming: str, path: str, rows: int, at: int, arrived: Mapping[str, list[float]],
+    name: str, naming: str, path: str, rows: int, at: int, there: Mapping[str, list[float]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:  # fmt: skip
     """Whether a module's rows came to the modules of diffusers where the family's file has them.
@@ -202,8 +222,7 @@ def _right(
     family = next(each for each in families() if each.name == name)
     pieces = family.moves(path, family.wanted(naming), "diffusers")
     wanted = {piece.path for piece in pieces}
-    first = at * 1_000_000
-    there = {module: values for module, values in arrived.items() if any(0 <= v - first < 1_000_000 for v in values)}
+    first = at * EACH
     if not pieces or not there:
         return False
     if set(there) == wanted and wanted <= shapes.keys():
@@ -219,14 +238,160 @@ def _right(
     return len(there) == 1 and len(wanted) > 1 and whole and len(block) == 1
 
 
+ENCODERS = {"clip": "text_model.encoder.layers.0.self_attn.q_proj",
+            "t5": "encoder.block.0.layer.0.SelfAttention.q", "llm": "model.layers.0.self_attn.q_proj"}  # fmt: skip
+"""Kind of a text encoder -> a module of it."""
+
+PARTS = ("text_encoder", "text_encoder_1", "text_encoder_2", "text_encoder_3", "text_encoder_4", "prior_text_encoder")
+"""OneTrainer's attributes for text encoders."""
+
+
+def encoders() -> list[tuple[str, list[str]]]:
+    """Prefixes of text encoders, and the kinds of encoders that a module behind one of them reaches."""
+    import torch
+
+    found: dict[str, set[str]] = {}
+    asked = []
+    for family in MODELS:
+        load, shapes, part = _loading(family)
+        made = load.args[0]
+        own = type(made).__annotations__
+        kinds = {name: _kind(str(own[name])) for name in PARTS if name in own}
+        for name, kind in kinds.items():
+            setattr(made, name, _nested(ENCODERS[kind]))
+        made.lora_text_encoders = partial(type(made).lora_text_encoders, made)
+        types = type(made.model_type)
+        told = []
+        # The name of its encoder depends on which Stable Diffusion it is.
+        for type_ in (made.model_type, *([types.STABLE_DIFFUSION_20] if family == "sd" else [])):
+            made.model_type = type_
+            told += made.lora_text_encoders()
+        of = {id(getattr(made, name)): kind for name, kind in kinds.items()}
+        module = next(iter(shapes))
+        named = spelled(family, "native", shapes) or spelled(family, "diffusers", shapes)
+        native = next(iter(named.values()))[0][0]
+        # A prefix may count only beside modules of the denoiser under the same naming.
+        beside = ("", f"{part}.{module}", f"lora_unet_{module.replace('.', '_')}", f"diffusion_model.{native}")
+        asked.append((load, beside, [(of[id(each)], names) for each, names in told]))
+    ends = {".": ("DIFFUSERS_LORA", "COMFY_LORA"), "_": ("KOHYA_LORA",)}
+    prefixes = {
+        f"{name}{end}"
+        for *_, told in asked
+        for _, names in told
+        for kind, name in names.items()
+        for end, formats in ends.items()
+        if kind.name in formats
+    }
+    for load, companions, told in asked:
+        for prefix in sorted(prefixes | {"lora_te1_"}):
+            for kind, names in told:
+                path = ENCODERS[kind]
+                stem = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+                wanted = f"{next(name for each, name in names.items() if each.name == 'DIFFUSERS_LORA')}.{path}"
+                for beside in companions:
+                    stems = [stem, beside] if beside else [stem]
+                    keys = {f"{each}.lora_{word}.weight" for each in stems for word in ("down", "up")}
+                    made = _whole(load, {key: torch.ones(2, 2) for key in keys})
+                    if any(key.startswith(f"{wanted}.lora") for key in made):
+                        found.setdefault(prefix, set()).add(kind)
+    return [(prefix, [kind for kind in ENCODERS if kind in found[prefix]]) for prefix in sorted(found)]
+
+
+def _kind(annotation: str) -> str:
+    name = annotation.lower()
+    return next((kind for kind in ("clip", "t5") if kind in name), "llm")
+
+
+def _nested(path: str) -> Any:
+    """A model with one linear module at this path."""
+    import torch
+
+    model = torch.nn.Linear(2, 2, device="meta")
+    for word in reversed(path.split(".")):
+        outer = torch.nn.Module()
+        outer.add_module(word, model)
+        model = outer
+    return model
+
+
+def _whole(load: Callable[[Mapping[str, Any]], dict[str, Any]], state: Mapping[str, Any]) -> dict[str, Any]:
+    """What becomes of a file; nothing if it is refused."""
+    try:
+        return load(state)
+    except Exception:  # Whatever it raises, it does not load the file.
+        return {}
+
+
+def slots() -> list[str]:
+    """Slots that the loader turns into parameters of the trainer's own modules, of all slots that any tool has."""
+    import torch
+
+    modules = importlib.import_module("modules.module.LoRAModule")
+    universal = importlib.import_module("modules.util.load_lora_util")
+    own: set[str] = set()
+    with torch.device("cpu"):
+        for layer in (torch.nn.Linear(64, 64), torch.nn.Conv2d(64, 64, 3)):
+            rest = {"train_device": torch.device("cpu"), "decompose_factor": 8}
+            kron = [
+                {"decompose_both": both, "use_tucker": tucker, "full_matrix": full, "weight_decompose": True,
+                 "dora_on_output": True} for both in (False, True) for tucker in (False, True) for full in (False, True)
+            ]  # fmt: skip
+            dora = {"norm_epsilon": False, "decompose_output_axis": True, "train_device": torch.device("cpu")}
+            made = [
+                modules.LoRAModule("x", layer, 2, 1.0), modules.LoHaModule("x", layer, 2, 1.0),
+                modules.DoRAModule("x", layer, 2, 1.0, **dora),
+                modules.OFTModule("x", layer, 4, False, True), modules.OFTModule("x", layer, 4, False, False),
+                *(modules.LoKrModule("x", layer, 1, 1.0, **rest, **each) for each in kron),
+            ]  # fmt: skip
+            own |= {key for each in made for key in each.state_dict()}
+    told = {slot for file in OUT.parent.glob("*.toml") for slot in _slots_of(file)} | own | {"magnitude"}
+    found = []
+    for slot in sorted(told):
+        stem = "transformer.transformer_blocks.0.attn.to_q"
+        try:
+            keys = universal.normalize_various({f"{stem}.{slot}": torch.ones(8)})
+        except RuntimeError:
+            continue
+        except IndexError:  # It makes an alpha of the rank, which a vector has not.
+            keys = universal.normalize_various({f"{stem}.{slot}": torch.ones(8, 2)})
+        if {key.removeprefix(f"{stem}.") for key in keys} & own - {"alpha"} or slot == "alpha":
+            found.append(slot)
+    return found
+
+
+def _slots_of(file: Path) -> list[str]:
+    tool = tomllib.loads(file.read_text())
+    return [*tool.get("slots", ()), *(slot for keys in tool.get("keys", ()) for slot in keys.get("slots", ()))]
+
+
 _ANY = [prefix[:-1] for prefix, _ in SPELLINGS if prefix not in ("transformer.", "unet.", "prior.")]
 """Prefixes that are not the name of a part."""
 
 
+SOURCES = (
+    "modules/util/load_lora_util.py",
+    "modules/modelLoader/mixin/LoRALoaderMixin.py",
+    "modules/module/LoRAModule.py",
+)
+
+HEAD = f"""\
+# Made by tools/foreign/onetrainer_keys.py and reviewed. README.md beside this file says what each field means.
+format = 1
+title = "OneTrainer"
+url = "https://github.com/Nerogar/OneTrainer"
+version = "23df383 (2026)"
+sources = {quoted(SOURCES)}
+convert = ["diffusers", "kohya", "comfyui"]"""
+
+
 def toml() -> str:
-    """The file's text: its head as it is, and the keys."""
-    head = OUT.read_text().partition("[[keys]]")[0]
-    lines = [head.rstrip(), ""]
+    """The file's text."""
+    lines = [HEAD, "slots = ["]
+    lines += textwrap.wrap(", ".join(f'"{slot}"' for slot in slots()) + ",", 116, initial_indent="    ",
+                           subsequent_indent="    ", break_on_hyphens=False)  # fmt: skip
+    lines += ["]", 'unread = "refuses the file"', "encoders = ["]
+    lines += [f'    {{ prefix = "{prefix}", names = {quoted(kinds)} }},' for prefix, kinds in encoders()]
+    lines += ["]", ""]
     for prefix, naming in SPELLINGS:
         parts = {name: part for name, (_, _, part, _, _) in MODELS.items() if prefix[:-1] in (part, *_ANY)}
         found = {name: each for name in parts if (each := held(name, prefix, naming))[0] and each[0] != each[1]}

@@ -20,6 +20,7 @@ from ...naming.image import (
     families,
     families_of,
     families_of_model,
+    families_of_names,
     rooted,
 )
 
@@ -39,6 +40,9 @@ SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diff
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
 """Parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
 
+PREFIXES = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.", "pipe.dit.")
+"""Prefixes that names of a U-Net or a transformer may have in files of ComfyUI's format; or none."""
+
 CONTROLNET = "controlnet"
 """The part of a pipeline that has copies of the first blocks of its model, under the same names."""
 
@@ -53,6 +57,8 @@ class Origin:
         inside: whether the targets are modules of that base.
         unknown: the base's class in diffusers, if no family is known to have it.
         metadata: the metadata of the file that the adapter was read from.
+        of_format: whether the families are those that the file's format is usually of.
+        bare: whether the names had no prefix in a file of ComfyUI's format: most of these files have diffusers' names.
     """
 
     naming: str = ""
@@ -60,6 +66,8 @@ class Origin:
     inside: bool = False
     unknown: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    bare: bool = False
+    of_format: bool = False
 
 
 UNKNOWN = Origin()
@@ -78,7 +86,10 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
         kind, library = model_class_of(adapter)
         named = tuple(family.name for family in families_of_class(kind))
         unknown = "" if named or not library.startswith("diffusers.") else kind
-        return Origin(naming, families or named, unknown=unknown, metadata=metadata)
+        return Origin(
+            naming, families or named, unknown=unknown, metadata=metadata, bare=_bare(adapter, naming),
+            of_format=bool(families),
+        )  # fmt: skip
     known = set(modules_of(base))
     families = families_in(base)
     if "_diffusers_version" in (base.config or {}):
@@ -87,7 +98,17 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
         naming = "native"
     inside = all(target.path in known for target in adapter.updates)
     kind = str((base.config or {}).get("_class_name", ""))
-    return Origin(naming, families, inside, "" if families else kind, metadata)
+    return Origin(naming, families, inside, "" if families else kind, metadata, _bare(adapter, naming))
+
+
+def _bare(adapter: Adapter, naming: str) -> bool:
+    """Whether the file's names begin with no word that says that they are ComfyUI's.
+
+    FLUX's names of attention in diffusers are also Qwen-Image's in ComfyUI, so nothing follows from the format then.
+    """
+    stems = None if adapter.foreign is None else adapter.foreign.data.get("stems")
+    told = tuple(prefix for prefix in PREFIXES if prefix != "base_model.model.")
+    return naming == COMFYUI and isinstance(stems, dict) and not any(str(s).startswith(told) for s in stems.values())
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
@@ -176,12 +197,16 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         origin: the known facts about the naming.
     """
     paths = list(dict.fromkeys(module_of(rooted(target.path)[1]) for target in targets))
-    fitting = [family for family in families() if all(path in family for path in paths)]
+    fitting = list(families_of_names(frozenset(paths)))
     if any(rooted(target.path)[0] for target in targets):
         # The file says which part of the pipeline these modules are in, and it is no ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = narrowed(fitting, lambda family: _sized(family, updates, targets))
     fitting = likely(fitting, paths, _inputs(updates, targets), origin)
+    if origin.of_format:
+        # Bare names of FLUX.2's double blocks are FLUX's in that format, but the shapes are not.
+        fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
         # The caller or the writer of the file named them: other evidence only chooses among the named families.
@@ -197,7 +222,7 @@ def _narrowed_on(
     fitting: list[ImageFamily], paths: Collection[str], updates: Updates, targets: Collection[Target], origin: Origin
 ) -> list[ImageFamily]:
     """Narrow families by the file's naming, words of metadata, the text encoders, the shapes and the blocks."""
-    if origin.naming:
+    if origin.naming and not origin.bare:
         # Files with diffusers' names are read in ComfyUI's format, too; other names of some families are not known.
         fitting = narrowed(
             fitting,
@@ -295,6 +320,10 @@ def likely(
         rivals = [each for each in fitting if not each.facts.unlikely and not sizes.isdisjoint(each.facts.widths)]
         if not rivals:
             return True
+        both = {first for each in rivals for first in each.facts.blocks.keys() & family.facts.blocks.keys()}
+        if not both <= _numbers(paths).keys():
+            # One kind of blocks alone was chosen: FLUX has as many single blocks as Bria FIBO.
+            return False
         # All blocks from the first one on, but not as many as a rival has: the default of a trainer for another model.
         # Chosen blocks are no evidence: FLUX's number 7 is the last one of Bria's.
         return in_a_row(paths) and (complete(family, paths) or not any(complete(each, paths) for each in rivals))
@@ -388,15 +417,30 @@ def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
+def _sized(family: ImageFamily, updates: Updates, targets: Iterable[Target]) -> bool:
+    """Whether the published models have weights of these sizes, as far as the family's file says that."""
+    for target in targets:
+        for update in updates[target] if target.rows is None else ():
+            dims = update.dims(target.stacked)
+            out, in_ = dims.get("out"), dims.get("in", dims.get("columns"))
+            if in_ in family.facts.no_inputs:
+                return False
+            if isinstance(out, int) and out not in family.facts.outputs.get(str(in_), [out]):
+                return False
+    return True
+
+
 def _shaped(family: ImageFamily, target: Target, found: Iterable[Any]) -> bool:
     rest = rooted(target.path)[1]
-    ratio = family.ratio(rest)
-    if ratio is None or target.rows is not None:
+    ratios = family.ratios(rest)
+    if not ratios or target.rows is not None:
         return True
     for update in found:
         dims = update.dims(target.stacked)
         out, in_ = dims.get("out"), dims.get("in", dims.get("columns"))
-        if isinstance(out, int) and isinstance(in_, int) and abs(out - ratio * in_) > 0.5:
+        if not isinstance(out, int) or not isinstance(in_, int) or (len(ratios) > 1 and out not in family.facts.widths):
+            continue
+        if all(abs(out - ratio * in_) > 0.5 for ratio in ratios):
             return False
     return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -128,3 +128,9 @@ class StoredTensor:
     slot: str
     leaf: Leaf
     field: str = ""
+
+
+def inputs_of(modules: Iterable[ImageModule]) -> set[int]:
+    """Return the sizes of the inputs of the modules that have LoRA's A."""
+    downs = (module.tensors["down"].shape for module in modules if "down" in module.tensors)
+    return {shape[1] for shape in downs if len(shape) > 1}

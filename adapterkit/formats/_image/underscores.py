@@ -27,9 +27,11 @@ from ...naming.image import (
 from ...naming.patterns import flatten
 from ...naming.pieces import Piece
 from .deciding import Origin, complete, families_in, likely, narrowed, said
+from .file import inputs_of
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
+    from .file import ImageModule
 
 STEM = re.compile(
     r"(lora_unet|oft_unet|lora_transformer|Hunyuan_video_I2V_lora|lora_te[1234]?|lora_prior_(?:unet|te)|lycoris)_(.+)"
@@ -55,13 +57,18 @@ _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-dif
 """Word for the model in a file's metadata -> the part that is its T5."""
 
 
-def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
+def resolve(modules: Mapping[str, ImageModule], metadata: Mapping[str, str], base: Checkpoint | None) -> dict[str, str]:
     """Return stem -> dotted path.
+
+    Args:
+        modules: stem -> its tensors.
+        metadata: the file's metadata.
+        base: the base whose names decide, if there is one.
 
     Raises:
         TargetNotFound: a stem fits no module, or several; the error names the nearest.
     """
-    known = list(stems)
+    known = list(modules)
     walked = None if base is None else _walked(base)
     words = {stem: _words(stem) for stem in known}
     third = _third(words.values(), metadata)
@@ -71,13 +78,14 @@ def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint 
             found[stem] = here
     rest = {stem: words[stem] for stem in known if stem not in found}
     of_base = () if base is None else families_in(base)
-    found |= _together(rest, words, metadata, None if base is None else of_base)
+    sizes = inputs_of(module for stem, module in modules.items() if words[stem][0] in _DENOISER)
+    found |= _together(rest, words, metadata, None if base is None else of_base, sizes)
     return {stem: found.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
 
 
 def _together(
     rest: Mapping[str, tuple[str, str]], words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str],
-    of_base: Collection[str] | None,
+    of_base: Collection[str] | None, sizes: Collection[int],
 ) -> dict[str, str]:  # fmt: skip
     """Return stem -> path for the denoiser's stems, if one family has all of them; empty if none has.
 
@@ -86,6 +94,7 @@ def _together(
         words: all stems; those of text encoders tell families apart.
         metadata: the file's metadata.
         of_base: the families of the base, if there is one.
+        sizes: inputs of the adapted weights of the denoiser.
 
     Raises:
         TargetNotFound: several families have them under different names, and nothing decides between them.
@@ -111,6 +120,8 @@ def _together(
     fitting = narrowed(fitting, lambda family: said(family, metadata))
     kinds = {kind for tag, flat in words.values() if tag not in _DENOISER and (kind := _kind(flat))}
     fitting = narrowed(fitting, lambda family: bool(kinds) and kinds <= _kinds(family))
+    # FLUX.2 and HunyuanVideo 1.5 have names of FLUX and of HunyuanVideo, and other widths.
+    fitting = narrowed(fitting, lambda family: not set(family.facts.widths).isdisjoint(sizes))
     fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
     first = readings[fitting[0]]
     # With a base, its names are used instead of these, so only their names in diffusers matter.

@@ -87,6 +87,8 @@ def toml_of(name: str, family: Family) -> str:
         facts["unlikely"] = True
     if family.no_inputs:
         facts["no_inputs"] = list(family.no_inputs)
+    if family.outputs:
+        facts["outputs"] = {size: list(sizes) for size, sizes in family.outputs.items()}
     facts["widths"] = sorted(widths)
     if family.beside:
         facts["beside"] = family.beside
@@ -102,7 +104,7 @@ def toml_of(name: str, family: Family) -> str:
         first = {key.partition(".")[0]: _name(places["native"]).partition(".")[0] for key, places in weights.items()
                  if "{n}" in key and "native" in places}  # fmt: skip
         facts["blocks"] = {**counts, **{first[word]: n for word, n in counts.items() if word in first}}
-    ratios = {}
+    ratios: dict[str, Any] = {}
     for weight, places in weights.items():
         shape = shapes.get(weight, ())
         fused = isinstance(places.get("native"), dict)
@@ -113,6 +115,9 @@ def toml_of(name: str, family: Family) -> str:
         ):
             ratio = shape[0] / shape[1]
             ratios[weight] = int(ratio) if ratio == int(ratio) else round(ratio, 6)
+        for pattern, several in family.several.items():
+            if fnmatch(weight, pattern):
+                ratios[weight] = list(several)
     keyed = ["native", "diffusers"] if family.native == "=" else ["diffusers"]
     if family.fused:
         keyed.append("diffusers_fused")

@@ -35,9 +35,10 @@ class Family:
         kohya: the naming that is flattened into keys.
         counted: all published models have as many blocks as the class has by default.
         modules: part in `beside` -> diffusers' class of it.
-        unlikely, no_inputs, distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see README.md of
-            spec/architectures.
+        unlikely, no_inputs, outputs, distinctive, widths, beside, diffsynth_head, header_alpha, whole_norms: see
+            README.md of spec/architectures.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        several: such patterns -> all ratios of the published models, if these differ.
         parameters: parameters that are no module's weight: diffusers' name -> the authors'; both are templates.
         others: weight -> further namings -> templates, of tools that have names of their own for some modules.
         elsewhere: patterns of authors' modules of further models of the family, which diffusers does not have.
@@ -62,6 +63,7 @@ class Family:
     distinctive: bool = False
     unlikely: bool = False
     no_inputs: tuple[int, ...] = ()
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     counted: bool = False
     widths: tuple[int, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Family:
     header_alpha: bool = False
     whole_norms: bool = False
     ratios: tuple[str, ...] = ()
+    several: dict[str, tuple[float, ...]] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     others: dict[str, dict[str, str]] = field(default_factory=dict)
     elsewhere: str = ""
@@ -683,6 +686,8 @@ FAMILIES: dict[str, Family] = {
     "dreamlite": Family(
         ("DreamLiteUNetModel",), title="DreamLite", component="unet", kohya="diffusers", counted=True, unlikely=True,
         widths=(320, 640, 1280), no_inputs=(768, 1024),
+        # One head of keys and of values: of the size that the class has by default, or of 64.
+        outputs={"2048": (5, 10, 20, 64)},
     ),
     "kandinsky3": Family(
         ("Kandinsky3UNet",), title="Kandinsky 3", component="unet", kohya="diffusers", counted=True, unlikely=True
@@ -754,12 +759,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "ltx": Family(
         ("LTXVideoTransformer3DModel",), single.convert_ltx_transformer_checkpoint_to_diffusers, "<ltx>",
-        widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
+        widths=(4096,), ratios=("*.attn2.to_k", "*.attn2.to_v"), sources=("Lightricks/LTX-Video: transformer3d.py",),
     ),
     "ltx2": Family(
         ("LTX2VideoTransformer3DModel",), _ltx2, "<ltx>",
         config=dict.fromkeys(("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod"), True),
         beside={"connectors.text_proj_in": "text_embedding_projection.aggregate_embed"}, sources=("Lightricks/LTX-2",),
+        ratios=("*s.{n}.attn2.to_k", "*s.{n}.attn2.to_v"),
         alike=("SanaWMLTX2RefinerTransformer3DModel",),
     ),
     "mochi": Family(
@@ -823,7 +829,9 @@ FAMILIES: dict[str, Family] = {
         f"""x_embedder.proj.1 t_embedder.1.linear_{{1,2}} t_embedding_norm final_layer.linear
         final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
         blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
-        title="Cosmos 2 or Anima", widths=(2048,), beside={"text_conditioner": "diffusion_model.llm_adapter"},
+        # Keys and values of the text, which has a width of 1024 in all of them: LTX has the same names in diffusers.
+        several={"*.attn2.to_k": (2, 4, 5), "*.attn2.to_v": (2, 4, 5)},
+        title="Cosmos 2 or Anima", widths=(2048, 5120), beside={"text_conditioner": "diffusion_model.llm_adapter"},
         modules={"text_conditioner": "AnimaTextConditioner"},
         sources=("nvidia-cosmos/cosmos-predict2",),
     ),
