@@ -18,6 +18,7 @@ from adapterkit.methods import METHODS
 from adapterkit.ops import COMBINERS, selection
 from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
+from adapterkit.ops.combiners import ctm
 from adapterkit.ops.combiners._combiner import DEPENDENCES
 from adapterkit.ops.combiners._entrywise import Entrywise
 from adapterkit.ops.combiners.lego import clusters
@@ -194,6 +195,43 @@ def test_ctm_has_the_rank_that_was_asked_for_and_a_pair_of_equal_spaces_is_kept(
     one = adapters(1)[0]
     several = [one, ak.ops.scale(one, 0.5)]
     close(exact(ak.ops.combine(several, "ctm", then="linear")), 1.5 * exact(one))
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 20.0])
+def test_ctm_iterates_to_the_bases_of_the_papers_decomposition(common, monkeypatch):
+    """Higher-order orthogonal iteration by LAPACK's decompositions, where spans are found by products and where not."""
+    plain, tried = ctm._iterated, []
+
+    def iterated(*given_):
+        tried.append(plain(*given_))
+        return tried[-1]
+
+    monkeypatch.setattr(ctm, "_iterated", iterated)
+    rng = np.random.default_rng(3)
+    B, A = rng.normal(size=(40, 4)), rng.normal(size=(4, 44))
+    given_ = [
+        Adapter({Q: (METHODS["lora"](B=from_numpy(common * B + b), A=from_numpy(common * A + a)),)})
+        for b, a in ((rng.normal(size=B.shape), rng.normal(size=A.shape)) for _ in range(8))
+    ]
+    deltas = np.stack([exact(adapter) for adapter in given_])
+    sizes = np.sqrt((deltas**2).sum((1, 2), keepdims=True))
+    X = deltas * (0.25 + 0.75 * sizes.mean() / sizes)
+    U, V, error, rounds = first_left(X), first_left(X.swapaxes(1, 2)), np.inf, 0
+    while True:
+        U = first_left(X @ V)
+        V = first_left(X.swapaxes(1, 2) @ U)
+        now = np.sqrt(1 - ((U.T @ X @ V) ** 2).sum() / (X**2).sum())
+        if error - now < 1e-6:
+            break
+        error, rounds = now, rounds + 1
+    made = exact(ak.ops.combine(given_, "ctm", then="linear"))
+    close(made, U @ (U.T @ deltas.sum(0) @ V) @ V.T, 1e-8)
+    failed = [found is None for found in tried]
+    assert not all(failed) and (any(failed) or common > 0)
+
+
+def first_left(X, count=4):
+    return np.linalg.svd(np.hstack(list(X)))[0][:, :count]
 
 
 def test_disjoint_spaces_are_only_summed():
