@@ -97,10 +97,7 @@ def _gram(X: Array, V: Array | None = None) -> Array:
     import numpy as np
 
     tasks, rows, columns = X.shape
-    if V is None:
-        Y = X
-    else:
-        Y = (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
+    Y = X if V is None else (X.reshape(-1, columns) @ V).reshape(tasks, rows, -1)
     # One product of the matrices side by side takes a third of the time of one for each task.
     side = np.ascontiguousarray(Y.swapaxes(0, 1)).reshape(rows, -1)
     found: Array = side @ side.T
