@@ -37,7 +37,7 @@ PROCESSORS = {
 }
 """Compiler flags by processor; others have no conversions in `merge.c`."""
 
-EXACT = {"k_quants.c": ("-ffp-contract=off",)}
+EXACT = dict.fromkeys(("k_quants.c", "dropping.c"), ("-ffp-contract=off",))
 """Further flags of sources that must round as often as numpy does."""
 
 TARGETS = {

@@ -1,4 +1,4 @@
-"""The compiled loops: `merge.c`, `quantize.c` and `k_quants.c`, in one library that is loaded by ctypes.
+"""The compiled loops: `merge.c`, `quantize.c`, `k_quants.c` and `dropping.c`, in one library that is loaded by ctypes.
 
 Each gives the bits of the numpy code that it stands for. Without the library, on a processor that it was not compiled
 for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
@@ -22,6 +22,7 @@ OFF = "ADAPTERKIT_KERNEL"
 """The variable that leaves the library out: `off`."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
 
 
 @cache
@@ -40,6 +41,8 @@ def loops() -> ctypes.CDLL | None:
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     loaded.adapterkit_levels.restype = None
     loaded.adapterkit_levels.argtypes = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _POINTER)
+    loaded.adapterkit_drop.restype = _INT
+    loaded.adapterkit_drop.argtypes = (_POINTER, _LONG, _LONG, _WORD, _WORD, _DOUBLE, _DOUBLE, _INT)
     columns = (_POINTER, _LONG, _LONG)
     for name, others in (
         ("around_zero", (_FLOAT, _POINTER)),
