@@ -40,6 +40,7 @@ class FormulaContext:
         census: counts over all targets, finished or being made.
         asks: the argument `data=`, for methods that need it.
         depth: from 0 in the first layer to 1 in the last; None for targets outside numbered layers.
+        learned: the coefficients of this target, for methods that learn them.
         base: returns the base's weight `[out, in * k]` or bias `[out]` here.
     """
 
@@ -53,6 +54,7 @@ class FormulaContext:
     census: Census = field(default_factory=Census)
     asks: Callable[..., object] | None = None
     depth: float | None = None
+    learned: Array | None = None
     base: Callable[[], Array] = _no_base
 
     def each(self, method: Combiner, name: str) -> list[Any]:

@@ -19,7 +19,7 @@ from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
 from .combiners._entrywise import Entrywise
-from .combiners._learned import Learned, WeightTrial, inner
+from .combiners._learned import Learned, WeightTrial
 from .context import FormulaContext
 from .differences import too_large
 from .lowering import Delta
@@ -76,7 +76,7 @@ class Evaluation:
         """Return the combined updates of every target."""
         method = self.asked.method(self.found[0].target)
         if isinstance(method, Learned):
-            self.learned = method.learn(self._trial(read))
+            self.learned = method.learn(self._trial(read, method))
         made: dict[Target, tuple[Update, ...]] = {}
         if not isinstance(method, Learned):
             self.asks = self._asking(method, read, made)
@@ -379,32 +379,41 @@ class Evaluation:
             counted,
             self.asks,
         )
-        at = replace(at, depth=self.asked.depths.known(place.target))
+        learned = None if self.learned is None else self.learned[place.target]
+        at = replace(at, depth=self.asked.depths.known(place.target), learned=learned)
         base = self.base
         return at if base is None else replace(at, base=lambda: base.at(place.target, expert, bias))
 
     def _weights(self, target: Target) -> list[float]:
+        weights = self.asked.weights_at(target)
         if self.learned is None:
-            return [weight * self.factor for weight in self.asked.weights_at(target)]
-        return [w * float(c) for w, c in zip(self.asked.weights_at(target), self.learned[target], strict=True)]
+            return [weight * self.factor for weight in weights]
+        method = self.asked.method(target)
+        if isinstance(method, Learned) and method.by_part:
+            return weights
+        return [w * float(c) for w, c in zip(weights, self.learned[target], strict=True)]
 
-    def _trial(self, read: Sequence[Adapter]) -> WeightTrial:
+    def _trial(self, read: Sequence[Adapter], method: Learned) -> WeightTrial:
         """Return the functions by which a learning combiner evaluates coefficients with its own formula."""
         import numpy as np
 
+        by_target = {place.target: place for place in self.found}
+
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
-            # `_weights` multiplies the weights by these, so that a trial runs the same code as the final result.
+            # Results are computed with these, so that a trial runs the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
         def products(target: Target, gradient: Any) -> Array:
-            place = next(place for place in self.found if place.target == target)
             G = np.asarray(gradient.detach().cpu() if hasattr(gradient, "detach") else gradient, np.float64)
-            weights = self.asked.weights_at(target)
-            return np.array([w * inner(change, G) for w, change in zip(weights, place.changes(), strict=True)])
+            return method.products(by_target[target].changes(), self.asked.weights_at(target), G)
 
         assert self.data is not None
-        return WeightTrial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
+        wanted = f"{method.data}{'; or per=task' if 'per' in method.parameters() else ''}"
+        return WeightTrial(
+            [place.target for place in self.found], len(read), self.seed, combined, self.data, products,
+            lambda target: by_target[target].changes(), self.asked.depths.known, self.asked.each, wanted,
+        )  # fmt: skip
 
     def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
         data = self.data
