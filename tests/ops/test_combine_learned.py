@@ -1,4 +1,4 @@
-"""TARA and NSC against their loss and AdamW in torch, on a model of two layers; what their score must give."""
+"""Methods that learn against the same descent by torch, on a model of two layers; what their score must give."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def by_gradients(loss_of, base):
     return score
 
 
-def trained(coefficients, weights_of, loss_of, rate, steps=STEPS):
+def trained(coefficients, weights_of, loss_of, rate, steps=STEPS, adam=torch.optim.AdamW):
     """What torch's AdamW makes of coefficients."""
-    optimizer = torch.optim.AdamW(coefficients, lr=rate)
+    optimizer = adam(coefficients, lr=rate)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(weights_of()).backward()
@@ -197,3 +197,74 @@ def test_tara_of_experts_is_that_of_each_expert_with_shared_coefficients():
         made = ak.ops.combine(given_, "tara", data=score, steps=2, decay=0.0, directions=directions)
         assert np.abs(made.delta(target.path).numpy() - 1.6 * sum(B @ A for B, A in factors)).max() < 1e-5
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("name", ["adamerging", "cat"])
+def test_layer_wise_coefficients_are_where_torch_has_them(name):
+    """AdaMerging's coefficients begin at 0.3, CAT's are a softmax; entropies are summed and Adam has no decay."""
+    base, adapters, tensors, samples = setting(2)
+    first = 0.3 if name == "adamerging" else 0.0
+    logits = {path: torch.full((TASKS,), first, dtype=torch.double, requires_grad=True) for path in PATHS}
+    shares = {"adamerging": lambda c: c, "cat": lambda c: c.softmax(0)}[name]
+
+    def weights_of():
+        return {p: base[p] + sum(c * t[p][0] @ t[p][1] for c, t in zip(shares(logits[p]), tensors, strict=True))
+                for p in PATHS}  # fmt: skip
+
+    def loss_of(weights):
+        return sum(entropy(forward(weights, x)[0]) for x in samples)
+
+    expected = trained(list(logits.values()), weights_of, loss_of, 0.01, adam=torch.optim.Adam)
+    ours = by_gradients(lambda weights, _: loss_of(weights), base)
+    made = ak.ops.combine(adapters, name, data=lambda adapter: ours(adapter, None), steps=STEPS, rate=0.01)
+    close(made, expected, base)
+
+
+def test_lorahub_sums_factors_apart_by_weights_that_its_loss_prefers():
+    """The authors' result, (sum w B)(sum w A), is least squares here; the search may end anywhere near its least."""
+    rng = np.random.default_rng(0)
+    factors = [(rng.normal(size=(6, 2)), rng.normal(size=(2, 5))) for _ in range(2)]
+    given_ = [Adapter({Target("q"): (METHODS["lora"](B=from_numpy(B), A=from_numpy(A)),)}) for B, A in factors]
+    wanted = np.array([0.8, -0.5])
+
+    def apart(w):
+        return sum(x * B for x, (B, _) in zip(w, factors, strict=True)) @ sum(
+            x * A for x, (_, A) in zip(w, factors, strict=True)
+        )
+
+    tried = []
+
+    def score(adapter):
+        tried.append(change(adapter, "q"))
+        return float(((tried[-1] - apart(wanted)) ** 2).sum())
+
+    made = change(ak.ops.combine(given_, "lorahub", data=score, steps=400, penalty=0.0), "q")
+    assert np.abs(made - apart(wanted)).max() < 0.05 * np.abs(apart(wanted)).max()
+    costs = [((D - apart(wanted)) ** 2).sum() for D in tried]
+    assert np.array_equal(made, tried[int(np.argmin(costs))])
+
+
+@pytest.mark.parametrize("name", ["regmean", "regmean_plus"])
+def test_regression_is_that_of_each_models_own_inputs(name):
+    """Inner products of what a layer sees, off-diagonals times alpha; RegMean++ looks in the merged model."""
+    base, adapters, tensors, samples = setting(3)
+    alpha, merged = 0.7, {}
+
+    def seen(t, path, changes):
+        return forward({p: base[p] + changes[p] if p in changes else base[p] for p in PATHS}, samples[t])[1][path]
+
+    own = [{p: B @ A for p, (B, A) in task.items()} for task in tensors]
+    for path in PATHS:
+        inputs = [seen(t, path, merged if name == "regmean_plus" else own[t]) for t in range(TASKS)]
+        grams = [X.T @ X for X in inputs]
+        grams = [alpha * G + (1 - alpha) * torch.diag(G.diagonal()) for G in grams]
+        merged[path] = sum(D[path] @ G for D, G in zip(own, grams, strict=True)) @ torch.linalg.pinv(sum(grams))
+
+    def data(t, path, so_far=None):
+        if name == "regmean":
+            return seen(t, path, own[t])
+        targets = () if so_far is None else map(str, so_far.updates)
+        return seen(t, path, {p: torch.tensor(change(so_far, p)) for p in targets})
+
+    made = ak.ops.combine(adapters, name, data=data, alpha=alpha)
+    close(made, {p: (base[p] + D).numpy() for p, D in merged.items()}, base)
