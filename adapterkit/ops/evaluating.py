@@ -23,7 +23,7 @@ from .combiners._learned import Learned, WeightTrial
 from .context import FormulaContext
 from .differences import too_large
 from .lowering import Delta
-from .outline import outlined, unknown
+from .outline import blank, unknown
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
 from .resizing import Cut
 from .sketching import SMALL, approximated, streamed
@@ -86,13 +86,12 @@ class Evaluation:
             self._fill(made)
         return made
 
-    def outline(self, read: Sequence[Adapter]) -> Adapter:
+    def outline(self) -> dict[Target, tuple[Update, ...]]:
         """Outline the result before it is computed: targets, methods, shapes and dtypes, without readable tensors.
 
         Ranks are upper bounds.
         """
-        made = {place.target: self._outline_at(place) for place in self.found}
-        return outlined(made, read[0])
+        return blank({place.target: self._outline_at(place) for place in self.found})
 
     def _outline_at(self, place: AlignedPlace) -> tuple[Update, ...]:
         method = self.asked.method(place.target)

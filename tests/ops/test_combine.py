@@ -6,12 +6,14 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.core.adapter import Adapter, Target
+from adapterkit.cli import adapterkit
+from adapterkit.core.adapter import Adapter, Step, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
@@ -518,6 +520,15 @@ def test_robust_merge_sums_pruned_factors_scaled_by_what_was_lost(quantile, scal
     scales = scales / scales.sum(0)
     expected = scale**2 * sum(b * s for b, s in zip(B, scales, strict=True)) @ sum(A)
     close(exact(ak.ops.combine(given_, "robust_merge", density=0.37, quantile=quantile, scale=scale)), expected)
+
+
+@pytest.mark.parametrize("beside", [None, 0.0])
+def test_dc_merge_keeps_all_of_a_task_whose_directions_are_equal(beside):
+    """0.001 of so few entries is one; which of equal ones it is must not be for rounding to say."""
+    one, other = adapters(2, targets=[Q])
+    made = ak.ops.combine([one] if beside is None else [one, other], "dc_merge", [1.0, 0.0][: 1 + (beside is not None)])
+    U, S, Vh = np.linalg.svd(exact(one))
+    close(exact(made), S[:RANK].mean() * U[:, :RANK] @ Vh[:RANK])
 
 
 @pytest.mark.parametrize(("smoothing", "density"), [("average", 0.1), ("linear", 0.3), ("average", 0.001)])
@@ -1048,3 +1059,35 @@ def test_third_parties_follow_the_same_rules():
         for peer, values in cls.compat.items():
             assert peer in ("mergekit", "peft")
             assert all(cls.checked(key, value) == value for key, value in values.items())
+
+
+def test_an_outline_has_the_lineage_of_the_result():
+    """Formats look there for the kind of model, such as kohya for the names of a U-Net's convolutions."""
+    seen = []
+    one, other = adapters(2)
+    one = one.replace(recipe=(Step("read", {"format": "kohya"}),))
+    made = ak.ops.combine([one, other], "ties", before=seen.append)
+    assert [step.op for step in seen[0].recipe] == ["combine"]
+    assert seen[0].recipe == made.recipe
+    assert seen[0].foreign is made.foreign is None
+
+
+def test_a_lora_without_convolutions_is_combined_with_one_that_has_them(tmp_path):
+    """kohya's names of convolutions differ between Stable Diffusion 1 and XL; both files say which they are of."""
+    paths = []
+    for number, modules in enumerate((["attn"], ["attn", "conv"])):
+        rng, tensors = np.random.default_rng(number), {}
+        for module in modules:
+            name, kernel = {
+                "attn": ("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", ()),
+                "conv": ("down_blocks_0_resnets_0_conv1", (3, 3)),
+            }[module]
+            tensors[f"lora_unet_{name}.lora_down.weight"] = rng.normal(size=(2, 320, *kernel)).astype("f4")
+            tensors[f"lora_unet_{name}.lora_up.weight"] = rng.normal(size=(320, 2, *(1 for _ in kernel))).astype("f4")
+            tensors[f"lora_unet_{name}.alpha"] = np.array(2.0, "f4")
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file(tensors, paths[-1], {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"})
+    out = tmp_path / "out.safetensors"
+    done = CliRunner().invoke(adapterkit, ["combine", *map(str, paths), "--method", "ties", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert len(ak.read(out).updates) == 2

@@ -57,7 +57,7 @@ class NSC(Learned):
 
 
 class Spaces:
-    """What the adapters' A see of the inputs of targets.
+    """The spaces of inputs that the adapters see, which are the rows of their A.
 
     Attributes:
         paths: the paths of the targets whose inputs are looked at.
