@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.lazy import DType
+    from ..io.lazy import DType, Shape
     from .alignment import AlignedPlace
     from .at_base import Weights
     from .combiners._combiner import Combiner
@@ -102,7 +102,10 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        if not weighted or len(place.shape) == 1 or (method.dense and self.rank is None):
+        # What is not sure to be low rank is outlined as dense: a format that holds no dense update then asks for a cut,
+        # which leaves results alone that turn out to be low rank.
+        sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
+        if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
             return (Dense(**fields, **({} if bias is None else {"d": bias})),)  # type: ignore[arg-type]
         rank = self.rank if isinstance(self.rank, int) else sum(self._ranks(place)) or self.fallback or 1
@@ -354,8 +357,7 @@ class Evaluation:
         """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype)
-        rank, (out, columns) = max(delta.rank for delta in found), found[0].shape
-        wide = rank * (out + columns) > 2 * out * columns and self.rank != FIT
+        wide = _wide(max(delta.rank for delta in found), found[0].shape) and self.rank != FIT
         if any(delta.rest is not None for delta in found) or wide:
             return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype)
         return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
@@ -449,6 +451,12 @@ def _bound(delta: Delta) -> float:
     """Return a bound on the magnitudes of a change."""
     rest = 0.0 if delta.rest is None else _size(delta.rest)
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
+
+
+def _wide(rank: int, shape: Shape) -> bool:
+    """Whether factors of a rank are so much larger than the weight `[out, in, *k]` that it is stored instead."""
+    out, columns = shape[0], math.prod(shape[1:])
+    return rank * (out + columns) > 2 * out * columns
 
 
 def _small(place: AlignedPlace, bound: float, dtype: str) -> str:

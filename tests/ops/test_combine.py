@@ -349,6 +349,19 @@ def test_knots_ties_is_ties_on_aligned_coordinates():
         close(exact(made, target), U[target] @ elected_mean(np.stack([task[i] for task in kept])))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_entry_at_the_threshold_is_kept_although_it_is_computed_twice(seed):
+    """Whether it is computed from thin factors or from whole matrices, and counted over one tensor or the model."""
+    thin = adapters(2, targets=[Q, V], seed=seed, out=40)
+    found = [
+        thin,
+        [a.replace(updates={t: (METHODS["dense"](D=from_numpy(exact(a, t))),) for t in (Q, V)}) for a in thin],
+    ]
+    one, other = (ak.ops.combine(each, "knots_ties") for each in found)
+    for target in (Q, V):
+        close(exact(one, target), exact(other, target))
+
+
 def test_core_ties_is_ties_between_bases_of_the_factors():
     given_ = adapters(targets=[Q])
     pairs = [(a.updates[Q][0].B.numpy(), a.updates[Q][0].A.numpy()) for a in given_]
@@ -1091,3 +1104,15 @@ def test_a_lora_without_convolutions_is_combined_with_one_that_has_them(tmp_path
     done = CliRunner().invoke(adapterkit, ["combine", *map(str, paths), "--method", "ties", "-o", str(out)])
     assert done.exit_code == 0, done.output
     assert len(ak.read(out).updates) == 2
+
+
+@pytest.mark.parametrize("name", ["model_stock", "slerp", "karcher", "multislerp"])
+def test_factors_that_are_larger_than_their_weight_stay_factors_in_a_format_without_dense_updates(name, tmp_path):
+    """The result has twice the rank, which is stored as a dense difference where a format has one."""
+    given_ = adapters(2, targets=[Q], rank=16)
+    for number, adapter in enumerate(given_):
+        ak.write(adapter, tmp_path / str(number), format="peft")
+    paths = [str(tmp_path / str(number)) for number in range(2)]
+    done = CliRunner().invoke(adapterkit, ["combine", *paths, "--method", name, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    close(change(ak.read(tmp_path / "out")), exact(ak.ops.combine(given_, name)), 1e-5)
