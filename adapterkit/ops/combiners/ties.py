@@ -81,8 +81,8 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            # Coordinates that are computed anew round differently, as KnOTS's without its bases while it counts: the entry
-            # that is the threshold must not fall below itself.
+            # Coordinates that are computed anew round differently, such as KnOTS's without its bases while it counts.
+            # The entry that is the threshold must not fall below itself.
             found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
             least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
