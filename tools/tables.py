@@ -2,7 +2,7 @@
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant or commands; each in exactly one page.
+combine, quant, invariances or commands; each in exactly one page.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -162,6 +162,23 @@ def combine() -> str:
     return _markdown(("Method", "What it is", "Parameters", "Result", "Depends also on"), rows)
 
 
+RANKS = {"one's": "at most one adapter's", "sum": "at most the sum of theirs", "more": "more: cut by `--rank`"}
+
+
+def invariances() -> str:
+    """One row a method that needs no data: what was measured to change its result, and the rank of that."""
+    from adapterkit.testing.invariances import GUISES, dependences, measurable, rank_of_result
+
+    rows = []
+    for name in measurable():
+        found = dependences(name)
+        rows.append(
+            [f"`{name}`", *("changes it" if what in found else "" for what in GUISES), RANKS[rank_of_result(name)]]
+        )
+    columns = "Other factors", "Other order", "Smaller changes", "Another seed"
+    return _markdown(("Method", *columns, "Rank of the result"), rows)
+
+
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
     needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
@@ -218,6 +235,7 @@ TABLES = {
     "matrix": matrix,
     "families": families,
     "combine": combine,
+    "invariances": invariances,
     "quant": quant,
     "commands": commands,
 }

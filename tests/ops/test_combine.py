@@ -26,6 +26,7 @@ from adapterkit.ops.combiners._entrywise import Entrywise
 from adapterkit.ops.combiners.lego import clusters
 from adapterkit.ops.context import FormulaContext
 from adapterkit.ops.prefetch import MEMORY, ahead, one_blas_thread
+from adapterkit.testing import invariances
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")
@@ -163,6 +164,18 @@ def test_a_method_says_what_its_result_depends_on(name, what):
         one, other = exact(ak.ops.combine(given_, name)), OTHERWISE[what](name, given_)
         differs |= bool(np.abs(one - other).max() > 1e-6 * np.abs(one).max())
     assert differs == (what in COMBINERS[name].depends)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_documented_invariances_are_those_that_methods_declare(name):
+    """The page's table is measured by `adapterkit.testing.invariances`."""
+    measured = invariances.dependences(name)
+    assert measured - ({"factors"} if basis(name) else set()) == COMBINERS[name].depends
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear", "sum"), ("ties", "more"), ("ctm", "one's"), ("tsv", "sum")])
+def test_the_documented_ranks_are_those_of_results(name, expected):
+    assert invariances.rank_of_result(name) == expected
 
 
 @pytest.mark.parametrize("name", KEEPING)
