@@ -134,9 +134,6 @@ def extract(
     updates: dict[Target, tuple[Update, ...]] = {}
     count = workers or most_workers()
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
-    # BLAS threads would compete with the workers. threadpoolctl limits loaded libraries only, so numpy comes first.
-    import numpy as np  # noqa: F401
-
     with one_blas_thread():
         if scope == "all" and energy != 1 and error != 0:
             job = replace(job, shared=job.share(names, count))

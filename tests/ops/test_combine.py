@@ -1,5 +1,8 @@
 """Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -797,6 +800,19 @@ def test_workers_share_a_budget_and_one_needs_as_much_as_it_needs():
         assert list(results) == costs
     assert max(most) <= 2 * MEMORY
     assert all(total <= MEMORY or total == 2 * MEMORY for total in most)
+
+
+def test_a_blas_that_is_not_loaded_yet_is_limited():
+    """In a fresh process, as `diff` and `combine` begin on the command line."""
+    code = (
+        "import sys; from adapterkit.ops.prefetch import one_blas_thread; assert 'numpy' not in sys.modules\n"
+        "with one_blas_thread():\n"
+        "    import numpy, threadpoolctl\n"
+        "    print(*(lib['num_threads'] for lib in threadpoolctl.threadpool_info() if lib['user_api'] == 'blas'))"
+    )
+    free = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=free)
+    assert set(run.stdout.split()) == {"1"}
 
 
 def test_blas_has_its_threads_back_after_several_threads_limited_it():
