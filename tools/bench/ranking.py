@@ -33,7 +33,7 @@ import adapterkit as ak  # noqa: E402
 from adapterkit.errors import AdapterkitError  # noqa: E402
 from adapterkit.searching import METHODS as SEARCHED  # noqa: E402
 
-SCALES = (0.2, 0.35, 0.5, 0.7, 1.0, 1.4)
+SCALES = (0.25, 0.4, 0.6, 0.8, 1.0, 1.4)
 RESAMPLES = 2000
 REFERENCE = "task_arithmetic"
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 4, 6])
+    parser.add_argument("--cut", nargs="*", type=int, default=[4], help="counts with a table of results at the rank")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--methods", nargs="+", default=METHODS)
@@ -54,30 +55,36 @@ def main() -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     suites = {seed: MildDigits(chosen.work, chosen.epochs, chosen.rank, seed) for seed in chosen.seeds}
     alone = {seed: {name: suite.adapter(name) for name in TASKS} for seed, suite in suites.items()}
-    found = {
+    found: dict[str, Any] = {
         "tasks": list(TASKS), "seeds": chosen.seeds, "epochs": chosen.epochs, "rank": chosen.rank,
-        "scales": list(SCALES), "images": {"choosing": 257, "reported": 540}, "resamples": RESAMPLES,
-        "single": _singles(suites, alone),
-        "counts": {str(count): _ranked(suites, alone, count, chosen) for count in chosen.counts},
+        "scales": list(SCALES), "images": {"choosing": 128, "reported": 540}, "resamples": RESAMPLES,
+        "single": _singles(suites, alone), "counts": {},
     }  # fmt: skip
-    chosen.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    for count in chosen.counts:
+        found["counts"][str(count)] = _ranked(suites, alone, count, chosen)
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 def _singles(suites: dict[int, MildDigits], alone: dict[int, dict[str, ak.Adapter]]) -> dict[str, Any]:
     """Return the accuracy of the base and of each adapter at its own task, over the seeds."""
     names = list(TASKS)
     suite = next(iter(suites.values()))
-    base = suite.right(None, names, True).double().mean(1)
-    own = [[float(s.right(alone[k][n], [n], True).double().mean()) for n in names] for k, s in suites.items()]
+    base = suite.right({}, 1.0, names, True).double().mean(1)
+    own = [[_own(s, alone[k][n], n, True) for n in names] for k, s in suites.items()]
     rows = zip(names, base, np.mean(own, 0), strict=True)
     return {name: {"base": round(float(b), 4), "own": round(float(o), 4)} for name, b, o in rows}
+
+
+def _own(suite: MildDigits, adapter: ak.Adapter, name: str, testing: bool) -> float:
+    """Return an adapter's accuracy at its own task."""
+    return float(suite.right(suite.changes(adapter), 1.0, [name], testing).double().mean())
 
 
 def _ranked(suites: dict[int, MildDigits], alone: dict[int, dict[str, ak.Adapter]], count: int, chosen: Any) -> Any:
     """Return the rows of a number of tasks: as the methods have it, and cut to the adapters' rank."""
     tasks = list(TASKS)[:count]
     made: dict[str, dict[str, Any]] = {}
-    for cut in (None, chosen.rank):
+    for cut in (None, chosen.rank) if count in chosen.cut else (None,):
         right: dict[str, list[Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         for method in chosen.methods:
@@ -104,8 +111,7 @@ def _scored(
 ) -> dict[str, Any] | None:
     """Combine by one method, choose the scale, and return what it reads right; None if the method cannot be cut."""
     several = [alone[name] for name in tasks]
-    own = [suite.right(alone[name], [name], False)[0].double().mean() for name in tasks]
-    tested = np.array([float(suite.right(alone[name], [name], True).double().mean()) for name in tasks])
+    own, tested = (np.array([_own(suite, alone[name], name, testing) for name in tasks]) for testing in (False, True))
     started = time.process_time()
     try:
         made = computed(ak.ops.combine(several, method, seed=seed, rank=cut))
@@ -113,12 +119,12 @@ def _scored(
         print(f"{method}: {error}", file=sys.stderr)
         return None
     seconds = time.process_time() - started
+    changes = suite.changes(made)
     shares = {
-        scale: float((suite.right(ak.ops.scale(made, scale), tasks, False).double().mean(1) / torch.stack(own)).mean())
-        for scale in SCALES
+        each: float((suite.right(changes, each, tasks, False).double().mean(1).numpy() / own).mean()) for each in SCALES
     }
     scale = max(shares, key=lambda each: shares[each])
-    right = suite.right(ak.ops.scale(made, scale), tasks, True).numpy() / tested[:, None]
+    right = suite.right(changes, scale, tasks, True).numpy() / tested[:, None]
     return {"scale": scale, "choosing": shares[scale], "seconds": seconds, "right": right}
 
 
@@ -145,10 +151,11 @@ def _searched(
     found = []
     for place, (seed, suite) in enumerate(suites.items()):
         several = [alone[seed][name] for name in tasks]
-        own = np.array([float(suite.right(alone[seed][n], [n], False).double().mean()) for n in tasks])
+        own = np.array([_own(suite, alone[seed][name], name, False) for name in tasks])
 
         def loss(adapter: ak.Adapter, suite: MildDigits = suite, own: Any = own) -> float:
-            return 1 - float((suite.right(adapter, tasks, False).double().mean(1).numpy() / own).mean())
+            right = suite.right(suite.changes(adapter), 1.0, tasks, False)
+            return 1 - float((right.double().mean(1).numpy() / own).mean())
 
         best_row = max(rows, key=lambda name: rows[name]["choosing"][place])
         methods = list(dict.fromkeys([best_row, *SEARCHED]))

@@ -16,8 +16,8 @@ import adapterkit as ak
 from adapterkit.demo.model import DATA, INK, build, held_out
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-TRAINED, CHOSEN = 1000, 1257
-"""Images 0 to TRAINED train; those up to CHOSEN choose weights. The last 540 are reported."""
+TRAINED, CHOSEN = 1000, 1128
+"""Images 0 to TRAINED train; those up to CHOSEN choose a scale. The last 540 are reported."""
 
 
 def moved(images: Tensor) -> Tensor:
@@ -83,13 +83,13 @@ class MildDigits:
             train_demo.write_adapter(made, folder)
         return ak.read(folder)
 
+    def changes(self, adapter: ak.Adapter | None) -> dict[str, Tensor]:
+        """The change of each weight, float64."""
+        return {f"{t}.weight": adapter.delta(str(t)).double() for t, _ in adapter or ()}  # type: ignore[union-attr]
+
     @torch.no_grad()
-    def right(self, adapter: ak.Adapter | None, tasks: list[str], testing: bool) -> Tensor:
-        """Whether each image of each task is read right, bool `[tasks, images]`."""
-        weights = dict(self.base)
-        for target, _ in adapter or ():
-            name = f"{target}.weight"
-            weights[name] = weights[name] + adapter.delta(str(target)).double()  # type: ignore[union-attr]
-        model = build(weights)
+    def right(self, changes: dict[str, Tensor], scale: float, tasks: list[str], testing: bool) -> Tensor:
+        """Whether each image of each task is read right with so much of the changes, bool `[tasks, images]`."""
+        model = build({name: W + scale * changes[name] if name in changes else W for name, W in self.base.items()})
         parts = [self.parts[testing][name] for name in tasks]
         return torch.stack([model(images).argmax(1) == labels for images, labels in parts])
