@@ -83,15 +83,16 @@ def _own(suite: MildDigits, adapter: ak.Adapter, name: str, testing: bool) -> fl
 def _ranked(suites: dict[int, MildDigits], alone: dict[int, dict[str, ak.Adapter]], count: int, chosen: Any) -> Any:
     """Return the rows of a number of tasks: as the methods have it, and cut to the adapters' rank."""
     tasks = list(TASKS)[:count]
-    made: dict[str, dict[str, Any]] = {}
+    made: dict[str, Any] = {}
     for cut in (None, chosen.rank) if count in chosen.cut else (None,):
         right: dict[str, list[Any]] = {}
         rows: dict[str, dict[str, Any]] = {}
         for method in chosen.methods:
             if method == "slerp" and count != 2:
                 continue
-            each = [_scored(suites[seed], alone[seed], tasks, method, cut, seed) for seed in suites]
-            if None in each:
+            tried = [_scored(suites[seed], alone[seed], tasks, method, cut, seed) for seed in suites]
+            each = [one for one in tried if one is not None]
+            if len(each) < len(tried):
                 continue
             right[method] = [one["right"] for one in each]
             rows[method] = {

@@ -48,7 +48,7 @@ class DCMerge(Spectral):
         found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
         for M in found if found.size else ():
             sizes = np.sort(np.abs(M), None)
-            # Of directions that no other task shares all entries are equal but for rounding, which must not choose.
+            # All entries of directions that no other task shares are equal but for rounding, which must not choose.
             M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
