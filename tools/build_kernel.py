@@ -38,7 +38,7 @@ PROCESSORS = {
 }
 """Compiler flags by processor; others have no conversions in `lanes.h`."""
 
-EXACT = {"ggml.c": ("-ffp-contract=off",), "quantize.c": ("-ffp-contract=off",)}
+EXACT = dict.fromkeys(("ggml.c", "quantize.c", "dropping.c"), ("-ffp-contract=off",))
 """Further flags of sources that must round as often as numpy does."""
 
 TARGETS = {

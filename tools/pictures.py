@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the pictures of README.md and docs/: the speed chart from the table in docs/benchmarks.md, the report's charts.
+"""Draws the pictures of README.md and docs/: speed, the ranking of ways to combine, the report's charts.
 
 tools/pictures.py            writes docs/pictures/speed.png and charts of the demo's adapters
 tools/pictures.py --check    exits with 1 if the speed chart's numbers are not those of the table
@@ -21,6 +21,8 @@ import adapterkit as ak  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.reporting.charts import PALETTE, Chart, png, svg  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
+RANKING = PICTURES / "ranking.json"
+"""Figures that tools/bench/ranking.py wrote."""
 TOOLS = {"adapterkit": "adapterkit merge", "PEFT": "PEFT", "mergekit": "mergekit", "axolotl": "axolotl"}
 """How a row of the table begins -> its name in the chart."""
 
@@ -40,6 +42,7 @@ def main() -> int:
     PICTURES.mkdir(exist_ok=True)
     numbers.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     (PICTURES / "speed.png").write_bytes(png(speed(rows)))
+    (PICTURES / "ranking.svg").write_text(svg(ranking(json.loads(RANKING.read_text("utf-8")))), "utf-8")
     data = ROOT / "adapterkit" / "demo" / "data"
     report = ak.report([data / "rotated", data / "relabelled"], base=data / "base")
     for chart in report.charts:
@@ -92,6 +95,29 @@ def speed(rows: list[dict[str, Any]]) -> Chart:
         ],
     }  # fmt: skip
     return Chart("speed", "", "Merging a LoRA into a model of 1.1 B parameters", "", spec)
+
+
+def ranking(found: dict[str, Any]) -> Chart:
+    """The chart of methods: how far each is from task arithmetic for each number of tasks, with intervals."""
+    counts = sorted(found["counts"], key=int)
+    rows = [
+        {"tasks": f"{count} tasks", "method": name, "mean": row["difference"][0], "low": row["difference"][1],
+         "high": row["difference"][2]}
+        for count in counts for name, row in found["counts"][count]["any"].items()
+    ]  # fmt: skip
+    order = list(found["counts"]["4" if "4" in counts else counts[0]]["any"])
+    y = {"field": "method", "type": "nominal", "sort": order, "title": None}
+    x = {"type": "quantitative", "title": "from task arithmetic", "axis": {"format": "+.0%"}}
+    spec = {
+        "data": {"values": rows}, "facet": {"column": {"field": "tasks", "title": None}},
+        "spec": {"width": 190, "height": {"step": 13}, "layer": [
+            {"mark": {"type": "rule", "color": PALETTE[7]},
+             "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}}},
+            {"mark": {"type": "point", "filled": True, "size": 30, "color": PALETTE[1]},
+             "encoding": {"y": y, "x": {**x, "field": "mean"}}},
+        ]},
+    }  # fmt: skip
+    return Chart("ranking", "", "Ways to combine", "", spec)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant or commands; each in exactly one page.
+combine, quant, invariances, ranking or commands; each in exactly one page.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tomllib
@@ -162,6 +163,53 @@ def combine() -> str:
     return _markdown(("Method", "What it is", "Parameters", "Result", "Depends also on"), rows)
 
 
+RANKS = {"one's": "at most one adapter's", "sum": "at most the sum of theirs", "more": "more: cut by `--rank`"}
+
+
+def invariances() -> str:
+    """One row a method that needs no data: what was measured to change its result, and the rank of that."""
+    from adapterkit.testing.invariances import GUISES, dependences, measurable, rank_of_result
+
+    rows = []
+    for name in measurable():
+        found = dependences(name)
+        rows.append(
+            [f"`{name}`", *("changes it" if what in found else "" for what in GUISES), RANKS[rank_of_result(name)]]
+        )
+    columns = "Other factors", "Other order", "Smaller changes", "Another seed"
+    return _markdown(("Method", *columns, "Rank of the result"), rows)
+
+
+RANKING = ROOT / "docs" / "pictures" / "ranking.json"
+"""Figures that tools/bench/ranking.py wrote."""
+
+
+def ranking() -> str:
+    """One row a method: its mean, how far that is from task arithmetic, with an interval, and its cost."""
+    found = json.loads(RANKING.read_text("utf-8"))["counts"]
+    counts = sorted(found, key=int)
+    methods = {name for count in counts for name in found[count]["any"]}
+
+    def mean(name: str) -> float:
+        differences = [found[count]["any"][name]["difference"][0] for count in counts if name in found[count]["any"]]
+        return sum(differences) / len(differences)
+
+    rows = []
+    for name in sorted(methods, key=lambda each: (-mean(each), each)):
+        cells = [_difference(found[count]["any"].get(name)) for count in counts]
+        seconds = max(found[count]["any"][name]["seconds"] for count in counts if name in found[count]["any"])
+        rows.append([f"`{name}`", *cells, f"{seconds:.2f}"])
+    return _markdown(("Method", *(f"{count} tasks" for count in counts), "Seconds"), rows)
+
+
+def _difference(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    mean, low, high = (100 * value for value in row["difference"])
+    cell = f"{100 * row['mean']:.1f} ({mean:+.1f}, {low:+.1f} to {high:+.1f})"
+    return f"**{cell}**" if low > 0 else cell
+
+
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
     needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
@@ -218,6 +266,8 @@ TABLES = {
     "matrix": matrix,
     "families": families,
     "combine": combine,
+    "invariances": invariances,
+    "ranking": ranking,
     "quant": quant,
     "commands": commands,
 }

@@ -23,6 +23,10 @@ from ._render import show
 @click.option("--rank", type=int, metavar="R", help="Rank of each changed matrix.")
 @click.option("--energy", type=float, metavar="E", help="Share of each squared norm to keep at least, up to 1.")
 @click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
+@click.option(
+    "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
+    help="Cut each matrix for itself, or let all compete: --error and --energy of the whole model, --rank on average.",
+)  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="GLOB", help="Look at these targets only.")
 @click.option(
     "--embeddings", type=click.Choice(["rows", "low-rank"]), default="rows", show_default=True,
@@ -42,8 +46,8 @@ from ._render import show
 @click.pass_obj
 def command(
     settings: _options.CliSettings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
-    targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
-    on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
+    scope: str, targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str,
+    target_format: str | None, on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
     every: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
@@ -59,8 +63,8 @@ def command(
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
         made = ops.extract(
-            tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
-            dtype=dtype, report=cuts.append, progress=meter, rename=rename,
+            tuned, base, rank, energy=energy, error=error, scope=scope, targets=targets, embeddings=embeddings,
+            method=method, dtype=dtype, report=cuts.append, progress=meter, rename=rename,
             strict_base=strict_base,
         )  # fmt: skip
     record = destination.write(made, on_loss)

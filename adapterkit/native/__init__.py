@@ -1,4 +1,4 @@
-"""The compiled loops: `merge.c`, `quantize.c` and `ggml.c`, in one library that is loaded by ctypes.
+"""The compiled loops: `merge.c`, `quantize.c`, `ggml.c` and `dropping.c`, in one library that is loaded by ctypes.
 
 Each gives the bits of the numpy code that it stands for. Without the library, on a processor that it was not compiled
 for or where no compiler was at hand, numpy computes everything. `ADAPTERKIT_KERNEL=off` leaves it out.
@@ -15,7 +15,7 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 8
+VERSION = 9
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
@@ -25,6 +25,7 @@ KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """The library's numbers of element types."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
 
 
 @cache
@@ -41,6 +42,8 @@ def loops() -> ctypes.CDLL | None:
         return None
     loaded.adapterkit_add.restype = _LONG
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    loaded.adapterkit_drop.restype = _INT
+    loaded.adapterkit_drop.argtypes = (_POINTER, _LONG, _LONG, _WORD, _WORD, _DOUBLE, _DOUBLE, _INT)
     for name in ("levels", "indices"):
         function = getattr(loaded, f"adapterkit_{name}")
         function.restype = _INT

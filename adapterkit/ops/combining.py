@@ -120,18 +120,19 @@ def combine(
         cut = cut if exact is None and rank == FIT else exact
     kind = result_type(read, dtype)
     work = Evaluation(asked, found, kind, cut, seed, data, seen, factor, fallback, progress, workers)
+    said = {
+        "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
+        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat,
+    }  # fmt: skip
+    said = {key: value for key, value in said.items() if value not in (None, [])}
     if before is not None:
-        before(work.outline(read))
+        # With the lineage of the result, since formats look there for what kind of model it is of.
+        before(of_several(read, work.outline(), "combine", **said))
     updates = work.updates(read)
     for lost in work.cuts if report is not None else ():
         report(lost)  # type: ignore[misc]
-    said = {
-        "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
-        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat, "warnings": sorted(work.notes),
-    }  # fmt: skip
-    return of_several(
-        read, updates, "combine", **{key: value for key, value in said.items() if value not in (None, [])}
-    )
+    said |= {"warnings": sorted(work.notes)} if work.notes else {}
+    return of_several(read, updates, "combine", **said)
 
 
 def _check_given(name: str, adapters: Sequence[Source], base: Base | None, data: object, seed: object) -> None:

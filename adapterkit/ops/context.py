@@ -40,6 +40,7 @@ class FormulaContext:
         census: counts over all targets, finished or being made.
         asks: the argument `data=`, for methods that need it.
         depth: from 0 in the first layer to 1 in the last; None for targets outside numbered layers.
+        learned: the coefficients of this target, for methods that learn them.
         base: returns the base's weight `[out, in * k]` or bias `[out]` here.
     """
 
@@ -53,6 +54,7 @@ class FormulaContext:
     census: Census = field(default_factory=Census)
     asks: Callable[..., object] | None = None
     depth: float | None = None
+    learned: Array | None = None
     base: Callable[[], Array] = _no_base
 
     def each(self, method: Combiner, name: str) -> list[Any]:
@@ -74,12 +76,15 @@ class FormulaContext:
 
         import numpy as np
 
-        words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
-        key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")
         count, begin = math.prod(shape), first // PER_COUNT
         skipped = first - begin * PER_COUNT
         # A counter-based stream can start anywhere, for blocks. numpy's own takes 2 ns a number, a tenth of the time of
         # Philox written with arrays of integers.
-        stream = np.random.Philox(key=key, counter=begin)
+        stream = np.random.Philox(key=self.key(t), counter=begin)
         drawn = stream.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")
         return (drawn[skipped : skipped + count] * 2.0**-32).reshape(shape)
+
+    def key(self, t: int) -> int:
+        """Return the key of the random numbers of present adapter t, 64 bits."""
+        words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
+        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")

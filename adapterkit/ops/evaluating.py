@@ -19,11 +19,11 @@ from .blocks import Blocks
 from .building import balanced, dense, low_rank
 from .census import Census
 from .combiners._entrywise import Entrywise
-from .combiners._learned import Learned, WeightTrial, inner
+from .combiners._learned import Learned, WeightTrial
 from .context import FormulaContext
 from .differences import too_large
 from .lowering import Delta
-from .outline import outlined, unknown
+from .outline import blank, unknown
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
 from .resizing import Cut
 from .sketching import SMALL, approximated, streamed
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.lazy import DType
+    from ..io.lazy import DType, Shape
     from .alignment import AlignedPlace
     from .at_base import Weights
     from .combiners._combiner import Combiner
@@ -76,7 +76,7 @@ class Evaluation:
         """Return the combined updates of every target."""
         method = self.asked.method(self.found[0].target)
         if isinstance(method, Learned):
-            self.learned = method.learn(self._trial(read))
+            self.learned = method.learn(self._trial(read, method))
         made: dict[Target, tuple[Update, ...]] = {}
         if not isinstance(method, Learned):
             self.asks = self._asking(method, read, made)
@@ -86,13 +86,12 @@ class Evaluation:
             self._fill(made)
         return made
 
-    def outline(self, read: Sequence[Adapter]) -> Adapter:
+    def outline(self) -> dict[Target, tuple[Update, ...]]:
         """Outline the result before it is computed: targets, methods, shapes and dtypes, without readable tensors.
 
         Ranks are upper bounds.
         """
-        made = {place.target: self._outline_at(place) for place in self.found}
-        return outlined(made, read[0])
+        return blank({place.target: self._outline_at(place) for place in self.found})
 
     def _outline_at(self, place: AlignedPlace) -> tuple[Update, ...]:
         method = self.asked.method(place.target)
@@ -103,7 +102,10 @@ class Evaluation:
         fields: dict[str, Any] = {}
         weighted = any(change.changes_weight for change in changes)
         bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
-        if not weighted or len(place.shape) == 1 or (method.dense and self.rank is None):
+        # A result that may not be low rank is outlined as dense: a format that holds no dense update then asks for a
+        # cut, which leaves results alone that turn out to be low rank.
+        sure = not method.dense and self._thin(place) and not _wide(sum(self._ranks(place)), place.shape)
+        if not weighted or len(place.shape) == 1 or (self.rank is None and not sure):
             fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
             return (Dense(**fields, **({} if bias is None else {"d": bias})),)  # type: ignore[arg-type]
         rank = self.rank if isinstance(self.rank, int) else sum(self._ranks(place)) or self.fallback or 1
@@ -355,8 +357,7 @@ class Evaluation:
         """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
         if found is None:
             return dense(place.target, place.shape, None, bias, self.dtype)
-        rank, (out, columns) = max(delta.rank for delta in found), found[0].shape
-        wide = rank * (out + columns) > 2 * out * columns and self.rank != FIT
+        wide = _wide(max(delta.rank for delta in found), found[0].shape) and self.rank != FIT
         if any(delta.rest is not None for delta in found) or wide:
             return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype)
         return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
@@ -379,32 +380,41 @@ class Evaluation:
             counted,
             self.asks,
         )
-        at = replace(at, depth=self.asked.depths.known(place.target))
+        learned = None if self.learned is None else self.learned[place.target]
+        at = replace(at, depth=self.asked.depths.known(place.target), learned=learned)
         base = self.base
         return at if base is None else replace(at, base=lambda: base.at(place.target, expert, bias))
 
     def _weights(self, target: Target) -> list[float]:
+        weights = self.asked.weights_at(target)
         if self.learned is None:
-            return [weight * self.factor for weight in self.asked.weights_at(target)]
-        return [w * float(c) for w, c in zip(self.asked.weights_at(target), self.learned[target], strict=True)]
+            return [weight * self.factor for weight in weights]
+        method = self.asked.method(target)
+        if isinstance(method, Learned) and method.by_part:
+            return weights
+        return [w * float(c) for w, c in zip(weights, self.learned[target], strict=True)]
 
-    def _trial(self, read: Sequence[Adapter]) -> WeightTrial:
+    def _trial(self, read: Sequence[Adapter], method: Learned) -> WeightTrial:
         """Return the functions by which a learning combiner evaluates coefficients with its own formula."""
         import numpy as np
 
+        by_target = {place.target: place for place in self.found}
+
         def combined(coefficients: Mapping[Target, Array]) -> Adapter:
-            # `_weights` multiplies the weights by these, so that a trial runs the same code as the final result.
+            # Results are computed with these, so that a trial runs the same code as the final result.
             self.learned = coefficients
             return Adapter({place.target: self._at(place)[0] for place in self.found}, read[0].base)
 
         def products(target: Target, gradient: Any) -> Array:
-            place = next(place for place in self.found if place.target == target)
             G = np.asarray(gradient.detach().cpu() if hasattr(gradient, "detach") else gradient, np.float64)
-            weights = self.asked.weights_at(target)
-            return np.array([w * inner(change, G) for w, change in zip(weights, place.changes(), strict=True)])
+            return method.products(by_target[target].changes(), self.asked.weights_at(target), G)
 
         assert self.data is not None
-        return WeightTrial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
+        wanted = f"{method.data}{'; or per=task' if 'per' in method.parameters() else ''}"
+        return WeightTrial(
+            [place.target for place in self.found], len(read), self.seed, combined, self.data, products,
+            lambda target: by_target[target].changes(), self.asked.depths.known, self.asked.each, wanted,
+        )  # fmt: skip
 
     def _asking(self, method: Combiner, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
         data = self.data
@@ -441,6 +451,12 @@ def _bound(delta: Delta) -> float:
     """Return a bound on the magnitudes of a change."""
     rest = 0.0 if delta.rest is None else _size(delta.rest)
     return delta.rank * _size(delta.B) * _size(delta.A) + rest
+
+
+def _wide(rank: int, shape: Shape) -> bool:
+    """Whether factors of a rank are so much larger than the weight `[out, in, *k]` that it is stored instead."""
+    out, columns = shape[0], math.prod(shape[1:])
+    return rank * (out + columns) > 2 * out * columns
 
 
 def _small(place: AlignedPlace, bound: float, dtype: str) -> str:

@@ -39,7 +39,7 @@ from .factorizations import FORMS
 from .lowering import Change
 from .prefetch import ahead, most_workers, one_blas_thread
 from .resizing import Cut, seed_of
-from .sketching import dominant
+from .sketching import dominant, first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ..io.computed import Array
     from ..io.lazy import DType
     from .resizing import Report
+    from .sketching import Decomposition
 
     Progress = Callable[[int, int], Any]
     Weights = Checkpoint | str | PathLike[str]
@@ -61,6 +62,7 @@ def extract(
     *,
     energy: float | None = None,
     error: float | None = None,
+    scope: str = "target",
     targets: tuple[str, ...] = (),
     embeddings: str = "rows",
     method: str = "lora",
@@ -82,6 +84,9 @@ def extract(
         rank: the rank of the factors of each changed matrix.
         energy: the least share of each change's squared Frobenius norm to keep.
         error: the largest relative Frobenius error.
+        scope: `target`: each matrix separately. `all`: the largest singular values of all matrices, so that energy and
+            error are those of the whole model with the fewest numbers, and rank is the mean one; for `lora`. Matrices
+            that changed too little get no update, and the factors of all are held in memory.
         targets: globs of dotted paths to extract, all if empty; other weights count as unchanged.
         embeddings: `rows`: keep changed and new rows, or the whole table if most rows changed. `low-rank`: treat the
             table like any matrix if no token is new.
@@ -110,8 +115,11 @@ def extract(
         Malformed: a NaN or an infinity in a weight that changed.
     """
     stage("decomposing the changes")
-    criterion = Criterion(rank, energy, error)
+    criterion = Criterion(rank, energy, error, scope=scope)
     criterion.check()
+    if scope == "all" and method != "lora":
+        why = f"scope=all cuts LoRAs, not {method}"
+        raise UsageError(why, where="scope", cure="Leave --scope (scope=) out, or extract a LoRA")
     if embeddings not in ("rows", "low-rank"):
         raise UsageError(f"unknown way {embeddings!r} with embeddings", cure="Known: rows, low-rank")
     if method not in ("lora", "dora", *FORMS):
@@ -124,16 +132,18 @@ def extract(
     job = _Extraction(_renamed(made, weights, rename), weights, criterion, embeddings, method, dtype)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
+    count = workers or most_workers()
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
-    # BLAS threads would compete with the workers. threadpoolctl limits loaded libraries only, so numpy comes first.
-    import numpy as np  # noqa: F401
-
-    with (
-        one_blas_thread(),
-        ahead(lambda name: [*job.changes(name)], names, workers or most_workers()) as results,
-    ):
+    with one_blas_thread():
+        if scope == "all" and energy != 1 and error != 0:
+            job = replace(job, shared=job.share(names, count))
+    with one_blas_thread(), ahead(lambda name: [*job.changes(name)], names, count) as results:
         for name, found in zip(names, results, strict=True):
             for target, update, cut in found:
+                if update is None:
+                    if report is not None:
+                        report(cut)
+                    continue
                 # Replacements come first, as PEFT applies them.
                 both = (*updates.get(target, ()), update)
                 updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
@@ -144,7 +154,8 @@ def extract(
                 progress(done, whole)
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
-    args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
+    args: dict[str, Any] = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
+    args |= {} if scope == "target" else {"scope": scope}
     known: dict[str, Any] = {**identity_of(job.base), **job.tied()}
     if isinstance(family := (job.base.config or {}).get("model_type"), str):
         known[MODEL_TYPE] = family
@@ -162,6 +173,8 @@ class _Extraction:
     embeddings: str
     method: str
     dtype: str | None
+    shared: Mapping[str, Decomposition] | None = None
+    """Decompositions of the weights by `_key`, cut together; None if each is cut for itself."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -199,8 +212,60 @@ class _Extraction:
         self.criterion.check_possible(max((min(s[0], math.prod(s[1:])) for s in shapes if len(s) > 1), default=1))
         return names
 
-    def changes(self, name: str) -> Iterator[tuple[Target, Update, Cut]]:
-        """Yield the update of one tensor, or nothing if it did not change."""
+    def share(self, names: Sequence[str], workers: int) -> dict[str, Decomposition]:
+        """Decompose all matrices, and keep the largest singular values of all together, as the criterion says."""
+        every = [name for name in names if self._is_matrix(name)]
+        found: dict[str, Decomposition] = {}
+        norms: dict[str, float] = {}
+        kept: dict[str, Array] = {}
+        begun = {name: replace(self.criterion, scope="target") for name in every}
+        while begun:
+            asked = begun
+            with ahead(lambda item: self._decomposed(*item), list(asked.items()), workers) as results:
+                for each in results:
+                    for key, norm, parts in each:
+                        found[key], norms[key] = parts, norm
+            keys = list(found)
+            counts = self.criterion.counts([found[key][1] for key in keys], [norms[key] for key in keys])
+            kept = {key: found[key][1][:count] for key, count in zip(keys, counts, strict=True)}
+            least = min((float(S[-1]) for S in kept.values() if len(S)), default=0.0)
+            # A weight of which all that is known is kept may have more values above the smallest that is kept anywhere.
+            begun = {}
+            for key in keys:
+                U, S, Vh = found[key]
+                unseen = math.sqrt(max(norms[key] ** 2 - float((S * S).sum()), 0.0))
+                noise = 1e-6 * norms[key]
+                if len(kept[key]) == len(S) < min(len(U), Vh.shape[1]) and unseen > max(least, noise):
+                    name = key.partition("\n")[0]
+                    before = begun[name].rank or 0 if name in begun else 0
+                    begun[name] = Criterion(rank=max(2 * len(S), before))
+        return {key: first(found[key], len(S)) for key, S in kept.items()}
+
+    def _decomposed(self, name: str, criterion: Criterion) -> list[tuple[str, float, Decomposition]]:
+        """Return key, norm and decomposition of the weights of a tensor."""
+        changed = self._difference(name, exact=False)
+        found = []
+        for e, D in enumerate([] if changed is None else _weights(*changed)):
+            possible = criterion if criterion.rank is None else replace(criterion, rank=min(criterion.rank, *D.shape))
+            key, D = _key(name, e), D.astype("f4", copy=False)
+            found.append((key, frobenius(D), dominant(D, possible, seed_of(key))))
+        return found
+
+    def _is_matrix(self, name: str) -> bool:
+        """Whether the difference of a tensor becomes factors."""
+        tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
+        rows = (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape
+        return not rows and tuned.dtype.floating and base.dtype.floating and len(tuned.shape) > 1
+
+    def _difference(self, name: str, *, exact: bool) -> tuple[Target, Array] | None:
+        """Return the target of a tensor and its difference as the target has it; None if nothing changed."""
+        tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
+        target = self._target(name, len(tuned.shape))
+        D = view_of(difference(name, tuned, base, exact=exact), target)
+        return (target, D) if D.any() else None
+
+    def changes(self, name: str) -> Iterator[tuple[Target, Update | None, Cut]]:
+        """Yield the update of one tensor, or nothing if it did not change; None for one that is cut to nothing."""
         tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
         if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
             yield from self._rows(name, tuned, base)
@@ -223,7 +288,7 @@ class _Extraction:
         stack = "e " if rank == 3 and path == name else ""
         return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
 
-    def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+    def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
         """Yield a parameter that is kept whole, with the bytes of the tuned model."""
         field = "bias" if name.endswith(".bias") else "weight"
         layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
@@ -233,27 +298,29 @@ class _Extraction:
             update = Replacement(**{field: tuned})  # type: ignore[arg-type]
             yield target, update, Cut(str(target), update.method, None, None, size, 0.0)
 
-    def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+    def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
         """Yield the difference of a matrix as an update of the chosen method."""
-        target = self._target(name, len(tuned.shape))
-        exact = self.criterion.keeps_all(min(tuned.shape))
-        D = view_of(difference(name, tuned, base, exact=exact), target)
-        if not D.any():
+        changed = self._difference(name, exact=self.criterion.keeps_all(min(tuned.shape)))
+        if changed is None:
             return
+        target, D = changed
         if self.method == "dora":
             yield self._directed(target, D, view_of(floats_of(base), target))
             return
         if self.method != "lora":
             yield self._formed(target, D)
             return
+        weights = _weights(target, D)
         shape = D.shape[1:] if target.stacked else D.shape
-        weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
-        pairs = [self._pair(one, f"{target}:{e}") for e, one in enumerate(weights)]
+        size = math.hypot(*(frobenius(one) for one in weights))
+        pairs = [self._pair(one, f"{target}:{e}", _key(name, e)) for e, one in enumerate(weights)]
+        if not any(len(A) for _, A in pairs):
+            yield target, None, Cut(str(target), "lora", min(weights[0].shape), 0, size, size)
+            return
         kind = result_type([], self.dtype) if self.dtype else _exact_type(pairs)
         lora = low_rank(target, shape, pairs, None, kind)
         made = Change(target, shape, (lora,)).deltas()
         lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
-        size = math.hypot(*(frobenius(one) for one in weights))
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
 
     def _directed(self, target: Target, D: Array, W: Array) -> tuple[Target, Update, Cut]:
@@ -289,10 +356,12 @@ class _Extraction:
         cut = Cut(str(target), self.method, min(D.shape), None, frobenius(D), frobenius(D - made.dense()))
         return target, update, cut
 
-    def _pair(self, D: Array, name: str) -> tuple[Array, Array]:
+    def _pair(self, D: Array, name: str, key: str) -> tuple[Array, Array]:
         """Return B and A of one difference; at full rank one of them is the difference, so that nothing is lost."""
         import numpy as np
 
+        if self.shared is not None:
+            return balanced(*self.shared[key])
         small = min(D.shape)
         if self.criterion.keeps_all(small):
             identity = np.eye(small, dtype=D.dtype)
@@ -300,7 +369,7 @@ class _Extraction:
         D = D.astype(np.float32, copy=False)
         return balanced(*dominant(D, self.criterion, seed_of(name)))
 
-    def _rows(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+    def _rows(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update | None, Cut]]:
         """Yield the changed and new rows of a table, or the whole table if most rows changed."""
         old = check_rows(name, tuned, base)
         index, square = changed_rows(name, tuned, base)
@@ -318,6 +387,16 @@ class _Extraction:
         values = tuned.map(lambda table: table[rows], (len(rows), tuned.shape[1]))
         update = Rows(index=from_numpy(rows), values=values)  # type: ignore[arg-type]
         yield Target(path, "in out *k"), update, Cut(path, update.method, None, None, size, 0.0)
+
+
+def _key(name: str, expert: int) -> str:
+    """Return the name of one weight of a tensor, which has several for stacked experts."""
+    return f"{name}\n{expert}"
+
+
+def _weights(target: Target, D: Array) -> list[Array]:
+    """Return the weights of a difference, `[out, in * k]`: one, or one for each stacked expert."""
+    return [one.reshape(len(one), -1) for one in (D if target.stacked else [D])]
 
 
 def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -> Checkpoint:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..core.adapter import Adapter
 from ..errors import AdapterkitError, Unrepresentable
 from ..io.lazy import Lazy, NotComputed, as_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from ..core.adapter import Target
+    from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.lazy import Buffer, DType, Leaf
 
@@ -32,17 +31,16 @@ def unknown(shape: Sequence[int], dtype: DType) -> Lazy:
     return Lazy(tuple(shape), dtype, fetch)
 
 
-def outlined(updates: dict[Target, tuple[Update, ...]], like: Adapter) -> Adapter:
-    """Return an adapter with these updates, without readable tensors."""
-    blank = {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
-    return like.replace(updates=blank)
+def blank(updates: Mapping[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
+    """Return the same updates without readable tensors."""
+    return {target: tuple(update.map(unread) for update in found) for target, found in updates.items()}
 
 
 def check_writable(outline: Adapter, write: Callable[[Adapter], object], what: str) -> None:
     """Refuse a result that a format cannot hold; writers check that before they read any tensor.
 
     Args:
-        outline: see `outlined`.
+        outline: the adapter with its lineage and `blank` updates.
         write: writes an adapter to a temporary folder.
         what: the format and the method, for messages.
 

@@ -1,28 +1,35 @@
 """Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.core.adapter import Adapter, Target
+from adapterkit.cli import adapterkit
+from adapterkit.core.adapter import Adapter, Step, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 from adapterkit.ops import COMBINERS, selection
 from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
+from adapterkit.ops.combiners import ctm
 from adapterkit.ops.combiners._combiner import DEPENDENCES
 from adapterkit.ops.combiners._entrywise import Entrywise
 from adapterkit.ops.combiners.lego import clusters
 from adapterkit.ops.context import FormulaContext
 from adapterkit.ops.prefetch import MEMORY, ahead, one_blas_thread
+from adapterkit.testing import invariances
 
 OUT, IN, RANK = 20, 28, 3
 Q, V = Target("layers.0.q"), Target("layers.1.v")
@@ -162,6 +169,18 @@ def test_a_method_says_what_its_result_depends_on(name, what):
     assert differs == (what in COMBINERS[name].depends)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_documented_invariances_are_those_that_methods_declare(name):
+    """The page's table is measured by `adapterkit.testing.invariances`."""
+    measured = invariances.dependences(name)
+    assert measured - ({"factors"} if basis(name) else set()) == COMBINERS[name].depends
+
+
+@pytest.mark.parametrize(("name", "expected"), [("linear", "sum"), ("ties", "more"), ("ctm", "one's"), ("tsv", "sum")])
+def test_the_documented_ranks_are_those_of_results(name, expected):
+    assert invariances.rank_of_result(name) == expected
+
+
 @pytest.mark.parametrize("name", KEEPING)
 @few_seeds
 @given(drawn=SEEDS)
@@ -194,6 +213,44 @@ def test_ctm_has_the_rank_that_was_asked_for_and_a_pair_of_equal_spaces_is_kept(
     one = adapters(1)[0]
     several = [one, ak.ops.scale(one, 0.5)]
     close(exact(ak.ops.combine(several, "ctm", then="linear")), 1.5 * exact(one))
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 20.0])
+def test_ctm_iterates_to_the_bases_of_the_papers_decomposition(common, monkeypatch):
+    """Higher-order orthogonal iteration by LAPACK's decompositions, where spans are found by products and where not."""
+    plain, tried = ctm._iterated, []
+
+    def iterated(*given_):
+        tried.append(plain(*given_))
+        return tried[-1]
+
+    monkeypatch.setattr(ctm, "_iterated", iterated)
+    rng = np.random.default_rng(3)
+    B, A = rng.normal(size=(40, 4)), rng.normal(size=(4, 44))
+    given_ = [
+        Adapter({Q: (METHODS["lora"](B=from_numpy(common * B + b), A=from_numpy(common * A + a)),)})
+        for b, a in ((rng.normal(size=B.shape), rng.normal(size=A.shape)) for _ in range(8))
+    ]
+    deltas = np.stack([exact(adapter) for adapter in given_])
+    sizes = np.sqrt((deltas**2).sum((1, 2), keepdims=True))
+    X = deltas * (0.25 + 0.75 * sizes.mean() / sizes)
+    U, V, error, rounds = first_left(X), first_left(X.swapaxes(1, 2)), np.inf, 0
+    while True:
+        U = first_left(X @ V)
+        V = first_left(X.swapaxes(1, 2) @ U)
+        now = np.sqrt(1 - ((U.T @ X @ V) ** 2).sum() / (X**2).sum())
+        if error - now < 1e-6:
+            break
+        error, rounds = now, rounds + 1
+    made = exact(ak.ops.combine(given_, "ctm", then="linear"))
+    close(made, U @ (U.T @ deltas.sum(0) @ V) @ V.T, 1e-8)
+    failed = [found is None for found in tried]
+    assert not all(failed)
+    assert any(failed) or common > 0
+
+
+def first_left(X, count=4):
+    return np.linalg.svd(np.hstack(list(X)))[0][:, :count]
 
 
 def test_disjoint_spaces_are_only_summed():
@@ -306,6 +363,19 @@ def test_knots_ties_is_ties_on_aligned_coordinates():
     made = ak.ops.combine(given_, "knots_ties", density=0.2)
     for i, target in enumerate((Q, V)):
         close(exact(made, target), U[target] @ elected_mean(np.stack([task[i] for task in kept])))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_entry_at_the_threshold_is_kept_although_it_is_computed_twice(seed):
+    """Whether it is computed from thin factors or from whole matrices, and counted over one tensor or the model."""
+    thin = adapters(2, targets=[Q, V], seed=seed, out=40)
+    found = [
+        thin,
+        [a.replace(updates={t: (METHODS["dense"](D=from_numpy(exact(a, t))),) for t in (Q, V)}) for a in thin],
+    ]
+    one, other = (ak.ops.combine(each, "knots_ties") for each in found)
+    for target in (Q, V):
+        close(exact(one, target), exact(other, target))
 
 
 def test_core_ties_is_ties_between_bases_of_the_factors():
@@ -479,6 +549,15 @@ def test_robust_merge_sums_pruned_factors_scaled_by_what_was_lost(quantile, scal
     scales = scales / scales.sum(0)
     expected = scale**2 * sum(b * s for b, s in zip(B, scales, strict=True)) @ sum(A)
     close(exact(ak.ops.combine(given_, "robust_merge", density=0.37, quantile=quantile, scale=scale)), expected)
+
+
+@pytest.mark.parametrize("beside", [None, 0.0])
+def test_dc_merge_keeps_all_of_a_task_whose_directions_are_equal(beside):
+    """0.001 of so few entries is one; which of equal ones it is must not be for rounding to say."""
+    one, other = adapters(2, targets=[Q])
+    made = ak.ops.combine([one] if beside is None else [one, other], "dc_merge", [1.0, 0.0][: 1 + (beside is not None)])
+    U, S, Vh = np.linalg.svd(exact(one))
+    close(exact(made), S[:RANK].mean() * U[:, :RANK] @ Vh[:RANK])
 
 
 @pytest.mark.parametrize(("smoothing", "density"), [("average", 0.1), ("linear", 0.3), ("average", 0.001)])
@@ -721,6 +800,19 @@ def test_workers_share_a_budget_and_one_needs_as_much_as_it_needs():
         assert list(results) == costs
     assert max(most) <= 2 * MEMORY
     assert all(total <= MEMORY or total == 2 * MEMORY for total in most)
+
+
+def test_a_blas_that_is_not_loaded_yet_is_limited():
+    """In a fresh process, as `diff` and `combine` begin on the command line."""
+    code = (
+        "import sys; from adapterkit.ops.prefetch import one_blas_thread; assert 'numpy' not in sys.modules\n"
+        "with one_blas_thread():\n"
+        "    import numpy, threadpoolctl\n"
+        "    print(*(lib['num_threads'] for lib in threadpoolctl.threadpool_info() if lib['user_api'] == 'blas'))"
+    )
+    free = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=free)
+    assert set(run.stdout.split()) == {"1"}
 
 
 def test_blas_has_its_threads_back_after_several_threads_limited_it():
@@ -1009,3 +1101,47 @@ def test_third_parties_follow_the_same_rules():
         for peer, values in cls.compat.items():
             assert peer in ("mergekit", "peft")
             assert all(cls.checked(key, value) == value for key, value in values.items())
+
+
+def test_an_outline_has_the_lineage_of_the_result():
+    """Formats look there for the kind of model, such as kohya for the names of a U-Net's convolutions."""
+    seen = []
+    one, other = adapters(2)
+    one = one.replace(recipe=(Step("read", {"format": "kohya"}),))
+    made = ak.ops.combine([one, other], "ties", before=seen.append)
+    assert [step.op for step in seen[0].recipe] == ["combine"]
+    assert seen[0].recipe == made.recipe
+    assert seen[0].foreign is made.foreign is None
+
+
+def test_a_lora_without_convolutions_is_combined_with_one_that_has_them(tmp_path):
+    """kohya's names of convolutions differ between Stable Diffusion 1 and XL; both files say which they are of."""
+    paths = []
+    for number, modules in enumerate((["attn"], ["attn", "conv"])):
+        rng, tensors = np.random.default_rng(number), {}
+        for module in modules:
+            name, kernel = {
+                "attn": ("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", ()),
+                "conv": ("down_blocks_0_resnets_0_conv1", (3, 3)),
+            }[module]
+            tensors[f"lora_unet_{name}.lora_down.weight"] = rng.normal(size=(2, 320, *kernel)).astype("f4")
+            tensors[f"lora_unet_{name}.lora_up.weight"] = rng.normal(size=(320, 2, *(1 for _ in kernel))).astype("f4")
+            tensors[f"lora_unet_{name}.alpha"] = np.array(2.0, "f4")
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file(tensors, paths[-1], {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"})
+    out = tmp_path / "out.safetensors"
+    done = CliRunner().invoke(adapterkit, ["combine", *map(str, paths), "--method", "ties", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert len(ak.read(out).updates) == 2
+
+
+@pytest.mark.parametrize("name", ["model_stock", "slerp", "karcher", "multislerp"])
+def test_factors_that_are_larger_than_their_weight_stay_factors_in_a_format_without_dense_updates(name, tmp_path):
+    """The result has twice the rank, which is stored as a dense difference where a format has one."""
+    given_ = adapters(2, targets=[Q], rank=16)
+    for number, adapter in enumerate(given_):
+        ak.write(adapter, tmp_path / str(number), format="peft")
+    paths = [str(tmp_path / str(number)) for number in range(2)]
+    done = CliRunner().invoke(adapterkit, ["combine", *paths, "--method", name, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    close(change(ak.read(tmp_path / "out")), exact(ak.ops.combine(given_, name)), 1e-5)

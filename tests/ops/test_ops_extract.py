@@ -1,6 +1,7 @@
 """Extraction from tuned models: merged again it gives them back, and a truncated change is the best of its rank."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -131,6 +132,60 @@ def test_the_change_is_the_best_of_its_rank(dtype, size, tmp_path):
             limit = allowed[name] * np.linalg.norm(D)
             assert least <= limit * (1 + 1e-6)
             assert len(A) == 1 or np.sqrt((S[len(A) - 1 :] ** 2).sum()) > limit * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("criterion", [{"error": 0.3}, {"error": 0.05}, {"energy": 0.8}, {"rank": 3}])
+def test_one_budget_is_spent_where_it_saves_most(criterion, tmp_path):
+    """The largest singular values of all matrices, by LAPACK; spectra that fall slowly, at once, or are small."""
+    shapes = {"layers.0.slow.weight": (60, 50), "layers.0.large.weight": (SMALL + 60, SMALL + 30),
+              "layers.0.low.weight": (40, 44), "layers.0.small.weight": (30, 30), "layers.0.conv.weight": (12, 6, 3, 3),
+              "layers.0.experts": (3, 20, 24)}  # fmt: skip
+    base, rng = model(0, np.float64, shapes), np.random.default_rng(1)
+    change = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    for name, falls, size in (("slow", 0.02, 1.0), ("large", 0.4, 3.0), ("low", 1.5, 2.0), ("small", 0.1, 1e-3)):
+        U, S, Vh = np.linalg.svd(change[f"layers.0.{name}.weight"], full_matrices=False)
+        change[f"layers.0.{name}.weight"] = size * (U * np.exp(-falls * np.arange(len(S)))) @ Vh
+    change["layers.0.experts"][1] *= 0.01
+    tuned = {name: value + change[name] for name, value in base.items()}
+    folders = write(tmp_path / "base", base, shards=1), write(tmp_path / "tuned", tuned, shards=1)
+    cuts = []
+    made = ops.extract(folders[1], folders[0], **criterion, scope="all", report=cuts.append)
+    assert made.recipe[-1].args["scope"] == "all"
+
+    weights = [M.reshape(M.shape[-2] if D.ndim == 3 else len(M), -1)
+               for D in change.values() for M in (D if D.ndim == 3 else [D])]  # fmt: skip
+    values = np.sort(np.concatenate([np.linalg.svd(M, compute_uv=False) for M in weights]))[::-1]
+    whole, left = np.sqrt((values**2).sum()), np.sqrt(np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0))
+    budget = {"error": criterion.get("error"), "energy": (1 - criterion.get("energy", 1)) ** 0.5}
+    (kind,) = criterion
+    count = criterion["rank"] * len(weights) if kind == "rank" else int((left > budget[kind] * whole).sum())
+
+    found, kept = 0.0, 0
+    for name, D in change.items():
+        target = next((t for t in made.updates if str(t) == name.removesuffix(".weight")), None)
+        (update,) = made.updates.get(target, (None,))
+        if update is not None:
+            A, B = (np.asarray(as_array(leaf), float) for leaf in (update.A, update.B))
+            D = D - (B @ A if D.ndim == 3 else (B @ A.reshape(len(A), -1)).reshape(D.shape))
+            kept += int((np.abs(A).reshape(-1, A.shape[-1] if D.ndim == 3 else A[0].size).max(1) > 0).sum())
+        found += float((D**2).sum())
+    assert math.hypot(*(cut.error for cut in cuts)) == pytest.approx(found**0.5, rel=1e-4)
+    assert math.hypot(*(cut.norm for cut in cuts)) == pytest.approx(whole, rel=1e-6)
+    assert found**0.5 <= (left[count] if kind == "rank" else budget[kind] * whole) * (
+        1 + (EXCESS if kind == "rank" else 1e-6)
+    )
+    assert count <= kept <= count * 1.02 + (kind != "rank")
+
+
+def test_a_common_budget_is_of_loras_and_of_exact_extraction_too(tmp_path):
+    base = model(0, np.float32)
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned_from(base))
+    with pytest.raises(UsageError, match="not dora"):
+        ops.extract(folders[1], folders[0], error=0.1, scope="all", method="dora")
+    made = ops.extract(folders[1], folders[0], error=0, scope="all")
+    ak.merge(folders[0], [made], tmp_path / "merged")
+    for name, value in read(folders[1]).items():
+        assert read(tmp_path / "merged")[name].tobytes() == value.tobytes()
 
 
 def test_new_tokens_travel_as_rows_of_a_base_that_has_room_for_them(tmp_path):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..blocks import Blocks
+from ..dropping import compiled_drop
 from ._changes import whole
 from ._combiner import Combiner, parameter
 
 if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
+    from ..dropping import Chance
     from ..lowering import Delta
 
     Formula = Callable[[Array, slice], Array]
@@ -107,6 +109,10 @@ class Sparse(Entrywise):
             or None to keep all, and each entry's probability of being kept; 1 if the choice is not random.
         """
 
+    def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
+        """Return the probabilities of a mask that chance alone decides, one for each change; None for other masks."""
+        return None
+
     def formula(self, blocks: Blocks, weights: Array, at: FormulaContext) -> Formula:
         kept = self._kept(blocks, at)
 
@@ -123,9 +129,9 @@ class Sparse(Entrywise):
         """Return the function that makes a block of the changes sparse and scales kept entries, in place."""
         import numpy as np
 
-        mask, how = self.mask(blocks, at), getattr(self, "rescale", "none")
+        mask, how, chances = self.mask(blocks, at), getattr(self, "rescale", "none"), self.chances(at)
 
-        def kept(changes: Array, rows: slice) -> Array:
+        def by_numpy(changes: Array, rows: slice) -> Array:
             chosen, chance = mask(changes, rows)
             if chosen is None:
                 return changes
@@ -134,6 +140,8 @@ class Sparse(Entrywise):
                 changes /= np.maximum(chance, np.finfo(float).tiny)
             return changes
 
+        compiled = None if chances is None else compiled_drop(chances, at, how == "inverse")
+        kept = compiled or by_numpy
         if how != "norm":
             return kept
         # The norms of a whole tensor are known only after a pass over it, so every block is masked twice. Random masks

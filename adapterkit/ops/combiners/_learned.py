@@ -33,7 +33,12 @@ class WeightTrial:
         seed: the seed of random steps.
         combined: coefficients `[T]` per target -> the combined adapter.
         score: an adapter -> the caller's loss.
-        products: a target and a gradient `[out, in, *k]` -> its inner products with the adapters' changes, `[T]`.
+        products: a target and a gradient `[out, in, *k]` -> its inner products with the parts that coefficients
+            multiply, `[T]`, or what the combiner's `parts` makes of the changes.
+        changes: a target -> the adapters' changes; None for an adapter that has none there.
+        depth: a target -> its depth, from 0 to 1; None outside numbered layers.
+        each: parameters of single adapters.
+        wanted: what the caller's score must be, for errors.
     """
 
     targets: Sequence[Target]
@@ -42,6 +47,10 @@ class WeightTrial:
     combined: Callable[[Coefficients], Adapter]
     score: Callable[[Adapter], Any]
     products: Callable[[Target, Any], Array]
+    changes: Callable[[Target], Sequence[Change | None]]
+    depth: Callable[[Target], float | None]
+    each: Sequence[Mapping[str, Any]] = ()
+    wanted: str = SLOPE
 
     def everywhere(self, coefficients: Array) -> dict[Target, Array]:
         return dict.fromkeys(self.targets, coefficients)
@@ -51,23 +60,20 @@ class WeightTrial:
         return _number(said[0] if isinstance(said, tuple) else said)
 
     def slope(self, coefficients: Coefficients) -> tuple[float, dict[Target, Array]]:
-        """Return the loss and its gradient by the coefficients, `[T]` per target; zero for targets without a gradient.
+        """Return the loss and its gradient by the coefficients of each target for which the caller gives a gradient.
 
         Raises:
             UsageError: the caller returns no gradients, or one at an unknown target.
         """
-        import numpy as np
-
         said = self.score(self.combined(coefficients))
         if not isinstance(said, tuple) or len(said) != 2 or not isinstance(said[1], Mapping):
-            raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {SLOPE}; or per=task")
+            raise UsageError("the score gave no gradients", where="data", cure=f"data= must be {self.wanted}")
         unknown = set(said[1]) - {str(target) for target in self.targets}
         if unknown:
             raise UsageError("a gradient at what is no target", where=sorted(unknown)[0], cure="Use the targets' paths")
-        slopes = {
-            target: self.products(target, said[1][str(target)]) if str(target) in said[1] else np.zeros(self.count)
-            for target in self.targets
-        }
+        # A weight that the loss does not depend on has the gradient None in torch.
+        given = {target: said[1].get(str(target)) for target in self.targets}
+        slopes = {target: self.products(target, G) for target, G in given.items() if G is not None}
         return _number(said[0]), slopes
 
     def differences(self, coefficients: Array, step: float = 1e-3) -> tuple[float, Array]:
@@ -84,13 +90,25 @@ class WeightTrial:
 
 
 class Learned(Combiner):
-    """A combiner that learns the coefficients of a sum before anything is computed."""
+    """A combiner that learns the coefficients of a sum before anything is computed.
+
+    Attributes:
+        by_part: whether coefficients multiply parts of changes, so that `matrix` has to apply `at.learned`; else each
+            multiplies an adapter.
+    """
 
     data: ClassVar[str | None] = SCORE
+    by_part: ClassVar[bool] = False
 
     @abstractmethod
     def learn(self, trial: WeightTrial) -> dict[Target, Array]:
         """Return the coefficients of each target, `[T]`."""
+
+    def products(self, changes: Sequence[Change | None], weights: Sequence[float], G: Array) -> Array:
+        """Return the derivatives of <G, result> by the coefficients of one target."""
+        import numpy as np
+
+        return np.array([w * inner(change, G) for w, change in zip(weights, changes, strict=True)])
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
         return list(weights)
@@ -146,11 +164,24 @@ def descend(
             slope = np.tile(one, (len(values), 1))
         else:
             loss, found = trial.slope(dict(zip(trial.targets, coefficients, strict=True)))
-            slope = np.stack([found[target] for target in trial.targets])
+            slope = np.stack([found.get(target, np.zeros(trial.count)) for target in trial.targets])
         if loss < least:
             best, least = values, loss
         values = adam.step(values, np.einsum("lij,lj->li", jacobian, slope))
     return shape(best)[0]
+
+
+def trained(trial: WeightTrial, start: Coefficients, steps: int, rate: float, decay: float) -> dict[Target, Array]:
+    """Run AdamW on the coefficients of each target, and return the last ones.
+
+    As in torch, targets without a gradient are not moved.
+    """
+    values, adams = dict(start), {target: Adam(rate) for target in start}
+    for _ in range(steps):
+        _, slopes = trial.slope(dict(values))
+        for target, slope in slopes.items():
+            values[target] = adams[target].step(values[target] * (1 - rate * decay), slope)
+    return values
 
 
 def inner(change: Change | None, G: Array) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ..dropping import Chance
 from ._combiner import parameter
 from ._entrywise import RESCALE, RESCALES, Sparse
 
@@ -34,6 +35,9 @@ class Dare(Sparse):
     def mask(self, blocks: Blocks, at: FormulaContext) -> Mask:
         return drawn(at.each(self, "density"), at)
 
+    def chances(self, at: FormulaContext) -> Sequence[Chance | None]:
+        return chances(at.each(self, "density"))
+
 
 def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
     """Which entries chance keeps, by each adapter's density."""
@@ -51,3 +55,8 @@ def drawn(densities: Sequence[float], at: FormulaContext) -> Mask:
         return kept, chance
 
     return mask
+
+
+def chances(densities: Sequence[float]) -> list[Chance | None]:
+    """Each adapter's probability, for the compiled loop."""
+    return [None if density >= 1 else Chance(density) for density in densities]

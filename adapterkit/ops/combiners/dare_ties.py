@@ -6,6 +6,7 @@ merging, the README of https://github.com/yule-BUAA/MergeLM drops 0.2 of them, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ..selection import Selection, settle
@@ -22,12 +23,13 @@ from ._entrywise import (
     Sparse,
     count_of,
 )
-from .dare_linear import drawn
+from .dare_linear import chances, drawn
 
 if TYPE_CHECKING:
     from ...io.computed import Array
     from ..blocks import Blocks
     from ..context import FormulaContext
+    from ..dropping import Chance
     from ._entrywise import Mask
 
 
@@ -81,3 +83,6 @@ class DareTIES(Sparse):
             return largest if kept is None else kept & largest, probability
 
         return mask
+
+    def chances(self, at: FormulaContext) -> Sequence[Chance | None] | None:
+        return chances(at.each(self, "density")) if self.trim >= 1 else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._entrywise import DENSITY, SCALE, largest
+from ._entrywise import DENSITY, SCALE
 from ._spectra import leading, polar
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..context import FormulaContext
 
 SMOOTHING = "the singular values of a task: all equal (average), or on a line (linear)"
+
+
+TIED = 1e-9
+"""Entries that are smaller than the smallest kept one by less than this fraction are kept, too."""
 
 
 class DCMerge(Spectral):
@@ -42,8 +46,10 @@ class DCMerge(Spectral):
         parts = [leading(w * M, self.directions) for M, w in zip(cores, weights, strict=True)]
         U, V = polar(np.hstack([part[0] for part in parts])), polar(np.vstack([part[2] for part in parts]))
         found = np.stack([(U.T @ u * self._even(s)) @ (vh @ V.T) for u, s, vh in parts])
-        for M in found:
-            M *= largest(M, max(int(self.density * M.size), 1))
+        for M in found if found.size else ():
+            sizes = np.sort(np.abs(M), None)
+            # All entries of directions that no other task shares are equal but for rounding, which must not choose.
+            M *= np.abs(M) >= (1 - TIED) * sizes[-max(int(self.density * M.size), 1)]
         total = found.sum(0)
         agree = np.sign(found) == np.sign(total)
         merged = (found * agree).sum(0) / np.maximum(agree.sum(0), 1)

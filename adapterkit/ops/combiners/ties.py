@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from ._entrywise import Mask
 
 
+ROUNDING = 2.0**-40
+"""By what fraction entries may differ that are the same but for rounding."""
+
+
 class TIES(Sparse):
     """lambda * mean of the entries, among the largest of their change, that have the elected sign."""
 
@@ -77,6 +81,9 @@ class TIES(Sparse):
         if self.scope == "tensor":
             least = thresholds(blocks, densities, self.kept)
         else:
-            least = np.array([at.census.threshold(adapter) for adapter in at.present])[:, None, None]
+            # Coordinates that are computed anew round differently, such as KnOTS's without its bases while it counts.
+            # The entry that is the threshold must not fall below itself.
+            found = [at.census.threshold(adapter) * (1 - ROUNDING) for adapter in at.present]
+            least = np.array(found)[:, None, None]
         least = np.where(np.reshape(densities, (-1, 1, 1)) >= 1, 0.0, least)
         return lambda changes, _: (np.abs(changes) >= least, 1.0)

@@ -1,0 +1,114 @@
+"""NSC: coefficients of a sum under which the tasks' inputs lie in what their adapters look at, not in its null space.
+
+Lee et al. 2026, https://arxiv.org/abs/2603.26317. For an input z of a target, A z is all that an adapter sees. The part
+of z that it does not see has the share sqrt(1 - z^T A^T (A A^T)^-1 A z / z^T z) of z's length; its mean over inputs,
+targets in the last quarter of the layers and tasks is made small by AdamW, with no label and no output. Steps, start
+and rate are those for vision; the code, https://github.com/wonyoung01/nsc_merging, has start=2.4/T, steps=500 and
+rate=3e-4 for language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import UsageError
+from ..alignment import side_by_side
+from ._combiner import parameter
+from ._learned import Learned, trained
+
+if TYPE_CHECKING:
+    from ...core.adapter import Target
+    from ...io.computed import Array
+    from ..lowering import Delta
+    from ._learned import WeightTrial
+
+SPACES = (
+    "a callable: score(adapter, spaces) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]}),"
+    " with loss = spaces.loss({(task, path): inputs [.., in] of that target on the task's samples}) for the task's"
+    " number and every path in spaces.paths"
+)
+
+RIDGE = 1e-8
+"""Added to A A^T and to z^T z, as the authors do."""
+
+
+class NSC(Learned):
+    """sum_t c_t D_t with learned c, from `start`."""
+
+    title = "Null-space compression (NSC)"
+    paper = "https://arxiv.org/abs/2603.26317"
+    data: ClassVar[str | None] = SPACES
+
+    blocks: float = parameter(0.25, "share of the layers, the last ones, whose inputs are looked at", least=0, most=1)
+    start: float = parameter(0.4, "coefficients to begin with")
+    steps: int = parameter(100, "steps of AdamW", least=1)
+    rate: float = parameter(1e-3, "size of a step", least=0)
+    decay: float = parameter(0.01, "weight decay of AdamW", least=0)
+
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
+        import numpy as np
+
+        spaces, score = Spaces(trial, self.blocks), trial.score
+        asking: Any = lambda adapter: score(adapter, spaces)  # type: ignore[call-arg]  # noqa: E731
+        start = dict.fromkeys(trial.targets, np.full(trial.count, self.start))
+        return trained(replace(trial, score=asking), start, self.steps, self.rate, self.decay)
+
+
+class Spaces:
+    """The spaces of inputs that the adapters see, which are the rows of their A.
+
+    Attributes:
+        paths: the paths of the targets whose inputs are looked at.
+    """
+
+    def __init__(self, trial: WeightTrial, blocks: float) -> None:
+        self.count = trial.count
+        self._seen: dict[tuple[int, str], tuple[Array, Array]] = {}
+        self.paths = [str(target) for target in trial.targets if self._add(trial, target, blocks)]
+        if not self.paths:
+            why = "no target with thin factors in the last layers"
+            raise UsageError(why, where="blocks", cure="Choose a larger share of the layers")
+
+    def _add(self, trial: WeightTrial, target: Target, blocks: float) -> bool:
+        import numpy as np
+
+        depth = trial.depth(target)
+        # Targets outside numbered layers, such as a head, are in no block.
+        late = blocks == 1 or (depth is not None and depth >= 1 - blocks)
+        if not late or target.stacked:
+            return False
+        row: Sequence[Delta | None] = next(iter(side_by_side(trial.changes(target))), ())
+        if any(delta is not None and (delta.rest is not None or not delta.rank) for delta in row):
+            return False
+        for task, delta in enumerate(row):
+            if delta is not None:
+                gram = delta.A @ delta.A.T
+                self._seen[task, str(target)] = delta.A, np.linalg.inv(gram + RIDGE * np.eye(len(gram)))
+        return True
+
+    def loss(self, inputs: Mapping[tuple[int, str], Any]) -> Any:
+        """Return the mean share of the inputs that the adapters do not see.
+
+        Args:
+            inputs: the inputs `[.., in]` of a target under the combined adapter, by task and path; arrays of numpy,
+                or tensors of a library with its operators and `new_tensor`.
+
+        Raises:
+            UsageError: inputs of a target that is not looked at.
+        """
+        unknown = [key for key in inputs if key not in self._seen]
+        if unknown or not inputs:
+            where = ", ".join(map(str, unknown[0])) if unknown else "inputs"
+            raise UsageError("inputs of no target that is looked at", where=where, cure="Use spaces.paths")
+        shares = [self._share(key, z) for key, z in inputs.items()]
+        return sum(shares[1:], shares[0]) / len(shares)
+
+    def _share(self, key: tuple[int, str], z: Any) -> Any:
+        like = z.new_tensor if hasattr(z, "new_tensor") else lambda values: values
+        A, inverse = (like(values) for values in self._seen[key])
+        seen = z @ A.T
+        square = 1 - (seen * (seen @ inverse)).sum(-1) / ((z * z).sum(-1) + RIDGE)
+        # Rounding may leave less than nothing, which has no root.
+        return (square.clip(1e-12) ** 0.5).mean()

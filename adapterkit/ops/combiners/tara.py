@@ -1,0 +1,151 @@
+"""TARA: every direction of every adapter gets a coefficient, learned from the tasks' entropies by preference.
+
+Jeong et al. 2026, https://arxiv.org/abs/2603.26299: `factors` (Variant A) takes the rank-one products b_j a_j of each
+adapter as directions, `shared` (Variant B) the singular directions of all changes side by side. Coefficients begin at
+`start` / T; AdamW lessens alpha * log(sum_t exp(p_t (l_t - l_t alone) / alpha)), with p_t = 1 / T if no preference is
+given. Start, steps and rate are those for eight tasks in https://github.com/wooseong97/TARA-Merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import UsageError
+from ...linalg.namespace import summed
+from ..alignment import side_by_side
+from ._combiner import parameter
+from ._learned import Learned, trained
+
+if TYPE_CHECKING:
+    from ...core.adapter import Target
+    from ...io.computed import Array
+    from ..context import FormulaContext
+    from ..lowering import Change, Delta
+    from ._learned import WeightTrial
+
+TOGETHER = (
+    "a callable: score(adapter, together) -> (loss, {target's path: gradient of the loss by the weight, [out, in, *k]})"
+    ", with loss = together(losses of the tasks on unlabelled samples, such as entropies[, those of each alone])"
+)
+DIRECTIONS = "products of an adapter's factors, or directions that all share: variants A and B of the paper"
+
+
+class TARA(Learned):
+    """sum_t w_t sum_j c_tj b_tj a_tj with learned c."""
+
+    title = "Task-rank anisotropy alignment (TARA)"
+    paper = "https://arxiv.org/abs/2603.26299"
+    data: ClassVar[str | None] = TOGETHER
+    by_part: ClassVar[bool] = True
+    single = frozenset({"preference"})
+
+    directions: str = parameter("factors", DIRECTIONS, among=("factors", "shared"))
+    start: float = parameter(3.2, "sum over the tasks of the coefficients to begin with")
+    preference: float | None = parameter(None, "how much a task counts; 1 / T if not given", kind=float, least=0)
+    alpha: float = parameter(1.0, "smoothness: the nearer to 0, the more the worst task counts", least=0)
+    steps: int = parameter(250, "steps of AdamW", least=1)
+    rate: float = parameter(1e-3, "size of a step", least=0)
+    decay: float = parameter(0.01, "weight decay of AdamW", least=0)
+
+    def check(self) -> None:
+        if self.alpha <= 0:
+            raise UsageError("alpha 0 has no smooth loss", where="alpha", cure="Choose one above 0")
+
+    def learn(self, trial: WeightTrial) -> dict[Target, Array]:
+        import numpy as np
+
+        shares = [one.get("preference", self.preference) for one in trial.each or [{}] * trial.count]
+        shares = [1 / trial.count if share is None else share for share in shares]
+
+        def together(losses: Sequence[Any], alone: Sequence[Any] | None = None) -> Any:
+            """Return one loss of the tasks' losses: floats, or scalars of any library with `exp` and `log`."""
+            if len(losses) != trial.count:
+                raise UsageError(f"{len(losses)} losses of {trial.count} tasks", where="data", cure="Give one a task")
+            above = losses if alone is None else [loss - own for loss, own in zip(losses, alone, strict=True)]
+            terms = [_exp(share * loss / self.alpha) for share, loss in zip(shares, above, strict=True)]
+            return self.alpha * _log(sum(terms[1:], terms[0]))
+
+        score: Any = trial.score
+        start = {t: np.full(self._count(trial.changes(t), t), self.start / trial.count) for t in trial.targets}
+        return trained(
+            replace(trial, score=lambda adapter: score(adapter, together)), start, self.steps, self.rate, self.decay
+        )
+
+    def sums(self, weights: Sequence[float]) -> list[float] | None:
+        return None
+
+    def products(self, changes: Sequence[Change | None], weights: Sequence[float], G: Array) -> Array:
+        import numpy as np
+
+        stacked = any(change is not None and change.experts is not None for change in changes)
+        total: Any = 0.0
+        # Experts share the coefficients of a direction, as they share the number of directions.
+        for expert, row in enumerate(side_by_side(changes)):
+            slopes = []
+            for w, part in zip(weights, self._parts(row), strict=True):
+                if part is not None:
+                    g = (G[expert] if stacked else G).reshape(part.shape)
+                    slopes.append(w * ((part.B.T @ g) * part.A).sum(1))
+            total = total + np.concatenate(slopes)
+        made: Array = total
+        return made
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: FormulaContext) -> Delta:
+        import numpy as np
+
+        from ..lowering import Delta
+
+        parts = [part for part in self._parts(deltas) if part is not None]
+        assert at.learned is not None
+        scales = at.learned * np.repeat(weights, [part.rank for part in parts])
+        if self.directions == "factors":
+            return Delta(np.hstack([part.B for part in parts]) * scales, np.vstack([part.A for part in parts]))
+        # All have the same B, so that the result has its rank.
+        ends = np.split(scales, len(parts))
+        return Delta(parts[0].B, summed(c[:, None] * part.A for c, part in zip(ends, parts, strict=True)))
+
+    def vector(self, changes: Array, weights: Array, at: FormulaContext) -> Array:
+        import numpy as np
+
+        # A bias has no directions; it is scaled as the directions are on the whole.
+        learned = at.learned if at.learned is not None and len(at.learned) else np.full(1, self.start / len(changes))
+        made: Array = weights @ changes * learned.mean()
+        return made
+
+    def _count(self, changes: Sequence[Change | None], target: Target) -> int:
+        """Return the number of coefficients of a target.
+
+        Raises:
+            UsageError: a change has no thin factors, and so no directions.
+        """
+        row: Sequence[Delta | None] = next(iter(side_by_side(changes)), ())
+        if any(delta is not None and delta.rest is not None for delta in row):
+            raise UsageError("a change without thin factors", where=str(target), cure="Promote it to LoRA first")
+        return sum(part.rank for part in self._parts(row) if part is not None)
+
+    def _parts(self, row: Sequence[Delta | None]) -> list[Delta | None]:
+        """Return changes of one weight, each as a sum of its directions, which are the columns of B and rows of A."""
+        import numpy as np
+
+        from ..lowering import Delta
+        from ..lowrank import core
+
+        present = [delta for delta in row if delta is not None]
+        if self.directions == "factors" or not present:
+            return list(row)
+        common = core(present)
+        U, S, Vh = np.linalg.svd(np.hstack(common.cores), full_matrices=False)
+        columns = np.split(Vh, len(present), 1)
+        parts = iter([Delta(common.left @ U * S, V @ common.right) for V in columns])
+        return [None if delta is None else next(parts) for delta in row]
+
+
+def _exp(value: Any) -> Any:
+    return value.exp() if hasattr(value, "exp") else math.exp(value)
+
+
+def _log(value: Any) -> Any:
+    return value.log() if hasattr(value, "log") else math.log(value)

@@ -1,0 +1,71 @@
+"""Drop entries at random by the compiled loop, in place; `combiners/_entrywise.py` does the same with numpy.
+
+DELLA takes 4.5 s of processor time for eight changes of 4096 x 4096 with numpy, most of it to sort rows and to draw
+numbers in passes over arrays. The loop does all of it on one row at a time, with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..native import loops
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
+    from .context import FormulaContext
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """The probability that an entry of one change is kept.
+
+    Attributes:
+        least: that of the smallest entry of a row, or of all.
+        spread: how much larger it is for the largest entry of a row.
+    """
+
+    least: float
+    spread: float = 0.0
+
+
+def compiled_drop(
+    chances: Sequence[Chance | None], at: FormulaContext, inverse: bool
+) -> Callable[[Array, slice], Array] | None:
+    """Return a function that drops entries of a block in place, or None if numpy has to.
+
+    Args:
+        chances: the probabilities, one for each change; None for a change that is kept whole.
+        at: the context, with the random numbers.
+        inverse: whether kept entries are divided by their probability.
+
+    Returns:
+        a function of changes `[T, rows, columns]` and of the slice of their rows, which returns the changes.
+    """
+    library = loops()
+    if library is None:
+        return None
+    drop = library.adapterkit_drop
+    drawn = [(t, chance, at.key(t)) for t, chance in enumerate(chances) if chance is not None]
+
+    def dropped(changes: Array, rows: slice) -> Array:
+        _, count, columns = changes.shape
+        for t, chance, key in drawn:
+            D = changes[t]
+            slope = chance.spread / max(columns - 1, 1)
+            # The stream starts at the block's first entry: the result does not depend on the cut.
+            if drop(_pointer(D), count, columns, key, rows.start * columns, chance.least, slope, inverse):
+                raise MemoryError
+        return changes
+
+    return dropped
+
+
+def _pointer(D: Array) -> ctypes.c_void_p:
+    import numpy as np
+
+    assert D.dtype == np.float64
+    assert D.flags.c_contiguous
+    return ctypes.c_void_p(D.ctypes.data)

@@ -1,0 +1,104 @@
+"""Measure what the result of a combiner depends on beside the changes, and its rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..core.adapter import Adapter, Target
+from ..io.lazy import from_numpy
+from ..methods import METHODS
+from ..ops import COMBINERS, combine
+from ..ops.algebra import scale
+
+if TYPE_CHECKING:
+    from ..io.computed import Array
+
+    Guise = Callable[[list[Adapter], int], tuple[list[Adapter], int]]
+
+TARGET = Target("layers.0.q")
+OUT, IN, RANK = 20, 28, 3
+SMALL = 2.0**-17
+"""A power of two, by which products round as before."""
+
+SAME = 1e-6
+"""The largest difference, relative to the largest entry, of results that count as the same."""
+
+
+def dependences(name: str, draws: int = 4, **options: Any) -> set[str]:
+    """Return what the result of a combiner depends on: keys of `GUISES`.
+
+    Args:
+        name: the combiner.
+        draws: how many random sets of adapters to compare; one that differs is enough.
+        options: further arguments of `adapterkit.combine`.
+    """
+    found = set()
+    for drawn in range(draws):
+        given = _adapters(name, drawn)
+        first = _change(combine(given, name, seed=0, **options))
+        for what, guise in GUISES.items():
+            others, seed = guise(given, 1)
+            again = _change(combine(others, name, seed=seed, **options)) / (SMALL if what == "size" else 1.0)
+            if abs(again - first).max() > SAME * abs(first).max():
+                found.add(what)
+    return found
+
+
+def rank_of_result(name: str, **options: Any) -> str:
+    """Return the rank of the result of adapters of one rank: at most `one's`, at most the `sum` of theirs, or more."""
+    import numpy as np
+
+    given = _adapters(name, 0)
+    # Few entries of small matrices have little rank, whatever larger ones would have.
+    dense = {"density": 1.0} if "density" in COMBINERS[name].parameters() else {}
+    changes = [_change(combine(given, name, **{**options, **more})) for more in ({}, dense)]
+    found = max(int(np.linalg.matrix_rank(change)) for change in changes)
+    return "one's" if found <= RANK else "sum" if found <= RANK * len(given) else "more"
+
+
+def _turned(adapter: Adapter, seed: int) -> Adapter:
+    """The same change by other factors."""
+    import numpy as np
+
+    R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
+    update: Any = adapter.updates[TARGET][0]
+    A, B = np.linalg.solve(R, update.A.numpy()), update.B.numpy() @ R
+    return adapter.replace(updates={TARGET: (update.replace(A=from_numpy(A), B=from_numpy(B)),)})
+
+
+GUISES: Mapping[str, Guise] = {
+    "factors": lambda given, _: ([_turned(adapter, t) for t, adapter in enumerate(given)], 0),
+    "order": lambda given, _: (given[::-1], 0),
+    "size": lambda given, _: ([scale(adapter, SMALL) for adapter in given], 0),
+    "seed": lambda given, seed: (given, seed),
+}
+"""The same combination in another guise: other adapters, and a seed, of the same meaning."""
+
+
+def _adapters(name: str, drawn: int) -> list[Adapter]:
+    """Draw float64 LoRAs, three or as many as the combiner takes."""
+    import numpy as np
+
+    made = []
+    for t in range(COMBINERS[name].takes[1] or 3):
+        rng = np.random.default_rng([drawn, t])
+        factors = {"A": from_numpy(rng.normal(size=(RANK, IN))), "B": from_numpy(rng.normal(size=(OUT, RANK)))}
+        made.append(Adapter({TARGET: (METHODS["lora"](**factors),)}))
+    return made
+
+
+def _change(adapter: Adapter) -> Array:
+    """The change in float64, from the factors if there are any."""
+    import numpy as np
+
+    update: Any = adapter.updates[TARGET][0]
+    if update.method == "dense":
+        return np.asarray(update.D.numpy())
+    made: Array = update.scaling * (update.B.numpy() @ update.A.numpy())
+    return made
+
+
+def measurable() -> Sequence[str]:
+    """Return the combiners that need neither data nor a base."""
+    return [name for name in COMBINERS if COMBINERS[name].data is None and not COMBINERS[name].based]

@@ -1,0 +1,95 @@
+"""Six mild changes of the demo's digits, whose adapters can be combined; the base alone reads them badly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import train_demo
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+import adapterkit as ak
+from adapterkit.demo.model import DATA, INK, build, held_out
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+TRAINED, CHOSEN = 1000, 1128
+"""Images 0 to TRAINED train; those up to CHOSEN choose a scale. The last 540 are reported."""
+
+
+def moved(images: Tensor) -> Tensor:
+    """Two pixels to the right."""
+    return functional.pad(images[:, :, :-2], (2, 0))
+
+
+def dim(images: Tensor) -> Tensor:
+    """A quarter of the ink."""
+    return images // 4
+
+
+def coarse(images: Tensor) -> Tensor:
+    """Pixels of twice the size."""
+    means = functional.avg_pool2d(images[:, None].float(), 2).round().to(images.dtype)
+    return means[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+def noisy(images: Tensor) -> Tensor:
+    """More or less ink in each pixel."""
+    drawn = torch.randint(-6, 7, images.shape, generator=torch.Generator().manual_seed(0))
+    return (images.int() + drawn).clip(0, INK).to(images.dtype)
+
+
+def covered(images: Tensor) -> Tensor:
+    """The right three columns are paper."""
+    return functional.pad(images[:, :, :5], (0, 3))
+
+
+def framed(images: Tensor) -> Tensor:
+    """A border of ink."""
+    return functional.pad(images[:, 1:-1, 1:-1], (1, 1, 1, 1), value=INK)
+
+
+TASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "moved": moved, "dim": dim, "coarse": coarse, "noisy": noisy, "covered": covered, "framed": framed,
+}  # fmt: skip
+
+
+class MildDigits:
+    """Which images a model reads right, task by task. Adapters are LoRAs by the recipe of `tools/train_demo.py`."""
+
+    def __init__(self, work: Path, epochs: int, rank: int, seed: int) -> None:
+        self.work, self.epochs, self.rank, self.seed = work, epochs, rank, seed
+        self.images, self.labels = train_demo.digits()
+        choosing = self.images[TRAINED:CHOSEN], self.labels[TRAINED:CHOSEN]
+        self.parts = [
+            {name: (task(images), labels) for name, task in TASKS.items()}
+            for images, labels in (choosing, held_out())
+        ]  # fmt: skip
+        self.base = {name: W.double() for name, W in load_file(DATA / "base" / "model.safetensors").items()}
+
+    def adapter(self, name: str) -> ak.Adapter:
+        """The LoRA of one task; trained if it is not there yet."""
+        folder = self.work / f"{name}-r{self.rank}-e{self.epochs}-s{self.seed}"
+        if not (folder / "adapter_config.json").is_file():
+            config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=MODULES)
+            recipe = train_demo.Recipe(config, self.epochs, seed=self.seed)
+            task = TASKS[name]
+            made = train_demo.train_adapter(
+                recipe, lambda x, y: (task(x), y), self.images[:TRAINED], self.labels[:TRAINED], DATA
+            )
+            train_demo.write_adapter(made, folder)
+        return ak.read(folder)
+
+    def changes(self, adapter: ak.Adapter | None) -> dict[str, Tensor]:
+        """The change of each weight, float64."""
+        return {f"{t}.weight": adapter.delta(str(t)).double() for t, _ in adapter or ()}  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def right(self, changes: dict[str, Tensor], scale: float, tasks: list[str], testing: bool) -> Tensor:
+        """Whether each image of each task is read right with so much of the changes, bool `[tasks, images]`."""
+        model = build({name: W + scale * changes[name] if name in changes else W for name, W in self.base.items()})
+        parts = [self.parts[testing][name] for name in tasks]
+        return torch.stack([model(images).argmax(1) == labels for images, labels in parts])
