@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import nearest
-from .leaves import Leaf, is_leaf_name
+from .leaves import Leaf, check_on_hand, is_leaf_name
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -37,6 +37,9 @@ HANDLES = "_adapterkit_handles"
 
 class Saved(Protocol):
     """A handle, as far as state dicts need it: what they hold of it, its tensors, and the watch over its hooks."""
+
+    @property
+    def name(self) -> str: ...
 
     checkpoint: str
     _leaves: tuple[Leaf, ...]
@@ -68,6 +71,7 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata:
     paths = _paths(module)
     for handle in handles:
         if handle.checkpoint != "base":
+            check_on_hand(module, (leaf.tensor for leaf in handle._leaves), handle.name)
             for leaf in handle._leaves:
                 state_dict[prefix + _key(paths, leaf)] = leaf.tensor.detach()
 

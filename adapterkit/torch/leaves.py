@@ -22,7 +22,7 @@ tensor that it was registered with: accelerate has put an empty one on the meta 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -328,6 +328,33 @@ def offloaded(model: nn.Module) -> set[int]:
             if getattr(hook, "offload", False):
                 found |= {id(each) for each in _loaded_by(hook, module)}
     return found
+
+
+def on_disk(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+
+    Between two forwards such a tensor is uninitialised memory. Each forward reads the file, which is written once:
+    what an optimizer or a merge does to the tensor is lost.
+    """
+    registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
+    groups: list[Any] = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
+    return {id(tensor) for group in groups if _is_on_disk(group) for tensor in group.tensor_to_key}
+
+
+def _is_on_disk(group: Any) -> bool:
+    return bool(getattr(group, "offload_to_disk_path", None) and getattr(group, "_is_offloaded_to_disk", False))
+
+
+def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> None:
+    """Check that tensors of a model hold their numbers.
+
+    Raises:
+        Unsupported: one of them is on the disk; see `on_disk`.
+    """
+    lost = on_disk(model.modules())
+    if any(id(tensor) in lost for tensor in tensors):
+        cure = "Do this before enable_group_offload(), or offload without offload_to_disk_path"
+        raise Unsupported("diffusers' group offloading keeps a tensor of it on the disk", where=where, cure=cure)
 
 
 def loading_device(model: nn.Module, module: nn.Module) -> Any:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import Unsupported
 from .bypass import Block, begin_calls, end_calls
 from .forward_hook import ForwardHook
-from .leaves import Leaf, reclaim
+from .leaves import Leaf, on_disk, reclaim
 from .parts import HOOK
 from .probes import probe_forward
 from .replacements import check_tuner, is_tuner, notice_replacements
@@ -351,6 +351,8 @@ class _Hook:
             for watch in self.watches:
                 watch.reclaim()
             self._gather()
+        if torch.is_grad_enabled() and any("_diffusers_hook" in home.__dict__ for home in self.homes):
+            _check_not_on_disk(self.homes)
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self.look_again()
         for parent, name, child in self.tuners:
@@ -403,6 +405,18 @@ def _check_no_replica(module: nn.Module) -> None:
     if "_is_replica" in module.__dict__:
         cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
         raise Unsupported("nn.DataParallel on several devices", where=type(module).__name__, cure=cure)
+
+
+def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
+    """Check that diffusers' group offloading does not put the modules of a training on the disk.
+
+    Raises:
+        Unsupported: it does. The backward pass would read weights that are gone by then, and each forward would load
+            trained tensors as they were at the start.
+    """
+    if on_disk(homes):
+        why = "training a model that diffusers' group offloading keeps on the disk"
+        raise Unsupported(why, cure="Call enable_group_offload() without offload_to_disk_path, or run under no_grad()")
 
 
 def _no_fused_path(_: nn.Module, args: Any) -> None:
