@@ -70,7 +70,7 @@ class ForwardHook:
         self.trained: tuple[Part, Leaf] | None = None  # The first that was injected to be trained.
         self.probe: ForwardProbe | None = None
         self.known: Any = None  # Another tool's forward in place of this one that was seen to call it.
-        self.calls = 0  # See bypass.py.
+        self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
     @property
@@ -189,7 +189,9 @@ class ForwardHook:
         if self.copied is not None:
             self._check_copy(self.copied)
         compiling = torch.compiler.is_compiling()
-        if not compiling:  # Compiled code would be compiled anew for each number.
+        if compiling:
+            self.note_traced()
+        else:  # Compiled code would be compiled anew for each number.
             self.calls += 1
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
         # diffusers' layerwise casting exchanges the numbers of the weight that the plan keeps for the backward pass.
@@ -202,6 +204,8 @@ class ForwardHook:
         kind = type(self.module._parameters.get("weight"))
         if kind is not self.kind and kind not in _PLAIN:
             self._meet(kind)
+        if self.before is not None and kind not in _PLAIN:
+            self._check_spread(args)
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None
@@ -216,6 +220,27 @@ class ForwardHook:
             return self._surrounded(current(), args, kwargs)
 
         return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_traced(self) -> bool:
+        """Note, while code is compiled, that it calls the module."""
+        self.traced = True
+        return True
+
+    def _check_spread(self, args: Any) -> None:
+        """Check that a weight that processes share meets an input that they share too.
+
+        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor, inside of which nothing
+        can stand: it is a closure.
+
+        Raises:
+            Unsupported: the input is a plain tensor, which another tool's forward spreads afterwards.
+        """
+        W: Any = self.module._parameters.get("weight")
+        if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.active for part in self.parts):
+            why = "a layer of transformers' tp_plan, which spreads its input over the processes by itself"
+            cure = "Call handle.merge_(), which takes such layers, or spread the model with torch's parallelize_module"
+            raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
         """Raise: torch.jit.script compiles the source of a class's forward, which knows no adapter.

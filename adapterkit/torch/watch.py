@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .bypass import Block, begin_calls, end_calls
+from .bypass import Block, begin_calls, end_calls, warn_of_untraced
 from .forward_hook import ForwardHook
 from .leaves import Leaf, on_disk, reclaim
 from .parts import HOOK
@@ -170,6 +170,7 @@ class _Step:
 
     def __init__(self, module: nn.Module, places: list[Place], home: nn.Module) -> None:
         self.module, self.places = module, places
+        self.traced = False
         self.home: weakref.ref[nn.Module] | None = weakref.ref(home)
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
@@ -184,6 +185,7 @@ class _Step:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
+            self.note_traced()
             for parent, name, child in self.places:  # The compiler guards each of them.
                 if parent._modules.get(name) is not child:
                     self.look_once()
@@ -195,6 +197,12 @@ class _Step:
                 break
         if self.blocks and any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self._look(module)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_traced(self) -> bool:
+        """Note, while code is compiled, that it calls the module."""
+        self.traced = True
+        return True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
@@ -370,8 +378,17 @@ class _Hook:
         Raises:
             Unsupported: the weight of a module with an adapter was read, and the module was not called.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.check_traced()
+        else:
             end_calls(self.hooks, result is None, self._is_own, self.told)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def check_traced(self) -> bool:
+        """Warn, while code is compiled, of modules that it does not call although it calls what is around them."""
+        around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
+        warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
+        return True
 
     def _is_own(self, hook: ForwardHook, reader: str) -> bool:
         """Whether a function, by its full name, is a method that a class around a hook's module was defined with."""

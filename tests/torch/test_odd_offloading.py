@@ -67,7 +67,8 @@ def adapter_of(model, method):
     W = model.block.up.weight.detach()
     out, into, *kernel = W.mT.shape if isinstance(model.block.up, nn.Embedding) else W.shape
     if method == "ia3":
-        update = METHODS[method](**{"l": 1 + draw(out, seed=1).float()})
+        scales = {"l": 1 + draw(out, seed=1).float()}
+        update = METHODS[method](**scales)
     else:
         factors = {"A": draw(2, into, *kernel, seed=1).float(), "B": draw(out, 2, seed=2).float(), "scaling": 0.5}
         more = {"magnitude": 1 + draw(out, seed=3).float().abs()} if method == "dora" else {}
