@@ -116,8 +116,8 @@ def _load(
 def _warn_of_base(handles: Iterable[Saved]) -> None:
     """Warn, once an adapter, that a state dict without its tensors leaves a trained adapter as it is.
 
-    A Trainer that resumes, or goes back to its best checkpoint, loads what it saved: with `checkpoint` at `base` that is
-    the base alone.
+    A Trainer that resumes, or goes back to its best checkpoint, loads what it saved. With `checkpoint` at `base`, that
+    is the base alone.
     """
     for handle in handles:
         if handle.checkpoint != "base" or id(handle) in _WARNED:

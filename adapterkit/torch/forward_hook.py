@@ -205,7 +205,7 @@ class ForwardHook:
         if kind is not self.kind and kind not in _PLAIN:
             self._meet(kind)
         if self.before is not None and kind not in _PLAIN:
-            self._check_spread(args)
+            self._check_spread(scope, args)
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None
@@ -227,17 +227,17 @@ class ForwardHook:
         self.traced = True
         return True
 
-    def _check_spread(self, args: Any) -> None:
+    def _check_spread(self, scope: Scope, args: Any) -> None:
         """Check that a weight that processes share meets an input that they share too.
 
-        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor, inside of which nothing
-        can stand: it is a closure.
+        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor. It is a closure, inside
+        of which nothing can stand.
 
         Raises:
             Unsupported: the input is a plain tensor, which another tool's forward spreads afterwards.
         """
         W: Any = self.module._parameters.get("weight")
-        if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.active for part in self.parts):
+        if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.acts(scope) for part in self.parts):
             why = "a layer of transformers' tp_plan, which spreads its input over the processes by itself"
             cure = "Call handle.merge_(), which takes such layers, or spread the model with torch's parallelize_module"
             raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
