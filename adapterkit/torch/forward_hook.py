@@ -230,8 +230,8 @@ class ForwardHook:
     def _check_spread(self, scope: Scope, args: Any) -> None:
         """Check that a weight that processes share meets an input that they share too.
 
-        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor. It is a closure, inside
-        of which nothing can stand.
+        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor. It is a closure,
+        inside of which nothing can stand.
 
         Raises:
             Unsupported: the input is a plain tensor, which another tool's forward spreads afterwards.
