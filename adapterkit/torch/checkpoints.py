@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..errors import nearest
-from .leaves import Leaf, check_on_hand, is_leaf_name
+from .leaves import Leaf, is_leaf_name
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -74,7 +74,6 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata:
     paths = _paths(module)
     for handle in handles:
         if handle.checkpoint != "base":
-            check_on_hand(module, (leaf.tensor for leaf in handle._leaves), handle.name)
             for leaf in handle._leaves:
                 state_dict[prefix + _key(paths, leaf)] = leaf.tensor.detach()
 

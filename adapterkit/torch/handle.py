@@ -30,7 +30,7 @@ from .folding import (
     subtracted,
 )
 from .forward_hook import ForwardHook, hook_again, hooks_of, names_of
-from .leaves import Leaf, LiveUpdates, check_on_hand, is_leaf_name
+from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .parts import Part
 from .routing import check_unrouted
@@ -131,9 +131,6 @@ class Handle:
                     found.setdefault(switch, []).append(hook)
         return found
 
-    def _check_on_hand(self) -> None:
-        check_on_hand(self._model, (leaf.tensor for _, leaf in self._named_leaves()), self.name)
-
     def _check_uncopied(self) -> None:
         """Check that the handle holds all that the adapter changes.
 
@@ -220,7 +217,6 @@ class Handle:
         For a file that other tools read, write `handle.adapter()`.
         """
         named = list(self.named_parameters())
-        self._check_on_hand()
         return {name: (whole(p) if is_partitioned(p) else p).detach() for name, p in named}
 
     @torch.no_grad()
@@ -233,7 +229,6 @@ class Handle:
         """
         leaves = {name: leaf for name, leaf in self._named_leaves() if isinstance(leaf.tensor, nn.Parameter)}
         held = {name: leaf.tensor for name, leaf in leaves.items()}
-        self._check_on_hand()
         for names, what in ((held.keys() - state.keys(), "missing"), (state.keys() - held.keys(), "unknown")):
             if names:
                 first = min(names)
@@ -299,7 +294,6 @@ class Handle:
         if lost is not None:
             cure = "Call handle.adapter() before the model goes to meta"
             raise Unsupported("a tensor of the adapter is on the meta device, without numbers", where=lost, cure=cure)
-        self._check_on_hand()
         now = self._adapter.map(_copy)
         return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.updates import Update
@@ -330,15 +331,34 @@ def offloaded(model: nn.Module) -> set[int]:
     return found
 
 
+def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
+    """Take leaves out of the groups that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+
+    A group is loaded while the module that a leaf is registered with runs. The leaf may be used afterwards: a
+    bottleneck's by the block around, a prefix's by the attention.
+    """
+    mine = {id(leaf.tensor) for leaf in leaves}
+    for group in _groups_on_disk(modules):
+        for tensor in [tensor for tensor in group.tensor_to_key if id(tensor) in mine]:
+            key = group.tensor_to_key.pop(tensor)
+            del group.key_to_tensor[key]
+            with safe_open(group.safetensors_file_path, framework="pt") as file:
+                tensor.data = file.get_tensor(key).to(group.onload_device)
+
+
 def on_disk(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on the disk.
 
     Between two forwards such a tensor is uninitialised memory. Each forward reads the file, which is written once:
     what an optimizer or a merge does to the tensor is lost.
     """
+    return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
+
+
+def _groups_on_disk(modules: Iterable[nn.Module]) -> list[Any]:
     registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
-    groups: list[Any] = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
-    return {id(tensor) for group in groups if _is_on_disk(group) for tensor in group.tensor_to_key}
+    groups = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
+    return [group for group in groups if _is_on_disk(group)]
 
 
 def _is_on_disk(group: Any) -> bool:
@@ -381,7 +401,8 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
 
     tensor = as_torch(value, like.device).detach()
     if tensor.is_floating_point():
-        wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
+        plain = trained or min(tensor.element_size(), like.element_size()) < 2 or not like.is_floating_point()
+        wide = torch.float32 if plain else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
     with torch.inference_mode(False):  # A tensor that is made under it can never be trained.
         made = spread(tensor.clone(), like, model)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import Unsupported
 from .bypass import Block, begin_calls, end_calls, warn_of_untraced
 from .forward_hook import ForwardHook
-from .leaves import Leaf, on_disk, reclaim
+from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
 from .probes import probe_forward
 from .replacements import check_tuner, is_tuner, notice_replacements
@@ -99,10 +99,11 @@ class Watch:
             Unsupported: an optimizer got the empty parameters that accelerate leaves there.
         """
         reclaim(self.model, self.leaves)
+        take_off_disk(self.homes(), self.leaves)
 
-    def homes(self) -> list[nn.Module]:
-        """Return the modules that hold trained tensors, and those around them."""
-        wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None}
+    def homes(self, trained: bool = False) -> list[nn.Module]:
+        """Return the modules that hold tensors of the adapter, or trained ones alone, and those around them."""
+        wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
         steps = [name.split(".") if name else [] for name in paths]
@@ -241,6 +242,7 @@ class _Hook:
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
         self.homes: list[nn.Module] = []
+        self.around: list[nn.Module] = []
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
@@ -332,7 +334,8 @@ class _Hook:
         found = [module.__dict__[HOOK] for module in held.values() if HOOK in module.__dict__]
         self.hooks = {hook: place for place, hook in enumerate(found)}
         self.settled = False
-        self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
+        self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
+        self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
@@ -359,8 +362,11 @@ class _Hook:
             for watch in self.watches:
                 watch.reclaim()
             self._gather()
-        if torch.is_grad_enabled() and any("_diffusers_hook" in home.__dict__ for home in self.homes):
-            _check_not_on_disk(self.homes)
+        if any("_diffusers_hook" in home.__dict__ for home in self.around):
+            if torch.is_grad_enabled():
+                _check_not_on_disk(self.homes)
+            for watch in self.watches:
+                take_off_disk(self.around, watch.leaves)
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self.look_again()
         for parent, name, child in self.tuners:
