@@ -30,7 +30,9 @@ def inner_slot(module: nn.Module) -> Slot:
 
 def slot_of(module: nn.Module, owner: object) -> Slot | None:
     """Return the place of a forward that is a method of `owner`; None where other tools have wrapped or removed it."""
-    return next((slot for slot in slots(module) if getattr(value_in(slot), "__self__", None) is owner), None)
+    # functools.update_wrapper gives a wrapper all attributes of what it wraps, a `__self__` too.
+    plain = [slot for slot in slots(module) if not hasattr(value_in(slot), "__wrapped__")]
+    return next((slot for slot in plain if getattr(value_in(slot), "__self__", None) is owner), None)
 
 
 def value_in(slot: Slot) -> Any:

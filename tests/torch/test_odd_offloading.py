@@ -10,6 +10,7 @@ import tempfile
 import accelerate
 import pytest
 import torch
+import transformers
 from diffusers.hooks.group_offloading import apply_group_offloading
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting
@@ -210,6 +211,24 @@ def _():
     ak.torch.create(model, "lora", targets=["up"], rank=2, init="pissa")
 
 
+@odd("a prefix, its model put on the disk block by block, and removed")
+def _():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    ids = torch.tensor([[1, 5, 3]])
+    with torch.no_grad():
+        y = model(ids).logits
+        handle = ak.torch.inject(model, ak.torch.create(model, "prefix"))
+        changed = model(ids).logits
+        cpu, folder = torch.device("cpu"), tempfile.mkdtemp()
+        kind = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        apply_group_offloading(model, onload_device=cpu, offload_to_disk_path=folder, **kind)
+        on = model(ids).logits
+        handle.remove()
+        return torch.cat([on, model(ids).logits]), torch.cat([changed, y])
+
+
 @odd("a trained adapter on the disk, trained", Unsupported, "training a model.*on the disk")
 def _():
     model, _, x = on_disk(trainable=True)
@@ -257,8 +276,8 @@ def _():
     return model(x), twin(x)
 
 
-def test_there_are_nine():
-    assert len(SITUATIONS) >= 9
+def test_there_are_ten():
+    assert len(SITUATIONS) >= 10
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
