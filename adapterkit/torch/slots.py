@@ -1,4 +1,4 @@
-"""Where a module keeps the forward that the hooks of other tools go around.
+"""Find the forward of a module that the hooks of other tools go around.
 
 accelerate and diffusers exchange `module.forward` for one that loads or casts the weights, calls what stood there, and
 takes the weights away again. An adapter belongs inside of it. Outside, formulas would read weights on the meta device

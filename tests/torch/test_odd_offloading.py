@@ -214,16 +214,19 @@ def _():
 @odd("a prefix, its model put on the disk block by block, and removed")
 def _():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.tensor([[1, 5, 3]])
     with torch.no_grad():
         y = model(ids).logits
         handle = ak.torch.inject(model, ak.torch.create(model, "prefix"))
         changed = model(ids).logits
         cpu, folder = torch.device("cpu"), tempfile.mkdtemp()
-        kind = {"offload_type": "block_level", "num_blocks_per_group": 1}
-        apply_group_offloading(model, onload_device=cpu, offload_to_disk_path=folder, **kind)
+        apply_group_offloading(
+            model, onload_device=cpu, offload_to_disk_path=folder, offload_type="block_level", num_blocks_per_group=1
+        )
         on = model(ids).logits
         handle.remove()
         return torch.cat([on, model(ids).logits]), torch.cat([changed, y])
