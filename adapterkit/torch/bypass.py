@@ -13,7 +13,11 @@ A forward that was put on a block after the injection may have copied the weight
 watched at its next call: one that calls none of the modules with an adapter is told with a warning, for it may be meant
 (an ablation).
 
-Compiled code is not watched: there, run the model once without `torch.compile`.
+Compiled code reads parameters past every dictionary, and its graph tells no longer which module a weight came from. So
+the compiler is watched instead, while it traces: a block that it calls without calling one of its modules with an
+adapter is told with a warning, unless that module ran before. It cannot be an error, for nobody knows what the block
+computes instead. Code with graph breaks is traced in pieces, and code that torch takes over from a model of the same
+build is not traced again: run such a model once without `torch.compile`.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import torch
 from torch import nn
 
 from ..errors import Unsupported
+from .parts import HOOK
 
 if TYPE_CHECKING:
     from .parts import Part
@@ -40,11 +45,12 @@ PARAMETERS = "_parameters"
 
 
 class Hook(Protocol):
-    """The forward hook of a module with adapters, and how often it was called."""
+    """The forward hook of a module with adapters, how often it was called, and whether compiled code ever called it."""
 
     module: nn.Module
     parts: list[Part]
     calls: int
+    traced: bool
 
 
 class WatchedParameters(dict[str, Any]):
@@ -215,6 +221,26 @@ _FACTS = frozenset(
      "is_floating_point", "element_size", "itemsize", "get_device")
 )  # fmt: skip
 """Attributes of a tensor that tell nothing of its numbers: T5 asks `self.wo.weight.dtype` before it calls `wo`."""
+
+
+def warn_of_untraced(around: Sequence[tuple[nn.Module, Sequence[nn.Module]]], told: set[int]) -> None:
+    """Warn of modules with adapters that compiled code does not call.
+
+    Args:
+        around: blocks that the code calls, each with the modules that it should call.
+        told: ids of the hooks that were warned of; those that are warned of here are added.
+    """
+    for block, modules in around:
+        hooks = [module.__dict__[HOOK] for module in modules if HOOK in module.__dict__]
+        lost = [hook for hook in hooks if hook.parts and not hook.traced and not hook.calls and id(hook) not in told]
+        told |= {id(hook) for hook in lost}
+        if lost:
+            names = ", ".join(dict.fromkeys(str(part.target) for hook in lost for part in hook.parts))
+            warnings.warn(
+                f"compiled code runs a {type(block).__name__} that calls none of {names}: if it computes with their "
+                f"weights, their adapters do not act. {_UNFUSE}",
+                stacklevel=2,
+            )
 
 
 class Block:

@@ -17,6 +17,9 @@ The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -37,6 +40,9 @@ HANDLES = "_adapterkit_handles"
 
 class Saved(Protocol):
     """A handle, as far as state dicts need it: what they hold of it, its tensors, and the watch over its hooks."""
+
+    @property
+    def name(self) -> str: ...
 
     checkpoint: str
     _leaves: tuple[Leaf, ...]
@@ -80,6 +86,7 @@ def _load(
     """Copy an adapter's tensors out of a state dict that has any; report what does not fit, as torch does."""
     mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
     if not mine:
+        _warn_of_base(module.__dict__[HANDLES])
         return
     for handle in module.__dict__[HANDLES]:
         handle._watch.reclaim()
@@ -103,6 +110,30 @@ def _load(
         leaves[key].put(value)
     if not any(key.startswith(prefix) for key in state_dict):
         _keep_base(module, state_dict, prefix)
+
+
+def _warn_of_base(handles: Iterable[Saved]) -> None:
+    """Warn, once an adapter, that a state dict without its tensors leaves a trained adapter as it is.
+
+    A Trainer that resumes, or goes back to its best checkpoint, loads what it saved. With `checkpoint` at `base`, that
+    is the base alone.
+    """
+    for handle in handles:
+        if handle.checkpoint != "base" or id(handle) in _WARNED:
+            continue
+        if any(isinstance(leaf.tensor, nn.Parameter) for leaf in handle._leaves):
+            _WARNED.add(id(handle))
+            weakref.finalize(handle, _WARNED.discard, id(handle))
+            warnings.warn(
+                f"a state dict without the adapter {handle.name!r} is loaded: the adapter keeps its values. If it is a "
+                'checkpoint of the training, set handle.checkpoint = "adapter" before checkpoints are written, or pass '
+                "callbacks=[adapterkit.torch.TrainerCallback(handle)] to the Trainer",
+                stacklevel=2,
+            )
+
+
+_WARNED: set[int] = set()
+"""The ids of the handles that a warning has named."""
 
 
 def _keep_base(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

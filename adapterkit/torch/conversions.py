@@ -84,5 +84,10 @@ def unguard(module: nn.Module) -> None:
 
 def casts_layerwise(module: nn.Module) -> bool:
     """Whether diffusers casts the module's weights before and after each forward."""
+    return compute_dtype(module) is not None
+
+
+def compute_dtype(module: nn.Module) -> Any:
+    """Return the dtype that diffusers casts the module's weights to for each forward; None where it does not."""
     hooks = module.__dict__.get("_diffusers_hook")
-    return hooks is not None and hooks.get_hook("layerwise_casting") is not None
+    return getattr(hooks and hooks.get_hook("layerwise_casting"), "compute_dtype", None)

@@ -24,9 +24,10 @@ from ..methods.lora import LoRA
 from ..naming.binding import view
 from ..naming.binding.bases import identity_of
 from ..naming.layouts import stored_in_out
+from .conversions import casts_layerwise
 from .dropout import check_dropout
 from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
-from .leaves import is_leaf_name
+from .leaves import check_on_hand, is_leaf_name
 from .prefixes import is_attention
 from .sharding import check_gathered, whole
 from .starts import OF_DATA, Moments, StartPlace, find, moments_of, start_of
@@ -323,9 +324,21 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
         stored: Tensor = model.get_parameter(path)
     else:
         stored = dequantized(module) if is_packed(module) else module.weight
-    if not stored.is_floating_point() or stored.dtype.itemsize < 2:
+    narrow = stored.dtype.itemsize < 2 and (module is None or not casts_layerwise(module))
+    if not stored.is_floating_point() or narrow:
         raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
-    return view(whole(stored.detach()).to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
+    return view(_read(model, stored, path), target)
+
+
+def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
+    """A tensor of the base on the CPU, in at least float32.
+
+    Raises:
+        Unsupported: its numbers are on the disk.
+    """
+    check_on_hand(model, [stored], where)
+    wide = torch.float32 if stored.dtype.itemsize < 2 else torch.promote_types(stored.dtype, torch.float32)
+    return whole(stored.detach()).to("cpu", wide)
 
 
 def _weighted(module: nn.Module) -> bool:
@@ -351,7 +364,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
-    return None if bias is None else whole(bias.detach()).to("cpu", torch.promote_types(bias.dtype, torch.float32))
+    return None if bias is None else _read(model, bias, path)
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
@@ -456,7 +469,7 @@ def create_context(
         Unsupported: the model does not tell its sizes.
     """
     embedding: Any = embedding_of(model)
-    W = whole(embedding.weight.detach()).to("cpu", torch.promote_types(embedding.weight.dtype, torch.float32)).mT
+    W = _read(model, embedding.weight, "input embedding").mT
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape: tuple[int, ...]) -> torch.Tensor:

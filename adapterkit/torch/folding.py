@@ -30,7 +30,7 @@ from ..merging.planned import Output
 from ..merging.planned_update import PlannedUpdate
 from .forward_hook import ForwardHook
 from .layers import Quantized
-from .leaves import LiveUpdates
+from .leaves import LiveUpdates, on_disk
 from .outputs import Switch
 from .parts import Part
 from .sharding import gathered, is_sharded, put
@@ -189,6 +189,7 @@ class Memory:
 
     def __init__(self, model: nn.Module) -> None:
         named = list(_parameters(model))
+        self.on_disk = on_disk(model.modules())
         self._sharded = [(name, p) for name, p in named if is_sharded(p)]
         held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
         self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
@@ -353,7 +354,7 @@ def _check_parts(hook: ForwardHook, parts: list[Part], shared: set[int], memory:
         if name not in holder._parameters and name not in holder._buffers:
             cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
             raise NotMergeable("a weight that is made from other tensors in each forward", where=where, cure=cure)
-        if parameter.is_meta:
+        if parameter.is_meta or id(parameter) in memory.on_disk:
             cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
             raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
         if parameter.dtype.itemsize < 2:

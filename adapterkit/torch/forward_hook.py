@@ -29,7 +29,7 @@ from .bypass import unwatch_reads, watch_reads
 from .call_recorder import CallRecorder, run_recorded
 from .context import ContextPart, check_tasks, surround
 from .dropout import dropped_change
-from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, layer_of, moved
+from .layers import Layer, Linear, Quantized, WeightDifference, is_packed, lasting, layer_of, moved
 from .lean import LeanPlan, is_wide, low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import Leaf
 from .outputs import Beside, InputRecorder, OutputChange, Switch, through
@@ -38,6 +38,7 @@ from .probes import ForwardProbe
 from .routing import check_expert, check_switches, is_expert, join, split
 from .scopes import SETTINGS, Recall, Route, Scope, current
 from .sharding import constants_on_every_process, is_sharded, whole
+from .slots import inner_slot, slot_of, value_in
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -45,11 +46,9 @@ class ForwardHook:
     """Replaces `module.forward`, and leaves the module as it was when its last part is detached."""
 
     def __init__(self, module: nn.Module) -> None:
-        # accelerate keeps the module's own forward here and calls it between loading and unloading the weights.
-        # Standing outside of that, formulas would see weights on the meta device.
-        self.slot = "_old_forward" if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook") else "forward"
-        self.module, self.original = module, getattr(module, self.slot)
-        self.before = module.__dict__.get(self.slot)
+        self.slot = inner_slot(module)
+        self.module, self.original = module, getattr(*self.slot)
+        self.before = value_in(self.slot)
         self.wrapper: Any = None  # Another tool's forward around this one, when the last part was detached.
         self.layer: Layer | None = layer_of(module, self.original)
         self.kind = type(module._parameters.get("weight"))
@@ -71,7 +70,7 @@ class ForwardHook:
         self.trained: tuple[Part, Leaf] | None = None  # The first that was injected to be trained.
         self.probe: ForwardProbe | None = None
         self.known: Any = None  # Another tool's forward in place of this one that was seen to call it.
-        self.calls = 0  # See bypass.py.
+        self.calls, self.traced = 0, False  # See bypass.py.
         ALIVE.add(self)
 
     @property
@@ -112,12 +111,14 @@ class ForwardHook:
 
     def _stand(self) -> None:
         self._look()
-        held, slot = self.module.__dict__, self._standing()
-        wrapped = slot is None and self.slot in held and (held.get(HOOK) is self or self.wrapper is not None)
+        held, slot = self.module.__dict__, slot_of(self.module, self)
+        met = value_in(self.slot) is not None and (held.get(HOOK) is self or self.wrapper is not None)
+        wrapped = slot is None and met
         held[HOOK], held[SCRIPTING] = self, self.refuse_scripting
         watch_reads(self)
         if not wrapped:  # Otherwise another tool's forward stands there, and calls this one.
-            held[slot or self.slot] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
+            owner, name = slot or self.slot
+            owner.__dict__[name] = HookEntry(self) if self.contexts or self.call_recorders else self.forward
 
     def _look(self) -> None:
         """Take in what is attached now, and throw away what was worked out for other parts."""
@@ -143,11 +144,6 @@ class ForwardHook:
         self.ranks = {part: rank_of(part, layer) if part.direct else 0 for part in self.parts}
         self._look()
 
-    def _standing(self) -> str | None:
-        """The attribute that holds this hook's forward; None where another tool has wrapped or removed it."""
-        held = self.module.__dict__
-        return next((n for n in ("forward", "_old_forward") if getattr(held.get(n), "__self__", None) is self), None)
-
     def record_input(self, recorder: InputRecorder) -> None:
         """Keep the module's input in a recorder."""
         self.input_recorders.append(recorder)
@@ -172,16 +168,17 @@ class ForwardHook:
         unwatch_reads(self)
         if self.probe is not None:
             self.probe.stop()
-        slot = self._standing()
+        slot = slot_of(self.module, self)
         if slot is None:  # Another tool's wrapper calls this hook, which now does nothing but call the original.
-            self.wrapper = self.module.__dict__.get(self.slot)
+            self.wrapper = value_in(self.slot)
             return
+        owner, name = slot
         if self.before is not None:
-            self.module.__dict__[slot] = self.before
-        elif slot == "forward":
-            del self.module.__dict__[slot]
-        else:  # accelerate wrapped it after it was attached, and calls whatever stands here.
-            self.module.__dict__[slot] = self.original
+            owner.__dict__[name] = self.before
+        elif slot == (self.module, "forward"):
+            del owner.__dict__[name]
+        else:  # Another tool wrapped it after it was attached, and calls whatever stands here.
+            owner.__dict__[name] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training, self.recalled)
@@ -192,9 +189,13 @@ class ForwardHook:
         if self.copied is not None:
             self._check_copy(self.copied)
         compiling = torch.compiler.is_compiling()
-        if not compiling:  # Compiled code would be compiled anew for each number.
+        if compiling:
+            self.note_traced()
+        else:  # Compiled code would be compiled anew for each number.
             self.calls += 1
         plain = self.plain and len(args) == 1 and not kwargs and not compiling
+        # diffusers' layerwise casting exchanges the numbers of the weight that the plan keeps for the backward pass.
+        plain = plain and "_diffusers_hook" not in self.module.__dict__
         # Making a plan reads the tensors in another order than using it: torch.jit.trace compares two runs.
         if plain and torch._C._get_tracing_state() is None:
             y = self._planned(scope, args[0])
@@ -203,6 +204,8 @@ class ForwardHook:
         kind = type(self.module._parameters.get("weight"))
         if kind is not self.kind and kind not in _PLAIN:
             self._meet(kind)
+        if self.before is not None and kind not in _PLAIN:
+            self._check_spread(scope, args)
         if self.bare:
             active = [part for part in self.parts if part.switch.acts(scope)]
             route = scope.routes.get(self) if scope.routes else None
@@ -217,6 +220,27 @@ class ForwardHook:
             return self._surrounded(current(), args, kwargs)
 
         return run_recorded(self.module, self.call_recorders, self.names, forward, passes, scope, args, kwargs)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_traced(self) -> bool:
+        """Note, while code is compiled, that it calls the module."""
+        self.traced = True
+        return True
+
+    def _check_spread(self, scope: Scope, args: Any) -> None:
+        """Check that a weight that processes share meets an input that they share too.
+
+        transformers' `tp_plan` puts a forward on each layer that turns its input into a DTensor. It is a closure,
+        inside of which nothing can stand.
+
+        Raises:
+            Unsupported: the input is a plain tensor, which another tool's forward spreads afterwards.
+        """
+        W: Any = self.module._parameters.get("weight")
+        if args and type(args[0]) is Tensor and is_sharded(W) and any(part.switch.acts(scope) for part in self.parts):
+            why = "a layer of transformers' tp_plan, which spreads its input over the processes by itself"
+            cure = "Call handle.merge_(), which takes such layers, or spread the model with torch's parallelize_module"
+            raise Unsupported(why, where=str(self.parts[0].target), cure=cure)
 
     def refuse_scripting(self) -> nn.Module:
         """Raise: torch.jit.script compiles the source of a class's forward, which knows no adapter.
@@ -523,7 +547,7 @@ class ForwardHook:
         for part, own in zip(parts, updates or [part.updates for part in parts], strict=True):
             targets.setdefault(part.switch, []).append((part.target, own))
         changes = [(switch.weight, own) for switch, own in targets.items()]
-        before = whole(tensor_at(self.module, path))
+        before = whole(lasting(self.module, tensor_at(self.module, path)))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after: Tensor = law(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
@@ -642,8 +666,8 @@ def hook_again(hook: ForwardHook) -> ForwardHook | None:
     held = hook.module.__dict__
     standing = held.get(HOOK)
     if hook.wrapper is not None:
-        return hook if standing in (None, hook) and held.get(hook.slot) is hook.wrapper else None
-    met = held.get("forward") if standing is None else standing.before
+        return hook if standing in (None, hook) and value_in(hook.slot) is hook.wrapper else None
+    met = value_in(inner_slot(hook.module)) if standing is None else standing.before
     own = getattr(met, "__self__", None) is hook.module and getattr(met, "__func__", None) is type(hook.module).forward
     # Inside of accelerate's hooks a new one stands where the old one would.
     fits = met is hook.before or own or "_hf_hook" in held

@@ -24,7 +24,7 @@ from ..naming.renames import Rename, parse_renames
 from ..naming.ties import tie_of
 from .call_recorder import CallRecorder, words_of
 from .context import ContextPart, parts_of
-from .conversions import casts_layerwise
+from .conversions import casts_layerwise, compute_dtype
 from .dropout import check_dropout, dropout_of
 from .experts import with_experts
 from .folding import change_alike
@@ -407,7 +407,8 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
-        return _loaded(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
+        W = _loaded(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
+        return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
     return _loaded(model, holder, held[0], str(site.target)) if held else torch.empty(0)
 
@@ -471,9 +472,9 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
             raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
     else:
         parameter = tensor_at(model, site.weight or site.bias or "")
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            cure = "Inject the adapter before enable_layerwise_casting()" if casts_layerwise(holder) else _UNPACKED
-            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=cure)
+        narrow = parameter.dtype.itemsize < 2 and not casts_layerwise(holder)
+        if not parameter.is_floating_point() or narrow:
+            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)

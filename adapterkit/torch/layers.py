@@ -59,7 +59,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         W: Any = self.module.weight
-        return self.viewed(W)
+        return self.viewed(lasting(self.module, W))
 
     def viewed(self, stored: Tensor) -> Tensor:
         """A weight as the module stores it, seen as `[out, in, *k]`."""
@@ -73,7 +73,7 @@ class Layer:
     @property
     def bias(self) -> Tensor | None:
         b: Tensor | None = getattr(self.module, "bias", None)
-        return b
+        return None if b is None else lasting(self.module, b)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,6 +96,14 @@ class Layer:
 
     def per_channel(self, v: Tensor) -> Tensor:
         return v
+
+
+def lasting(module: nn.Module, W: Tensor) -> Tensor:
+    """Return a module's parameter whose numbers the backward pass will find as they are now.
+
+    diffusers' layerwise casting stores 8 bits in the parameter itself after the forward. A view keeps what it shows.
+    """
+    return W.view_as(W) if "_diffusers_hook" in module.__dict__ and casts_layerwise(module) else W
 
 
 class Linear(Layer):
@@ -318,7 +326,8 @@ def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
 # * its class has a method `dequantize` (HQQ);
 # * it is a layer of bitsandbytes whose weight is not of floating point;
 # * its weight is stored in 8 bits of floating point, which torch does not compute with: a forward that another tool put
-#   there casts it, and may scale it (diffusers' layerwise casting, trainers with an fp8 base).
+#   there casts it, and may scale it (trainers with an fp8 base). diffusers' layerwise casting is none of these: it
+#   casts the weight itself before the forward, and an adapter stands inside of that; see slots.py.
 #
 # Updates that need the weight ask the tensor or the module for it. GPTQ's and AWQ's modules have no common method for
 # that: the rows of an identity matrix, sent through the layer, give the weight that the layer computes with.
@@ -336,7 +345,8 @@ def is_packed(module: nn.Module) -> bool:
         return True
     # Modules of torch.jit have a mapping without `get`.
     own = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
-    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or (_is_narrow(own) and _casts(module))
+    scaled = _is_narrow(own) and _casts(module) and not casts_layerwise(module)
+    return callable(getattr(kind, "dequantize", None)) or _unpacks(own) or scaled
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -349,8 +359,7 @@ def dequantized(module: nn.Module) -> Tensor:
             out: Tensor = W.dequantize()
             return out
     plain: Any = getattr(module, "weight", None)
-    cast = casts_layerwise(module) or not _is_narrow(plain)
-    if isinstance(plain, nn.Parameter) and plain.is_floating_point() and cast:
+    if isinstance(plain, nn.Parameter) and plain.is_floating_point() and not _is_narrow(plain):
         whole: Tensor = plain.detach()
         return whole
     return _by_identity(module)

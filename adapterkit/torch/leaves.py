@@ -22,11 +22,12 @@ tensor that it was registered with: accelerate has put an empty one on the meta 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.updates import Update
@@ -330,6 +331,52 @@ def offloaded(model: nn.Module) -> set[int]:
     return found
 
 
+def take_off_disk(modules: Iterable[nn.Module], leaves: Sequence[Leaf]) -> None:
+    """Take leaves out of the groups that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+
+    A group is loaded while the module that a leaf is registered with runs. The leaf may be used afterwards: a
+    bottleneck's by the block around, a prefix's by the attention.
+    """
+    mine = {id(leaf.tensor) for leaf in leaves}
+    for group in _groups_on_disk(modules):
+        for tensor in [tensor for tensor in group.tensor_to_key if id(tensor) in mine]:
+            key = group.tensor_to_key.pop(tensor)
+            del group.key_to_tensor[key]
+            with safe_open(group.safetensors_file_path, framework="pt") as file:
+                tensor.data = file.get_tensor(key).to(group.onload_device)
+
+
+def on_disk(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of tensors that diffusers' group offloading, by hooks at some modules, keeps on the disk.
+
+    Between two forwards such a tensor is uninitialised memory. Each forward reads the file, which is written once:
+    what an optimizer or a merge does to the tensor is lost.
+    """
+    return {id(tensor) for group in _groups_on_disk(modules) for tensor in group.tensor_to_key}
+
+
+def _groups_on_disk(modules: Iterable[nn.Module]) -> list[Any]:
+    registries = [module.__dict__["_diffusers_hook"] for module in modules if "_diffusers_hook" in module.__dict__]
+    groups = [getattr(hook, "group", None) for each in registries for hook in each.hooks.values()]
+    return [group for group in groups if _is_on_disk(group)]
+
+
+def _is_on_disk(group: Any) -> bool:
+    return bool(getattr(group, "offload_to_disk_path", None) and getattr(group, "_is_offloaded_to_disk", False))
+
+
+def check_on_hand(model: nn.Module, tensors: Iterable[Tensor], where: str) -> None:
+    """Check that tensors of a model hold their numbers.
+
+    Raises:
+        Unsupported: one of them is on the disk; see `on_disk`.
+    """
+    lost = on_disk(model.modules())
+    if any(id(tensor) in lost for tensor in tensors):
+        cure = "Do this before enable_group_offload(), or offload without offload_to_disk_path"
+        raise Unsupported("diffusers' group offloading keeps a tensor of it on the disk", where=where, cure=cure)
+
+
 def loading_device(model: nn.Module, module: nn.Module) -> Any:
     """Return the device where accelerate's hooks load a module's parameters for its forward; None without hooks."""
     for above in _above(model, module):
@@ -354,7 +401,8 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
 
     tensor = as_torch(value, like.device).detach()
     if tensor.is_floating_point():
-        wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
+        plain = trained or min(tensor.element_size(), like.element_size()) < 2 or not like.is_floating_point()
+        wide = torch.float32 if plain else like.dtype
         tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
     with torch.inference_mode(False):  # A tensor that is made under it can never be trained.
         made = spread(tensor.clone(), like, model)

@@ -17,6 +17,7 @@ from .checkpoints import HANDLES
 from .conversions import APPLY
 from .parts import HOOK, SCRIPTING
 from .scopes import SETTINGS
+from .slots import slots
 
 _OWN = (HOOK, SCRIPTING, APPLY, HANDLES, PARAMETERS, "forward", "_old_forward")
 """Attributes of a module that an adapter sets or exchanges."""
@@ -59,9 +60,10 @@ def all_or_nothing(
 
 
 def _ours(module: nn.Module) -> Iterator[Any]:
-    """The objects of this package that a module holds: a hook for its forward, and those that look at the model."""
+    """The objects that an adapter changes beside a module: its hook, other tools' references, the model's watch."""
     if HOOK in module.__dict__:
         yield module.__dict__[HOOK]
+    yield from (owner for owner, _ in slots(module) if owner is not module)
     package = __name__.rpartition(".")[0]
     hooks = module.__dict__.get("_forward_pre_hooks") or {}  # Modules of torch.jit have none.
     yield from (hook for hook in hooks.values() if type(hook).__module__.startswith(package))

@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import Unsupported
-from .bypass import Block, begin_calls, end_calls
+from .bypass import Block, begin_calls, end_calls, warn_of_untraced
 from .forward_hook import ForwardHook
-from .leaves import Leaf, reclaim
+from .leaves import Leaf, on_disk, reclaim, take_off_disk
 from .parts import HOOK
 from .probes import probe_forward
 from .replacements import check_tuner, is_tuner, notice_replacements
@@ -99,10 +99,11 @@ class Watch:
             Unsupported: an optimizer got the empty parameters that accelerate leaves there.
         """
         reclaim(self.model, self.leaves)
+        take_off_disk(self.homes(), self.leaves)
 
-    def homes(self) -> list[nn.Module]:
-        """Return the modules that hold trained tensors, and those around them."""
-        wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None}
+    def homes(self, trained: bool = False) -> list[nn.Module]:
+        """Return the modules that hold tensors of the adapter, or trained ones alone, and those around them."""
+        wanted = {id(leaf.module) for leaf in self.leaves if leaf.first is not None or not trained}
         modules = dict(self.model.named_modules()) if wanted else {}
         paths = [name for name, module in modules.items() if id(module) in wanted]
         steps = [name.split(".") if name else [] for name in paths]
@@ -170,6 +171,7 @@ class _Step:
 
     def __init__(self, module: nn.Module, places: list[Place], home: nn.Module) -> None:
         self.module, self.places = module, places
+        self.traced = False
         self.home: weakref.ref[nn.Module] | None = weakref.ref(home)
         self.blocks = [parent for parent, name, _ in places if _is_fused_away(name)]
 
@@ -184,6 +186,7 @@ class _Step:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
+            self.note_traced()
             for parent, name, child in self.places:  # The compiler guards each of them.
                 if parent._modules.get(name) is not child:
                     self.look_once()
@@ -195,6 +198,12 @@ class _Step:
                 break
         if self.blocks and any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self._look(module)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note_traced(self) -> bool:
+        """Note, while code is compiled, that it calls the module."""
+        self.traced = True
+        return True
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def look_once(self) -> bool:
@@ -233,6 +242,7 @@ class _Hook:
         self.places: list[Place] = []
         self.blocks: list[nn.Module] = []
         self.homes: list[nn.Module] = []
+        self.around: list[nn.Module] = []
         self.tuners: list[Place] = []
         self.settled = False
         self.forwards: Forwards | None = None
@@ -324,7 +334,8 @@ class _Hook:
         found = [module.__dict__[HOOK] for module in held.values() if HOOK in module.__dict__]
         self.hooks = {hook: place for place, hook in enumerate(found)}
         self.settled = False
-        self.homes = list({id(module): module for watch in self.watches for module in watch.homes()}.values())
+        self.homes = list({id(m): m for watch in self.watches for m in watch.homes(trained=True)}.values())
+        self.around = list({id(m): m for watch in self.watches for m in watch.homes()}.values())
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
@@ -351,6 +362,11 @@ class _Hook:
             for watch in self.watches:
                 watch.reclaim()
             self._gather()
+        if any("_diffusers_hook" in home.__dict__ for home in self.around):
+            if torch.is_grad_enabled():
+                _check_not_on_disk(self.homes)
+            for watch in self.watches:
+                take_off_disk(self.around, watch.leaves)
         if moved or any(parent.__dict__.get("fused_projections") for parent in self.blocks):
             self.look_again()
         for parent, name, child in self.tuners:
@@ -368,8 +384,17 @@ class _Hook:
         Raises:
             Unsupported: the weight of a module with an adapter was read, and the module was not called.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.check_traced()
+        else:
             end_calls(self.hooks, result is None, self._is_own, self.told)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def check_traced(self) -> bool:
+        """Warn, while code is compiled, of modules that it does not call although it calls what is around them."""
+        around = [(self.model, self.steps_of_model), *((s.module, s.places) for s in self.steps if s.traced)]
+        warn_of_untraced([(module, [child for _, _, child in places]) for module, places in around], self.told)
+        return True
 
     def _is_own(self, hook: ForwardHook, reader: str) -> bool:
         """Whether a function, by its full name, is a method that a class around a hook's module was defined with."""
@@ -403,6 +428,18 @@ def _check_no_replica(module: nn.Module) -> None:
     if "_is_replica" in module.__dict__:
         cure = "Start the script with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one device"
         raise Unsupported("nn.DataParallel on several devices", where=type(module).__name__, cure=cure)
+
+
+def _check_not_on_disk(homes: Sequence[nn.Module]) -> None:
+    """Check that diffusers' group offloading does not put the modules of a training on the disk.
+
+    Raises:
+        Unsupported: it does. The backward pass would read weights that are gone by then, and each forward would load
+            trained tensors as they were at the start.
+    """
+    if on_disk(homes):
+        why = "training a model that diffusers' group offloading keeps on the disk"
+        raise Unsupported(why, cure="Call enable_group_offload() without offload_to_disk_path, or run under no_grad()")
 
 
 def _no_fused_path(_: nn.Module, args: Any) -> None:

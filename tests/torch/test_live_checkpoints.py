@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,43 @@ def test_the_example_of_the_page_on_live_models_runs(tmp_path):
     exec(example, names)
     assert ak.read(tmp_path / "checkpoint-6" / "adapter", format="peft").methods == ("lora",)
     assert len(names["optimizer"].param_groups) == 2
+
+
+def told(run):
+    """The texts of the warnings that a call gives about state dicts without the adapter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(each.message) for each in caught if "without the adapter" in str(each.message)]
+
+
+@pytest.mark.parametrize("choice", ["base", "adapter", "all"])
+def test_a_checkpoint_without_a_trained_adapter_is_told_once(choice):
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = ak.torch.inject(model, ak.torch.create(model, "lora", targets=["0"], rank=2), trainable=True)
+    handle.checkpoint = choice
+    state = model.state_dict()
+    texts = told(lambda: model.load_state_dict(state))
+    assert len(texts) == (choice == "base")
+    if texts:
+        assert "handle.checkpoint" in texts[0]
+        assert "TrainerCallback" in texts[0]
+    assert not told(lambda: model.load_state_dict(state))
+
+
+def test_a_base_is_loaded_under_a_frozen_adapter_without_a_word():
+    model = nn.Sequential(nn.Linear(4, 4))
+    ak.torch.inject(model, ak.torch.create(model, "lora", targets=["0"], rank=2))
+    assert not told(lambda: model.load_state_dict(model.state_dict()))
+
+
+def test_a_trainer_that_goes_back_to_its_best_checkpoint_tells_that_it_has_no_adapter(tmp_path):
+    model = llama()
+    handle = attach(model)
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, settings, train_dataset=DATA, eval_dataset=DATA)
+    (text,) = told(trainer.train)
+    assert repr(handle.name) in text

@@ -4,8 +4,11 @@ Each case is compared with one process that has the whole model: outputs, three 
 read back, `merge_`.
 """
 
+import os
+
 import pytest
 import torch
+import transformers
 from situations import draw
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -18,6 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = ("lora", "dora", "bottleneck", "oft")
 X = draw(6, 16, seed=1).float()
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 class Block(nn.Module):
@@ -124,6 +131,39 @@ def first_fsdp(method, rank):
     close(model(X), one(X))
 
 
+def planned(rank, folder):
+    """Layers of transformers' `tp_plan`, closures that spread their input: refused by name, and right once merged."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.manual_seed(0)
+    one = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    if rank == 0:
+        one.save_pretrained(folder)
+    torch.distributed.barrier()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    ids = torch.tensor([[5, 9, 2, 7]])
+    base = one(ids).logits.detach()
+    for method in ("lora", "dora"):
+        made = ak.torch.create(one, method, targets=["v_proj", "down_proj"], rank=2)
+        generator = torch.Generator().manual_seed(4)
+        adapter = made.replace(updates={t: tuple(moved(u, generator) for u in us) for t, us in made.updates.items()})
+        alone, handle = ak.torch.inject(one, adapter), ak.torch.inject(model, adapter)
+        with pytest.raises(Unsupported, match=r"tp_plan.*merge_"):
+            model(ids)
+        with handle.disable():
+            close(filled(model(ids).logits), base)
+        handle.merge_(keep=True)
+        close(filled(model(ids).logits), one(ids).logits)
+        assert not torch.allclose(one(ids).logits, base, atol=1e-4)
+        handle.unmerge_()
+        handle.remove()
+        alone.remove()
+        close(filled(model(ids).logits), base)
+
+
+def filled(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def work(rank, file):
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -135,6 +175,7 @@ def work(rank, file):
         first_fsdp(method, rank)
     for first in (False, True):
         routed(first)
+    planned(rank, file.parent / "model")
     torch.distributed.destroy_process_group()
 
 

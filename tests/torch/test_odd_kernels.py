@@ -404,3 +404,44 @@ def test_a_model_whose_own_class_reads_the_weight_goes_on_as_in_peft():
     inner = layers[Target("0.inner")]
     change = functional.linear(X, inner.scaling * inner.B @ inner.A)
     assert torch.allclose(first, base + change @ model[0].step.weight.T, atol=1e-9)
+
+
+def told(run):
+    """The texts of the warnings that a call gives; code of another test is not taken over."""
+    torch.compiler.reset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(each.message) for each in caught if "compiled code runs" in str(each.message)]
+
+
+def test_compiled_code_that_goes_past_an_adapter_is_told_once():
+    model = Model().double().train()
+    inject(model, "head", 8, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (text,) = told(lambda: (compiled(X), compiled(X[:2])))
+    assert "calls none of head" in text
+    assert "merge_" in text
+
+
+@pytest.mark.parametrize("target", ["head", "mlp.up"])
+def test_compiled_code_that_calls_its_adapters_is_not_told(target):
+    model = Model().double().eval()
+    inject(model, target, *model.get_submodule(target).weight.shape)
+    assert not told(lambda: torch.compile(model, backend="aot_eager", fullgraph=True)(X))
+
+
+def test_compiled_code_of_a_fused_block_is_told():
+    model = Model().double().eval()
+    model.mlp.forward = types.MethodType(fused_mlp, model.mlp)
+    inject(model, "mlp.up", 16, 8)
+    (text,) = told(lambda: torch.compile(model, backend="aot_eager", fullgraph=True)(X))
+    assert "a MLP that calls none of mlp.up" in text
+
+
+def test_a_module_that_ran_before_is_not_told():
+    model = Model().double().eval()
+    inject(model, "head", 8, 8)
+    model(X)
+    model.train()
+    assert not told(lambda: torch.compile(model, backend="aot_eager")(X))
