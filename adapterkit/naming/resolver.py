@@ -246,7 +246,8 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
     """Remove wrappers' words; targets that then have a place are placed, and the others go on without those words."""
-    if not left:
+    perhaps = WRAPPERS | PERHAPS
+    if not any(word in name for _, name in left for word in perhaps):
         return left
     known = {word for shape in _shapes(base) for word in shape.split(".")}
     off = WRAPPERS | (PERHAPS - known)
@@ -407,13 +408,13 @@ class _Known:
         """Return how many experts the weight has in the base; for a stack, the base's config tells it."""
         if place.stacked:
             return self.base.experts
-        first = self._path(place, {**numbers, "{e}": "0"}, naming)
-        if first not in self.counts:
+        each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
+        if each not in self.counts:
             count = 0
-            while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
+            while each.replace("{e}", str(count)) in self.base.paths:
                 count += 1
-            self.counts[first] = count
-        return self.counts[first] // (1 if place.half is None else 2)
+            self.counts[each] = count
+        return self.counts[each] // (1 if place.half is None else 2)
 
 
 Found = tuple[str, Place, dict[str, str]]
@@ -456,8 +457,10 @@ def moves_to(
         if ours.stacked and not theirs.stacked:
             count = experts(theirs, numbers)
             first = count * (theirs.half or 0)
+            # The other holes are filled once for all experts: a large model has tens of thousands of them.
+            each = path(theirs, {**numbers, "{e}": "{e}"})
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(first + expert)}), take, into, expert=expert, turn=turn)
+                Move(each.replace("{e}", str(first + expert)), take, into, expert=expert, turn=turn)
                 for expert in range(count)
             ]
         else:
@@ -764,15 +767,24 @@ def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
 def _shapes(base: Names) -> dict[str, str]:
     """Return template -> one name that has it."""
     if not base.shapes:
-        for path in (*base.paths, *base.outer):
-            base.shapes.setdefault(_template(path), path)
+        names = [name for name in (*base.paths, *base.outer) if "." in name]
+        # All names as one string: a substitution for each of the 90,000 names of a large model takes three times as
+        # long.
+        templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
+        if len(templates) != len(names):  # A name with a line break in it, or no names.
+            templates = [_template(name) for name in names]
+        base.shapes.update(zip(templates, names, strict=True))
+        base.shapes.update((shape_of(name), name) for name in (*base.paths, *base.outer) if "." not in name)
     return base.shapes
 
 
+_NUMBERS = re.compile(r"\.(?:0|[1-9][0-9]{0,8})(?=[.\n]|\Z)")
+"""Numbers in names, except a first word that is a number: that one names a part of a pipeline."""
+
+
 def _template(name: str) -> str:
-    """Replace numbers in a name by `#`, except a first word that is a number: that one names a part of a pipeline."""
-    head, dot, rest = name.partition(".")
-    return f"{head}.{shape_of(rest)}" if dot and head.isdigit() else shape_of(name)
+    """Replace numbers in a name by `#`, as in `_shapes`."""
+    return _NUMBERS.sub(".#", name) if "." in name else shape_of(name)
 
 
 def _swap(name: str, off: str, on: str) -> str:
