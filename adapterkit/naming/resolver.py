@@ -133,6 +133,10 @@ class Names:
         """Whether a target may be at a path."""
         return path in (self.outer if target in self.anywhere else self.paths)
 
+    def lacks_weight(self, path: str) -> bool:
+        """Whether a base has the bias of a module and no weight beside it."""
+        return f"{path}.bias" in self.paths and f"{path}.weight" not in self.paths
+
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
         """Return the names without wrappers' words, and short name -> full name; None if no name has such a word.
@@ -200,11 +204,18 @@ def resolve(
         return found
     resolution = Resolution()
     left = _by_renames(targets, base, renames, resolution)
+    halves: Left = []
+    if architecture is not None:
+        # Jev's files have the bias of its head as `proj.bias`, and its weight as `weight`.
+        halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
+        left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
     left = _unwrapped(left, base, resolution)
     left = _of_modules(left)
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
+    if halves and architecture is not None:
+        left += _exact(_by_architecture(halves, base, architecture, resolution), base, resolution)
     if left:
         family = None if architecture is None else base.known.get(architecture.family)
         left = _by_prefixes(left, base, resolution, partial, fits, family)
@@ -319,14 +330,20 @@ class _Known:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # A base with the exact names of one naming needs no prefix; a search for one could only mislead.
-        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
-        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
+        # A base with the exact names of one naming needs no prefix; a search for one could only mislead. But a class
+        # without a head may have another prefix in one part alone: Dots 3's text model beside its towers.
+        plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
+        self.prefixes = {
+            naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
+            for naming, known in templates.items()
+        }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Return every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
-        rooted = (f"{self.root}.{name}",) if self.root and not name.startswith(f"{self.root}.") else ()
+        rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
+        # A base that is one part of a model lacks the prefix of that part, and so may an adapter of the same class.
+        rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
                 continue
@@ -384,22 +401,39 @@ class _Known:
         every = (self.architecture.templates(naming) for naming in self.architecture.namings)
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
-    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
-        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one."""
+    def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
+        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one.
+
+        Args:
+            templates: the names of the naming.
+            in_part: the base has names of the family as they are; then a prefix must be one that no name of the base
+                has, and all the names of the naming with this prefix must have a place without it.
+        """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
         for off, on in sorted(trials):
+            if in_part and not self._moves_a_part(templates, off, on):
+                continue
             count = sum(_swap(template, off, on) in self.shapes for template in templates)
             if count > most:
                 best, most = (off, on), count
         return best
+
+    def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
+        """Whether a whole part of a naming has its place in the base under another prefix, and none under its own."""
+        part = [template for template in templates if template.startswith(off)]
+        return bool(off) and all(
+            template not in self.shapes and _swap(template, off, on) in self.shapes for template in part
+        )
 
     def _moves(self, weights: Sequence[Found], naming: str) -> tuple[Move, ...] | None:
         moves = moves_to(
             self.architecture, weights, naming, lambda place, numbers: self._path(place, numbers, naming),
             lambda place, numbers: self._experts(place, numbers, naming),
         )  # fmt: skip
-        return moves if moves and all(move.path in self.base.paths for move in moves) else None
+        if not moves or any(move.path not in self.base.paths for move in moves):
+            return None
+        return None if len(moves) == 1 and self.base.lacks_weight(moves[0].path) else moves
 
     def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])

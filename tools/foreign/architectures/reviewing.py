@@ -19,6 +19,7 @@ MORE = {
          "bigbird_pegasus", "prophetnet"),
         "a union with the class that has the decoder alone, or that has other heads",
     ),
+    "rf_detr": "a union with the class of instance segmentation",
 }  # fmt: skip
 """Family -> why its file has weights that the tiny model of its main class lacks."""
 
