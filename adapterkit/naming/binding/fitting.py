@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ...core.adapter import Target
 from ...core.updates import Update
@@ -85,16 +86,13 @@ def biasless(base: Checkpoint, path: str) -> bool:
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     """Return the shape of a live model's tensor that a base stores in parts or as a part; None if no family has it."""
     # A reader asks for each stack of experts several times, and an answer looks at every expert of the base.
-    known = _live_shapes_of(base)
+    known = _LIVE_SHAPES.setdefault(base, {})
     if name not in known:
         known[name] = _live_shape(base, name)
     return known[name]
 
 
-@lru_cache(maxsize=2)
-def _live_shapes_of(base: Checkpoint) -> dict[str, tuple[int, ...] | None]:
-    """Return the answers of `live_shape` for a base so far."""
-    return {}
+_LIVE_SHAPES: WeakKeyDictionary[Checkpoint, dict[str, tuple[int, ...] | None]] = WeakKeyDictionary()
 
 
 def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
