@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 
 from ...core.adapter import Target
 from ...core.updates import Update
-from ...errors import TargetNotFound
+from ...errors import AdapterkitError, TargetNotFound
 from ..architectures import STORED_AS, Architecture, architecture_of, with_names
-from ..resolver import Names, resolve
+from ..heads import heads_of
+from ..resolver import Names, PathPart, resolve
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -107,6 +108,15 @@ def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
+    """Return the share of a fused weight's rows that a part has: (own, all)."""
+    if not part.heads:
+        return 1, part.of
+    heads = heads_of(base.config, str(base.root))
+    shares = heads.query, heads.kv, heads.kv
+    return shares[part.number], sum(shares)
+
+
 def names_family(config: Mapping[str, Any] | None) -> bool:
     """Whether a base's config names its model type or classes, even if this version does not know them."""
     return not {"model_type", STORED_AS}.isdisjoint(config or {})
@@ -124,10 +134,12 @@ def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[
     if first.slot is not None:
         shape = shape[1:]
     lead = int(first.expert is None and len(shape) > 2)
-    if (first.take and first.take.heads) or (first.into and first.into.heads):
-        return None  # The parts have unequal sizes, which depend on the heads; no caller needs them yet.
-    scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
-    out = shape[lead] * scale[0] // scale[1]
+    try:
+        whole = _share(first.take, base) if first.take else (1, 1)
+        part = _share(first.into, base) if first.into else (1, 1)
+    except AdapterkitError:  # The base's config does not say how many heads the parts have.
+        return None
+    out = shape[lead] * whole[1] * part[0] // (whole[0] * part[1])
     experts = () if first.expert is None else (len({move.expert for move in moves}),)
     return (*experts, *shape[:lead], out, *shape[lead + 1 :])
 
