@@ -73,6 +73,12 @@ def test_a_part_keeps_its_own_names_where_the_base_has_any_of_them() -> None:
     assert placed("qwen3_omni_moe_thinker", "language_model.layers.0.mlp.experts.gate_up_proj", *stored) == ()
 
 
+def test_a_tower_that_transformers_4_named_twice() -> None:
+    four, five = (f"model.vision_model.{inside}encoder.layers.0.mlp.fc1" for inside in ("vision_model.", ""))
+    assert placed("deepseek_vl", four, five) == (Move(five),)
+    assert placed("deepseek_vl", five, four) == (Move(four),)
+
+
 def test_a_text_model_alone_lacks_the_prefix_of_its_part() -> None:
     stored = [f"layers.0.self_attn.{name}_proj" for name in "qkvo"] + ["embed_tokens", "norm"]
     stored += [f"layers.0.mlp.experts.{e}.{name}" for e in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
