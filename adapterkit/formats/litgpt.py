@@ -175,9 +175,9 @@ class _Writer:
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
         found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
-        width = (
-            next(u.A.shape[1] for u in self.own.values()) if not any(found) else next(filter(None, found)).A.shape[1]
-        )
+        # Other modules, such as the MLP's last, have inputs of another width; these are on because a layer has them.
+        names = {_below(parts()[name]) for name in enabled}
+        width = next(update.A.shape[1] for path, update in self.own.items() if _below(path) in names)
         sizes = dict(zip(parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, found, strict=True):

@@ -76,11 +76,12 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
         raise UsageError("the order of rows here depends on the base's number of heads", where=where, cure=_GIVE)
     inner = config.get("text_config")
     own = inner if isinstance(inner, dict) else config
-    query = _count(own, ("num_attention_heads", "n_head"), where)
+    query = _count(own, ("num_attention_heads", "n_head", "n_heads"), where)
     # Falcon's config says num_kv_heads = num_attention_heads even if its first generation shares one key among all.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
-    kv = 1 if one else _count(own, ("num_key_value_heads", "num_kv_heads"), where, _shared(own, query, where))
-    width = _count(own, ("hidden_size", "n_embd"), where, 0)
+    fields = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    kv = 1 if one else _count(own, fields, where, _shared(own, query, where))
+    width = _count(own, ("hidden_size", "n_embd", "d_model"), where, 0)
     dim = _count(own, ("head_dim",), where, width // query)
     if not dim:
         raise UsageError("the base's config does not say how wide its heads are", where=where, cure=_GIVE)

@@ -133,6 +133,10 @@ class Names:
         """Whether a target may be at a path."""
         return path in (self.outer if target in self.anywhere else self.paths)
 
+    def lacks_weight(self, path: str) -> bool:
+        """Whether a base has the bias of a module and no weight beside it."""
+        return f"{path}.bias" in self.paths and f"{path}.weight" not in self.paths
+
     @cached_property
     def without_wrappers(self) -> tuple[Names, dict[str, str]] | None:
         """Return the names without wrappers' words, and short name -> full name; None if no name has such a word.
@@ -200,11 +204,18 @@ def resolve(
         return found
     resolution = Resolution()
     left = _by_renames(targets, base, renames, resolution)
+    halves: Left = []
+    if architecture is not None:
+        # Jev's files have the bias of its head as `proj.bias`, and its weight as `weight`.
+        halves = [each for each in left if base.lacks_weight(each[1]) and each[0] not in base.anywhere]
+        left = [each for each in left if each not in halves] if halves else left
     left = _exact(left, base, resolution)
     left = _unwrapped(left, base, resolution)
     left = _of_modules(left)
     if left and architecture is not None:
         left = _by_architecture(left, base, architecture, resolution)
+    if halves and architecture is not None:
+        left += _exact(_by_architecture(halves, base, architecture, resolution), base, resolution)
     if left:
         family = None if architecture is None else base.known.get(architecture.family)
         left = _by_prefixes(left, base, resolution, partial, fits, family)
@@ -246,7 +257,8 @@ def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
 
 def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
     """Remove wrappers' words; targets that then have a place are placed, and the others go on without those words."""
-    if not left:
+    perhaps = WRAPPERS | PERHAPS
+    if not any(word in name for _, name in left for word in perhaps):
         return left
     known = {word for shape in _shapes(base) for word in shape.split(".")}
     off = WRAPPERS | (PERHAPS - known)
@@ -318,14 +330,20 @@ class _Known:
         self.counts: dict[str, int] = {}
         templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
         covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
-        # A base with the exact names of one naming needs no prefix; a search for one could only mislead.
-        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
-        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
+        # A base with the exact names of one naming needs no prefix; a search for one could only mislead. But a class
+        # without a head may have another prefix in one part alone: Dots 3's text model beside its towers.
+        plain = {naming for naming, count in covered.items() if 2 * count > len(templates[naming])}
+        self.prefixes = {
+            naming: self._prefix(known, bool(plain)) if not plain or naming in plain else ("", "")
+            for naming, known in templates.items()
+        }
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Return every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
-        rooted = (f"{self.root}.{name}",) if self.root and not name.startswith(f"{self.root}.") else ()
+        rooted = [f"{self.root}.{name}"] if self.root and not name.startswith(f"{self.root}.") else []
+        # A base that is one part of a model lacks the prefix of that part, and so may an adapter of the same class.
+        rooted += [off + name for off, on in dict.fromkeys(self.prefixes.values()) if off and not on]
         for own in (*variants(name), *rooted):
             if self.loses_a_part(name, own):
                 continue
@@ -383,22 +401,39 @@ class _Known:
         every = (self.architecture.templates(naming) for naming in self.architecture.namings)
         return frozenset(word for templates in every for name in templates for word in name.split("."))
 
-    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
-        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one."""
+    def _prefix(self, templates: Sequence[str], in_part: bool = False) -> tuple[str, str]:
+        """Find the prefix that the base removed from a naming, or added; a model saved without its head removes one.
+
+        Args:
+            templates: the names of the naming.
+            in_part: the base has names of the family as they are; then a prefix must be one that no name of the base
+                has, and all the names of the naming with this prefix must have a place without it.
+        """
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
         for off, on in sorted(trials):
+            if in_part and not self._moves_a_part(templates, off, on):
+                continue
             count = sum(_swap(template, off, on) in self.shapes for template in templates)
             if count > most:
                 best, most = (off, on), count
         return best
+
+    def _moves_a_part(self, templates: Sequence[str], off: str, on: str) -> bool:
+        """Whether a whole part of a naming has its place in the base under another prefix, and none under its own."""
+        part = [template for template in templates if template.startswith(off)]
+        return bool(off) and all(
+            template not in self.shapes and _swap(template, off, on) in self.shapes for template in part
+        )
 
     def _moves(self, weights: Sequence[Found], naming: str) -> tuple[Move, ...] | None:
         moves = moves_to(
             self.architecture, weights, naming, lambda place, numbers: self._path(place, numbers, naming),
             lambda place, numbers: self._experts(place, numbers, naming),
         )  # fmt: skip
-        return moves if moves and all(move.path in self.base.paths for move in moves) else None
+        if not moves or any(move.path not in self.base.paths for move in moves):
+            return None
+        return None if len(moves) == 1 and self.base.lacks_weight(moves[0].path) else moves
 
     def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])
@@ -407,13 +442,13 @@ class _Known:
         """Return how many experts the weight has in the base; for a stack, the base's config tells it."""
         if place.stacked:
             return self.base.experts
-        first = self._path(place, {**numbers, "{e}": "0"}, naming)
-        if first not in self.counts:
+        each = self._path(place, {**numbers, "{e}": "{e}"}, naming)
+        if each not in self.counts:
             count = 0
-            while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
+            while each.replace("{e}", str(count)) in self.base.paths:
                 count += 1
-            self.counts[first] = count
-        return self.counts[first] // (1 if place.half is None else 2)
+            self.counts[each] = count
+        return self.counts[each] // (1 if place.half is None else 2)
 
 
 Found = tuple[str, Place, dict[str, str]]
@@ -456,8 +491,10 @@ def moves_to(
         if ours.stacked and not theirs.stacked:
             count = experts(theirs, numbers)
             first = count * (theirs.half or 0)
+            # The other holes are filled once for all experts: a large model has tens of thousands of them.
+            each = path(theirs, {**numbers, "{e}": "{e}"})
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(first + expert)}), take, into, expert=expert, turn=turn)
+                Move(each.replace("{e}", str(first + expert)), take, into, expert=expert, turn=turn)
                 for expert in range(count)
             ]
         else:
@@ -764,15 +801,24 @@ def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
 def _shapes(base: Names) -> dict[str, str]:
     """Return template -> one name that has it."""
     if not base.shapes:
-        for path in (*base.paths, *base.outer):
-            base.shapes.setdefault(_template(path), path)
+        names = [name for name in (*base.paths, *base.outer) if "." in name]
+        # All names as one string: a substitution for each of the 90,000 names of a large model takes three times as
+        # long.
+        templates = _NUMBERS.sub(".#", "\n".join(names)).split("\n")
+        if len(templates) != len(names):  # A name with a line break in it, or no names.
+            templates = [_template(name) for name in names]
+        base.shapes.update(zip(templates, names, strict=True))
+        base.shapes.update((shape_of(name), name) for name in (*base.paths, *base.outer) if "." not in name)
     return base.shapes
 
 
+_NUMBERS = re.compile(r"\.(?:0|[1-9][0-9]{0,8})(?=[.\n]|\Z)")
+"""Numbers in names, except a first word that is a number: that one names a part of a pipeline."""
+
+
 def _template(name: str) -> str:
-    """Replace numbers in a name by `#`, except a first word that is a number: that one names a part of a pipeline."""
-    head, dot, rest = name.partition(".")
-    return f"{head}.{shape_of(rest)}" if dot and head.isdigit() else shape_of(name)
+    """Replace numbers in a name by `#`, as in `_shapes`."""
+    return _NUMBERS.sub(".#", name) if "." in name else shape_of(name)
 
 
 def _swap(name: str, off: str, on: str) -> str:

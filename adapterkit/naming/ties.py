@@ -98,6 +98,9 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
     ]  # fmt: skip
     # Llama 3.2 Vision has a head with fewer rows than its embedding, so it is a tensor of its own.
     apart = bool(heads) or any(name == head or _is(name, _ONLY_HEADS) for name in names if name != stored)
+    # CSM ties the embeddings of its two decoders, and its config says so by the field of other models' heads.
+    if known is None and not heads and _of_another_shape(f"{_head_of(config)}.weight", stored, names):
+        return None
     if not _says_tied(config, apart, head is not None) or len(heads) > 1:
         return None
     head = heads[0] if heads else head or f"{_head_of(config)}.weight"
@@ -300,6 +303,14 @@ def _is(name: str, modules: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=8)
 def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f".{module}.weight" for module in modules)
+
+
+def _of_another_shape(head: str, stored: str, names: Mapping[str, Any]) -> bool:
+    """Whether a base stores a head that is a matrix of another shape than its embeddings, with numbers as wide."""
+    one, other = names.get(head), names[stored]
+    shapes = [getattr(each, "shape", ()) for each in (one, other)]
+    alike = getattr(one, "dtype", None) == getattr(other, "dtype", None)
+    return alike and len(shapes[0]) == len(shapes[1]) == 2 and shapes[0] != shapes[1]
 
 
 def _head_of(config: Mapping[str, Any] | None) -> str:

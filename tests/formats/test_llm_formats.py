@@ -102,6 +102,19 @@ def test_other_methods_are_refused_by_name_or_dropped(name, tmp_path):
     assert len(deltas(ak.read(path, name, BASE))) == 14
 
 
+@pytest.mark.parametrize("layers", [(0,), (1,)])
+@pytest.mark.parametrize("names", [("mlp.down_proj", "self_attn.q_proj"), ("self_attn.v_proj", "mlp.down_proj")])
+def test_litgpts_layers_without_an_update_hold_zeros_of_their_own_width(names, layers, tmp_path):
+    adapter, path = llama(layers, names), place(tmp_path, "litgpt")
+    ak.write(adapter, path, "litgpt", BASE)
+    found = deltas(ak.read(path, "litgpt", BASE))
+    for target, delta in deltas(adapter).items():
+        np.testing.assert_allclose(found.pop(target), delta, rtol=1e-6)
+    assert {target.split(".", 3)[3] for target in found} >= set(names)
+    assert all(delta.shape == SHAPES[target.split(".", 3)[3]] for target, delta in found.items())
+    assert not any(delta.any() for delta in found.values())
+
+
 @pytest.mark.parametrize("name", ["gguf", "megatron", "torchtune"])
 def test_heads_are_needed_where_they_decide(name, tmp_path):
     path = place(tmp_path, name)

@@ -136,6 +136,23 @@ def test_a_head_with_other_rows_than_the_embedding_is_not_tied(tmp_path: Path) -
     assert torch.equal(merged["language_model.model.embed_tokens.weight"], embedding)
 
 
+def test_a_tie_of_two_embeddings_is_none_of_the_head(tmp_path: Path) -> None:
+    """CSM ties the embeddings of its two decoders; its head has other rows and other columns."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    head, embedding = torch.randn(12, 8), torch.randn(24, 16)
+    names = {"lm_head.weight": head, "depth_decoder.model.embed_tokens.weight": embedding}
+    save_file(names, base / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["CsmForConditionalGeneration"], "model_type": "csm", "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    update = LoRA(A=torch.randn(2, 8), B=torch.randn(12, 2))
+    ak.write(ak.Adapter({Target("lm_head"): (update,)}), adapter, format="peft")
+    ak.merge(base, adapter, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.allclose(merged["lm_head.weight"], head + update.B @ update.A, atol=1e-5)
+    assert torch.equal(merged["depth_decoder.model.embed_tokens.weight"], embedding)
+
+
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 ENCODER = {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 16}
 OTHER_NAMES: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -24,6 +24,7 @@ from ...io.lazy import Lazy, as_lazy, bytes_of
 from ...naming.layouts import stored_in_out
 from .factors import PeftFactors, adapt, check_rank
 from .file import File, Findings, Found
+from .patterns import unwrapped
 from .settings import names_module, parse_version, written_by_unsloth
 
 if TYPE_CHECKING:
@@ -258,6 +259,7 @@ def _check_matrices(factors: PeftFactors) -> None:
 
 def _names(file: File, path: str) -> list[str]:
     """List the parameters of a module that `target_parameters` could mean."""
+    path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     names = [name for module, _, name in known if not module or path == module or path.endswith(f".{module}")]
     return list(dict.fromkeys(names))
@@ -265,6 +267,7 @@ def _names(file: File, path: str) -> list[str]:
 
 def _named(file: File, path: str) -> list[str]:
     """List the parameters that `target_parameters` names together with this module: `gate.weight` at `mlp.gate`."""
+    path = unwrapped(path)
     known = [name.rpartition(".") for name in file.settings.target_parameters or ()]
     return list(dict.fromkeys(n for module, _, n in known if module and f".{path}".endswith(f".{module}")))
 

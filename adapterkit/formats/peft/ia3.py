@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import ShapeMismatch
 from .file import File, Findings, Found, Key, make
-from .patterns import matches
+from .patterns import matches, unwrapped
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -49,4 +49,5 @@ def feedforward(settings: Settings, path: str) -> bool | None:
     named = settings.feedforward_modules
     if named is None:
         return None
+    path = unwrapped(path)
     return matches(named, path, whole=True) if isinstance(named, str) else path.endswith(tuple(named))

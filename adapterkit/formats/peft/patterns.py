@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from ...errors import Malformed, Unsupported
+from ...naming.resolver import WRAPPERS
 
 SURE = 2_000_000
 """Steps that `re` may take at most for one name: a few milliseconds."""
@@ -22,6 +23,9 @@ MAX_VISITS = 2_000_000
 MAX_REMEMBERED = 20_000
 
 _NEVER = float("inf")
+
+_INSIDE = "base_model.model."
+"""Behind it are the base's own names; DistributedDataParallel and TRL's value heads put words before it."""
 
 
 class TooSlow(Exception):
@@ -282,7 +286,11 @@ T = TypeVar("T")
 
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that fits `name`, whole or after a dot, else of the one equal to `name`."""
+    """Return the value of the first pattern that fits `name`, whole or after a dot, else of the one equal to `name`.
+
+    Words that wrappers put into the name do not count: PEFT reads the patterns before FSDP or torch.compile wrap a
+    model, and files saved inside them have such words in their keys.
+    """
     if not patterns:
         return default
     known = _INDEXES.get(id(patterns))
@@ -290,8 +298,21 @@ def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
         if len(_INDEXES) >= _MOST_INDEXES:
             _INDEXES.clear()
         known = _INDEXES[id(patterns)] = _Index(patterns)
-    position = known.first(name)
-    return patterns.get(name, default) if position is None else known.values[position]
+    # Patterns that adapterkit wrote have the words of the keys beside them.
+    tried = {name, unwrapped(name)}
+    if "module." in name:
+        # DistributedDataParallel's word, or one of the model's own; a pattern that starts with `^` tells them apart.
+        tried.add(".".join(word for word in unwrapped(name).split(".") if word != "module"))
+    positions = [position for each in tried if (position := known.first(each)) is not None]
+    return known.values[min(positions)] if positions else patterns.get(name, default)
+
+
+def unwrapped(name: str) -> str:
+    """Return the path of a module inside PEFT's base model, without the words that wrappers put into it."""
+    name = name.rpartition(_INSIDE)[2]
+    if not any(word in name for word in WRAPPERS):
+        return name
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
 class _Index(Generic[T]):

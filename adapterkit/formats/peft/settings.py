@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from ...errors import Malformed
-from .patterns import first_match, matches
+from .patterns import first_match, matches, unwrapped
 
 if TYPE_CHECKING:
     from ...io.strict_json import JsonValue
@@ -136,6 +136,7 @@ def parse_version(version: str | None) -> tuple[int, ...]:
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
     """Whether PEFT's `target_modules` names a module: a string is a pattern, the items of a list are whole endings."""
+    path = unwrapped(path)
     if isinstance(target_modules, str):
         return matches(target_modules, path, whole=True)
     return any(path == name or path.endswith(f".{name}") for name in target_modules or ())

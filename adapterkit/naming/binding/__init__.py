@@ -109,14 +109,17 @@ def bind(
     given: Sequence[Site] = in_order_of(base, found.sites, shapes, rules)
     if resize is not None:
         given, shapes = resize(given, shapes)
-    sites = with_layouts(list(given), shapes, found.config)
+    # One object for all sites of one form: tens of thousands of targets have a few dozen of them.
+    same: dict[Hashable, Hashable] = {}
+    forms = [same.setdefault(form, form) for form in (site.form(shapes) for site in given)]
+    sites = with_layouts(list(given), shapes, found.config, forms)
     passed = set[Hashable]()
-    for site in sites:
-        form = site.form(shapes)
-        if form not in passed:
+    for site, form in zip(sites, forms, strict=True):
+        seen = site.target.layout, form
+        if seen not in passed:
             check_site(site, shapes, distinct=distinct)
             if all(update.by_form for update in site.updates):
-                passed.add(form)
+                passed.add(seen)
     updates: dict[Target, tuple[Update, ...]] = {}
     for site in sites:
         there = updates.get(site.target)

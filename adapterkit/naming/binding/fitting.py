@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ...core.adapter import Target
 from ...core.updates import Update
-from ...errors import TargetNotFound
+from ...errors import AdapterkitError, TargetNotFound
 from ..architectures import STORED_AS, Architecture, architecture_of, with_names
-from ..resolver import Names, resolve
+from ..heads import heads_of
+from ..resolver import Names, PathPart, resolve
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
@@ -84,6 +86,17 @@ def biasless(base: Checkpoint, path: str) -> bool:
 
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     """Return the shape of a live model's tensor that a base stores in parts or as a part; None if no family has it."""
+    # A reader asks for each stack of experts several times, and an answer looks at every expert of the base.
+    known = _LIVE_SHAPES.setdefault(base, {})
+    if name not in known:
+        known[name] = _live_shape(base, name)
+    return known[name]
+
+
+_LIVE_SHAPES: WeakKeyDictionary[Checkpoint, dict[str, tuple[int, ...] | None]] = WeakKeyDictionary()
+
+
+def _live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     architecture = architecture_of(base.config)
     if architecture is not None:
         return _shape_in(base, name.removesuffix(".weight"), architecture)
@@ -93,6 +106,15 @@ def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     path = name.removesuffix(".weight")
     found = {_shape_in(base, path, known) for known in with_names((path,))} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def _share(part: PathPart, base: Checkpoint) -> tuple[int, int]:
+    """Return the share of a fused weight's rows that a part has: (own, all)."""
+    if not part.heads:
+        return 1, part.of
+    heads = heads_of(base.config, str(base.root))
+    shares = heads.query, heads.kv, heads.kv
+    return shares[part.number], sum(shares)
 
 
 def names_family(config: Mapping[str, Any] | None) -> bool:
@@ -112,10 +134,12 @@ def _shape_in(base: Checkpoint, path: str, architecture: Architecture) -> tuple[
     if first.slot is not None:
         shape = shape[1:]
     lead = int(first.expert is None and len(shape) > 2)
-    if (first.take and first.take.heads) or (first.into and first.into.heads):
-        return None  # The parts have unequal sizes, which depend on the heads; no caller needs them yet.
-    scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
-    out = shape[lead] * scale[0] // scale[1]
+    try:
+        whole = _share(first.take, base) if first.take else (1, 1)
+        part = _share(first.into, base) if first.into else (1, 1)
+    except AdapterkitError:  # The base's config does not say how many heads the parts have.
+        return None
+    out = shape[lead] * whole[1] * part[0] // (whole[0] * part[1])
     experts = () if first.expert is None else (len({move.expert for move in moves}),)
     return (*experts, *shape[:lead], out, *shape[lead + 1 :])
 

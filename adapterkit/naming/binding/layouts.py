@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +15,24 @@ from .fitting import Shapes, fits
 from .sites import Site
 
 
-def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None) -> list[Site]:
+def with_layouts(
+    sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None, forms: Sequence[Hashable] = ()
+) -> list[Site]:
     """Return the sites with the layout in which the base stores each weight.
+
+    Args:
+        sites: the sites.
+        shapes: the base's stored tensors.
+        config: the base's config.
+        forms: the form of each site, if the caller has them already.
 
     Raises:
         ShapeMismatch: the layout of a square weight is ambiguous.
     """
     # Only forms and shapes decide what fits, and tens of thousands of targets have a few dozen of them.
-    known: dict[Any, list[str]] = {}
+    known: dict[Hashable, list[str]] = {}
     fitting = []
-    for site in sites:
-        form = site.form(shapes)
+    for site, form in zip(sites, forms or [site.form(shapes) for site in sites], strict=True):
         if form not in known:
             known[form] = _fitting_layouts(site, shapes)
         fitting.append(known[form])

@@ -56,11 +56,12 @@ def moved(
     stacks: dict[tuple[str, PathPart | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
         cut, own = _of_rows(target, moves.get(target.path, ()), config)
+        slices: dict[int, tuple[Update, ...]] = {}
         for move in own:
             if move.plain:
                 placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
                 continue
-            there, part = _taken(cut, given, move, config)
+            there, part = _taken(cut, given, move, config, slices)
             if move.slot is None:
                 placed.append((target, *_into(there, part, move, shapes, config)))
                 continue
@@ -100,24 +101,31 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
 
 
 def _taken(
-    target: Target, updates: tuple[Update, ...], move: Move, config: Config
+    target: Target, updates: tuple[Update, ...], move: Move, config: Config, slices: dict[int, tuple[Update, ...]]
 ) -> tuple[Target, tuple[Update, ...]]:
-    """Return the part of a target that one move takes, with the layout that remains of the target's."""
+    """Return the part of a target that one move takes, with the layout that remains of the target's.
+
+    `slices` keeps the updates of each expert of this target, for the other parts of it: gate and up are cut from one.
+    """
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
         if not stack and _whole_stack(updates):
             layout, stack = _LAYOUT_OF_STACK[layout], True
-        count = updates[0].dims(stack).get("e") if stack else 0
-        if not isinstance(count, int) or move.expert >= count:
-            why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
-            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
-        updates = tuple(update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates)
+        if move.expert not in slices:
+            count = updates[0].dims(stack).get("e") if stack else 0
+            if not isinstance(count, int) or move.expert >= count:
+                why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
+                raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+            slices[move.expert] = tuple(
+                [update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates]
+            )  # fmt: skip
+        updates = slices[move.expert]
         layout, stack = _LAYOUT_OF_ONE[layout], False
     if move.take is not None:
         updates = tuple(_rows(update, move.take, stack, target, config) for update in updates)
     if move.turn is not None:
         updates = tuple(_turned(update, move.turn, stack, target, config) for update in updates)
-    return replace(target, path=move.path, layout=layout), updates
+    return Target(move.path, layout, target.rows), updates
 
 
 def _whole_stack(updates: tuple[Update, ...]) -> bool:

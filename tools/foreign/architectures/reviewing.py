@@ -9,6 +9,8 @@ from typing import Any
 from entries import HUB, LIVE, Entries
 
 HOLE = re.compile(r"\{\w\}")
+SAVED = "saved"
+"""The naming of what `save_pretrained` writes, in files whose `hub` has other names: the publisher's own."""
 Weights = Mapping[str, Mapping[str, Any]]
 
 MORE = {
@@ -17,6 +19,7 @@ MORE = {
          "bigbird_pegasus", "prophetnet"),
         "a union with the class that has the decoder alone, or that has other heads",
     ),
+    "rf_detr": "a union with the class of instance segmentation",
 }  # fmt: skip
 """Family -> why its file has weights that the tiny model of its main class lacks."""
 
@@ -63,7 +66,7 @@ def _place(weight: str, places: Mapping[str, Any], naming: str) -> dict[str, Any
 
 
 def _places(weight: str, places: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return _place(weight, places, LIVE), _place(weight, places, HUB)
+    return _place(weight, places, LIVE), _place(weight, places, SAVED if SAVED in places else HUB)
 
 
 def _in_parts(weight: str, places: Mapping[str, Any], there: Weights) -> bool:

@@ -211,6 +211,8 @@ OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "phi": {"partial_rotary_factor": 0.5},
+    "mobilebert": {"embedding_size": 16},
+    "moshi": {"audio_encoder_config.num_quantizers": 8},
     "kimi_k25": {"tie_word_embeddings": False},
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "qk_rope_head_dim": 0, "qk_head_dim": 8},
     "xlnet": {"d_head": 8},
