@@ -12,8 +12,7 @@ from tool_modules import tool_module
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = ("methods", "formats", "matrix", "families", "combine", "quant", "commands")
-BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in TABLES)
+BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in tool_module("tables.py").TABLES)
 
 
 @pytest.fixture(scope="module")
