@@ -8,7 +8,7 @@ adapter changes are copied as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -73,17 +73,17 @@ class RepackedRun:
         packed, output = self.weight.rowwise, self.weight.output
         merger, left = BlockMerger(output, workspace), {name: nbytes for name, (_, nbytes) in self.places.items()}
         # Norms that do not depend on the base are those of the whole weight: the first of its runs counts them.
-        counted = merger.norms() if self.groups[0][0].start == 0 else {}
+        counted = merger.norms() if self.groups[0][0].first == 0 else {}
         squares = np.zeros(NORMS)
         for group in self.groups:
-            start, stop = group[0].start, group[-1].stop
+            start, stop = self.weight.rows_of(group)
             W = np.ascontiguousarray(packed.rows(start, stop), packed.dtype.array)
             M = np.empty(W.shape, output.dtype.array)
             for block in group:
-                rows = slice(block.start - start, block.stop - start)
+                first = block.first - group[0].first
                 raw, out = (
-                    workspace.arrays.over(whole[rows].view("u1").reshape(-1).data, kind)
-                    for whole, kind in ((W, packed.dtype), (M, output.dtype))
+                    workspace.arrays.over(flat.reshape(-1)[first : first + block.elements].view("u1").data, kind)
+                    for flat, kind in ((W, packed.dtype), (M, output.dtype))
                 )
                 for fold, square in merger.compute(raw, out, block).items():
                     counted[fold] = counted.get(fold, 0.0) + square
@@ -183,14 +183,15 @@ class Repacked:
     ) -> Iterator[RepackedRun]:
         """Yield the runs of its rows, if its bytes in each stored tensor are these; see `RepackedRun`."""
         run: list[tuple[Block, ...]] = []
+        total, width = math.prod(self.packed.shape[:-1]), self.packed.shape[-1]
         for group in self._groups():
             run.append(group)
-            first, stop = run[0][0].start, group[-1].stop
-            if stop == group[-1].rows or (stop - first) * group[-1].width >= RUN:
+            first, stop = self.rows_of(run[0])[0], self.rows_of(group)[1]
+            if stop == total or (stop - first) * width >= RUN:
                 begins, stops = self.rowwise.places(first), self.rowwise.places(stop)
                 places = {}
                 for name, start in starts.items():
-                    end = ends[name] if stop == group[-1].rows else start + stops[name]
+                    end = ends[name] if stop == total else start + stops[name]
                     places[name] = (start + begins[name], end - start - begins[name])
                 yield RepackedRun(places, self, tuple(run), at, count)
                 run = []
@@ -200,9 +201,15 @@ class Repacked:
         group: list[Block] = []
         for block in blocks(self.output):
             group.append(block)
-            if self.rowwise.closed(block.stop):
+            if self.rowwise.closed(self.rows_of((block,))[1]):
                 yield tuple(group)
                 group = []
+
+    def rows_of(self, group: Sequence[Block]) -> tuple[int, int]:
+        """Return the first row of the packed weight that consecutive blocks have, and the one behind the last."""
+        # A block of stacked experts counts rows of one expert, and one of a convolution's weight has longer rows.
+        width, last = self.packed.shape[-1], group[-1]
+        return group[0].first // width, (last.first + last.elements) // width
 
     @property
     def _held_whole(self) -> int:

@@ -6,8 +6,9 @@ are packed along the inputs; unpacked, the experts are `[e, in, out]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ..errors import Malformed
@@ -16,9 +17,11 @@ from ._scheme import (
     DAMAGED,
     E2M1,
     Packed,
+    Rowwise,
     Scheme,
     expect,
     halves,
+    held,
     joined,
     nearest_e2m1,
     nibbles,
@@ -51,7 +54,7 @@ class Mxfp4(Scheme):
 
 
 @dataclass(frozen=True, eq=False)
-class _Experts(Packed):
+class _Experts(Rowwise):
     stored: Lazy
     scale: Lazy
 
@@ -74,6 +77,29 @@ class _Experts(Packed):
             pieces = [quantized(merged(first + a, first + b)) for a, b in steps(self.shape[1:], GROUP)]
             found.append(joined(pieces, (1, 1)))
         return {name: np.stack(parts) for name, parts in zip(self.members, zip(*found, strict=True), strict=True)}
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    def closed(self, row: int) -> bool:
+        # An expert's outputs are stored one after the other, and the rows of its weight are inputs.
+        return row % self.shape[1] == 0
+
+    def places(self, row: int) -> dict[str, int]:
+        blocks = row // self.shape[1] * math.prod(self.scale.shape[1:])
+        return dict(zip(self.members, (blocks * self.stored.shape[3], blocks), strict=True))
+
+    def pack_rows(self, start: int, rows: Array) -> dict[str, bytes]:
+        experts = replace(self, shape=(len(rows) // self.shape[1], *self.shape[1:]))
+        return {name: part.tobytes() for name, part in experts.pack(lambda a, b: rows[a:b]).items()}
+
+    def unpack_rows(self, start: int, parts: Mapping[str, bytes]) -> Array:
+        stored = held(parts[self.members[0]], self.stored.dtype, *self.stored.shape[1:])
+        scale = held(parts[self.members[1]], self.scale.dtype, *self.scale.shape[1:])
+        experts = stored.shape[0]
+        shape = (experts, *self.shape[1:])
+        return replace(self, shape=shape, stored=stored, scale=scale).rows(0, experts * self.shape[1])
 
     def _of(self, expert: int, start: int, stop: int) -> Array:
         """Return inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
