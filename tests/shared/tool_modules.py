@@ -15,8 +15,15 @@ def tool_module(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module, before = importlib.util.module_from_spec(spec), list(sys.path)
+    # Dataclasses look their module up while they are made.
+    held = sys.modules.get(spec.name)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path[:] = before
+        if held is None:
+            del sys.modules[spec.name]
+        else:
+            sys.modules[spec.name] = held
     return module
