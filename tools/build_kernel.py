@@ -109,7 +109,8 @@ class KernelHook(BuildHookInterface):  # type: ignore[misc, valid-type]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are gathered, and tag the wheel for its platform and any version of Python."""
         target = os.environ.get("KERNEL_TARGET") or None
-        if target == "none":
+        # The source archive holds the sources alone.
+        if target == "none" or self.target_name == "sdist":
             return
         path = compile_kernel(target)
         if path is None and target is not None:
