@@ -425,16 +425,16 @@ class Worker:
     def _pack(self, output: Output, job: Job) -> tuple[dict[int, float], list[Run]]:
         assert output.part is not None
         made, norms = output.part.compute(self.workspace)
-        runs: list[Run] = []
-        for part in job.parts:
-            data = memoryview(made[part.name])
-            # Parts lie apart in the file, so each is a run of its own.
-            self.writer.finish()
-            self.writer.begin(str(job.file.path), part.offset)
-            self.writer.write(data)
-            self.moved(part.nbytes)
-            runs += [(part.offset, part.nbytes, sha256(data).hexdigest())] if job.file.summed else []
+        runs = [run for part in job.parts for run in self._put(job, part.offset, made[part.name])]
         return norms if output.folds else {}, runs
+
+    def _put(self, job: Job, offset: int, data: bytes | bytearray) -> list[Run]:
+        """Write a run of bytes of its own, as the parts of a packed weight lie apart in the file."""
+        self.writer.finish()
+        self.writer.begin(str(job.file.path), offset)
+        written = _Summed(self.writer, self.moved, job.file.summed)
+        written.write(data)
+        return written.runs(offset, len(data))
 
     def _pack_rows(self, run: PackedRun, job: Job) -> tuple[dict[int, float], list[Run]]:
         """Write the run's bytes of its first stored tensor as they come, and the few of the others last."""
@@ -456,13 +456,7 @@ class Worker:
             norms = run.compute(self.workspace, write)
         runs = written.runs(job.offset, run.places[first][1])
         for name, data in later.items():
-            # Parts lie apart in the file, so each is a run of its own.
-            self.writer.finish()
-            offset = offsets[name] + run.places[name][0]
-            self.writer.begin(str(job.file.path), offset)
-            part = _Summed(self.writer, self.moved, job.file.summed)
-            part.write(data)
-            runs += part.runs(offset, len(data))
+            runs += self._put(job, offsets[name] + run.places[name][0], data)
         return norms if job.output.folds else {}, runs
 
     def _read(self, output: Output, block: Block, data: memoryview) -> None:
