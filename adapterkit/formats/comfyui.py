@@ -32,7 +32,7 @@ from ..naming.image import (
     in_other_words,
     rooted,
 )
-from ..naming.resolver import WRAPPERS
+from ..naming.stored_names import WRAPPERS
 from ._image import container
 from ._image.container import Metadata
 from ._image.deciding import (

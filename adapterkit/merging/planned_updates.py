@@ -11,8 +11,8 @@ from ..errors import NotMergeable
 from ..formats._trained import sites_as_trained
 from ..io.locations import is_repo
 from ..naming.binding import Site, bind
+from ..naming.moves import Rule
 from ..naming.renames import parse_renames
-from ..naming.resolver import Rule
 from ..naming.ties import find_tie, is_head
 from ..quant import Dequantized
 from .planned_update import PlannedUpdate, SeenWeight

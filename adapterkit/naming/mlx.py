@@ -13,7 +13,8 @@ from typing import Any
 
 from ..errors import UsageError
 from .architectures import HOLE, WEIGHT, Architecture, Place, architecture_of, shape_of, with_naming
-from .resolver import Move, translate, variants
+from .by_family import translate, variants
+from .moves import Move
 
 NAMING = "mlx"
 

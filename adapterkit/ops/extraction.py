@@ -29,7 +29,8 @@ from ..naming.binding.bases import check_tuned, identity_of
 from ..naming.binding.fitting import paths_of
 from ..naming.layouts import stored_in_out
 from ..naming.renames import parse_renames
-from ..naming.resolver import Names, resolve
+from ..naming.resolver import resolve
+from ..naming.stored_names import Names
 from ..naming.ties import aliases, find_tie, is_embedding
 from .at_base import view_of
 from .building import balanced, low_rank, result_type

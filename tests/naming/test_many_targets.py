@@ -27,7 +27,10 @@ from adapterkit.io import inputs, lazy, safetensors
 from adapterkit.io.checkpoint import fingerprint, open_checkpoint
 from adapterkit.merging import plan
 from adapterkit.methods.lora import LoRA
-from adapterkit.naming import binding, resolver
+from adapterkit.naming import binding, by_family
+from adapterkit.naming.moves import Move
+from adapterkit.naming.resolver import resolve
+from adapterkit.naming.stored_names import Names
 from adapterkit.ops import comparison
 
 HIDDEN, INNER = 8, 6
@@ -329,7 +332,7 @@ def test_a_rank_for_each_module_is_looked_up(monkeypatch: pytest.MonkeyPatch, wr
 
 def test_names_of_a_base_are_compared_with_its_family_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = open_checkpoint(made(4)[0])
-    calls = counted(monkeypatch, resolver, "_Known")
+    calls = counted(monkeypatch, by_family.FamilyNames, "__init__")
     for layer in range(2):
         shape = binding.fitting.live_shape(base, f"model.layers.{layer}.mlp.experts.gate_up_proj")
         assert shape == (4, 2 * INNER, HIDDEN)
@@ -346,10 +349,10 @@ def test_names_of_a_base_are_searched_for_wrappers_once(wrapped: bool) -> None:
             return super().__iter__()
 
     word = "_orig_mod." if wrapped else ""
-    names = resolver.Names(Counting(f"{word}{path}" for path in linears(4)))
+    names = Names(Counting(f"{word}{path}" for path in linears(4)))
     walks = []
     for path in linears(4):
-        assert resolver.resolve([path], names).moves == {path: (resolver.Move(f"{word}{path}"),)}
+        assert resolve([path], names).moves == {path: (Move(f"{word}{path}"),)}
         walks.append(Counting.walks)
     assert walks[-1] == walks[0]
 

@@ -11,7 +11,7 @@ from ...core.adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, UsageError, nearest
 from ...io.lazy import DTYPES, Lazy, at_once
 from ...naming.image import families, families_with, rooted
-from ...naming.resolver import WRAPPERS
+from ...naming.stored_names import WRAPPERS
 from .biases import check_biases
 from .bundles import ImageBundle, split
 from .deciding import FAMILY, Origin, check_said, denoiser_targets

@@ -20,7 +20,7 @@ from .._pairs import Pairs, in_row_order, unfit
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Place as Where
-    from ...naming.resolver import Move
+    from ...naming.moves import Move
     from .._pairs import Pair
 
 SLOTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}

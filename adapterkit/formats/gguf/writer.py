@@ -13,8 +13,8 @@ from ...io.lazy import Lazy, as_array, as_lazy
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
 from ...naming.architectures import of_gguf
+from ...naming.by_family import translate
 from ...naming.gguf import NAMING, family_of, name_for
-from ...naming.resolver import translate
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...core.updates import Update
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
-    from ...naming.resolver import Move
+    from ...naming.moves import Move
     from .._pairs import Pair, Slots
 
 FORMAT = "mlx"

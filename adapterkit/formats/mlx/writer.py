@@ -28,7 +28,7 @@ from .reader import FORMAT
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint
     from ...io.strict_json import JsonValue
-    from ...naming.resolver import Move
+    from ...naming.moves import Move
     from .._pairs import Pair
 
 METADATA = {"format": "mlx"}

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from ...errors import Malformed, Unsupported
-from ...naming.resolver import WRAPPERS
+from ...naming.stored_names import WRAPPERS
 
 SURE = 2_000_000
 """Steps that `re` may take at most for one name: a few milliseconds."""

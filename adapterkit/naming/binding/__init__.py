@@ -1,6 +1,6 @@
 """Bind an adapter to a base: find where each target is stored, and check that its shapes fit.
 
-`names.resolver` maps the names; `moving` cuts and joins updates if the base stores weights in other parts. Storage
+`naming.resolver` maps the names; `moving` cuts and joins updates if the base stores weights in other parts. Storage
 layouts are proven by shapes, then by the family's table, then by the layout that the adapter declares.
 """
 
@@ -16,8 +16,8 @@ from ...core.collection import collection_off
 from ...core.updates import Update
 from ...errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
 from ...io.checkpoint import opened
+from ..moves import Rule
 from ..renames import Rename, parse_renames
-from ..resolver import Rule
 from .deltas import delta, fold, view, view_shape, weight_shape
 from .fitting import Shapes, fits, viewed
 from .fused_heads import in_order_of

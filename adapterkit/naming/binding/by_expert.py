@@ -14,7 +14,9 @@ from ...core.adapter import Adapter, Target
 from ...core.updates import Update
 from ...errors import AdapterkitError, UsageError
 from ..architectures import with_stacks
-from ..resolver import Move, Names, resolve
+from ..moves import Move
+from ..resolver import resolve
+from ..stored_names import Names
 from .fitting import Shapes, fits, paths_of
 from .moving import Placed, cut_rows, moved
 

@@ -15,7 +15,10 @@ from ...core.updates import Update
 from ...errors import AdapterkitError, TargetNotFound, UsageError
 from ..architectures import Architecture, architecture_of, shape_of, with_names
 from ..layouts import stored_in_out
-from ..resolver import Move, Names, exchangeable, resolve
+from ..moves import Move
+from ..parts import exchangeable
+from ..resolver import resolve
+from ..stored_names import Names
 from .fitting import Shapes, fits
 from .moving import moved
 

@@ -13,7 +13,9 @@ from ...core.updates import Update
 from ...errors import AdapterkitError, TargetNotFound
 from ..architectures import STORED_AS, Architecture, architecture_of, with_names
 from ..heads import heads_of
-from ..resolver import Names, PathPart, resolve
+from ..moves import PathPart
+from ..resolver import resolve
+from ..stored_names import Names
 
 if TYPE_CHECKING:
     from ...io.checkpoint import Checkpoint

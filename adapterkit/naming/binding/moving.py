@@ -18,7 +18,7 @@ from ...io.lazy import Lazy, as_lazy
 from ..architectures import Place
 from ..gguf import row_order
 from ..heads import Heads, by_group, heads_of, undone
-from ..resolver import Move, PathPart
+from ..moves import Move, PathPart
 
 if TYPE_CHECKING:
     from .fitting import Shapes

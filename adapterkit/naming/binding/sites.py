@@ -11,9 +11,12 @@ from ...core.metadata import model_class_of, model_types_of
 from ...core.updates import Update
 from ...errors import TargetNotFound, nearest
 from ..architectures import architecture_of, expert_count
+from ..by_prefixes import Fits
 from ..model_types import has_model, models_of, module_of
+from ..moves import Resolution, Rule
 from ..renames import Rename, family_of, parse_renames, renamed_by
-from ..resolver import Fits, Names, Resolution, Rule, resolve
+from ..resolver import resolve
+from ..stored_names import Names
 from .deducing import deduced
 from .fitting import Shapes, fits, names_family, paths_of
 from .moving import moved
@@ -148,7 +151,7 @@ def find_sites(
     config: Mapping[str, Any] | None = None,
     rename: str | Sequence[str | Rename] = (),
 ) -> Bound:
-    """Find the stored tensors of every target; see `names.resolver` for the order in which rules are tried.
+    """Find the stored tensors of every target; see `naming.resolver` for the order in which rules are tried.
 
     A target that has only output updates may be any module: one above stored tensors, or one of `modules`.
 

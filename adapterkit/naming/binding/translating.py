@@ -9,7 +9,8 @@ from typing import Any
 from ...core.adapter import Target
 from ...core.updates import Update
 from ..architectures import Architecture
-from ..resolver import Move, translate
+from ..by_family import translate
+from ..moves import Move
 from .moving import moved
 
 

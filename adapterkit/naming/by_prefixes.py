@@ -1,0 +1,195 @@
+"""Map names by a change of prefixes, proven because every target with the prefix finds a place by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from .architectures import shape_of
+from .moves import Move, Resolution, Rule, ambiguous
+from .parts import exchangeable, keeps_parts
+from .stored_names import Left, Names, swap, template_of
+
+Fits = Callable[[str, str], bool]
+"""(name in the adapter, name in the base) -> whether the shapes fit each other."""
+
+
+def by_prefixes(
+    left: Left,
+    base: Names,
+    resolution: Resolution,
+    partial: bool,
+    fits: Fits,
+    loses_a_part: Callable[[str, str], bool] | None = None,
+) -> Left:
+    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it.
+
+    If the base's family is known, its file lists the names of its parts, and `loses_a_part` tells whether a name loses
+    one. A word that only another family uses is then not the name of a part: `model.text_model.` of an Idefics is not
+    the `language_model.model.` of a LLaVA.
+
+    Args:
+        left: the targets without a place.
+        base: the names in the base.
+        resolution: gets the moves and the rules.
+        partial: allow targets without a place; the prefix that places most of them is then enough.
+        fits: whether the shapes of a target and of a place fit.
+        loses_a_part: (name, name after the change) -> whether it loses the word of a part; None without a family.
+
+    Returns:
+        the targets that are still without a place.
+
+    Raises:
+        TargetNotFound: several prefixes place all targets of a group.
+    """
+    templates = _trials(left, base)
+    if loses_a_part is not None:
+        templates = {
+            name: {p for p in pairs if keeps_parts(*p) and not loses_a_part(name, swap(name, *p))}
+            for name, pairs in templates.items()
+        }
+    # The shortest prefix goes first: a longer common ending is better proof. `decoder.layers` is
+    # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
+    prefixes = sorted(
+        {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
+    )
+    # A place that another target already has is excluded: an encoder's layers are not the decoder's.
+    taken = {move.path for moves in resolution.moves.values() for move in moves}
+    rest, found = left, True
+    while rest and found:
+        # A rule that places targets can free a shorter prefix for the others: `model.` after `model.text.` is done.
+        found = False
+        for off in prefixes:
+            group = [(target, name) for target, name in rest if name.startswith(off)]
+            on = _exchanged(group, off, templates, base, taken, fits) if group else None
+            if on is not None:
+                rest = _placed(group, rest, off, on, base, taken, resolution)
+                found = True
+                break
+    if rest and partial:
+        tried = _tried(rest, "", templates, base, taken)
+        most = max(tried.values(), default=0)
+        best = [on for on, count in tried.items() if count == most and most]
+        if len(best) == 1:
+            rest = _placed(rest, rest, "", best[0], base, taken, resolution)
+    return rest
+
+
+def _exchanged(
+    group: Left,
+    off: str,
+    templates: Mapping[str, set[tuple[str, str]]],
+    base: Names,
+    taken: Collection[str],
+    fits: Fits,
+) -> str | None:
+    """Find the prefix that replaces `off` and gives every target of a group a place; None if there is none.
+
+    Raises:
+        TargetNotFound: several prefixes do.
+    """
+    full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
+    if full:
+        # A change of a shorter prefix may place the group as well. VibeVoice has two towers of one shape:
+        # `model.acoustic.` is `acoustic.` by `model.` -> nothing, although `semantic.` has a place for every name, too.
+        full += [
+            on for on in _shorter(group, off, templates) if on not in full and _all_land(group, off, on, base, taken)
+        ]
+    if len(full) > 1:
+        full = [on for on in full if all(fits(target, swap(name, off, on)) for target, name in group)] or full
+    if len(full) > 1:
+        full = _keeping_words(off, full) or full
+    if len(full) > 1:
+        target, name = group[0]
+        raise ambiguous(target, [swap(name, off, on) for on in full])
+    return full[0] if full else None
+
+
+def _shorter(group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]]) -> list[str]:
+    """List replacements of a prefix that change only its first words."""
+    ours = sorted({template_of(name) for _, name in group})
+    changes = {(front, on) for template in ours for front, on in templates[template] if front and front != off}
+    return sorted({on + off[len(front) :] for front, on in changes if off.startswith(front)})
+
+
+def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    return all(_lands(target, name, off, on, base, taken) for target, name in group)
+
+
+def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
+    """Return the candidate that only drops or adds words, if every other one loses a word of `off` that it keeps.
+
+    Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, and not `video_tower.`.
+    """
+    words = off.split(".")[:-1]
+    kept = {on: [word for word in words if word in on.split(".")] for on in candidates}
+    plain = [on for on in candidates if kept[on] in (words, on.split(".")[:-1])]
+    if len(plain) != 1 or not set(kept[plain[0]]) - {"model", "transformer"}:
+        return []
+    others = (set(kept[on]) for on in candidates if on != plain[0])
+    return plain if all(set(kept[plain[0]]) - other for other in others) else []
+
+
+def _tried(
+    group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
+) -> dict[str, int]:
+    """Return each prefix to try in place of another -> how many targets of a group it places."""
+    ours = sorted({template_of(name) for _, name in group})
+    tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
+    for on in tried:
+        tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
+    return tried
+
+
+def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
+    """Place a group's targets by a change of prefixes; returns those of `rest` that are left."""
+    placed = 0
+    for target, name in group:
+        if _lands(target, name, off, on, base, taken):
+            resolution.moves[target] = (Move(swap(name, off, on)),)
+            placed += 1
+    taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
+    resolution.prefixes.append((off, on))
+    resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+    return [(target, name) for target, name in rest if target not in resolution.moves]
+
+
+def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
+    """Return template -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    names: dict[str, list[str]] = {}
+    for _, name in left:
+        names.setdefault(template_of(name), []).append(name)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for template, several in names.items():
+        found[template] = set()
+        for off, on in ends(template, base):
+            words = off.count(".")
+            fronts = {".".join(name.split(".", words)[:words]) + "." for name in several} if "#" in off else {off}
+            if len(fronts) == 1:
+                found[template].add((fronts.pop(), on))
+    return found
+
+
+def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    path = swap(name, off, on)
+    return path not in taken and base.has(path, target)
+
+
+def ends(template: str, base: Names) -> set[tuple[str, str]]:
+    """Return the changes of prefixes that turn a template into one of the base and keep their longest common ending.
+
+    A prefix that is exchanged has no layer's number in it, and keeps the word before the first number: only the
+    container of a model's layers is renamed, not the layers.
+    """
+    words = template.split(".")
+    keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
+    found = set()
+    for cut in range(len(words)):
+        end = shape_of(".".join(words[cut:]))
+        for shape in base.endings.get(end, ()):
+            on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
+            off = "".join(f"{word}." for word in words[:cut])
+            # The base may be a part of a model, such as one layer; it then has no word before its own names.
+            whole = cut <= keep or not on
+            if whole and "#" not in on and (not on or not off or exchangeable(off, on)):
+                found.add((off, on))
+    return found
