@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
+from .conversions import compute_dtype
 from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
@@ -369,12 +370,26 @@ class ContextCall:
             raise Unsupported("a prefix in a cache of fixed size", cure=cure)
         if self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
             raise Unsupported("gradient checkpointing does away with the prefix", cure="Train without it")
-        like: Any = embedding_of(self.module).weight
-        past = torch.cat([past.to(like) for past in self.pasts], 3)
+        device, dtype = self._met()
+        past = torch.cat([past.to(device, dtype) for past in self.pasts], 3)
         for layer, (keys, values) in enumerate(past):
             into = getattr(cache, "self_attention_cache", cache)
             into.update(keys.expand(self.batch, *keys.shape), values.expand(self.batch, *values.shape), layer)
         self.words[self.cache_word] = cache
+
+    def _met(self) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype of the embeddings that the call brings, or makes of its tokens.
+
+        Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
+        layerwise casting).
+        """
+        embeds = self.words.get(f"{self.own}inputs_embeds")
+        if embeds is not None:
+            return embeds.device, embeds.dtype
+        embedding: Any = embedding_of(self.module)
+        weight = embedding.weight
+        tokens: Tensor = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
+        return tokens.device, compute_dtype(embedding) or weight.dtype
 
     def _move_positions(self, seen: int, extra: int) -> None:
         name = f"{self.own}position_ids"

@@ -223,10 +223,11 @@ def _contexts(
 def _met(model: nn.Module, target: Target) -> Tensor:
     """A tensor of the dtype and on the device of what context meets."""
     part = model.get_submodule(target.path)
-    first = next((p for p in base_parameters(part) if p.is_floating_point()), None)
-    like: Any = embedding_of(part).weight if first is None or hasattr(part, "get_input_embeddings") else first
-    met: Tensor = like
-    return met
+    first = next(((m, p) for m in part.modules() for p in base_parameters(m, False) if p.is_floating_point()), None)
+    if first is None or hasattr(part, "get_input_embeddings"):
+        embedding: Any = embedding_of(part)
+        first = embedding, embedding.weight
+    return _computed(model, *first, str(target))
 
 
 def config_of_model(model: nn.Module) -> dict[str, Any] | None:
@@ -407,10 +408,15 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
-        W = _loaded(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
-        return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
+        return _computed(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
     return _loaded(model, holder, held[0], str(site.target)) if held else torch.empty(0)
+
+
+def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
+    """Return W, or an empty tensor on the device and of the dtype that other tools' hooks bring it to for a forward."""
+    W = _loaded(model, holder, W, where)
+    return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
 
 def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:

@@ -409,9 +409,9 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
         return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
-def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the base: all but those of attached adapters."""
-    return (parameter for name, parameter in model.named_parameters() if not is_leaf_name(name))
+def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the base, or those of one module of it: all but those of attached adapters."""
+    return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 
 def _hooks_of_accelerate(module: nn.Module) -> list[Any]:
