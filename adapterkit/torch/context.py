@@ -44,6 +44,7 @@ class ContextPart:
         encoder: it is the encoder of the model that they are meant for.
         masks: it is the model around the embeddings behind which tokens stand: its mask gets places for them.
         biased: the attention whose table of relative positions this one uses too, if any.
+        tokens: how many tokens the embedding had that new tokens are numbered after.
     """
 
     switch: Switch
@@ -52,6 +53,7 @@ class ContextPart:
     encoder: bool = False
     masks: bool = False
     biased: nn.Module | None = None
+    tokens: int | None = None
 
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
@@ -69,6 +71,7 @@ def surround(
     updates = [update for part in parts for update in part.updates]
     place = updates[0].place
     if place == "vocabulary":
+        _check_tokens(module, parts)
         return _with_tokens(module, updates, forward, words.pop(names[0]), words)
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
@@ -99,7 +102,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         _check(module, part.target, update)
     if is_attention(module):
         return [(module, replace(part, biased=positions_of(model, part.target.path)))]
-    found = [(module, part)]
+    found = [(module, replace(part, tokens=module.num_embeddings) if isinstance(module, nn.Embedding) else part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
         found.append((_encoder(module), replace(part, encoder=True)))
     return found
@@ -152,6 +155,19 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], *
     if isinstance(mask, Tensor):
         words["attention_mask"] = extended(mask, extra, mask.shape[1] + extra)
     return forward(**words)
+
+
+def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
+    """Check that an embedding has the tokens that it had: transformers' resize_token_embeddings adds rows in place.
+
+    Raises:
+        ShapeMismatch: it has others, so that the numbers of the new tokens are those of its own now.
+    """
+    held, part = len(cast("Tensor", module.weight)), parts[0]
+    if part.tokens is not None and held != part.tokens:
+        why = f"new tokens after {part.tokens} of the embedding, which has {held} now"
+        cure = "Call handle.remove() before the embedding changes its size, and inject the adapter again afterwards"
+        raise ShapeMismatch(why, where=f"{part.target}: {part.updates[0].method}", cure=cure)
 
 
 def _with_tokens(
