@@ -289,7 +289,8 @@ def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
         return out
 
     # Not by `there(leaf) is leaf`: torch.jit.trace records that conversion, in the first of the two runs it compares.
-    stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in update.tensors.values())
+    leaves: list[Any] = list(update.tensors.values())
+    stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
     return update if stands else update.map(there)
 
 
