@@ -393,8 +393,8 @@ def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
         for hook in _hooks_of_accelerate(module):
             weights = getattr(hook, "weights_map", None)
             inside = module.named_parameters(recurse=bool(getattr(hook, "place_submodules", False)))
-            name = next((name for name, each in inside if each is tensor), None) if weights is not None else None
-            if name is not None:
+            name = next((name for name, each in inside if each is tensor), None)
+            if weights is not None and name is not None:
                 found: Tensor = weights[name]
                 return found
     return None
@@ -408,7 +408,7 @@ def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
     """
     named = list(model.named_parameters(remove_duplicate=False))
     names = [name for name, each in named if each is parameter]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not parameter.is_meta or parameter.ndim != 2 or getattr(config, "tie_word_embeddings", None) is False:
         return names
