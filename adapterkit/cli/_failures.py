@@ -129,7 +129,9 @@ def _say(error: BaseException, settings: CliSettings) -> int:
         click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
     try:
         text = printable(text_of(known), keep="\n")
-        click.echo(coloured(text) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text, err=True)
+        if sys.stderr.isatty():
+            text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
+        click.echo(text, err=True)
         if settings.json:
             click.echo(as_json({"error": known.record()}))
     except BrokenPipeError:
