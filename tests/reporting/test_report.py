@@ -367,6 +367,26 @@ def test_layers_of_another_kind_are_no_gaps(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["image", "language"])
+def test_formats_of_another_kind_of_model_are_not_named(kind: str, tmp_path: Path) -> None:
+    """A report of a FLUX LoRA named NeMo and Megatron, which have no names for its modules; their writers refuse it."""
+    A, B = np.ones((2, 8), "f4"), np.ones((8, 2), "f4")
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    if kind == "image":
+        save_file({f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B}, tmp_path / "image.safetensors")
+        adapter = ak.read(tmp_path / "image.safetensors", format="diffusers")
+    else:
+        adapter = ak.read(save_lora(tmp_path / "language", {"model.layers.0.self_attn.q_proj": (A, B)}, r=2))
+    (facts,) = ak.report(adapter).facts
+    others = [name for name in FORMATS if FORMATS[name].models not in ("", kind)]
+    assert len(others) >= 5
+    assert not set(others) & set(facts.formats)
+    assert {"adapterkit", "peft"} <= set(facts.formats)
+    for name in others:
+        with pytest.raises(ak.AdapterkitError):
+            ak.write(adapter, tmp_path / name / "out", format=name)
+
+
 def test_every_rule_has_its_own_code() -> None:
     assert len({rule.code for rule in RULES}) == len(RULES) > 20
 
