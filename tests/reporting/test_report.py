@@ -15,6 +15,7 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.formats import FORMATS
 from adapterkit.reporting import measuring
 from adapterkit.reporting.grid import cells
 from adapterkit.reporting.report import AdapterReport
