@@ -55,8 +55,23 @@ def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monk
     assert capsys.readouterr().err.splitlines() == ["export: tracing the model", "export: checking"]
 
 
-def test_steps_of_known_work_are_numbered(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "adapterkit"):
+class Kept(logging.Handler):
+    """Keeps what was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def test_steps_of_known_work_are_numbered() -> None:
+    logger, kept = logging.getLogger("adapterkit"), Kept()
+    level = logger.level
+    logger.addHandler(kept)
+    logger.setLevel(logging.INFO)
+    try:
         stage("before")
         with steps(3):
             stage("loading")
@@ -66,7 +81,10 @@ def test_steps_of_known_work_are_numbered(caplog: pytest.LogCaptureFixture) -> N
             stage("converting")
             stage("one more")
         stage("after")
-    assert [record.getMessage() for record in caplog.records] == [
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+    assert kept.texts == [
         "before", "step 1 of 3, loading", "step 2 of 3, tracing", "step 2 of 3, tracing", "step 3 of 3, converting",
         "step 3 of 3, one more", "after",
     ]  # fmt: skip
