@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -366,6 +369,20 @@ def test_layers_of_another_kind_are_no_gaps(tmp_path: Path) -> None:
     assert [each.text for each in told if each.code == "missing-targets"] == [
         "to_k is missing in layer down.1.attentions.1; all others have it."
     ]
+
+
+def test_products_of_factors_are_computed_by_one_thread(tmp_path: Path) -> None:
+    """The limit was set before numpy was there and so had no effect: beside other work, twenty times the time."""
+    save_lora(tmp_path / "one", factors(1))
+    code = (
+        "import adapterkit as ak, threadpoolctl\n"
+        "seen = []\n"
+        "ak.report('one', progress=lambda done, total: seen.append(threadpoolctl.threadpool_info()))\n"
+        "print({each['num_threads'] for info in seen for each in info if each['user_api'] == 'blas'})"
+    )
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(Path(ak.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "{1}", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["image", "language"])
