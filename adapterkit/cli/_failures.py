@@ -89,7 +89,7 @@ def typed(error: BaseException) -> AdapterkitError:
 
 
 def _usage_cure(error: click.UsageError) -> str:
-    """What to type instead: an example where something is missing, the call where an option is unknown."""
+    """Say what to type instead: an example if something is missing, the call if an option is unknown."""
     context = error.ctx
     if context is None:
         return "Try 'adapterkit --help'"
