@@ -53,6 +53,10 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
     return value
 
 
+_PLAIN = 1_000_000
+"""Bytes from which on a size needs no unit: `5` is meant to be 5GB."""
+
+
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
     """A number of bytes with an optional unit, decimal or binary: 5GB, 500MB, 2GiB, 1000000."""
     if value is None:
@@ -61,6 +65,8 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 5GB, 500MB or 2GiB")
     number, unit, binary = match.groups()
+    if value.strip().isdigit() and int(value) < _PLAIN:
+        raise click.BadParameter(f"{value.strip()} bytes: give a unit, such as {value.strip()}GB or {value.strip()}MB")
     scale: int = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())
     return round(float(number) * scale)
 

@@ -97,6 +97,8 @@ class Format:
             `"formula"`, and names for facts that a file does not state about itself.
         options: further arguments of `formats.read` that `read` accepts: `alpha`, `rank`, `strict`, `family`.
         experts_orders: layouts of stacked experts that its files do not tell apart; `compat` accepts these names, too.
+        models: `image` if it names modules of image, video and audio models only, `language` if it names none of
+            these; empty if it takes modules of any name.
         differences: whether it can hold a difference of any weight, so that any method can be written as one.
         identities: whether a difference of weights may become a LoRA of full rank, as the tool itself converts it. All
             other formats refuse that, because the file would be as large as the base.
@@ -115,6 +117,7 @@ class Format:
     compat: ClassVar[frozenset[str]] = frozenset()
     options: ClassVar[frozenset[str]] = frozenset()
     experts_orders: ClassVar[frozenset[str]] = frozenset()
+    models: ClassVar[str] = ""
     differences: ClassVar[bool] = False
     identities: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()

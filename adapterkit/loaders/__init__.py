@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -303,22 +303,28 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     return ("no" if refuses else "part"), why
 
 
-def _lost(tool: Loader, family: ImageFamily | None, keys: Iterable[str]) -> list[str]:
+def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
     """List the keys that a tool does not hold; one block answers for all that are named alike."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
     # The part of a pipeline may have a number, too: `transformer_2`.
-    literal = family.literal | {"1", "2", "3", "4"}
+    kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
     found = []
-    for key in keys:
-        kind = key if key.startswith(others) else alike(key, literal)
+    for key, kind in kinds.items():
+        kind = key if key.startswith(others) else kind
         if kind not in held:
             held[kind] = _holds(tool, family, key)
         if not held[kind]:
             found.append(key)
     return found
+
+
+@lru_cache(maxsize=16)
+def _kinds(keys: tuple[str, ...], literal: frozenset[str]) -> dict[str, str]:
+    """Map each key to what all keys named alike have in common; cached, because every tool asks it of one file."""
+    return {key: alike(key, literal) for key in keys}
 
 
 def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UnknownFormat, Unsupported, UsageError, places_errors, public, shown, storage_error
+from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, local, located, outgoing, path_text, streamed
 from ..io.staging import Staging, check_free, is_within
@@ -362,34 +362,13 @@ def _named(
         raise UsageError("no adapter was given", cure="Name at least one")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
-    try:
-        return [
-            (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
-            for a, w in zip(several, factors, strict=True)
-        ]
-    except UnknownFormat as error:
-        _check_order(checkpoint, several, error)
-        raise
-
-
-def _check_order(checkpoint: Checkpoint, several: Sequence[Source], error: UnknownFormat) -> None:
-    """Refuse an adapter in the place of the base, in words that say so.
-
-    Raises:
-        UsageError: the first argument is an adapter, and the other a base.
-    """
-    from ..formats import recognised
-
-    given = [each for each in several if isinstance(each, (str, PathLike))]
-    swapped = next((each for each in given if str(each) == str(error.path) or len(given) == 1), None)
-    if swapped is None or not recognised(Path(checkpoint.root)):
-        return
-    base = public(str(checkpoint.root))
-    cure = f"Swap them: BASE comes first, then its adapters: {public(str(swapped))} {base}"
-    raise UsageError(f"{base} is an adapter, and {public(str(swapped))} is none", cure=cure) from error
+    return [
+        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
+        for a, w in zip(several, factors, strict=True)
+    ]
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
@@ -492,6 +471,10 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     return several
 
 
+_OF_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".tar", ".gz"}
+"""Endings that a folder's name has by mistake only."""
+
+
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
@@ -501,6 +484,9 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
         raise storage_error(error, error.filename or out) from error
     except RuntimeError as error:
         raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
+    if base.root.is_dir() and out.suffix.lower() in _OF_FILES and not out.is_dir():
+        why = f"the base is a folder, and so is what a merge of it writes; {out.suffix} is the ending of a file"
+        raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)

@@ -21,7 +21,7 @@ from ..formats.onnx_adapter import sidecar
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import Lazy, as_array
 from ..io.locations import path_text
-from ..io.stages import stage
+from ..io.stages import stage, steps
 from ..io.staging import staged
 from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
@@ -326,7 +326,8 @@ def export(
         # Files in a wrong place are refused here, before minutes of tracing.
         _check_place(weights.tensors, target)
         stays = weights.files
-    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
+    numbered = steps(steps_of(mode, quantize, check))
+    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
         # The quantizer starts from a float graph, which is checked, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
@@ -347,6 +348,11 @@ def export(
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
     return GraphReport(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def steps_of(mode: str, quantize: str | None, check: bool) -> int:
+    """Return how many steps an export tells: tracing, converting, and those that it was asked for."""
+    return 2 + (mode == "slots") + (quantize is not None) + check
 
 
 def read_adapters(adapters: Adapters) -> dict[str, Adapter]:

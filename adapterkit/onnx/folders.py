@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Target
-from ..errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError, nearest, storage_error
+from ..errors import (
+    ONE_WEIGHT_EACH,
+    Malformed,
+    StorageError,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+    nearest,
+    storage_error,
+)
 from ..io.checkpoint import opened as opened_base
 from ..io.inputs import read_input
 from ..io.staging import files_below, staged
@@ -134,7 +143,11 @@ def parts_of(folder: Path) -> list[GraphPart]:
     """
     graphs = graphs_in(folder)
     if not graphs:
-        raise UsageError("no graph is in this folder", path=folder, cure="Name a folder with .onnx files")
+        raise UsageError(
+            "no graph is in this folder",
+            path=folder,
+            cure="Name a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
+        )
     said = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
@@ -359,7 +372,7 @@ def plan_folder(
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(factors) != count:
-        raise UsageError(f"{len(factors)} weights for {count} adapters", cure="Give one number an adapter")
+        raise UsageError(f"{len(factors)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
     return factors
 
 

@@ -25,9 +25,10 @@ from ..errors import (
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
+from ..io.stages import steps
 from ..naming.binding.bases import check_base
 from ..torch.pretrained import check_transformers, load_pretrained
-from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
+from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters, steps_of
 from .report import GraphReport
 from .tracing import quiet
 
@@ -324,23 +325,24 @@ def export_pretrained(
     # A folder that is refused for its links is refused before minutes of tracing, and not only when they are copied.
     if not share_weights:
         _to_carry(source)
-    with quiet():
-        torch_model = load_pretrained(source, dtype)
-    words = words_of(torch_model, source)
+    with steps(1 + steps_of(mode, quantize, check)):
+        with quiet():
+            torch_model = load_pretrained(source, dtype)
+        words = words_of(torch_model, source)
 
-    def written(folder: Path) -> GraphReport:
-        return export(
-            words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
-            input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,
-            inside=INSIDE, also=words.examples[1:], quantize=quantize, share=source if share_weights else None,
-            check=check, rename=rename,
-        )  # fmt: skip
+        def written(folder: Path) -> GraphReport:
+            return export(
+                words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
+                input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,
+                inside=INSIDE, also=words.examples[1:], quantize=quantize, share=source if share_weights else None,
+                check=check, rename=rename,
+            )  # fmt: skip
 
-    if share_weights:
-        return written(target)
-    with published(target, files_of_adapters(adapter), made_from) as scratch:
-        report = written(scratch)
-        carried = _carried(source, scratch)
+        if share_weights:
+            return written(target)
+        with published(target, files_of_adapters(adapter), made_from) as scratch:
+            report = written(scratch)
+            carried = _carried(source, scratch)
     return moved(report, target, carried)
 
 

@@ -337,8 +337,8 @@ def _formats(found: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>Formats that can hold the methods of each adapter. <code>adapterkit convert</code> checks names of modules "
-        f"and a format's other limits.</p>{table}"
+        "<p>Formats that can hold the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
+        f"checks names of modules and a format's other limits.</p>{table}"
     )
 
 

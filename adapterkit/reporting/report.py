@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, storage_error
+from ..errors import StorageError, UsageError, storage_error
 from .charts import Chart, charts, png, svg
 from .facts import Facts, facts_of
 from .measuring import Measurements, measure
@@ -75,6 +75,7 @@ class AdapterReport:
 
         Raises:
             StorageError: something is there, or it cannot be written.
+            UsageError: its name ends as another kind of file.
             Unsupported: the package that draws charts is not installed.
         """
         from ..io.staging import check_free, staged
@@ -82,6 +83,9 @@ class AdapterReport:
         path = Path(out)
         if path.is_dir():
             raise StorageError("a folder is there", path=path, cure="Name a file, such as report.html")
+        if path.suffix.lower() not in ("", ".html", ".htm"):
+            cure = f"Name {path.with_suffix('.html')}; --figures DIR (figures=) writes pictures"
+            raise UsageError(f"a report is an HTML page, not {path.suffix}", path=path, cure=cure)
         check_free(path, overwrite)
         data = self.html().encode()
         with staged(path, overwrite=overwrite, made_from=made_from) as place:

@@ -40,7 +40,10 @@ def check_transformers(path: Path, work: str) -> None:
         raise UsageError(f"{work} needs transformers, which is not installed", path=path, cure=cure)
     if not (path / "config.json").is_file():
         why = "no folder of a transformers model: it has no config.json"
-        raise Malformed(why, path=path, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
+        cure = "Name a folder that save_pretrained wrote, or a snapshot of a hub's"
+        if (path / "adapter_config.json").is_file():
+            cure = "It is an adapter: name the model that it was trained on in its place"
+        raise Malformed(why, path=path, cure=cure)
 
 
 def load_pretrained(

@@ -299,6 +299,18 @@ def test_a_folder_as_a_tool_leaves_it_has_no_finding(tmp_path):
     assert ak.scan(folder(tmp_path / "adapter")).findings == ()
 
 
+def test_small_numbers_of_bfloat16_are_no_finding(tmp_path):
+    """PEFT makes factors in the base's bfloat16 and saves them as float32; float16 has no place for the smallest."""
+
+    def small(tensors):
+        flat = tensors[STEM.format(2, "q", "A")].reshape(-1)
+        flat[:3] = np.float32([2.0**-20 * 1.5703125, 2.0**-21 * 1.9921875, -(2.0**-18) * 1.0078125])
+        assert not (flat.view("u4") & 0xFFFF).any()
+        assert (flat.astype("f2").astype("f4") != flat).any()
+
+    assert ak.scan(folder(tmp_path / "adapter", small)).findings == ()
+
+
 def test_nothing_is_executed(tmp_path):
     path = folder(tmp_path / "adapter")
     mark = tmp_path / "ran"
