@@ -1,8 +1,9 @@
 """Export a model to ONNX, with adapters.
 
 MODEL is a folder as transformers saves it: a causal language model gets its past keys and values as inputs and outputs,
-an encoder or classifier its tokens. For any other torch module, --model names the function that makes it, and MODEL, if
-given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
+an encoder or classifier its tokens. A model of encoder and decoder becomes the graphs that optimum loads, and one that
+reads images those of transformers.js. For any other torch module, --model names the function that makes it, and MODEL,
+if given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
 adapter where these are slots. The result is run against the torch model, unless --no-check is given.
 """
 
