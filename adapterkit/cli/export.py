@@ -117,10 +117,20 @@ def _view(record: Any) -> View:
 
 def _try(record: Any) -> View:
     """Yield lines of Python that run what was written."""
+    graph, parts = Path(record["out"]), record.get("graphs")
     adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
-    graph = Path(record["out"])
-    loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield "in Python:"
+    if parts:
+        names = dict.fromkeys(path.name.split(".")[1] for path in adapters)
+        yield f'  session = adapterkit.onnx.FolderSession("{graph}")'
+        yield from (f'  session.load("{name}")' for name in names)
+        which = f', adapter="{next(iter(names))}"' if names else ""
+        if "encoder_model.onnx" in parts:
+            yield f"  session.generate(inputs{which})  # inputs: {{name: array}} of the encoder"
+        else:
+            yield f'  session.run("{next(iter(parts))}", inputs{which})  # each graph by its name'
+        return
+    loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")
     which = f', adapter="{adapters[0].stem}"' if adapters else ""
     yield f"  session.generate(input_ids{which})  # a language model; others: session.run({{name: array}})"

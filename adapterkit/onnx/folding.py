@@ -148,6 +148,12 @@ class Folding:
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
             new = self._made(layer.operand, make, "weight", id(layer.operand))
             self.spot.node.replace_input_with(self.spot.kind.position, new)
+        elif self.spot.kind.whole and any(update.changes_weight for update in self.updates):
+            make = partial(
+                _matrix, self.spot, self.at, self.spot.kind.detached(self.spot.node), shape_of(layer.operand)
+            )
+            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            self.spot.node.replace_input_with(self.spot.kind.position, new)
         elif any(update.changes_weight for update in self.updates):
             self._weight(layer.operand)
         return []
@@ -250,6 +256,16 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array])
         part_of(D, place)[...] = through(place, W)[0] - W
         V += factor * place.norm.factors(groups_of(spot)) * D
     return seen_by(V, spot)
+
+
+def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shape: tuple[int, ...]) -> Array:
+    """Return the changed matrix in the shape in which it is stored, in float64."""
+    before = seen_by(held().astype(np.float64), spot)
+    after = before.copy()
+    for place, factor in at:
+        W = part_of(before, place)
+        part_of(after, place)[...] += factor * (through(place, W)[0] - W)
+    return seen_by(after, spot).reshape(shape)
 
 
 def _added(at: list[PlannedUpdate], W: Array) -> Array:
