@@ -177,7 +177,13 @@ class FusedMatMul(MatMul):
         return not attribute(node, "transB", 0)
 
     def op(self, x: Value, w: Value) -> Value:
-        return super().op(x.mT if attribute(self.node, "transA", 0) else x, w)
+        if not attribute(self.node, "transA", 0):
+            return super().op(x, w)
+        # A Transpose needs the number of axes, which saved sessions leave out; this operator does not.
+        turned = self._of(x, w).mT
+        words, domain = {"transA": 1}, "com.microsoft"
+        out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
+        return Value(self.branch, None, x.dtype, out)
 
 
 class MatMulNBits(Layer):

@@ -31,6 +31,9 @@ NODES = {
     "left-stored": (
         [("Transpose", ["x"], TURN), ("MatMul", ["q.weight", "0"], {}), ("Transpose", ["1"], TURN)], SQUARE[None]
     ),
+    "fused-turned": (
+        [("Transpose", ["x"], TURN), ("FusedMatMul", ["0", "q.weight"], {"domain": "com.microsoft", "transA": 1})], W.T
+    ),
     "function": ([("Linear", ["x", "q.weight"], {"domain": "mine"})], W.T),
 }  # fmt: skip
 
