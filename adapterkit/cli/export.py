@@ -121,7 +121,7 @@ def _try(record: Any) -> View:
     adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
     yield "in Python:"
     if parts:
-        names = dict.fromkeys(path.name.split(".")[1] for path in adapters)
+        names = dict.fromkeys(path.name.removesuffix(".onnx_adapter").partition(".")[2] for path in adapters)
         yield f'  session = adapterkit.onnx.FolderSession("{graph}")'
         yield from (f'  session.load("{name}")' for name in names)
         which = f', adapter="{next(iter(names))}"' if names else ""

@@ -98,7 +98,8 @@ class FolderSession:
         files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
         there = {key: file for key, file in files.items() if file.is_file()}
         if not there:
-            known = {file.name.split(".")[1] for file in self._path.glob("*.*.onnx_adapter")}
+            stems = [file.name.removesuffix(".onnx_adapter") for file in self._path.glob("*.*.onnx_adapter")]
+            known = {stem.partition(".")[2] for stem in stems}
             cure = nearest(name, known) or "Pass the adapter, or its path"
             raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
         return there

@@ -175,7 +175,7 @@ def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[
 
 
 KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
-"""What is kept of each layer, by optimum's names."""
+"""The cached tensors of each layer, by optimum's names."""
 
 
 def _decoder(
