@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     "fold into the weights of --onto.",
 )  # fmt: skip
 @click.option(
+    "--keep-change", type=click.Choice(["float", "packed"]),
+    help="Of a quantized graph: keep the change beside the weights as factors of floating point, or quantize it with "
+    "them, however much is lost. With requantize and neither, beside where more than 5 % would be lost.",
+)  # fmt: skip
+@click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
 )  # fmt: skip
@@ -91,7 +96,7 @@ def command(
     stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
-    check: bool, compat: str | None, vocab: str | None, remainder: int | None,
+    check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -111,8 +116,8 @@ def command(
     if graph is not None:
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, graph, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
-            rename, allow_partial,
+            ctx, graph, held, out, weights, base_weights, quantized, keep_change, tied, strict_base, check, overwrite,
+            only_plan, rename, allow_partial,
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)

@@ -197,10 +197,11 @@ class Division:
     @property
     def warnings(self) -> tuple[str, ...]:
         """A sentence about targets that were left out."""
-        return _left(self.lost, "no graph has them")
+        return left_line(self.lost, "no graph has them")
 
 
-def _left(lost: Sequence[Target], why: str) -> tuple[str, ...]:
+def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
+    """Return a sentence about targets that were left out; nothing if there are none."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -215,7 +216,7 @@ def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tupl
     """
     kept, lost = taken(model, adapter, base, tying.config)
     # Without any target left, the search by name raises the error that lists the nearest names.
-    return (kept if kept.updates else adapter), _left(lost if kept.updates else (), "the graph has not got them")
+    return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph has not got them")
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
@@ -460,4 +461,5 @@ def joined(
         {target: told for each in moved.values() for target, told in each.damage.items()},
         max(references, default=None), saturation=saturations[0] if saturations else None,
         warnings=(*warnings, *dict.fromkeys(line for each in moved.values() for line in each.warnings)), parts=moved,
+        beside=tuple(at for each in moved.values() for at in each.beside),
     )  # fmt: skip
