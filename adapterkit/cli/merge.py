@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
 )  # fmt: skip
 @_options.strict_base
+@_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
     help="Where an adapter has more tokens than the base: add their rows, or leave them out. If absent, grow where the "
@@ -91,7 +92,7 @@ def command(
     stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
-    check: bool, compat: str | None, vocab: str | None, remainder: int | None,
+    check: bool, compat: str | None, vocab: str | None, remainder: int | None, strict_licence: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -131,7 +132,7 @@ def command(
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
+            tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
         )  # fmt: skip
         show(settings, planned.record(digests=False), _plan_view)
         return
@@ -144,7 +145,8 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
+            rename=rename, vocab=vocab,
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
