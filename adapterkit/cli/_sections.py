@@ -9,8 +9,8 @@ import click
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Output": (
         "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
-        "overwrite", "figures", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers", "private",
-        "message", "tag", "revision", "license", "licence",
+        "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
+        "private", "message", "tag", "revision", "license", "licence",
     ),
     "What is computed": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
