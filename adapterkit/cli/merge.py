@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     "fold into the weights of --onto.",
 )  # fmt: skip
 @click.option(
+    "--keep", type=click.Choice(["adapter"]),
+    help="With requantize: shift numbers before they are rounded, so that the grid holds the adapter's change.",
+)  # fmt: skip
+@click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
 )  # fmt: skip
@@ -93,6 +97,7 @@ def command(
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
     check: bool, compat: str | None, vocab: str | None, remainder: int | None, strict_licence: bool,
+    keep: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -133,6 +138,7 @@ def command(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
             tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
+            keep=keep,
         )  # fmt: skip
         show(settings, planned.record(digests=False), _plan_view)
         return
@@ -146,7 +152,7 @@ def command(
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
-            rename=rename, vocab=vocab,
+            rename=rename, vocab=vocab, keep=keep,
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
