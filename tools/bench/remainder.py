@@ -109,9 +109,11 @@ def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
 
 
 def best(lost: Any, rank: int) -> Any:
-    """The best matrix of a rank, by numpy."""
-    U, S, Vh = np.linalg.svd(lost, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    """The best matrix of a rank, by numpy: the eigenvectors of the smaller square are singular vectors."""
+    if lost.shape[0] > lost.shape[1]:
+        return best(lost.T, rank).T
+    U = np.linalg.eigh(lost @ lost.T)[1][:, -rank:]
+    return U @ (U.T @ lost)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Adapt adapters to consumers of PEFT's folders that read only a part of the config, and can run only some methods.
 
 All of them use one rank and one alpha for all modules, whatever `rank_pattern` and `alpha_pattern` say, and some ignore
-`use_rslora`, or alpha. So ranks are padded with zeros to one rank, and scalings that differ, or all, go into B. What
-each can run is data, `spec/profiles`.
+`use_rslora`, or alpha. So ranks are padded with zeros to one rank, and scalings that differ, or all, go into B. The
+limits of each are data, `spec/profiles`.
 """
 
 from __future__ import annotations
