@@ -145,7 +145,7 @@ def command(
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
     if remainder is not None:
-        _check_remainder(out, quantized)
+        _check_remainder(out, quantized, keep)
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
@@ -172,11 +172,16 @@ def command(
         ctx.exit(1)
 
 
-def _check_remainder(out: str, quantized: str | None) -> None:
+def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
     from ..io.locations import is_address
 
     if quantized != "requantize":
         raise click.UsageError("--remainder is what --quantized requantize loses: name both")
+    if keep is not None:
+        raise click.UsageError(
+            "--remainder holds more of what rounding to the nearest loses, which is of few directions, than of what "
+            "--keep leaves, which is of many: leave one of them out"
+        )
     if is_address(out):
         raise click.UsageError("--remainder needs a folder as OUT: merge into a folder, and push it")
 

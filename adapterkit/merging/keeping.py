@@ -77,7 +77,7 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
         step = np.where(better, np.where(slow, 1.5 * step, step), np.where(found <= 1.001 * size, 2 * step, 0.5 * step))
         C, lost, size = (np.where(better, new, old) for new, old in ((tried, C), (now, lost), (found, size)))
     shifted = _shifted(M, C, Vh)
-    # Where rows share a scale, the best of each are not the best of all.
+    # Rows may share a scale, so that the best of each need not be the best together.
     together = np.linalg.norm((trip(shifted) - M) @ V)
     return shifted if together < np.linalg.norm(first) else merged
 

@@ -53,7 +53,7 @@ class Original(Checkpoint):
 
 
 KEPT = ("adapter",)
-"""What rounding can be asked to keep."""
+"""The choices of what rounding is to keep."""
 
 
 def as_merged(

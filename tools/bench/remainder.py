@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=[""], help="the last words of the targets to merge")
     parser.add_argument("--scale", type=float, default=1.0, help="of the adapter's change")
     parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a paragraph at most")
     chosen = parser.parse_args()
     import torch
     import transformers
@@ -52,7 +53,7 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(chosen.base, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.base)
     long = [part for part in chosen.text.read_text("utf-8").split("\n\n") if len(part) >= 300][: chosen.paragraphs]
-    tokens = [tokenizer(part, return_tensors="pt").input_ids[:, :LENGTH] for part in long]
+    tokens = [tokenizer(part, return_tensors="pt").input_ids[:, : chosen.length] for part in long]
     adapter = ak.read(chosen.lora)
     paths = [target.path for target in adapter.updates if target.path.endswith(tuple(chosen.modules))]
     modules = {path: model.get_submodule(path) for path in paths}
