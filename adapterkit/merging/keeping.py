@@ -24,11 +24,18 @@ SHARE = 8
 WEAK = 1e-3
 """Directions with a smaller singular value, relative to the largest, are left to rounding."""
 
-ROUNDS = 12
+ROUNDS = 24
 """How often a weight is packed at most."""
 
 ENOUGH = 0.02
-"""Part of the first error along the directions at which a row is done."""
+"""Part of the first error along the directions at which all is done."""
+
+STILL, TURNED = 0.7, -0.2
+"""Part of the error that is left along itself after a step: above the former it has hardly moved, below the latter it
+has turned round."""
+
+LONGER, SHORTER = 1.6, 0.6
+"""Factors of the next step in these two cases."""
 
 
 def directions(D: Array, seed: int) -> Array:
@@ -61,22 +68,23 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
 
     M, Vh = merged.astype(np.float64), directions
     V = Vh.swapaxes(1, 2)
-    C = np.zeros((*M.shape[:2], Vh.shape[1]))
+    C, step = np.zeros((*M.shape[:2], Vh.shape[1])), np.ones((*M.shape[:2], 1))
     lost = (trip(merged) - M) @ V
-    size = np.linalg.norm(lost, axis=2, keepdims=True)
-    first, step = size, np.ones_like(size)
+    first = least = np.linalg.norm(lost, axis=2, keepdims=True)
+    best = C
     for _ in range(ROUNDS):
-        if (size <= ENOUGH * first).all():
+        if (least <= ENOUGH * first).all():
             break
-        tried = np.where(size > ENOUGH * first, C - step * lost, C)
-        now = (trip(_shifted(M, tried, Vh)) - M) @ V
+        C = C - step * lost
+        now = (trip(_shifted(M, C, Vh)) - M) @ V
+        # Below half a step of the grid nothing moves: go further. Where the error has turned round, go less far.
+        square = (lost * lost).sum(2, keepdims=True)
+        left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
+        step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
         found = np.linalg.norm(now, axis=2, keepdims=True)
-        better = found < size
-        # Below half a step of the grid nothing moves: go further. Beyond, the error turns back: go less far.
-        slow = found > 0.7 * size
-        step = np.where(better, np.where(slow, 1.5 * step, step), np.where(found <= 1.001 * size, 2 * step, 0.5 * step))
-        C, lost, size = (np.where(better, new, old) for new, old in ((tried, C), (now, lost), (found, size)))
-    shifted = _shifted(M, C, Vh)
+        best, least = np.where(found < least, C, best), np.minimum(found, least)
+        lost = now
+    shifted = _shifted(M, best, Vh)
     # Rows may share a scale, so that the best of each need not be the best together.
     together = np.linalg.norm((trip(shifted) - M) @ V)
     return shifted if together < np.linalg.norm(first) else merged
