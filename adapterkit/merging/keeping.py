@@ -77,7 +77,7 @@ def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Ar
             break
         C = C - step * lost
         now = (trip(_shifted(M, C, Vh)) - M) @ V
-        # Below half a step of the grid nothing moves, so the next step is longer. An error that has turned round shortens it.
+        # Below half a step of the grid nothing moves: go further. An error that has turned round shortens the step.
         square = (lost * lost).sum(2, keepdims=True)
         left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
         step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))

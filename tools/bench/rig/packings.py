@@ -42,11 +42,16 @@ def nf4(out: int, ins: int) -> tuple[str, Parts]:
     }  # fmt: skip
 
 
+def points(word: int, *shape: int) -> Lazy:
+    """Zero points of four bits: equal ones make a symmetric grid of the same zero point."""
+    return from_numpy(np.full(shape, word, np.int32))
+
+
 def gptq(out: int, ins: int) -> tuple[str, Parts]:
     """GPTQ of 4 bits."""
     groups = ins // GROUP
     return "gptq", {
-        "m.qweight": zeros("I32", ins // 8, out), "m.qzeros": zeros("I32", groups, out // 8),
+        "m.qweight": zeros("I32", ins // 8, out), "m.qzeros": points(0x77777777, groups, out // 8),
         "m.scales": zeros("F16", groups, out),
     }  # fmt: skip
 
@@ -55,7 +60,7 @@ def awq(out: int, ins: int) -> tuple[str, Parts]:
     """AWQ of 4 bits."""
     groups = ins // GROUP
     return "awq", {
-        "m.qweight": zeros("I32", ins, out // 8), "m.qzeros": zeros("I32", groups, out // 8),
+        "m.qweight": zeros("I32", ins, out // 8), "m.qzeros": points(0x77777778, groups, out // 8),
         "m.scales": zeros("F16", groups, out),
     }  # fmt: skip
 
