@@ -240,6 +240,10 @@ tied = click.option(
 )  # fmt: skip
 _STRICT_BASE = "Refuse a base that is not the one that an adapter names, instead of a warning."
 strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
+strict_licence = click.option(
+    "--strict-licence", "--strict-license", "strict_licence", is_flag=True,
+    help="Refuse licences that contradict each other or are not known, instead of a warning.",
+)  # fmt: skip
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip

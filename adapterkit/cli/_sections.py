@@ -10,17 +10,19 @@ import click
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Output": (
         "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
-        "overwrite", "figures", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers", "private",
-        "message", "tag", "revision", "license", "licence",
+        "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
+        "private", "message", "tag", "revision", "license", "licence",
     ),
     "What is computed": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
-        "onto", "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
+        "onto", "keep", "remainder",
+        "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
         "embeddings", "targets", "scope", "data", "texts",
         "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
     ),
     "How adapters and bases are read": (
-        "source_format", "base", "base_weights", "strict_base", "compat", "alpha", "strict", "family", "match_base",
+        "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
+        "match_base",
         "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
     ),
     "Thresholds": (

@@ -15,7 +15,7 @@ import msgspec
 
 from ..core.metadata import read_with
 from ..core.updates import Additive
-from ..errors import AdapterkitError, Malformed, Unrepresentable
+from ..errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image import container
@@ -433,6 +433,8 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
     if profile is not None:
         try:
             writer.fit(seen.adapter, profile)
+        except UsageError:
+            pass  # The base is missing, which `needs` names.
         except Unrepresentable:
             if not all(_promotable(update) for update in updates):
                 return ""

@@ -62,6 +62,8 @@ def _targets(adapter: Adapter, file: str) -> Iterator[Finding]:
         yield from _token_rows(target, updates, file)
         if re.search(r"(^|\.)(lm_head|embed_out|output_projection)$", path):
             yield Finding("head", file, str(target), ", ".join(update.method for update in updates))
+        if re.search(r"(^|\.)(router|router\.\w+|gate|wg)$", path):
+            yield Finding("router", file, str(target), ", ".join(update.method for update in updates))
         single = re.search(r"^(.*\.experts)\.(\d+)\.", path)
         if single:
             experts[single[1]].add(int(single[2]))

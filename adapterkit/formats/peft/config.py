@@ -87,6 +87,7 @@ TOOLS = {
     "lora_dtype": "ms-swift: element type in training; the file has its own",
     "lorap_emb_lr": "ms-swift: learning rate of LoRA+",
     "lorap_lr_ratio": "ms-swift: learning rate of LoRA+",
+    "model_type": "Cloudflare Workers AI: the base's type, which it asks for",
     "swift_type": "ms-swift: its name for peft_type",
     "transformers_version": "transformers: its release",
     "unsloth_version": "Unsloth: its release",
