@@ -297,8 +297,8 @@ def report(
         raise UsageError("merged needs base", where="merged", cure="Pass the base as well: --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    told: Any = gate.record() if hasattr(gate, "record") else gate
-    figures = None if gate is None else gate_figures(told)
+    told: Any = gate if gate is None or isinstance(gate, Mapping | str | PathLike) else gate.record()
+    figures = None if told is None else gate_figures(told)
     checkpoint = None if base is None else opened(base)
     with inputs_kept():
         held = [each if isinstance(each, Adapter) else _read_for(each, checkpoint) for each in given]

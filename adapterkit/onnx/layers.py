@@ -243,25 +243,26 @@ class LeftMatMul(Layer):
 class _Single:
     """A matrix stored with leading axes of size 1, `[1, in, out]`, as some converters write it."""
 
+    position: ClassVar[int]
     whole: ClassVar[bool] = True
     axes: ClassVar[Container[int]] = range(3, 9)
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
         found: Any = super()
-        return bool(found.takes(node)) and {*shape_of(node.inputs[cls.position])[:-2]} == {1}  # type: ignore[attr-defined]
+        return bool(found.takes(node)) and {*shape_of(node.inputs[cls.position])[:-2]} == {1}  # type: ignore[arg-type]
 
     @classmethod
     def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
-        return shape_of(node.inputs[cls.position])[-2:]  # type: ignore[attr-defined]
+        return shape_of(node.inputs[cls.position])[-2:]  # type: ignore[arg-type]
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
-        return numbers(node.inputs[cls.position]).reshape(cls.held_shape(node))  # type: ignore[attr-defined]
+        return numbers(node.inputs[cls.position]).reshape(cls.held_shape(node))  # type: ignore[arg-type]
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        copy, shape = held_apart(node.inputs[cls.position]), cls.held_shape(node)  # type: ignore[attr-defined]
+        copy, shape = held_apart(node.inputs[cls.position]), cls.held_shape(node)  # type: ignore[arg-type]
         return lambda: numbers(copy).reshape(shape)
 
     @property
