@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..errors import AdapterkitError, UsageError
+from ..io.computed import held
+from ..io.spool import Spool
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .algebra import summed_at
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ..io.lazy import DType, Shape
     from .alignment import AlignedPlace
     from .at_base import Weights
+    from .building import Hold
     from .combiners._combiner import Combiner
     from .lowering import Change
     from .parameters import Asked
@@ -71,6 +74,7 @@ class Evaluation:
         self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., object] | None = None
+        self.hold: Hold = held
 
     def updates(self, read: Sequence[Adapter]) -> dict[Target, tuple[Update, ...]]:
         """Return the combined updates of every target."""
@@ -121,6 +125,8 @@ class Evaluation:
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
+        # Only the result itself: a method that learns its weights computes hundreds of trials, each of which is freed.
+        self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
             self._take(results, made, total)
@@ -192,7 +198,7 @@ class Evaluation:
             return (self._lazily(place, changes),), None
         bias = self._bias(place, changes)
         if not has_weight:
-            return (dense(place.target, place.shape, None, bias, self.dtype),), None
+            return (dense(place.target, place.shape, None, bias, self.dtype, self.hold),), None
         made = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
         update = self._stored(place, [delta for delta, _, _ in made], bias)
         self._look(place, changes, [delta for delta, _, _ in made])
@@ -228,7 +234,7 @@ class Evaluation:
 
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
-        from ..io.computed import computed, held
+        from ..io.computed import computed
 
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
@@ -355,12 +361,13 @@ class Evaluation:
 
     def _stored(self, place: AlignedPlace, found: Sequence[Delta] | None, bias: Array | None) -> Update:
         """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
+        hold = self.hold
         if found is None:
-            return dense(place.target, place.shape, None, bias, self.dtype)
+            return dense(place.target, place.shape, None, bias, self.dtype, hold)
         wide = _wide(max(delta.rank for delta in found), found[0].shape) and self.rank != FIT
         if any(delta.rest is not None for delta in found) or wide:
-            return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype)
-        return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
+            return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype, hold)
+        return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype, hold)
 
     def _standing(
         self, place: AlignedPlace, present: tuple[int, ...], expert: int | None, census: Census | None = None,
