@@ -118,6 +118,19 @@ def test_a_product_counts_and_not_how_it_was_split(name, drawn):
     close(exact(one), exact(other), 1e-6)
 
 
+@pytest.mark.parametrize("name", sorted({*set(PLAIN) - BY_FACTORS, "core_ties", "core_cart", "pico_tsv", "knots_ties"}))
+def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
+    given_ = adapters(few(name) if name in PLAIN else 4, out=11, columns=(17,), rank=2)
+    whole = [
+        Adapter({target: (METHODS["dense"](D=from_numpy(exact(adapter, target))),) for target in (Q, V)})
+        for adapter in given_
+    ]
+    more = basis(name if name in PLAIN else name.split("_")[0]) | ({"rank": 2} if name == "ctm" else {})
+    one, other = (ak.ops.combine(each, name, **more) for each in (given_, whole))
+    for target in (Q, V):
+        close(exact(one, target), exact(other, target), 1e-7)
+
+
 @pytest.mark.parametrize("name", sorted(set(SEVERAL) - BY_PLACE))
 @few_seeds
 @given(order=st.permutations(range(3)), drawn=SEEDS)
@@ -462,6 +475,16 @@ def test_cart_adds_leading_differences_to_the_mean():
         U, S, V = leading(task - centre, 2)
         expected = expected + 0.5 * U @ np.diag(S) @ V.T
     close(exact(ak.ops.combine(given_, "cart", share=2 / (3 * RANK), scale=0.5)), expected)
+
+
+def test_the_share_of_cart_is_of_the_weights_directions_as_its_authors_have_it():
+    given_ = adapters(out=12, columns=(20,))
+    tasks = [exact(adapter) for adapter in given_]
+    expected = centre = sum(tasks) / 3
+    for task in tasks:
+        U, S, V = leading(task - centre, 3)
+        expected = expected + 2.0 * U @ np.diag(S) @ V.T
+    close(exact(ak.ops.combine(given_, "cart", share=0.3, over="weight")), expected)
 
 
 def test_pico_damps_shared_directions_and_keeps_the_mean_norm():

@@ -118,7 +118,8 @@ class Answers:
 
     Attributes:
         names: of the tasks.
-        what: what an item is.
+        what: what is answered.
+        sizes: how many of each task choose a scale, and how many are reported.
     """
 
     names: ClassVar = list(TASKS)
