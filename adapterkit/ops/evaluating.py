@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
-from ..errors import AdapterkitError, UsageError
+from ..errors import UsageError
 from ..io.computed import held
 from ..io.spool import Spool
 from ..methods.dense import Dense
@@ -23,7 +22,7 @@ from .census import Census
 from .combiners._entrywise import Entrywise
 from .combiners._learned import Learned, WeightTrial
 from .context import FormulaContext
-from .differences import too_large
+from .differences import errors_at
 from .lowering import Delta
 from .outline import blank, unknown
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
@@ -159,7 +158,7 @@ class Evaluation:
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
     def _placed(self, place: AlignedPlace) -> tuple[tuple[Update, ...], Cut | None]:
-        with _errors_at(place):
+        with errors_at(place.target):
             return self._at(place)
 
     def _count(self) -> None:
@@ -177,7 +176,7 @@ class Evaluation:
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: AlignedPlace) -> None:
-            with _errors_at(place):
+            with errors_at(place.target):
                 changes = place.changes()
                 for method, at, deltas in self._standings(place, changes, census):
                     self._matrix(method, place, at, deltas)
@@ -234,7 +233,7 @@ class Evaluation:
 
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
-        from ..io.computed import computed
+        from ..io.computed import computed, rounded
 
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
@@ -247,10 +246,11 @@ class Evaluation:
             # Narrower dtypes are computed in float32 and rounded once, when the result is stored.
             kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
             D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
-            with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+            with errors_at(place.target), one_blas_thread():
                 for one, (method, at, deltas) in zip(D, self._standings(place, changes), strict=True):
                     self._into(one, method, place, at, deltas)
-            return D.reshape(shape)
+                # Rounded here, so that an error of rounding names the target.
+                return rounded(D.reshape(shape), self.dtype)
 
         d = None if bias is None else held(bias, self.dtype)
         return Dense(D=computed(shape, self.dtype, make), d=d)  # type: ignore[arg-type]
@@ -430,21 +430,6 @@ class Evaluation:
         # A view that grows with what is done, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
-
-
-@contextmanager
-def _errors_at(place: AlignedPlace) -> Iterator[None]:
-    """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
-    import numpy as np
-
-    try:
-        # Storing a result and decomposing it refuse numbers that are too large for a float.
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield
-    except np.linalg.LinAlgError:
-        raise too_large().at(where=str(place.target)) from None
-    except AdapterkitError as error:
-        raise error.at(where=str(place.target)) from None
 
 
 def _size(X: Array) -> float:

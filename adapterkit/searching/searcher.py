@@ -1,8 +1,9 @@
 """Search for the combination with the lowest loss.
 
 Known combinations come first: the equal sum, each adapter alone, every method at weight 1, and those that the caller
-starts from. Then Optuna's TPE proposes trials from those before. It was chosen by measurement, on eight planted optima of two adapters, three methods
-and a density: after 50 trials six are within 2 per cent of the planted change's squared norm, and the worst within 5.
+starts from. Then Optuna's TPE proposes trials from those before. It was chosen by measurement, on eight planted optima
+of two adapters, three methods and a density: after 50 trials six are within 2 per cent of the planted change's squared
+norm, and the worst within 5.
 Optuna's Gaussian process finds smooth optima more exactly, but three of the eight it misses by 5 to 26 per cent: it
 stays at the best method so far.
 A draw depends on the seed and the number of a trial, so a resumed search tries what an unbroken one would have tried.

@@ -1,6 +1,7 @@
 """Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
 
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -129,6 +130,16 @@ def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
     one, other = (ak.ops.combine(each, name, **more) for each in (given_, whole))
     for target in (Q, V):
         close(exact(one, target), exact(other, target), 1e-7)
+
+
+def test_a_dense_result_that_its_dtype_cannot_hold_names_the_target():
+    huge = [
+        Adapter({Q: (METHODS["lora"](A=from_numpy(np.full((1, 4), 1e30)), B=from_numpy(np.full((3, 1), 1e30))),)})
+        for _ in range(2)
+    ]
+    made = ak.ops.combine(huge, "ties", dtype="F32")
+    with pytest.raises(Malformed, match=f"{re.escape(str(Q))}: a result that F32 cannot hold"):
+        made.updates[Q][0].D.numpy()
 
 
 @pytest.mark.parametrize("name", sorted(set(SEVERAL) - BY_PLACE))

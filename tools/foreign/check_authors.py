@@ -523,7 +523,12 @@ def model_stock(folder: Path, data: Data) -> dict[str, torch.Tensor]:
     path = folder / "fusion_bench/method/model_stock/model_stock.py"
     f = taken(path, "compute_angle", "compute_ratio", "merge_weights", EPS=0.0)
     one, other, zeros = *data.changes(), data.zeros()
-    return dict(f.merge_weights(one, other, zeros, f.compute_ratio(f.compute_angle(one, other, zeros))))
+    kept = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign, assignment]
+    try:
+        return dict(f.merge_weights(one, other, zeros, f.compute_ratio(f.compute_angle(one, other, zeros))))
+    finally:
+        torch.Tensor.float = kept  # type: ignore[method-assign]
 
 
 def slerp(folder: Path, data: Data) -> dict[str, torch.Tensor]:
@@ -533,8 +538,8 @@ def slerp(folder: Path, data: Data) -> dict[str, torch.Tensor]:
     return {name: f.slerp(0.5, one[name], other[name]) for name in data.names}
 
 
-def mergekit(method: str, **parameters: Any) -> Any:
-    """The installed mergekit, tensor by tensor."""
+def mergekit(method: str, *, based: bool = True, **parameters: Any) -> Any:
+    """The installed mergekit, tensor by tensor; a method without a base takes the changes themselves."""
 
     def run(_: Path, data: Data) -> dict[str, torch.Tensor]:
         from mergekit.merge_methods import merge_tensors
@@ -542,9 +547,9 @@ def mergekit(method: str, **parameters: Any) -> Any:
         made = {}
         for name in data.names:
             several = [each[name] for each in data.changes()]
-            made[name] = merge_tensors(
-                [torch.zeros_like(several[0]), *several], method, parameters=parameters, base_index=0
-            )
+            base = [torch.zeros_like(several[0])] if based else []
+            place = {"base_index": 0} if based else {}
+            made[name] = merge_tensors([*base, *several], method, parameters=parameters, **place)
         return made
 
     return run
@@ -601,7 +606,7 @@ CASES = (
          {"select": 0.3, "compat": "mergekit"}),
     Case("breadcrumbs", *KIT, "0.9, 0.01", mergekit("breadcrumbs", **WEIGHTS, density=0.9, gamma=0.01),
          {"density": 0.9, "gamma": 0.01, "compat": "mergekit"}),
-    Case("karcher", *KIT, "defaults", mergekit("karcher"), {"compat": "mergekit"}),
+    Case("karcher", *KIT, "defaults", mergekit("karcher", based=False), {"compat": "mergekit"}),
 )  # fmt: skip
 
 
