@@ -25,7 +25,7 @@ def _adapters(count: int) -> list[Adapter]:
     def lora(*seed: int) -> object:
         random = np.random.default_rng(seed)
         A, B = random.standard_normal((RANK, SIZE)), random.standard_normal((SIZE, RANK))
-        return METHODS["lora"](A=from_numpy(A.astype(np.float32)), B=from_numpy(B.astype(np.float32)))
+        return METHODS["lora"](**{name: from_numpy(X.astype(np.float32)) for name, X in {"A": A, "B": B}.items()})
 
     return [Adapter({Target(f"layers.{i}.q"): (lora(t, i),) for i in range(TARGETS)}) for t in range(count)]  # type: ignore[misc]
 

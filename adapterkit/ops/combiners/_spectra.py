@@ -29,7 +29,7 @@ def spanned(cores: Array) -> int:
     from ._changes import NOISE
 
     # Coordinates of dense changes are those of the weight, and factors may depend on one another, so shapes tell less.
-    both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack(cores), np.vstack(cores)))
+    both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
     return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
 
 
