@@ -18,6 +18,7 @@ from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
+from .differences import errors_at
 from .lowering import Change, Delta
 from .lowrank import distance, svd
 from .prefetch import one_blas_thread
@@ -237,7 +238,8 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | Non
         return None
     change = Change(place.target, place.shape, tuple(own))
     kept = tuple(update for update in updates if not any(update is each for each in own))
-    return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
+    with errors_at(place.target):
+        return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
 
 
 def _own(place: AlignedPlace, every: bool) -> list[Additive]:
