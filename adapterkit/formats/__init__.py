@@ -290,8 +290,8 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
     if is_model(source):
         name = public(os.fspath(path))
         cure = (
-            f"It is a whole model. Make an adapter of what it changed: adapterkit extract {name} --base BASE --rank 64 "
-            "-o ADAPTER, and name that"
+            f"It is a whole model. Make an adapter of what it changed: adapterkit extract {name} --base BASE "
+            "(base=) --rank 64 (rank=) -o ADAPTER, and name that"
         )
     raise UnknownFormat("not an adapter in any known format", path=path, cure=cure)
 

@@ -296,7 +296,8 @@ class Repacked:
         # A view exchanges two axes, so that the view of a view is the weight as it is stored.
         form = view_of(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
         back = view_of(matrices.reshape(form), whole)
-        return np.ascontiguousarray(back).reshape(-1, back.shape[-1])
+        rows: Array = np.ascontiguousarray(back)
+        return rows.reshape(-1, rows.shape[-1])
 
     @staticmethod
     def _whole_target(target: Target, stacked: bool) -> Target:

@@ -110,9 +110,8 @@ def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | N
         raise Unsupported(f"slots for {methods} at one target", where=str(target), cure="Inject it as constants")
     spot = place.spots[0]
     W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)
-    bias = (
-        spot.kind(spot.node, Branch(Building(model), "bias")).bias if next(iter(place.updates)).changes_bias else None
-    )
+    (update,) = place.updates
+    bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias else None
     b = None if bias is None else bias.numbers().astype(np.float64)
     rows = place.target.rows
     return [_factors(place, W, b if b is None or rows is None else b[slice(*rows)])]

@@ -256,7 +256,7 @@ class Space:
         made = []
         for method, weights, parameters in start:
             if method not in self.methods:
-                cure = f"Add it to methods=, or start from one of: {', '.join(self.methods)}"
+                cure = f"Add it by --method (methods=), or start from one of: {', '.join(self.methods)}"
                 raise UsageError(f"{method} is not among the methods to choose from", where="start", cure=cure)
             if len(weights) != self.count or not all(0 <= weight <= self.most for weight in weights):
                 why = f"weights {' '.join(map(str, weights))} of {method}"
