@@ -297,7 +297,8 @@ def report(
         raise UsageError("merged needs base", where="merged", cure="Pass the base as well: --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
-    told: Any = gate if gate is None or isinstance(gate, Mapping | str | PathLike) else gate.record()
+    record: Any = getattr(gate, "record", None)  # A `Gate`; importing it takes the transformers of its runner.
+    told: Any = gate if record is None else record()
     figures = None if told is None else gate_figures(told)
     checkpoint = None if base is None else opened(base)
     with inputs_kept():

@@ -146,5 +146,5 @@ def _view(record: Mapping[str, Any]) -> View:
         yield (
             f"cut to rank {said_ranks} at {counted(len(record['cuts']), 'target')}: relative error of all together "
             f"{record['relative_error'] or 0.0:.4g}, at most {worst['relative_error']:.4g} at {worst['target']}; "
-            "a higher --rank keeps more"
+            "a higher --rank keeps more, --to adapterkit keeps all"
         )

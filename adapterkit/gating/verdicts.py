@@ -74,7 +74,7 @@ def _of_model(each: KeptEffect, effect: AdapterEffect, limits: Thresholds) -> It
         yield GateCheck("kept", each.model, ok, each.kept, limits.min_kept, text)
         if each.scale is not None:
             ok = abs(each.scale - 1) <= limits.max_scale_error if known else None
-            text = f"{name} holds {each.scale:.3g} times the change"
+            text = f"{name} holds {each.scale:.3g} times the change; 1 ± {limits.max_scale_error:.3g} passes"
             yield GateCheck("scale", each.model, ok, each.scale, limits.max_scale_error, text)
     if each.parts:
         faults = each.faults

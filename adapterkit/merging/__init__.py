@@ -68,7 +68,7 @@ def plan(
         AdapterkitError: as `merge`, before anything is written.
     """
     from .planning import make_plan
-    from .quantized import as_merged  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
+    from .quantized import as_merged, unneeded  # pyright: ignore[reportAssignmentType] - binds no local `quantized`
 
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
@@ -77,6 +77,7 @@ def plan(
     checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype, chosen.keep)
     named = _named(adapters, weights, checkpoint)
     planned = make_plan(checkpoint, named, chosen)
+    planned = replace(planned, warnings=(*unneeded(checkpoint, quantized), *planned.warnings))
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base, strict_licence)
 
 
@@ -196,7 +197,7 @@ def merge(
     with _opened_base(base, target, stream) as (checkpoint, shards):
         _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
-        from .quantized import Original, as_merged  # pyright: ignore[reportAssignmentType] - as in `plan`
+        from .quantized import Original, as_merged, unneeded  # pyright: ignore[reportAssignmentType] - as in `plan`
         from .report import local, run_plan
 
         read = as_merged(checkpoint, quantized, onto, chosen.dtype, chosen.keep)
@@ -207,7 +208,9 @@ def merge(
         # A streamed base is not on disk yet. With `original`, the fingerprint is that of the weights merged into.
         stored = read if isinstance(read, Original) else checkpoint
         taken = None if stream else fingerprint(stored)
-        planned = replace(make_plan(read, named, chosen), shapes=shapes_digest(stored))
+        planned = make_plan(read, named, chosen)
+        warnings = (*unneeded(checkpoint, quantized), *planned.warnings)
+        planned = replace(planned, shapes=shapes_digest(stored), warnings=warnings)
         planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base, strict_licence)
         if engine == "ray":
             from .cluster import on_ray, recipe_of

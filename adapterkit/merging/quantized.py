@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WHY = {
     "dequantize": "the change is folded into the dequantized weights, which the adapter was trained on, and written in "
-    "16 bits; the output is no longer quantized",
+    "16 bits, or in the dtype that was asked for; the output is no longer quantized",
     "requantize": "the change is folded into the dequantized weights, which the adapter was trained on, and the result "
     "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
     "may be lost, and how much of it is left is measured for each target; untouched weights keep their bytes",
@@ -51,6 +51,12 @@ class Original(Checkpoint):
     scheme: str = ""
     weights: int = 0
 
+
+SAVED = (
+    "An adapter that was trained with load_in_4bit or load_in_8bit belongs to the quantized weights: save them with "
+    "from_pretrained(..., quantization_config=...).save_pretrained(DIR), and merge into DIR"
+)
+"""Advice for those whose trainer quantized the base while loading it."""
 
 KEPT = ("adapter",)
 """The choices of what rounding is to keep."""
@@ -87,6 +93,9 @@ def as_merged(
     if isinstance(base, Dequantized) or not is_quantized(base):
         if keep is not None:
             raise _nothing_rounds(base)
+        if quantized in ("requantize", "original") and not isinstance(base, Dequantized):
+            cure = f"Leave out --quantized (quantized=) and --onto (onto=). {SAVED}"
+            raise UsageError(f"the base is not quantized, so {quantized} does not apply", path=base.root, cure=cure)
         return base
     # The default for GGUF bases: llama.cpp, which they are made for, loads nothing else.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
@@ -102,6 +111,13 @@ def as_merged(
 
         seen = retyped(seen, dtype)
     return seen if onto is None else _original(seen, opened(onto))
+
+
+def unneeded(base: Checkpoint, quantized: str | None) -> tuple[str, ...]:
+    """Return a warning if `quantized` has no effect, because the base is not quantized."""
+    if quantized is None or isinstance(base, Dequantized | Original) or is_quantized(base):
+        return ()
+    return (f"the base is not quantized: --quantized {quantized} (quantized=) has no effect. {SAVED}",)
 
 
 def _nothing_rounds(base: Checkpoint) -> UsageError:

@@ -461,13 +461,16 @@ def _conflict(measured: Measurements) -> Iterator[Chart]:
     if measured.together:
         found = [_At(target, share) for target, share in measured.together.items()]
         spec = _map(
-            measured, found, lambda each: each.value, max, lambda value: f"{percent(value)} lost in a sum", "lost",
-            domain=(0.0, 1.0), scheme="viridis",
+            measured, found, lambda each: each.value, max, lambda value: f"{percent(value)} cancelled in a sum",
+            "cancelled", domain=(0.0, 1.0), scheme="viridis",
         )  # fmt: skip
+        count = len(measured.names)
+        # Sums of n independent numbers grow with the root of n, the sums of their absolute values with n.
+        usual = percent(1 - 1 / math.sqrt(count))
         caption = (
-            "Share of the absolute changes that cancel, entry by entry, when all are added. Two unrelated adapters "
-            "cancel 29 % and still do their work, since their changes point in different directions. More than that: "
-            "they work against each other."
+            f"Share of the absolute changes that cancel, entry by entry, when all are added. {count} unrelated "
+            f"adapters cancel {usual} and still do their work, since their changes point in different directions. More "
+            "than that: they work against each other."
         )
         yield Chart("interference", group, "Interference of a plain sum", caption, spec)
 

@@ -26,10 +26,11 @@ from ..ops.sketching import exact
 from .grid import Cell, cells
 
 if TYPE_CHECKING:
-    from ..core.adapter import Adapter
+    from ..core.adapter import Adapter, Target
     from ..core.updates import Update
     from ..io.checkpoint import Checkpoint
     from ..io.computed import Array
+    from ..io.lazy import DType
     from ..ops.at_base import Weights
     from ..ops.lowering import Change, Delta
 
@@ -146,11 +147,15 @@ class MergedShare:
         target: the target.
         kept: part of the change that is there along its own direction: 1 is all of it, 0 nothing.
         error: norm of the difference from what was to be merged, relative to the norm of the change.
+        rounded: `kept` of the exact sum after one rounding to the merged model's dtype; 1 for dtypes over 16 bits.
+        dtype: the dtype of the merged weight, such as `BF16`.
     """
 
     target: str
     kept: float
     error: float
+    rounded: float = 1.0
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -393,7 +398,15 @@ class _Measuring:
             whole.add([*blocks.values()])
         W2 = self._stored(self.after, place, expert)
         if W is not None and W2 is not None and W.shape == W2.shape:
-            after.add(W2 - W, [(self.factors[at], delta) for at, delta in enumerate(row) if delta is not None])
+            changes = [(self.factors[at], delta) for at, delta in enumerate(row) if delta is not None]
+            after.add(W, W2, changes, self._dtype_after(place.target))
+
+    def _dtype_after(self, target: Target) -> DType:
+        """Return the dtype of a target's weight in the merged model."""
+        assert self.after is not None
+        name = self.after.sites[target].weight
+        assert name is not None
+        return self.after.base.tensors[name].dtype
 
     @staticmethod
     def _stored(weights: Weights | None, place: AlignedPlace, expert: int) -> Array | None:
@@ -610,16 +623,21 @@ class _MergedSum:
     """Sums over the experts of a target, to compare a merged weight with the changes."""
 
     def __init__(self) -> None:
-        self.change, self.along, self.error = 0.0, 0.0, 0.0
+        self.change, self.along, self.error, self.rounded, self.dtype = 0.0, 0.0, 0.0, 0.0, ""
 
-    def add(self, there: Array, changes: Sequence[tuple[float, Delta]]) -> None:
+    def add(self, W: Array, merged: Array, changes: Sequence[tuple[float, Delta]], dtype: DType) -> None:
         asked: Any = sum(weight * delta.dense() for weight, delta in changes)
+        there, self.dtype = merged - W, dtype.name
         self.change += float((asked * asked).sum())
         self.along += float((asked * there).sum())
         self.error += float(((there - asked) ** 2).sum())
+        # An exact merge rounds each sum once; small changes of large weights vanish then.
+        narrow = (W + asked).astype(dtype.array).astype(W.dtype) - W if dtype.itemsize <= 2 else asked
+        self.rounded += float((asked * narrow).sum())
 
     def merged(self, target: str) -> MergedShare:
-        return MergedShare(target, self.along / self.change, math.sqrt(self.error / self.change))
+        kept, rounded = self.along / self.change, self.rounded / self.change
+        return MergedShare(target, kept, math.sqrt(self.error / self.change), rounded, self.dtype)
 
 
 def _to_decompose(effects: Sequence[Effect], found: Sequence[AlignedPlace]) -> list[tuple[Effect, int]]:

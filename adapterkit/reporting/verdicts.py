@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .facts import Facts
-    from .measuring import Effect, Measurements
+    from .measuring import Effect, Measurements, MergedShare
 
 LEVELS = ("fault", "warning", "note")
 
@@ -530,12 +530,12 @@ def _independent(findings: Findings) -> Found:
 
 
 def _merged(findings: Findings) -> Found:
-    merged = findings.measured.merged
+    merged = [each for each in findings.measured.merged if not _is_rounding(each)]
     if not merged:
         return
     kept = {each.target: each.kept for each in merged}
     nothing = [target for target, share in kept.items() if abs(share) < NOTHING]
-    if len(nothing) == len(merged):
+    if len(nothing) == len(findings.measured.merged):
         yield "The merged model holds nothing of the change: it is the base.", None, None
         return
     for target in nothing:
@@ -544,10 +544,28 @@ def _merged(findings: Findings) -> Found:
     if other:
         farthest = max(other, key=lambda each: abs(each.kept - 1))
         text = f"the merged model holds {percent(farthest.kept)} of the change at {findings.title(farthest.target)}"
-        more = (
-            f"; {len(other):,} of {len(merged):,} targets are off by more than {percent(1 - KEPT)}" if other[1:] else ""
-        )
+        total = len(findings.measured.merged)
+        more = f"; {len(other):,} of {total:,} targets are off by more than {percent(1 - KEPT)}" if other[1:] else ""
         yield f"{text}{more}.", None, farthest.target
+
+
+def _is_rounding(share: MergedShare) -> bool:
+    """Whether a merged model lacks a part of the change that one rounding to its dtype loses anyway."""
+    return share.rounded < KEPT and abs(share.kept - share.rounded) <= 1 - KEPT
+
+
+def _merged_narrow(findings: Findings) -> Found:
+    """Changes so small beside their weights that the merged model's dtype cannot hold them."""
+    found = [each for each in findings.measured.merged if _is_rounding(each)]
+    if found:
+        least = min(found, key=lambda each: each.kept)
+        text = (
+            f"Rounding to {least.dtype} loses a part of the change at {len(found):,} of "
+            f"{len(findings.measured.merged):,} targets: {percent(least.kept)} of it is left at "
+            f"{findings.title(least.target)}. The merge itself is right; merge with --dtype fp32 (dtype='fp32') to "
+            "keep all of it, or with fp16, which rounds eight times finer than bf16."
+        )
+        yield text, None, least.target
 
 
 def _merged_noise(findings: Findings) -> Found:
@@ -614,6 +632,7 @@ RULES = (
     VerdictRule("nothing-in-common", "warning", _apart),
     VerdictRule("shared-subspace", "warning", _sharing),
     VerdictRule("merged-less", "fault", _merged),
+    VerdictRule("merged-dtype", "warning", _merged_narrow),
     VerdictRule("merged-rounding", "warning", _merged_noise),
     VerdictRule("needs-base", "note", _unmeasured("usage", _BASE)),
     VerdictRule("no-weights", "note", _unmeasured("not-mergeable", _ELSEWHERE)),
