@@ -1,7 +1,7 @@
-"""Adapt adapters to consumers of PEFT's folders that read only a part of the config, and can run only some methods.
+"""Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
 
-All of them use one rank and one alpha for all modules, whatever `rank_pattern` and `alpha_pattern` say, and some ignore
-`use_rslora`. So ranks are padded with zeros to one rank, and scalings that differ go into B.
+All of them use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
+`use_rslora`, too. So ranks are padded with zeros to one rank, and different scalings are folded into B.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _FUSED = frozenset({"qkv_proj", "gate_up_proj"})
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The capabilities of one consumer.
+    """The abilities of one consumer.
 
     Attributes:
-        title: its name in messages.
-        modules: last words of the modules it supports; empty if it supports those of the model it serves.
-        embeddings: whether it runs a LoRA of an embedding.
-        narrow: it takes the smaller side of a factor for the rank, so every module must be wider than the rank.
-        experts: whether it runs a LoRA of single experts.
+        title: the consumer's name in messages.
+        modules: the last words of the modules that it supports; empty if that depends on the model it serves.
+        embeddings: whether it runs a LoRA on an embedding.
+        narrow: whether it reads the smaller side of a factor as the rank, so that modules must be wider than the rank.
+        experts: whether it runs a LoRA on single experts.
         stacks: whether it runs PEFT's stacks of experts, for models whose files store experts in stacks.
         order: the layout in which it reads the factors of stacked experts. A consumer with an order is PEFT, or trains
-            with it, and runs everything that PEFT does.
+            with PEFT, and runs everything that PEFT runs.
     """
 
     title: str
@@ -73,13 +73,13 @@ lora/peft_helper.py and SGLang's lora/utils.py."""
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
-    """Rewrite an adapter for a consumer: LoRA of one rank and one alpha; return it and a line for each change.
+    """Rewrite an adapter for a consumer: LoRA with one rank and one alpha; return it and a line for each change.
 
-    Stacks of experts are taken apart if the base tells the family; vLLM reads PEFT's own stacks for models whose files
-    store their experts in stacks.
+    Stacks of experts are split if the base shows the family. vLLM reads PEFT's own stacks for models whose files store
+    experts in stacks.
 
     Raises:
-        Unrepresentable: it has an update that the consumer cannot run, and `on_loss` is not `drop`.
+        Unrepresentable: the consumer cannot run an update, and `on_loss` is not `drop`.
     """
     own = PROFILES[profile]
     if own.order is not None:
@@ -94,18 +94,18 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
     alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
     updates: Updates = {target: (update,) for target, update in pairs.items()}
-    # The rest of a config that was read, its patterns first of all, would mislead this consumer.
+    # Replace the source config completely, because its other fields, above all its patterns, would mislead consumers.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
-    """Return the leftovers with other hints; tensors that are only kept stay."""
+    """Return the leftovers with other hints; tensors that are only kept stay in them."""
     kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
-    """Return the config to write; some consumers know modules only by the last word of their names."""
+    """Return the config to write; it names modules by their last word, because some consumers know only that."""
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
         "modules_to_save": None,
@@ -119,7 +119,7 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
 
 
 def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
-    """Return the adapter with one LoRA an expert, under a hub's names, if the consumer reads experts that way."""
+    """Return the adapter with one LoRA per expert, in a hub's names, if the consumer reads experts that way."""
     family = architecture_of(None if base is None else base.config)
     if family is None or not profile.experts:
         return adapter
@@ -135,28 +135,36 @@ def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapt
 
 
 def _stored_in_stacks(family: Architecture, path: str) -> bool:
-    """Whether a parameter's experts are in one tensor on a hub, too."""
+    """Whether hubs also store a parameter's experts in one tensor."""
     keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
     places = [family.place(key, "hub") for key in keys]
     return bool(places) and all(place is not None and place.stacked for place in places)
 
 
 def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
-    """Say why a consumer cannot run an update; `told`: it reads stacks, and the base says that these are such."""
+    """Return the reason why a consumer cannot run an update; empty if it can.
+
+    Args:
+        profile: the consumer.
+        target: the update's target.
+        update: the update.
+        told: whether the consumer reads stacks, and the base shows that the model's files have them.
+    """
     if target.stacked and not told:
         return (
-            "stacked experts, and it reads one LoRA an expert: give the base by --base (base=), which tells their "
-            "names, or convert with --match-base and --base BASE (bind(base)), where BASE stores them one by one"
+            "it has stacked experts, but the consumer reads one LoRA per expert: give the base, which shows the "
+            "experts' names, with --base (base=), or convert with --match-base and --base BASE (bind(base)), for a "
+            "BASE that stores experts one by one"
         )
     if reason := unfit(target, update, stacked=True):
         return reason
     words = target.path.split(".")
     if profile.modules and words[-1] not in profile.modules:
-        return f"no module that {profile.title} runs"
+        return f"{profile.title} does not adapt this module"
     if not profile.experts and "experts" in words:
-        return "experts"
+        return f"{profile.title} does not adapt experts"
     if not profile.embeddings and target.layout == "in out *k":
-        return "an embedding, or a weight stored [in, out]"
+        return f"{profile.title} adapts neither embeddings nor weights stored as [in, out]"
     if profile.narrow and min(update.A.shape[1], update.B.shape[0]) <= rank_of(update):
-        return "a module no wider than the rank, of which it would take the wrong side for the rank"
+        return f"the rank is not smaller than the module, so {profile.title} would read the wrong side as the rank"
     return ""
