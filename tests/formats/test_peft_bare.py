@@ -86,7 +86,7 @@ def test_without_alpha_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--alpha A \(alpha=A"):
         ak.read(tmp_path / "a")
     for rank in (1, 3):
-        with pytest.raises(ShapeMismatch, match=f"rank 2 in the file, not {rank}"):
+        with pytest.raises(ShapeMismatch, match=f"the file has rank 2, not {rank}"):
             ak.read(tmp_path / "a", alpha=6, rank=rank)
     read = ak.read(tmp_path / "a", alpha=6, rank=2)
     assert read.recipe[-1].args == {"format": "peft", "alpha": 6, "config": None}

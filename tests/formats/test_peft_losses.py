@@ -30,7 +30,7 @@ UNREPRESENTABLE = {
     "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), "c: ia3 beside lora"),
     "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), "c: dora beside lora"),
     "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), "c: dense"),
-    "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: lora with a bias beside others without"),
+    "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: this lora has a bias, but others have none"),
     "rows of a weight": (
         ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}), "c[0:4]: lora on some rows",
     ),
@@ -74,7 +74,7 @@ def test_a_scaling_that_no_alpha_gives_is_folded_if_allowed(tmp_path):
         if not any(a / d == s for d in (3, math.sqrt(3)) for a in near(s * d))
     )  # fmt: skip
     source = adapter(a=lora(r=3, scaling=scaling), b=lora(r=3, scaling=2.0))
-    with pytest.raises(Unrepresentable, match="a: no alpha gives its scaling"):
+    with pytest.raises(Unrepresentable, match="a: no alpha yields its exact scaling"):
         ak.write(source, tmp_path / "a", "peft")
     assert ak.write(source, tmp_path / "a", "peft", on_loss="fold") == ["folded the scaling into B of a"]
     read = ak.read(tmp_path / "a")

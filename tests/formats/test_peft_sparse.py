@@ -170,7 +170,7 @@ def test_a_config_of_another_file_is_refused(changes, error, where, base, tmp_pa
 def test_a_base_with_another_weight_there_is_refused(base, tmp_path):
     folder, _ = saved(fourierft(target_modules=["q"]), base[1], tmp_path / "a")
     save_file({"block.0.q.weight": torch.zeros(2, 2), "block.1.q.weight": torch.zeros(2)}, tmp_path / "b.safetensors")
-    with pytest.raises(ShapeMismatch, match="5 coefficients of a weight with 4"):
+    with pytest.raises(ShapeMismatch, match="5 coefficients for a weight with 4"):
         ak.read(folder, base=tmp_path / "b.safetensors")
 
 

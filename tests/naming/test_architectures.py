@@ -206,7 +206,8 @@ def test_every_weight_of_a_tools_naming_is_one_of_its_families():
     ("change", "why"),
     [
         ("format = 1->format = 2", "format 2"), ("naming = ->name = ", "naming"),
-        ('"query", groups->"queries", groups', "qkv 'queries'"), ('qkv = "query", groups->groups', "groups and no qkv"),
+        ('"query", groups->"queries", groups', "qkv 'queries'"),
+        ('qkv = "query", groups->groups', "has groups, but no qkv"),
         ('qkv = "query", groups = true->part = 0, of = 3', "divided in different ways"),
         ('"query", groups->"key", groups', "are both"),
     ],

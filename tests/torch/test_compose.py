@@ -323,7 +323,7 @@ def test_a_fusion_that_lacks_what_its_config_says_is_refused(tmp_path):
     shutil.copytree(HUB / "static", tmp_path / "f")
     config = json.loads((tmp_path / "f" / "adapter_fusion_config.json").read_text())
     for change, error, words in (
-        ({"value": True}, Malformed, "where the config says .*values"),
+        ({"value": True}, Malformed, "the config states .*values"),
         ({"heads": 2}, Malformed, "unknown field"),
     ):
         changed = config | {"config": config["config"] | change}

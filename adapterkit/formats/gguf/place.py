@@ -120,10 +120,12 @@ class GgufPlace:
             )
         if place.rows == "rotary":
             # Refuse, because GLM-4's and GLM-4V's files have the same architecture, and their orders of rows differ.
-            return "an adapter file does not state which of two orders its rows have: merge it into the GGUF model"
+            why = "an adapter file does not state which of two orders its rows have"
+            return f"{why}: merge the adapter into the GGUF model"
         if any(move.take is not None and move.take.groups for move in moves[target.path]):
             # InternLM2: the rows of its queries are not contiguous in the base's tensor, so no target can name them.
-            return "the base has queries, keys and values group by group in a tensor: merge it into the GGUF model"
+            why = "the base has queries, keys and values group by group in one tensor"
+            return f"{why}: merge the adapter into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA cannot adapt an embedding, a Conv1D or an expert"
