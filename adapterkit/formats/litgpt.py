@@ -252,7 +252,7 @@ def _saved_heads(hints: Mapping[str, Any], base: Checkpoint | None) -> Heads | N
 
 
 def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> int:
-    """Return the number of layers, as far as known; at least up to the last adapted one."""
+    """Return the number of layers: the stated number, if known, but at least as many as the adapted layers imply."""
     told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
         "n_layer"
     )

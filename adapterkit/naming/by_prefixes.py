@@ -33,8 +33,8 @@ def by_prefixes(
         resolution: the result, to which moves and rules are added.
         partial: whether unmapped targets are allowed; the prefix that maps most of them is then enough.
         fits: whether the shapes of a target and of a name in the base fit.
-        loses_a_part: whether a name loses the word of a part by a change, from (name, changed name); None without a
-            family.
+        loses_a_part: a function of (name, changed name): whether the change removes the word for a part of the model;
+            None if the family is unknown.
 
     Returns:
         the targets that are still not mapped.
@@ -117,7 +117,7 @@ def _all_land(group: Left, off: str, on: str, base: Names, taken: Collection[str
 
 
 def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
-    """Return the candidate that only drops or adds words, if every other one loses a word of `off` that it keeps.
+    """Return the candidate that only drops or adds words, if it keeps words of `off` that every other candidate loses.
 
     Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, not `video_tower.`.
     """

@@ -35,10 +35,10 @@ _HEAD_OF = {
 """The name of the head, by model_type, if it is not `lm_head`."""
 
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-"""Ends of the names of classes that have a head over the vocabulary."""
+"""Endings of class names; classes with these names have a head over the vocabulary."""
 
 _HEADLESS = ("Model", "Classification", "Answering", "Choice")
-"""Ends of the names of classes without such a head; their configs have `tie_word_embeddings`, too."""
+"""Endings of class names; classes with these names have no such head, but their configs have `tie_word_embeddings`."""
 
 _SCALED = frozenset({"longt5", "pop2piano", "switch_transformers", "t5", "udop"})
 """Model types that multiply the head's input by `d_model ** -0.5`, unless the config states that it is not tied."""
@@ -202,7 +202,7 @@ def _inputs(stored: str) -> tuple[str, ...]:
 
 
 def _read_by(stored: str, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """List the input embeddings that use a tensor: all `inputs` if there are several, otherwise it and the other."""
+    """List the weights that are one tensor: all `inputs` if there are several, otherwise the tensor and its input."""
     return inputs if len(inputs) > 1 else (stored, *inputs)
 
 

@@ -249,7 +249,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
     [
         (METHODS["oft"](pairs=torch.zeros(2, 2)), (8, 16), "do not fill one side"),
         (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "columns=16, b=3"),
-        (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "made for columns=12"),
+        (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "the update has columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "made for out=12"),
         (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),

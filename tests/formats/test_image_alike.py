@@ -527,7 +527,7 @@ def test_the_width_tells_whose_underscores_these_are(width, path, tmp_path):
     """FLUX's and HunyuanVideo's attention is flattened alike, and as wide; FLUX.2 and HunyuanVideo 1.5 are not."""
     held = given(tmp_path, lora("lora_unet_double_blocks_0_img_attn_proj", width, width, 1, DOWN_UP))
     if not path:
-        with pytest.raises(TargetNotFound, match=r"of chroma, or .* of hunyuan_video.*--family"):
+        with pytest.raises(TargetNotFound, match=r"of chroma, and .* of hunyuan_video.*--family"):
             ak.read(held)
         return
     assert [target.path for target in ak.read(held).updates] == [path]

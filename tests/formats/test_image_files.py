@@ -132,7 +132,7 @@ def test_a_fused_weight_beside_its_parts_is_refused(names, tmp_path):
     held = {}
     for name in names:
         held |= lora(f"lora_unet_{name}", 24 if "qkv" in name else 8)
-    with pytest.raises(Malformed, match="as does lora_unet_layers_0_attention"):
+    with pytest.raises(Malformed, match="this key and lora_unet_layers_0_attention"):
         ak.read(saved(tmp_path, held))
 
 

@@ -93,7 +93,7 @@ def test_without_alpha_it_is_refused(tmp_path: Path) -> None:
     ak.write(read, tmp_path / "again", "peft")
     again = PeftModel.from_pretrained(wrapped.unload(), str(tmp_path / "again")).merge_and_unload().state_dict()
     assert all(torch.allclose(again[name], merged[name], atol=1e-6) for name in merged)
-    with pytest.raises(UsageError, match=r"adapter_config.json says lora_alpha 6"):
+    with pytest.raises(UsageError, match=r"adapter_config.json states lora_alpha 6"):
         ak.read(tmp_path / "again", alpha=5)
     assert ak.read(tmp_path / "again", alpha=6, rank=2).digest() == read.digest()
 

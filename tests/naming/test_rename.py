@@ -290,7 +290,7 @@ def test_rules_files_that_cannot_be_read_are_refused(base, adapter, tmp_path):
     with pytest.raises(StorageError):
         ak.names(base, adapter, rename=f"@{tmp_path / 'nothing'}")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Malformed, match="not UTF-8"):
+    with pytest.raises(Malformed, match="not valid UTF-8"):
         ak.names(base, adapter, rename=f"@{tmp_path / 'bytes'}")
     (tmp_path / "large").write_bytes(b"#" * (1 << 21))
     with pytest.raises(Malformed, match="1,048,576 bytes"):

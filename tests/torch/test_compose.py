@@ -258,7 +258,7 @@ def test_a_setup_lacks_nothing_when_it_is_written(tmp_path):
     for setup, given, error, words in (
         (Setup("Stack", ("a", "b")), {"a": a}, UsageError, "'b' is in the setup"),
         (Setup("Fuse", ("a", "a")), {"a": a}, UsageError, "'a,a' is in the setup"),
-        (Setup("Split", ("a",)), {"a": a}, UsageError, "not one of splits"),
+        (Setup("Split", ("a",)), {"a": a}, UsageError, "one number for each of 1 children"),
         (Setup("Stack", ("a.b",)), {"a.b": a}, UsageError, "not a valid adapter name"),
         (Setup("Stack", ("a",)), {"a": dora()}, Unrepresentable, "dora"),
     ):

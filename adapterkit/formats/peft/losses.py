@@ -169,7 +169,7 @@ def _together(updates: Updates) -> Iterator[Loss]:
 
 
 def _order(method: type[Update]) -> int:
-    """Return the position in which PEFT applies a method at a module: replacements, acting methods, token rows."""
+    """Return a number that sorts methods as PEFT applies them at a module: replacements, acting methods, token rows."""
     return 2 if method is Rows else int(_acts(method))
 
 

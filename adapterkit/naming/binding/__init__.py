@@ -166,7 +166,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
             f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
         )
         why = f"the update has {made_for}, but the base's weight has shape {list(shapes[site.weight])}"
-    raise ShapeMismatch(why, cure=_WRONG_BASE)
+        raise ShapeMismatch(why, cure=_WRONG_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
     shape: tuple[int, ...] | None = None
     if seen is not None:

@@ -78,7 +78,7 @@ def _one_of_each_form(updates: Updates) -> Updates:
 
 
 def _reading(updates: Updates, names: Names, shapes: Shapes, architecture: Architecture) -> Reading:
-    """Return the moves of targets by a family's file, as far as it has them; empty if a shape does not fit."""
+    """Return the moves that a family's file implies for the targets that it knows; empty if a shape does not fit."""
     paths = [target.path for target in updates]
     moves = resolve(paths, names, architecture=architecture, partial=True).moves
     placed = moved(updates, moves, shapes)

@@ -262,7 +262,8 @@ def _into(
     sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
         kind = "parts by heads" if move.into.heads else "equal parts"
-        why = f"the update has {sorted(outs)} outputs, one of {move.into.of} {kind}; the base's weight is {list(shape)}"
+        found = ", ".join(map(str, sorted(outs)))
+        why = f"one of {move.into.of} {kind} has {found} outputs, but the base's weight has shape {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
     size = sizes.pop()
     start, stop, step = _steps(size, move.into, there, config)

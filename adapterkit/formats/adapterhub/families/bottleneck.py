@@ -358,8 +358,8 @@ class BottleneckFamily(AdapterHubFamily):
     read: ClassVar[Mapping[str, str]] = {
         "adapter_residual_before_ln": "whether the adapter's own residual is added before its last norm",
         "cross_adapter": "whether adapters follow the attention to an encoder",
-        "factorized_phm_W": "Compacter: whether a factor is a product of two",
-        "factorized_phm_rule": "Compacter: whether a rule is a product of two",
+        "factorized_phm_W": "whether each factor is a product of two (Compacter)",
+        "factorized_phm_rule": "whether each rule is a product of two (Compacter)",
         "inv_adapter": "nice: a coupling block follows the embeddings; glow: refused",
         "is_parallel": "whether the adapter reads the residual and is added to the output",
         "ln_after": "whether a norm follows the adapter",

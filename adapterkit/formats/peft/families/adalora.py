@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 EPSILON = 1e-5
 """PEFT adds this value to the rank before dividing by it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
 """A map from a field, or a part of it, to the shared key without the kind of module."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCKS = {"gralora_A": "A", "gralora_B": "B"}
 HYBRID = BLOCKS | {"gralora_A_general.weight": "A_whole", "gralora_B_general.weight": "B_whole"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class GraLoRAFields(Own, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
 
 FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class LilyFields(Own, frozen=True, kw_only=True):

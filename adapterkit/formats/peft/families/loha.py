@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PLAIN = {"hada_w1_a": "w1_a", "hada_w1_b": "w1_b", "hada_w2_a": "w2_a", "hada_w2_b": "w2_b"}
 CORED = PLAIN | {"hada_t1": "t1", "hada_w1_b": "w1_in", "hada_t2": "t2", "hada_w2_b": "w2_in"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class LohaFamily(Family):

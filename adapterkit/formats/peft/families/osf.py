@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ....core.updates import Update
 
 FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 Rank = int | float | None
 

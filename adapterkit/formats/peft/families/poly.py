@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ....io.lazy import Lazy
 
 FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class PolyFields(Own, frozen=True, kw_only=True):

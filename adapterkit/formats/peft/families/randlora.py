@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
 SHARED = {"randlora_A": "A", "randlora_B": "B"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class RandLoRAFields(Own, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ FIELDS = {
     **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
     **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
 }
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class ShadowFields(Own, frozen=True, kw_only=True):

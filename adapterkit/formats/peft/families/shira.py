@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ....io.checkpoint import Checkpoint
 
 FIELDS = {"shira_indices": "index", "shira_weight": "values"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class SHiRAFamily(Family):

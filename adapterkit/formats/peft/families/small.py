@@ -62,7 +62,7 @@ class Renamed(Family):
     """A family whose tensors are the fields of its method under other names.
 
     Class attributes:
-        fields: a map from the part of a key to the update's field.
+        fields: a map from a word in the keys to the update's field.
     """
 
     fields: ClassVar[Mapping[str, str]]

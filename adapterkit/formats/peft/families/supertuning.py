@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
 HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class SupertuningFields(Own, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ....io.strict_json import JsonValue
 
 FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 SEED = 42
 
 

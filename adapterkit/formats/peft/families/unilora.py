@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 THETA = "unilora_theta_d"
 FIELDS = {f"unilora_{kind}_{name}": f"{kind}_{name}" for name in "AB" for kind in ("indices", "scales")}
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class UniLoRAFields(Own, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ CHOSEN = {
     "vblora_logits_B_topk_indices": "indices_B",
     "vblora_logits_B_topk_weights": "weights_B",
 }
-"""A map from the part of a key to the update's field."""
+"""A map from a word in the keys to the update's field."""
 
 
 class VBLoRAFields(Own, frozen=True, kw_only=True):
