@@ -299,7 +299,7 @@ def test_embeddings_that_onetrainer_bundles_are_read_and_written_back(tmp_path):
 def test_embeddings_are_lost_only_where_that_is_asked_for(name, tmp_path):
     held = lora(UNET, alpha=1) | {"bundle_emb.token.emb_params": normal(2, 8)}
     adapter = ak.read(saved(tmp_path, held))
-    with pytest.raises(Unrepresentable, match=r"the format does not have textual_inversion.*--on-loss drop"):
+    with pytest.raises(Unrepresentable, match=r"the format does not have the method textual_inversion.*--on-loss drop"):
         ak.write(adapter, tmp_path / "b.safetensors", name)
     lines = ak.write(adapter, tmp_path / "b.safetensors", name, on_loss="drop")
     assert any("token_embedding" in line for line in lines)

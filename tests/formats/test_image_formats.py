@@ -237,7 +237,7 @@ def test_what_is_dropped_is_listed(tmp_path):
     adapter = ak.read(ROOT / "lycoris" / "norms" / "adapter.safetensors")
     lines = ak.write(adapter, tmp_path / "out.safetensors", format="kohya", on_loss="drop")
     assert lines == [
-        "left out unet.down_blocks.0.attentions.0.transformer_blocks.0.norm1: the format does not have dense"
+        "left out unet.down_blocks.0.attentions.0.transformer_blocks.0.norm1: the format does not have the method dense"
     ]
     assert len(ak.read(tmp_path / "out.safetensors")) == 1
 

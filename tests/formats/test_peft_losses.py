@@ -26,16 +26,19 @@ def adapter(**updates):
     return ak.Adapter({ak.Target(path): u if isinstance(u, tuple) else (u,) for path, u in updates.items()})
 
 
+BOTH = "c: a PEFT file cannot have both"
 UNREPRESENTABLE = {
-    "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), "c: a PEFT file cannot have both ia3"),
-    "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), "c: a PEFT file cannot have both dora"),
-    "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), "c: a PEFT file cannot have both dense"),
+    "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), f"{BOTH} ia3 and lora"),
+    "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), f"{BOTH} dora and lora"),
+    "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), f"{BOTH} dense and lora"),
     "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: this lora has a bias, but others have none"),
     "rows of a weight": (
-        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}), "c[0:4]: PEFT has no lora on some rows",
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}),
+        "c[0:4]: PEFT has no lora on some rows",
     ),
     "an unnamed embedding": (
-        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}), "c: its keys depend on whether",
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}),
+        "c: its keys depend on whether",
     ),
 }  # fmt: skip
 

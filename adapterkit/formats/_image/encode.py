@@ -39,7 +39,7 @@ def why_not(update: Update, rules: Rules) -> str:
     """Return the reason why a format cannot express an update; empty if it can."""
     slot = _SLOTS.get(type(update))
     if slot is None or slot not in rules.slots:
-        return f"the format does not have {update.method}"
+        return f"the format does not have the method {update.method}"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
         return "the format has no slot for the bias of this lora"
     if abs(update.attributes.get("scaling", 0.0)) > LARGEST:

@@ -100,7 +100,7 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
     for target, each in updates.items():
         for position, update in enumerate(each):
             if family_of(update) is None:
-                found[target, position] = f"the library does not have {update.method}"
+                found[target, position] = f"the library does not have the method {update.method}"
     for family, own in by_family(updates).items():
         for target, position, why in family.losses(own, base):
             found.setdefault((target, _position(updates[target], own[target][position])), why)

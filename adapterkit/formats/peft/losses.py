@@ -108,7 +108,7 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
     if has_encoder(update):
         return f"PEFT cannot store the network of {update.method}; --on-loss fold (on_loss='fold') writes its output"
     if not (type(update) in BESIDE or family_of(update)):
-        return f"PEFT files cannot have {update.method}"
+        return f"PEFT files cannot have the method {update.method}"
     if _acts(type(update)) and not _may_stand(update, method):
         return f"a PEFT file cannot have both {update.method} and {_name(method)}"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
