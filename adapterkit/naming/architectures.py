@@ -46,7 +46,7 @@ QKV = ("query", "key", "value")
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where and how one naming stores a weight.
+    """The name and the form under which one naming stores a weight.
 
     Attributes:
         name: a template for the name of a module or parameter, with placeholders such as `{n}` for numbers; `{e}` is

@@ -101,7 +101,7 @@ def test_other_methods_at_a_padded_convolution_are_refused(tmp_path):
         DATA / "loha_dora_bypass-conv2d_k3.adapter.safetensors", base=base_of("loha_dora_bypass-conv2d_k3", tmp_path)
     )
     model.block.layer.padding_mode = "circular"
-    with pytest.raises(Unsupported, match=r"loha at a convolution with padding_mode='circular'") as raised:
+    with pytest.raises(Unsupported, match=r"loha on a convolution with padding_mode='circular'") as raised:
         ak.torch.inject(model, adapter)
     assert "--compat formula" in raised.value.cure
 

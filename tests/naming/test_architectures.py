@@ -117,7 +117,7 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
     [
         ("format = 1->format = 2", "format 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = "a.{n}" }', "are both"),
-        ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "holes"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "placeholders"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 2, of = 2 } }', "part 2 of 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 1, parts = 2, of = 2 } }', "part 1 of 2"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", parts = 2 } }', "both part and of"),

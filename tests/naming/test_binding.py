@@ -302,7 +302,7 @@ def test_delta_that_there_is_not(base):
     assert raised.value.cure
     with pytest.raises(NotMergeable, match="the update changes only a bias"):
         adapter(n=Dense(d=from_numpy(normal(3)))).delta("n", base=base({"n.bias": normal(3)}))
-    with pytest.raises(UsageError, match="known to the base only"):
+    with pytest.raises(UsageError, match="only the base shows the shape"):
         adapter(n=Dense(d=from_numpy(normal(3)))).delta("n")
 
 

@@ -105,7 +105,7 @@ WHY_CHANGED = {
     "lora_ga": "values computed from gradients on its training data",
     "pissa_niter": "a randomised decomposition, whose random numbers are lost",
 }
-"""What each of these initialisations subtracts, for messages."""
+"""The weight that each of these initialisations subtracts, as a phrase for messages."""
 
 
 def peft_types() -> tuple[str, ...]:

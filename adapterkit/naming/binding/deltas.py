@@ -128,9 +128,8 @@ def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     (target, updates), *_ = found.items()
     needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
-        raise UsageError(
-            f"the formula of {needy.method} needs the weight", where=target.path, cure="Give the base with --base (base=)"
-        )
+        why = f"the formula of {needy.method} needs the weight"
+        raise UsageError(why, where=target.path, cure="Give the base with --base (base=)")
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
     return fold([u for us in found.values() for u in us], zero, target.stacked)
 
