@@ -41,7 +41,7 @@ def make_folder(folder: Path) -> None:
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
         why = "this format writes a folder, but the path ends like a file"
-        cure = "Name a folder, or choose a format that writes one file: --to (format=) adapterkit, kohya, ..."
+        cure = "Name a folder, or choose a format that writes one file, such as --to adapterkit (format='adapterkit')"
         raise UsageError(why, path=folder, cure=cure)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ class _OwnNames:
             return name
         found = self.modules.get(name, [])
         if len(found) != 1:
-            why = f"the base has {len(found)} modules with this name, not one"
+            why = f"exactly one module must have this name, but the base has {len(found)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return found[0]
 

@@ -152,7 +152,7 @@ def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int,
     names = [modules()[module], *([FUSED] if modules()[module] == "mlp.gate_proj" else [])]
     found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
     if len(found) != 1:
-        why = f"the base has {len(found)} modules with this name, not one"
+        why = f"exactly one module must have this name, but the base has {len(found)}"
         raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
     return found[0]
 

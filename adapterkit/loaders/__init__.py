@@ -298,12 +298,8 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     lost = min(tried, key=len)
     if not lost:
         return "yes", ""
-    some = (
-        "none of the keys"
-        if len(lost) == len(seen.keys)
-        else f"only some keys, without {len(lost)} of {len(seen.keys)}"
-    )
-    why = f"it knows {some}, such as {lost[0]}; it {tool.unread}"
+    some = "any of the keys" if len(lost) == len(seen.keys) else f"{len(lost)} of {len(seen.keys)} keys"
+    why = f"it does not know {some}, such as {lost[0]}; it {tool.unread}"
     refuses = tool.unread.startswith("refuses") or len(lost) == len(seen.keys)
     return ("no" if refuses else "part"), why
 

@@ -81,9 +81,7 @@ class TableNames:
             return own
         found = self.walked.get(foreign, [])
         if len(found) != 1:
-            why = f"the base has {len(found)} modules with this name, not one" + (
-                f": {', '.join(found)}" if found else ""
-            )
+            why = f"exactly one module must have this name, but the base has {', '.join(found) or 'none'}"
             cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
             raise TargetNotFound(why, where=foreign, cure=cure)
         return found[0]

@@ -76,7 +76,7 @@ class Modules:
         found = next((self.own[each] for each in bare if each in self.own), [])
         exact = [own for own in found if own == name] or found
         if len(exact) != 1:
-            why = f"the base has {len(exact)} modules with this name, not one"
+            why = f"exactly one module must have this name, but the base has {len(exact)}"
             raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
         return exact[0]
 
