@@ -6,7 +6,7 @@ of one name would replace each other, depending on what is imported first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -25,6 +25,7 @@ from .naming.binding.tables import name_map
 
 if TYPE_CHECKING:
     from .formats import ReadOptions
+    from .gating.result import Gate
     from .io.checkpoint import Checkpoint
     from .reporting.inspecting import Inspection
     from .reporting.report import AdapterReport
@@ -255,6 +256,7 @@ def report(
     merged: Checkpoint | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     rename: str | Sequence[str] = (),
+    gate: Gate | Mapping[str, Any] | str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> AdapterReport:
@@ -266,6 +268,8 @@ def report(
         merged: what they were merged into; with `base` this tells how much of each change is there.
         out: write the report to this HTML file, too.
         rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
+        gate: the result of `adapterkit.gate`, its record, or the file with what `adapterkit gate --json` printed; the
+            page shows it in a section of its own.
         overwrite: replace what is at `out`.
         progress: called with what is done and all there is to do, in units of work.
 
@@ -283,6 +287,7 @@ def report(
     from .io.inputs import inputs_kept
     from .io.locations import located
     from .io.staging import check_free
+    from .reporting.gate_section import gate_figures
     from .reporting.report import made
 
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
@@ -292,13 +297,15 @@ def report(
         raise UsageError("merged needs base", where="merged", cure="Pass the base as well: --base BASE (base=)")
     if out is not None:
         check_free(Path(out), overwrite)
+    told: Any = gate if gate is None or isinstance(gate, Mapping | str | PathLike) else gate.record()
+    figures = None if told is None else gate_figures(told)
     checkpoint = None if base is None else opened(base)
     with inputs_kept():
         held = [each if isinstance(each, Adapter) else _read_for(each, checkpoint) for each in given]
     paths = [None if isinstance(each, Adapter) else located(each) for each in given]
     found = made(
         held, _names_for(given), paths=paths, base=checkpoint, merged=None if merged is None else opened(merged),
-        rename=rename, progress=progress,
+        rename=rename, progress=progress, gate=figures,
     )  # fmt: skip
     if out is not None:
         found.save(out, overwrite=overwrite)

@@ -137,6 +137,10 @@ class AdapterkitError(Exception):
         return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
 
 
+ONE_WEIGHT_EACH = "Give each adapter one: --weight W for each (weights=[...])"
+"""The cure where the numbers of weights and of adapters differ."""
+
+
 class UsageError(AdapterkitError):
     """The call itself is invalid: options that exclude each other, weights that do not match adapters."""
 

@@ -83,7 +83,21 @@ SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Let no page of the site load anything from elsewhere; mkdocs calls this."""
-    up = "../" * page.url.count("/")
+    return finished(output, "../" * page.url.count("/"))
+
+
+def on_post_template(output: str, template_name: str, **_: Any) -> str:
+    """The same for the page of a missing address, which lies at any depth; mkdocs calls this."""
+    return finished(output, "/") if template_name.endswith(".html") else output
+
+
+def finished(output: str, up: str) -> str:
+    """Return a page that loads nothing from elsewhere and that a screen reader tells.
+
+    Args:
+        output: the page as the theme makes it.
+        up: the way from the page to the top of the site.
+    """
     output = SHIM.sub(f"{up}scripts/file_worker.js", output)
     # The theme's search has no name for people with a screen reader.
     search = '<div class="md-search" data-md-component="search" role="dialog"'

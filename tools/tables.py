@@ -2,7 +2,7 @@
 """Writes the tables of docs/ from the spec, the formats and the commands; `--check` only compares.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
-combine, quant, invariances, ranking or commands; each in exactly one page.
+combine, quant, invariances, ranking, authors or commands; each in exactly one page.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -210,6 +210,24 @@ def _difference(row: dict[str, Any] | None) -> str:
     return f"**{cell}**" if low > 0 else cell
 
 
+AUTHORS = ROOT / "docs" / "pictures" / "authors.json"
+"""Figures that tools/foreign/check_authors.py wrote."""
+
+
+def authors() -> str:
+    """One row a comparison with the authors' functions."""
+    rows = []
+    for row in json.loads(AUTHORS.read_text("utf-8")):
+        place = (
+            f"https://github.com/{row['source']}"
+            if "/" in row["source"]
+            else f"https://pypi.org/project/{row['source']}"
+        )
+        source = f"[{row['source']}]({place}) {row['commit']}, `{row['path']}`"
+        rows.append([f"`{row['method']}`", source, row["setting"], f"{row['difference']:.0e}"])
+    return _markdown(("Method", "Source", "Setting", "Difference"), rows)
+
+
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
     needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
@@ -268,6 +286,7 @@ TABLES = {
     "combine": combine,
     "invariances": invariances,
     "ranking": ranking,
+    "authors": authors,
     "quant": quant,
     "commands": commands,
 }

@@ -17,9 +17,8 @@ from ._commands import Commands
 
 __all__ = ["adapterkit", "main"]
 
-_EPILOG = """\b
-Exit codes: 0 fine, 1 a check failed, 2 wrong usage or invalid input, 3 unsupported, 4 damaged data, 5 network,
-6 storage or memory, 70 a bug in adapterkit, 130 interrupted."""
+_EPILOG = """Exit codes: 0 fine, 1 a check failed, 2 wrong usage or invalid input, 3 unsupported, 4 damaged data,
+5 network, 6 storage or memory, 70 a bug in adapterkit, 130 interrupted."""
 
 
 @click.group(

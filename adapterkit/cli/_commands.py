@@ -56,8 +56,9 @@ class Commands(click.Group):
 
             return with_completions(command)
         # Each command is a plain click command; its help gets sections here, for all of them.
-        from ._sections import write_options
+        from ._sections import HelpContext, write_options
 
+        command.context_class = HelpContext
         command.format_options = partial(write_options, command)  # type: ignore[method-assign]
         return command
 
@@ -101,6 +102,9 @@ class Commands(click.Group):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
     ) -> click.Context:
+        from ._sections import HelpContext
+
+        self.context_class = HelpContext
         with carried():
             return super().make_context(info_name, args, parent, **extra)
 

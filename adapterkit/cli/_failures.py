@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from ..errors import AdapterkitError, StorageError, UsageError, public, storage_error
+from ._examples import EXAMPLES
 from ._options import CliSettings
 from ._render import as_json, printable
 
@@ -77,14 +78,29 @@ def typed(error: BaseException) -> AdapterkitError:
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return Interrupted("Interrupted", cure="Run the same command again; merge and pull go on where they stopped.")
     if isinstance(error, click.UsageError):
-        command = error.ctx.command_path if error.ctx else "adapterkit"
-        return UsageError(error.format_message().removesuffix("."), cure=f"Try '{command} --help'")
+        # Click sets choices one below the other, with tabs.
+        return UsageError(" ".join(error.format_message().split()).removesuffix("."), cure=_usage_cure(error))
     if isinstance(error, OSError):
         return storage_error(error, error.filename or "a file")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return StorageError(f"not enough memory ({str(error) or 'allocation failed'})", cure=_NO_MEMORY)
     why = f"{type(error).__name__}: {error}".removesuffix(": ")
     return Bug(f"{why} (this is a bug in adapterkit)", cure="Run it again with --debug for the traceback to report")
+
+
+def _usage_cure(error: click.UsageError) -> str:
+    """Say what to type instead: an example if something is missing, the call if an option is unknown."""
+    context = error.ctx
+    if context is None:
+        return "Try 'adapterkit --help'"
+    examples = EXAMPLES.get(context.info_name or "", ())
+    more = f"Try '{context.command_path} --help'"
+    if examples and error.format_message().startswith("Missing"):
+        return f"For example: {examples[0]}. {more}"
+    if isinstance(error, click.NoSuchOption) and context.parent is not None:
+        pieces = " ".join(context.command.collect_usage_pieces(context))
+        return f"It is called by {context.command_path} {pieces}. {more}"
+    return more
 
 
 def text_of(error: AdapterkitError) -> str:
@@ -132,7 +148,9 @@ def _say(error: BaseException, settings: CliSettings) -> int:
         click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
     try:
         text = printable(text_of(known), keep="\n")
-        click.echo(coloured(text) if sys.stderr.isatty() and "NO_COLOR" not in os.environ else text, err=True)
+        if sys.stderr.isatty():
+            text = coloured(text) if "NO_COLOR" not in os.environ else click.unstyle(coloured(text))
+        click.echo(text, err=True)
         if settings.json:
             click.echo(as_json({"error": known.record()}))
     except BrokenPipeError:

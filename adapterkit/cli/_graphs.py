@@ -17,14 +17,20 @@ MOST_SHOWN = 8
 """Targets whose damage is printed; all are in the record."""
 
 
-def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Show the error of quantizing again, target by target, the worst first."""
-    worst = sorted(damage, key=lambda name: damage[name]["kept"])
+def damage_lines(damage: Mapping[str, Mapping[str, float]], beside: Sequence[str] = ()) -> Iterator[str]:
+    """Show the error of quantizing again, target by target, the worst first, and what was kept beside instead."""
+    apart = set(beside)
+    rounded = {name: told for name, told in damage.items() if name not in apart}
+    worst = sorted(rounded, key=lambda name: rounded[name]["kept"])
     for name in worst[:MOST_SHOWN]:
-        yield f"{name}: error {damage[name]['error']:.3%}, {damage[name]['kept']:.1%} of the change left"
+        yield f"{name}: error {rounded[name]['error']:.3%}, {rounded[name]['kept']:.1%} of the change left"
     if worst[MOST_SHOWN:]:
-        kept = damage[worst[len(worst) // 2]]["kept"]
+        kept = rounded[worst[len(worst) // 2]]["kept"]
         yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
+    if beside:
+        tried = [damage[name]["kept"] for name in beside if name in damage]
+        why = f": quantizing again would leave {min(tried):.1%} to {max(tried):.1%} of it" if tried else ""
+        yield f"{counted(len(beside), 'change')} kept beside the quantized weight, as factors of floating point{why}"
 
 
 # The command `merge` for a base that is an ONNX graph.
@@ -41,10 +47,13 @@ ONLY_FOLDERS = {
     "parameters": "--set is of a --method",
     "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
+    "keep": "A graph rounds to the nearest: merge into the folder of weights, and export the result",
+    "remainder": "A graph has no remainder: merge into the folder of weights, and export the result",
+    "strict_licence": "A graph has no card: inspect shows the licences of base and adapters",
 }  # fmt: skip
 """Options of folders of weights alone, by parameter -> what to do instead for a graph."""
 
-ONLY_GRAPHS = ("base_weights", "check")
+ONLY_GRAPHS = ("base_weights", "keep_change", "check")
 """Options of graphs alone."""
 
 
@@ -82,8 +91,8 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 def merge_graph(
     ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
-    base_weights: str | None, quantized: str | None, tied: str | None, strict_base: bool, check: bool,
-    overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
+    base_weights: str | None, quantized: str | None, keep_change: str | None, tied: str | None, strict_base: bool,
+    check: bool, overwrite: bool, only_plan: bool, rename: Sequence[str], allow_partial: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
     from ..errors import UsageError
@@ -113,9 +122,9 @@ def merge_graph(
     from ..onnx import merge
 
     report = merge(
-        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, tied=tied,
-        strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
-        made_from=decided,
+        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized,
+        keep_change=keep_change, tied=tied, strict_base=strict_base, rename=rename,
+        allow_partial=allow_partial, check=check, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _merged_view)
@@ -224,7 +233,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
 def _merged_view(record: Mapping[str, Any]) -> View:
     yield from targets_view(record)
     yield from graphs_lines(record)
-    yield from damage_lines(record.get("damage", {}))
+    yield from damage_lines(record.get("damage", {}), record.get("beside", ()))
     yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"
 
 

@@ -53,6 +53,10 @@ def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None)
     return value
 
 
+_PLAIN = 1_000_000
+"""Bytes from which on a size needs no unit: `5` is meant to be 5GB."""
+
+
 def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
     """A number of bytes with an optional unit, decimal or binary: 5GB, 500MB, 2GiB, 1000000."""
     if value is None:
@@ -61,6 +65,8 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 5GB, 500MB or 2GiB")
     number, unit, binary = match.groups()
+    if value.strip().isdigit() and int(value) < _PLAIN:
+        raise click.BadParameter(f"{value.strip()} bytes: give a unit, such as {value.strip()}GB or {value.strip()}MB")
     scale: int = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())
     return round(float(number) * scale)
 
@@ -234,6 +240,10 @@ tied = click.option(
 )  # fmt: skip
 _STRICT_BASE = "Refuse a base that is not the one that an adapter names, instead of a warning."
 strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
+strict_licence = click.option(
+    "--strict-licence", "--strict-license", "strict_licence", is_flag=True,
+    help="Refuse licences that contradict each other or are not known, instead of a warning.",
+)  # fmt: skip
 strict_base_of_read = click.option(
     "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
 )  # fmt: skip

@@ -29,6 +29,10 @@ TELLING = 0.02
 """The share of the work from which on the time left is told."""
 
 
+NARROW = 72
+"""Columns of a terminal below which bytes and speed have no room beside the bar."""
+
+
 class Meter(Protocol):
     """The function that the library reports progress to."""
 
@@ -143,8 +147,11 @@ def _draw(label: str, total: int, sizes: bool) -> Progress:
     told: tuple[rich.ProgressColumn, ...] = (
         (rich.DownloadColumn(), rich.TransferSpeedColumn()) if sizes else (rich.TaskProgressColumn(),)
     )
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *told)
-    drawn = rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(file=sys.stderr))
+    console = Console(file=sys.stderr)
+    if console.width < NARROW:
+        told = (rich.TaskProgressColumn(),)
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(None if console.width < NARROW else 40), *told)
+    drawn = rich.Progress(*columns, rich.TimeRemainingColumn(), console=console, expand=console.width < NARROW)
     drawn.add_task(label, total=total)
     drawn.start()
     return drawn

@@ -60,14 +60,14 @@ def show(settings: CliSettings, record: Mapping[str, object], view: Callable[[Ma
         return
     for part in view(record):
         if isinstance(part, str):
-            click.echo(_folded(printable(part)) if sys.stdout.isatty() else printable(part))
+            click.echo(folded(printable(part)) if sys.stdout.isatty() else printable(part))
         elif sys.stdout.isatty():
             _print_drawn(part.shown())
         else:
             click.echo("\n".join(_aligned(part.shown())))
 
 
-def _folded(line: str) -> str:
+def folded(line: str) -> str:
     """A line for a terminal: broken between words only, and what follows set in as its beginning is."""
     import shutil
     import textwrap
@@ -79,6 +79,8 @@ def _folded(line: str) -> str:
     # `  name   value` goes on under the value, where there is room for it.
     pair = re.match(r"  \S+(?: \S+)* {2,}", line)
     inset = len(pair[0]) if pair is not None and len(pair[0]) <= width // 2 else margin + 2
+    # A long name is not broken: what follows is set in less, so that it fits.
+    inset = max(margin, min(inset, width - max(map(len, line.split()))))
     return textwrap.fill(
         line, max(width, 20), subsequent_indent=" " * inset, break_long_words=False, break_on_hyphens=False,
         drop_whitespace=True, replace_whitespace=False,
@@ -194,12 +196,12 @@ def _print_drawn(table: TextTable) -> None:
             widths[widest] -= 1
         right = [table.numeric(i) for i in range(len(texts))]
         for number, row in enumerate(zip(*texts, strict=True)):
-            folded = [
+            wrapped = [
                 textwrap.wrap(text, size, break_long_words=False, break_on_hyphens=False) or [""]
                 for text, size in zip(row, widths, strict=True)
             ]
-            for line in range(max(map(len, folded))):
-                parts = [cells[line] if line < len(cells) else "" for cells in folded]
+            for line in range(max(map(len, wrapped))):
+                parts = [cells[line] if line < len(cells) else "" for cells in wrapped]
                 set_out = [
                     part.rjust(size) if at_right else part.ljust(size)
                     for part, size, at_right in zip(parts, widths, right, strict=True)
@@ -209,7 +211,7 @@ def _print_drawn(table: TextTable) -> None:
             if number == 0:
                 click.echo(click.style("─" * (sum(widths) + GAP * (len(widths) - 1)), dim=True))
     if left:
-        click.echo(_folded(f"no room for {', '.join(left)}; a wider terminal or --json shows them"))
+        click.echo(folded(f"no room for {', '.join(left)}; a wider terminal or --json shows them"))
 
 
 def _texts(table: TextTable) -> list[list[str]]:
@@ -226,7 +228,7 @@ def _print_records(texts: Sequence[Sequence[str]]) -> None:
     names = [column[0] for column in texts[1:]]
     width = max(map(len, names), default=0)
     for first, *rest in zip(*(column[1:] for column in texts), strict=True):
-        click.echo(click.style(first, bold=True))
+        click.echo(click.style(folded(first), bold=True))
         for name, text in zip(names, rest, strict=True):
             if text:
-                click.echo(_folded(f"  {name.ljust(width)}  {text}"))
+                click.echo(folded(f"  {name.ljust(width)}  {text}"))

@@ -1,25 +1,28 @@
-"""The sections of a long help: options under headings by what they are about."""
+"""The sections of a long help: options under headings by what they are about; and its width."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 
 import click
 
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Output": (
         "out", "dst", "target_format", "on_loss", "max_error", "profile", "dtype", "shard_size", "link", "checksums",
-        "overwrite", "figures", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers", "private",
-        "message", "tag", "revision", "license", "licence",
+        "overwrite", "figures", "gate", "sarif", "only_plan", "verified", "check", "dry_run", "every", "layers",
+        "private", "message", "tag", "revision", "license", "licence",
     ),
     "What is computed": (
         "weights", "method", "parameters", "recipe", "rank", "energy", "error", "seed", "disjoint", "tied", "quantized",
-        "onto", "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
+        "onto", "keep", "keep_change", "remainder",
+        "quantize", "mode", "opset", "calibration", "sample", "tolerance", "signs", "tokenizer", "vocab",
         "embeddings", "targets", "scope", "data", "texts",
         "length", "new_tokens", "null", "promote", "frobenius", "sv_ratio", "sv_fro", "sv_cumulative",
     ),
     "How adapters and bases are read": (
-        "source_format", "base", "base_weights", "strict_base", "compat", "alpha", "strict", "family", "match_base",
+        "source_format", "base", "base_weights", "strict_base", "strict_licence", "compat", "alpha", "strict", "family",
+        "match_base",
         "rename", "allow_partial", "experts", "call", "merged", "share_weights", "onnx",
     ),
     "Thresholds": (
@@ -57,3 +60,27 @@ def write_options(command: click.Command, ctx: click.Context, formatter: click.H
         if rows:
             with formatter.section(heading):
                 formatter.write_dl(rows)
+
+
+class Formatter(click.HelpFormatter):
+    """Click's formatter, for terminals of fewer than 50 columns too: click's own lines are never shorter.
+
+    Args:
+        indent_increment: as click's.
+        width: columns, if not those of the terminal.
+        max_width: the longest lines.
+    """
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(indent_increment, max(columns - 2, 24) if width is None and columns < 52 else width, max_width)
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write a list of definitions; its first column takes a third of a narrow terminal."""
+        super().write_dl([*rows], min(col_max, max(10, self.width // 3)), col_spacing)
+
+
+class HelpContext(click.Context):
+    """A context whose help fits narrow terminals."""
+
+    formatter_class = Formatter

@@ -14,7 +14,7 @@ import click
 
 from ..io.stages import LOGGER
 from ._options import CliSettings
-from ._render import printable, size
+from ._render import folded, printable, size
 
 PATIENCE = 2.0
 """Seconds without a word after which a line on a terminal tells what is done."""
@@ -88,7 +88,7 @@ class StageLines(logging.Handler):
 
     def _print(self, line: str) -> None:
         text = printable(line)
-        click.echo(click.style(text, dim=True) if sys.stderr.isatty() else text, err=True)
+        click.echo(click.style(folded(text), dim=True) if sys.stderr.isatty() else text, err=True)
 
 
 def _patience() -> float:

@@ -1,8 +1,9 @@
 """Export a model to ONNX, with adapters.
 
 MODEL is a folder as transformers saves it: a causal language model gets its past keys and values as inputs and outputs,
-an encoder or classifier its tokens. For any other torch module, --model names the function that makes it, and MODEL, if
-given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
+an encoder or classifier its tokens. A model of encoder and decoder becomes the graphs that optimum loads, and one that
+reads images those of transformers.js. For any other torch module, --model names the function that makes it, and MODEL,
+if given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
 adapter where these are slots. The result is run against the torch model, unless --no-check is given.
 """
 
@@ -116,10 +117,20 @@ def _view(record: Any) -> View:
 
 def _try(record: Any) -> View:
     """Yield lines of Python that run what was written."""
+    graph, parts = Path(record["out"]), record.get("graphs")
     adapters = [Path(file) for file in record["files"] if str(file).endswith(".onnx_adapter")]
-    graph = Path(record["out"])
-    loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield "in Python:"
+    if parts:
+        names = dict.fromkeys(path.name.removesuffix(".onnx_adapter").partition(".")[2] for path in adapters)
+        yield f'  session = adapterkit.onnx.FolderSession("{graph}")'
+        yield from (f'  session.load("{name}")' for name in names)
+        which = f', adapter="{next(iter(names))}"' if names else ""
+        if "encoder_model.onnx" in parts:
+            yield f"  session.generate(inputs{which})  # inputs: {{name: array}} of the encoder"
+        else:
+            yield f'  session.run("{next(iter(parts))}", inputs{which})  # each graph by its name'
+        return
+    loaded = ", ".join(f'"{path.stem}": "{graph.parent / path.name}"' for path in adapters)
     yield f'  session = adapterkit.onnx.Session("{graph}"' + (f", {{{loaded}}})" if loaded else ")")
     which = f', adapter="{adapters[0].stem}"' if adapters else ""
     yield f"  session.generate(input_ids{which})  # a language model; others: session.run({{name: array}})"

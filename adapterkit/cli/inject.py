@@ -25,9 +25,9 @@ from ._writing import is_done, refuse_place
 @click.option("-o", "--out", metavar="OUT.onnx", required=True, help="File to write; for a folder, a folder.")
 @_options.allow_partial
 @click.option(
-    "--mode", type=click.Choice(["constant", "slots", "rows"]), default="constant", show_default=True,
-    help="Write the adapter into the graph, make its tensors inputs that may be left out, or stack these over "
-    "adapters, one for each row of a batch.",
+    "--mode", type=click.Choice(["constant", "slots", "rows", "inputs"]), default="constant", show_default=True,
+    help="Write the adapter into the graph, make its tensors inputs that may be left out, stack these over "
+    "adapters, one for each row of a batch, or make them inputs that any run time can exchange.",
 )  # fmt: skip
 @click.option(
     "--base-weights", metavar="DIR",

@@ -48,6 +48,15 @@ if TYPE_CHECKING:
     "fold into the weights of --onto.",
 )  # fmt: skip
 @click.option(
+    "--keep-change", type=click.Choice(["float", "packed"]),
+    help="Of a quantized graph: keep the change beside the weights as factors of floating point, or quantize it with "
+    "them, however much is lost. With requantize and neither, beside where more than 5 % would be lost.",
+)  # fmt: skip
+@click.option(
+    "--keep", type=click.Choice(["adapter"]),
+    help="With requantize: shift numbers before they are rounded, so that the grid holds the adapter's change.",
+)  # fmt: skip
+@click.option(
     "--remainder", type=click.IntRange(min=1), metavar="RANK",
     help="With requantize: write what rounding lost as a LoRA of this rank to OUT/remainder, to run beside OUT.",
 )  # fmt: skip
@@ -66,6 +75,7 @@ if TYPE_CHECKING:
     help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
 )  # fmt: skip
 @_options.strict_base
+@_options.strict_licence
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
     help="Where an adapter has more tokens than the base: add their rows, or leave them out. If absent, grow where the "
@@ -91,7 +101,8 @@ def command(
     stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
-    check: bool, compat: str | None, vocab: str | None, remainder: int | None,
+    check: bool, compat: str | None, vocab: str | None, remainder: int | None, keep_change: str | None,
+    strict_licence: bool, keep: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     read_from: Recipe | None = None
@@ -111,8 +122,8 @@ def command(
     if graph is not None:
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, graph, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
-            rename, allow_partial,
+            ctx, graph, held, out, weights, base_weights, quantized, keep_change, tied, strict_base, check, overwrite,
+            only_plan, rename, allow_partial,
         )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
@@ -131,20 +142,22 @@ def command(
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
+            tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence, rename=rename, vocab=vocab,
+            keep=keep,
         )  # fmt: skip
         show(settings, planned.record(digests=False), _plan_view)
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
     if remainder is not None:
-        _check_remainder(out, quantized)
+        _check_remainder(out, quantized, keep)
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
+            rename=rename, vocab=vocab, keep=keep,
         )  # fmt: skip
     record: dict[str, Any] = dict(report.record())
     if (method is not None or read_from is not None) and tokenizer is None:
@@ -164,11 +177,16 @@ def command(
         ctx.exit(1)
 
 
-def _check_remainder(out: str, quantized: str | None) -> None:
+def _check_remainder(out: str, quantized: str | None, keep: str | None) -> None:
     from ..io.locations import is_address
 
     if quantized != "requantize":
         raise click.UsageError("--remainder is what --quantized requantize loses: name both")
+    if keep is not None:
+        raise click.UsageError(
+            "--remainder holds more of what rounding to the nearest loses, which is of few directions, than of what "
+            "--keep leaves, which is of many: leave one of them out"
+        )
     if is_address(out):
         raise click.UsageError("--remainder needs a folder as OUT: merge into a folder, and push it")
 

@@ -36,6 +36,7 @@ from ._render import TextTable, View, show
 @click.option("--tag", metavar="TAG", help="Set this tag on the commit.")
 @click.option("--message", metavar="TEXT", help="Message of the commit.")
 @click.option("--licence", "--license", "licence", metavar="ID", help="Licence for the model card, e.g. apache-2.0.")
+@_options.strict_licence
 @click.option("--dry-run", is_flag=True, help="Show what would be pushed, and write nothing.")
 @_options.overwrite
 @_options.flags
@@ -43,7 +44,7 @@ from ._render import TextTable, View, show
 def command(
     settings: _options.CliSettings, src: str, uri: str, target_format: str | None, base: str | None, on_loss: str,
     shard_size: int | None, private: bool, revision: str | None, tag: str | None, message: str | None,
-    licence: str | None, dry_run: bool, overwrite: bool,
+    licence: str | None, strict_licence: bool, dry_run: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.hub.push`."""
     from ..hub import parse, push
@@ -53,8 +54,8 @@ def command(
         raise click.UsageError("name the branch once: after the @ or by --revision")
     pushed = push(
         src, target if revision is None else target.at(revision), format=target_format, base=base, on_loss=on_loss,
-        shard_size=shard_size, private=private, tag=tag, message=message, licence=licence, overwrite=overwrite,
-        dry_run=dry_run,
+        shard_size=shard_size, private=private, tag=tag, message=message, licence=licence,
+        strict_licence=strict_licence, overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
     warn(pushed.warnings)
     show(settings, pushed.record(), _view)

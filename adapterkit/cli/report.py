@@ -25,6 +25,9 @@ from ._writing import is_done, made_from
 @click.option(
     "--merged", metavar="OUT", help="What they were merged into: how much of each change is there. Needs --base."
 )
+@click.option(
+    "--gate", metavar="FILE", help="What adapterkit gate ... --json printed: the page shows it in a section of its own."
+)
 @click.option("-o", "--out", metavar="HTML", help="Page to write; without it only the verdicts are shown.")
 @click.option("--figures", metavar="DIR", help="Folder for every chart as PNG and SVG.")
 @_options.rename
@@ -33,7 +36,7 @@ from ._writing import is_done, made_from
 @click.pass_obj
 def command(
     settings: _options.CliSettings, adapters: tuple[str, ...], base: str | None, merged: str | None, out: str | None,
-    figures: str | None, rename: tuple[str, ...], overwrite: bool,
+    figures: str | None, gate: str | None, rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.report`."""
     from .. import report
@@ -49,6 +52,7 @@ def command(
         refuse_place(out)
         sources = [*adapters, *(each for each in (base, merged) if each is not None)]
         files = [file for source in sources for file in files_read(located(source))]
+        files += [] if gate is None else [Path(gate)]
         decided = made_from(files)
         drawn = figures is None or (Path(figures).is_dir() and any(Path(figures).iterdir()))
         if drawn and is_done(settings, out, decided, overwrite):
@@ -57,7 +61,7 @@ def command(
         check_inputs([Path(out)], files)
     _options.in_reading(adapters, None, base)  # With --strict-base this refuses another base.
     with progress(settings, "report", sizes=False) as meter:
-        found = report(list(adapters), base=base, merged=merged, rename=rename, progress=meter)
+        found = report(list(adapters), base=base, merged=merged, rename=rename, gate=gate, progress=meter)
     record = found.record() | {"warnings": _options.base_warnings(adapters, adapters, base)}
     if out is not None:
         found.save(out, overwrite=overwrite, made_from=decided)

@@ -1,7 +1,7 @@
 """Tell what licences ask of a model that is made from several parts, and where they contradict each other.
 
-The licences are data, `spec/licences.toml`. All of it is for warnings: a card may name a wrong licence, and whether a
-change of weights is an adapted work is for lawyers. Nothing is refused because of it.
+The licences are data, `spec/licences.toml`. A card may name a wrong licence, and whether a change of weights is an
+adapted work is for lawyers, so all of it is for warnings, unless a caller asks for a refusal (`check_licences`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import Malformed
+from ..errors import CheckFailed, Malformed
 from ..io.inputs import read_input
 from .licences import Licence
 
@@ -139,6 +139,35 @@ def passed_over(stated: Licence, parts: Sequence[Part]) -> tuple[str, ...]:
         if dropped or not terms.changes:
             found.append(f"the card says {called(stated)}, but {_cited(name, licence)}, which {terms.asks}")
     return tuple(dict.fromkeys(found))
+
+
+def unknown(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return of which parts nothing can be told, a sentence each: they name no licence, or one not in the table."""
+    return tuple(
+        f"{name} is under {called(licence)}, which is not in the table of licences" if called(licence)
+        else f"{name} names no licence"
+        for name, licence in parts if terms_of(licence) is None
+    )  # fmt: skip
+
+
+def check_licences(parts: Sequence[Part], against: Sequence[str], path: Path | str) -> None:
+    """Refuse what licences say against each other, and parts of which nothing can be told.
+
+    Args:
+        parts: base and adapters, also those without a licence.
+        against: the sentences of `conflicts` and `passed_over`.
+        path: what is merged or pushed.
+
+    Raises:
+        CheckFailed: there are such sentences, or a part's licence is not known.
+    """
+    found = [*against, *unknown(parts)]
+    if found:
+        cure = (
+            "Choose parts whose licences agree, name the licence in the README.md of each, or leave out "
+            "--strict-licence (strict_licence=False), which makes these warnings"
+        )
+        raise CheckFailed(f"licences: {'; '.join(found)}", path=path, cure=cure)
 
 
 def parts_of(record: Mapping[str, object]) -> list[Part]:

@@ -20,10 +20,10 @@ from ..errors import (  # fmt: skip
     public,
     storage_error,
 )
-from ..io.checkpoint import SINGLE, TORCH_SINGLE, opened
+from ..io.checkpoint import SINGLE, TORCH_SINGLE, Checkpoint, opened
 from ..io.inputs import inputs_kept, kept
 from ..io.lazy import Lazy
-from ..io.locations import NOTE, check_exists, exists, is_remote, local, located, path_text, source_of
+from ..io.locations import NOTE, check_exists, exists, is_address, is_remote, local, located, path_text, source_of
 from ..io.staging import files_below, matches, staged
 from ..io.written import sources_remembered
 from ._endings import adapter_modules
@@ -31,7 +31,6 @@ from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..io.checkpoint import Checkpoint
 
 __all__ = ["FORMATS", "Format", "detect", "outline", "read", "recognised", "save"]
 
@@ -105,6 +104,8 @@ def read(
         UsageError: `strict_base` is set, but no base is given.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
+    if base is not None and not found:
+        _check_order(path, base)
     name = _only(found, path) if format is None else format
     reader = FORMATS[name]()
     options = {"alpha": alpha, "rank": rank, "strict": strict or None, "family": family}
@@ -286,7 +287,38 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         why = "its keys end like an adapter's, but no known family of models has all of its modules"
         cure = "Name its format and the base that has these modules: --from (format=) and --base (base=)"
         raise UnknownFormat(why, path=path, where=module, cure=cure)
-    raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
+    cure = f"Tried: {', '.join(FORMATS)}"
+    if is_model(source):
+        name = public(os.fspath(path))
+        cure = (
+            f"It is a whole model. Make an adapter of what it changed: adapterkit extract {name} --base BASE "
+            "(base=) --rank 64 (rank=) -o ADAPTER, and name that"
+        )
+    raise UnknownFormat("not an adapter in any known format", path=path, cure=cure)
+
+
+def is_model(source: str | PathLike[str]) -> bool:
+    """Whether a path is a base or a tuned model: it has weights that are no adapter's."""
+    if is_address(source):
+        return False
+    try:
+        return bool(opened(source).tensors)
+    except AdapterkitError:
+        return False
+
+
+def _check_order(path: str | PathLike[str], base: Checkpoint | str | PathLike[str]) -> None:
+    """Refuse an adapter in the place of the base, in words that say so.
+
+    Raises:
+        UsageError: the base is an adapter, and what should be one is a model.
+    """
+    place = base.root if isinstance(base, Checkpoint) else base
+    if is_remote(place) or not is_model(path) or not recognised(place):
+        return
+    first, second = public(str(place)), public(os.fspath(path))
+    cure = f"Swap them: BASE comes first, then its adapters: {second} {first}"
+    raise UsageError(f"{first} is an adapter, and {second} is none", cure=cure)
 
 
 def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:

@@ -99,6 +99,8 @@ class Format:
             `family`.
         experts_orders: layouts of stacked experts that look alike in this format's files; `compat` also accepts these
             names.
+        models: `image` if the format names only modules of image, video and audio models, `language` if it names
+            none of these; empty if it accepts modules with any name.
         differences: whether the format can store a change of any weight, so that it can express any method.
         identities: whether a change of a weight may be written as a LoRA of full rank, as the tool itself converts it.
             All other formats refuse that, because the file would be as large as the base.
@@ -118,6 +120,7 @@ class Format:
     compat: ClassVar[frozenset[str]] = frozenset()
     options: ClassVar[frozenset[str]] = frozenset()
     experts_orders: ClassVar[frozenset[str]] = frozenset()
+    models: ClassVar[str] = ""
     differences: ClassVar[bool] = False
     identities: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from ..errors import AdapterkitError, Malformed, UsageError
 from ..io import safetensors
@@ -63,6 +64,9 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     with staged(path) as part:
         try:
             torch.save(state if wrapper is None else {wrapper: state}, part)
+            # torch 2.7 ignores an error when it closes the file; the archive then lacks its end.
+            if not is_zipfile(part):
+                raise RuntimeError("the archive is not complete")
         except RuntimeError as error:
             # torch's zip writer is C++ and hides the errno. With plain tensors in memory only the disk can fail, so
             # report a storage error.

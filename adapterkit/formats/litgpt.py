@@ -58,6 +58,7 @@ class Litgpt(Format):
 
     url = "https://github.com/Lightning-AI/litgpt"
     description = "litgpt: lit_model.pth.lora with hyperparameters.yaml and model_config.yaml"
+    models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({TENSORS, SETTINGS, MODEL})
 

@@ -43,6 +43,7 @@ class Lycoris(ImageFormat):
 
     url = "https://github.com/KohakuBlueleaf/LyCORIS"
     description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and complete weight differences for image models"
+    models = ""
     departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
     bundles = True

@@ -40,6 +40,7 @@ class Megatron(Format):
 
     url = "https://github.com/NVIDIA-NeMo/Megatron-Bridge"
     description = "Megatron-Bridge and NeMo 2: a state dict with adapter.linear_in and linear_out, with megatron.json"
+    models = "language"
     file = "adapter.pt"
     methods = frozenset({"lora"})
     owns = frozenset({SETTINGS})

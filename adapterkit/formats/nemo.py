@@ -69,6 +69,7 @@ class Nemo(Format):
 
     url = "https://github.com/NVIDIA/NeMo/blob/r1.23.0/scripts/nlp_language_modeling/merge_lora_weights/merge.py"
     description = "NeMo 1: a .nemo archive with model_config.yaml and model_weights.ckpt"
+    models = "language"
     file = "adapter.nemo"
     methods = frozenset({"lora"})
 

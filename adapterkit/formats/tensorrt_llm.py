@@ -58,6 +58,7 @@ class TensorRtLlm(Format):
 
     url = "https://github.com/NVIDIA/TensorRT-LLM/blob/v0.12.0/examples/hf_lora_convert.py"
     description = "TensorRT-LLM: model.lora_weights.npy with model.lora_config.npy"
+    models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({WEIGHTS, CONFIG})
 

@@ -48,6 +48,7 @@ class Tinker(Format):
 
     url = "https://tinker-docs.thinkingmachines.ai/download-weights"
     description = "Tinker: PEFT's folder with stacked experts and the head named unembed_tokens"
+    models = "language"
     methods = frozenset({"lora"})
     owns = frozenset({CONFIG, SAFETENSORS})
 

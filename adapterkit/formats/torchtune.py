@@ -45,6 +45,7 @@ class Torchtune(Format):
 
     url = "https://github.com/pytorch/torchtune"
     description = "torchtune: adapter_model.pt with its own names, and torchtune.json or adapter_config.json"
+    models = "language"
     file = "adapter_model.pt"
     methods = frozenset({"lora", "dora"})
     owns = frozenset({SETTINGS, CONFIG})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, UsageError
 from ..io.lazy import as_torch, files_kept_open
+from ..io.magic_bytes import is_gguf
 from ..quant import dequantized, is_quantized
 from .measuring import ModelOutput, output_of, run_torch
 
@@ -34,22 +35,43 @@ def device_of(name: str) -> str:
     return name
 
 
-def load(checkpoint: Checkpoint, dtype: str, device: str, lacking: list[str] | None = None) -> Any:
-    """Load a folder by transformers; packed weights as the numbers that they stand for.
+def load(
+    checkpoint: Checkpoint, dtype: str, device: str, lacking: list[str] | None = None, like: Checkpoint | None = None
+) -> Any:
+    """Load a folder by transformers, or a GGUF model; packed weights as the numbers that they stand for.
+
+    Args:
+        checkpoint: the folder, or the GGUF file.
+        dtype: name of the torch dtype of the weights.
+        device: where to put the model.
+        lacking: gets the names of weights that the model has and the files have not.
+        like: the folder whose config.json a GGUF model is run with.
 
     Raises:
         Malformed, Unsupported: see `torch.pretrained.load_pretrained`, and `quant.dequantized`.
+        UsageError: a single weight file, or a GGUF model without a folder for its config.
     """
     from ..torch.pretrained import load_pretrained
 
-    if checkpoint.folder != checkpoint.root:
+    source = checkpoint.root
+    if is_gguf_model(checkpoint):
+        if like is None:
+            cure = "Name the folder that it was converted from as BASE, and the GGUF model by --merged (merged=)"
+            raise UsageError("a GGUF model has no config.json to run it with", path=checkpoint.root, cure=cure)
+        source = like.root
+    elif checkpoint.folder != checkpoint.root:
         cure = f"Name the folder {checkpoint.folder} with its config.json"
         raise UsageError("a single weight file where a folder belongs", path=checkpoint.root, cure=cure)
     state = None
-    if is_quantized(checkpoint):
+    if source is not checkpoint.root or is_quantized(checkpoint):
         with files_kept_open():
             state = {name: as_torch(tensor) for name, tensor in dequantized(checkpoint).tensors.items()}
-    return load_pretrained(checkpoint.root, dtype, state, lacking).to(device)
+    return load_pretrained(source, dtype, state, lacking).to(device)
+
+
+def is_gguf_model(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are in GGUF files."""
+    return bool(checkpoint.files) and all(is_gguf(file) for file in checkpoint.files)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

@@ -33,6 +33,9 @@ GRAIN = {"F32": 2.0**-23, "F64": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ALIKE = 0.9
 """Cosine from which one change is another one."""
 
+QUANTIZED = "quantized"
+"""The stored dtype of packed weights."""
+
 UNCHANGED = 0.1
 """Share of the change below which nothing of it is there."""
 
@@ -41,6 +44,12 @@ RESIDUE = 0.2
 
 BROKEN = ("has a ", "has no ", "holds numbers that are not finite")
 """How faults of weights begin that cannot be compared with others."""
+
+CERTAIN = 5.0
+"""Standard errors of what rounding to a coarse grid adds to the part of a change, beyond which it is a fault."""
+
+OTHER = 0.5
+"""Error of quantized weights, relative to their size, from which they are other weights: of 2 bits it is a third."""
 
 MOST_COMPARED = 64
 """Faulty weights whose changes are held against one another."""
@@ -188,13 +197,14 @@ def judged(
         max_part_error: see `Thresholds`.
     """
     parts = {name: _part(name, sums) for name, sums in comparison.sums.items()}
-    if dtype == "quantized":
-        return tuple(replace(part, fault=_plain_fault(comparison.sums[name])) for name, part in parts.items())
+    quantized = dtype == QUANTIZED
     grain = max(GRAIN.get(dtype, GRAIN["BF16"]), coarse)
     suspects = []
     for name, part in parts.items():
         far = part.touched and (abs((part.scale or 0.0) - 1) > max_scale_error or part.error > max_part_error)
-        if far or (not part.touched and part.error > max(2 * grain, NOISE)) or _plain_fault(comparison.sums[name]):
+        moved = not part.touched and part.error > max(2 * grain, NOISE)
+        # A coarse grid moves every module: what is a fault of it, the weights tell.
+        if quantized or far or moved or _plain_fault(comparison.sums[name]):
             suspects.append(name)
     # Tokens reach only some experts of a stack, so stacks are always looked at by their weights.
     stacks = [name for name in parts if name not in suspects and _is_stack(model.get_submodule(name))]
@@ -294,6 +304,8 @@ class SuspectWeights:
             return replace(part, touched=touched, fault=worst, scale=scale, error=error)
         if not suspected:
             return part
+        if self.dtype == QUANTIZED:
+            return replace(part, rounded=not same)
         if self.why or not self.changes:
             return replace(part, fault=_by_output(part))
         if same and part.error > 10 * NOISE:
@@ -313,6 +325,8 @@ class SuspectWeights:
         wanted, got = before + delta, there.detach().double()
         if not bool(got.isfinite().all()):
             return _WeightFound("holds numbers that are not finite", None, math.inf, False)
+        if self.dtype == QUANTIZED:
+            return self._packed(held, before, delta, got, max_scale_error)
         rounded = wanted.to(_kind(self.dtype)).double()
         size, apart = float(delta.norm()), float((got - wanted).norm())
         grain = float((rounded - wanted).norm())
@@ -334,6 +348,45 @@ class SuspectWeights:
         across = (float((got - before - scale * delta).norm()) / size) ** 2
         residue = math.sqrt(max(across - 2 * (grain / size) ** 2, 0.0))
         return _WeightFound(self._named(held, got - before, scale, residue), scale, apart / size, False)
+
+    def _packed(
+        self, held: _Held, before: Tensor, delta: Tensor, got: Tensor, max_scale_error: float
+    ) -> _WeightFound:  # fmt: skip
+        """Judge a weight that a coarse grid has rounded, whose noise may be larger than the change.
+
+        The noise of single numbers averages out along the change: what is far from 1 beyond that is no rounding to the
+        nearest of an exact merge, or rounding that has eaten the change.
+        """
+        there, size, whole = got - before, float(delta.norm()), float((before + delta).norm())
+        apart = float((there - delta).norm())
+        if apart > OTHER * max(whole, 1e-30) and apart > 2 * size:
+            return _WeightFound("holds other weights than the base", None, apart / max(whole, 1e-30), False)
+        if size <= 1e-6 * float(before.norm()):
+            # Vectors stay in 16 bits or more.
+            far = before.ndim < 2 and apart > GRAIN["BF16"] * max(whole, 1e-30)
+            return _WeightFound("holds other weights than the base" if far else "", None, 0.0, apart <= 1e-6 * whole)
+        scale = _along(there, delta)
+        noise = float((there - scale * delta).norm()) / size / math.sqrt(delta.numel())
+        if abs(scale - 1) <= max_scale_error + CERTAIN * noise:
+            return _WeightFound("", scale, apart / size, False)
+        fault = f"holds {scale:.3g} times the change"
+        if scale < -CERTAIN * noise - UNCHANGED:
+            fault = f"holds the change with its sign turned (scale {scale:.2g})"
+        elif abs(scale) < UNCHANGED + CERTAIN * noise:
+            fault = self._elsewhere(held, there) or "holds nothing of the change"
+        return _WeightFound(fault, scale, apart / size, False)
+
+    def _elsewhere(self, held: _Held, there: Tensor) -> str:
+        """Say which other change a quantized weight holds; nothing if it holds none of those that are known."""
+        delta = self.changes[held.name].double()
+        if there.ndim == 2 and there.shape[0] == there.shape[1] and abs(_along(there, delta.T) - 1) < OTHER:
+            return "holds the change transposed"
+        for each in self.held[:MOST_COMPARED]:
+            other = self.changes[each.name].double()
+            same = each.name != held.name and other.shape == there.shape and bool(other.any())
+            if same and abs(_along(there, other) - 1) < OTHER:
+                return f"holds the change of {each.module}"
+        return ""
 
     def _scrambled(self, there: Tensor, delta: Tensor) -> bool:
         """Whether single experts of a stack hold something else, which is little of the whole."""
@@ -380,6 +433,11 @@ def _kind(name: str) -> Any:
 def _cosine(one: Tensor, other: Tensor) -> float:
     size = float(one.norm()) * float(other.norm())
     return float((one * other).sum()) / size if size else 0.0
+
+
+def _along(there: Tensor, delta: Tensor) -> float:
+    """The multiple of a change that comes nearest to another."""
+    return float((there * delta).sum()) / float((delta * delta).sum())
 
 
 def _scrambled_rows(there: Tensor, delta: Tensor) -> bool:

@@ -82,7 +82,8 @@ def gate(
     Args:
         base: a folder of transformers, an address on a hub, or an open checkpoint.
         adapters: one adapter or several: paths, addresses or `Adapter`s.
-        merged: what they were merged into; quantized folders are read as the numbers that they stand for.
+        merged: what they were merged into: a folder, or a GGUF model, which runs with the config of `base`. Quantized
+            weights are read as the numbers that they stand for, and judged by the part of each change that they hold.
         onnx: a graph of base and adapters; slots are filled with the adapters.
         data: `builtin`, or a file with one text a line, or of JSON Lines with a field `text`.
         weights: with which weight each adapter is attached; 1 each if None.
@@ -121,7 +122,7 @@ def gate(
         ('the merged model keeps 99.98 % of the effect',)
     """
     from ..torch.pretrained import check_transformers
-    from .models import Adapted, device_of, load
+    from .models import Adapted, device_of, is_gguf_model, load
 
     started = time.perf_counter()
     given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
@@ -133,6 +134,8 @@ def gate(
     lines = texts_of(data)
     with inputs_kept():
         checkpoint = opened(base)
+        if is_gguf_model(checkpoint):
+            load(checkpoint, dtype, "cpu")  # Says what to name instead.
         check_transformers(checkpoint.folder, "running models")
         held = [each if isinstance(each, Adapter) else read(each, base=checkpoint) for each in given]
         after = None if merged is None else opened(merged)
@@ -155,7 +158,7 @@ def gate(
     if graph is not None:
         kept.append(run.graph(graph, held, factors))
     if after is not None:  # Last: it folds the adapters into the base.
-        kept.insert(0, run.merged(after, dtype, place))
+        kept.insert(0, run.merged(after, dtype, place, checkpoint))
     checks = checks_of(effect, kept, limits)
     return Gate(
         public(str(checkpoint.root)), tuple(names), inputs.source, place, dtype, seed, effect, tuple(kept),
@@ -297,18 +300,19 @@ class _Run:
         best = min(apart, key=lambda factor: apart[factor])
         return best if apart[best] <= EXACT * max(apart.values()) else None
 
-    def merged(self, checkpoint: Checkpoint, dtype: str, device: str) -> KeptEffect:
+    def merged(self, checkpoint: Checkpoint, dtype: str, device: str, base: Checkpoint) -> KeptEffect:
         """Measure what a merged model keeps, as a whole and module by module."""
         from ..torch.pretrained import check_transformers
         from .measuring import StateSums, run_torch
-        from .models import load, stored_dtype
+        from .models import is_gguf_model, load, stored_dtype
         from .modules import Watched, judged, scale_of
 
-        check_transformers(checkpoint.folder, "running models")
+        if not is_gguf_model(checkpoint):
+            check_transformers(checkpoint.folder, "running models")
         lacking: list[str] = []
         told = KeptEffect("merged", public(str(checkpoint.root)), dtype=stored_dtype(checkpoint))
         try:
-            other = load(checkpoint, dtype, device, lacking)
+            other = load(checkpoint, dtype, device, lacking, base)
         except Malformed as error:
             return replace(told, why=error.why)
         model = self.adapted.model

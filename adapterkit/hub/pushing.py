@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.licence_terms import BASE, conflicts, parts_of, passed_over
+from ..core.licence_terms import BASE, Part, check_licences, conflicts, parts_of, passed_over
 from ..core.licences import Licence, licence_at, licence_called, licence_of
 from ..errors import StorageError, storage_error
 from ..io.locations import located
@@ -78,6 +78,7 @@ def push(
     tag: str | None = None,
     message: str | None = None,
     licence: str | Licence | None = None,
+    strict_licence: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     token: str | None = None,
@@ -103,6 +104,8 @@ def push(
         message: the commit message.
         licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
             `license_name` and `license_link`. If absent, the licence of the card at `path`.
+        strict_licence: refuse a card that leaves out what the licences of base and adapters ask, licences that
+            contradict each other, and parts whose licence is not known; the former are warnings otherwise.
         overwrite: replace existing files of other content; without it they are an error.
         dry_run: compare, and write nothing.
         token: a token; if absent, the one that the hub's own tools use.
@@ -113,6 +116,7 @@ def push(
         UnknownFormat: `path` is neither an adapter nor a base.
         UsageError: `shard_size` is given for an adapter, which is one file.
         Corrupt: the hub does not list what was pushed.
+        CheckFailed: `strict_licence`, and licences contradict each other or are not known.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -124,15 +128,22 @@ def push(
         passed_on = licence_called(licence) or licence_at(located(path)) or licence_of(card)
         payload = payload_of(source, files, remote, passed_on)
         pushed = _compared(payload, there, remote, is_generated(card))
-        pushed = replace(pushed, warnings=_licence_warnings(source, licence_called(licence), card, base))
+        parts, shown, told = _licences(source, licence_called(licence), card, base)
+        if strict_licence:
+            check_licences([(OUTPUT, shown), *parts], told, located(path))
+        pushed = replace(pushed, warnings=tuple(f"licences: {each}" for each in told))
         _refuse(pushed, overwrite)
         return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
 
 
-def _licence_warnings(
+OUTPUT = "what is pushed"
+"""Name of the output among the parts whose licences are checked."""
+
+
+def _licences(
     source: Path, stated: Licence, card: str, base: str | os.PathLike[str] | None
-) -> tuple[str, ...]:  # fmt: skip
-    """Return where the licence that readers will see leaves out what those of the parts ask, and where these conflict.
+) -> tuple[list[Part], Licence, tuple[str, ...]]:
+    """Return the parts of an output, the licence that its readers will see, and where these contradict each other.
 
     A merged model without a licence of its own shows the base's card until it is pushed, so the base's counts then.
     """
@@ -141,8 +152,7 @@ def _licence_warnings(
     if base is not None:
         parts = [*parts, (BASE, licence_at(located(base)))]
     shown = stated or licence_at(source) or licence_of(card)
-    told = dict.fromkeys((*passed_over(shown, parts), *conflicts(parts)))
-    return tuple(f"licences: {each}" for each in told)
+    return parts, shown, tuple(dict.fromkeys((*passed_over(shown, parts), *conflicts(parts))))
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:

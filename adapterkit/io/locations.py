@@ -111,7 +111,7 @@ def path_text(name: str | os.PathLike[str]) -> str:
     A file that has the very name is preferred.
 
     Raises:
-        UsageError: it is neither text nor a path.
+        UsageError: it is neither text nor a path, or names the home of a user who does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
         cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
@@ -127,7 +127,13 @@ def path_text(name: str | os.PathLike[str]) -> str:
         from urllib.request import url2pathname  # It imports an HTTP client, in 20 ms.
 
         return url2pathname(text.removeprefix("file://").removeprefix("localhost"))
-    return os.path.expanduser(text) if text.startswith("~") and not os.path.exists(text) else text
+    if not text.startswith("~") or os.path.exists(text):
+        return text
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        user = text[1:].partition(os.sep)[0]
+        raise UsageError(f"no user {user!r} on this machine", path=text, cure=f"Write ./{text} for a name with a tilde")
+    return found
 
 
 def is_repo(name: str | None) -> bool:

@@ -7,13 +7,50 @@ shows a stage that takes over two seconds, and all of them with -v.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 LOGGER = "adapterkit"
 
 
+class _Steps:
+    """The steps of some work: how many there are, how many began, and the text of the last one."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.begun, self.last = total, 0, ""
+
+    def numbered(self, text: str) -> str:
+        """Return a step's text with its number; the same step again keeps its number."""
+        if text != self.last:
+            self.begun, self.last = min(self.begun + 1, self.total), text
+        return f"step {self.begun} of {self.total}, {text}"
+
+
+_steps: ContextVar[_Steps | None] = ContextVar("steps", default=None)
+
+
+@contextmanager
+def steps(total: int) -> Iterator[None]:
+    """Number the steps that begin in the block; a block inside another one is a part of it.
+
+    Args:
+        total: how many steps there are.
+    """
+    if _steps.get() is not None:
+        yield
+        return
+    token = _steps.set(_Steps(total))
+    try:
+        yield
+    finally:
+        _steps.reset(token)
+
+
 def stage(text: str) -> None:
     """Tell that a step begins, such as `tracing the model`."""
-    _log(20, text)
+    among = _steps.get()
+    _log(20, text if among is None else among.numbered(text))
 
 
 def detail(text: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from ..core.metadata import read_with
 from ..core.updates import Additive
-from ..errors import AdapterkitError, Malformed, Unrepresentable
+from ..errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ..formats import FORMATS, Format
 from ..formats._format import TENSORS
 from ..formats._image import container
@@ -304,22 +304,28 @@ def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
     return ("no" if refuses else "part"), why
 
 
-def _lost(tool: Loader, family: ImageFamily | None, keys: Iterable[str]) -> list[str]:
+def _lost(tool: Loader, family: ImageFamily | None, keys: tuple[str, ...]) -> list[str]:
     """List the keys that a tool does not know; only one of several keys that differ in block numbers is tested."""
     if family is None:
         return [key for key in keys if not _holds(tool, family, key)]
-    # Keep these numbers, because the part of a pipeline may end with one, too: `transformer_2`.
-    literal = family.literal | {"1", "2", "3", "4"}
+    return [key for key in keys if not _holds(tool, family, key)]
+    kinds = _kinds(keys, family.literal | {"1", "2", "3", "4"})
     others = tuple(each.prefix for each in tool.encoders)
     held: dict[str, bool] = {}
     found = []
-    for key in keys:
-        kind = key if key.startswith(others) else alike(key, literal)
+    for key, kind in kinds.items():
+        kind = key if key.startswith(others) else kind
         if kind not in held:
             held[kind] = _holds(tool, family, key)
         if not held[kind]:
             found.append(key)
     return found
+
+
+@lru_cache(maxsize=16)
+def _kinds(keys: tuple[str, ...], literal: frozenset[str]) -> dict[str, str]:
+    """Map each key to what all keys named alike have in common; cached, because every tool asks it of one file."""
+    return {key: alike(key, literal) for key in keys}
 
 
 def _holds(tool: Loader, family: ImageFamily | None, key: str) -> bool:
@@ -428,6 +434,8 @@ def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
     if profile is not None:
         try:
             writer.fit(seen.adapter, profile)
+        except UsageError:
+            pass  # The base is missing, which `needs` names.
         except Unrepresentable:
             if not all(_promotable(update) for update in updates):
                 return ""

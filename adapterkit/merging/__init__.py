@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UnknownFormat, Unsupported, UsageError, places_errors, public, shown, storage_error
+from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, places_errors, shown, storage_error
 from ..io.checkpoint import Checkpoint, opened
 from ..io.locations import is_address, local, located, outgoing, path_text, streamed
 from ..io.staging import Staging, check_free, is_within
@@ -55,7 +55,9 @@ def plan(
     rename: str | Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    strict_licence: bool = False,
     vocab: str | None = None,
+    keep: str | None = None,
     options: MergeOptions | None = None,
 ) -> Plan:
     """Plan a merge from headers alone, without writing anything; `plan(...).record()` is plain data.
@@ -70,12 +72,12 @@ def plan(
 
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
-        link=link, rename=rename, vocab=vocab,
+        link=link, rename=rename, vocab=vocab, keep=keep,
     )  # fmt: skip
-    checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype)
+    checkpoint = as_merged(opened(base), quantized, onto, chosen.dtype, chosen.keep)
     named = _named(adapters, weights, checkpoint)
     planned = make_plan(checkpoint, named, chosen)
-    return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
+    return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base, strict_licence)
 
 
 @places_errors
@@ -104,7 +106,9 @@ def merge(
     rename: str | Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    strict_licence: bool = False,
     vocab: str | None = None,
+    keep: str | None = None,
     options: MergeOptions | None = None,
 ) -> Report:
     """Merge adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
@@ -137,6 +141,9 @@ def merge(
         quantized: how to merge into a quantized base. `dequantize`: merge into the dequantized weights and write 16
             bits; `requantize`: quantize the result again, in the same scheme; `original`: merge into `onto`.
         onto: the 16-bit weights that a quantized base was made from.
+        keep: `adapter`, with `requantize`: shift merged numbers before they are rounded, so that those on the grid hold
+            the adapters' change for the inputs that it reads. It takes about ten times as long, and whole weights in
+            memory.
         seed: round stochastically; each draw depends on this number, the tensor and the element only.
         memory: the most bytes to hold beyond the imports; half of the free memory when not given.
         link: write hard links to unchanged files of the base instead of copies; never modify such an output in place.
@@ -145,6 +152,8 @@ def merge(
             the base's and has no token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
+        strict_licence: refuse licences of base and adapters that contradict each other, and parts whose card names no
+            licence, or none that is known; the former are a warning in the report otherwise.
         vocab: what to do if an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
             embedding, the head and the config; rows that no adapter's file holds are the mean of the base's. `keep`:
             drop the added tokens. When not given: grow if the files hold all new rows, and refuse otherwise.
@@ -161,7 +170,8 @@ def merge(
         TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
         NotMergeable: a method changes outputs or the context, not weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
-        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`; or licences contradict each
+            other or are not known, and `strict_licence`.
         UsageError: arguments contradict each other, or a tied weight is changed and nothing tells how (see `tied`).
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
@@ -173,13 +183,13 @@ def merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
-                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
-                options=options,
+                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, strict_licence=strict_licence,
+                rename=rename, vocab=vocab, keep=keep, options=options,
             )  # fmt: skip
         return replace(report, out=str(out), already=bool(same))
     chosen = options_of(
         options, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial, seed=seed, memory=memory,
-        link=link, checksums=checksums, rename=rename, vocab=vocab,
+        link=link, checksums=checksums, rename=rename, vocab=vocab, keep=keep,
     )  # fmt: skip
     _check_engine(engine, address, stream)
     target = Path(path_text(out))
@@ -189,7 +199,7 @@ def merge(
         from .quantized import Original, as_merged  # pyright: ignore[reportAssignmentType] - as in `plan`
         from .report import local, run_plan
 
-        read = as_merged(checkpoint, quantized, onto, chosen.dtype)
+        read = as_merged(checkpoint, quantized, onto, chosen.dtype, chosen.keep)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
         from ..io.checkpoint import fingerprint, shapes_digest
@@ -198,7 +208,7 @@ def merge(
         stored = read if isinstance(read, Original) else checkpoint
         taken = None if stream else fingerprint(stored)
         planned = replace(make_plan(read, named, chosen), shapes=shapes_digest(stored))
-        planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
+        planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base, strict_licence)
         if engine == "ray":
             from .cluster import on_ray, recipe_of
 
@@ -362,34 +372,13 @@ def _named(
         raise UsageError("no adapter was given", cure="Name at least one")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
-    try:
-        return [
-            (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
-            for a, w in zip(several, factors, strict=True)
-        ]
-    except UnknownFormat as error:
-        _check_order(checkpoint, several, error)
-        raise
-
-
-def _check_order(checkpoint: Checkpoint, several: Sequence[Source], error: UnknownFormat) -> None:
-    """Refuse an adapter in the place of the base, in words that say so.
-
-    Raises:
-        UsageError: the first argument is an adapter, and the other a base.
-    """
-    from ..formats import recognised
-
-    given = [each for each in several if isinstance(each, (str, PathLike))]
-    swapped = next((each for each in given if str(each) == str(error.path) or len(given) == 1), None)
-    if swapped is None or not recognised(Path(checkpoint.root)):
-        return
-    base = public(str(checkpoint.root))
-    cure = f"Swap them: BASE comes first, then its adapters: {public(str(swapped))} {base}"
-    raise UsageError(f"{base} is an adapter, and {public(str(swapped))} is none", cure=cure) from error
+    return [
+        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
+        for a, w in zip(several, factors, strict=True)
+    ]
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
@@ -415,10 +404,10 @@ def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
 
 def _accompanied(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None], fingerprint: str | None,
-    tokenizer: str | PathLike[str] | None, strict_base: bool,
+    tokenizer: str | PathLike[str] | None, strict_base: bool, strict_licence: bool,
 ) -> Plan:  # fmt: skip
     """Return the plan with its companion files, its fingerprint and all warnings."""
-    from ..core.licence_terms import conflicts
+    from ..core.licence_terms import BASE, check_licences, conflicts
     from ..formats import warnings_of
     from ..naming.binding.bases import check_bases
     from .companions import companions
@@ -430,8 +419,12 @@ def _accompanied(
     licences = _licences(planned, named, folders)
     told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
     bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
-    against = (f"licences: {each}" for each in conflicts([*licences.items()]))
-    warnings = (*told, *bases, *_coarse(planned), *planned.warnings, *beside.warnings, *against)
+    against = conflicts([*licences.items()])
+    if strict_licence:
+        parts = [(name, licences.get(name, {})) for name in (BASE, *(name for name, _, _ in named))]
+        check_licences(parts, against, planned.base.root)
+    told_of = (f"licences: {each}" for each in against)
+    warnings = (*told, *bases, *_coarse(planned), *planned.warnings, *beside.warnings, *told_of)
     return replace(planned, companions=beside, fingerprint=fingerprint, licences=licences, warnings=warnings)
 
 
@@ -492,6 +485,10 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     return several
 
 
+_OF_FILES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".zip", ".tar", ".gz"}
+"""Endings that a folder's name has by mistake only."""
+
+
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
@@ -501,6 +498,9 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | No
         raise storage_error(error, error.filename or out) from error
     except RuntimeError as error:
         raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
+    if base.root.is_dir() and out.suffix.lower() in _OF_FILES and not out.is_dir():
+        why = f"the base is a folder, and so is what a merge of it writes; {out.suffix} is the ending of a file"
+        raise UsageError(why, path=out, cure=f"Name a folder, such as {out.with_suffix('')}")
     if overlapped is not None:
         raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
     stage = Staging(out, SUFFIX)

@@ -81,7 +81,7 @@ def recorded(folder: Path) -> dict[str, list[Run]]:
         Malformed: the record is damaged.
     """
     path = folder / REPORT
-    cure = "Give the base and the adapters: then everything is computed again"
+    cure = "Give --base BASE (base=) and --adapter A (adapters=) for each: then everything is computed again"
     try:
         said = json.loads(path.read_text()).get(KEY)
     except (FileNotFoundError, NotADirectoryError):

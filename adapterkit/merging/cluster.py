@@ -54,7 +54,8 @@ class ClusterRecipe:
         from ..io.checkpoint import open_checkpoint
         from .quantized import as_merged
 
-        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options.dtype)
+        chosen = self.options
+        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, chosen.dtype, chosen.keep)
         paths = [path for path in self.adapters if path is not None]
         named = [
             (name, read(path, base=checkpoint), weight)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WRITTEN = ("BF16", "F16")
 """Element types that it writes. A float32 output needs every sum in float64, which numpy does as fast."""
 
-WIDE, CHUNK = 16, 16
+PANEL, FILLED, CHUNK = 16, 32, 16
 
 LEAST = 1 << 14
 """Numbers in a block from which on the library pays for its call."""
@@ -54,13 +54,13 @@ class LowRankSum:
         import numpy as np
 
         rank, width = right.shape
-        padded = -(-width // WIDE) * WIDE
+        padded = -(-width // FILLED) * FILLED
         self.rows, self.width, self.rank = len(left), width, rank
         panels = np.zeros((rank, padded), np.float32)
         with np.errstate(over="ignore"):
             panels[:, :width] = right
             self._left = np.ascontiguousarray(left, np.float32)
-        self._panels = np.ascontiguousarray(panels.reshape(rank, -1, WIDE).swapaxes(0, 1))
+        self._panels = np.ascontiguousarray(panels.reshape(rank, -1, PANEL).swapaxes(0, 1))
         self._left64, self._right64 = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
         # By Cauchy and Schwarz, sum_k w_k |b_k| |a_k| is at most the product of two norms, weighted by w.
         weights = np.sqrt(_roundings(rank))

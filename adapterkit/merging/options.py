@@ -28,6 +28,7 @@ class MergeOptions:
         checksums: take a sha256 of each run of bytes while it is written.
         rename: rules for names that cannot be resolved, each `FROM=TO` or `@FILE`.
         vocab: `grow` or `keep`, if an adapter has more tokens than the base; see `merge`.
+        keep: `adapter`, if requantized weights are to hold the adapters' change where rounding loses it; see `merge`.
 
     Example:
         >>> options = adapterkit.MergeOptions(dtype="bf16", shard_size=5 << 30)  # doctest: +SKIP
@@ -45,6 +46,7 @@ class MergeOptions:
     checksums: bool = False
     rename: str | Sequence[str] = ()
     vocab: str | None = None
+    keep: str | None = None
 
 
 def options_of(given: MergeOptions | None, **named: Any) -> MergeOptions:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..io.checkpoint import Checkpoint, opened
+from ..naming.binding.bases import merge_record
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
 
 if TYPE_CHECKING:
@@ -51,9 +52,14 @@ class Original(Checkpoint):
     weights: int = 0
 
 
+KEPT = ("adapter",)
+"""The choices of what rounding is to keep."""
+
+
 def as_merged(
-    base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None
-) -> Checkpoint:
+    base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None,
+    keep: str | None = None,
+) -> Checkpoint:  # fmt: skip
     """Return the base as the merge reads it: as it is, dequantized, or the 16-bit weights that it was made from.
 
     Args:
@@ -61,11 +67,12 @@ def as_merged(
         quantized: the choice for a quantized base, a key of `WHY`.
         onto: the 16-bit weights, for `original`.
         dtype: the type of the output's matrices, if base and output are GGUF files.
+        keep: what rounding is to keep, one of `KEPT`.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
         Unsupported: the base is quantized and `quantized` is None, or its scheme is unknown.
-        UsageError: an unknown choice, or `onto` without `original`.
+        UsageError: an unknown choice, `onto` without `original`, or `keep` without `requantize`.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
     if quantized is not None and quantized not in WHY:
@@ -75,7 +82,11 @@ def as_merged(
         raise UsageError(
             why, cure="Choose quantized=/--quantized original and give them by onto=/--onto, or do neither"
         )
+    if keep is not None and keep not in KEPT:
+        raise UsageError(f"unknown choice {keep!r} to keep", where="keep", cure=f"Known: {', '.join(KEPT)}")
     if isinstance(base, Dequantized) or not is_quantized(base):
+        if keep is not None:
+            raise _nothing_rounds(base)
         return base
     # The default for GGUF bases: llama.cpp, which they are made for, loads nothing else.
     if quantized is None and said_method(base) is None and detect(base) == "gguf":
@@ -83,6 +94,9 @@ def as_merged(
     if quantized is None:
         raise Unsupported(f"the base is quantized ({_kind(base)})", path=base.root, cure=EXPLAINED)
     seen = dequantized(base, packs=quantized == "requantize")
+    if keep is not None and not seen.packs:
+        raise _nothing_rounds(base)
+    seen = replace(seen, keep=keep)
     if dtype is not None and seen.packs and seen.scheme == "gguf":
         from ..quant.gguf import retyped
 
@@ -90,17 +104,28 @@ def as_merged(
     return seen if onto is None else _original(seen, opened(onto))
 
 
+def _nothing_rounds(base: Checkpoint) -> UsageError:
+    cure = (
+        "Name both, --quantized requantize --keep adapter (quantized='requantize', keep='adapter'), for a packed base"
+    )
+    return UsageError("keep is for weights that are quantized again, and these are not", path=base.root, cure=cure)
+
+
 def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
     """Return the base as the merge that wrote `merged` must have read it: dequantized, or to be quantized again."""
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
+    told = merge_record(merged).get("quantized")
+    keep = told.get("keep") if isinstance(told, dict) else None
+    keep = keep if keep in KEPT else None
     if seen.scheme == "gguf" and is_quantized(merged):
         from ..quant.gguf import like
 
-        return like(dequantized(base, packs=True), merged)
+        return replace(like(dequantized(base, packs=True), merged), keep=keep)
     packed = {member for weight in seen.packed.values() for member in weight.members} - set(seen.tensors)
-    return dequantized(base, packs=True) if packed & set(merged.tensors) or is_quantized(merged) else seen
+    again = packed & set(merged.tensors) or is_quantized(merged)
+    return replace(dequantized(base, packs=True), keep=keep) if again else seen
 
 
 def _original(base: Dequantized, onto: Checkpoint) -> Original:
@@ -141,7 +166,8 @@ def quantized_record(base: Checkpoint) -> dict[str, JsonValue] | None:
         choice, weights = "requantize" if base.packs else "dequantize", len(base.packed)
     else:
         return None
-    return {"choice": choice, "scheme": base.scheme, "weights": weights, "why": WHY[choice]}
+    keep = {"keep": base.keep} if isinstance(base, Dequantized) and base.keep is not None else {}
+    return {"choice": choice, "scheme": base.scheme, "weights": weights, **keep, "why": WHY[choice]}
 
 
 def _kind(base: Checkpoint) -> str:

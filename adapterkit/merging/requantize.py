@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..core.adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..io.lazy import BY_TORCH, DTYPES, Lazy
 from ..native import KINDS, loops
+from ..ops.at_base import view_of
 from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, Rowwise, steps
 from .blocks import Block, blocks
 from .compute import BlockMerger
+from .keeping import directions, kept
 from .planned import BLOCK_ELEMENTS, STEPS, Output
 from .planned_update import factor_bytes
 
@@ -33,6 +36,9 @@ HELD = 1 << 24
 
 RUN = 1 << 22
 """Numbers of a weight that a worker takes at a time, if rows are packed apart."""
+
+KEPT_BYTES = 64
+"""Bytes a number of a weight whose change is kept: in float64 merged, shifted and packed, and their differences."""
 
 NORMS = 4
 """The norms that measure quantizing: of its error, the merged weight, the change, and the change that remains."""
@@ -152,7 +158,13 @@ class Repacked:
     @property
     def apart(self) -> bool:
         """Whether runs of its rows are computed apart."""
-        return isinstance(self.packed, Rowwise) and self.packed.apart
+        return isinstance(self.packed, Rowwise) and self.packed.apart and not self.keeps
+
+    @property
+    def keeps(self) -> bool:
+        """Whether rounding keeps the change; numbers that are not packed are rounded to the nearest all the same."""
+        packed = self.packed
+        return self.base.keep is not None and bool(self.folds) and len(packed.shape) > 1 and packed.merged == "F32"
 
     @property
     def held(self) -> int:
@@ -215,7 +227,10 @@ class Repacked:
     def _held_whole(self) -> int:
         """Its parts as they were read, twice as they are made, merged numbers, and temporaries of a step."""
         stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
-        return 3 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
+        count = math.prod(self.packed.shape)
+        if self.keeps:
+            return 3 * stored + KEPT_BYTES * count + factor_bytes(self.folds)
+        return 3 * stored + 4 * min(count, HELD) + 32 * STEP
 
     def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
         """Return the bytes of every member, and the squared norms: one per planned update, then `NORMS` more.
@@ -225,14 +240,68 @@ class Repacked:
             Unsupported: the scheme has no formula for it.
         """
         merged = _Merged(self.output, workspace)
-        made = self.packed.pack(merged.rows)
-        parts = {name: self._bytes(name, array) for name, array in made.items()}
-        again = self.base.unpacked_again(self.packed, {name: self._lazy(name, data) for name, data in parts.items()})
+        parts, again = self._packed(self._keeping(merged) if self.keeps else merged.rows)
         squares = self._damage(merged, again)
         norms = merged.norms | {len(self.folds) + at: square for at, square in enumerate(squares)}
         stored = self.base.stored.tensors
         kept = {name: bytes(stored[name].fetch()) for name in self.packed.members if name not in parts}
         return parts | kept, norms
+
+    def _packed(self, rows: Callable[[int, int], Array]) -> tuple[dict[str, bytes], Packed]:
+        """Return the bytes of the stored tensors that change, and the weight that they make."""
+        made = self.packed.pack(rows)
+        parts = {name: self._bytes(name, array) for name, array in made.items()}
+        return parts, self.base.unpacked_again(
+            self.packed, {name: self._lazy(name, data) for name, data in parts.items()}
+        )
+
+    def _keeping(self, merged: _Merged) -> Callable[[int, int], Array]:
+        """Return the rows to pack so that the packed ones hold the change; see `keeping`."""
+        import numpy as np
+
+        from ..ops.resizing import seed_of
+
+        count = math.prod(self.packed.shape[:-1])
+        target = self.folds[0].target
+        M, W = (self._matrices(rows, target) for rows in (merged.rows(0, count), self.packed.rows(0, count)))
+        found = [
+            directions(m.astype(np.float64) - w, seed_of(f"{target}:{e}"))
+            for e, (m, w) in enumerate(zip(M, W, strict=True))
+        ]
+        most = max(len(each) for each in found)
+        if not most:
+            return merged.rows
+        Vh = np.stack([np.pad(each, ((0, most - len(each)), (0, 0))) for each in found])
+
+        def trip(matrices: Array) -> Array:
+            flat = self._rows(matrices, target)
+            return self._matrices(self._packed(lambda start, stop: flat[start:stop])[1].rows(0, count), target)
+
+        flat = self._rows(kept(trip, M, Vh), target)
+        return lambda start, stop: flat[start:stop]
+
+    def _matrices(self, rows: Array, target: Target) -> Array:
+        """Return rows of the weight as `[experts, outputs, inputs]`, float32; one expert if they are not stacked."""
+        whole = rows.astype("f4").reshape(self.packed.shape)
+        stacked = target.stacked and whole.ndim > 2
+        seen = view_of(whole, self._whole_target(target, stacked))
+        return seen.reshape(*seen.shape[:2], -1) if stacked else seen.reshape(1, len(seen), -1)
+
+    def _rows(self, matrices: Array, target: Target) -> Array:
+        """Return matrices of `_matrices` as the rows of the weight."""
+        import numpy as np
+
+        stacked = target.stacked and len(self.packed.shape) > 2
+        whole = self._whole_target(target, stacked)
+        # A view exchanges two axes, so that the view of a view is the weight as it is stored.
+        form = view_of(np.broadcast_to(np.float32(0), self.packed.shape), whole).shape
+        back = view_of(matrices.reshape(form), whole)
+        rows: Array = np.ascontiguousarray(back)
+        return rows.reshape(-1, rows.shape[-1])
+
+    @staticmethod
+    def _whole_target(target: Target, stacked: bool) -> Target:
+        return Target(target.path, target.layout if stacked else target.layout.removeprefix("e "))
 
     def _bytes(self, name: str, array: Array) -> bytes:
         import numpy as np

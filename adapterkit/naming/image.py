@@ -55,6 +55,11 @@ class ImageFamily:
         known = isinstance(path, str) and self.may_have(path)
         return known and any(path in self.names(naming) for naming in self.namings)
 
+    def has_all(self, names: Iterable[str]) -> bool:
+        """Whether it has all of these modules, each in any naming; one block answers for all that are named alike."""
+        literal = self.literal
+        return all(name in self for name in {alike(name, literal): name for name in names}.values())
+
     @cached_property
     def literal(self) -> frozenset[str]:
         """Return the numbers in the family's names that are not block numbers."""
@@ -249,7 +254,7 @@ def families_of_names(names: frozenset[str]) -> tuple[ImageFamily, ...]:
     # Compare words first: a file that lacks a word need not be parsed.
     shapes = {shape(name) for name in names}
     likely = [family for family in families() if all(map(family.may_have, shapes))]
-    return tuple(family for family in likely if all(name in family for name in names))
+    return tuple(family for family in likely if family.has_all(names))
 
 
 def families_with(names: Collection[str]) -> list[ImageFamily]:

@@ -15,7 +15,7 @@ from pathlib import Path
 LIBRARY = "_kernel.dll" if sys.platform == "win32" else "_kernel.so"
 """Name of the compiled library, beside this file."""
 
-VERSION = 9
+VERSION = 10
 """Version of the functions in the library: one that is older than this file is left alone."""
 
 OFF = "ADAPTERKIT_KERNEL"
@@ -23,6 +23,9 @@ OFF = "ADAPTERKIT_KERNEL"
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2}
 """The library's numbers of element types."""
+
+MOST_LANES = 16
+"""Numbers that a merge computes at a time, at most: 16 on processors with AVX-512, 8 on all others."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _WORD, _DOUBLE = ctypes.c_uint64, ctypes.c_double
@@ -40,6 +43,8 @@ def loops() -> ctypes.CDLL | None:
             return None
     except (OSError, AttributeError):
         return None
+    loaded.adapterkit_lanes.restype, loaded.adapterkit_lanes.argtypes = _INT, (_INT,)
+    loaded.adapterkit_lanes(MOST_LANES)
     loaded.adapterkit_add.restype = _LONG
     loaded.adapterkit_add.argtypes = (_INT, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     loaded.adapterkit_drop.restype = _INT

@@ -1,4 +1,5 @@
-/* Eight float32 numbers at a time, by the vector types of GCC and Clang, and their conversions from and to 16 bits. */
+/* Eight float32 numbers at a time, by the vector types of GCC and Clang, and their conversions from and to 16 bits.
+ * A source that is compiled with LANES_512 has sixteen. */
 
 #pragma once
 
@@ -20,21 +21,29 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float floats __attribute__((vector_size(32)));
-typedef int32_t flags __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(16)));
+#if defined(LANES_512)
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t flags __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef floats loose_floats __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
-
-enum { LANES = 8 };
 
 /* Element types, by the numbers of `native/__init__.py`. */
 enum { BF16, F16, F32 };
 
 INLINE floats widened(int kind, const void *from) {
   if (kind == F32) return *(const loose_floats *)from;
-#if defined(__x86_64__)
+#if defined(LANES_512)
+  __m256i raw = _mm256_loadu_si256((const __m256i *)from);
+  if (kind == F16) return (floats)_mm512_cvtph_ps(raw);
+  return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+#elif defined(__x86_64__)
   __m128i raw = _mm_loadu_si128((const __m128i *)from);
   if (kind == F16) return (floats)_mm256_cvtph_ps(raw);
   return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
@@ -53,7 +62,10 @@ INLINE floats widened(int kind, const void *from) {
 
 /* Rounds to nearest. Ties of bfloat16 go away from zero: `settled` never asks for a tie. */
 INLINE halves narrowed(int kind, floats values) {
-#if defined(__x86_64__)
+#if defined(LANES_512)
+  if (kind == F16) return (halves)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (halves)_mm512_cvtepi32_epi16((__m512i)(((words)values + 0x8000u) >> 16));
+#elif defined(__x86_64__)
   if (kind == F16) return (halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
   __m256i bits = (__m256i)(((words)values + 0x8000u) >> 16);
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0xd8);
@@ -69,6 +81,7 @@ INLINE halves narrowed(int kind, floats values) {
 #endif
 }
 
+#if !defined(LANES_512)
 INLINE floats all(float value) { return (floats){value, value, value, value, value, value, value, value}; }
 
 INLINE floats chosen(flags where, floats one, floats other) {
@@ -94,3 +107,4 @@ INLINE floats nearest(floats a) {
 INLINE floats within(floats value, floats low, floats high) { return lower_of(high, higher_of(low, value)); }
 
 INLINE floats over(floats value, floats by) { return chosen(by == all(0), all(0), value / by); }
+#endif

@@ -6,6 +6,7 @@
  * computes that block with numpy. So the bits are those of numpy's float64 path, whatever the compiler does with sums.
  *
  * Plain C with the vector types of GCC and Clang, no headers of Python: one library serves all versions of Python.
+ * On x86-64 this file is compiled twice: with AVX2, and with LANES_512 for processors that have AVX-512.
  */
 
 #include <fenv.h>
@@ -22,9 +23,15 @@
 typedef double doubles __attribute__((vector_size(32)));
 typedef doubles loose_doubles __attribute__((aligned(8), may_alias));
 
-/* A tile's rows: six, whose twelve sums fill the registers; the last rows of a block go by three and one. */
-enum { WIDE = 16, TALL = 6, SHORT = 3, CHUNK = 16 };
-enum { VERSION = 9 };
+/* A tile's rows: their sums fill the registers; the last rows of a block go by three and one. A tile is two vectors wide.
+ * Columns of the right factor are stored in panels of 16, and filled up to 32. */
+enum { WIDE = 2 * LANES, PANEL = 16, SHORT = 3, CHUNK = 16 };
+#if defined(LANES_512)
+enum { TALL = 7 };
+#else
+enum { TALL = 6 };
+#endif
+enum { VERSION = 10 };
 
 /* Bytes of the right factor that are used at a time; they stay in a core's second cache for all rows. */
 enum { STRIP = 192 << 10 };
@@ -32,7 +39,7 @@ enum { STRIP = 192 << 10 };
 /* One factor pair, as `merging/kernel.py` prepares it. */
 typedef struct {
   const float *left;         /* [rows, rank] */
-  const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, the last filled up with zeros */
+  const float *panels;       /* [width / 16, rank, 16]: columns in groups of 16, filled up with zeros to 32 */
   const float *row_bound;    /* [rows]; row_bound[i] * column_bound[j] is at least the error of element i, j */
   const float *column_bound; /* [width], filled up with zeros like the panels */
   const double *left64;      /* [rows, rank] */
@@ -43,14 +50,21 @@ typedef struct {
 } Factors;
 
 INLINE int none(words flags) {
+#if defined(LANES_512)
+  return _mm512_test_epi32_mask((__m512i)flags, (__m512i)flags) == 0;
+#else
   uint64_t bits[4];
   memcpy(bits, &flags, 32);
   return (bits[0] | bits[1] | bits[2] | bits[3]) == 0;
+#endif
 }
 
-/* Stores the upper halves of sixteen words. */
+/* Stores the upper halves of the words of two vectors. */
 INLINE void store_upper(uint16_t *out, words one, words two) {
-#if defined(__x86_64__)
+#if defined(LANES_512)
+  _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16((__m512i)(one >> 16)));
+  _mm256_storeu_si256((__m256i *)(out + LANES), _mm512_cvtepi32_epi16((__m512i)(two >> 16)));
+#elif defined(__x86_64__)
   __m256i packed = _mm256_packus_epi32((__m256i)(one >> 16), (__m256i)(two >> 16));
   _mm256_storeu_si256((__m256i *)out, _mm256_permute4x64_epi64(packed, 0xd8));
 #else
@@ -118,36 +132,43 @@ static __attribute__((noinline)) int64_t settle_tile(int from, int to, int tall,
   return open;
 }
 
-/* A tile of `tall` rows and 16 columns. `weight` and `out` begin at its first element, as do `left` and `panel`. */
+/* A tile of `tall` rows and WIDE columns. `weight` and `out` begin at its first element, as do `left` and `panel`. */
 INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
   const int size = from == F32 ? 4 : 2;
   const int64_t rank = f->rank;
+  /* The second vector is the other half of the panel, or all of the next one. */
+  const float *second = panel + (LANES < PANEL ? LANES : PANEL * rank);
   floats sum[TALL][2] = {{{0}}}, part[TALL][2];
   /* Sums of at most CHUNK products are added up: the bound grows with CHUNK + rank / CHUNK, not with the rank. */
   for (int64_t first = 0;; first += CHUNK) {
     int64_t last = rank - first < CHUNK ? rank : first + CHUNK;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int a = 0; a < tall; a++) part[a][0] = part[a][1] = (floats){0};
     for (int64_t k = first; k < last; k++) {
-      floats right0 = *(const loose_floats *)(panel + WIDE * k);
-      floats right1 = *(const loose_floats *)(panel + WIDE * k + LANES);
-#pragma GCC unroll 6
+      floats right0 = *(const loose_floats *)(panel + PANEL * k);
+      floats right1 = *(const loose_floats *)(second + PANEL * k);
+#if defined(LANES_512)
+      /* Keeps both in registers: compilers load them again for each row, and loads would be the limit. */
+      __asm__("" : "+v"(right0), "+v"(right1));
+#endif
+#pragma GCC unroll 12
       for (int a = 0; a < tall; a++) {
         float scale = left[a * rank + k];
         part[a][0] += scale * right0;
         part[a][1] += scale * right1;
       }
     }
-    if (first)
-#pragma GCC unroll 6
-      for (int a = 0; a < tall; a++) part[a][0] += sum[a][0], part[a][1] += sum[a][1];
+#pragma GCC unroll 12
+    for (int a = 0; a < tall; a++) {
+      part[a][0] = sum[a][0] += part[a][0];
+      part[a][1] = sum[a][1] += part[a][1];
+    }
     if (last == rank) break;
-    memcpy(sum, part, sizeof sum);
   }
   words differ[TALL][2], any = {0};
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int a = 0; a < tall; a++) {
     words upper[2];
 #pragma GCC unroll 2
@@ -175,7 +196,7 @@ INLINE int64_t tile(int from, int to, int tall, const char *weight, uint16_t *ou
   return settle_tile(from, to, tall, differ, weight, out, stride, f, i, j, columns);
 }
 
-/* A tile at the right edge, in memory of its own: the rows of the weight end before 16 columns are full. */
+/* A tile at the right edge, in memory of its own: the rows of the weight end before WIDE columns are full. */
 INLINE int64_t edge(int from, int to, int tall, const char *weight, uint16_t *out, int64_t stride, const float *left,
                     const float *panel, const float *row_bound, const float *column_bound, const Factors *f, int64_t i,
                     int64_t j, int64_t columns) {
@@ -216,6 +237,34 @@ INLINE int64_t block(int from, int to, const char *weight, uint16_t *out, int64_
   return open;
 }
 
+/* `adapterkit_add` of this file as it is compiled with LANES_512. */
+int64_t adapterkit_add_512(int32_t, int32_t, const char *, uint16_t *, int64_t, int64_t, const Factors *);
+
+#if defined(LANES_512)
+#define ADD adapterkit_add_512
+#else
+#define ADD adapterkit_add
+
+/* Whether the processor has AVX-512 (F, DQ, BW, VL) and the system saves its registers. */
+static int has_512(void) {
+#if defined(__x86_64__)
+  uint32_t eax, ebx, ecx, edx, low, high;
+  const uint32_t wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && !(~ebx & wanted);
+#else
+  return 0;
+#endif
+}
+
+static int lanes = LANES;
+
+/* Sets how many numbers `adapterkit_add` computes at a time, at most `most`; returns how many. */
+API int32_t adapterkit_lanes(int32_t most) {
+  lanes = most >= 2 * LANES && has_512() ? 2 * LANES : LANES;
+  return lanes;
+}
+
 /* The version of the library, for `native/__init__.py`; 0 if the processor lacks what the library was compiled for. */
 API int32_t adapterkit_runs(void) {
 #if defined(__x86_64__)
@@ -230,9 +279,17 @@ API int32_t adapterkit_runs(void) {
   return VERSION;
 }
 
+#endif
+
+#if !defined(LANES_512)
+API
+#endif
 /* Writes `weight + left @ right` to `out`, both `[rows, width]`; returns how many elements are not settled. */
-API int64_t adapterkit_add(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
-                           const Factors *f) {
+int64_t ADD(int32_t from, int32_t to, const char *weight, uint16_t *out, int64_t rows, int64_t width,
+            const Factors *f) {
+#if defined(__x86_64__) && !defined(LANES_512)
+  if (lanes > LANES) return adapterkit_add_512(from, to, weight, out, rows, width, f);
+#endif
   /* Another library may have made this thread flush small numbers to zero, which the bounds do not know. */
   fenv_t before;
   fegetenv(&before);

@@ -1,7 +1,8 @@
 """Adapters in ONNX graphs: `layers` lists layers, `inject` attaches an adapter, `eject` removes it, `merge` folds it.
 
 `export` exports a torch model and `export_pretrained` a transformers folder. A `Session` runs a graph with slots and
-swaps its adapters; `write_adapter` writes the `.onnx_adapter` files that it loads.
+swaps its adapters, a `FolderSession` those of a model of several graphs; `write_adapter` writes the `.onnx_adapter`
+files that they load.
 
 This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx library.
 """
@@ -9,6 +10,7 @@ This package is `adapterkit.onnx`; inside it, `import onnx` imports the onnx lib
 from __future__ import annotations
 
 from .exporting import export
+from .folder_session import FolderSession
 from .injecting import eject, inject
 from .mapping import Place, layers
 from .merging import merge, plan
@@ -18,6 +20,7 @@ from .session import Session
 from .slots import fit, write_adapter
 
 __all__ = [
+    "FolderSession",
     "GraphReport",
     "Place",
     "Session",

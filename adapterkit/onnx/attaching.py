@@ -186,7 +186,11 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
         return
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     try:
-        y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
+        if slots is None:
+            said = [_sayable(update, seen, branch, True) for update in given]
+        else:
+            said = [_slotted(one, position, seen, layer, place, slots) for position, one in enumerate(given)]
+        y = _output(seen, said, added=slots is not None)
         y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
         y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # The formula uses an array operation that graph values lack.
@@ -311,6 +315,17 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
     finally:
         branch.back_to(before)
     return update
+
+
+def _slotted(update: Update, position: int, seen: Any, layer: Any, place: Found, slots: Any) -> Update:
+    """Return the update over slots: its own tensors, or what they come to at the base's weight."""
+    try:
+        return _sayable(update, seen, layer.branch, False)
+    except (AttributeError, TypeError):
+        factors: Update | None = slots.factored(place.updates[position], layer, place, position)
+        if factors is None:
+            raise
+        return factors
 
 
 def _worked_out(update: Update, layer: Any) -> Update:

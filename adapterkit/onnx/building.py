@@ -110,7 +110,7 @@ class Branch:
 
     def node(
         self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any,
-        position: int = 0,
+        position: int = 0, domain: str = "",
     ) -> ir.Value:  # fmt: skip
         """Append a node; return its output at `position`, the only one that is read."""
         name = self.building.name(f"{self.name}/{op}")
@@ -120,7 +120,7 @@ class Branch:
             out.shape = ir.Shape(shape)
         outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
         typed = {key: _typed(key, value) for key, value in (attributes or {}).items()}
-        self.nodes.append(ir.node(op, inputs, typed, outputs=outputs, name=name))
+        self.nodes.append(ir.node(op, inputs, typed, domain=domain, outputs=outputs, name=name))
         return out
 
     def back_to(self, count: int) -> None:

@@ -26,7 +26,7 @@ from .resolving import resolve
 from .rowwise import INDEX
 from .saturation import Saturation, quantizers
 from .saturation import compared as saturation
-from .slots import slots_of
+from .slots import fills_of, neutral, sizes_of, slots_of
 from .trial_inputs import SIZES, Feeds, Sizes, made_up, numbers_in, sizes_beside
 
 SMALL = 1 << 25
@@ -124,6 +124,7 @@ def most_of_oracles(outputs: Sequence[Any]) -> float:
 
 if TYPE_CHECKING:
     from ..io.checkpoint import Checkpoint
+    from .found import Found
     from .reading import Base, Model
     from .tying import Tying
 
@@ -178,7 +179,7 @@ def checked_injection(
     plain, known = inline(source.model), sizes_beside(source.path)
     fed = {} if beside is None else _fed(beside, out, source)
     if beside is not None:
-        outcome = _compared(plain, out, {}, exact=True, given=given, known=known)
+        outcome = _compared(plain, out, _empty(out), exact=True, given=given, known=known)
         if outcome.difference is None:
             return outcome
     if alone:
@@ -247,19 +248,29 @@ def _fed(beside: Path, out: Path, source: GraphSource) -> Feeds:
     return feeds
 
 
+def _empty(out: Path) -> Feeds:
+    """Return what has to be fed for slots without defaults, so that the graph computes what the base does."""
+    model = opened(out).model
+    return neutral(fills_of(model.metadata_props), {name: sizes_of(one) for name, one in slots_of(model).items()})
+
+
 def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
     quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
+    beside: Sequence[Found] = (),
 ) -> CheckOutcome:  # fmt: skip
     """Compare the merged graph with the original graph with the adapter injected.
 
     If packed weights were dequantized, they are dequantized in the original too. If weights were requantized, the
-    difference includes the requantization error, so it is reported but not judged.
+    difference includes the requantization error, so it is reported but not judged. Changes that were kept beside
+    packed weights are compared with the same ones in dequantized weights.
 
     Raises:
         CheckFailed: the difference is larger than rounding explains.
     """
     stage("running the graph and comparing it")
+    if beside:
+        return _checked_beside(model, adapters, factors, base, out, quantized, given, tying)
     if len(adapters) > 1 or factors[0] != 1:
         return CheckOutcome(None, "several adapters, or one by a part, are not injected")
     from ..io.checkpoint import opened as opened_base
@@ -279,6 +290,31 @@ def checked_merge(
     building.settle()
     judged = quantized != "requantize"
     return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given, known=known)
+
+
+def _checked_beside(
+    model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
+    quantized: str | None, given: Feeds | None, tying: Tying | None,
+) -> CheckOutcome:  # fmt: skip
+    """Compare a graph with changes beside packed weights with the graph whose dequantized weights hold them."""
+    from ..io.checkpoint import opened as opened_base
+
+    source = opened(model)
+    if (why := _too_large(source)) is not None:
+        return CheckOutcome(None, why)
+    plain, building = inline(source.model), Building(source.model)
+    weights, known = None if base is None else opened_base(base), sizes_beside(source.path)
+    bare, rough = not _exact(source.model), any(node.op_type in ROUGH for node in source.model.graph.all_nodes())
+    folds = [
+        (p, f) for one, f in zip(adapters, factors, strict=True) for p in resolve(source.model, one, weights, tying)
+    ]
+    other: bytes | None = None
+    if not rough:  # A floating-point layer does not round what a quantizer of activations rounds.
+        with contextlib.suppress(NotMergeable, Unsupported):
+            fold(folds, building, "dequantize")
+            other = inline(source.model)
+    bare, judged = bare and other is not None, quantized is None
+    return _compared(other, out, {}, plain=plain, judged=judged, given=given, known=known, bare=bare)
 
 
 def _exact(model: ir.Model) -> bool:

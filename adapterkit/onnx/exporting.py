@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, Target
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import Lazy, as_array
 from ..io.locations import path_text
-from ..io.stages import stage
+from ..io.stages import stage, steps
 from ..io.staging import staged
 from ..naming.binding import renamed
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
@@ -31,10 +31,11 @@ from .checking import CheckOutcome
 from .found import Found
 from .model_file import INLINE, STAYS, placing, save_fresh
 from .modules import same_end
+from .pretrained_parts import FILES
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .reading import inputs_of, loaded
 from .report import GraphReport
-from .resolving import resolve
+from .resolving import resolve, taken
 from .slots import Slots, write_adapter
 from .tracing import traced
 from .tying import Tying
@@ -46,16 +47,20 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""Suffixes of weight files that an export does not write, apart from `model.onnx`."""
+"""Suffixes of weight files that an export does not write, apart from `GRAPHS`."""
 
 CARRIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "normalizer.json",
 )  # fmt: skip
-"""Config and tokenizer files that are copied along."""
+"""Config, tokenizer and processor files that are copied along."""
 
-OWNS = frozenset({"model.onnx", "model.onnx.data", "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
+GRAPHS = ("model.onnx", *FILES)
+"""Graphs that an export of a folder writes: one, or the parts of a model."""
+
+OWNS = frozenset({*GRAPHS, *(f"{name}.data" for name in GRAPHS), "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
 """Files of an export; those of an older export are removed."""
 
 
@@ -73,10 +78,10 @@ def check_folder(target: Path, overwrite: bool) -> None:
         cure = "Write to another path, or pass --overwrite (in Python overwrite=True)"
         raise StorageError("already there", path=target, cure=cure)
     cure = "Remove it yourself, or write beside"
-    if not (target / "model.onnx").is_file():
+    if not any((target / name).is_file() for name in GRAPHS):
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
     # A folder with other weights is a model of its own, which an export must not replace.
-    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name != "model.onnx")
+    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name not in GRAPHS)
     if held:
         raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)
 
@@ -95,7 +100,7 @@ def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None =
 def moved(report: GraphReport, target: Path, carried: Sequence[Path] = ()) -> GraphReport:
     """Return the report of an export in a scratch folder, with the paths that the files have in `target`."""
     files = tuple(target / file.name for file in (*report.files, *carried))
-    return replace(report, out=target / "model.onnx", files=files)
+    return replace(report, out=target / report.out.name, files=files)
 
 
 # Put adapters on live torch models while they are traced or run; the models are unchanged afterwards.
@@ -272,6 +277,7 @@ def export(
     share: str | PathLike[str] | None = None,
     check: bool = True,
     rename: str | Sequence[str] = (),
+    allow_partial: bool = False,
 ) -> GraphReport:
     """Write a torch model as a graph by torch's dynamo exporter; tensors and nodes keep the modules' names.
 
@@ -295,6 +301,8 @@ def export(
         share: safetensors files in the folder of `out`, or that folder: weights in them are not copied, and the graph
             refers to their bytes.
         rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
+        allow_partial: the graph holds a part of the model, as an encoder's does: with slots, leave out targets that it
+            lacks (`GraphReport.left`), and write `PART.NAME.onnx_adapter` files.
         check: run the result in onnxruntime and compare it with the torch model; a quantized one is also compared with
             its own dequantized weights.
 
@@ -308,7 +316,7 @@ def export(
     from ..torch.inject import config_of_model
 
     target, named = Path(path_text(out)), _named(adapter)
-    _check_call(torch_model, target, named, mode)
+    _check_call(torch_model, target, named, mode, allow_partial)
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)
     adapters = dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))
@@ -320,13 +328,15 @@ def export(
     config = config_of_model(held)
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
     told = CheckOutcome(None)
+    left: dict[str, tuple[Target, ...]] = {}
     stays: tuple[Path, ...] = ()
     if share is not None:
         weights = opened_base(share)
         # Files in a wrong place are refused here, before minutes of tracing.
         _check_place(weights.tensors, target)
         stays = weights.files
-    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
+    numbered = steps(steps_of(mode, quantize, check))
+    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place, numbered:
         path = place.path
         # The quantizer starts from a float graph, which is checked, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
@@ -334,6 +344,8 @@ def export(
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
                 _first_call(torch_model, *examples[0])
             graph = traced(torch_model, args, kwargs, **options)
+            if mode == "slots" and allow_partial:
+                adapters, left = _own_parts(graph, adapters, config)
             found = _opened(graph, adapters, config) if mode == "slots" else []
             if share is not None:
                 share_weights(graph, share, target)
@@ -342,11 +354,27 @@ def export(
         if quantize is not None:
             damage = packed(plain, quantize, path)
         if mode == "slots":
-            _adapter_files(path, adapters)
-        runs = _runs(held, path, adapters, mode)
+            _adapter_files(path, adapters, allow_partial)
+        runs = _runs(held, path, adapters, mode, allow_partial)
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
-    return GraphReport(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+    return GraphReport(
+        target, place.files, tuple(found), told.difference, told.note, damage, told.reference, left=left
+    )  # fmt: skip
+
+
+def _own_parts(
+    graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None
+) -> tuple[dict[str, Adapter], dict[str, tuple[Target, ...]]]:
+    """Return the parts of adapters whose targets a graph has, without those that have none, and the other targets."""
+    split = {name: taken(graph, adapter, None, config) for name, adapter in adapters.items()}
+    own = {name: kept for name, (kept, _) in split.items() if kept.updates}
+    return own, {name: lost for name, (_, lost) in split.items()}
+
+
+def steps_of(mode: str, quantize: str | None, check: bool) -> int:
+    """Return how many steps an export tells: tracing, converting, and those that it was asked for."""
+    return 2 + (mode == "slots") + (quantize is not None) + check
 
 
 def read_adapters(adapters: Adapters) -> dict[str, Adapter]:
@@ -393,13 +421,13 @@ def _checked(
     return CheckOutcome(difference, None, by_reference(out, examples[0]))
 
 
-def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str) -> dict[str | None, Run]:
+def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str, part: bool) -> dict[str | None, Run]:
     """Return what to run a graph with: each adapter by itself for slots, else all together."""
     if mode != "slots":
         return {None: (lambda: injected(held, adapters), None)}
     runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
     for name, adapter in adapters.items():
-        runs[name] = (partial(injected, held, {name: adapter}), _file(out, name))
+        runs[name] = (partial(injected, held, {name: adapter}), _file(out, name, part))
     return runs
 
 
@@ -425,7 +453,7 @@ def _stem(path: str | PathLike[str]) -> str:
     return name.removesuffix(".safetensors") or "adapter"
 
 
-def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -> None:
+def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str, part: bool) -> None:
     from torch import nn
 
     if mode not in MODES:
@@ -443,7 +471,7 @@ def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -
         raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
-    files = [_file(out, name) for name in adapters if mode == "slots"]
+    files = [_file(out, name, part) for name in adapters if mode == "slots"]
     for file in (out.with_name(f"{out.name}.data"), *files, *map(sidecar, files)):
         if file.exists():
             raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
@@ -457,8 +485,9 @@ def _check_weights(quantize: str | None, share: object) -> None:
         raise UsageError("packed weights are not those of the base's files", where="share", cure=cure)
 
 
-def _file(out: Path, name: str) -> Path:
-    return out.with_name(f"{name}.onnx_adapter")
+def _file(out: Path, name: str, part: bool) -> Path:
+    """Return the adapter file for a graph's slots; those of a model's parts lie side by side in one folder."""
+    return out.with_name(f"{out.stem}.{name}.onnx_adapter" if part else f"{name}.onnx_adapter")
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, JsonValue] | None) -> list[Found]:
@@ -500,6 +529,6 @@ def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None)
     save_fresh(graph, out)
 
 
-def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> None:
+def _adapter_files(out: Path, adapters: Mapping[str, Adapter], part: bool) -> None:
     for name, adapter in adapters.items():
-        write_adapter(out, adapter, _file(out, name))
+        write_adapter(out, adapter, _file(out, name, part))

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter, Target
-from ..errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError, nearest, storage_error
+from ..errors import (
+    ONE_WEIGHT_EACH,
+    Malformed,
+    StorageError,
+    TargetNotFound,
+    Unsupported,
+    UsageError,
+    nearest,
+    storage_error,
+)
 from ..io.checkpoint import opened as opened_base
 from ..io.inputs import read_input
 from ..io.staging import files_below, staged
@@ -134,7 +143,11 @@ def parts_of(folder: Path) -> list[GraphPart]:
     """
     graphs = graphs_in(folder)
     if not graphs:
-        raise UsageError("no graph is in this folder", path=folder, cure="Name a folder with .onnx files")
+        raise UsageError(
+            "no graph is in this folder",
+            path=folder,
+            cure="Name a folder with .onnx files; adapterkit export MODEL -o FOLDER writes one",
+        )
     said = _roles_of_genai(folder)
     names = [graph.relative_to(folder) for graph in graphs]
     alone = len(graphs) == 1
@@ -184,10 +197,11 @@ class Division:
     @property
     def warnings(self) -> tuple[str, ...]:
         """A sentence about targets that were left out."""
-        return _left(self.lost, "no graph has them")
+        return left_line(self.lost, "no graph has them")
 
 
-def _left(lost: Sequence[Target], why: str) -> tuple[str, ...]:
+def left_line(lost: Sequence[Target], why: str) -> tuple[str, ...]:
+    """Return a sentence about targets that were left out; nothing if there are none."""
     if not lost:
         return ()
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -202,7 +216,7 @@ def left_out(model: ir.Model, adapter: Adapter, base: Any, tying: Tying) -> tupl
     """
     kept, lost = taken(model, adapter, base, tying.config)
     # Without any target left, the search by name raises the error that lists the nearest names.
-    return (kept if kept.updates else adapter), _left(lost if kept.updates else (), "the graph has not got them")
+    return (kept if kept.updates else adapter), left_line(lost if kept.updates else (), "the graph has not got them")
 
 
 def divided(parts: Sequence[GraphPart], adapter: Adapter, base: Any, allow_partial: bool) -> Division:
@@ -359,7 +373,7 @@ def plan_folder(
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(factors) != count:
-        raise UsageError(f"{len(factors)} weights for {count} adapters", cure="Give one number an adapter")
+        raise UsageError(f"{len(factors)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
     return factors
 
 
@@ -447,4 +461,5 @@ def joined(
         {target: told for each in moved.values() for target, told in each.damage.items()},
         max(references, default=None), saturation=saturations[0] if saturations else None,
         warnings=(*warnings, *dict.fromkeys(line for each in moved.values() for line in each.warnings)), parts=moved,
+        beside=tuple(at for each in moved.values() for at in each.beside),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..core.updates import Update
+from ..core.updates import Additive, Update
 from ..errors import Malformed, NotMergeable, Unsupported
 from ..io.lazy import as_array
 from ..merging.planned_update import PlannedUpdate as Folded
@@ -24,7 +24,7 @@ from .found import Found, Spot
 from .layers import Layer, Recurrent
 from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
-from .packed import EXPLAINED, as_float, is_packed, packing_of
+from .packed import EXPLAINED, MOST_LOST, as_float, is_packed, packing_of
 
 PlannedUpdate = tuple[Found, float]
 """A target of one adapter, and that adapter's weight in the merge."""
@@ -32,7 +32,8 @@ PlannedUpdate = tuple[Found, float]
 
 def fold(
     folds: Sequence[PlannedUpdate], building: Building, quantized: str | None = None,
-    damage: dict[str, Mapping[str, float]] | None = None,
+    damage: dict[str, Mapping[str, float]] | None = None, keep_change: str | None = None,
+    beside: list[Found] | None = None,
 ) -> list[ir.Value]:  # fmt: skip
     """Give every named layer its own changed weight and bias; return the new values, whose numbers are lazy.
 
@@ -40,7 +41,10 @@ def fold(
         folds: targets and factors.
         building: the model that is being changed.
         quantized: what to do with packed weights, one of `CHOICES`.
-        damage: gets the error of each requantized weight, by target.
+        damage: gets the error of each requantized weight, by target; also of those that were tried and not taken.
+        keep_change: whether a packed weight stays as it is and its change is attached beside it, one of `KEEPING`; by
+            default, where quantizing again would lose more than `MOST_LOST` of the change.
+        beside: gets the targets whose change is to be attached beside a packed weight; None to attach none.
     """
     if quantized == "dequantize":
         floating = unpacked([place for place, _ in folds], building)
@@ -53,7 +57,11 @@ def fold(
         for spot in dict.fromkeys(place.spots):
             by_node.setdefault((spot.node, spot.kind), (spot, []))[1].append((place, factor))
     for spot, at in by_node.values():
-        Folding(spot, at, building, fresh).done(quantized, damage)
+        apart = Folding(spot, at, building, fresh).done(
+            quantized, damage, None if beside is None else keep_change or ""
+        )
+        if beside is not None:
+            beside += apart
     settle(fresh.values())
     return list(fresh.values())
 
@@ -103,28 +111,74 @@ class Folding:
     def key(self) -> tuple[Any, ...]:
         return tuple((id(place), factor) for place, factor in self.at)
 
-    def done(self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None) -> None:
-        """Replace the layer's bias and weight by the changed ones."""
+    def done(
+        self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None, keep: str | None
+    ) -> list[Found]:  # fmt: skip
+        """Replace the layer's bias and weight by the changed ones; return the targets to attach beside it instead.
+
+        Args:
+            quantized: what to do with a packed weight.
+            damage: gets the error of a requantized weight.
+            keep: what to do with the change of a packed weight; empty to decide by what is lost, None to round it.
+        """
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
+        if packed and keep == "float":
+            return self._apart(True)
         if packed and quantized is None:
             raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
         normed = next((place.norm for place, _ in self.at if place.norm is not None), None)
         if packed and normed is not None:
             why = f"a quantized weight that the batch normalisation {normed.name} is folded into, quantized again"
             raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize, quantized='dequantize'")
+        if packed and any(update.changes_weight for update in self.updates):
+            packing = packing_of(self.spot, self.building, self.fresh)
+            change = StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
+            found, told = packing.tried(change)
+            if damage is not None:
+                damage[self.name] = told
+            if keep == "" and told["kept"] < 1 - MOST_LOST and (apart := self._apart(False)):
+                return apart
+            self._bias(layer)
+            packing.put(found)
+            return []
         self._bias(layer)
         if issubclass(self.spot.kind, Recurrent):
             self._recurrent(layer.operand, self.spot.kind)
-        elif packed and any(update.changes_weight for update in self.updates):
-            done = self._packed()
-            if damage is not None:
-                damage[self.name] = done
         elif normed is not None and any(update.changes_weight for update in self.updates):
             make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
             new = self._made(layer.operand, make, "weight", id(layer.operand))
             self.spot.node.replace_input_with(self.spot.kind.position, new)
+        elif self.spot.kind.whole and any(update.changes_weight for update in self.updates):
+            make = partial(
+                _matrix, self.spot, self.at, self.spot.kind.detached(self.spot.node), shape_of(layer.operand)
+            )
+            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            self.spot.node.replace_input_with(self.spot.kind.position, new)
         elif any(update.changes_weight for update in self.updates):
             self._weight(layer.operand)
+        return []
+
+    def _apart(self, must: bool) -> list[Found]:
+        """Return the targets with their updates times their factors, to attach beside the layer.
+
+        Raises:
+            Unsupported: `must` is set, and what branches add up to is not the merge.
+        """
+        if len(self.at) == 1 and self.at[0][1] == 1 and must:
+            return [replace(self.at[0][0], spots=(self.spot,))]
+        apart = []
+        for place, factor in self.at:
+            scaled = [u.scaled(factor) if isinstance(u, Additive) and factor != 1 else u for u in place.updates]
+            if all(isinstance(update, Additive) for update in scaled):
+                apart.append(replace(place, spots=(self.spot,), updates=tuple(scaled)))
+        if len(apart) == len(self.at):
+            return apart
+        if must:
+            methods = ", ".join(dict.fromkeys(update.method for update in self.updates))
+            why = f"{methods}, by a part or beside another adapter, kept beside a quantized weight"
+            cure = "Leave --keep-change (keep_change=) out, or add the adapters first: adapterkit combine"
+            raise Unsupported(why, where=self.name, cure=cure)
+        return []
 
     def _bias(self, layer: Layer) -> None:
         bias, changing = layer.own_bias if layer.after is None else layer.after[1], self.updates
@@ -148,12 +202,6 @@ class Folding:
         kind, name = kind_of(old), self.name
         change = StoredChange(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
         return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
-
-    def _packed(self) -> dict[str, float]:
-        packing = packing_of(self.spot, self.building, self.fresh)
-        return packing.again(
-            StoredChange(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape))
-        )
 
     def _weight(self, held: ir.Value) -> None:
         stored = stored_behind(held)
@@ -180,14 +228,14 @@ def _bias(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], bias: 
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
     needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
-    W = _seen(held().astype(np.float64), spot) if needs else None
+    W = seen_by(held().astype(np.float64), spot) if needs else None
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         norm = place.norm
         own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
-        seen = None if W is None else _part(W if norm is None else norm.weight, place)
+        seen = None if W is None else part_of(W if norm is None else norm.weight, place)
         # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
-        after[rows] += factor * scale * (_through(place, seen, own[rows])[1] - own[rows])
+        after[rows] += factor * scale * (through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
 
 
@@ -200,14 +248,24 @@ def _behind_norm(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array])
 
     The updates apply to the base's weight. Their change is then multiplied by the norm's scale, as the graph's is.
     """
-    V = _seen(held().astype(np.float64), spot).copy()
+    V = seen_by(held().astype(np.float64), spot).copy()
     for place, factor in at:
         assert place.norm is not None
         D = np.zeros_like(V)
-        W = _part(place.norm.weight, place)
-        _part(D, place)[...] = _through(place, W)[0] - W
+        W = part_of(place.norm.weight, place)
+        part_of(D, place)[...] = through(place, W)[0] - W
         V += factor * place.norm.factors(groups_of(spot)) * D
-    return _seen(V, spot)
+    return seen_by(V, spot)
+
+
+def _matrix(spot: Spot, at: list[PlannedUpdate], held: Callable[[], Array], shape: tuple[int, ...]) -> Array:
+    """Return the changed matrix in the shape in which it is stored, in float64."""
+    before = seen_by(held().astype(np.float64), spot)
+    after = before.copy()
+    for place, factor in at:
+        W = part_of(before, place)
+        part_of(after, place)[...] += factor * (through(place, W)[0] - W)
+    return seen_by(after, spot).reshape(shape)
 
 
 def _added(at: list[PlannedUpdate], W: Array) -> Array:
@@ -215,21 +273,23 @@ def _added(at: list[PlannedUpdate], W: Array) -> Array:
     after = W.copy()
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
-        after[rows] += factor * (_through(place, W[rows])[0] - W[rows])
+        after[rows] += factor * (through(place, W[rows])[0] - W[rows])
     return after
 
 
-def _through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
+def through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
     """Apply a target's updates to W and b, in order."""
     for update in place.updates:
-        loaded = _wide(update)
+        loaded = wide(update)
         loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
         b = loaded.new_bias(b) if b is not None else b
         W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
     return W, b
 
 
-def _wide(update: Update) -> Update:
+def wide(update: Update) -> Update:
+    """Return an update with its tensors in float64."""
+
     def wide(leaf: Any) -> Any:
         array = as_array(leaf)
         return array if array.dtype.kind in "iub" else array.astype(np.float64)
@@ -237,11 +297,13 @@ def _wide(update: Update) -> Update:
     return update.map(wide)
 
 
-def _seen(W: Array, spot: Spot) -> Array:
+def seen_by(W: Array, spot: Spot) -> Array:
+    """Return a node's weight as formulas see it, or back."""
     return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
 
 
-def _part(W: Array, place: Found) -> Array:
+def part_of(W: Array, place: Found) -> Array:
+    """Return the rows of a weight that a target names, in the orientation that its updates see."""
     W = W.swapaxes(0, 1) if place.turned else W
     return W[slice(*place.target.rows)] if place.target.rows else W
 

@@ -31,7 +31,7 @@ from .reading import base_warnings, config_of, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
 from .saturation import clipping
-from .slots import write_adapter
+from .slots import fills_of, neutral, sizes_of, slots_of, write_adapter, write_slot_values
 from .tying import Tying
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _no_order() -> NoReturn:
 ORIGINAL = "adapterkit.original"
 """Metadata key under which a rewritten model stores what is needed to restore the original."""
 
-MODES = ("constant", "slots", "rows")
+MODES = ("constant", "slots", "rows", "inputs")
 
 
 @places_errors
@@ -97,7 +97,9 @@ def inject(
             a folder, the folder to write: each graph takes the targets that it has, and all other files are copied.
         mode: `constant` writes the adapter into the graph. `slots` makes its tensors optional inputs, and writes the
             adapter beside `out` with the suffix `.onnx_adapter`, for `Session` and onnxruntime. `rows` stacks these
-            inputs over several LoRAs, so that each row of a batch can have its own.
+            inputs over several LoRAs, so that each row of a batch can have its own. `inputs` makes them required inputs
+            of rank 1 or more, which other run times exchange, too; `OUT.slots.safetensors` has the adapter by the names
+            of inputs, and `OUT.neutral.safetensors` tensors that change nothing.
         base_weights: the weights that the graph was exported from, to find layers whose names are lost. If the adapter
             has a network beside the model, the `config.json` there (or beside the graph) describes it.
         call: word -> name of a graph value, for inputs of the model's call that the graph names differently.
@@ -163,7 +165,9 @@ def inject(
             slots.record()
         save(source.model, source, path, building.tensors.values())
         if slots is not None:
-            beside = write_adapter(path, rest, path.with_name(f"{path.stem}.onnx_adapter"))
+            beside = write_adapter(path, rest, path.with_name(f"{path.stem}.onnx_adapter"), base_weights=base)
+            if mode == "inputs":
+                _write_values(path, rest, base)
         if check is not False:
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
@@ -197,7 +201,16 @@ def _slots(mode: str, building: Building) -> Any:
     from .rowwise import RowSlots
     from .slots import Slots
 
-    return Slots(building) if mode == "slots" else RowSlots(building)
+    return RowSlots(building) if mode == "rows" else Slots(building, required=mode == "inputs")
+
+
+def _write_values(path: Path, adapter: Adapter, base: Base | None) -> None:
+    """Write the adapter, and tensors that change nothing, by the names of a graph's required inputs."""
+    write_adapter(path, adapter, path.with_name(f"{path.name}.slots.safetensors"), base_weights=base)
+    model = opened(path).model
+    declared = {name: sizes_of(value) for name, value in slots_of(model).items()}
+    feeds = neutral(fills_of(model.metadata_props), declared)
+    write_slot_values(feeds, path.with_name(f"{path.name}.neutral.safetensors"))
 
 
 def keep_original(source: GraphSource) -> None:

@@ -29,6 +29,7 @@ class Layer:
         position: which input is the weight.
         axes: how many axes the weight may have.
         merge_only: True if the output is no function of `x @ W` alone, so that no branch can express a change.
+        whole: True if the stored tensor has other axes than the weight, so that a merge computes it as a whole.
 
     Args:
         node: the node.
@@ -43,6 +44,7 @@ class Layer:
     position: ClassVar[int] = 1
     axes: ClassVar[Container[int]] = (2,)
     merge_only: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
@@ -238,6 +240,47 @@ class LeftMatMul(Layer):
         return v.reshape(-1, 1)
 
 
+class _Single:
+    """A matrix stored with leading axes of size 1, `[1, in, out]`, as some converters write it."""
+
+    position: ClassVar[int]
+    whole: ClassVar[bool] = True
+    axes: ClassVar[Container[int]] = range(3, 9)
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        found: Any = super()
+        return bool(found.takes(node)) and {*shape_of(node.inputs[cls.position])[:-2]} == {1}  # type: ignore[arg-type]
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        return shape_of(node.inputs[cls.position])[-2:]  # type: ignore[arg-type]
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return numbers(node.inputs[cls.position]).reshape(cls.held_shape(node))  # type: ignore[arg-type]
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        copy, shape = held_apart(node.inputs[cls.position]), cls.held_shape(node)  # type: ignore[arg-type]
+        return lambda: numbers(copy).reshape(shape)
+
+    @property
+    def weight(self) -> Value:
+        layer: Any = self
+        plain = Value(layer.branch, self.held_shape(layer.node), layer.dtype, None, lambda: self.held(layer.node))
+        seen: Value = layer.seen(plain)
+        return seen
+
+
+class SingleMatMul(_Single, MatMul):
+    """`x @ W` with `W` stored as `[1, in, out]`."""
+
+
+class SingleLeftMatMul(_Single, LeftMatMul):
+    """`W @ x` with `W` stored as `[1, out, in]`."""
+
+
 class Einsum(Layer):
     """`...i,io->...o` or `...i,oi->...o`: a linear layer along the last axis."""
 
@@ -245,17 +288,42 @@ class Einsum(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        return super().takes(node) and len(node.inputs) == 2 and _labels(node) is not None
+        return super().takes(node) and len(node.inputs) == 2 and cls.labels(node) is not None
 
     @classmethod
     def turns(cls, node: ir.Node) -> bool:
-        labels = _labels(node)
+        labels = cls.labels(node)
         return labels is not None and labels[0] == "io"
 
+    @classmethod
+    def labels(cls, node: ir.Node) -> tuple[str] | None:
+        """Return the order of the weight's axes, see `_labels_in`."""
+        return _labels_in(str(attribute(node, "equation", "")).replace(" ", ""))
 
-def _labels(node: ir.Node) -> tuple[str] | None:
+
+class LeftEinsum(Einsum):
+    """`io,...i->...o` or `oi,...i->...o`: the same, with the weight first."""
+
+    position = 0
+
+    @property
+    def read(self) -> ir.Value:
+        return before_rounding(self.node.inputs[1])
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return super().takes(node) and not is_constant(node.inputs[1])
+
+    @classmethod
+    def labels(cls, node: ir.Node) -> tuple[str] | None:
+        equation = str(attribute(node, "equation", "")).replace(" ", "")
+        operands, arrow, result = equation.partition("->")
+        first, comma, second = operands.partition(",")
+        return _labels_in(f"{second}{comma}{first}{arrow}{result}")
+
+
+def _labels_in(equation: str) -> tuple[str] | None:
     """Return whether an Einsum's weight is `[in, out]` ("io") or `[out, in]` ("oi"); None for another equation."""
-    equation = str(attribute(node, "equation", "")).replace(" ", "")
     found = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
     if found is None:
         return None

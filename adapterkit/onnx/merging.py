@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..core.adapter import Adapter
-from ..errors import NotMergeable, UsageError, places_errors
+from ..errors import ONE_WEIGHT_EACH, NotMergeable, UsageError, places_errors
 from ..io.checkpoint import opened as opened_base
 from ..io.locations import path_text
 from ..naming.binding import renamed
+from .attaching import attach
 from .building import Building
 from .checking import CheckOutcome, checked_merge
 from .folders import folder_of, graphs_in, left_out, merge_folder, only_graph, plan_folder
@@ -22,7 +23,7 @@ from .folding import PlannedUpdate, fold
 from .found import Found
 from .model_file import GraphSource as Opened
 from .model_file import opened, placing, save_merged
-from .packed import CHOICES
+from .packed import CHOICES, KEEPING
 from .reading import base_warnings, inputs_of, loaded, name_of
 from .report import GraphReport
 from .resolving import resolve
@@ -45,6 +46,7 @@ def merge(
     weights: Sequence[float] | None = None,
     base_weights: Base | None = None,
     quantized: str | None = None,
+    keep_change: str | None = None,
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
     rename: str | Sequence[str] = (),
@@ -65,6 +67,9 @@ def merge(
         base_weights: the weights that the graph was exported from, to find layers whose names are lost.
         quantized: for packed weights. `dequantize` folds into the dequantized numbers and writes a floating-point
             layer. `requantize` quantizes the result again in the same scheme; `GraphReport.damage` has the error.
+        keep_change: for packed weights. `float` leaves the weight as it is and keeps the change beside it, as factors
+            of floating point. `packed` quantizes it again, however much is lost. By default, `requantize` keeps beside
+            what it would lose more than 5 % of; `GraphReport.beside` names these targets.
         tied: which layers an update changes if embedding and head have equal numbers, as in `adapterkit.merge`. By
             default, those that the tool which trained the adapter changed.
         strict_base: refuse a base whose name, config or fingerprint differs from the one that an adapter names, instead
@@ -80,7 +85,8 @@ def merge(
         TargetNotFound: a target has no place in the graph, or several.
         ShapeMismatch: a shape does not fit.
         NotMergeable: an update does not change weights only.
-        Unsupported: a weight is packed and `quantized` is not given, or its packing scheme is unknown.
+        Unsupported: a weight is packed and neither `quantized` nor `keep_change` is given, its packing scheme is
+            unknown, or no branch beside it says what is merged.
         Malformed: the file is not a model, or a result does not fit its dtype.
         UsageError: nothing tells which of several tied layers an update changes.
         CheckFailed: the written graph computes something else, or `strict_base` is set and the base differs; nothing is
@@ -88,10 +94,19 @@ def merge(
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
+    if keep_change is not None and keep_change not in KEEPING:
+        raise UsageError(f"unknown choice {keep_change!r}", where="keep_change", cure=f"Known: {', '.join(KEEPING)}")
+    if keep_change is not None and quantized != ("requantize" if keep_change == "packed" else quantized):
+        cure = "Name --quantized requantize (quantized='requantize')"
+        raise UsageError("a change is packed where weights are quantized again", where="keep_change", cure=cure)
+    if keep_change == "float" and quantized == "dequantize":
+        cure = "Leave one of --keep-change (keep_change=) and --quantized (quantized=) out"
+        raise UsageError("dequantized weights take the whole change", where="keep_change", cure=cure)
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     if (folder := folder_of(model, out)) is not None:
         return merge_folder(
-            merge, folder, several, out, weights=weights, base_weights=base_weights, quantized=quantized, tied=tied,
+            merge, folder, several, out, weights=weights, base_weights=base_weights, quantized=quantized,
+            keep_change=keep_change, tied=tied,
             strict_base=strict_base, rename=rename, allow_partial=allow_partial, check=check, overwrite=overwrite,
             made_from=made_from,
         )  # fmt: skip
@@ -101,7 +116,9 @@ def merge(
         source.model, several, weights, base_weights, tying, strict_base, rename, allow_partial
     )
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
-    changed = fold(folds, building, quantized, damage)
+    beside: list[Found] = []
+    changed = fold(folds, building, quantized, damage, keep_change, beside)
+    attach(beside, building)
     building.settle()
     target, told = Path(path_text(out)), CheckOutcome(None)
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
@@ -109,12 +126,13 @@ def merge(
         save_merged(source.model, source, place.path, changed)
         if check is not False:
             given = None if isinstance(check, bool) else check
-            told = checked_merge(model, read, factors, base_weights, place.path, quantized, given, tying)
+            options: dict[str, Any] = {"given": given, "tying": tying, "beside": beside}
+            told = checked_merge(model, read, factors, base_weights, place.path, quantized, **options)
         warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     found = tuple(found for found, _ in folds)
     return GraphReport(
         target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
-        warnings=warnings,
+        warnings=warnings, beside=tuple(dict.fromkeys(str(at.asked) for at in beside)),
     )  # fmt: skip
 
 
@@ -164,7 +182,7 @@ def _resolved(
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
-        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one number an adapter")
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure=ONE_WEIGHT_EACH)
     folds: list[PlannedUpdate] = []
     read: list[Adapter] = []
     named, base = [], None

@@ -242,8 +242,24 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
 
 
+def _without_functions(model: ir.Model) -> ir.Model:
+    """Return the model with the nodes of its local functions in place of their calls, each of which can then differ."""
+    if not model.functions:
+        return model
+    from onnx_ir.passes.common import InlinePass
+
+    copy = model.clone()
+    try:
+        return InlinePass()(copy).model
+    except (
+        Exception
+    ):  # E.g. a function of another opset. Its calls are then refused by name, if an adapter is to go there.
+        return model
+
+
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
-    """Return the model in a recent opset, converted by ONNX's own converter if needed."""
+    """Return the model in a recent opset and without local functions, converted by ONNX's own tools if needed."""
+    model = _without_functions(model)
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return model

@@ -177,7 +177,13 @@ class FusedMatMul(MatMul):
         return not attribute(node, "transB", 0)
 
     def op(self, x: Value, w: Value) -> Value:
-        return super().op(x.mT if attribute(self.node, "transA", 0) else x, w)
+        if not attribute(self.node, "transA", 0):
+            return super().op(x, w)
+        # A Transpose needs the number of axes, which saved sessions leave out; this operator does not.
+        turned = self._of(x, w).mT
+        words, domain = {"transA": 1}, "com.microsoft"
+        out = self.branch.node("FusedMatMul", [x.value, turned.value], words, x.dtype, None, domain=domain)
+        return Value(self.branch, None, x.dtype, out)
 
 
 class MatMulNBits(Layer):
@@ -332,11 +338,20 @@ CHOICES = {choice: WHY[choice] for choice in ("dequantize", "requantize")}
 """Choices of a merge for a packed weight -> their meaning."""
 
 EXPLAINED = (
-    "Inject instead of merging, which leaves the weight as it is; or choose: (1) quantized='dequantize' "
-    "(--quantized dequantize): fold into the dequantized weight and write a layer of floating point; (2) "
-    "quantized='requantize' (--quantized requantize): quantize the result again in the same scheme, which rounds the "
-    "change as coarsely as the weight and says how much of it is left"
+    "Choose: (1) keep_change='float' (--keep-change float): keep the weight as it is, and the change beside it as "
+    "factors of floating point; (2) quantized='dequantize' (--quantized dequantize): fold into the dequantized weight "
+    "and write a layer of floating point; (3) quantized='requantize' (--quantized requantize): quantize the result "
+    "again in the same scheme, and say how much of the change is left"
 )
+
+KEEPING = {
+    "float": "keep each packed weight as it is, and the change beside it as factors of floating point",
+    "packed": "quantize each changed weight again, however much of the change is lost",
+}
+"""Choices of a merge for the change of a packed weight -> their meaning."""
+
+MOST_LOST = 0.05
+"""The part of a change that quantizing again may lose by default; if it loses more, the change is kept beside."""
 
 PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
 """Suffixes that quantizers append to the name of a weight."""
@@ -455,14 +470,13 @@ class Packing:
     rows: Callable[[Array], Array]
     put: Callable[[PackedNumbers], None]
 
-    def again(self, change: StoredChange) -> dict[str, float]:
-        """Pack a changed weight and give it to the layer; return the error, see `damage_of`."""
+    def tried(self, change: StoredChange) -> tuple[PackedNumbers, dict[str, float]]:
+        """Pack a changed weight; return its numbers and their error, see `damage_of`."""
         merged = self.rows(change.array()).astype(np.float32)
         found = self.numbers.with_numbers(self.numbers.pack(lambda start, stop: merged[start:stop]))
-        self.put(found)
         count = len(merged)
         M, W, R = (array.astype(float) for array in (merged, self.numbers.rows(0, count), found.rows(0, count)))
-        return damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
+        return found, damage_of([float(np.linalg.norm(difference)) for difference in (R - M, M, M - W, R - W)])
 
     def source(self, spot: Spot) -> Any:
         """Return the dequantized numbers in stored order, float32."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -25,172 +23,30 @@ from ..errors import (
 from ..io.checkpoint import opened as opened_base
 from ..io.lazy import as_torch, dtype_named
 from ..io.locations import located, path_text
+from ..io.stages import steps
+from ..naming.binding import renamed
 from ..naming.binding.bases import check_base
 from ..torch.pretrained import check_transformers, load_pretrained
-from .exporting import CARRIED, check_folder, export, files_of_adapters, moved, published, read_adapters
+from .exporting import (
+    CARRIED,
+    GRAPHS,
+    check_folder,
+    export,
+    files_of_adapters,
+    injected,
+    moved,
+    published,
+    read_adapters,
+    steps_of,
+)
+from .folders import joined, left_line
+from .pretrained_calls import INSIDE, ExportWords, words_of
+from .pretrained_parts import parts_of_model
 from .report import GraphReport
 from .tracing import quiet
 
 if TYPE_CHECKING:
     from .exporting import Adapters
-
-
-INSIDE = "model"
-"""Name of the attribute that holds the model inside the wrapper modules of this file."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExportWords:
-    """A model's call.
-
-    Attributes:
-        module: a wrapper that takes positional tensors and returns tensors.
-        examples: example arguments of several sizes; the first one is traced.
-        inputs: names of the inputs, flattened.
-        outputs: names of the outputs.
-        shapes: names of the open sizes, in the structure of the arguments.
-    """
-
-    module: Any
-    examples: tuple[tuple[Any, ...], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    shapes: tuple[Any, ...]
-
-
-def words_of(model: Any, source: Path) -> ExportWords:
-    """Return how a model is called, judging by its class and its forward's signature.
-
-    Args:
-        model: a transformers model in evaluation mode.
-        source: its folder, for errors.
-
-    Raises:
-        Unsupported: an unknown kind of model.
-    """
-    if getattr(model.config, "is_encoder_decoder", False):
-        cure = "Export its encoder and decoder by adapterkit.onnx.export"
-        raise Unsupported("a model of encoder and decoder", path=source, cure=cure)
-    if "input_ids" not in inspect.signature(model.forward).parameters:
-        cure = "Export the torch model by adapterkit.onnx.export"
-        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
-    names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
-    return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
-
-
-def _encoder(model: Any) -> ExportWords:
-    import torch
-    from torch import nn
-
-    asked = inspect.signature(model.forward).parameters
-    kinds = getattr(model.config, "type_vocab_size", None) or 0
-    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in asked and kinds > 1 else [])]
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *given: Any) -> Any:
-            told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
-            return [told[name] for name in outputs]
-
-    def example(batch: int, length: int) -> tuple[Any, ...]:
-        mask = torch.ones(batch, length, dtype=torch.int64)
-        # Hide a position, so that the check covers padding.
-        mask[0, length - 1 :] = 0 if batch > 1 else 1
-        kind = torch.zeros_like(mask)
-        kind[:, length // 2 :] = 1
-        return (_tokens(model, batch, length), mask, kind)[: len(inputs)]
-
-    with torch.no_grad(), quiet():
-        told = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
-    outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
-               if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
-    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
-    examples = (example(2, 5), example(1, 3))
-    return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
-
-
-def _causal(model: Any, source: Path) -> ExportWords:
-    import torch
-    from torch import nn
-
-    transformers = import_module("transformers")
-    asked = inspect.signature(model.forward).parameters
-    word = "past_key_values" if "cache" not in asked else "cache"
-    told = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
-
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, tokens: Any, mask: Any, *rest: Any) -> Any:
-            cache = transformers.DynamicCache(rest[-1])
-            given = dict(zip(told, (tokens, mask, *rest[:-1]), strict=True))
-            logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
-            return logits, _pairs(cache)
-
-    sizes = _past_sizes(model, word, source)
-    kind = next(model.parameters()).dtype
-    rng = torch.Generator().manual_seed(0)
-
-    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
-        mask = torch.ones(batch, past + length, dtype=torch.int64)
-        # Hide a position of the past, so that the check covers left padding.
-        mask[0, : int(batch > 1 and past > 0)] = 0
-        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
-        # The past is random instead of zero, so that outputs depend on it.
-        held = [
-            tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
-            for pair in sizes
-        ]
-        return (_tokens(model, batch, length), mask, *([positions] if "position_ids" in told else []), held)
-
-    axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
-    layers = [f"{at}.{part}" for at in range(len(sizes)) for part in ("key", "value")]
-    past_shapes = [({0: "batch", 2: "past"},) * 2 for _ in sizes]
-    return ExportWords(
-        Decoder().eval(),
-        (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
-        (*told, *(f"past_key_values.{layer}" for layer in layers)),
-        ("logits", *(f"present.{layer}" for layer in layers)),
-        (*({0: "batch", 1: axes[name]} for name in told[:2]),
-         (*({0: "batch", 1: axes[name]} for name in told[2:]), past_shapes)),
-    )  # fmt: skip
-
-
-def _tokens(model: Any, batch: int, length: int) -> Any:
-    import torch
-
-    most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
-    return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def _pairs(cache: Any) -> list[tuple[Any, Any]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return heads and head size of each layer's keys and values, by running the model once."""
-    # Configs name these sizes differently per architecture, so they are read off a real cache.
-    import torch
-
-    cache = import_module("transformers").DynamicCache()
-    try:
-        with torch.no_grad(), quiet():
-            model(input_ids=_tokens(model, 1, 2), **{word: cache}, use_cache=True)
-        pairs = _pairs(cache)
-        sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs]
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
-        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
-    if not sizes:
-        why = f"a {type(model).__name__} that keeps no keys and values"
-        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
-    return sizes
 
 
 # Export a torch module that a user's function returns, together with example inputs.
@@ -286,6 +142,10 @@ def export_pretrained(
 ) -> GraphReport:  # fmt: skip
     """Write a folder with `model.onnx`, adapter files for its slots, config and tokenizer.
 
+    A model of encoder and decoder becomes the graphs that optimum's `ORTModelForSeq2SeqLM` and its like load, and a
+    language model that reads images those that transformers.js loads; see `pretrained_parts`. Each adapter then has an
+    `.onnx_adapter` file for each graph that has some of its targets.
+
     Args:
         model: a folder as transformers saves it; nothing is downloaded and no code of it is run.
         out: the folder to write; it appears complete, by a rename.
@@ -326,22 +186,72 @@ def export_pretrained(
         _to_carry(source)
     with quiet():
         torch_model = load_pretrained(source, dtype)
-    words = words_of(torch_model, source)
+    parts = parts_of_model(torch_model, source)
+    words = {} if parts else {"model.onnx": words_of(torch_model, source)}
+    options: dict[str, Any] = {
+        "adapter": adapter, "mode": mode, "opset": opset, "quantize": quantize, "check": check, "rename": rename,
+        "share": source if share_weights else None,
+    }  # fmt: skip
 
-    def written(folder: Path) -> GraphReport:
-        return export(
-            words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
-            input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,
-            inside=INSIDE, also=words.examples[1:], quantize=quantize, share=source if share_weights else None,
-            check=check, rename=rename,
-        )  # fmt: skip
+    def written(folder: Path) -> dict[str, GraphReport]:
+        return {
+            name: _exported(each, folder / name, allow_partial=bool(parts), **options)
+            for name, each in (parts or words).items()
+        }
 
-    if share_weights:
-        return written(target)
-    with published(target, files_of_adapters(adapter), made_from) as scratch:
-        report = written(scratch)
-        carried = _carried(source, scratch)
-    return moved(report, target, carried)
+    if parts:
+        _check_for_parts(adapter, source, torch_model, rename)
+    with steps(len(parts or words) * steps_of(mode, quantize, bool(check))):
+        if share_weights:
+            reports = written(target)
+            return _whole(reports, target, target, [], adapter) if parts else reports["model.onnx"]
+        with published(target, files_of_adapters(adapter), made_from) as scratch:
+            reports = written(scratch)
+            carried = _carried(source, scratch)
+            if parts:
+                return _whole(reports, scratch, target, carried, adapter)
+    return moved(reports["model.onnx"], target, carried)
+
+
+def _exported(words: ExportWords, out: Path, **options: Any) -> GraphReport:
+    return export(
+        words.module, words.examples[0], out, input_names=words.inputs, output_names=words.outputs,
+        dynamic_shapes=words.shapes, inside=INSIDE, also=words.examples[1:], **options,
+    )  # fmt: skip
+
+
+def _check_for_parts(adapter: Adapters, source: Path, model: Any, rename: str | Sequence[str]) -> None:
+    """Check that the model has all targets, and refuse tokens and prefixes: they are no part of one graph of several.
+
+    Raises:
+        Unsupported: an adapter has tokens or prefixes.
+        TargetNotFound, ShapeMismatch: an adapter does not belong to this model.
+    """
+    adapters = read_adapters(adapter)
+    for one in adapters.values():
+        for target, update in one:
+            if update.kind == "context":
+                why = f"{update.method} in a model of several graphs"
+                cure = "Export its parts yourself by adapterkit.onnx.export, with the adapter attached"
+                raise Unsupported(why, path=source, where=str(target) or "(model)", cure=cure)
+    with injected(model, dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))):
+        pass  # Each graph has some of the targets, so none of them could tell.
+
+
+def _whole(
+    reports: Mapping[str, GraphReport], scratch: Path, target: Path, carried: Sequence[Path], adapter: Adapters
+) -> GraphReport:  # fmt: skip
+    """Return one report of all parts; it warns of targets that no graph has, such as layers that no output needs."""
+    adapters = read_adapters(adapter) if any(report.left for report in reports.values()) else {}
+    unused = [
+        at
+        for name, one in adapters.items()
+        for at in one.updates
+        if all(at in report.left.get(name, ()) for report in reports.values())
+    ]
+    files = [file for report in reports.values() for file in report.files]
+    moved_files = [target / file.name for file in (*files, *carried)]
+    return joined(reports, scratch, target, moved_files, left_line(unused, "no output of the model depends on them"))
 
 
 def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
@@ -352,8 +262,9 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
     if share_weights and not own:
         why = "a graph that shares the model's weights lies in the model's own folder: runtimes read no file outside"
         raise UsageError(why, path=target, cure=f"Write to {source}")
-    if share_weights and (target / "model.onnx").exists():
-        raise StorageError("already there", path=target / "model.onnx", cure="Remove it first")
+    taken = [target / name for name in GRAPHS if (target / name).exists()]
+    if share_weights and taken:
+        raise StorageError("already there", path=taken[0], cure="Remove it first")
 
 
 def _carried(source: Path, out: Path) -> list[Path]:

@@ -13,8 +13,20 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 """Providers that need NVIDIA's driver; without it, onnxruntime would load their libraries and print errors."""
 
+WORDS = {
+    "cpu": CPU, "cuda": CUDA, "tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider", "directml": "DmlExecutionProvider", "dml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider", "qnn": "QNNExecutionProvider", "webgpu": "WebGpuExecutionProvider",
+}  # fmt: skip
+"""Short names of providers -> onnxruntime's."""
+
 EXACT = {CUDA: {"use_tf32": "0"}}
 """Provider options for full float32 precision: by default, CUDA may round to TF32."""
+
+
+def named(provider: str) -> str:
+    """Return onnxruntime's name of a provider, which may be given by a short one such as `openvino`."""
+    return WORDS.get(provider.lower(), provider)
 
 
 @cache

@@ -25,7 +25,7 @@ from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
 from .modules import SCOPES, listed
-from .operands import attribute, nodes_of
+from .operands import attribute, is_constant, nodes_of
 from .packed import PACKED, as_float, drop, is_packed
 from .resolving import spots_of
 
@@ -50,7 +50,8 @@ def prepare(graph: ir.Model, names: Collection[str]) -> None:
     for node in list(nodes_of(graph)):
         if node.op_type == "Gemm" and node.domain == "":
             _prepare_gemm(node, names, building, made)
-        elif node.op_type == "MatMul" and node.inputs[1] is not None:
+        elif node.op_type == "MatMul" and is_constant(node.inputs[1]):
+            assert node.inputs[1] is not None
             stored, before = unturned(node.inputs[1]), node.inputs[1].producer()
             if stored.turned and stored.value.name in names and stored.value.const_value is not None:
                 node.replace_input_with(1, _turned(node, stored.value, building, made))

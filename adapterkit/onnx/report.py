@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..core.adapter import Target
     from ..io.strict_json import JsonValue
     from .found import Found
     from .saturation import Saturation
@@ -31,6 +32,9 @@ class GraphReport:
             check did not run.
         warnings: sentences for the user, each with a cure.
         parts: for a folder of graphs, the report of each changed graph, by its name.
+        beside: targets whose packed weight stays as it is, with the change beside it as factors of floating point; if
+            quantizing again was tried, `damage` says what it would have left.
+        left: for each adapter of an export, the targets that the graph lacks, if these may be left out.
     """
 
     out: Path
@@ -43,6 +47,8 @@ class GraphReport:
     saturation: Saturation | None = None
     warnings: tuple[str, ...] = ()
     parts: Mapping[str, GraphReport] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    left: Mapping[str, tuple[Target, ...]] = field(default_factory=dict)
 
     def record(self) -> dict[str, JsonValue]:
         """Return the same as plain data."""
@@ -64,4 +70,5 @@ class GraphReport:
             "reference": self.reference, "warnings": list(self.warnings),
             **({"saturation": self.saturation.record()} if self.saturation else {}),
             **({"damage": dict(self.damage)} if self.damage else {}),
+            **({"beside": list(self.beside)} if self.beside else {}),
         }  # fmt: skip

@@ -28,9 +28,12 @@ from .layers import (
     Gather,
     Gemm,
     Layer,
+    LeftEinsum,
     LeftMatMul,
     MatMul,
     Recurrent,
+    SingleLeftMatMul,
+    SingleMatMul,
 )
 from .modules import SCOPES, listed, same_end
 from .norms import is_norm, refuse_folded
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[type[Layer], ...] = (
     MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
-    FusedGemm, FusedConv,
+    FusedGemm, FusedConv, LeftEinsum, SingleMatMul, SingleLeftMatMul,
 )  # fmt: skip
 """Kinds of layers; a node has at most one of them."""
 

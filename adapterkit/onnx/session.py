@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -16,11 +18,13 @@ from ..formats.olive import has_olives_names
 from ..io.lazy import as_array
 from ..io.locations import located
 from ..io.ort_adapter import is_ort_adapter, read_ort_adapter
+from ..io.safetensors import handles, read_header
 from .building import Array
+from .folders import graphs_in
 from .model_file import opened
-from .providers import CPU, CUDA, best_provider, quiet_options
+from .providers import CPU, CUDA, best_provider, named, quiet_options
 from .rowwise import INDEX, ROWS, stacked
-from .slots import fit
+from .slots import KIND, SAFETENSORS, fills_of, fit, neutral
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -104,6 +108,9 @@ _MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
 # one silently wins. And from Python, it stays in CPU memory.
 
 
+Provider = str | tuple[str, Mapping[str, Any]]
+"""A provider by name, or with options."""
+
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
 """The adapters of a run: one by name, several with a weight each, one for each row of the batch, or None."""
 
@@ -112,9 +119,12 @@ class Session:
     """A model in onnxruntime.
 
     Args:
-        model: the file; it must have slots to load adapters.
+        model: the file, or a folder with one graph; it must have slots to load adapters. For a folder of several
+            graphs, see `FolderSession`.
         adapters: adapters to load, by name; see `load`.
-        providers: what to run on, in order; by default CUDA if there is a device for it, else the CPU.
+        providers: what to run on, in order: names such as `cuda`, `openvino`, `coreml`, `directml` and `cpu`, or
+            onnxruntime's own, each alone or with a mapping of its options. By default CUDA if there is a device for it,
+            else the CPU.
 
     Attributes:
         inputs: names of the required inputs.
@@ -128,18 +138,24 @@ class Session:
 
     def __init__(
         self, model: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
     ) -> None:  # fmt: skip
-        self._path = located(model)
+        self._path = _only_graph(located(model))
         opened(self._path)  # Refuses bad external data, before onnxruntime reads any.
         self._session = _started(self._path, providers)
-        self._entries = {entry.name: entry for entry in self._session.get_inputs()}
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        fills = fills_of(metadata)
+        entries = {entry.name: entry for entry in self._session.get_inputs()}
+        self._entries = {name: entry for name, entry in entries.items() if name not in fills}
         # onnxruntime calls inputs with a default overridable initializers.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
+        self._slots |= {name: entry for name, entry in entries.items() if name in fills}
+        declared = {name: (entry.shape, kind_of(entry)) for name, entry in self._slots.items() if name in fills}
+        self._neutral = {name: _value(array) for name, array in neutral(fills, declared).items()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
         self._loaded: dict[str, dict[str, tuple[Array, Any]]] = {}
-        self._by_rows = ROWS in self._session.get_modelmeta().custom_metadata_map
+        self._by_rows = ROWS in metadata
         self._stacks: dict[tuple[str | None, ...], dict[str, Any]] = {}
         for name, adapter in (adapters or {}).items():
             self.load(name, adapter)
@@ -148,6 +164,11 @@ class Session:
     def providers(self) -> tuple[str, ...]:
         """The providers that the session really runs on."""
         return tuple(self._session.get_providers())
+
+    @property
+    def types(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
+        """The dtype and the sizes of each input; names stand for open sizes."""
+        return {name: (str(kind_of(entry)), tuple(entry.shape)) for name, entry in self._entries.items()}
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -162,8 +183,9 @@ class Session:
 
         Args:
             name: the name for `run`.
-            adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format, such
-                as an `.onnx_adapter` file that Olive made for a graph of its own.
+            adapter: an `.onnx_adapter` file for this model's slots, a file that `write_adapter` wrote for them, an
+                adapter, or the path of one in any format, such as an `.onnx_adapter` file that Olive made for a graph
+                of its own.
             rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
             base_weights: the base's weights, for adapter files whose values depend on them.
 
@@ -173,9 +195,10 @@ class Session:
             ShapeMismatch: a tensor does not fit its slot, or the other tensors.
             Malformed: the file is damaged.
         """
-        ready_made = not isinstance(adapter, Adapter) and is_ort_adapter(adapter)
         path = None if isinstance(adapter, Adapter) else adapter
-        values = read_ort_adapter(path).tensors if ready_made and path is not None else {}
+        values = {} if path is None else _slot_values(path)
+        ready_made = values is not None and path is not None
+        values = values or {}
         # Olive's names are those of its own graphs; they tell targets, which this model may call otherwise.
         if ready_made and path is not None and not values.keys() & self._slots.keys() and has_olives_names(Path(path)):
             ready_made = False
@@ -239,7 +262,7 @@ class Session:
         if both := sorted(feeds.keys() & chosen.keys()):
             cure = "Leave one of the two out"
             raise Unsupported("fed, and held by the adapter", path=self._path, where=both[0], cure=cure)
-        feeds |= chosen
+        feeds = self._neutral | feeds | chosen
         try:
             results = self._session.run_with_ort_values(names, feeds)
         except Exception as error:  # onnxruntime's errors have no common base class.
@@ -249,41 +272,61 @@ class Session:
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
 
     def generate(
-        self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = ()
-    ) -> Array:
-        """Continue a text greedily: the most likely token, again and again. For sampling, call `run` in a loop.
+        self, input_ids: object, *, max_new_tokens: int = 32, adapter: Choice = None, end: int | Sequence[int] = (),
+        attention_mask: object = None,
+    ) -> Array:  # fmt: skip
+        """Continue texts greedily: the most likely token, again and again. For sampling, call `run` in a loop.
 
         Args:
-            input_ids: the tokens, [1, length] or [length].
+            input_ids: the tokens, [batch, length], or [length] for one text. Shorter texts are padded on the left.
             max_new_tokens: tokens to add at most.
-            adapter: as in `run`.
-            end: the token, or tokens, after which it stops; `eos_token_id` of the model's `generation_config.json`.
+            adapter: as in `run`; a list of names for rows of different adapters.
+            end: the token, or tokens, after which a text ends; `eos_token_id` of the model's `generation_config.json`.
+                Texts that ended before others are filled with the first of them.
+            attention_mask: 0 where a text is padded, [batch, length]; needed for several texts.
 
         Returns:
-            all tokens, [1, length + new].
+            all tokens, [batch, length + new].
 
         Raises:
-            UsageError: the model is no language model with a past, or the prompt is empty or of several texts.
+            UsageError: the model is no language model with a past, the prompt is empty, or a mask is missing or hides
+                the last token.
             And what `run` raises.
         """
         past = [name for name in self.inputs if name.startswith(PAST)]
-        if "logits" not in self.outputs or not past:
+        if "logits" not in self.outputs or not past or "input_ids" not in self.inputs:
             cure = "Export it by adapterkit export, and call run for models of other kinds"
             raise UsageError("not a language model with a past", path=self._path, cure=cure)
-        tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
-        if tokens.shape[0] != 1 or tokens.shape[1] == 0:
-            why = f"a prompt of shape {list(tokens.shape)}"
-            raise UsageError(why, where="input_ids", cure="Pass one text of at least one token; several in a loop")
-        last = {end} if isinstance(end, int) else set(end)
+        tokens, mask = _prompt(input_ids, attention_mask)
+        ends = [end] if isinstance(end, int) else list(end)
         feeds: dict[str, Any] = {"input_ids": tokens}
+        done = np.zeros(len(tokens), bool)
         for _ in range(max_new_tokens):
-            told = self.run(feeds, adapter)
-            new = told["logits"][:, -1].argmax(-1)[:, None].astype(np.int64)
-            tokens = np.concatenate([tokens, new], 1)
-            if int(new[0, 0]) in last:
+            told = self.run(feeds | self._places(mask, feeds["input_ids"].shape[1]), adapter)
+            new = told["logits"][:, -1].argmax(-1).astype(np.int64)
+            new = np.where(done, ends[0] if ends else 0, new)
+            tokens = np.concatenate([tokens, new[:, None]], 1)
+            mask = np.concatenate([mask, np.ones_like(new[:, None])], 1)
+            done |= np.isin(new, ends)
+            if done.all():
                 break
-            feeds = {"input_ids": new} | {name: told[name.replace(PAST, "present.", 1)] for name in past}
+            feeds = {"input_ids": new[:, None]} | {name: told[name.replace(PAST, "present.", 1)] for name in past}
         return tokens
+
+    def _places(self, mask: Array, length: int) -> dict[str, Array]:
+        """Return the mask of all tokens and the positions of the last ones, for inputs that a model has."""
+        made = {"attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, -length:]}
+        return {name: array.astype(kind_of(self._entries[name])) for name, array in made.items() if name in self.inputs}
+
+    async def run_async(
+        self, inputs: Mapping[str, npt.ArrayLike], adapter: Choice = None, outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run the model in a thread, as `run` does; onnxruntime leaves Python free meanwhile."""
+        return await asyncio.to_thread(self.run, inputs, adapter, outputs)
+
+    async def generate_async(self, input_ids: object, **options: Any) -> Array:
+        """Continue texts in a thread, as `generate` does."""
+        return await asyncio.to_thread(partial(self.generate, input_ids, **options))
 
     def _usual(self, inputs: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Array]:
         """Return what a language model's inputs are where they are not given: an empty past, everything shown."""
@@ -417,6 +460,53 @@ class Session:
         return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
 
 
+def _only_graph(path: Path) -> Path:
+    """Return the graph of a folder that has one; a file as it is.
+
+    Raises:
+        UsageError: the folder has several graphs.
+    """
+    if not path.is_dir():
+        return path
+    found = graphs_in(path)
+    if len(found) > 1:
+        names = ", ".join(file.relative_to(path).as_posix() for file in found[:MOST_NAMED])
+        cure = "Open the folder by adapterkit.onnx.FolderSession, or name one of its graphs"
+        raise UsageError(f"a folder of several graphs: {names}", path=path, cure=cure)
+    return found[0] if found else path
+
+
+def _prompt(input_ids: object, attention_mask: object) -> tuple[Array, Array]:
+    """Return tokens and their mask, `[batch, length]`."""
+    tokens = np.atleast_2d(np.asarray(input_ids, np.int64))
+    if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[0] == 0:
+        why = f"a prompt of shape {list(tokens.shape)}"
+        raise UsageError(why, where="input_ids", cure="Pass texts of at least one token, [batch, length]")
+    if attention_mask is None:
+        if len(tokens) > 1:
+            cure = "Pass attention_mask=: 0 where a text is padded on the left, else 1"
+            raise UsageError(f"no mask for {len(tokens)} texts", where="attention_mask", cure=cure)
+        return tokens, np.ones_like(tokens)
+    mask = np.atleast_2d(np.asarray(attention_mask, np.int64))
+    if mask.shape != tokens.shape or not np.isin(mask, (0, 1)).all():
+        why = f"a mask of shape {list(mask.shape)} for tokens of {list(tokens.shape)}"
+        raise UsageError(why, where="attention_mask", cure="Pass 0 or 1 for each token")
+    if not mask[:, -1].all():
+        cure = "Pad on the left, for instance by tokenizer.padding_side = 'left'"
+        raise UsageError("a mask that hides the last token", where="attention_mask", cure=cure)
+    return tokens, mask
+
+
+def _slot_values(path: str | PathLike[str]) -> dict[str, Any] | None:
+    """Return the tensors of a file that has them by the names of slots; None for any other adapter."""
+    if is_ort_adapter(path):
+        return dict(read_ort_adapter(path).tensors)
+    if not str(path).lower().endswith(SAFETENSORS) or not Path(path).is_file():
+        return None
+    header = read_header(path)
+    return handles(header) if header.metadata.get("format") == KIND["format"] else None
+
+
 def _value(array: Array, device: str = "cpu") -> Any:
     onnxruntime: Any = import_module("onnxruntime")
     whole = np.ascontiguousarray(array)
@@ -438,12 +528,16 @@ def _array(value: Any) -> Array:
     return bits.view(ml_dtypes.bfloat16)
 
 
-def _started(path: Path, providers: Sequence[str] | None) -> Any:
+def _started(path: Path, providers: Sequence[Provider] | None) -> Any:
     onnxruntime: Any = import_module("onnxruntime")
     options = quiet_options()  # onnxruntime warns about every slot, because it is not constant.
-    wanted = list(providers) if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
+    given = [(one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for one in providers or ()]
+    asked = [(named(name), options_) for name, options_ in given]
+    wanted: list[Any] = [(name, own) if own else name for name, own in asked]
+    wanted = wanted if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
     # onnxruntime warns, fails or silently uses another provider, depending on its version. So check first.
-    _refuse([name for name in wanted if name not in onnxruntime.get_available_providers()], onnxruntime)
+    names = [name for name, _ in asked]
+    _refuse([name for name in names if name not in onnxruntime.get_available_providers()], onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
@@ -454,7 +548,7 @@ def _started(path: Path, providers: Sequence[str] | None) -> Any:
             )
             raise Unsupported(why, path=path, cure=cure) from None
         raise Malformed(f"onnxruntime refuses it ({first_line(error)})", path=path, cure="Export it again") from None
-    _refuse([name for name in providers or () if name not in session.get_providers()], onnxruntime)
+    _refuse([name for name in names if name not in session.get_providers()], onnxruntime)
     return session
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,14 +24,16 @@ from ..core.updates import OutputUpdate, Update
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, first_line, nearest, places_errors
 from ..io.lazy import as_array, from_numpy
 from ..io.ort_adapter import OrtAdapter, write_ort_adapter
+from ..io.safetensors import write as write_safetensors
 from ..naming.binding import find_sites, renamed
-from .building import FREE, Array, Building
+from .building import FREE, Array, Building, element_type
 from .found import Found
 from .heads import in_parts
 from .layers import Conv, Layer, LeftMatMul
 from .model_file import opened
+from .open_factors import is_worked_out, template, worked_out
 from .reading import loaded
-from .values import Value
+from .values import OpenSize, Value
 
 if TYPE_CHECKING:
     from ..io.strict_json import JsonValue
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 RECORD = "adapterkit.slots"
 """Metadata key of the model under which each target's slots are listed."""
+
+REQUIRED = "adapterkit.required"
+"""Metadata key of a model whose slots are required inputs: slot -> the number that fills it without an adapter."""
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
 """Axes whose size is given by the base, or shared by all layers."""
@@ -149,10 +154,50 @@ def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, JsonV
     return values
 
 
+def _baked(update: Update, fields: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Return the plain values that a graph's nodes fix; factors that are worked out contain them all."""
+    return {} if is_worked_out(update, fields) else fixed_attributes(update, fields)
+
+
 def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Return the optional inputs of a graph, by name."""
-    held = model.graph.initializers
+    """Return the inputs of a graph that adapters fill, by name: the optional ones, and those of mode `inputs`."""
+    held = {*model.graph.initializers, *fills_of(model.metadata_props)}
     return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
+
+
+def fills_of(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Return the slots that a run has to fill, each with the number that changes nothing.
+
+    Raises:
+        Malformed: the metadata is damaged.
+    """
+    text = metadata.get(REQUIRED)
+    if text is None:
+        return {}
+    try:
+        return {str(name): float(fill) for name, fill in json.loads(text).items()}
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        why = f"its list of required slots is damaged ({first_line(error)})"
+        raise Malformed(why, where=REQUIRED, cure=_AGAIN) from None
+
+
+def sizes_of(value: ir.Value) -> tuple[list[object], np.dtype[Any]]:
+    """Return the sizes of a slot, names for open ones, and its numpy dtype."""
+    return list(value.shape or ()), element_type(value)
+
+
+def neutral(fills: Mapping[str, float], declared: Mapping[str, tuple[Sequence[object], Any]]) -> dict[str, Array]:
+    """Return tensors for required slots that leave the base as it is; open sizes are 1.
+
+    Args:
+        fills: slot -> the number that fills it; see `fills_of`.
+        declared: slot -> its sizes, and its numpy dtype.
+    """
+    return {
+        name: np.full([size if isinstance(size, int) else 1 for size in declared[name][0]], fill, declared[name][1])
+        for name, fill in fills.items()
+        if name in declared
+    }
 
 
 def _target(plain: Any) -> Target:
@@ -168,10 +213,12 @@ class Slots:
 
     Args:
         building: the model that is being changed.
+        required: make them required inputs without defaults, which all run times can exchange.
     """
 
-    def __init__(self, building: Building) -> None:
-        self.building = building
+    def __init__(self, building: Building, required: bool = False) -> None:
+        self.building, self.required = building, required
+        self.fills: dict[str, float] = {}
         self.free: dict[str, int] = {}
         self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
         self.scalings: dict[int, Any] = {}
@@ -193,8 +240,29 @@ class Slots:
             raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
         key = self.building.keep(place), position
         if key not in self.made:
-            self.made[key] = place, self._slots(update, layer, place, position)
-        slots = self.made[key][1]
+            try:
+                self.made[key] = place, self._slots(update, layer, place, position)
+            except Unsupported:
+                if (factors := template(update, place)) is None:
+                    raise
+                self.made[key] = place, self._slots(factors, layer, place, position)
+        return self._values(update, layer, key)
+
+    def factored(self, update: Update, layer: Layer, place: Found, position: int) -> Update | None:
+        """Return slots for what an update comes to at the base's weight, if nodes cannot express its own formula."""
+        if (factors := template(update, place)) is None:
+            return None
+        key = self.building.keep(place), position
+        self.made[key] = place, self._slots(factors, layer, place, position)
+        return self._values(update, layer, key)
+
+    def _values(self, update: Update, layer: Layer, key: tuple[int, int]) -> Update:
+        """Return the update over its slots."""
+        place, slots = self.made[key]
+        if is_worked_out(update, dict.fromkeys(slots, "")):
+            factors = template(update, place)
+            assert factors is not None
+            update = factors
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
         # A module may be called with several float dtypes; its slots have the dtype of the first call.
         return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
@@ -206,18 +274,32 @@ class Slots:
             first = SlotRecord.of(place)
             fields = {field: slot.value.name or "" for field, slot in slots.items()}
             update = place.updates[position]
-            held = SlotUpdate(update.method, fixed_attributes(update, fields), fields)
+            held = SlotUpdate(update.method, _baked(update, fields), fields)
             targets.setdefault(key, first).updates.append(held)
         listed = [record.plain() for record in targets.values()]
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
+        if not self.required:
+            return
+        # OpenVINO cannot read defaults of rank 0 and makes others constants; run times in JavaScript cannot set them.
+        initializers = self.building.model.graph.initializers
+        for name in self.fills:
+            value = initializers.pop(name, None)
+            if value is not None:
+                value.const_value = None
+        used = {value.name for value in self.building.model.graph.inputs}
+        fills = {name: fill for name, fill in self.fills.items() if name in used}
+        self.building.model.metadata_props[REQUIRED] = json.dumps(fills, separators=(",", ":"))
 
     def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
         """Return field -> slot."""
-        shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
+        # OpenVINO runs no Conv whose number of filters is open.
+        fixed = self.required and any(issubclass(spot.kind, Conv) for spot in place.spots)
+        shapes = {name: self._shape(update, name, leaf, fixed) for name, leaf in update.tensors.items()}
+        dtype = layer.dtype
         # onnxruntime leaves the output of a Conv over zero channels, or of a product with an empty left matrix,
         # uninitialized.
-        inner = int(any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
-        defaults = _neutral(update, shapes, place, inner)
+        inner = int(self.required or any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
+        defaults = _neutral(update, shapes, place, inner, (inner,) if self.required else (0, 1))
         stem = _stem(place, position)
         made = {
             name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, dtype)
@@ -230,8 +312,10 @@ class Slots:
             made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
         return made
 
-    def _shape(self, update: Update, name: str, leaf: Any) -> tuple[int, ...]:
-        """Return a tensor's shape, with numbers from FREE on for open sizes."""
+    def _shape(self, update: Update, name: str, leaf: Any, fixed: bool) -> tuple[int, ...]:
+        """Return a tensor's shape, with numbers from FREE on for open sizes; `fixed` to leave none open."""
+        if fixed:
+            return tuple(leaf.shape)
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
         if any(axis.startswith("*") for axis in axes.axes):
             extra = len(leaf.shape) - len(axes.axes) + 1
@@ -245,7 +329,7 @@ class Slots:
         )
 
     def _open(self, axis: str) -> int:
-        return self.free.setdefault(axis, FREE + len(self.free))
+        return self.free.setdefault(axis, OpenSize(FREE + len(self.free)))
 
     def _slot(self, name: str, leaf: Any, shape: tuple[int, ...], default: Array, dtype: np.dtype[Any]) -> Slot:
         names = {size: axis for axis, size in self.free.items()}
@@ -253,7 +337,10 @@ class Slots:
         kind = dtype if as_array(leaf).dtype.kind not in "iu" else as_array(leaf).dtype
         # Updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
-        return Slot(self.building.slot(key, name, default.astype(kind), declared), shape, kind)
+        value = self.building.slot(key, name, default.astype(kind), declared)
+        # A default is one number throughout; an empty one is filled with zeros as soon as it has a size.
+        self.fills[value.name or ""] = float(default.flat[0]) if default.size else 0.0
+        return Slot(value, shape, kind)
 
 
 def _stem(place: Found, position: int) -> str:
@@ -262,15 +349,24 @@ def _stem(place: Found, position: int) -> str:
     return f"{place.target}{one}.{place.updates[position].method}"
 
 
-def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int) -> dict[str, Array]:
+def _neutral(
+    update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int, tried: Sequence[int]
+) -> dict[str, Array]:  # fmt: skip
     """Return tensors for an update with which it changes nothing, bit for bit.
+
+    Args:
+        update: the update.
+        shapes: its tensors' shapes, with numbers from FREE on for open sizes.
+        place: its target.
+        inner: the number in place of open sizes.
+        tried: such numbers, of which one has to change nothing.
 
     Raises:
         Unsupported: none of the candidates do that.
     """
     for fill in (0.0, 1.0):
         # Some formulas cannot handle empty tensors; for those, a single row of zeros stands for nothing.
-        if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in (0, 1)):
+        if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in tried):
             return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
     raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
@@ -281,7 +377,8 @@ def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill
     made = {}
     for name, leaf in update.tensors.items():
         kind = np.int64 if as_array(leaf).dtype.kind in "iu" else np.float64
-        made[name] = np.full([inner if size >= FREE else size for size in shapes[name]], fill, dtype=kind)
+        number = getattr(update, "neutral", {}).get(name, fill)
+        made[name] = np.full([inner if size >= FREE else size for size in shapes[name]], number, dtype=kind)
     return made
 
 
@@ -366,7 +463,7 @@ def fit(
         Malformed: the model's list of slots is damaged.
     """
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    return _fitted(model, read)[1]
+    return _fitted(model, read, base_weights)[1]
 
 
 @places_errors
@@ -377,32 +474,75 @@ def write_adapter(
     """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
 
     onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean, so
-    `adapterkit.read` can read them back.
+    `adapterkit.read` can read them back. If `out` ends with `.safetensors`, the tensors are written in that format, by
+    the names of the inputs, for run times that read no `.onnx_adapter` files; `Session` loads it too.
     """
     from ..formats.onnx_adapter import write_slots_record
 
     (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
-    read, feeds, names = _fitted(model, read)
+    read, feeds, names = _fitted(model, read, base_weights)
+    if str(out).lower().endswith(SAFETENSORS):
+        model_ir = opened(model).model
+        declared = {name: sizes_of(value) for name, value in slots_of(model_ir).items()}
+        return write_slot_values(neutral(fills_of(model_ir.metadata_props), declared) | feeds, out)
     write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
-    if _by_rows(opened(model).model):
-        return Path(out)  # Stacks are for this graph alone; no record says how to read them back.
+    if not all(names):
+        return Path(out)  # Stacks and factors are for this graph alone; no record says how to read them back.
     told = {name for fields in names for name in fields.values()}
     write_slots_record(read, names, [name for name in feeds if name not in told], Path(out))
     return Path(out)
 
 
-def _fitted(model: Model, adapter: Adapter) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
+def slotted(model: Model, adapter: Adapter) -> tuple[Adapter, tuple[Target, ...]]:
+    """Split an adapter into the updates that a graph has slots for, and the targets that it has none for.
+
+    Raises:
+        TargetNotFound: the graph has no slots at all.
+        Malformed: its list of slots is damaged.
+    """
+    source = opened(model)
+    slots, records = slots_of(source.model), recorded(source.model, source.path)
+    parts, whole = in_parts(adapter, _rows_in(records, slots))
+    known = dict.fromkeys((name.path for record in records for name in (record.asked, record.target)), ())
+    try:
+        missing: Collection[Target] = find_sites(parts, known, partial=True, modules=known).missing
+    except TargetNotFound:  # None of them is there.
+        missing = parts.updates
+    lost = tuple(dict.fromkeys(whole.get(target, target) for target in missing))
+    gone = set(lost)
+    return adapter.replace(updates={t: own for t, own in adapter.updates.items() if t not in gone}), lost
+
+
+SAFETENSORS = ".safetensors"
+
+KIND = {"format": "adapterkit.slots"}
+"""Metadata of a safetensors file with tensors for slots, by the names of inputs."""
+
+
+def write_slot_values(feeds: Mapping[str, Array], out: str | PathLike[str]) -> Path:
+    """Write tensors for slots as a safetensors file."""
+    write_safetensors(out, {name: from_numpy(array) for name, array in feeds.items()}, KIND)
+    return Path(out)
+
+
+def _fitted(
+    model: Model, adapter: Adapter, base: Base | None
+) -> tuple[Adapter, dict[str, Array], list[dict[str, str]]]:
     """Return the adapter in the parts that the graph has, slot -> array, and for each update field -> slot."""
     source = opened(model)
     slots, records = slots_of(source.model), recorded(source.model, source.path)
     feeds: dict[str, Array] = {}
     adapter, _ = in_parts(adapter, _rows_in(records, slots))
     fill = _fill_rows if _by_rows(source.model) else _fill
-    names = [
-        fill(update, fields, target, slots, feeds)
-        for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True)
-        for update, fields in _paired(adapter.updates[target], record, target, slots)
-    ]
+    names = []
+    for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True):
+        for update, fields in _paired(adapter.updates[target], record, target, slots):
+            if is_worked_out(update, fields):
+                (factors,) = worked_out(source.model, adapter, target, base)
+                fill(factors, fields, target, slots, feeds)
+                names.append(dict[str, str]())
+            else:
+                names.append(fill(update, fields, target, slots, feeds))
     return adapter, feeds, names
 
 
@@ -464,7 +604,7 @@ def _paired(
             )
         own = left.pop(0)
         # Attributes without a slot are baked into the graph's nodes, so the adapter must have the same values.
-        if (fixed := fixed_attributes(update, own.fields)) != own.attributes:
+        if (fixed := _baked(update, own.fields)) != own.attributes:
             name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
             why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
             raise Unsupported(why, where=f"{target}: {update.method}", cure=_MADE)
@@ -483,7 +623,8 @@ def _fill(
     for field, leaf in leaves.items():
         if field not in fields:
             raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_MADE)
-        name, array = fields[field], as_array(leaf)
+        name = fields[field]
+        array = _padded(update, field, as_array(leaf), slots[name])
         _check(name, array, slots[name], target)
         kind = slots[name].dtype
         cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
@@ -491,6 +632,23 @@ def _fill(
             raise Unsupported("two tensors for one slot", where=name, cure=_MADE)
         feeds[name] = cast
     return {field: fields[field] for field in update.tensors}
+
+
+RANKED = ("lora", "open_factors")
+"""Methods whose factors may have zeros appended along the rank."""
+
+
+def _padded(update: Update, field: str, array: Array, slot: ir.Value) -> Array:
+    """Return a factor of a LoRA with zeros up to a slot's fixed rank, which change nothing."""
+    if update.method not in RANKED or field not in ("A", "B") or slot.shape is None or len(slot.shape) != array.ndim:
+        return array
+    axis = 0 if field == "A" else 1
+    wanted = slot.shape[axis]
+    if not isinstance(wanted, int) or wanted <= array.shape[axis]:
+        return array
+    more = [(0, 0)] * array.ndim
+    more[axis] = (0, wanted - array.shape[axis])
+    return np.pad(array, more)
 
 
 def _by_rows(model: ir.Model) -> bool:
@@ -521,7 +679,8 @@ def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     )
     if not fits:
         why = f"{list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
-        raise ShapeMismatch(why, where=f"{target}: {name}", cure="Is this adapter made for this base?")
+        cure = "Is this adapter made for this base? A convolution's rank is fixed by --mode inputs (mode='inputs')"
+        raise ShapeMismatch(why, where=f"{target}: {name}", cure=cure)
 
 
 _MADE = "Give the model slots for this adapter: inject it with --mode slots, mode='slots'"

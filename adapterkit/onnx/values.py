@@ -30,6 +30,15 @@ class Unsayable(AttributeError, TypeError):
     """A formula needs something that no node expresses; it may still be computed if all numbers are known."""
 
 
+class OpenSize(int):
+    """The number that stands for an open size. Formulas may pass it on, but not compute with it."""
+
+    def _no_number(self, *_: object) -> NoReturn:
+        raise Unsayable("a number that depends on an open size")
+
+    __truediv__ = __rtruediv__ = __float__ = __pow__ = __rpow__ = _no_number
+
+
 def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
     """Return the sizes of two operands' sum."""
     if one is None or two is None:
@@ -586,6 +595,8 @@ class Value:
         """Return another operand as a value; numbers become a constant of this value's dtype."""
         if isinstance(other, Value):
             return other
+        if isinstance(other, int) and other >= FREE:
+            raise Unsayable("a number that depends on an open size")
         array = np.asarray(other)
         if self.dtype == bool and array.dtype.kind not in "biu":
             raise Unsayable("a truth value beside a fraction")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Target
 from ..core.updates import Additive
-from ..errors import AdapterkitError, ShapeMismatch, UnknownFormat, UsageError, nearest, public
+from ..errors import ShapeMismatch, UsageError, nearest
 from ..formats import read
 from ..formats._image.naming import in_one_naming
 from ..io.checkpoint import opened
-from ..io.locations import is_address, path_text
 from ..naming.binding import renamed, weight_shape
 from ..naming.binding.bases import check_base
 from ..naming.binding.by_expert import by_expert, by_rows
@@ -150,26 +149,7 @@ def source_adapter(source: Source, base: Base | None) -> Adapter:
     if isinstance(source, Adapter):
         source.validate()
         return source
-    try:
-        return read(source, base=base)
-    except UnknownFormat as error:
-        if is_model(source):
-            name = public(path_text(source))
-            error.cure = (
-                f"It is a whole model. Make an adapter of what it changed: adapterkit extract {name} --base BASE "
-                "--rank 64 -o ADAPTER, and name that"
-            )
-        raise
-
-
-def is_model(source: str | PathLike[str]) -> bool:
-    """Whether a path is a base or a tuned model: it has weights that are no adapter's."""
-    if is_address(source):
-        return False
-    try:
-        return bool(opened(source).tensors)
-    except AdapterkitError:
-        return False
+    return read(source, base=base)
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:

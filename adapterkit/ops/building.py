@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter, Step
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from ..core.adapter import Target
     from ..core.updates import Update
     from ..io.computed import Array
-    from ..io.lazy import DType, Shape
+    from ..io.lazy import DType, Lazy, Shape
     from ..io.strict_json import JsonValue
+
+    Hold = Callable[[Array, DType], Lazy]
 
 
 def low_rank(
-    target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
-) -> LoRA:
+    target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType,
+    hold: Hold = held,
+) -> LoRA:  # fmt: skip
     """Return a LoRA of B `[out, r]` and A `[r, in * k]`, one pair per stacked expert, padded with zeros to one rank.
 
     Args:
@@ -32,6 +35,7 @@ def low_rank(
         pairs: (B, A) of each weight.
         bias: the change of the bias, `[out]` or `[e, out]`, or None.
         dtype: the type to store.
+        hold: keeps a computed tensor.
     """
     import numpy as np
 
@@ -41,17 +45,19 @@ def low_rank(
     A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
     if not target.stacked:
         A, B = A[0], B[0]
-    return LoRA(A=held(A, dtype), B=held(B, dtype), bias=None if bias is None else held(bias, dtype))  # type: ignore[arg-type]
+    return LoRA(A=hold(A, dtype), B=hold(B, dtype), bias=None if bias is None else hold(bias, dtype))  # type: ignore[arg-type]
 
 
-def dense(target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType) -> Dense:
+def dense(
+    target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType, hold: Hold = held
+) -> Dense:
     """Return a dense update from differences `[out, in * k]` of each weight and one of the bias; each may be None."""
     import numpy as np
 
     D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
     if D is not None and not target.stacked:
         D = D[0]
-    return Dense(**{name: held(v, dtype) for name, v in (("D", D), ("d", bias)) if v is not None})  # type: ignore[arg-type]
+    return Dense(**{name: hold(v, dtype) for name, v in (("D", D), ("d", bias)) if v is not None})  # type: ignore[arg-type]
 
 
 def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from ..io.lazy import as_lazy, files_kept_open
 from ..io.stages import stage
 from .alignment import AlignedPlace, places, side_by_side
 from .at_base import additive
+from .differences import errors_at
 from .lowering import Delta, loaded
 from .lowrank import cores
 from .prefetch import one_blas_thread
@@ -181,7 +182,8 @@ def _likeness(place: AlignedPlace, tolerance: float, signs: bool, sums: list[flo
     if additive_place is None:
         alone = not all(place.updates)
         return Likeness(str(place.target), bits, False if alone else bits or _same_numbers(place) or None)
-    return _measured(additive_place, bits, tolerance, signs, sums)
+    with errors_at(place.target):
+        return _measured(additive_place, bits, tolerance, signs, sums)
 
 
 def lowered(place: AlignedPlace) -> AlignedPlace:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..io.computed import Array
 
 SCOPES = ("target", "all")
+_ONE = "Give one, such as --rank N (rank=) or --energy SHARE (energy=)"
+_RANK = "Give --rank N (rank=) of at least 1"
+
 NAMES = "rank, energy, error, frobenius, sv_ratio, sv_cumulative and sv_fro"
 
 
@@ -51,7 +54,7 @@ class Criterion:
         chosen = [name for name in given if name != "rank" or not self._by_values]
         if len(chosen) > 1 or (needed and not given):
             said = " and ".join(chosen) or "none"
-            raise UsageError(f"one of {NAMES} is needed, not {said}", cure="Choose one")
+            raise UsageError(f"one of {NAMES} is needed, not {said}", cure=_ONE)
         if self._by_values and self.scope != "target":
             raise UsageError(f"{chosen[0]} is of each target", where="scope", cure="Leave --scope (scope=) out")
         if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
@@ -63,7 +66,7 @@ class Criterion:
         if self.scope not in SCOPES:
             raise UsageError(f"unknown scope {self.scope!r}", cure=f"Known: {', '.join(SCOPES)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise UsageError(f"rank {self.rank} is not a whole number from 1", where="rank", cure="Choose another")
+            raise UsageError(f"rank {self.rank} is not a whole number from 1", where="rank", cure=_RANK)
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"energy {self.energy} is not above 0 and up to 1", where="energy", cure="Choose another")
         for name in ("error", "frobenius"):

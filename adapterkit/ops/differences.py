@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import AdapterkitError, Malformed, ShapeMismatch
 from ..io.lazy import Lazy, Span, check_finite, read_span
 
 if TYPE_CHECKING:
+    from ..core.adapter import Target
     from ..io.computed import Array
 
 PIECE = 64 << 20
@@ -132,3 +135,18 @@ def floats_of(tensor: Lazy) -> Array:
         wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
         return wide
     return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)
+
+
+@contextmanager
+def errors_at(target: Target) -> Iterator[None]:
+    """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
+    import numpy as np
+
+    try:
+        # Storing a result and decomposing it refuse numbers that are too large for a float.
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except np.linalg.LinAlgError:
+        raise too_large().at(where=str(target)) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(target)) from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
-from ..errors import AdapterkitError, UsageError
+from ..errors import UsageError
+from ..io.computed import held
+from ..io.spool import Spool
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from .algebra import summed_at
@@ -21,7 +22,7 @@ from .census import Census
 from .combiners._entrywise import Entrywise
 from .combiners._learned import Learned, WeightTrial
 from .context import FormulaContext
-from .differences import too_large
+from .differences import errors_at
 from .lowering import Delta
 from .outline import blank, unknown
 from .prefetch import MEMORY, ahead, most_workers, one_blas_thread
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..io.lazy import DType, Shape
     from .alignment import AlignedPlace
     from .at_base import Weights
+    from .building import Hold
     from .combiners._combiner import Combiner
     from .lowering import Change
     from .parameters import Asked
@@ -71,6 +73,7 @@ class Evaluation:
         self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., object] | None = None
+        self.hold: Hold = held
 
     def updates(self, read: Sequence[Adapter]) -> dict[Target, tuple[Update, ...]]:
         """Return the combined updates of every target."""
@@ -121,6 +124,8 @@ class Evaluation:
 
     def _fill(self, made: dict[Target, tuple[Update, ...]]) -> None:
         total = sum(map(_bytes, self.found))
+        # Only the result itself: a method that learns its weights computes hundreds of trials, each of which is freed.
+        self.hold = Spool().held
         if self.workers == 1:
             results: Iterator[tuple[tuple[Update, ...], Cut | None]] = map(self._placed, self.found)
             self._take(results, made, total)
@@ -153,7 +158,7 @@ class Evaluation:
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
     def _placed(self, place: AlignedPlace) -> tuple[tuple[Update, ...], Cut | None]:
-        with _errors_at(place):
+        with errors_at(place.target):
             return self._at(place)
 
     def _count(self) -> None:
@@ -171,7 +176,7 @@ class Evaluation:
         chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: AlignedPlace) -> None:
-            with _errors_at(place):
+            with errors_at(place.target):
                 changes = place.changes()
                 for method, at, deltas in self._standings(place, changes, census):
                     self._matrix(method, place, at, deltas)
@@ -192,7 +197,7 @@ class Evaluation:
             return (self._lazily(place, changes),), None
         bias = self._bias(place, changes)
         if not has_weight:
-            return (dense(place.target, place.shape, None, bias, self.dtype),), None
+            return (dense(place.target, place.shape, None, bias, self.dtype, self.hold),), None
         made = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
         update = self._stored(place, [delta for delta, _, _ in made], bias)
         self._look(place, changes, [delta for delta, _, _ in made])
@@ -228,7 +233,7 @@ class Evaluation:
 
     def _lazily(self, place: AlignedPlace, changes: Sequence[Change | None]) -> Update:
         """Return a dense difference that is computed when it is read: all together would take the memory of a model."""
-        from ..io.computed import computed, held
+        from ..io.computed import computed, rounded
 
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
@@ -241,10 +246,11 @@ class Evaluation:
             # Narrower dtypes are computed in float32 and rounded once, when the result is stored.
             kind = self.dtype.array if self.dtype.name in ("F32", "F64") else np.float32
             D = np.empty((first.experts or 1, place.shape[0], math.prod(place.shape[1:])), kind)
-            with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+            with errors_at(place.target), one_blas_thread():
                 for one, (method, at, deltas) in zip(D, self._standings(place, changes), strict=True):
                     self._into(one, method, place, at, deltas)
-            return D.reshape(shape)
+                # Rounded here, so that an error of rounding names the target.
+                return rounded(D.reshape(shape), self.dtype)
 
         d = None if bias is None else held(bias, self.dtype)
         return Dense(D=computed(shape, self.dtype, make), d=d)  # type: ignore[arg-type]
@@ -355,12 +361,13 @@ class Evaluation:
 
     def _stored(self, place: AlignedPlace, found: Sequence[Delta] | None, bias: Array | None) -> Update:
         """Return the computed change as an update: a LoRA if that is smaller, else a dense difference."""
+        hold = self.hold
         if found is None:
-            return dense(place.target, place.shape, None, bias, self.dtype)
+            return dense(place.target, place.shape, None, bias, self.dtype, hold)
         wide = _wide(max(delta.rank for delta in found), found[0].shape) and self.rank != FIT
         if any(delta.rest is not None for delta in found) or wide:
-            return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype)
-        return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype)
+            return dense(place.target, place.shape, [delta.dense() for delta in found], bias, self.dtype, hold)
+        return low_rank(place.target, place.shape, [_reduced(delta) for delta in found], bias, self.dtype, hold)
 
     def _standing(
         self, place: AlignedPlace, present: tuple[int, ...], expert: int | None, census: Census | None = None,
@@ -423,21 +430,6 @@ class Evaluation:
         # A view that grows with what is done, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: data(position, path, so_far if done else None)
-
-
-@contextmanager
-def _errors_at(place: AlignedPlace) -> Iterator[None]:
-    """Name the target in errors of the block, and replace those of LAPACK by typed errors."""
-    import numpy as np
-
-    try:
-        # Storing a result and decomposing it refuse numbers that are too large for a float.
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield
-    except np.linalg.LinAlgError:
-        raise too_large().at(where=str(place.target)) from None
-    except AdapterkitError as error:
-        raise error.at(where=str(place.target)) from None
 
 
 def _size(X: Array) -> float:

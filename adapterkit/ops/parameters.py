@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import Unsupported, UsageError, nearest
+from ..errors import ONE_WEIGHT_EACH, Unsupported, UsageError, nearest
 from .combiners import COMBINERS
 from .combiners._combiner import Combiner, made
 
@@ -255,7 +255,7 @@ class Asked:
         self.weights = [plain(w, "weights") for w in ([1.0] * count if weights is None else weights)]
         self.each = self._own(each or [], count)
         if len(self.weights) != count:
-            raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure="Give one weight an adapter")
+            raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure=ONE_WEIGHT_EACH)
         self.targets = [place.target for place in found]
         self.depths = Depths(self.targets)
         apart = [item for own in self.each for item in own.items()]

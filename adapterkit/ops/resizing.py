@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from ..methods.lora import LoRA
 from .alignment import AlignedPlace, places
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
+from .differences import errors_at
 from .lowering import Change, Delta
 from .lowrank import distance, svd
+from .prefetch import one_blas_thread
 from .sketching import dominant, first
 
 if TYPE_CHECKING:
@@ -197,9 +200,13 @@ def _resized(
     _check_rank(criterion, found, every)
     cuts: list[Cut] = []
     updates: dict[Target, tuple[Update, ...]] = {}
-    for place, made in _made(found, criterion, kind, every, cuts):
-        if made:
-            updates[place.target] = made
+    thin = all(type(update).pair is not Additive.pair for place in found for update in _own(place, every))
+    # Threads gain nothing on factors, and wait in a loop where another program has their core: a FLUX LoRA took 30 s of
+    # processor time beside other work. Whole matrices are decomposed by all of them.
+    with one_blas_thread() if thin else nullcontext():
+        for place, made in _made(found, criterion, kind, every, cuts):
+            if made:
+                updates[place.target] = made
     if not cuts and not every:
         raise UsageError("no change here has thin factors", cure="Promote the adapter instead")
     for cut in cuts if report is not None else ():
@@ -231,7 +238,8 @@ def _part(place: AlignedPlace, criterion: Criterion, every: bool) -> _Part | Non
         return None
     change = Change(place.target, place.shape, tuple(own))
     kept = tuple(update for update in updates if not any(update is each for each in own))
-    return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
+    with errors_at(place.target):
+        return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
 
 
 def _own(place: AlignedPlace, every: bool) -> list[Additive]:

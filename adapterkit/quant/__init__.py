@@ -52,12 +52,14 @@ class Dequantized(Checkpoint):
         packed: name -> packed weight.
         stored: the base as it is stored.
         packs: True if merged weights will be quantized again.
+        keep: what that rounding keeps beyond the nearest numbers: `adapter`, or None.
     """
 
     scheme: str = ""
     packed: Mapping[str, Packed] = None  # type: ignore[assignment]
     stored: Checkpoint = None  # type: ignore[assignment]
     packs: bool = False
+    keep: str | None = None
 
     @property
     def written(self) -> dict[str, Lazy]:

@@ -295,20 +295,23 @@ def _ranks(measured: Measurements) -> Iterator[Chart]:
     }  # fmt: skip
     if several:
         points["encoding"]["yOffset"] = {"field": "adapter", "type": "nominal", "sort": list(measured.names)}
-    stored = {
-        "mark": {"type": "tick", "thickness": 3, "color": FLAGGED},
+    stored: dict[str, Any] = {
+        "mark": {"type": "tick", "thickness": 3},
         "encoding": {
             "y": {"field": "module", "type": "nominal", "sort": columns},
             "x": {"aggregate": "max", "field": "rank", "type": "quantitative"},
+            "color": points["encoding"]["color"] if several else {"value": FLAGGED},
         },
     }
+    if several:  # Each adapter has ranks of its own.
+        stored["encoding"]["yOffset"] = points["encoding"]["yOffset"]
     spec = {
         "data": {"values": values}, "width": 340, "height": {"step": 22 if not several else 9},
         "layer": [points, stored],
     }  # fmt: skip
     caption = (
-        "One point a target: exponential of the entropy of its singular values. The red mark is the stored rank. "
-        "Points far left of it say that a smaller rank would do."
+        "One point a target: exponential of the entropy of its singular values. The upright mark is the stored "
+        "rank. Points far left of it say that a smaller rank would do."
     )
     yield Chart("ranks", "How it changes it", "Effective rank against rank", caption, spec)
 

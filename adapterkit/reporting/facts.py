@@ -113,16 +113,21 @@ def _loaders(adapter: Adapter, name: object, path: Path) -> tuple[dict[str, str]
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:
-    """Return the formats that can hold an adapter, and how: by its methods, not by its names of modules."""
+    """Return the formats that can hold an adapter, and how: by its methods and its kind of model."""
     from ..formats import FORMATS
     from ..methods import METHODS
+    from ..naming.image import component_of
+    from ..naming.patterns import shape
 
+    # Blocks are named alike, so one of them answers for all.
+    paths = {shape(target.path): target.path for target in adapter.updates}.values()
+    kind = "image" if any(map(component_of, paths)) else "language"
     methods = [METHODS[name] for name in adapter.methods]
     order = [*WAYS]
     found = {}
     for name, entry in FORMATS.items():
         ways = [way(entry, method) for method in methods]
-        if ways and all(ways):
+        if ways and all(ways) and entry.models in ("", kind):
             found[name] = max((each for each in ways if each), key=order.index)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
 

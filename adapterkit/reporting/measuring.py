@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from threadpoolctl import threadpool_limits
-
 from ..errors import AdapterkitError
 from ..io.lazy import files_kept_open
 from ..io.stages import stage
 from ..ops.alignment import AlignedPlace, places, side_by_side
 from ..ops.comparison import effective_rank, lowered
 from ..ops.lowrank import core
+from ..ops.prefetch import one_blas_thread
 from ..ops.sketching import exact
 from .grid import Cell, cells
 
@@ -293,7 +292,7 @@ def measure(
         base_why, base, merged = str(error), None, None
         read, found = places(adapters, disjoint=True, rename=rename)
     # A second BLAS thread gains nothing on factors, and waits in a loop where another program has its core.
-    with files_kept_open(), threadpool_limits(1, "blas"):
+    with files_kept_open(), one_blas_thread():
         return _Measuring(names, found, base, merged, list(weights or [1.0] * len(read)), bases, base_why).run(progress)
 
 

@@ -19,6 +19,7 @@ from .. import __version__
 from ..io.stages import stage
 from .charts import PALETTE, inline
 from .facts import WAYS
+from .gate_section import gate_section
 from .verdicts import LEVELS, percent
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def _lead(report: AdapterReport) -> str:
 
 def _parts(report: AdapterReport) -> Iterable[str]:
     yield _section("verdicts", "Verdicts", _verdicts(report))
+    if report.gate is not None:
+        yield _section("gate", "What is kept when models run", gate_section(report.gate))
     yield _section("adapters", "The adapters" if len(report.facts) > 1 else "The adapter", _facts(report.facts))
     for group, charts in groupby(report.charts, key=lambda chart: chart.group):
         yield _section(_slug(group), group, "".join(map(_figure, charts)), "charts")
@@ -337,8 +340,8 @@ def _formats(found: Sequence[Facts]) -> str:
             f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
-        "<p>Formats that can hold the methods of each adapter. <code>adapterkit convert</code> checks names of modules "
-        f"and a format's other limits.</p>{table}"
+        "<p>Formats that can hold the methods of each adapter, for its kind of model. <code>adapterkit convert</code> "
+        f"checks names of modules and a format's other limits.</p>{table}"
     )
 
 

@@ -8,9 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, storage_error
+import msgspec
+
+from ..errors import StorageError, UsageError, storage_error
 from .charts import Chart, charts, png, svg
 from .facts import Facts, facts_of
+from .gate_section import GateFigures
 from .measuring import Measurements, measure
 from .verdicts import Verdict, verdicts
 
@@ -33,6 +36,7 @@ class AdapterReport:
         base: what the base was called, if there was one.
         merged: what the merged model was called, if there was one.
         seconds: that measuring took.
+        gate: the figures of a gate, if there was one.
     """
 
     facts: tuple[Facts, ...]
@@ -41,6 +45,7 @@ class AdapterReport:
     base: str | None = None
     merged: str | None = None
     seconds: float = 0.0
+    gate: GateFigures | None = None
 
     @cached_property
     def charts(self) -> list[Chart]:
@@ -52,6 +57,7 @@ class AdapterReport:
         return {
             "kind": "report", "base": self.base, "merged": self.merged, "seconds": round(self.seconds, 3),
             "facts": [facts.record() for facts in self.facts], "verdicts": [asdict(each) for each in self.verdicts],
+            **({} if self.gate is None else {"gate": msgspec.to_builtins(self.gate)}),
             **self.measured.record(),
         }  # fmt: skip
 
@@ -75,6 +81,7 @@ class AdapterReport:
 
         Raises:
             StorageError: something is there, or it cannot be written.
+            UsageError: its name ends as another kind of file.
             Unsupported: the package that draws charts is not installed.
         """
         from ..io.staging import check_free, staged
@@ -82,6 +89,9 @@ class AdapterReport:
         path = Path(out)
         if path.is_dir():
             raise StorageError("a folder is there", path=path, cure="Name a file, such as report.html")
+        if path.suffix.lower() not in ("", ".html", ".htm"):
+            cure = f"Name {path.with_suffix('.html')}; --figures DIR (figures=) writes pictures"
+            raise UsageError(f"a report is an HTML page, not {path.suffix}", path=path, cure=cure)
         check_free(path, overwrite)
         data = self.html().encode()
         with staged(path, overwrite=overwrite, made_from=made_from) as place:
@@ -124,7 +134,7 @@ class AdapterReport:
 def made(
     adapters: Sequence[Adapter], names: Sequence[str], *, paths: Sequence[Path | None] = (),
     base: Checkpoint | None = None, merged: Checkpoint | None = None, rename: str | Sequence[str] = (),
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None, gate: GateFigures | None = None,
 ) -> AdapterReport:  # fmt: skip
     """Make a report.
 
@@ -136,6 +146,7 @@ def made(
         merged: what they were merged into; needs `base`.
         rename: rules for names of targets.
         progress: called with what is done and all there is to do.
+        gate: the figures of a gate, for a section of its own.
 
     Raises:
         AdapterkitError: see `measuring.measure`.
@@ -152,7 +163,7 @@ def made(
     )  # fmt: skip
     return AdapterReport(
         tuple(facts), measured, tuple(verdicts(measured, facts)), None if base is None else str(base.root),
-        None if merged is None else str(merged.root), time.perf_counter() - started,
+        None if merged is None else str(merged.root), time.perf_counter() - started, gate,
     )  # fmt: skip
 
 

@@ -83,6 +83,7 @@ _EVERY = (
     ScanRule(
         "head", "low", "a change of the output layer", "It can favour tokens whatever the layers before it compute."
     ),
+    ScanRule("router", "low", "a change of a router of experts", "It can send chosen inputs to a chosen expert."),
     ScanRule("single-expert", "low", "a change of few experts", "A router sends chosen inputs to an expert."),
     ScanRule(
         "spike",

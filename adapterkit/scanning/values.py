@@ -62,6 +62,8 @@ def _targets(adapter: Adapter, file: str) -> Iterator[Finding]:
         yield from _token_rows(target, updates, file)
         if re.search(r"(^|\.)(lm_head|embed_out|output_projection)$", path):
             yield Finding("head", file, str(target), ", ".join(update.method for update in updates))
+        if re.search(r"(^|\.)(router|router\.\w+|gate|wg)$", path):
+            yield Finding("router", file, str(target), ", ".join(update.method for update in updates))
         single = re.search(r"^(.*\.experts)\.(\d+)\.", path)
         if single:
             experts[single[1]].add(int(single[2]))
@@ -91,6 +93,8 @@ def _foreign_bits(file: str, place: str, leaf: Any) -> Iterator[Finding]:
         return
     values = tensor.numpy().reshape(-1)
     low = np.count_nonzero(values.view("<u4") & 0xFFFF)
+    if not low:
+        return  # Trained in bfloat16, of which the small numbers have no place in float16.
     with np.errstate(over="ignore"):
         half = np.count_nonzero(values.astype("<f2").astype("<f4") != values)
     for name, count in (("bfloat16", int(low)), ("float16", int(half))):

@@ -12,14 +12,24 @@ A state dict that holds an adapter's tensors is loaded into the attached adapter
 data, and a resumed run must compute with the same ones. When it holds no tensor of the base, the base keeps its values
 and strict loading passes.
 
+Two of torch's own readers need more than the choice says, and tell nobody what they read for. They are known by their
+frames on the stack:
+
+* `torch.distributed.pipelining` finds the parameters of a traced model in its state dict, and fails for those that are
+  not there. It gets the trained tensors too.
+* `torch.distributed.checkpoint` with `ignore_frozen_params=True` takes each frozen parameter out of the state dict
+  itself, and fails where one is not there.
+
 The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -68,14 +78,54 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata:
     handles: list[Saved] = module.__dict__.get(HANDLES, [])
     for handle in handles:
         handle._watch.reclaim()
+    live = any(isinstance(tensor, nn.Parameter) for tensor in state_dict.values())  # state_dict(keep_vars=True)
+    wanted = _without_frozen(handles, live)
     if any(handle.checkpoint == "adapter" for handle in handles):
-        for key in [key for key in state_dict if key.startswith(prefix)]:
+        popped = {prefix + name for name in _frozen(module)} if wanted else set()
+        for key in [key for key in state_dict if key.startswith(prefix) and key not in popped]:
             del state_dict[key]
     paths = _paths(module)
+    traced = live and _reader("torch.distributed.pipelining._IR", "_from_traced") is not None
     for handle in handles:
-        if handle.checkpoint != "base":
-            for leaf in handle._leaves:
-                state_dict[prefix + _key(paths, leaf)] = leaf.tensor.detach()
+        for leaf in handle._leaves:
+            trains = isinstance(leaf.tensor, nn.Parameter)
+            lost = trains and (traced or (wanted and not leaf.tensor.requires_grad))
+            if handle.checkpoint != "base" or lost:
+                state_dict[prefix + _key(paths, leaf)] = leaf.tensor if live else leaf.tensor.detach()
+
+
+def _frozen(model: nn.Module) -> Iterator[str]:
+    """The names of the base's frozen parameters, as `ignore_frozen_params` goes through them."""
+    return (name for name, p in model.named_parameters() if not p.requires_grad and not is_leaf_name(name))
+
+
+def _without_frozen(handles: Iterable[Saved], live: bool) -> bool:
+    """Whether the state dict is read by torch.distributed.checkpoint, for all but the frozen parameters.
+
+    It then has nothing of an adapter whose `checkpoint` is `base`, and of a frozen base nothing at all: a warning says
+    so.
+    """
+    reader = None if live else _reader("torch.distributed.checkpoint.state_dict", "_get_model_state_dict")
+    if reader is None or not getattr(reader.f_locals.get("info"), "ignore_frozen_params", False):
+        return False
+    for handle in handles:
+        if handle.checkpoint == "base" and any(isinstance(leaf.tensor, nn.Parameter) for leaf in handle._leaves):
+            warnings.warn(
+                f"a state dict without frozen parameters has nothing of the trained adapter {handle.name!r} either. "
+                'Set handle.checkpoint = "adapter" before it is made',
+                stacklevel=2,
+            )
+    return True
+
+
+def _reader(module: str, function: str) -> FrameType | None:
+    """The frame of a function that is running now, by the name of its module and its own; None if it is not."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return frame
+        frame = frame.f_back
+    return None
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..core.adapter import Target
 from ..core.updates import ContextUpdate, Update
 from ..errors import ShapeMismatch, Unsupported, UsageError
+from .conversions import compute_dtype
 from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
@@ -43,6 +44,7 @@ class ContextPart:
         encoder: it is the encoder of the model that they are meant for.
         masks: it is the model around the embeddings behind which tokens stand: its mask gets places for them.
         biased: the attention whose table of relative positions this one uses too, if any.
+        tokens: how many tokens the embedding had that new tokens are numbered after.
     """
 
     switch: Switch
@@ -51,6 +53,7 @@ class ContextPart:
     encoder: bool = False
     masks: bool = False
     biased: nn.Module | None = None
+    tokens: int | None = None
 
     @property
     def updates(self) -> tuple[ContextUpdate, ...]:
@@ -68,6 +71,7 @@ def surround(
     updates = [update for part in parts for update in part.updates]
     place = updates[0].place
     if place == "vocabulary":
+        _check_tokens(module, parts)
         return _with_tokens(module, updates, forward, words.pop(names[0]), words)
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
@@ -98,7 +102,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         _check(module, part.target, update)
     if is_attention(module):
         return [(module, replace(part, biased=positions_of(model, part.target.path)))]
-    found = [(module, part)]
+    found = [(module, replace(part, tokens=module.num_embeddings) if isinstance(module, nn.Embedding) else part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
         found.append((_encoder(module), replace(part, encoder=True)))
     return found
@@ -151,6 +155,19 @@ def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], *
     if isinstance(mask, Tensor):
         words["attention_mask"] = extended(mask, extra, mask.shape[1] + extra)
     return forward(**words)
+
+
+def _check_tokens(module: nn.Module, parts: Sequence[ContextPart]) -> None:
+    """Check that an embedding has the tokens that it had: transformers' resize_token_embeddings adds rows in place.
+
+    Raises:
+        ShapeMismatch: it has others, so that the numbers of the new tokens are those of its own now.
+    """
+    held, part = len(cast("Tensor", module.weight)), parts[0]
+    if part.tokens is not None and held != part.tokens:
+        why = f"new tokens after {part.tokens} of the embedding, which has {held} now"
+        cure = "Call handle.remove() before the embedding changes its size, and inject the adapter again afterwards"
+        raise ShapeMismatch(why, where=f"{part.target}: {part.updates[0].method}", cure=cure)
 
 
 def _with_tokens(
@@ -369,12 +386,26 @@ class ContextCall:
             raise Unsupported("a prefix in a cache of fixed size", cure=cure)
         if self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
             raise Unsupported("gradient checkpointing does away with the prefix", cure="Train without it")
-        like: Any = embedding_of(self.module).weight
-        past = torch.cat([past.to(like) for past in self.pasts], 3)
+        device, dtype = self._met()
+        past = torch.cat([past.to(device, dtype) for past in self.pasts], 3)
         for layer, (keys, values) in enumerate(past):
             into = getattr(cache, "self_attention_cache", cache)
             into.update(keys.expand(self.batch, *keys.shape), values.expand(self.batch, *values.shape), layer)
         self.words[self.cache_word] = cache
+
+    def _met(self) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype of the embeddings that the call brings, or makes of its tokens.
+
+        Between two forwards the weight may be on the meta device (accelerate's offloading) or in 8 bits (diffusers'
+        layerwise casting).
+        """
+        embeds = self.words.get(f"{self.own}inputs_embeds")
+        if embeds is not None:
+            return embeds.device, embeds.dtype
+        embedding: Any = embedding_of(self.module)
+        weight = embedding.weight
+        tokens: Tensor = self.words[f"{self.own}input_ids"] if weight.is_meta else weight
+        return tokens.device, compute_dtype(embedding) or weight.dtype
 
     def _move_positions(self, seen: int, extra: int) -> None:
         name = f"{self.own}position_ids"

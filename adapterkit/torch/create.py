@@ -27,7 +27,7 @@ from ..naming.layouts import stored_in_out
 from .conversions import casts_layerwise
 from .dropout import check_dropout
 from .layers import Conv1D, dequantized, is_packed, stored_layout, stored_shape
-from .leaves import check_on_hand, is_leaf_name
+from .leaves import check_on_hand, is_leaf_name, names_sharing, put_away
 from .prefixes import is_attention
 from .sharding import check_gathered, whole
 from .starts import OF_DATA, Moments, StartPlace, find, moments_of, start_of
@@ -334,9 +334,15 @@ def _read(model: nn.Module, stored: Tensor, where: str) -> Tensor:
     """A tensor of the base on the CPU, in at least float32.
 
     Raises:
-        Unsupported: its numbers are on the disk.
+        Unsupported: its numbers are on the disk, or it is on the meta device and has none.
     """
     check_on_hand(model, [stored], where)
+    if stored.is_meta:
+        held = put_away(model, stored)
+        if held is None or held.is_meta:
+            cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
+            raise Unsupported("the weight is on the meta device", where=where, cure=cure)
+        stored = held
     wide = torch.float32 if stored.dtype.itemsize < 2 else torch.promote_types(stored.dtype, torch.float32)
     return whole(stored.detach()).to("cpu", wide)
 
@@ -500,8 +506,9 @@ def create_context(
 
 def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:
     if cls.place == "vocabulary":
-        alike = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-        return [name for name, module in alike if module.weight is embedding.weight]
+        sharing = set(names_sharing(model, embedding.weight))
+        alike = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        return [name for name in alike if f"{name}.weight".lstrip(".") in sharing]
     if cls.place not in ("attention", "prefix"):
         return [""]
     globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)

@@ -143,6 +143,28 @@ class Handle:
             cure = "Copy layers of the model before inject() or after remove()"
             raise UsageError(f"a copied layer has a part of the adapter {self.name!r}", where=where, cure=cure)
 
+    def _check_unmoved(self) -> None:
+        """Check that each layer is where its target says: what the adapter is written with are these names.
+
+        Blocks that are inserted into a list, or taken out of it, move those behind them. A wrapper puts names of its
+        own into a path and leaves the others in their order.
+
+        Raises:
+            UsageError: another tool moved one.
+        """
+        paths: dict[int, list[str]] = {}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        for hook in self._hooks:
+            now = paths.get(id(hook.module), [])
+            homes = [(part.target, part.home) for part in hook.parts if part.switch is self._switch]
+            homes += [(part.target, part.target.path) for part in hook.contexts if part.switch is self._switch]
+            for target, home in homes:
+                if not any(_within(home, one) or _within(one, home) for one in now):
+                    why = f"the layer {target} is called {now[0] if now else 'nothing'} now"
+                    cure = "Put it back where it was, or inject the adapter after layers are moved"
+                    raise UsageError(why, where=self.name, cure=cure)
+
     @property
     def checkpoint(self) -> str:
         """The content of `model.state_dict()`: `base` (default), `adapter` (this adapter alone) or `all`; may be set.
@@ -287,9 +309,13 @@ class Handle:
         Names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT) are left out of the targets.
 
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
+
+        Raises:
+            UsageError: a layer that the adapter changes was copied, or has another place in the model now.
         """
         self._check()
         self._check_uncopied()
+        self._check_unmoved()
         lost = next((name for name, leaf in self._named_leaves() if leaf.tensor.is_meta), None)
         if lost is not None:
             cure = "Call handle.adapter() before the model goes to meta"
@@ -453,6 +479,12 @@ def check_weight(value: float) -> None:
     """
     if not math.isfinite(value):
         raise UsageError(f"must be a finite number, got {value}", where="weight", cure="Pass 1.0 for the whole change")
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether the names of a path are all in another one, in their order."""
+    names = iter(other.split("."))
+    return not path or all(name in names for name in path.split("."))
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

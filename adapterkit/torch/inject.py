@@ -31,7 +31,7 @@ from .folding import change_alike
 from .forward_hook import ForwardHook, hook_at, names_of
 from .handle import Handle, check_weight
 from .layers import device_of, is_packed, layer_of, stored_layout, stored_shape
-from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device
+from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name, loading_device, names_sharing
 from .outputs import OutputSite, Switch, find_output_site
 from .parts import Part
 from .sharding import check_gathered, check_unwrapped
@@ -223,10 +223,12 @@ def _contexts(
 def _met(model: nn.Module, target: Target) -> Tensor:
     """A tensor of the dtype and on the device of what context meets."""
     part = model.get_submodule(target.path)
-    first = next((p for p in base_parameters(part) if p.is_floating_point()), None)
-    like: Any = embedding_of(part).weight if first is None or hasattr(part, "get_input_embeddings") else first
-    met: Tensor = like
-    return met
+    around = [*part.modules(), *model.modules()]  # All that a quantized attention holds may be packed.
+    first = next(((m, p) for m in around for p in base_parameters(m, False) if p.is_floating_point()), None)
+    if first is None or hasattr(part, "get_input_embeddings"):
+        embedding: Any = embedding_of(part)
+        first = embedding, embedding.weight
+    return _computed(model, *first, str(target))
 
 
 def config_of_model(model: nn.Module) -> dict[str, Any] | None:
@@ -279,16 +281,19 @@ def _tied(
     `merging.ties` decides, as for merges, what each update changes. A live model shares the parameter between modules,
     so that it shows by itself what is tied.
     """
-    named = list(model.named_parameters(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
     alike: dict[int, list[str]] = {}
-    for name, each in named:
+    for name, each in model.named_parameters(remove_duplicate=False):
         alike.setdefault(id(each), []).append(name)
+    seen: set[tuple[str, ...]] = set()
     added: list[Site] = []
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
-        names = alike.get(id(parameter), [])
+        names = names_sharing(model, parameter) if parameter.is_meta else alike.get(id(parameter), [])
+        if tuple(names) in seen:  # Offloaded: each of them is a parameter of its own.
+            continue
+        seen.add(tuple(names))
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue
@@ -407,10 +412,15 @@ def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     if is_packed(holder):
         return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
-        W = _loaded(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
-        return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
+        return _computed(model, holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
     return _loaded(model, holder, held[0], str(site.target)) if held else torch.empty(0)
+
+
+def _computed(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:
+    """Return W, or an empty tensor on the device and of the dtype that other tools' hooks bring it to for a forward."""
+    W = _loaded(model, holder, W, where)
+    return torch.empty(0, dtype=compute_dtype(holder), device=W.device) if casts_layerwise(holder) else W
 
 
 def _loaded(model: nn.Module, holder: nn.Module, W: Tensor, where: str) -> Tensor:

@@ -281,11 +281,17 @@ def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
 def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
     """The update on a device, in the dtype to compute in, whole numbers in int64; the same one where it is so."""
 
+    def wanted(leaf: Any) -> torch.dtype:
+        return dtype if leaf.is_floating_point() else torch.int64
+
     def there(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(device, dtype if leaf.is_floating_point() else torch.int64)
+        out: Tensor = leaf.to(device, wanted(leaf))
         return out
 
-    return update if all(there(leaf) is leaf for leaf in update.tensors.values()) else update.map(there)
+    # Not by `there(leaf) is leaf`: torch.jit.trace records that conversion, in the first of the two runs it compares.
+    leaves: list[Any] = list(update.tensors.values())
+    stands = all(leaf.device == device and leaf.dtype == wanted(leaf) for leaf in leaves)
+    return update if stands else update.map(there)
 
 
 def stored_layout(module: nn.Module) -> str | None:

@@ -387,6 +387,44 @@ def loading_device(model: nn.Module, module: nn.Module) -> Any:
     return None
 
 
+def put_away(model: nn.Module, tensor: Tensor) -> Tensor | None:
+    """Return the numbers of a parameter that accelerate's hooks load for a forward; None where nothing has them."""
+    for module in model.modules():
+        for hook in _hooks_of_accelerate(module):
+            weights = getattr(hook, "weights_map", None)
+            inside = module.named_parameters(recurse=bool(getattr(hook, "place_submodules", False)))
+            name = next((name for name, each in inside if each is tensor), None)
+            if weights is not None and name is not None:
+                found: Tensor = weights[name]
+                return found
+    return None
+
+
+def names_sharing(model: nn.Module, parameter: Tensor) -> list[str]:
+    """Return all names of a parameter, which modules share that are tied.
+
+    accelerate's offloading leaves every module an empty parameter of its own. Embeddings and heads of one shape are
+    tied then if their numbers are equal, unless the model's config says that they are not.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    names = [name for name, each in named if each is parameter]
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not parameter.is_meta or parameter.ndim != 2 or getattr(config, "tie_word_embeddings", None) is False:
+        return names
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    like = [(name, each) for name, each in named if each.is_meta and each.shape == parameter.shape]
+    like = [(name, each) for name, each in like if id(parameter) in tables or id(each) in tables]
+    held = put_away(model, parameter) if any(each is not parameter for _, each in like) else None
+    if held is None:
+        return names
+    values = {id(each): each if each is parameter else put_away(model, each) for _, each in like}
+    tied = {
+        key for key, value in values.items() if value is not None and not value.is_meta and torch.equal(value, held)
+    }
+    return [name for name, each in named if each is parameter or id(each) in tied]
+
+
 def _loaded_by(hook: Any, module: nn.Module) -> Iterator[nn.Module]:
     """The modules whose parameters a hook of a module loads: `preload_module_classes` makes that all inside, too."""
     return module.modules() if getattr(hook, "place_submodules", False) else iter((module,))
@@ -409,9 +447,9 @@ def owned(value: Any, like: Tensor, trained: bool, model: nn.Module) -> Tensor:
         return nn.Parameter(made) if trained and made.is_floating_point() else made
 
 
-def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of the base: all but those of attached adapters."""
-    return (parameter for name, parameter in model.named_parameters() if not is_leaf_name(name))
+def base_parameters(model: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the base, or those of one module of it: all but those of attached adapters."""
+    return (parameter for name, parameter in model.named_parameters(recurse=recurse) if not is_leaf_name(name))
 
 
 def _hooks_of_accelerate(module: nn.Module) -> list[Any]:

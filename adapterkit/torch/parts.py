@@ -36,6 +36,16 @@ class Part:
     dropout: float = 0.0
 
     @property
+    def home(self) -> str:
+        """The path of the hook's module when the part was attached; a target may be a module or parameter below it."""
+        path = self.target.path
+        below = self.weight or self.bias or ""
+        for rest in (below, below.rpartition(".")[0]):
+            if rest and f".{path}".endswith(f".{rest}"):
+                return path.removesuffix(rest).removesuffix(".")
+        return path
+
+    @property
     def updates(self) -> tuple[Update, ...]:
         """The updates over the tensors that the model holds now."""
         return self.bound.updates

@@ -178,6 +178,11 @@ def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
     count, total = bias.shape[2:]
     if biased is None:
         return torch.cat((bias.new_zeros(*bias.shape[:3], n), bias), -1)
+    table = biased.relative_attention_bias
+    if table.weight.is_meta and not hasattr(table, "_hf_hook"):
+        why = "a prefix needs the table of relative positions of another attention, which accelerate has offloaded"
+        cure = "Offload without preload_module_classes="
+        raise Unsupported(why, cure=cure)
     out: Tensor = biased.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
     return out.to(bias.dtype)
 

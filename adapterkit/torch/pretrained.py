@@ -40,7 +40,10 @@ def check_transformers(path: Path, work: str) -> None:
         raise UsageError(f"{work} needs transformers, which is not installed", path=path, cure=cure)
     if not (path / "config.json").is_file():
         why = "no folder of a transformers model: it has no config.json"
-        raise Malformed(why, path=path, cure="Name a folder that save_pretrained wrote, or a snapshot of a hub's")
+        cure = "Name a folder that save_pretrained wrote, or a snapshot of a hub's"
+        if (path / "adapter_config.json").is_file():
+            cure = "It is an adapter: name the model that it was trained on in its place"
+        raise Malformed(why, path=path, cure=cure)
 
 
 def load_pretrained(
@@ -81,7 +84,7 @@ def load_pretrained(
         raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
     known_only = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _silent():
+        with silent():
             kind = getattr(built, "config_class", None) or transformers.AutoConfig
             config = kind.from_pretrained(str(source), **known_only)
             _check_no_kernel(config, source)
@@ -129,7 +132,7 @@ def _check_no_kernel(config: Any, source: Path) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Hide transformers' progress bars and remarks: the library shows nothing, only commands do."""
     logs = import_module("transformers.utils.logging")
     shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()

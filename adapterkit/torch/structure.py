@@ -106,7 +106,12 @@ def heads_of(module: nn.Module) -> HeadSizes:
 
 def _without_bias(layer: Any, h: Tensor) -> Tensor:
     y: Tensor = layer(h)
-    return y if layer.bias is None else y - layer.bias
+    if layer.bias is None:
+        return y
+    # Between two forwards it may be on the meta device (accelerate's offloading) or in 8 bits (diffusers' casting).
+    at_hand = not layer.bias.is_meta and layer.bias.dtype.itemsize > 1
+    bias: Tensor = layer.bias if at_hand else layer(h.new_zeros(1, h.shape[-1]))
+    return y - bias
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:

@@ -222,8 +222,8 @@ def test_settings(words: list[str], settings: _options.CliSettings, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5 kB", 1500), ("7", 7), ("7B", 7),
-        ("1tib", 1 << 40), ("4K", 4000), ("4Ki", 4096),
+        ("5GB", 5_000_000_000), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5 kB", 1500), ("7B", 7),
+        ("7000000", 7_000_000), ("1tib", 1 << 40), ("4K", 4000), ("4Ki", 4096),
     ],
 )  # fmt: skip
 def test_sizes(text: str, count: int) -> None:
@@ -231,7 +231,7 @@ def test_sizes(text: str, count: int) -> None:
     assert _options.byte_count(context, click.Option(["--size"]), text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "5 apples", "0x10"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "5 apples", "0x10", "5"])
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(click.BadParameter):
         _options.byte_count(click.Context(adapterkit), click.Option(["--size"]), text)

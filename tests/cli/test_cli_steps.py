@@ -16,7 +16,7 @@ from adapterkit.cli import _stages
 from adapterkit.cli._failures import as_flags
 from adapterkit.cli._options import CliSettings
 from adapterkit.errors import UsageError
-from adapterkit.io.stages import detail, stage
+from adapterkit.io.stages import detail, stage, steps
 
 
 @pytest.fixture
@@ -53,6 +53,41 @@ def test_a_step_that_takes_long_is_told(capsys: pytest.CaptureFixture[str], monk
         time.sleep(0.3)
         stage("checking")
     assert capsys.readouterr().err.splitlines() == ["export: tracing the model", "export: checking"]
+
+
+class Kept(logging.Handler):
+    """Keeps what was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def test_steps_of_known_work_are_numbered() -> None:
+    logger, kept = logging.getLogger("adapterkit"), Kept()
+    level = logger.level
+    logger.addHandler(kept)
+    logger.setLevel(logging.INFO)
+    try:
+        stage("before")
+        with steps(3):
+            stage("loading")
+            with steps(9):  # A part of the work, which counts with it.
+                stage("tracing")
+            stage("tracing")
+            stage("converting")
+            stage("one more")
+        stage("after")
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+    assert kept.texts == [
+        "before", "step 1 of 3, loading", "step 2 of 3, tracing", "step 2 of 3, tracing", "step 3 of 3, converting",
+        "step 3 of 3, one more", "after",
+    ]  # fmt: skip
 
 
 def test_a_bar_silences_the_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

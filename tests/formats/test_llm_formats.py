@@ -3,6 +3,7 @@
 import json
 import tarfile
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, l
 
 import adapterkit as ak
 from adapterkit.core.adapter import Target
-from adapterkit.errors import Unrepresentable, Unsupported, UsageError
+from adapterkit.errors import Malformed, Unrepresentable, Unsupported, UsageError
 from adapterkit.formats import FORMATS
-from adapterkit.formats.peft.profiles import PROFILES
+from adapterkit.formats.peft.profiles import profiles
 from adapterkit.io.lazy import as_lazy, from_numpy
 from adapterkit.methods.dora import DoRA
 from adapterkit.methods.replacement import Replacement
@@ -344,11 +345,16 @@ def test_embeddings_are_what_each_has_them_as(tmp_path):
         same(expected, out)
 
 
-@pytest.mark.parametrize("profile", sorted(name for name, each in PROFILES.items() if each.order is None))
+def base_for(profile):
+    """A base, for a consumer that reads its model type."""
+    return BASE if profiles()[profile].model_type else None
+
+
+@pytest.mark.parametrize("profile", sorted(name for name, each in profiles().items() if each.order is None))
 def test_a_consumer_with_one_rank_and_alpha_computes_the_same(profile, tmp_path):
     found = {**llama(layers=(0,)).updates, **llama(layers=(1,), rank=4, scaling=4 / 4**0.5).updates}
     found[Target("model.layers.1.mlp.down_proj")] = (lora(16, 24, 3, 0.7),)
-    lines = ak.write(ak.Adapter(found), tmp_path, "peft", profile=profile)
+    lines = ak.write(ak.Adapter(found), tmp_path, "peft", profile=profile, base=base_for(profile))
     assert lines
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not config.get("rank_pattern")
@@ -362,7 +368,7 @@ def test_a_consumer_with_one_rank_and_alpha_computes_the_same(profile, tmp_path)
         assert np.abs(config["lora_alpha"] / config["r"] * B @ A - delta).max() <= 1e-6 * np.abs(delta).max()
 
 
-@pytest.mark.parametrize("profile", sorted(name for name, each in PROFILES.items() if each.order is None))
+@pytest.mark.parametrize("profile", sorted(name for name, each in profiles().items() if each.order is None))
 def test_what_a_consumer_cannot_run_is_refused_by_name(profile, tmp_path):
     q, k = (Target(f"model.layers.0.{name}") for name in QKV[:2])
     magnitude = from_numpy(np.ones(16, "f4"))
@@ -374,14 +380,65 @@ def test_what_a_consumer_cannot_run_is_refused_by_name(profile, tmp_path):
     }
     for word, updates in cannot.items():
         with pytest.raises(Unrepresentable, match=word):
-            ak.write(ak.Adapter({**updates, k: (lora(8, 16),)}), tmp_path, "peft", profile=profile)
+            ak.write(
+                ak.Adapter({**updates, k: (lora(8, 16),)}), tmp_path, "peft", profile=profile, base=base_for(profile)
+            )
         assert not list(tmp_path.iterdir())
     head = ak.Adapter({Target("lm_head"): (lora(12, 16),)})
-    if profile in ("nim", "tensorrt_llm"):
+    if profile in ("nim", "tensorrt_llm", "executorch", "fireworks"):
         with pytest.raises(Unrepresentable, match="does not adapt this module"):
             ak.write(head, tmp_path, "peft", profile=profile)
     else:
-        ak.write(head, tmp_path, "peft", profile=profile)
+        ak.write(head, tmp_path, "peft", profile=profile, base=base_for(profile))
+
+
+def test_a_consumer_that_ignores_alpha_gets_the_scale_in_b(tmp_path):
+    """B @ A alone is the change; read back, the file is the same function with alpha equal to r."""
+    adapter = llama(scaling=3.5)
+    lines = ak.write(adapter, tmp_path, "peft", profile="openvino_genai")
+    assert len(lines) == len(adapter.updates)
+    tensors = ak.io.safetensors.read(tmp_path / "adapter_model.safetensors")
+    for path, delta in deltas(adapter).items():
+        A, B = (tensors[f"base_model.model.{path}.lora_{f}.weight"].numpy().astype("f8") for f in "AB")
+        assert np.abs(B @ A - delta).max() <= 1e-6 * np.abs(delta).max()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 2
+    same(deltas(adapter), deltas(ak.read(tmp_path)), 1e-6)
+    assert not ak.write(llama(scaling=1.0), tmp_path / "plain", "peft", profile="openvino_genai")
+
+
+def test_limits_of_hosted_consumers(tmp_path):
+    q = Target("model.layers.0.self_attn.q_proj")
+    wide = ak.Adapter({q: (lora(256, 256, rank=70),)})
+    with pytest.raises(Unrepresentable, match="takes ranks up to 64") as refused:
+        ak.write(wide, tmp_path / "f", "peft", profile="fireworks")
+    assert refused.value.cure == "adapterkit resize --rank 64"
+    ak.write(ak.Adapter({q: (lora(256, 256, rank=2),)}), tmp_path / "f", "peft", profile="fireworks")
+    assert json.loads((tmp_path / "f" / "adapter_config.json").read_text())["r"] == 4
+    same(deltas(ak.Adapter({q: (lora(256, 256, rank=2),)})), deltas(ak.read(tmp_path / "f")), 1e-6)
+    with pytest.raises(UsageError, match="reads model_type"):
+        ak.write(llama(), tmp_path / "c", "peft", profile="cloudflare")
+    ak.write(llama(), tmp_path / "c", "peft", BASE, profile="cloudflare")
+    told = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert told["model_type"] == json.loads((BASE / "config.json").read_text())["model_type"]
+    large = {Target(f"model.layers.{n}.mlp.up_proj"): (lora(200_000, 16, rank=8),) for n in range(16)}
+    with pytest.raises(Unrepresentable, match="less than 100,000,000"):
+        ak.write(ak.Adapter(large), tmp_path / "l", "peft", BASE, profile="cloudflare")
+    assert not (tmp_path / "l").exists()
+
+
+def test_a_profile_is_data_that_is_checked(tmp_path):
+    from adapterkit.formats.peft import profiles as module
+
+    (tmp_path / "one.toml").write_text('format = 1\ntitle = "x"\nurl = "u"\nabout = "a"\nrank = 3\n')
+    with pytest.raises(Malformed, match="unknown field `rank`"):
+        module._load(tmp_path / "one.toml")
+    (tmp_path / "two.toml").write_text('format = 2\ntitle = "x"\nurl = "u"\nabout = "a"\n')
+    with pytest.raises(Malformed, match="this version reads format 1"):
+        module._load(tmp_path / "two.toml")
+    readme = (Path(module.__file__).parents[3] / "spec" / "profiles" / "README.md").read_text()
+    for field in profiles()["vllm"].__struct_fields__:
+        assert f"`{field}`" in readme, field
 
 
 def test_tensorrt_llm_takes_experts_from_pefts_folders_alone(tmp_path):
@@ -395,7 +452,7 @@ def test_tensorrt_llm_takes_experts_from_pefts_folders_alone(tmp_path):
 
 
 def test_an_unknown_profile_names_those_there_are(tmp_path):
-    with pytest.raises(UsageError, match="Known: llama_cpp, nim"):
+    with pytest.raises(UsageError, match="Known: cloudflare, executorch"):
         ak.write(llama(), tmp_path, "peft", profile="another")
     with pytest.raises(UsageError, match="Known: none"):
         ak.write(llama(), tmp_path, "mlx", profile="vllm")

@@ -164,6 +164,10 @@ def test_an_adapter_of_a_language_model_has_other_tools(tmp_path):
         "tool": "llama_cpp", "title": "llama.cpp", "loads": "no", "why": "", "convert": "--to gguf --base BASE",
     }  # fmt: skip
     assert "comfyui" not in found
+    # Its alpha is twice its rank, and this one reads no alpha.
+    assert found["openvino_genai"]["loads"] == "no"
+    assert found["openvino_genai"]["convert"] == "--to peft --profile openvino_genai"
+    assert found["cloudflare"]["convert"] == "--to peft --profile cloudflare --base BASE"
 
 
 FAULTS = {

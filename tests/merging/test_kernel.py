@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,22 @@ from adapterkit.native import KINDS
 ROOT = Path(__file__).resolve().parents[2]
 
 compiled = needs_loops
+
+
+@pytest.fixture(scope="module", params=[8, 16], autouse=True)
+def lanes(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    """How many numbers are computed at a time; where there is no AVX-512, both are 8."""
+    loaded = native.loops()
+    yield None if loaded is None else loaded.adapterkit_lanes(request.param)
+    if loaded is not None:
+        loaded.adapterkit_lanes(native.MOST_LANES)
+
+
+@compiled
+def test_lanes_are_as_many_as_asked_for_at_most(lanes: int) -> None:
+    assert lanes in (8, 16)
+    assert native.loops().adapterkit_lanes(8) == 8
+    assert native.loops().adapterkit_lanes(lanes) == lanes
 
 
 def expected(weight: np.ndarray, change: np.ndarray, target: str) -> np.ndarray:

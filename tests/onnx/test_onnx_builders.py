@@ -181,7 +181,7 @@ def test_slots_of_a_packed_layer(tmp_path, kind):
 def test_all_parts_are_rounded_once(tmp_path):
     """Three targets of one packed node are one change of its weight."""
     W, held = built(tmp_path / "model", "int4"), adapter(names=tuple(ROWS))
-    ak.onnx.merge(tmp_path / "model", held, tmp_path / "out", quantized="requantize")
+    ak.onnx.merge(tmp_path / "model", held, tmp_path / "out", quantized="requantize", keep_change="packed")
     model = onnx.load(tmp_path / "out" / "model.onnx")
     node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

@@ -155,8 +155,20 @@ def test_adapters_are_exchanged_on_one_session(family, folders, tmp_path):
     assert session.generate(PROMPT[0].numpy(), end=stop).tolist() == [wanted[None][: first_stop + 1]]
     with pytest.raises(UsageError, match="input_ids"):
         session.run({})
-    with pytest.raises(UsageError, match="one text"):
-        session.generate(np.zeros((2, 3)))
+    # Several texts, the shorter one padded on the left, each with its own length.
+    texts, mask = np.array([[5, 9, 2, 33], [0, 0, 7, 8]]), np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad():
+        batch = loaded(family, base, first).generate(
+            input_ids=torch.tensor(texts), attention_mask=torch.tensor(mask), max_new_tokens=6, do_sample=False
+        )
+    np.testing.assert_array_equal(session.generate(texts, attention_mask=mask, max_new_tokens=6, adapter="one"), batch)
+    # A text that has ended is filled while the other goes on.
+    stop = int(batch[0, 5])
+    got = session.generate(texts, attention_mask=mask, max_new_tokens=6, adapter="one", end=[stop])
+    assert (got[0, 5:] == stop).all()
+    for given, match in (((texts,), "no mask for 2 texts"), ((texts, mask[:, ::-1]), "hides the last token")):
+        with pytest.raises(UsageError, match=match):
+            session.generate(given[0], attention_mask=given[1] if len(given) > 1 else None)
     assert repr(session).startswith("Session('model.onnx': input_ids, attention_mask")
     session.load("one", second)  # PEFT's own folder, in place of the first.
     assert ours(session, model, "one") == wanted["two"]

@@ -8,7 +8,7 @@ import onnx
 import onnx_graphs as graphs
 import pytest
 import torch
-from command_line import run
+from command_line import record, run
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, QuantFormat
@@ -110,7 +110,7 @@ def test_a_branch_beside_what_a_quantizer_made(exporter, name, exported, tmp_pat
     np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
-    with pytest.raises(Unsupported, match=r"quantized='dequantize'.*quantized='requantize'"):
+    with pytest.raises(Unsupported, match=r"keep_change='float'.*quantized='dequantize'.*quantized='requantize'"):
         ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", base_weights=exported / "base.safetensors")
     with pytest.raises(UsageError, match="Known: dequantize, requantize"):
         ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", quantized="original")
@@ -154,7 +154,9 @@ def test_a_merge_into_what_a_quantizer_made(exporter, name, exported, tmp_path):
     np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
     onnx.checker.check_model(onnx.load(out), full_check=True)
     ops = sorted(node.op_type for node in onnx.load(path).graph.node)
-    report = ak.onnx.merge(path, adapter, tmp_path / "again.onnx", base_weights=base, quantized="requantize")
+    options = {"base_weights": base, "quantized": "requantize", "keep_change": "packed"}
+    report = ak.onnx.merge(path, adapter, tmp_path / "again.onnx", **options)
+    assert report.beside == ()
     assert sorted(node.op_type for node in onnx.load(tmp_path / "again.onnx").graph.node) == ops
     R = dense(tmp_path / "again.onnx")
     (damage,) = report.damage.values()
@@ -165,6 +167,71 @@ def test_a_merge_into_what_a_quantizer_made(exporter, name, exported, tmp_path):
     if name != "qdq":  # Its output is clipped to what the quantizer saw of the base.
         wanted = x @ R.T + bias
         assert abs(graphs.run(tmp_path / "again.onnx", X) - wanted).max() < 0.02 * abs(wanted).max()
+
+
+def small():
+    """A change that is lost in the steps of a packed weight."""
+    update = lora()
+    return update.replace(scaling=update.scaling / 200)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_change_that_is_kept_beside_a_packed_weight(name, exported, tmp_path):
+    path, out, base = exported / f"legacy-{name}.onnx", tmp_path / "out.onnx", exported / "base.safetensors"
+    first, second = lora(), small()
+    D = [(one.scaling * (one.B @ one.A)).numpy() for one in (first, second)]
+    adapters = [Adapter({Target("up"): (one,)}) for one in (first, second)]
+    plain = graphs.run(path, X)
+    report = ak.onnx.merge(path, adapters, out, weights=[1, -0.5], base_weights=base, keep_change="float")
+    assert report.beside == ("up",)
+    wanted = plain + X @ (D[0] - 0.5 * D[1]).T
+    np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+    held = {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+    after = {i.name: numpy_helper.to_array(i) for i in onnx.load(out).graph.initializer}
+    for key, array in held.items():
+        np.testing.assert_array_equal(after[key], array)
+    # By itself, it is decided by what quantizing again loses.
+    report = ak.onnx.merge(path, adapters[1], out, base_weights=base, quantized="requantize")
+    (told,) = report.damage.values()
+    assert (report.beside == ("up",)) == (told["kept"] < 0.95)
+    if report.beside:
+        wanted = plain + X @ D[1].T
+        np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+    else:
+        ops = [sorted(node.op_type for node in onnx.load(file).graph.node) for file in (path, out)]
+        assert ops[0] == ops[1]
+
+
+def test_a_change_beside_by_the_command(exported, tmp_path):
+    path, out = exported / "legacy-nbits.onnx", tmp_path / "out.onnx"
+    ak.write(Adapter({Target("up"): (small(),)}), tmp_path / "a.safetensors")
+    words = ["merge", path, tmp_path / "a.safetensors", "-o", out, "--base-weights", exported / "base.safetensors"]
+    refused = run(*words)
+    assert "--keep-change float" in refused.output
+    told = run(*words, "--quantized", "requantize")
+    assert told.exit_code == 0, told.output
+    assert "1 change kept beside the quantized weight" in told.stdout
+    assert "quantizing again would leave" in told.stdout
+    packed = record(*words, "--quantized", "requantize", "--keep-change", "packed", "--overwrite")
+    assert "beside" not in packed
+    assert packed["damage"]["up"]["kept"] < 0.95
+    assert run(*words, "--keep-change", "packed", "--overwrite").exit_code == 2
+    assert run(*words, "--keep-change", "float", "--quantized", "dequantize", "--overwrite").exit_code == 2
+
+
+def test_what_is_not_kept_beside(exported, tmp_path):
+    """A scale of outputs beside another adapter is no sum of branches."""
+    path, base = exported / "legacy-nbits.onnx", exported / "base.safetensors"
+    scale = METHODS["ia3"](l=torch.linspace(0.5, 1.5, OUT))
+    both = [Adapter({Target("up"): (one,)}) for one in (scale, small())]
+    with pytest.raises(Unsupported, match="beside another adapter, kept beside a quantized weight"):
+        ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, keep_change="float")
+    report = ak.onnx.merge(path, both, tmp_path / "out.onnx", base_weights=base, quantized="requantize")
+    assert report.beside == ()
+    alone = ak.onnx.merge(path, both[0], tmp_path / "one.onnx", base_weights=base, keep_change="float")
+    assert alone.beside == ("up",)
+    wanted = graphs.run(path, X) * scale.l.numpy()  # PEFT scales the bias, too.
+    np.testing.assert_allclose(graphs.run(tmp_path / "one.onnx", X), wanted, rtol=1e-4, atol=1e-5 * abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

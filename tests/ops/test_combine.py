@@ -1,6 +1,7 @@
 """Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
 
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -116,6 +117,29 @@ def test_a_product_counts_and_not_how_it_was_split(name, drawn):
     others = [turned(adapter, seed) for seed, adapter in enumerate(given_)]
     one, other = (ak.ops.combine(each, name, **basis(name)) for each in (given_, others))
     close(exact(one), exact(other), 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted({*set(PLAIN) - BY_FACTORS, "core_ties", "core_cart", "pico_tsv", "knots_ties"}))
+def test_a_change_counts_and_not_whether_it_is_stored_as_factors(name):
+    given_ = adapters(few(name) if name in PLAIN else 4, out=11, columns=(17,), rank=2)
+    whole = [
+        Adapter({target: (METHODS["dense"](D=from_numpy(exact(adapter, target))),) for target in (Q, V)})
+        for adapter in given_
+    ]
+    more = basis(name if name in PLAIN else name.split("_")[0]) | ({"rank": 2} if name == "ctm" else {})
+    one, other = (ak.ops.combine(each, name, **more) for each in (given_, whole))
+    for target in (Q, V):
+        close(exact(one, target), exact(other, target), 1e-7)
+
+
+def test_a_dense_result_that_its_dtype_cannot_hold_names_the_target():
+    huge = [
+        Adapter({Q: (METHODS["lora"](A=from_numpy(np.full((1, 4), 1e30)), B=from_numpy(np.full((3, 1), 1e30))),)})
+        for _ in range(2)
+    ]
+    made = ak.ops.combine(huge, "ties", dtype="F32")
+    with pytest.raises(Malformed, match=f"{re.escape(str(Q))}: a result that F32 cannot hold"):
+        made.updates[Q][0].D.numpy()
 
 
 @pytest.mark.parametrize("name", sorted(set(SEVERAL) - BY_PLACE))
@@ -462,6 +486,16 @@ def test_cart_adds_leading_differences_to_the_mean():
         U, S, V = leading(task - centre, 2)
         expected = expected + 0.5 * U @ np.diag(S) @ V.T
     close(exact(ak.ops.combine(given_, "cart", share=2 / (3 * RANK), scale=0.5)), expected)
+
+
+def test_the_share_of_cart_is_of_the_weights_directions_as_its_authors_have_it():
+    given_ = adapters(out=12, columns=(20,))
+    tasks = [exact(adapter) for adapter in given_]
+    expected = centre = sum(tasks) / 3
+    for task in tasks:
+        U, S, V = leading(task - centre, 3)
+        expected = expected + 2.0 * U @ np.diag(S) @ V.T
+    close(exact(ak.ops.combine(given_, "cart", share=0.3, over="weight")), expected)
 
 
 def test_pico_damps_shared_directions_and_keeps_the_mean_norm():

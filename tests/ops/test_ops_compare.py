@@ -11,7 +11,7 @@ import adapterkit as ak
 from adapterkit import ops
 from adapterkit.core.adapter import Adapter, Target
 from adapterkit.core.updates import OutputUpdate, tensor
-from adapterkit.errors import UsageError
+from adapterkit.errors import Malformed, UsageError
 from adapterkit.io.lazy import from_numpy
 from adapterkit.methods import METHODS
 
@@ -214,3 +214,12 @@ def test_the_qr_of_tall_factors_is_numpys_to_rounding(kind: str) -> None:
     Q, R = orthonormal(tall)
     assert np.abs(Q.T @ Q - np.eye(6)).max() < 1e-13
     assert np.abs(Q @ R - tall).max() <= 1e-14 * np.abs(tall).max()
+
+
+@pytest.mark.parametrize("op", [lambda a: ops.compare(a, a.step("read")), lambda a: ops.resize(a, rank=1)])
+def test_numbers_that_are_too_large_name_their_target(op):
+    A, B = (np.full(shape, 1e150) for shape in ((2, 4), (3, 2)))
+    B[0, 0] = -1e150
+    adapter = Adapter({Target("layers.0.q"): (METHODS["lora"](A=from_numpy(A), B=from_numpy(B)),)})
+    with pytest.raises(Malformed, match=r"layers\.0\.q: a change whose numbers are too large"):
+        op(adapter)

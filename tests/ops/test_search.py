@@ -63,6 +63,33 @@ def test_a_planted_optimum_is_found_in_50_trials(method: str) -> None:
     assert away_from(planted)(again) == pytest.approx(found.best.loss)
 
 
+def test_a_search_does_not_end_below_what_it_starts_from(tmp_path: Path) -> None:
+    words = {"density": 0.7}
+    row = change(ak.ops.combine(PAIR, "ties", [1.4, 1.4], rank="fit", **words))
+    # Only that row has this loss, and nothing nearby tells of it.
+    score = away_from(row)
+
+    def needle(adapter: ak.Adapter) -> float:
+        return 0.0 if score(adapter) < 1e-9 else 1.0 + score(adapter)
+
+    start = [("ties", [1.4, 1.4], words)]
+    found = ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, start=start, trials=tmp_path / "trials")
+    assert found.best.loss == 0.0
+    assert (found.best.method, found.best.weights, dict(found.best.parameters)) == ("ties", (1.4, 1.4), words)
+    assert ak.search(PAIR, needle, methods=["linear", "ties"], budget=12).best.loss > 0.9  # type: ignore[operator]
+    with pytest.raises(UsageError, match="another search"):
+        ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, trials=tmp_path / "trials")
+    for wrong, match in (
+        (("tsv", [1, 1], {}), "tsv is not among"),
+        (("ties", [1], {}), "weights 1 of ties"),
+        (("ties", [1, 9], {}), "weights 1 9 of ties"),
+        (("ties", [1, 1], {"density": 7}), "7"),
+        (("ties", [1, 1], {"dense": 1}), "dense"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            ak.search(PAIR, needle, methods=["linear", "ties"], budget=12, start=[wrong])
+
+
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     score = away_from(change(ak.ops.add(PAIR, [0.3, 1.1])))
     whole = ak.search(PAIR, score, budget=12, seed=3)

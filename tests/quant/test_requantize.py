@@ -168,3 +168,33 @@ def test_original_checks_names_and_shapes(original, tmp_path):
         with pytest.raises(UsageError, match="onto"):
             ak.merge(case, adapter, tmp_path / "out", quantized=choice, onto=onto)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_change_of_a_power_of_two_does_not_halve_the_scale_of_mxfp4():
+    """The largest number 4 * 2^n, made a little smaller, is cut to 6 * 2^(n - 1) by the formula of the scale alone."""
+    from adapterkit.quant.mxfp4 import quantized
+
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    rng = np.random.default_rng(0)
+    codes = rng.choice(levels[:7], size=(32, 64)) * rng.choice([-1, 1], size=(32, 64))
+    codes[0] = 4.0
+    scales = 2.0 ** rng.integers(-6, 3, size=64)
+    values = (codes * scales * (1 - 0.002 * rng.random((32, 64)))).astype("f4")
+    packed, exponents = quantized(values)
+    halves = np.stack([packed & 15, packed >> 4], -1).reshape(64, 32)
+    signed = np.where(halves & 8, -1, 1) * levels[halves & 7]
+    found = (signed * 2.0 ** (exponents.astype(int) - 127)).T
+    np.testing.assert_allclose(found, codes * scales, rtol=0, atol=1e-12)
+    # Of the two scales each block has the better one, by the nearest of all sixteen numbers.
+    wild = rng.standard_normal((32, 200)).astype("f4")
+    packed, exponents = quantized(wild)
+    halves = np.stack([packed & 15, packed >> 4], -1).reshape(200, 32)
+    signed = np.where(halves & 8, -1, 1) * levels[halves & 7]
+    error = ((signed * 2.0 ** (exponents.astype(int) - 127) - wild.T) ** 2).sum(1)
+    both = np.concatenate([-levels, levels])
+    floor = np.floor(np.log2(np.abs(wild).max(0))) - 2
+    best = np.inf
+    for exponent in (floor, floor + 1):
+        grid = both[None] * 2.0 ** exponent[:, None]
+        best = np.minimum(best, (np.abs(wild.T[..., None] - grid[:, None]).min(-1) ** 2).sum(1))
+    np.testing.assert_allclose(error, best, rtol=1e-6)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +18,7 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.formats import FORMATS
 from adapterkit.reporting import measuring
 from adapterkit.reporting.grid import cells
 from adapterkit.reporting.report import AdapterReport
@@ -365,6 +369,40 @@ def test_layers_of_another_kind_are_no_gaps(tmp_path: Path) -> None:
     assert [each.text for each in told if each.code == "missing-targets"] == [
         "to_k is missing in layer down.1.attentions.1; all others have it."
     ]
+
+
+def test_products_of_factors_are_computed_by_one_thread(tmp_path: Path) -> None:
+    """The limit was set before numpy was there and so had no effect: beside other work, twenty times the time."""
+    save_lora(tmp_path / "one", factors(1))
+    code = (
+        "import adapterkit as ak, threadpoolctl\n"
+        "seen = []\n"
+        "ak.report('one', progress=lambda done, total: seen.append(threadpoolctl.threadpool_info()))\n"
+        "print({each['num_threads'] for info in seen for each in info if each['user_api'] == 'blas'})"
+    )
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(Path(ak.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "{1}", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["image", "language"])
+def test_formats_of_another_kind_of_model_are_not_named(kind: str, tmp_path: Path) -> None:
+    """A report of a FLUX LoRA named NeMo and Megatron, which have no names for its modules; their writers refuse it."""
+    A, B = np.ones((2, 8), "f4"), np.ones((8, 2), "f4")
+    stem = "transformer.transformer_blocks.0.attn.to_q"
+    if kind == "image":
+        save_file({f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B}, tmp_path / "image.safetensors")
+        adapter = ak.read(tmp_path / "image.safetensors", format="diffusers")
+    else:
+        adapter = ak.read(save_lora(tmp_path / "language", {"model.layers.0.self_attn.q_proj": (A, B)}, r=2))
+    (facts,) = ak.report(adapter).facts
+    others = [name for name in FORMATS if FORMATS[name].models not in ("", kind)]
+    assert len(others) >= 5
+    assert not set(others) & set(facts.formats)
+    assert {"adapterkit", "peft"} <= set(facts.formats)
+    for name in others:
+        with pytest.raises(ak.AdapterkitError):
+            ak.write(adapter, tmp_path / name / "out", format=name)
 
 
 def test_every_rule_has_its_own_code() -> None:

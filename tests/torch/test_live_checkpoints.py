@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable, UsageError
@@ -199,6 +200,41 @@ def test_accelerate_saves_the_adapter_and_resumes_bit_for_bit(tmp_path):
     unbroken = loop(0, 6, save=str(tmp_path / "state"))
     assert len(load_file(tmp_path / "state" / "model.safetensors")) == len(list(unbroken.parameters()))
     assert bits(loop(3, 6, load=str(tmp_path / "state"))) == bits(unbroken)
+
+
+@pytest.mark.parametrize("choice", ["adapter", "all"])
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_torchs_state_without_frozen_parameters_is_the_adapter(method, choice):
+    """`ignore_frozen_params=True` takes the frozen parameters out itself, and raised for those that were not there."""
+    options = StateDictOptions(ignore_frozen_params=True)
+    runs = []
+    for _ in range(2):
+        model = llama()
+        handle = attach(model, method)
+        handle.checkpoint = choice
+        runs.append((model, handle, optimizer_of(model)))
+    (model, handle, optimizer), (other, resumed, fresh) = runs
+    train(model, optimizer, 0, 3)
+    found, states = get_state_dict(model, optimizer, options=options)
+    assert found
+    assert all("adapterkit:default:" in key for key in found)
+    states = copy.deepcopy(states)  # They are those of the running optimizer.
+    set_state_dict(other, fresh, model_state_dict=found, optim_state_dict=states, options=options)
+    assert bits(resumed) == bits(handle)
+    for each in ((model, optimizer), (other, fresh)):
+        train(*each, 3, 6)
+    assert bits(resumed) == bits(handle)
+
+
+def test_torchs_state_without_frozen_parameters_tells_that_it_has_no_adapter():
+    model = llama()
+    handle = attach(model)
+    options = StateDictOptions(ignore_frozen_params=True)
+    with pytest.warns(UserWarning, match=r"nothing of the trained adapter 'default'.*handle.checkpoint = \"adapter\""):
+        get_state_dict(model, optimizer_of(model), options=options)
+    for parameter in handle.parameters():
+        parameter.requires_grad_(False)
+    assert not get_state_dict(model, [], options=options)[0]
 
 
 def test_a_format_that_cannot_hold_the_adapter_is_refused_before_the_training():

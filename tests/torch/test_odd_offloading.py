@@ -279,6 +279,58 @@ def _():
     return model(x), twin(x)
 
 
+def tied():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def to_accelerates_disk(model):
+    accelerate.disk_offload(model, tempfile.mkdtemp(), execution_device=torch.device("cpu"))
+
+
+def to_accelerates_cpu(model):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rest", [{"method": "rows", "index": [1, 5]}, {"method": "lora", "tied": "merge"}])
+@pytest.mark.parametrize("change", [to_accelerates_cpu, to_accelerates_disk])
+def test_a_tied_head_follows_its_offloaded_embedding(change, rest):
+    """Both had a parameter of their own then, and the head was left as it was."""
+    rest, words = dict(rest), {}
+    if "tied" in rest:
+        words["tied"] = rest.pop("tied")
+    model, twin, ids = tied(), tied(), torch.tensor([[1, 5, 3]])
+    adapter = ak.torch.create(twin, targets=["embed_tokens"], rank=2, **rest)
+    adapter = adapter.map(lambda leaf: leaf + draw(*leaf.shape, seed=3).float() if leaf.is_floating_point() else leaf)
+    plain = twin(ids).logits
+    ak.torch.inject(twin, adapter, **words)
+    change(model)
+    ak.torch.inject(model, adapter, **words)
+    torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (twin(ids).logits - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rows", "prompt", "cpt", "gated_prefix", "textual_inversion"])
+@pytest.mark.parametrize("change", [to_accelerates_cpu, to_accelerates_disk])
+def test_a_fresh_adapter_of_an_offloaded_model_is_that_of_the_model(change, method):
+    model, twin = tied(), tied()
+    change(model)
+    words = {"targets": ["embed_tokens"], "index": [1, 5]} if method == "rows" else {}
+    made, wanted = (ak.torch.create(each, method, rank=2, **words) for each in (model, twin))
+    assert made.digest() == wanted.digest()
+
+
+def test_a_fresh_adapter_of_a_model_without_numbers_is_refused():
+    with torch.device("meta"):
+        model = tied()
+    with pytest.raises(Unsupported, match="on the meta device"):
+        ak.torch.create(model, "lora", rank=2)
+
+
 def test_there_are_ten():
     assert len(SITUATIONS) >= 10
 

@@ -223,6 +223,21 @@ def _():
     return pipe.get_stage_module(1)(h), linear(model[2], linear(model[0]).tanh())
 
 
+@odd("a pipeline of trained adapters, stage by stage")
+def _():
+    model, twin = two(), two()
+    handles = []
+    for each in (model, twin):
+        own = [inject(each, trainable=True), inject(each, "2", 8, 8, name="other", trainable=True)]
+        handles.append([parameter for handle in own for parameter in handle.parameters()])
+    split = {"2": torch.distributed.pipelining.SplitPoint.BEGINNING}
+    pipe = torch.distributed.pipelining.pipeline(model, (X,), split_spec=split)
+    pipe.get_stage_module(1)(pipe.get_stage_module(0)(X)).square().sum().backward()
+    twin(X).square().sum().backward()
+    assert not any("adapterkit" in key for key in model.state_dict(keep_vars=True))
+    return tuple(torch.cat([parameter.grad.flatten() for parameter in each]) for each in handles)
+
+
 # torch stumbles over the first object that is no function, a hook of ours.
 # Copies and averages.
 

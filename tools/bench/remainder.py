@@ -1,87 +1,120 @@
 #!/usr/bin/env python
-"""How much of what an adapter does survives a requantized merge, alone and with a remainder beside it.
+"""How much of what an adapter does survives a requantized merge, with --keep, and with a remainder beside it.
 
-    python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 Q8_0] [--ranks 8 32] [--scale 1]
+    python tools/bench/remainder.py BASE LORA TEXT [--kinds Q4_0 nf4 ...] [--ranks 8] [--modules q_proj ...]
 
-The base stands for its weights rounded to a GGUF type. Compared with the exact merge into these, by the mean KL
-divergence of the next token over the paragraphs of a text: the base alone, the requantized merge, and that with the
-best LoRA of each rank of what rounding lost. Kept is 1 - KL / KL of the base alone. Attention and MLP weights that the
-adapter changes are rounded; all others are exact in every model.
+The base stands for its weights rounded to a scheme. Compared with the exact merge into these, by the mean KL divergence
+of the next token over the paragraphs of a text: the base alone, the requantized merge, with rounding that keeps the
+adapter, and with the best LoRA of each rank of what rounding lost. Kept is 1 - KL / KL of the base alone. The weights
+that the adapter changes are rounded; all others are exact in every model.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent / "rig")]
 
-import adapterkit as ak
-from adapterkit.io.ggml_blocks import decoded, encoded
+from packings import SCHEMES, PackedWeight  # noqa: E402
+
+import adapterkit as ak  # noqa: E402
+from adapterkit.io.ggml_blocks import BLOCKS  # noqa: E402
+from adapterkit.merging.keeping import directions, kept  # noqa: E402
 
 LENGTH, PARAGRAPHS = 96, 6
 """Tokens of a paragraph at most, and how many are read; of 300 characters or more."""
 
+KINDS = [*SCHEMES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+
 
 def main() -> None:
-    """Measures and prints one row a type and rank."""
+    """Measures and prints the rows of each scheme."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("base")
     parser.add_argument("lora")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--kinds", nargs="+", default=["Q4_0", "Q8_0"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=[*SCHEMES, *BLOCKS])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
+    parser.add_argument("--modules", nargs="+", default=[""], help="the last words of the targets to merge")
     parser.add_argument("--scale", type=float, default=1.0, help="of the adapter's change")
+    parser.add_argument("--paragraphs", type=int, default=PARAGRAPHS)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a paragraph at most")
     chosen = parser.parse_args()
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(chosen.base, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.base)
-    long = [part for part in chosen.text.read_text("utf-8").split("\n\n") if len(part) >= 300][:PARAGRAPHS]
-    tokens = [tokenizer(part, return_tensors="pt").input_ids[:, :LENGTH] for part in long]
+    long = [part for part in chosen.text.read_text("utf-8").split("\n\n") if len(part) >= 300][: chosen.paragraphs]
+    tokens = [tokenizer(part, return_tensors="pt").input_ids[:, : chosen.length] for part in long]
     adapter = ak.read(chosen.lora)
-    modules = {target.path: model.get_submodule(target.path) for target in adapter.updates}
+    paths = [target.path for target in adapter.updates if target.path.endswith(tuple(chosen.modules))]
+    modules = {path: model.get_submodule(path) for path in paths}
     weights = {path: module.weight.detach().numpy().copy() for path, module in modules.items()}
     changes = {path: chosen.scale * np.asarray(adapter.delta(path)) for path in modules}
 
     def spoken(held: Mapping[str, Any]) -> Any:
         for path, module in modules.items():
-            module.weight.data = torch.from_numpy(held[path].astype("f4"))
+            module.weight.data = torch.from_numpy(np.ascontiguousarray(held[path], "f4"))
         with torch.no_grad():
             return torch.cat([model(each).logits[0].double().log_softmax(-1) for each in tokens])
 
-    print(f"{'type':<8}{'model':<28}{'KL':>10}{'kept':>9}")
+    count, read = sum(map(np.size, weights.values())), sum(each.numel() for each in tokens)
+    print(f"{len(paths)} weights, {count:,} numbers, {read} tokens")
+    print(f"{'type':<8}{'model':<28}{'KL':>10}{'kept':>9}{'bits':>7}{'seconds':>9}")
     for kind in chosen.kinds:
-        row(kind, weights, changes, chosen.ranks, spoken)
+        rows_of(kind, weights, changes, chosen.ranks, spoken)
 
 
-def row(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any]) -> None:
-    """Prints the rows of one type."""
-    base = {path: rounded(kind, W) for path, W in weights.items()}
-    exact = {path: W + changes[path] for path, W in base.items()}
-    again = {path: rounded(kind, W) for path, W in exact.items()}
-    held = {"the base alone": base, "requantized": again}
-    lost = {path: np.linalg.svd(exact[path] - again[path], full_matrices=False) for path in exact}
-    for rank in ranks:
-        parts = {path: (U[:, :rank] * S[:rank]) @ Vh[:rank] for path, (U, S, Vh) in lost.items()}
-        held[f"and a remainder of rank {rank}"] = {path: again[path] + part for path, part in parts.items()}
-    wanted, without = spoken(exact), None
-    for name, each in held.items():
-        said = spoken(each)
+def rows_of(kind: str, weights: Any, changes: Any, ranks: list[int], spoken: Callable[[Any], Any]) -> None:
+    """Prints the rows of one scheme."""
+    packed = {path: PackedWeight(kind, W) for path, W in weights.items()}
+    base = {path: each.rows for path, each in packed.items()}
+    exact = {path: (W + changes[path]).astype("f4") for path, W in base.items()}
+    count, size = sum(W.size for W in base.values()), 8 * sum(each.bytes for each in packed.values())
+    wanted, without = spoken(exact), 0.0
+
+    def tell(name: str, held: Any, bits: float, seconds: float) -> None:
+        nonlocal without
+        said = spoken(held)
         far = float((wanted.exp() * (wanted - said)).sum(-1).mean())
-        without = far if without is None else without
-        print(f"{kind:<8}{name:<28}{far:>10.5f}{1 - far / without:>9.1%}", flush=True)
+        without = without or far
+        print(f"{kind:<8}{name:<28}{far:>10.5f}{1 - far / without:>9.1%}{bits:>7.2f}{seconds:>9.1f}", flush=True)
+
+    tell("the base alone", base, size / count, 0.0)
+    started = time.process_time()
+    again = {path: packed[path].again(W) for path, W in exact.items()}
+    tell("to the nearest", again, size / count, time.process_time() - started)
+    started = time.process_time()
+    keeping = {path: packed[path].again(shifted(packed[path], W, changes[path])) for path, W in exact.items()}
+    tell("keep adapter", keeping, size / count, time.process_time() - started)
+    for rank in ranks:
+        for name, held in (("nearest", again), ("keep", keeping)):
+            started = time.process_time()
+            added = {path: W + best(exact[path] - W, rank) for path, W in held.items()}
+            more = 16 * rank * sum(sum(W.shape) for W in base.values())
+            tell(f"{name} + remainder of rank {rank}", added, (size + more) / count, time.process_time() - started)
 
 
-def rounded(kind: str, W: Any) -> Any:
-    """A weight as a GGUF type stores it."""
-    return np.array(decoded(kind, bytes(encoded(kind, np.ascontiguousarray(W, "f4"))))).reshape(W.shape)
+def shifted(packed: PackedWeight, W: Any, change: Any) -> Any:
+    """The numbers that `merge --keep adapter` packs."""
+    Vh = directions(np.asarray(change, np.float64), 0)[None]
+    return kept(lambda M: packed.again(M[0])[None], W[None], Vh)[0]
+
+
+def best(lost: Any, rank: int) -> Any:
+    """The best matrix of a rank, by numpy: the eigenvectors of the smaller square are singular vectors."""
+    if lost.shape[0] > lost.shape[1]:
+        return best(lost.T, rank).T
+    U = np.linalg.eigh(lost @ lost.T)[1][:, -rank:]
+    return U @ (U.T @ lost)
 
 
 if __name__ == "__main__":

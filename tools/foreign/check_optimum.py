@@ -17,6 +17,11 @@ from graph_cases import Case, Tool, run_cases
 
 MODELS = ("whisper", "t5", "bart", "gpt2", "llama", "mistral", "bert", "vit")
 
+EXPORTED = ("whisper", "t5", "bart")
+"""Models of encoder and decoder that are exported by this checkout, too."""
+
+EXPORTS = ("export merged", "export attached")
+
 LIMIT = 1e-5
 
 
@@ -29,7 +34,7 @@ def main() -> int:
         Case(model, "fp32", method, mode, source=f"{model}/onnx", limit=LIMIT)
         for model in chosen or MODELS
         for method in ("lora", "dora", "ia3")
-        for mode in ("constant", "merge", "slots")
+        for mode in ("constant", "merge", "slots", *(EXPORTS if model in EXPORTED else ()))
     ]
     return run_cases(tool, cases)
 

@@ -75,7 +75,7 @@ class Case:
         model: the model.
         kind: the type of its numbers.
         method: the adapter's method.
-        mode: `constant` or `slots` of `inject`, or `merge`.
+        mode: `constant` or `slots` of `inject`, `merge`, or `export` with a mode of it.
         source: the folder of graphs, relative to the models.
         limit: the largest difference that the type explains.
     """
@@ -110,7 +110,10 @@ def _result(tool: Tool, case: Case) -> tuple[str, str, str]:
     shutil.rmtree(out, ignore_errors=True)
     graphs, adapter = models / case.source, models / case.model / case.method
     try:
-        if case.mode == "merge":
+        if case.mode.startswith("export"):
+            base, mode = models / case.model / "base", case.mode.removeprefix("export ")
+            report = ak.onnx.export_pretrained(base, out, adapter=adapter, mode=mode)
+        elif case.mode == "merge":
             quantized = "dequantize" if case.kind.startswith("int4") else None
             report = ak.onnx.merge(graphs, adapter, out, quantized=quantized)
         else:

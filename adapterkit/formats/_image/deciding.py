@@ -203,11 +203,13 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
         # The file names the part of the pipeline with these modules, and the part is not a ControlNet.
         fitting = narrowed(fitting, lambda family: family.component != CONTROLNET)
     fitting = narrowed(fitting, lambda family: not family.facts.generic)
-    fitting = narrowed(fitting, lambda family: _sized(family, updates, targets))
-    fitting = likely(fitting, paths, _inputs(updates, targets), origin)
+    extents = _extents(updates, targets)
+    inputs = {extent.inputs for extent in extents if isinstance(extent.inputs, int)}
+    fitting = narrowed(fitting, lambda family: _sized(family, extents))
+    fitting = likely(fitting, paths, inputs, origin)
     if origin.of_format:
         # Check the shapes, too: bare names of FLUX.2's double blocks are FLUX's in that format, but the shapes differ.
-        fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
+        fitting = narrowed(fitting, lambda family: _possible(family, paths, extents))
     fitting = narrowed(fitting, lambda family: family.name in origin.families)
     if FAMILY in origin.metadata:
         # The caller or the file's writer named these families, so other evidence only chooses among them.
@@ -216,13 +218,16 @@ def candidates(updates: Updates, targets: Collection[Target], origin: Origin) ->
     told = any(said(family, origin.metadata) for family in denoisers)
     # The remaining evidence distinguishes models; a ControlNet looks like its model, so it is not narrowed.
     nets = [] if told or not denoisers else [family for family in fitting if family.component == CONTROLNET]
-    return [*_narrowed_on(denoisers or fitting, paths, updates, targets, origin), *nets]
+    left = _narrowed_on(denoisers or fitting, paths, encoder_kinds(updates), origin)
+    left = narrowed(left, lambda family: _possible(family, paths, extents))
+    left = narrowed(left, lambda family: not inputs.isdisjoint(family.facts.widths))
+    return [*narrowed(left, lambda family: complete(family, paths)), *nets]
 
 
 def _narrowed_on(
-    fitting: list[ImageFamily], paths: Collection[str], updates: Updates, targets: Collection[Target], origin: Origin
+    fitting: list[ImageFamily], paths: Collection[str], parts: Mapping[str, str], origin: Origin
 ) -> list[ImageFamily]:
-    """Narrow families by the file's naming, words in metadata, text encoders, shapes and blocks."""
+    """Narrow families by the file's naming, words in metadata and the text encoders."""
     if origin.naming and not origin.bare:
         # Keep families known only by diffusers' names: files with these names are read in ComfyUI's format, too.
         fitting = narrowed(
@@ -232,11 +237,7 @@ def _narrowed_on(
             ),
         )
     fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
-    parts = encoder_kinds(updates)
-    fitting = narrowed(fitting, lambda family: bool(parts) and has_encoders(family, parts))
-    fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
-    fitting = narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
-    return narrowed(fitting, lambda family: complete(family, paths))
+    return narrowed(fitting, lambda family: bool(parts) and has_encoders(family, parts))
 
 
 def module_of(path: str) -> str:
@@ -386,14 +387,41 @@ def _unknown(paths: Iterable[str], naming: str) -> str:
     return f"no family that can be translated to {_naming(naming)} has the module {odd}"
 
 
-def _possible(family: ImageFamily, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """The sizes of one update's weight.
+
+    Attributes:
+        path: the module, without the part of the pipeline.
+        outputs: the number of the weight's outputs, if the update shows it.
+        inputs: the number of the weight's inputs, if the update shows it.
+        whole: whether the update changes the whole weight, not only some rows.
+    """
+
+    path: str
+    outputs: object
+    inputs: object
+    whole: bool
+
+
+def _extents(updates: Updates, targets: Iterable[Target]) -> list[_Extent]:
+    found = []
+    for target in targets:
+        path = rooted(target.path)[1]
+        for update in updates[target]:
+            dims = update.dims(target.stacked)
+            found.append(_Extent(path, dims.get("out"), dims.get("in", dims.get("columns")), target.rows is None))
+    return found
+
+
+def _possible(family: ImageFamily, paths: Iterable[str], extents: Iterable[_Extent]) -> bool:
     """Whether the family has enough blocks, and weights of these shapes."""
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
         if number.isdigit() and int(number) >= family.facts.blocks.get(first, 1 << 30):
             return False
-    return all(_shaped(family, target, updates[target]) for target in targets) if family.facts.ratios else True
+    return all(_shaped(family, extent) for extent in extents) if family.facts.ratios else True
 
 
 def said(family: ImageFamily, metadata: Mapping[str, str]) -> bool:
@@ -420,38 +448,24 @@ def complete(family: ImageFamily, paths: Iterable[str]) -> bool:
     return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
-def _sized(family: ImageFamily, updates: Updates, targets: Iterable[Target]) -> bool:
+def _sized(family: ImageFamily, extents: Iterable[_Extent]) -> bool:
     """Whether the published models have weights of these sizes, as far as the family's file states sizes."""
-    for target in targets:
-        for update in updates[target] if target.rows is None else ():
-            dims = update.dims(target.stacked)
-            out, in_ = dims.get("out"), dims.get("in", dims.get("columns"))
-            if in_ in family.facts.no_inputs:
-                return False
-            if isinstance(out, int) and out not in family.facts.outputs.get(str(in_), [out]):
-                return False
-    return True
-
-
-def _shaped(family: ImageFamily, target: Target, found: Iterable[Any]) -> bool:
-    rest = rooted(target.path)[1]
-    ratios = family.ratios(rest)
-    if not ratios or target.rows is not None:
-        return True
-    for update in found:
-        dims = update.dims(target.stacked)
-        out, in_ = dims.get("out"), dims.get("in", dims.get("columns"))
-        if not isinstance(out, int) or not isinstance(in_, int) or (len(ratios) > 1 and out not in family.facts.widths):
-            continue
-        if all(abs(out - ratio * in_) > 0.5 for ratio in ratios):
+    # Test each size once: hundreds of modules in equal blocks have only a few sizes.
+    for outputs, inputs in {(extent.outputs, extent.inputs) for extent in extents if extent.whole}:
+        if inputs in family.facts.no_inputs:
+            return False
+        if isinstance(outputs, int) and outputs not in family.facts.outputs.get(str(inputs), [outputs]):
             return False
     return True
 
 
-def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
-    found = (update.dims(target.stacked) for target in targets for update in updates[target])
-    sizes = (dims.get("in", dims.get("columns")) for dims in found)
-    return {size for size in sizes if isinstance(size, int)}
+def _shaped(family: ImageFamily, extent: _Extent) -> bool:
+    ratios, outputs, inputs = family.ratios(extent.path), extent.outputs, extent.inputs
+    if not ratios or not extent.whole or not isinstance(outputs, int) or not isinstance(inputs, int):
+        return True
+    if len(ratios) > 1 and outputs not in family.facts.widths:
+        return True
+    return any(abs(outputs - ratio * inputs) <= 0.5 for ratio in ratios)
 
 
 def _outcome(family: ImageFamily, paths: Collection[str], naming: str) -> tuple[Any, ...]:

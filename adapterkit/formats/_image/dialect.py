@@ -73,6 +73,7 @@ class ImageFormat(Format, ABC):
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"family"})
+    models: ClassVar[str] = "image"
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
     bundles: ClassVar[bool] = False

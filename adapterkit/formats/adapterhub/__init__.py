@@ -33,6 +33,7 @@ class AdapterHub(Format):
 
     url = "https://docs.adapterhub.ml/loading.html"
     description = "AdapterHub's adapters: adapter_config.json with pytorch_adapter.bin or adapter.safetensors"
+    models = "language"
     methods = derived(_methods)
     departures: ClassVar[Mapping[str, Departure]] = DEPARTURES
     compat = frozenset({FORMULA, *REFT})

@@ -23,6 +23,7 @@ class GgufAdapter(Format):
 
     url = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
     description = "llama.cpp: a GGUF file of type adapter; ggla files are only read"
+    models = "language"
     file = "adapter.gguf"
     methods = frozenset({"alora", "lora"})
     compat = frozenset({"convert-lora-to-ggml", "finetune"})

@@ -55,9 +55,9 @@ def _experts_orders() -> frozenset[str]:
 
 
 def _profiles() -> frozenset[str]:
-    from .profiles import PROFILES
+    from .profiles import profiles
 
-    return frozenset(PROFILES)
+    return frozenset(profiles())
 
 
 class Peft(Format):

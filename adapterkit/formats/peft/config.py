@@ -87,6 +87,7 @@ TOOLS = {
     "lora_dtype": "ms-swift: the element type in training; the file's tensors state their own",
     "lorap_emb_lr": "ms-swift: the learning rate of LoRA+",
     "lorap_lr_ratio": "ms-swift: the learning rate of LoRA+",
+    "model_type": "Cloudflare Workers AI: the base's type, which the service requires",
     "swift_type": "ms-swift: its name for peft_type",
     "transformers_version": "transformers: its release",
     "unsloth_version": "Unsloth: its release",

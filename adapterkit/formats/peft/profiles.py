@@ -1,75 +1,81 @@
 """Adapt adapters to consumers of PEFT's folders that read only part of the config and can run only some methods.
 
 All of them use one rank and one alpha for all modules and ignore `rank_pattern` and `alpha_pattern`; some ignore
-`use_rslora`, too. So ranks are padded with zeros to one rank, and different scalings are folded into B.
+`use_rslora` or alpha, too. So ranks are padded with zeros to one rank, and scalings that differ, or all scalings, are
+folded into B. `spec/profiles` states the limits of each consumer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from ...core.adapter import Foreign, Updates
+from ...errors import Malformed, Unrepresentable, UsageError
+from ...io.arrange import times
+from ...io.inputs import read_input
+from ...io.lazy import as_lazy
 from ...naming.architectures import WEIGHT, architecture_of
 from ...naming.binding.translating import moves_of, translated
 from .._one_number import one_alpha, whole_number
 from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
-from .experts import GROUPED, PEFT_0_18
 from .hints import FORMAT, PeftHints, fingerprint, hints_of
 
 if TYPE_CHECKING:
     from ...core.adapter import Adapter, Target
     from ...io.checkpoint import Checkpoint
     from ...naming.architectures import Architecture
-    from .._pairs import Pair
+    from .._pairs import Pair, Pairs
 
-_LAYER = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-_FUSED = frozenset({"qkv_proj", "gate_up_proj"})
+VERSION = 1
+"""Version of the form of `spec/profiles` that this code reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """The abilities of one consumer.
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The capabilities of one consumer; `spec/profiles/README.md` explains each field."""
 
-    Attributes:
-        title: the consumer's name in messages.
-        modules: the last words of the modules that it supports; empty if that depends on the model it serves.
-        embeddings: whether it runs a LoRA on an embedding.
-        narrow: whether it reads the smaller side of a factor as the rank, so that modules must be wider than the rank.
-        experts: whether it runs a LoRA on single experts.
-        stacks: whether it runs PEFT's stacks of experts, for models whose files store experts in stacks.
-        order: the layout in which it reads the factors of stacked experts. A consumer with an order is PEFT, or trains
-            with PEFT, and runs everything that PEFT runs.
-    """
-
+    format: int
     title: str
+    url: str
+    about: str
     modules: frozenset[str] = frozenset()
     embeddings: bool = True
     narrow: bool = False
     experts: bool = True
     stacks: bool = False
+    ranks: tuple[int, int] | None = None
+    scale: Literal["alpha", "folded"] = "alpha"
+    model_type: bool = False
+    bytes: int | None = None
     order: str | None = None
 
 
-PROFILES = {
-    "llama_cpp": Profile("llama.cpp's converter"),
-    "nim": Profile("NIM", _LAYER | _FUSED, embeddings=False, narrow=True, experts=False),
-    "peft_0.18": Profile("PEFT 0.18", order=PEFT_0_18),
-    "sglang": Profile("SGLang", _LAYER | _FUSED | {"embed_tokens", "lm_head", "w1", "w2", "w3"}),
-    "tensorrt_llm": Profile(
-        "TensorRT-LLM",
-        _LAYER | _FUSED | {"query_key_value", "dense", "c_fc", "c_proj", "w1", "w2", "w3"},
-        embeddings=False,
-        narrow=True,
-    ),
-    "unsloth_grouped": Profile("Unsloth before September 2026", order=GROUPED),
-    "vllm": Profile("vLLM", stacks=True),
-}
-"""Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py and lora_manager.py, vLLM's
-lora/peft_helper.py and SGLang's lora/utils.py."""
+@cache
+def profiles() -> Mapping[str, Profile]:
+    """Name -> consumer, in the order of their names.
+
+    Raises:
+        Malformed: a file does not have the form of the README.
+    """
+    installed = Path(__file__).parents[1] / "data" / "profiles"
+    folder = installed if installed.is_dir() else Path(__file__).parents[3] / "spec" / "profiles"
+    return {file.stem: _load(file) for file in sorted(folder.glob("*.toml"))}
+
+
+def _load(path: Path) -> Profile:
+    try:
+        found = msgspec.toml.decode(read_input(path), type=Profile)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Malformed(f"not a profile ({error})", path=path, cure="Correct the file") from error
+    if found.format != VERSION:
+        raise Malformed(f"format {found.format}, and this version reads format {VERSION}", path=path, cure="Correct it")
+    return found
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
@@ -79,23 +85,68 @@ def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None
     experts in stacks.
 
     Raises:
-        Unrepresentable: the consumer cannot run an update, and `on_loss` is not `drop`.
+        Unrepresentable: the consumer cannot run an update, and `on_loss` is not `drop`; or the rank or the file is too
+            large for the consumer.
+        UsageError: the consumer reads the base's model type, and no base is given.
     """
-    own = PROFILES[profile]
+    own = profiles()[profile]
     if own.order is not None:
         hints = msgspec.structs.replace(hints_of(adapter), experts_order=own.order)
         return adapter.replace(foreign=_foreign(adapter, hints)), []
     adapter = _apart(adapter, own, base)
     told = own.stacks and base is not None
     pairs, lines = expressible(adapter, own.title, on_loss, lambda target, update: _why_not(own, target, update, told))
-    rank = max(rank_of(update, target.stacked) for target, update in pairs.items())
+    rank = _rank_for(own, max(rank_of(update, target.stacked) for target, update in pairs.items()))
     narrow = [target for target, update in pairs.items() if rank_of(update, target.stacked) != rank]
     lines += [f"widened {target} to rank {rank} with zeros" for target in narrow]
     pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
-    alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
+    if own.scale == "folded":
+        alpha, (pairs, folded) = float(rank), _folded(pairs)
+    else:
+        alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
     updates: Updates = {target: (update,) for target, update in pairs.items()}
+    _check_size(own, updates)
+    more = {"model_type": _model_type(own, base)} if own.model_type else {}
     # Replace the source config completely, because its other fields, above all its patterns, would mislead consumers.
-    return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
+    return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha, more)), lines + folded
+
+
+def _rank_for(profile: Profile, rank: int) -> int:
+    """Return the rank to write: the least rank that the consumer accepts and that is not below `rank`."""
+    if profile.ranks is None:
+        return rank
+    least, most = profile.ranks
+    if rank > most:
+        raise Unrepresentable(
+            f"rank {rank}, and {profile.title} takes ranks up to {most}", cure=f"adapterkit resize --rank {most}"
+        )
+    return max(least, rank)
+
+
+def _folded(pairs: Pairs) -> tuple[Pairs, list[str]]:
+    """Multiply every scaling into B; return the updates, and a line for each that had another scaling than 1."""
+    held = {}
+    for target, update in pairs.items():
+        B = update.B if update.scaling == 1 else times(as_lazy(update.B), update.scaling)
+        held[target] = update.replace(B=B, scaling=1.0)
+    return held, [f"folded the scale of {target} into B" for target in pairs if pairs[target].scaling != 1]
+
+
+def _check_size(profile: Profile, updates: Updates) -> None:
+    leaves = [as_lazy(leaf) for found in updates.values() for update in found for leaf in update.tensors.values()]
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    if profile.bytes is not None and size > profile.bytes:
+        why = f"{size:,} bytes of weights, and {profile.title} takes files of less than {profile.bytes:,}"
+        raise Unrepresentable(why, cure="adapterkit resize --rank R --dtype BF16")
+
+
+def _model_type(profile: Profile, base: Checkpoint | None) -> str:
+    """Return the model type for the config."""
+    found = None if base is None else (base.config or {}).get("model_type")
+    if not isinstance(found, str):
+        why = f"{profile.title} reads model_type from the adapter's config, and nothing here tells it"
+        raise UsageError(why, where="base", cure="Name the base with its config.json: --base BASE (base=)")
+    return found
 
 
 def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
@@ -104,7 +155,7 @@ def _foreign(adapter: Adapter, hints: PeftHints) -> Foreign:
     return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
-def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
+def _hints(updates: Updates, rank: int, alpha: float, more: Mapping[str, str]) -> Foreign:
     """Return the config to write; it names modules by their last word, because some consumers know only that."""
     config = COMMON | FRESH["LORA"] | {
         "lora_alpha": whole_number(alpha),
@@ -112,6 +163,7 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
         "peft_type": "LORA",
         "r": rank,
         "target_modules": sorted({target.path.rpartition(".")[2] for target in updates}),
+        **more,
     }  # fmt: skip
     return Foreign(
         FORMAT, msgspec.to_builtins(PeftHints(config=config | {"inference_mode": True}, targets=fingerprint(updates)))
@@ -159,7 +211,7 @@ def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
     if reason := unfit(target, update, stacked=True):
         return reason
     words = target.path.split(".")
-    if profile.modules and words[-1] not in profile.modules:
+    if profile.modules and words[-1] not in profile.modules and ".".join(words[-2:]) not in profile.modules:
         return f"{profile.title} does not adapt this module"
     if not profile.experts and "experts" in words:
         return f"{profile.title} does not adapt experts"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any
 
-from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
+from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported, UsageError
 from ..remote import Remote, RemoteFile
 from ..retries import Passing
 from ..uris import Address, Uri, address
@@ -45,6 +45,9 @@ CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
 """Schemes that have their own reader here, or that wrap other places."""
 
+_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+"""Hosts whose pages people copy from a browser."""
+
 
 class Filesystem(Listing):
     """A folder or a file on an fsspec file system."""
@@ -60,6 +63,10 @@ class Filesystem(Listing):
         """The file system, and its name for the container."""
         import fsspec
 
+        if self.scheme in ("http", "https") and self.uri.repo.split("/")[0] in _HUB_HOSTS:
+            repo = "/".join(str(self.uri).split("/")[3:5]) or "org/repo"
+            cure = f"Write hf://{repo}, or hf://{repo}/FILE for one file"
+            raise UsageError("a page of the Hugging Face hub, not a place on it", path=str(self.uri), cure=cure)
         try:
             return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
         except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -261,6 +262,10 @@ def _rename(path: str, off: str, on: str) -> str:
     return on + path.removeprefix(off) if path.startswith(off) else on + path
 
 
+_FACTOR = re.compile(r"[._](lora_|hada_|lokr_|oft_)")
+"""The mark of an adapter's keys."""
+
+
 def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
     stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in names.paths)
     modules = {*stored, *(names.outer if names.anywhere else ())}
@@ -268,6 +273,8 @@ def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetN
     shown = ", ".join(str(target) for target in missing[:3]) + (", ..." if len(missing) > 3 else "")
     partly = "" if len(missing) == len(adapter.updates) else _PARTLY
     near = nearest(missing[0].path, modules) or "No name in the base is similar: is this the right base?"
+    if modules and all(_FACTOR.search(module) for module in modules):
+        near = "This base is an adapter itself: name the model that it was trained on as the base"
     return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
 
 

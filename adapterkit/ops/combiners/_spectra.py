@@ -22,6 +22,17 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
     return U[:, :kept], S[:kept], Vh[:kept]
 
 
+def spanned(cores: Array) -> int:
+    """The number of directions that changes `[T, p, q]` span together: of outputs or of inputs, whichever are fewer."""
+    import numpy as np
+
+    from ._changes import NOISE
+
+    # Coordinates of dense changes are those of the weight, and factors may depend on one another, so shapes tell less.
+    both = (np.linalg.svd(side, compute_uv=False) for side in (np.hstack([*cores]), np.vstack([*cores])))
+    return min(int((NOISE * S[:1].max(initial=0) < S).sum()) for S in both)
+
+
 def polar(X: Array) -> Array:
     """The matrix with orthonormal columns (or rows) that is nearest to X."""
     import numpy as np

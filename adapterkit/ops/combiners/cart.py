@@ -2,19 +2,24 @@
 
 D = mean + scale * sum_t top_k(D_t - mean).  Choi et al. 2024, https://arxiv.org/abs/2412.12153. Defaults
 are those of its authors for eight tasks, https://github.com/JH-GEECS/CART (`initial_rank_ratio`, `prior`); for 14 they
-take 0.16 and 1.5, and their share is of the directions of a weight, here it is of those that the adapters span.
+take 0.16 and 1.5. Their share is of the directions of a weight (`over=weight`); by default it is of those that the
+adapters span, as in Core Space, https://arxiv.org/abs/2509.17786: 0.12 of a weight's are mostly more than a LoRA has.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ._combiner import Spectral, parameter
-from ._spectra import leading
+from ._spectra import leading, spanned
 
 if TYPE_CHECKING:
     from ...io.computed import Array
     from ..context import FormulaContext
+
+
+OVER = "what the share is of: directions that the adapters span (core), or all of the weight (weight)"
 
 
 class CART(Spectral):
@@ -24,6 +29,7 @@ class CART(Spectral):
     paper = "https://arxiv.org/abs/2412.12153"
 
     share: float = parameter(0.12, "share of the directions that each difference keeps", least=0, most=1)
+    over: str = parameter("core", OVER, among=("core", "weight"))
     scale: float = parameter(2.0, "factor of the differences")
 
     def core(self, cores: Array, weights: Array, at: FormulaContext) -> Array:
@@ -31,7 +37,8 @@ class CART(Spectral):
 
         each = weights[:, None, None] * cores
         centre = each.mean(0)
-        kept = max(int(self.share * min(centre.shape)), 1) if self.share else 0
+        directions = spanned(each) if self.over == "core" else min(at.shape[0], math.prod(at.shape[1:]))
+        kept = max(int(self.share * directions), 1) if self.share else 0
         total = np.zeros_like(centre)
         for M in each:
             U, S, Vh = leading(M - centre, kept)

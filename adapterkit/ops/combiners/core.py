@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._changes import between, whole
+from ._changes import NOISE, between, whole
 from ._combiner import PlugIn, parameter
 
 if TYPE_CHECKING:
@@ -43,12 +43,17 @@ def coordinates(deltas: Sequence[Delta], basis: str) -> tuple[Array, list[Array]
     from ..lowrank import whole_core
 
     common = whole_core(deltas)
-    if basis == "factors" and all(delta.rest is None for delta in deltas):
+    by_factors = basis == "factors" and all(delta.rest is None for delta in deltas)
+    if by_factors:
         rows = common.left.T @ np.hstack([delta.B for delta in deltas])
         columns = np.vstack([delta.A for delta in deltas]) @ common.right.T
     else:
         rows, columns = np.hstack(common.cores), np.vstack(common.cores)
     # Decomposed in the small common coordinates; sides of the weight's size occur only in the products below.
-    U = np.linalg.svd(rows, full_matrices=False)[0]
-    Vh = np.linalg.svd(columns, full_matrices=False)[2]
+    U, S, _ = np.linalg.svd(rows, full_matrices=False)
+    _, R, Vh = np.linalg.svd(columns, full_matrices=False)
+    if not by_factors:
+        # Dense changes have the coordinates of the weight. Methods that count entries must not count the empty ones.
+        U, Vh = (X[: int((NOISE * s[:1].max(initial=0) < s).sum())] for X, s in ((U.T, S), (Vh, R)))
+        U = U.T
     return common.left @ U, [U.T @ M @ Vh.T for M in common.cores], Vh @ common.right

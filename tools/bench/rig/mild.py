@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import train_demo
@@ -58,7 +59,17 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MildDigits:
-    """Which images a model reads right, task by task. Adapters are LoRAs by the recipe of `tools/train_demo.py`."""
+    """Which images a model reads right, task by task. Adapters are LoRAs by the recipe of `tools/train_demo.py`.
+
+    Attributes:
+        names: of the tasks.
+        what: what is read.
+        sizes: how many choose a scale, and how many are reported.
+    """
+
+    names: ClassVar = list(TASKS)
+    what = "images"
+    sizes = CHOSEN - TRAINED, 540
 
     def __init__(self, work: Path, epochs: int, rank: int, seed: int) -> None:
         self.work, self.epochs, self.rank, self.seed = work, epochs, rank, seed

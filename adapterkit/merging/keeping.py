@@ -1,0 +1,98 @@
+"""Rounding that keeps what an adapter changes: merged weights are shifted until the grid holds the change.
+
+Rounded to the nearest, a change smaller than a step of the grid is lost number by number, although the numbers of a
+row could hold it together. With V the directions of the inputs that the change D = M - W reads (its right singular
+vectors), the rows nearest to M among those of the grid with (Q - M) V = 0 are, by Lagrange's multipliers C, those that
+rounding to the nearest makes of M + C V^T. C is found by ascent, row by row: its gradient is the part of the error
+along V. Nothing but the scheme's own packing rounds, so this is the same for every scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..io.lazy import Array
+
+DIRECTIONS = 64
+"""The most directions of one weight that are kept."""
+
+SHARE = 8
+"""Inputs a direction, at least: fewer cannot hold it beside the others."""
+
+WEAK = 1e-3
+"""Directions with a smaller singular value, relative to the largest, are left to rounding."""
+
+ROUNDS = 24
+"""How often a weight is packed at most."""
+
+ENOUGH = 0.02
+"""Part of the first error along the directions at which all is done."""
+
+STILL, TURNED = 0.7, -0.2
+"""Part of the error that is left along itself after a step: above the former it has hardly moved, below the latter it
+has turned round."""
+
+LONGER, SHORTER = 1.6, 0.6
+"""Factors of the next step in these two cases."""
+
+
+def directions(D: Array, seed: int) -> Array:
+    """Return the directions of the inputs that a change reads, `[k, inputs]`, orthonormal rows in float64.
+
+    Args:
+        D: the change, `[outputs, inputs]`, float64.
+        seed: the seed of the decomposition of a large matrix.
+    """
+    from ..ops.criteria import Criterion
+    from ..ops.sketching import dominant
+
+    most = max(1, min(DIRECTIONS, D.shape[1] // SHARE, *D.shape))
+    _, S, Vh = dominant(D, Criterion(most), seed)
+    return Vh[WEAK * S[0] < S] if len(S) else Vh
+
+
+def kept(trip: Callable[[Array], Array], merged: Array, directions: Array) -> Array:
+    """Return numbers to pack in place of the merged ones, so that the packed ones hold the change.
+
+    Args:
+        trip: packs weights, and returns the numbers that the packed ones stand for; `[experts, outputs, inputs]`.
+        merged: the merged weights, `[experts, outputs, inputs]`, float32.
+        directions: for each expert `[k, inputs]`, orthonormal; zero rows where an expert has fewer.
+
+    Returns:
+        float32 of the shape of `merged`; the merged numbers themselves where nothing is better.
+    """
+    import numpy as np
+
+    M, Vh = merged.astype(np.float64), directions
+    V = Vh.swapaxes(1, 2)
+    C, step = np.zeros((*M.shape[:2], Vh.shape[1])), np.ones((*M.shape[:2], 1))
+    lost = (trip(merged) - M) @ V
+    first = least = np.linalg.norm(lost, axis=2, keepdims=True)
+    best = C
+    for _ in range(ROUNDS):
+        if (least <= ENOUGH * first).all():
+            break
+        C = C - step * lost
+        now = (trip(_shifted(M, C, Vh)) - M) @ V
+        # Below half a step of the grid nothing moves: go further. An error that has turned round shortens the step.
+        square = (lost * lost).sum(2, keepdims=True)
+        left = np.divide((now * lost).sum(2, keepdims=True), square, out=np.zeros_like(square), where=square > 0)
+        step = step * np.where(left > STILL, LONGER, np.where(left < TURNED, SHORTER, 1.0))
+        found = np.linalg.norm(now, axis=2, keepdims=True)
+        best, least = np.where(found < least, C, best), np.minimum(found, least)
+        lost = now
+    shifted = _shifted(M, best, Vh)
+    # Rows may share a scale, so that the best of each need not be the best together.
+    together = np.linalg.norm((trip(shifted) - M) @ V)
+    return shifted if together < np.linalg.norm(first) else merged
+
+
+def _shifted(M: Array, C: Array, Vh: Array) -> Array:
+    """Return M + C V^T in float32. float64 makes the rounding independent of how a library orders the sum."""
+    import numpy as np
+
+    shifted: Array = (M + C @ Vh).astype(np.float32)
+    return shifted

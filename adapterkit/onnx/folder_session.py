@@ -1,0 +1,232 @@
+"""Run a folder of graphs as one model: an encoder with its decoders, with adapters exchanged in all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.adapter import Adapter, Target
+from ..errors import Malformed, TargetNotFound, UsageError, nearest
+from ..io.inputs import read_input
+from ..io.locations import located
+from .building import Array
+from .folders import parts_of
+from .pretrained_parts import DECODER, ENCODER, FILES, WITH_PAST
+from .reading import loaded
+from .session import PAST, Provider, Session
+from .slots import slotted
+
+if TYPE_CHECKING:
+    from .reading import Base
+
+ENDS = ("generation_config.json", "config.json")
+"""Configs that name the tokens with which a text begins and ends; the first one that does counts."""
+
+
+class FolderSession:
+    """A model of several graphs in onnxruntime, as `adapterkit export` and optimum write it.
+
+    Args:
+        folder: the folder.
+        adapters: adapters to load, by name; see `load`.
+        providers: as for `Session`.
+
+    Attributes:
+        parts: the graphs, by their names in the folder.
+
+    Raises:
+        UsageError: the folder has no graph, or a requested provider does not run here.
+        StorageError, Malformed: a graph cannot be read.
+    """
+
+    def __init__(
+        self, folder: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
+        providers: Sequence[Provider] | None = None,
+    ) -> None:  # fmt: skip
+        self._path = located(folder)
+        if not self._path.is_dir():
+            raise UsageError("not a folder", path=self._path, cure="Open a graph by adapterkit.onnx.Session")
+        self._graphs = parts_of(self._path)
+        self.parts = {
+            part.name.as_posix(): Session(part.path, providers=providers) for part in self._graphs
+        }  # fmt: skip
+        self._adapters: dict[str, set[str]] = {}
+        for name, adapter in (adapters or {}).items():
+            self.load(name, adapter)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(self._adapters)
+
+    def __repr__(self) -> str:
+        adapters = f"; adapters {', '.join(self._adapters)}" if self._adapters else ""
+        return f"FolderSession({self._path.name!r}: {', '.join(self.parts)}{adapters})"
+
+    def load(
+        self, name: str, adapter: Adapter | str | PathLike[str] | None = None, *, base_weights: Base | None = None
+    ) -> None:
+        """Load an adapter under a name, replacing one of that name; each graph takes the targets that it has.
+
+        Args:
+            name: the name for `run` and `generate`.
+            adapter: an adapter, or its path. If it is left out, the files `PART.NAME.onnx_adapter` in the folder, as
+                `export` writes them.
+            base_weights: the base's weights, for adapter files whose values depend on them.
+
+        Raises:
+            TargetNotFound: no graph has slots for a target, or there is no file of that name.
+            ShapeMismatch: a tensor does not fit its slot.
+            Malformed: a file is damaged.
+        """
+        held = self._files(name) if adapter is None else self._parts(loaded(adapter, base_weights)[0])
+        for key in self._adapters.get(name, ()):
+            self.parts[key].unload(name)
+        self._adapters.pop(name, None)
+        for key, own in held.items():
+            self.parts[key].load(name, own, base_weights=base_weights)
+        self._adapters[name] = set(held)
+
+    def _files(self, name: str) -> dict[str, Any]:
+        """Return the files of an adapter that an export wrote, for each graph."""
+        files = {key: self._path / f"{key.removesuffix('.onnx')}.{name}.onnx_adapter" for key in self.parts}
+        there = {key: file for key, file in files.items() if file.is_file()}
+        if not there:
+            stems = [file.name.removesuffix(".onnx_adapter") for file in self._path.glob("*.*.onnx_adapter")]
+            known = {stem.partition(".")[2] for stem in stems}
+            cure = nearest(name, known) or "Pass the adapter, or its path"
+            raise TargetNotFound(f"no file of an adapter {name!r} is in the folder", path=self._path, cure=cure)
+        return there
+
+    def _parts(self, adapter: Adapter) -> dict[str, Any]:
+        """Return the part of an adapter for each graph that has slots for some of its targets."""
+        held: dict[str, Any] = {}
+        seen: set[Target] = set()
+        for part in self._graphs:
+            key = part.name.as_posix()
+            may = adapter.replace(updates={t: own for t, own in adapter.updates.items() if part.may_hold(t)})
+            if not self.parts[key].slots or not may.updates:
+                continue
+            own, _ = slotted(part.path, may)
+            if own.updates:
+                held[key] = own
+                seen |= set(own.updates)
+        lost = [target for target in adapter.updates if target not in seen]
+        if lost:
+            cure = "Give the graphs slots for it: inject into the folder with --mode slots, mode='slots'"
+            raise TargetNotFound("no graph of the folder has slots for this target", where=str(lost[0]), cure=cure)
+        return held
+
+    def unload(self, name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            UsageError: no adapter of this name is loaded.
+        """
+        self._check_loaded(name)
+        for key in self._adapters.pop(name):
+            self.parts[key].unload(name)
+
+    def run(self, part: str, inputs: Mapping[str, Any], adapter: str | None = None) -> dict[str, Array]:
+        """Run one graph.
+
+        Args:
+            part: its name, such as `encoder_model.onnx`.
+            inputs: as for `Session.run`.
+            adapter: the adapter's name; None for the bare model.
+
+        Raises:
+            UsageError: there is no such graph, or no adapter of this name is loaded.
+            And what `Session.run` raises.
+        """
+        if part not in self.parts:
+            cure = nearest(part, self.parts) or f"The graphs are {', '.join(self.parts)}"
+            raise UsageError(f"no graph {part!r}", path=self._path, cure=cure)
+        if adapter is not None:
+            self._check_loaded(adapter)
+        own = adapter if adapter is not None and part in self._adapters[adapter] else None
+        return self.parts[part].run(inputs, own)
+
+    def generate(
+        self, inputs: Mapping[str, Any] | object, *, max_new_tokens: int = 32, adapter: str | None = None,
+        start: int | None = None, end: int | Sequence[int] | None = None,
+    ) -> Array:  # fmt: skip
+        """Write texts greedily from what the encoder reads: texts, sounds or images.
+
+        Args:
+            inputs: the encoder's inputs by name, or `input_ids` alone. A mask shows all tokens unless it is given.
+            max_new_tokens: tokens to write at most.
+            adapter: the adapter's name; None for the bare model.
+            start: the token to begin with; by default `decoder_start_token_id` of the configs in the folder.
+            end: the token, or tokens, after which a text ends; by default `eos_token_id` of the configs.
+
+        Returns:
+            the tokens, [batch, 1 + new], with `start` first. Texts that ended before others are filled with `end`.
+
+        Raises:
+            UsageError: the folder is no encoder-decoder, or nothing names the first token.
+            And what `run` raises.
+        """
+        if not {*FILES[:3]} <= {*self.parts}:
+            lacking = ", ".join(name for name in FILES[:3] if name not in self.parts)
+            cure = "Export it by adapterkit export, or run its graphs by run"
+            raise UsageError(f"no encoder-decoder, for it lacks {lacking}", path=self._path, cure=cure)
+        given = (
+            dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": np.atleast_2d(np.asarray(inputs, np.int64))}
+        )
+        if "attention_mask" in self.parts[ENCODER].inputs and "attention_mask" not in given and "input_ids" in given:
+            given["attention_mask"] = np.ones_like(given["input_ids"])
+        first = self._named_token("decoder_start_token_id", "start") if start is None else start
+        told_ends = self._token("eos_token_id") if end is None else end
+        ends = [told_ends] if isinstance(told_ends, int) else list(told_ends or ())
+        hidden = self.run(ENCODER, given, adapter)["last_hidden_state"]
+        tokens = np.full((len(hidden), 1), first, np.int64)
+        more = {"encoder_attention_mask": given.get("attention_mask"), "encoder_hidden_states": hidden}
+        past: dict[str, Array] = {}
+        done = np.zeros(len(tokens), bool)
+        for step in range(max_new_tokens):
+            part = WITH_PAST if step else DECODER
+            feeds = {"input_ids": tokens[:, -1:], **more, **past}
+            wanted = self.parts[part].inputs
+            told = self.run(part, {name: feeds[name] for name in wanted if feeds.get(name) is not None}, adapter)
+            past |= {name.replace("present.", PAST, 1): array for name, array in told.items() if name != "logits"}
+            new = np.where(done, ends[0] if ends else 0, told["logits"][:, -1].argmax(-1)).astype(np.int64)
+            tokens = np.concatenate([tokens, new[:, None]], 1)
+            done |= np.isin(new, ends)
+            if done.all():
+                break
+        return tokens
+
+    async def generate_async(self, inputs: Mapping[str, Any] | object, **options: Any) -> Array:
+        """Write texts in a thread, as `generate` does."""
+        return await asyncio.to_thread(partial(self.generate, inputs, **options))
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self._adapters:
+            cure = nearest(name, self._adapters) or f"Loaded: {', '.join(self._adapters) or 'none'}"
+            raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
+
+    def _named_token(self, word: str, argument: str) -> int:
+        found = self._token(word)
+        if not isinstance(found, int):
+            raise UsageError(f"no config names {word}", path=self._path, cure=f"Pass {argument}=")
+        return found
+
+    def _token(self, word: str) -> int | list[int] | None:
+        for name in ENDS:
+            file = self._path / name
+            if not file.is_file():
+                continue
+            try:
+                found = json.loads(read_input(file).decode("utf-8")).get(word)
+            except (ValueError, AttributeError) as error:
+                raise Malformed(f"not a config ({error})", path=file, cure="Copy it again") from None
+            if isinstance(found, int) or (isinstance(found, list) and all(isinstance(one, int) for one in found)):
+                return found
+        return None

@@ -1,0 +1,141 @@
+"""Slots for updates whose own tensors cannot be slots: factors, scales and a bias, worked out at the base's weight.
+
+DoRA divides by the norm of the changed weight, OFT solves a system, a saved module replaces a weight: no tensors of
+theirs leave the base as it is, or no nodes express their formula for tensors that are not known yet. At a known weight
+each is a low-rank change, a scale of the outputs and a change of the bias, all of which can be empty. A change that is
+not of low rank is stored whole: its file is as large as the weights, the graph's defaults are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..core.updates import Additive, OutputUpdate, Update, WeightUpdate, tensor
+from ..errors import Unsupported
+from ..io.lazy import from_numpy
+from .building import Array, Branch, Building
+from .folding import part_of, seen_by, through, wide
+from .values import Unsayable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
+    from ..core.adapter import Adapter, Target
+    from .found import Found
+    from .reading import Base
+
+FACTORS = ("A", "B", "s")
+"""Fields of the slots, beside `d`, the change of a bias."""
+
+
+class OpenFactors(Additive):
+    """y' = y + (y - b) * (s - 1) + B @ A @ x * s + d: outputs of W' = s * (W + B @ A) and b' = b + d."""
+
+    A: Tensor = tensor("r in *k")
+    B: Tensor = tensor("out r")
+    s: Tensor = tensor("out")
+    d: Tensor | None = tensor("out", optional=True)
+
+    neutral: ClassVar[Mapping[str, float]] = {"A": 0.0, "B": 0.0, "s": 1.0, "d": 0.0}
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y, b = layer(x), layer.bias
+        core = y if b is None else y - layer.per_channel(b)
+        h = layer.mix(layer.op(x, self.A), self.B)
+        out = y + core * layer.per_channel(self.s - 1) + h * layer.per_channel(self.s)
+        return out if self.d is None else out + layer.per_channel(self.d)
+
+    def new_weight(self, W: Any) -> Any:
+        V = W.reshape(W.shape[0], -1) + self.B @ self.A.reshape(self.A.shape[0], -1)
+        return (V * self.s[:, None]).reshape(W.shape)
+
+    def bias_delta(self) -> Any:
+        return self.d
+
+
+def template(update: Update, place: Found) -> OpenFactors | None:
+    """Return factors with the shapes of the slots for an update; None if it is no change of a weight or a bias."""
+    norm = place.norm is not None or place.turned
+    if isinstance(update, OutputUpdate) or norm or not place.spots or getattr(update, "asks", None):
+        return None
+    rows = place.target.rows
+    out = place.shape[0] if rows is None else rows[1] - rows[0]
+    A, into = update.tensors.get("A"), place.shape[1:]
+    rank = min(out, math.prod(into)) if A is None or _factors_of(update) is None else A.shape[0]
+    # Only shapes are read of these, so a single zero stands for all numbers.
+    held: dict[str, Array] = {
+        "A": np.broadcast_to(0.0, (rank, *into)), "B": np.broadcast_to(0.0, (out, rank)), "s": np.ones(out),
+    }  # fmt: skip
+    if update.changes_bias:
+        held["d"] = np.zeros(out)
+    return _made(held)
+
+
+def _made(held: Mapping[str, Array]) -> OpenFactors:
+    leaves: dict[str, Any] = {name: from_numpy(array) for name, array in held.items()}
+    return OpenFactors(**leaves)
+
+
+def _factors_of(update: Update) -> Any:
+    """Return the formula that gives an update's scales and factors at a weight; None if it has none."""
+    if not isinstance(update, WeightUpdate) or type(update).scaled_factors is WeightUpdate.scaled_factors:
+        return None
+    return update.scaled_factors
+
+
+def is_worked_out(update: Update, fields: Mapping[str, str]) -> bool:
+    """Whether the slots of an update hold factors that are worked out at the base's weight."""
+    return {*FACTORS} <= {*fields} and not isinstance(update, OpenFactors)
+
+
+def worked_out(model: ir.Model, adapter: Adapter, target: Target, base: Base | None) -> list[OpenFactors]:
+    """Return the factors of each update at a target, by the weight of the graph's own layer there.
+
+    Raises:
+        TargetNotFound: the graph has no such layer.
+        Unsupported: a further update of the target sees the weight that the one before has changed.
+    """
+    from ..io.checkpoint import opened as opened_base
+    from .resolving import resolve
+
+    whole = adapter.replace(updates={target: adapter.updates[target]})
+    (place, *_) = resolve(model, whole, None if base is None else opened_base(base))
+    if len(place.updates) > 1:
+        methods = ", ".join(update.method for update in place.updates)
+        raise Unsupported(f"slots for {methods} at one target", where=str(target), cure="Inject it as constants")
+    spot = place.spots[0]
+    W = part_of(seen_by(spot.kind.held(spot.node).astype(np.float64), spot), place)
+    (update,) = place.updates
+    bias = spot.kind(spot.node, Branch(Building(model), "bias")).bias if update.changes_bias else None
+    b = None if bias is None else bias.numbers().astype(np.float64)
+    rows = place.target.rows
+    return [_factors(place, W, b if b is None or rows is None else b[slice(*rows)])]
+
+
+def _factors(place: Found, W: Array, b: Array | None) -> OpenFactors:
+    (update,) = place.updates
+    held: dict[str, Array] = {}
+    f = _factors_of(wide(update))
+    scaled = None if f is None else f(W)
+    after, new_b = through(place, W, b)
+    if scaled is not None:
+        s, B, A = (np.asarray(one, np.float64) for one in scaled)
+        held = {"A": A.reshape(len(A), *W.shape[1:]), "B": B, "s": s}
+    else:
+        D, out, into = after - W, W.shape[0], math.prod(W.shape[1:])
+        short = out <= into
+        held = {
+            "A": D if short else np.eye(into).reshape(into, *W.shape[1:]),
+            "B": np.eye(out) if short else D.reshape(out, -1), "s": np.ones(out),
+        }  # fmt: skip
+    if update.changes_bias:
+        if b is None and not isinstance(update, Additive):
+            raise Unsayable("a change of a bias that the layer does not have")
+        added = update.bias_delta() if isinstance(update, Additive) else None
+        held["d"] = new_b - b if b is not None else np.asarray(added, np.float64)
+    return _made(held)

@@ -1,0 +1,175 @@
+"""How a transformers model is called for its export: example inputs, names of inputs and outputs, open sizes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import Unsupported
+from .tracing import quiet
+
+INSIDE = "model"
+"""Name of the attribute that holds the model inside the wrapper modules of this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportWords:
+    """A model's call.
+
+    Attributes:
+        module: a wrapper that takes positional tensors and returns tensors.
+        examples: example arguments of several sizes; the first one is traced.
+        inputs: names of the inputs, flattened.
+        outputs: names of the outputs.
+        shapes: names of the open sizes, in the structure of the arguments.
+    """
+
+    module: Any
+    examples: tuple[tuple[Any, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[Any, ...]
+
+
+def words_of(model: Any, source: Path) -> ExportWords:
+    """Return how a model is called, judging by its class and its forward's signature.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        source: its folder, for errors.
+
+    Raises:
+        Unsupported: an unknown kind of model.
+    """
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        cure = "Export the torch model by adapterkit.onnx.export"
+        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
+    names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
+    return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
+
+
+def _encoder(model: Any) -> ExportWords:
+    import torch
+    from torch import nn
+
+    asked = inspect.signature(model.forward).parameters
+    kinds = getattr(model.config, "type_vocab_size", None) or 0
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in asked and kinds > 1 else [])]
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *given: Any) -> Any:
+            told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
+            return [told[name] for name in outputs]
+
+    def example(batch: int, length: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        # Hide a position, so that the check covers padding.
+        mask[0, length - 1 :] = 0 if batch > 1 else 1
+        kind = torch.zeros_like(mask)
+        kind[:, length // 2 :] = 1
+        return (tokens(model, batch, length), mask, kind)[: len(inputs)]
+
+    with torch.no_grad(), quiet():
+        told = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
+    outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+               if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
+    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
+    examples = (example(2, 5), example(1, 3))
+    return ExportWords(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
+
+
+def _causal(model: Any, source: Path) -> ExportWords:
+    import torch
+    from torch import nn
+
+    transformers = import_module("transformers")
+    asked = inspect.signature(model.forward).parameters
+    word = "past_key_values" if "cache" not in asked else "cache"
+    told = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any, *rest: Any) -> Any:
+            cache = transformers.DynamicCache(rest[-1])
+            given = dict(zip(told, (ids, mask, *rest[:-1]), strict=True))
+            logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
+            return logits, pairs(cache)
+
+    sizes = past_sizes(model, word, source)
+    kind = next(model.parameters()).dtype
+    rng = torch.Generator().manual_seed(0)
+
+    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        # Hide a position of the past, so that the check covers left padding.
+        mask[0, : int(batch > 1 and past > 0)] = 0
+        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        # The past is random instead of zero, so that outputs depend on it.
+        held = [
+            tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
+            for pair in sizes
+        ]
+        return (tokens(model, batch, length), mask, *([positions] if "position_ids" in told else []), held)
+
+    axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
+    return ExportWords(
+        Decoder().eval(),
+        (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
+        (*told, *past_names("past_key_values", len(sizes))),
+        ("logits", *past_names("present", len(sizes))),
+        (*({0: "batch", 1: axes[name]} for name in told[:2]),
+         (*({0: "batch", 1: axes[name]} for name in told[2:]), past_axes(len(sizes)))),
+    )  # fmt: skip
+
+
+def past_names(word: str, layers: int) -> list[str]:
+    """Return the names of cached keys and values, as optimum gives them to inputs and outputs."""
+    return [f"{word}.{at}.{part}" for at in range(layers) for part in ("key", "value")]
+
+
+def past_axes(layers: int) -> list[tuple[dict[int, str], ...]]:
+    """Return the open axes of cached keys and values."""
+    return [({0: "batch", 2: "past"},) * 2 for _ in range(layers)]
+
+
+def tokens(model: Any, batch: int, length: int) -> Any:
+    """Return random tokens of a model's vocabulary."""
+    import torch
+
+    most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def pairs(cache: Any) -> list[tuple[Any, Any]]:
+    """Return the keys and values of each layer of a cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return heads and head size of each layer's keys and values, by running the model once."""
+    # Configs name these sizes differently per architecture, so they are read off a real cache.
+    import torch
+
+    cache = import_module("transformers").DynamicCache()
+    try:
+        with torch.no_grad(), quiet():
+            model(input_ids=tokens(model, 1, 2), **{word: cache}, use_cache=True)
+        sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs(cache)]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
+    if not sizes:
+        why = f"a {type(model).__name__} that keeps no keys and values"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
+    return sizes

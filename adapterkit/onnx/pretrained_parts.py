@@ -1,0 +1,359 @@
+"""Models that are exported as several graphs: encoder-decoders, and language models that read images.
+
+The files have the names that optimum and transformers.js look for. An encoder-decoder becomes `encoder_model.onnx`,
+`decoder_model.onnx` for the first token and `decoder_with_past_model.onnx` for the others. A language model that reads
+images becomes `vision_encoder.onnx`, `embed_tokens.onnx` and `decoder_model_merged.onnx`, which reads embeddings.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import Unsupported, first_line
+from ..torch.pretrained import silent
+from .pretrained_calls import ExportWords, pairs, past_axes, past_names, past_sizes, tokens
+from .tracing import quiet
+
+ENCODER, DECODER, WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
+
+VISION, EMBEDDING, MERGED = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
+
+FILES = (ENCODER, DECODER, WITH_PAST, VISION, EMBEDDING, MERGED)
+"""All graphs that an export of a folder of graphs writes."""
+
+MASKED = ("input_ids",)
+"""Main inputs of encoders that need a mask beside them."""
+
+UNMASKED = {"input_features": ("whisper",), "pixel_values": ("vision-encoder-decoder",)}
+"""Other main inputs -> the types of models whose encoder reads nothing else."""
+
+CLOSE = 1e-4
+"""Largest relative difference between the parts and the whole torch model, in float32."""
+
+CLOSE_NARROW = 3e-2
+"""The same, where the model computes in 16 bits."""
+
+_WHOLE = "Export the torch model by adapterkit.onnx.export"
+
+
+def parts_of_model(model: Any, source: Path) -> dict[str, ExportWords]:
+    """Return the graphs that a model becomes, by file name; an empty dictionary if it is exported as one graph.
+
+    Args:
+        model: a transformers model in evaluation mode. Its attention is set to `eager`, which all exporters can trace.
+        source: its folder, for errors.
+
+    Raises:
+        Unsupported: an encoder-decoder of an unknown kind, or a model that is not the sum of such parts.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _encoder_decoder(model, source)
+    if hasattr(model, "get_image_features") and "pixel_values" in inspect.signature(model.forward).parameters:
+        return _vision_language(model, source)
+    return {}
+
+
+# Encoder-decoders.
+
+
+def _encoder_decoder(model: Any, source: Path) -> dict[str, ExportWords]:
+    import torch
+
+    main, kind = model.main_input_name, model.config.model_type
+    if main not in MASKED and kind not in UNMASKED.get(main, ()):
+        why = f"an encoder-decoder of the type {kind}, whose encoder reads {main}"
+        raise Unsupported(why, path=source, cure=_WHOLE)
+    if not hasattr(model, "lm_head") and not hasattr(model, "proj_out") and not hasattr(model, "decoder"):
+        why = f"a {type(model).__name__}, which writes no tokens"
+        raise Unsupported(why, path=source, cure="Name the folder of a model that generates, or " + _WHOLE.lower())
+    # torch.export cannot follow the strides of its fused attention beside a position bias, as in T5.
+    with silent():
+        model.set_attn_implementation("eager")
+    masked = main in MASKED
+    lengths = {1: 5, 2: 4} if masked else {1: 0, 2: 0}
+    inputs = {batch: _main_input(model, main, batch, length) for batch, length in lengths.items()}
+    with torch.no_grad(), quiet():
+        # In the encoder's output, the number of positions is fixed for sounds and images, and so are the heads of the
+        # past, which configs name differently.
+        hidden = {batch: _encode(model, *given).shape[1:] for batch, given in inputs.items()}
+    heads = _heads(model, hidden[2], source)
+    sequence = {0: "batch", 1: "encoder_sequence"} if masked else {0: "batch"}
+    names = ("input_ids", "attention_mask") if masked else (main,)
+    encoder = ExportWords(
+        _encoder_module(model), tuple(inputs[batch] for batch in (2, 1)), names, ("last_hidden_state",),
+        (sequence, (sequence,)) if masked else (sequence,),
+    )  # fmt: skip
+    return {
+        ENCODER: encoder,
+        DECODER: _decoder(model, hidden, heads, masked, past=False),
+        WITH_PAST: _decoder(model, hidden, heads, masked, past=True),
+    }
+
+
+def _main_input(model: Any, main: str, batch: int, length: int) -> tuple[Any, ...]:
+    """Return an example of the encoder's inputs."""
+    import torch
+
+    rng = torch.Generator().manual_seed(batch)
+    if main in MASKED:
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[0, length - 1 :] = 0 if batch > 1 else 1  # Hide a position, so that the check covers padding.
+        return tokens(model, batch, length), mask
+    # Whisper's second convolution halves the number of frames.
+    frames = (model.config.num_mel_bins, 2 * model.config.max_source_positions) if main == "input_features" else (0, 0)
+    shape = _image_shape(model.config.encoder) if main == "pixel_values" else frames
+    return (torch.randn(batch, *shape, generator=rng).to(next(model.parameters()).dtype),)
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def _encode(model: Any, given: Any, mask: Any = None) -> Any:
+    more = {} if mask is None else {"attention_mask": mask}
+    return model.get_encoder()(given, **more, return_dict=True).last_hidden_state
+
+
+def _encoder_module(model: Any) -> Any:
+    from torch import nn
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, given: Any, *mask: Any) -> Any:
+            return _encode(self.model, given, *mask)
+
+    return Encoder().eval()
+
+
+def _cache_word(model: Any) -> str:
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _decode(model: Any, ids: Any, hidden: Any, mask: Any, cache: Any) -> Any:
+    more = {} if mask is None else {"attention_mask": mask}
+    return model(
+        decoder_input_ids=ids, encoder_outputs=(hidden,), **more, **{_cache_word(model): cache}, use_cache=True,
+        return_dict=True,
+    ).logits  # fmt: skip
+
+
+def _empty_cache(past: Sequence[Sequence[Any]] = ()) -> Any:
+    """Return a cache; with the keys and values of the encoder, attentions read them instead of computing them."""
+    transformers = import_module("transformers")
+    parts = [[pair[start : start + 2] for pair in past] for start in (0, 2)]
+    cache = transformers.EncoderDecoderCache(*(transformers.DynamicCache(part) for part in parts))
+    for layer in range(len(past)):
+        cache.is_updated[layer] = True
+    return cache
+
+
+def _heads(model: Any, hidden: Sequence[int], source: Path) -> list[tuple[tuple[int, int], ...]]:
+    """Return heads and head size of each layer's keys and values: the decoder's own, then those of the encoder."""
+    import torch
+
+    cache, kind = _empty_cache(), next(model.parameters()).dtype
+    try:
+        with torch.no_grad(), quiet():
+            _decode(model, tokens(model, 1, 2), torch.zeros(1, *hidden, dtype=kind), None, cache)
+        both = zip(pairs(cache.self_attention_cache), pairs(cache.cross_attention_cache), strict=True)
+        sizes = [tuple((one.shape[1], one.shape[3]) for one in (*own, *cross)) for own, cross in both]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({first_line(error)})"
+        raise Unsupported(why, path=source, cure=_WHOLE) from None
+    if not sizes:
+        raise Unsupported(f"a {type(model).__name__} that keeps no keys and values", path=source, cure=_WHOLE)
+    return sizes
+
+
+KEPT = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
+"""The cached tensors of each layer, by optimum's names."""
+
+
+def _decoder(
+    model: Any, hidden: Mapping[int, Sequence[int]], heads: Sequence[tuple[tuple[int, int], ...]], masked: bool,
+    past: bool,
+) -> ExportWords:  # fmt: skip
+    """Return the decoder's call: for the first token, or with a past.
+
+    With a past, it does not read the encoder's output, whose keys and values are in the past already.
+    """
+    import torch
+    from torch import nn
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any, mask: Any, states: Any, held: Any) -> Any:
+            if past:
+                cross = held[0][2]
+                # Nothing reads these numbers: attentions take the encoder's keys and values from the past.
+                states = cross.new_zeros(cross.shape[0], cross.shape[2], width)
+            cache = _empty_cache(held or ())
+            logits = _decode(self.model, ids, states, mask, cache)
+            own, cross = (pairs(part) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+            return logits, [[*one] if past else [*one, *other] for one, other in zip(own, cross, strict=True)]
+
+    kind, rng = next(model.parameters()).dtype, torch.Generator().manual_seed(0)
+    width = hidden[2][1]
+
+    def drawn(*shape: int) -> Any:
+        return torch.randn(*shape, generator=rng).to(kind)
+
+    def example(batch: int, length: int, before: int) -> tuple[Any, ...]:
+        size = hidden[batch][0]
+        mask = torch.ones(batch, size, dtype=torch.int64)
+        mask[0, size - 1 :] = 0 if batch > 1 else 1
+        counts = (before, before, size, size)
+        # The past is random instead of zero, so that outputs depend on it.
+        held = [tuple(drawn(batch, n, c, w) for (n, w), c in zip(layer, counts, strict=True)) for layer in heads]
+        return (
+            tokens(model, batch, length), mask if masked else None, None if past else drawn(batch, size, width),
+            held if past else None,
+        )  # fmt: skip
+
+    across = {1: "encoder_sequence"} if masked else {}
+    sequence = {0: "batch", **across}
+    own, cross = {0: "batch", 2: "past"}, {0: "batch", **({2: "encoder_sequence"} if masked else {})}
+    layers = range(len(heads))
+    inputs = (
+        "input_ids", *(["encoder_attention_mask"] if masked else []), *([] if past else ["encoder_hidden_states"]),
+        *(f"past_key_values.{at}.{each}" for at in layers for each in (KEPT if past else ())),
+    )  # fmt: skip
+    outputs = ("logits", *(f"present.{at}.{each}" for at in layers for each in (KEPT[:2] if past else KEPT)))
+    shapes = (
+        {0: "batch", 1: "sequence"}, sequence if masked else None, None if past else sequence,
+        [(own, own, cross, cross) for _ in layers] if past else None,
+    )  # fmt: skip
+    examples = (example(2, 3, 4), example(1, 1, 2)) if past else (example(2, 3, 0), example(1, 1, 0))
+    return ExportWords(Decoder().eval(), examples, inputs, outputs, shapes)
+
+
+# Language models that read images: their features take the places of image tokens among the embeddings.
+
+
+def _vision_language(model: Any, source: Path) -> dict[str, ExportWords]:
+    import torch
+    from torch import nn
+
+    with silent():
+        model.set_attn_implementation("eager")
+    transformers = import_module("transformers")
+    word, asked = _cache_word(model), inspect.signature(model.forward).parameters
+    told = ["attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+    kind = next(model.parameters()).dtype
+
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: Any) -> Any:
+            found = self.model.get_image_features(pixel_values=pixels)
+            found = getattr(found, "pooler_output", found)
+            return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
+
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any) -> Any:
+            return self.model.get_input_embeddings()(ids)
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, embedded: Any, mask: Any, *rest: Any) -> Any:
+            cache = transformers.DynamicCache(rest[-1])
+            given = dict(zip(told, (mask, *rest[:-1]), strict=True))
+            logits = self.model(
+                inputs_embeds=embedded, **given, **{word: cache}, use_cache=True, return_dict=True
+            ).logits
+            return logits, pairs(cache)
+
+    rng = torch.Generator().manual_seed(0)
+    vision, embedding, decoder = Vision().eval(), Embedding().eval(), Decoder().eval()
+    try:
+        pixels = torch.randn(1, *_image_shape(model.config.vision_config), generator=rng).to(kind)
+        other = torch.randn(pixels.shape, generator=rng).to(kind)
+        _check_parts(model, vision, embedding, decoder, pixels, told)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, StopIteration) as error:
+        why = f"a {type(model).__name__} is not called part by part like LLaVA ({first_line(error)})"
+        raise Unsupported(why, path=source, cure=_WHOLE) from None
+    sizes = past_sizes(model, word, source)
+    width = embedding(tokens(model, 1, 1)).shape[-1]
+
+    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        mask[0, : int(batch > 1 and past > 0)] = 0  # Hide a position of the past, so that the check covers padding.
+        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        embedded = torch.randn(batch, length, width, generator=rng).to(kind)
+        held = [
+            tuple(torch.randn(batch, heads, past, size, generator=rng).to(kind) for heads, size in pair)
+            for pair in sizes
+        ]
+        return (embedded, mask, *([positions] if "position_ids" in told else []), held)
+
+    axes = {"inputs_embeds": "sequence", "attention_mask": "total", "position_ids": "sequence"}
+    names = ("inputs_embeds", *told)
+    shapes = [{0: "batch", 1: axes[name]} for name in names]
+    return {
+        VISION: ExportWords(vision, ((pixels,), (other,)), ("pixel_values",), ("image_features",), ({},)),
+        EMBEDDING: ExportWords(
+            embedding, ((tokens(model, 2, 3),), (tokens(model, 1, 1),)), ("input_ids",), ("inputs_embeds",),
+            ({0: "batch", 1: "sequence"},),
+        ),
+        MERGED: ExportWords(
+            decoder, (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
+            (*names, *past_names("past_key_values", len(sizes))), ("logits", *past_names("present", len(sizes))),
+            (*shapes[:2], (*shapes[2:], past_axes(len(sizes)))),
+        ),
+    }  # fmt: skip
+
+
+def _check_parts(model: Any, vision: Any, embedding: Any, decoder: Any, pixels: Any, told: Sequence[str]) -> None:
+    """Check that embeddings with image features in place of image tokens give the whole model's logits.
+
+    Some models look at image tokens in other places too, for example for a mask that is not causal, or for positions of
+    rows and columns. Their graphs would run and be wrong.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    import torch
+
+    mark = next(
+        int(getattr(model.config, word)) for word in ("image_token_id", "image_token_index")
+        if getattr(model.config, word, None) is not None
+    )  # fmt: skip
+    with torch.no_grad(), quiet():
+        features = vision(pixels)
+        count = features.shape[0] * features.shape[1]
+        around = tokens(model, 1, 6)
+        around[around == mark] = (mark + 1) % int(model.config.get_text_config().vocab_size)
+        ids = torch.cat([around[:, :2], torch.full((1, count), mark), around[:, 2:]], 1)
+        asked = inspect.signature(model.forward).parameters
+        # Processors tell image tokens from others, by which some models let them attend to each other.
+        kinds = {name: (ids == mark).long() for name in ("token_type_ids", "mm_token_type_ids") if name in asked}
+        mask = torch.ones_like(ids)
+        whole = model(input_ids=ids, pixel_values=pixels, attention_mask=mask, **kinds, return_dict=True).logits
+        embedded = embedding(ids.masked_fill(ids == mark, int(around[0, 0]))).clone()
+        embedded[ids == mark] = features.reshape(count, -1).to(embedded.dtype)
+        given = {"attention_mask": mask, "position_ids": torch.arange(ids.shape[1])[None]}
+        logits, _ = decoder(embedded, *(given[name] for name in told), None)
+    apart = float((whole.float() - logits.float()).abs().max() / whole.float().abs().max())
+    if not apart <= (CLOSE if whole.dtype == torch.float32 else CLOSE_NARROW):
+        raise ValueError(f"its logits differ by {apart:.2g} if they are computed from embeddings")

@@ -1,0 +1,115 @@
+"""Operators in which a weight is linear: inject and merge, against numpy; all others are refused by name."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import adapterkit as ak
+from adapterkit.core.adapter import Adapter, Target
+from adapterkit.errors import Unsupported
+from adapterkit.io.lazy import from_numpy
+from adapterkit.methods import METHODS
+
+IN, OUT = 16, 8
+RNG = np.random.default_rng(0)
+W, SQUARE = RNG.normal(size=(OUT, IN)).astype("f4"), RNG.normal(size=(IN, IN)).astype("f4")
+X = RNG.normal(size=(2, 3, IN)).astype("f4")
+A = RNG.normal(size=(2, IN)).astype("f4")
+B = {OUT: RNG.normal(size=(OUT, 2)).astype("f4"), IN: RNG.normal(size=(IN, 2)).astype("f4")}
+TURN = {"perm": [0, 2, 1]}
+
+NODES = {
+    "einsum": ([("Einsum", ["x", "q.weight"], {"equation": "bsd,od->bso"})], W),
+    "einsum-first": ([("Einsum", ["q.weight", "x"], {"equation": "od,bsd->bso"})], W),
+    "einsum-first-turned": ([("Einsum", ["q.weight", "x"], {"equation": "do,...d->...o"})], W.T),
+    "left": ([("Transpose", ["x"], TURN), ("MatMul", ["q.weight", "0"], {}), ("Transpose", ["1"], TURN)], W),
+    "stored-1": ([("MatMul", ["x", "q.weight"], {})], W.T[None]),
+    "stored-1-1": ([("MatMul", ["x", "q.weight"], {})], W.T[None, None]),
+    "stored-square": ([("MatMul", ["x", "q.weight"], {})], SQUARE.T[None]),
+    "left-stored": (
+        [("Transpose", ["x"], TURN), ("MatMul", ["q.weight", "0"], {}), ("Transpose", ["1"], TURN)], SQUARE[None]
+    ),
+    "fused-turned": (
+        [("Transpose", ["x"], TURN), ("FusedMatMul", ["0", "q.weight"], {"domain": "com.microsoft", "transA": 1})], W.T
+    ),
+    "function": ([("Linear", ["x", "q.weight"], {"domain": "mine"})], W.T),
+}  # fmt: skip
+
+
+def saved(path, steps, stored, opset=17):
+    nodes = []
+    for at, (op, inputs, words) in enumerate(steps):
+        out = "y" if at == len(steps) - 1 else str(at)
+        nodes.append(helper.make_node(op, inputs, [out], f"/q/{op}" if "q.weight" in inputs else f"n{at}", **words))
+    inner = [helper.make_node("MatMul", ["a", "w"], ["o"])]
+    function = helper.make_function("mine", "Linear", ["a", "w"], ["o"], inner, [helper.make_opsetid("", opset)])
+    graph = helper.make_graph(
+        nodes, "one", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", "s", IN])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ascontiguousarray(stored), "q.weight")],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid(domain, number) for domain, number in
+              (("", opset), ("mine", 1), ("com.microsoft", 1))]  # fmt: skip
+    used = [function] if any(op == "Linear" for op, _, _ in steps) else []
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=used), path)
+    return path
+
+
+def ran(path, **feeds):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": X, **feeds})[0]
+
+
+def adapter(out, scaling=0.5):
+    update = METHODS["lora"](A=from_numpy(A), B=from_numpy(B[out]), scaling=scaling)
+    return Adapter({Target("q"): (update,)})
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_weights_that_an_operator_is_linear_in(name, tmp_path):
+    steps, stored = NODES[name]
+    out = IN if "square" in name or name == "left-stored" else OUT
+    path, written = saved(tmp_path / "base.onnx", steps, stored), tmp_path / "out.onnx"
+    before = ran(path)
+    delta = (X.astype("f8") @ A.T @ B[out].T).reshape(before.shape)
+    for mode in ("constant", "slots"):
+        report = ak.onnx.inject(path, adapter(out), written, mode=mode)
+        assert report.difference < 1e-5
+        feeds = ak.onnx.fit(written, adapter(out)) if mode == "slots" else {}
+        np.testing.assert_allclose(ran(written, **feeds), before + 0.5 * delta, rtol=1e-4, atol=1e-4)
+        if mode == "slots":
+            np.testing.assert_allclose(ran(written), before, rtol=1e-6, atol=1e-6)
+    ak.onnx.merge(path, [adapter(out), adapter(out, 2.0)], written, weights=[1, -0.5])
+    np.testing.assert_allclose(ran(written), before + (0.5 - 1.0) * delta, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [9, 11, 12, 13, 18, 21, 25])
+def test_operator_sets(opset, tmp_path):
+    path = saved(tmp_path / "base.onnx", [("MatMul", ["x", "q.weight"], {})], W.T, opset)
+    before, delta = ran(path), X.astype("f8") @ A.T @ B[OUT].T
+    for mode in ("constant", "merge"):
+        out = tmp_path / f"{mode}.onnx"
+        (ak.onnx.merge if mode == "merge" else ak.onnx.inject)(path, adapter(OUT), out)
+        np.testing.assert_allclose(ran(out), before + 0.5 * delta, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "heads": ([("Einsum", ["x", "q.weight"], {"equation": "bsd,dhk->bshk"})], W.T.reshape(IN, 2, 4), "Einsum"),
+    "alpha": (
+        [("FusedMatMul", ["x", "q.weight"], {"domain": "com.microsoft", "transB": 1, "alpha": 0.5})], W, "FusedMatMul"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_operators_are_refused_by_name(name, tmp_path):
+    steps, stored, operator = REFUSED[name]
+    path = saved(tmp_path / "base.onnx", steps, stored)
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(Unsupported, match=rf"read by a {operator} \(/q/{operator}\)"):
+            change(path, adapter(OUT), tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
